@@ -1,0 +1,5 @@
+"""``python -m dfkd_fast`` is ``dfkd-fast``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,175 @@
+"""The command line: ``dfkd-fast``."""
+
+import json
+import os
+import sys
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+from .errors import DfkdError
+
+# Everything that needs PyTorch is imported inside the command that needs it, so that --help answers at once.
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Distil a frozen teacher into a small student, without any data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see dfkd-fast recipes) or a TOML file.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/RECIPE, numbered if taken]", show_default=False)]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a number of the recipe; may be repeated.")]
+DataRoot = Annotated[Path | None, typer.Option(help="Where the data is; nothing is downloaded.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors.  [default: the recipe's]", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint.")]
+
+
+@app.command()
+def distill(
+    recipe: RecipeName,
+    out: Out = None,
+    changes: Changes = None,
+    teacher: Annotated[Path | None, typer.Option(help="Weights of the teacher; trained here if not given.")] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    resume: Resume = False,
+) -> None:
+    """Distil the recipe's student from its teacher."""
+    from . import run
+    from .engine.device import pick_device
+
+    place = pick_device(device)
+    opened = run.open_run(recipe, _overrides(changes, teacher=teacher, data_root=data_root, seed=seed), out, resume)
+    run.distill(*opened, place, Console())
+
+
+@app.command()
+def teach(
+    recipe: RecipeName,
+    out: Out = None,
+    changes: Changes = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    resume: Resume = False,
+) -> None:
+    """Train the recipe's teacher and store its weights."""
+    from . import run
+    from .engine.device import pick_device
+
+    place = pick_device(device)
+    opened = run.open_run(recipe, _overrides(changes, data_root=data_root, seed=seed), out, resume)
+    run.teach(*opened, place, Console())
+
+
+@app.command()
+def evaluate(
+    targets: Annotated[list[Path], typer.Argument(metavar="RUN_OR_WEIGHTS...", help="Folders of runs, or files of weights.")],
+    recipe: Annotated[str | None, typer.Option(help="What names network and data, where the file does not.")] = None,
+    role: Annotated[Literal["teacher", "student"] | None, typer.Option(help="Whose weights they are, where the file does not say.")] = None,
+    changes: Changes = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+) -> None:
+    """Test accuracy of students and teachers."""
+    from . import run
+    from .engine.device import pick_device
+    from .files import replacing
+    from .recipe import load_recipe
+    from .report import print_table
+
+    place = pick_device(device)
+    overrides = _overrides(changes, data_root=data_root)
+    given = load_recipe(recipe, overrides) if recipe else None
+    results = [result for target in targets for result in run.evaluate_weights(target, given, role, overrides, place)]
+    rows = [(result.weights, result.role, result.model, f"{result.top1:.2f} %", str(result.count)) for result in results]
+    print_table(Console(), ("weights", "role", "model", "top-1", "images"), rows)
+    if json_file is not None:
+        with replacing(json_file) as part:
+            part.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from .recipe import load_recipe, shipped_recipes
+    from .report import print_table
+
+    print_table(Console(), ("recipe", "what it does"), [(name, load_recipe(name).description) for name in shipped_recipes()])
+
+
+@app.command()
+def show(recipe: RecipeName, changes: Changes = None) -> None:
+    """Print a recipe with every number of it resolved."""
+    from .recipe import load_recipe, recipe_to_toml
+
+    typer.echo(recipe_to_toml(load_recipe(recipe, _overrides(changes))), nl=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, and what is used."""
+    from .doctor import examine
+    from .report import print_table
+
+    print_table(Console(), ("", "found", "used"), examine())
+
+
+def main() -> NoReturn:
+    """Run the command line; what a user can mend is one line on standard error and exit code 2."""
+    from .interrupt import Interrupted
+
+    try:
+        sys.exit(app(standalone_mode=False))
+    except DfkdError as error:
+        _fail(str(error), 2)
+    except Interrupted as interrupted:
+        _fail(str(interrupted), interrupted.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(str(error), 2)
+    except Exception as error:
+        # typer's own complaints about the command line, whose class moved between its versions
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"dfkd-fast: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _overrides(changes: list[str] | None, *, teacher: Path | None = None, data_root: Path | None = None, seed: int | None = None) -> dict[str, Any]:
+    """What the options change in a recipe, by dotted path; ``--set`` values are read as TOML, else as text."""
+    overrides: dict[str, Any] = {}
+    for change in changes or []:
+        path, equals, text = change.partition("=")
+        if not equals or not path:
+            raise DfkdError(f"--set {change!r}: must be key.path=value, such as loop.epochs=3")
+        try:
+            overrides[path] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[path] = text
+    for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
+        if value is not None:
+            overrides[path] = str(value.expanduser().resolve())
+    if seed is not None:
+        overrides["seed"] = seed
+    return overrides

@@ -1,0 +1,6 @@
+"""Data sets, for evaluation and for training teachers. Nothing of the distillation loop imports this."""
+
+from .sets import DataSettings, open_split
+from .splits import ArraySplit, batches
+
+__all__ = ["ArraySplit", "DataSettings", "batches", "open_split"]

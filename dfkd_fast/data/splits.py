@@ -1,0 +1,100 @@
+"""One split of a data set, as batches in the teacher's normalised space."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import resize
+
+__all__ = ["ArraySplit", "batches"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ArraySplit(Dataset[Batch]):
+    """Images that fit in memory, served a whole batch at a time.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        labels: integers (N,).
+        image_size: side to resize to, in pixels; resized once, here.
+        mean, std: constants of the normalisation, one a channel, of images in [0, 1].
+        augment: shift by up to 4 pixels (reflecting nothing: zeros come in) and flip half of the images.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        augment: bool = False,
+    ) -> None:
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        if pixels.shape[-2:] != (image_size, image_size):
+            pixels = resize(pixels, [image_size, image_size], antialias=True)
+        self.pixels = pixels.contiguous()
+        self.labels = torch.from_numpy(np.ascontiguousarray(labels)).long()
+        self.mean = torch.tensor(mean)[:, None, None]
+        self.std = torch.tensor(std)[:, None, None]
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        images = self.pixels[indices].float() / 255
+        if self.augment:
+            images = shift_and_flip(images)
+        return (images - self.mean) / self.std, self.labels[indices]
+
+
+def shift_and_flip(images: Tensor, pixels: int = 4) -> Tensor:
+    """Each image of (N, C, H, W) moved by up to ``pixels`` both ways, zeros coming in, and flipped or not.
+
+    The augmentation of DFAD's CIFAR teachers (random crop of the padded image, horizontal flip).
+    """
+    count, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (pixels,) * 4)
+    top, left = torch.randint(0, 2 * pixels + 1, (2, count, 1, 1))
+    flip = torch.rand(count, 1, 1) < 0.5
+    rows = top + torch.arange(height)[:, None]
+    columns = torch.arange(width).expand(count, 1, width)
+    columns = left + torch.where(flip, width - 1 - columns, columns)
+    return padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows, columns].permute(0, 3, 1, 2)
+
+
+def batches(
+    split: Dataset[Any],
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    workers: int = 0,
+    generator: torch.Generator | None = None,
+) -> DataLoader[Any]:
+    """A loader of (images (B, C, H, W) float32, labels (B,)); the last batch may be smaller.
+
+    It draws from ``generator`` alone, so that evaluating never moves another random stream.
+    """
+    return DataLoader(
+        split,
+        batch_size,
+        shuffle=shuffle,
+        num_workers=0 if isinstance(split, ArraySplit) else workers,
+        collate_fn=_as_is if isinstance(split, ArraySplit) else None,
+        generator=generator if generator is not None else torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,64 @@
+"""The device a run is on, and what it costs there."""
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from dfkd_fast.errors import DfkdError
+
+__all__ = ["Clock", "peak_memory_bytes", "pick_device"]
+
+
+def pick_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
+    """``auto`` is the GPU where PyTorch can use one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DfkdError("device 'cuda': PyTorch sees no GPU here; use --device cpu, and see dfkd-fast doctor")
+    if name not in ("cpu", "cuda"):
+        raise DfkdError(f"device {name!r}: must be auto, cpu or cuda")
+    return torch.device(name)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: by PyTorch's allocator on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Clock:
+    """Seconds by phase. On a GPU the phases are timed by events, so that the host never waits inside one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        if self.on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self.pending.append((name, start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self.seconds[name] += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """The seconds of every phase so far; waits for the GPU."""
+        if self.pending:
+            torch.cuda.synchronize()
+        for name, start, end in self.pending:
+            self.seconds[name] += start.elapsed_time(end) / 1000
+        self.pending.clear()
+        return dict(self.seconds)

@@ -1,0 +1,125 @@
+"""Supervised training of a teacher: the only training that sees data, handed to it as batches."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_fast.errors import DfkdError, NonFiniteLossError
+
+from .device import Clock
+from .optim import Optimizer, build_optimizer, build_schedule
+from .trainer import Epoch
+
+__all__ = ["TeacherTrainer"]
+
+
+class TeacherTrainer:
+    """Trains a classifier by cross-entropy. Iterate over it for one :class:`Epoch` at a time.
+
+    Args:
+        network: images → logits; trained in place.
+        batches: (images, labels), iterated anew each epoch; it must draw its order from ``stream``.
+        optimizer: settings of the optimiser and its schedule.
+        epochs: how many there are in all.
+        stream: the random stream of ``batches``, kept in the state.
+        device: where the network is moved.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        optimizer: Optimizer,
+        epochs: int,
+        stream: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        self.network = network.to(device).to(memory_format=torch.channels_last)
+        self.batches = batches
+        self.epochs = epochs
+        self.stream = stream
+        self.device = device
+        self.optimizer = build_optimizer(optimizer, network.parameters())
+        self.schedule = build_schedule(optimizer, self.optimizer, epochs)
+        self.clock = Clock(device)
+        self.done = 0
+        """Epochs done."""
+        self._stopping = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether every epoch is done."""
+        return self.done == self.epochs
+
+    @property
+    def iterations_done(self) -> int:
+        """Epochs since the beginning: what checkpoints are numbered by."""
+        return self.done
+
+    def stop(self) -> None:
+        """Ask a running loop to end after the batch under way, as if the epoch had not begun."""
+        self._stopping = True
+
+    def __iter__(self) -> Iterator[Epoch]:
+        while not self.finished:
+            start = copy.deepcopy(self.state_dict())
+            before = self.clock.read().get("teacher", 0.0)
+            with self.clock.phase("teacher"):
+                loss = self._run_epoch()
+            if loss is None:
+                self.load_state_dict(start)
+                return
+            if not loss.isfinite():
+                raise NonFiniteLossError(f"the teacher's loss is {loss.item()} in epoch {self.done + 1}")
+            self.done += 1
+            yield Epoch(self.done, self.clock.read()["teacher"] - before, {"teacher": loss.item()}, None)
+
+    def _run_epoch(self) -> Tensor | None:
+        """Mean loss of one pass over the data, or None where it was stopped."""
+        self.network.train()
+        total, count = torch.zeros((), device=self.device), 0
+        for images, labels in self.batches:
+            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            loss = F.cross_entropy(self.network(images), labels.to(self.device, non_blocking=True))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach()
+            count += 1
+            if self._stopping:
+                return None
+        self.schedule.step()
+        return total / count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the training needs to go on after its last whole epoch."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "stream": self.stream.get_state(),
+            "torch_random_state": torch.get_rng_state(),
+            "done": self.done,
+            "seconds": self.clock.read(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state_dict` gave.
+
+        Raises:
+            DfkdError: it is the state of something else.
+        """
+        try:
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.stream.set_state(state["stream"])
+            torch.set_rng_state(state["torch_random_state"])
+            self.done = state["done"]
+            self.clock.seconds.update(state["seconds"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise DfkdError(f"the state is not of this teacher: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,20 @@
+"""Errors whose message is one line for a user: the field or file, what it is, and what is allowed."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DfkdError(ValueError):
+    """Something a user can mend. The command line prints its message and exits with code 2."""
+
+
+class NonFiniteLossError(DfkdError):
+    """A loss became NaN or infinite; the message names the epoch, the iteration, the step and the term."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> DfkdError:
+    """The error for a name that does not exist: suggests the nearest one, then lists what there is."""
+    choices = sorted(known)
+    nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return DfkdError(f"unknown {what} {name!r}: {hint}there are {', '.join(choices)}")

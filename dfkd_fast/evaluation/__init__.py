@@ -1,0 +1,6 @@
+"""What a network is worth on data it has never seen, and how steadily it got there."""
+
+from .accuracy import top1_accuracy
+from .retention import Retention, retention
+
+__all__ = ["Retention", "retention", "top1_accuracy"]

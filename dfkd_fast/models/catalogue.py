@@ -1,0 +1,73 @@
+"""Classifiers by name: the papers' own, any of torchvision or timm, or a user's ``module:function``."""
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torchvision
+from torch import nn
+
+from dfkd_fast.errors import DfkdError, unknown
+
+from .classifiers import LENET5_HALF, CifarResNet, LeNet5, WideResNet
+
+__all__ = ["build_classifier"]
+
+SMALL: dict[str, Callable[[int, int], nn.Module]] = {
+    "lenet5": lambda classes, channels: LeNet5(classes, channels),
+    "lenet5_half": lambda classes, channels: LeNet5(classes, channels, LENET5_HALF),
+    "cifar_resnet18": lambda classes, channels: CifarResNet((2, 2, 2, 2), classes, channels),
+    "cifar_resnet34": lambda classes, channels: CifarResNet((3, 4, 6, 3), classes, channels),
+}
+
+
+def build_classifier(name: str, num_classes: int, channels: int) -> nn.Module:
+    """A freshly initialised network from images to logits (N, num_classes).
+
+    Args:
+        name: ``lenet5``, ``lenet5_half``, ``cifar_resnet18``, ``cifar_resnet34``, ``wrn<depth>_<width>``
+            (``wrn40_2``), a torchvision or timm name (``torchvision:`` or ``timm:`` in front picks the
+            library), or ``module:function``, called as ``function(num_classes=...)``.
+        num_classes: number of logits.
+        channels: of the input images.
+
+    Raises:
+        DfkdError: no such name, or a network that cannot have so many channels.
+    """
+    if name in SMALL:
+        return SMALL[name](num_classes, channels)
+    if wide := re.fullmatch(r"wrn(\d+)_(\d+)", name):
+        depth, width = int(wide[1]), int(wide[2])
+        if depth < 10 or (depth - 4) % 6 or width < 1:
+            raise DfkdError(f"model {name!r}: a wide ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, 40) and its width at least 1")
+        return WideResNet(depth, width, num_classes, channels)
+
+    import timm  # seconds to import, so only where one of its networks may be meant
+
+    library, _, rest = name.rpartition(":")
+    if library not in ("", "torchvision", "timm"):
+        return _users_own(library, rest, num_classes)
+    if library != "timm" and rest in torchvision.models.list_models(torchvision.models):
+        if channels != 3:
+            raise DfkdError(f"model {name!r}: torchvision's networks take 3 channels, not {channels}; timm's take any (timm:{rest})")
+        return torchvision.models.get_model(rest, num_classes=num_classes)
+    if library != "torchvision" and timm.is_model(rest):
+        return timm.create_model(rest, num_classes=num_classes, in_chans=channels)
+    nearest = difflib.get_close_matches(rest, [*torchvision.models.list_models(torchvision.models), *timm.list_models()], n=4)
+    raise unknown("model", name, [*SMALL, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
+
+
+def _users_own(module: str, function: str, num_classes: int) -> nn.Module:
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DfkdError(f"model '{module}:{function}': {error}") from error
+    network = build(num_classes=num_classes)
+    if not isinstance(network, nn.Module):
+        raise DfkdError(f"model '{module}:{function}' must return a torch.nn.Module, not {type(network).__name__}")
+    return network

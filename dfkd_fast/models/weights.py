@@ -1,0 +1,77 @@
+"""Weights on disk: safetensors that say what network they belong to."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.files import replacing
+
+__all__ = ["load_weights", "read_metadata", "save_weights"]
+
+
+def save_weights(network: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a network's state to a safetensors file, atomically, with string metadata in its header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with replacing(path) as part:
+        part.write_bytes(save(_untied(tensors), metadata=dict(metadata)))
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a safetensors file, or a PyTorch file that holds nothing but tensors, into a network.
+
+    A PyTorch file may hold the state itself or have it under ``state_dict``, ``model`` or
+    ``model_state_dict``, as trainers leave it.
+
+    Raises:
+        DfkdError: no such file, not readable as weights, or weights of another network.
+    """
+    state = _read(path)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1:2] or [str(error)]
+        raise DfkdError(f"weights {path} do not fit the network {type(network).__name__}: {problem[0].strip()[:300]}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata in a safetensors file's header; empty for any other file."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise DfkdError(f"weights {path} cannot be read: {error}") from error
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise DfkdError(f"weights {path} not found")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise DfkdError(f"weights {path} cannot be read: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise DfkdError(f"weights {path} hold no state dict: a file of named tensors is needed, not a whole network or a training state")
+    return {name.removeprefix("module."): tensor for name, tensor in held.items()}
+
+
+def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory, copied: safetensors refuses to store one memory under two names."""
+    seen: set[int] = set()
+    untied = {}
+    for name, tensor in tensors.items():
+        untied[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return untied

@@ -1,0 +1,211 @@
+"""Recipes: every number of a run, typed, validated, printable."""
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dfkd_fast.data import DataSettings
+from dfkd_fast.engine import Method, Optimizer
+from dfkd_fast.errors import DfkdError, unknown
+from dfkd_fast.models import GeneratorSettings
+from dfkd_fast.settings import Count, Flag, PositiveInt, settings
+
+__all__ = ["Recipe", "Report", "Student", "Teacher", "load_recipe", "recipe_from_toml", "recipe_to_toml", "shipped_recipes"]
+
+
+@settings
+class Teacher:
+    """Recipe section ``[teacher]``: the network, and how it is trained where no weights are given."""
+
+    model: str = "lenet5"
+    weights: str = ""
+    """A safetensors or PyTorch file; empty to train the teacher."""
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 256
+    augment: Flag = False
+    """Shifts and flips of the training images."""
+
+
+@settings
+class Student:
+    """Recipe section ``[student]``."""
+
+    model: str = "lenet5_half"
+
+
+@settings
+class Report:
+    """Recipe section ``[report]``: how often a run writes what."""
+
+    checkpoint_every: PositiveInt = 1
+    """Epochs between checkpoints."""
+    samples_every: PositiveInt = 5
+    """Epochs between pictures of generated images; the last epoch always has one."""
+    samples: PositiveInt = 64
+    """Images in a picture."""
+
+
+@settings
+class Recipe(Method):
+    """Everything a run is told; the sections that a :class:`~dfkd_fast.Trainer` reads are those of :class:`Method`."""
+
+    name: str
+    description: str = ""
+    seed: Count = 0
+    data: DataSettings = field(default_factory=DataSettings)
+    teacher: Teacher = field(default_factory=Teacher)
+    teacher_optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=0.01, weight_decay=1e-4))
+    student: Student = field(default_factory=Student)
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    report: Report = field(default_factory=Report)
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Which number comes from where."""
+
+
+SHIPPED = resources.files("dfkd_fast") / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(entry.name.removesuffix(".toml") for entry in SHIPPED.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A shipped recipe by its name, or one from a TOML file.
+
+    A file may begin with ``extends = "NAME"``: it then states only what differs from that recipe.
+
+    Args:
+        name_or_path: ``digits``, or a path that ends in ``.toml``.
+        overrides: values by dotted path, such as ``{"loop.epochs": 3}``.
+
+    Raises:
+        DfkdError: no such recipe, a key that does not exist, or a value that is not allowed; one line with
+            the field, the value and what is allowed.
+    """
+    return _validate(_with(_read(name_or_path, []), overrides), f"recipe {name_or_path!r}")
+
+
+def recipe_from_toml(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A complete recipe from its text, as a weights file holds it; ``where`` names it in errors."""
+    return _validate(_with(_parse(text, where), overrides), where)
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The complete recipe as TOML; reading it gives an equal one."""
+    return tomli_w.dumps(dataclasses.asdict(recipe))
+
+
+def _read(name_or_path: str, chain: list[str]) -> dict[str, Any]:
+    if name_or_path in chain:
+        raise DfkdError(f"recipe {name_or_path!r} extends itself: {' → '.join([*chain, name_or_path])}")
+    if name_or_path.endswith(".toml"):
+        try:
+            text = Path(name_or_path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DfkdError(f"recipe {name_or_path!r} cannot be read: {error}") from error
+    elif name_or_path in shipped_recipes():
+        text = (SHIPPED / f"{name_or_path}.toml").read_text()
+    else:
+        raise unknown("recipe", name_or_path, shipped_recipes())
+    content = _parse(text, f"recipe {name_or_path!r}")
+    content.setdefault("name", Path(name_or_path).stem)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise DfkdError(f"recipe {name_or_path!r}: extends = {base!r}: must be the name or path of a recipe")
+    return _merge(_read(base, [*chain, name_or_path]), content)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise DfkdError(f"{where} is not TOML: {error}") from error
+
+
+def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    for path, value in (overrides or {}).items():
+        *sections, key = path.split(".")
+        section = content
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise DfkdError(f"{path}: {name} is no section of a recipe")
+        section[key] = value
+    return content
+
+
+def _validate(content: dict[str, Any], where: str) -> Recipe:
+    try:
+        return TypeAdapter(Recipe).validate_python(content)
+    except ValidationError as error:
+        raise DfkdError(f"{where}: {_one_line(error.errors()[0])}") from error
+
+
+def _one_line(problem: ErrorDetails) -> str:
+    *sections, key = problem["loc"]
+    path = ".".join(map(str, problem["loc"]))
+    owner = _annotation(sections)
+    if problem["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(owner):
+        return str(unknown("key", path, [".".join(map(str, [*sections, f.name])) for f in dataclasses.fields(owner)]))
+    annotation = _annotation(problem["loc"])
+    if problem["type"] == "literal_error":
+        return f"{path} = {problem['input']!r}: {unknown('choice', str(problem['input']), map(str, typing.get_args(annotation)))}"
+    if problem["type"] == "missing":
+        return f"{path} is missing"
+    if problem["type"] == "value_error":
+        return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{path} = {problem['input']!r}: must be {_allowed(annotation)}"
+
+
+def _annotation(path: Sequence[str | int]) -> Any:
+    """The declared type at a path into :class:`Recipe`; a list's elements have no names, so their list's."""
+    annotation: Any = Recipe
+    for name in path:
+        if not dataclasses.is_dataclass(annotation):
+            break
+        annotation = typing.get_type_hints(annotation, include_extras=True).get(str(name))
+    return annotation
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def _allowed(annotation: Any) -> str:
+    if dataclasses.is_dataclass(annotation):
+        return "a section"
+    kind, *extras = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Annotated else (annotation,)
+    if typing.get_origin(kind) is tuple:
+        element, *others = typing.get_args(kind)
+        count = f"{1 + len(others)} of them" if others and others[0] is not Ellipsis else "any number of them"
+        return f"a list ({count}), each {_allowed(element)}"
+    bounds = [
+        f"{sign} {getattr(bound, name)}"
+        for extra in extras
+        if isinstance(extra, FieldInfo)
+        for bound in extra.metadata
+        for name, sign in SIGNS.items()
+        if hasattr(bound, name)
+    ]
+    return " ".join([KINDS.get(kind, "a table of strings"), " and ".join(bounds)]).strip()

@@ -1,0 +1,49 @@
+"""Pictures of a run: what the generator makes, and how the student fared."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from dfkd_fast.engine import Epoch
+from dfkd_fast.files import replacing
+
+__all__ = ["draw_curves", "draw_samples"]
+
+
+def draw_samples(images: Tensor, mean: Sequence[float], std: Sequence[float], path: Path) -> None:
+    """A square grid of generated images (N, C, H, W), taken back from the teacher's normalised space."""
+    pixels = images.detach().cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    grid = make_grid(pixels.clamp(0, 1), nrow=math.isqrt(len(images)), padding=1, pad_value=0.5)
+    with replacing(path) as part:
+        to_pil_image(grid).save(part)
+
+
+def draw_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, path: Path) -> None:
+    """Accuracy over epochs with the teacher as a line, and the losses below."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, losses = figure.subplots(2, 1, sharex=True)
+    evaluated = [(epoch.number, epoch.student_accuracy) for epoch in epochs if epoch.student_accuracy is not None]
+    if evaluated:
+        accuracy.plot(*zip(*evaluated, strict=True), marker=".", label="student")
+    if teacher_accuracy is not None:
+        accuracy.axhline(teacher_accuracy, color="black", linestyle="--", linewidth=1, label="teacher")
+    accuracy.set(title=title, ylabel="top-1 accuracy (%)")
+    if accuracy.get_legend_handles_labels()[0]:
+        accuracy.legend(loc="lower right")
+    for name in epochs[-1].losses if epochs else ():
+        losses.plot([epoch.number for epoch in epochs], [epoch.losses[name] for epoch in epochs], marker=".", label=name)
+    losses.set(xlabel="epoch", ylabel="loss (mean over the epoch)")
+    if epochs:
+        losses.legend(loc="upper right")
+    for axes in (accuracy, losses):
+        axes.grid(alpha=0.3)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)

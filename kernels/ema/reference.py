@@ -1,0 +1,17 @@
+"""The exponential moving average in plain PyTorch: the oracle of every faster backend."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def ema_update_(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor) -> None:
+    for average, source in zip(averages, sources, strict=True):
+        if average.is_floating_point():
+            average.lerp_(source.to(average.dtype), _weight(decay, average))
+        else:
+            average.copy_(source)
+
+
+def _weight(decay: float | Tensor, average: Tensor) -> float | Tensor:
+    return (1 - decay).to(average.dtype) if isinstance(decay, Tensor) else 1.0 - decay
