@@ -11,9 +11,14 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
+from . import run
+from .doctor import examine
+from .engine.device import pick_device
 from .errors import DfkdError
-
-# Everything that needs PyTorch is imported inside the command that needs it, so that --help answers at once.
+from .files import replacing
+from .interrupt import Interrupted
+from .recipe import load_recipe, recipe_to_toml, shipped_recipes
+from .report import print_table
 
 __all__ = ["app", "main"]
 
@@ -45,9 +50,6 @@ def distill(
     resume: Resume = False,
 ) -> None:
     """Distil the recipe's student from its teacher."""
-    from . import run
-    from .engine.device import pick_device
-
     place = pick_device(device)
     opened = run.open_run(recipe, _overrides(changes, teacher=teacher, data_root=data_root, seed=seed), out, resume)
     run.distill(*opened, place, Console())
@@ -64,9 +66,6 @@ def teach(
     resume: Resume = False,
 ) -> None:
     """Train the recipe's teacher and store its weights."""
-    from . import run
-    from .engine.device import pick_device
-
     place = pick_device(device)
     opened = run.open_run(recipe, _overrides(changes, data_root=data_root, seed=seed), out, resume)
     run.teach(*opened, place, Console())
@@ -83,12 +82,6 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
     """Test accuracy of students and teachers."""
-    from . import run
-    from .engine.device import pick_device
-    from .files import replacing
-    from .recipe import load_recipe
-    from .report import print_table
-
     place = pick_device(device)
     overrides = _overrides(changes, data_root=data_root)
     given = load_recipe(recipe, overrides) if recipe else None
@@ -103,33 +96,23 @@ def evaluate(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    from .recipe import load_recipe, shipped_recipes
-    from .report import print_table
-
     print_table(Console(), ("recipe", "what it does"), [(name, load_recipe(name).description) for name in shipped_recipes()])
 
 
 @app.command()
 def show(recipe: RecipeName, changes: Changes = None) -> None:
     """Print a recipe with every number of it resolved."""
-    from .recipe import load_recipe, recipe_to_toml
-
     typer.echo(recipe_to_toml(load_recipe(recipe, _overrides(changes))), nl=False)
 
 
 @app.command()
 def doctor() -> None:
     """Say what this machine has, and what is used."""
-    from .doctor import examine
-    from .report import print_table
-
     print_table(Console(), ("", "found", "used"), examine())
 
 
 def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
-    from .interrupt import Interrupted
-
     try:
         sys.exit(app(standalone_mode=False))
     except DfkdError as error:

@@ -12,9 +12,15 @@ class NonFiniteLossError(DfkdError):
     """A loss became NaN or infinite; the message names the epoch, the iteration, the step and the term."""
 
 
+def first_line(error: BaseException) -> str:
+    """An error's message cut to its first line, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> DfkdError:
     """The error for a name that does not exist: suggests the nearest one, then lists what there is."""
     choices = sorted(known)
-    nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5) or [choice for choice in choices if choice.startswith(name)]
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return DfkdError(f"unknown {what} {name!r}: {hint}there are {', '.join(choices)}")

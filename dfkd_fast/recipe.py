@@ -14,11 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from dfkd_fast.data import DataSettings
+from dfkd_fast.data import Augment, DataSettings
 from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, unknown
 from dfkd_fast.models import GeneratorSettings
-from dfkd_fast.settings import Count, Flag, PositiveInt, settings
+from dfkd_fast.settings import Count, PositiveInt, settings
 
 __all__ = ["Recipe", "Report", "Student", "Teacher", "load_recipe", "recipe_from_toml", "recipe_to_toml", "shipped_recipes"]
 
@@ -32,8 +32,8 @@ class Teacher:
     """A safetensors or PyTorch file; empty to train the teacher."""
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 256
-    augment: Flag = False
-    """Shifts and flips of the training images."""
+    augment: Augment = "none"
+    """Of the training images: moved by up to 4 pixels (``folder``: a random resized crop), and half of them mirrored."""
 
 
 @settings

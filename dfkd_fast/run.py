@@ -18,6 +18,7 @@ from .data import batches, open_split
 from .engine import Epoch, Trainer
 from .engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .engine.device import peak_memory_bytes
+from .engine.fit import check_classifier, check_networks
 from .engine.teach import TeacherTrainer
 from .errors import DfkdError, NonFiniteLossError
 from .evaluation import retention, top1_accuracy
@@ -124,6 +125,8 @@ def teach(recipe: Recipe, folder: RunFolder, device: torch.device, console: Cons
     """Train the recipe's teacher and store it in the folder; returns its test accuracy in percent."""
     run = Run(recipe, folder, device, console, f"dfkd-fast teach {recipe.name}")
     teacher = _build(recipe, "teacher").to(device)
+    images = torch.zeros(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size, device=device)
+    check_classifier("teacher", teacher, images, "data.image_size's")
     if folder.teacher.is_file():
         load_weights(teacher, folder.teacher)
     else:
@@ -137,12 +140,12 @@ def distill(recipe: Recipe, folder: RunFolder, device: torch.device, console: Co
     """Distil the recipe's student, going on from the folder's newest checkpoint; returns the summary."""
     run = Run(recipe, folder, device, console, f"dfkd-fast distill {recipe.name}")
     evaluate = None if recipe.data.name == "none" else _evaluator(recipe, device)
-    teacher, teacher_seconds = _obtain_teacher(run)
+    teacher, student = _build(recipe, "teacher").to(device), _build(recipe, "student").to(device)
+    generator = build_generator(recipe.generator, recipe.data.channels, recipe.data.image_size).to(device)
+    check_networks(teacher, student, generator, device)
+    teacher_seconds = _obtain_weights(run, teacher)
     teacher_accuracy = evaluate(teacher) if evaluate else None
 
-    torch.manual_seed(recipe.seed)
-    student = _build(recipe, "student")
-    generator = build_generator(recipe.generator, recipe.data.channels, recipe.data.image_size)
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
     run.go_on(trainer, folder.checkpoints)
     _train_student(run, trainer, teacher_accuracy)
@@ -203,17 +206,16 @@ def evaluate_weights(path: Path, recipe: Recipe | None, role: str | None, overri
     return [Evaluated(str(path), role, model, top1_accuracy(network, loader, device), len(split))]  # type: ignore[arg-type]
 
 
-def _obtain_teacher(run: Run) -> tuple[nn.Module, float]:
-    """The teacher, and the seconds its training took in this run: given, found in the folder, or trained."""
+def _obtain_weights(run: Run, teacher: nn.Module) -> float:
+    """Give the teacher its weights: the user's, the folder's, or trained ones; returns the seconds of the training."""
     wanted = run.recipe.teacher.weights
-    teacher = _build(run.recipe, "teacher").to(run.device)
     if wanted:
         load_weights(teacher, Path(wanted).expanduser())
-        return teacher, 0.0
+        return 0.0
     if run.folder.teacher.is_file():
         load_weights(teacher, run.folder.teacher)
-        return teacher, float(read_metadata(run.folder.teacher).get("seconds", 0.0))
-    return teacher, _train_teacher(run, teacher)
+        return float(read_metadata(run.folder.teacher).get("seconds", 0.0))
+    return _train_teacher(run, teacher)
 
 
 def _train_teacher(run: Run, teacher: nn.Module) -> float:
@@ -263,7 +265,7 @@ def _build(recipe: Recipe, role: str) -> nn.Module:
 
 
 def _metadata(recipe: Recipe, role: str) -> dict[str, str]:
-    return {"role": role, "recipe": recipe_to_toml(recipe), "dfkd_fast": dfkd_fast.__version__}
+    return {"role": role, "recipe": recipe_to_toml(recipe), "version": dfkd_fast.__version__}
 
 
 def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teacher_seconds: float) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import numpy as np
 from pydantic import Field
 from torch.utils.data import Dataset
 
-from dfkd_fast.errors import DfkdError
+from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.settings import Count, Number, Positive, PositiveInt, settings
 
-from .splits import ArraySplit
+from .splits import ArraySplit, Augment
 
 __all__ = ["DataSettings", "Split", "open_split"]
 
@@ -46,7 +46,7 @@ class DataSettings:
                 raise ValueError(f"{name} has {len(constants)} numbers for {self.channels} channels")
 
 
-def open_split(wanted: DataSettings, split: Split, *, augment: bool = False) -> Dataset[Any]:
+def open_split(wanted: DataSettings, split: Split, *, augment: Augment = "none") -> Dataset[Any]:
     """One split, giving images (C, H, W) normalised as the teacher expects them, and labels.
 
     Raises:
@@ -81,7 +81,7 @@ def _torchvision(name: str) -> Callable[[DataSettings, Split], Arrays]:
         try:
             data = getattr(datasets, name)(str(root), train=split == "train", download=False)
         except (RuntimeError, OSError, EOFError, ValueError) as error:
-            raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {str(error).splitlines()[0]}") from error
+            raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {first_line(error)}") from error
         images = np.asarray(data.data)
         return images if images.ndim == 4 else images[..., None], np.asarray(data.targets)
 
@@ -112,7 +112,7 @@ ARRAYS: dict[str, Callable[[DataSettings, Split], Arrays]] = {
 }
 
 
-def _folder(wanted: DataSettings, split: Split, augment: bool) -> Dataset[Any]:
+def _folder(wanted: DataSettings, split: Split, augment: Augment) -> Dataset[Any]:
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
@@ -122,16 +122,17 @@ def _folder(wanted: DataSettings, split: Split, augment: bool) -> Dataset[Any]:
     if folder is None:
         raise DfkdError(f"data.root {root} has no folder {' or '.join(names)}")
     size = wanted.image_size
-    if augment:
-        view = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    else:
+    if augment == "none":
         view = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+    else:
+        flip = [transforms.RandomHorizontalFlip()] if augment == "shift_flip" else []
+        view = [transforms.RandomResizedCrop(size), *flip]
     colour = [transforms.Grayscale()] if wanted.channels == 1 else []
     end = [transforms.ToTensor(), transforms.Normalize(wanted.mean, wanted.std)]
     try:
         data = ImageFolder(str(folder), transforms.Compose([*view, *colour, *end]))
     except (FileNotFoundError, RuntimeError) as error:
-        raise DfkdError(f"data.root {folder} holds no image folders: {str(error).splitlines()[0]}") from error
+        raise DfkdError(f"data.root {folder} holds no image folders: {first_line(error)}") from error
     if len(data.classes) != wanted.num_classes:
         raise DfkdError(f"data.num_classes is {wanted.num_classes}, but {folder} has {len(data.classes)} classes")
     return data

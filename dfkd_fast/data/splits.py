@@ -1,7 +1,7 @@
 """One split of a data set, as batches in the teacher's normalised space."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resize
 
-__all__ = ["ArraySplit", "batches"]
+__all__ = ["ArraySplit", "Augment", "batches"]
 
+Augment = Literal["none", "shift", "shift_flip"]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -22,7 +23,7 @@ class ArraySplit(Dataset[Batch]):
         labels: integers (N,).
         image_size: side to resize to, in pixels; resized once, here.
         mean, std: constants of the normalisation, one a channel, of images in [0, 1].
-        augment: shift by up to 4 pixels (reflecting nothing: zeros come in) and flip half of the images.
+        augment: which random changes every image gets each time it is served.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class ArraySplit(Dataset[Batch]):
         mean: Sequence[float],
         std: Sequence[float],
         *,
-        augment: bool = False,
+        augment: Augment = "none",
     ) -> None:
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         if pixels.shape[-2:] != (image_size, image_size):
@@ -53,23 +54,23 @@ class ArraySplit(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         images = self.pixels[indices].float() / 255
-        if self.augment:
-            images = shift_and_flip(images)
+        if self.augment != "none":
+            images = shift(images, flip=self.augment == "shift_flip")
         return (images - self.mean) / self.std, self.labels[indices]
 
 
-def shift_and_flip(images: Tensor, pixels: int = 4) -> Tensor:
-    """Each image of (N, C, H, W) moved by up to ``pixels`` both ways, zeros coming in, and flipped or not.
+def shift(images: Tensor, *, flip: bool, pixels: int = 4) -> Tensor:
+    """Each image of (N, C, H, W) moved by up to ``pixels`` both ways, zeros coming in, and half of them mirrored.
 
-    The augmentation of DFAD's CIFAR teachers (random crop of the padded image, horizontal flip).
+    With ``flip``, the usual augmentation of CIFAR: a random crop of the padded image, a horizontal flip.
     """
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (pixels,) * 4)
     top, left = torch.randint(0, 2 * pixels + 1, (2, count, 1, 1))
-    flip = torch.rand(count, 1, 1) < 0.5
+    mirrored = (torch.rand(count, 1, 1) < 0.5) & flip
     rows = top + torch.arange(height)[:, None]
     columns = torch.arange(width).expand(count, 1, width)
-    columns = left + torch.where(flip, width - 1 - columns, columns)
+    columns = left + torch.where(mirrored, width - 1 - columns, columns)
     return padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows, columns].permute(0, 3, 1, 2)
 
 

@@ -1,12 +1,13 @@
 """Checkpoints on disk: whole or absent, the newest few, read without running anything from them."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dfkd_fast.errors import DfkdError
+from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -18,8 +19,11 @@ def save_checkpoint(state: dict[str, Any], folder: Path, iteration: int) -> Path
     """Write a state of tensors, numbers and containers; older checkpoints than the newest two are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"iteration-{iteration:08d}.pt"
-    with replacing(path) as part, part.open("wb") as file:
-        torch.save(state, file)
+    # Through memory: torch.save to a file turns a full disk into an assertion of its own.
+    content = io.BytesIO()
+    torch.save(state, content)
+    with replacing(path) as part:
+        part.write_bytes(content.getbuffer())
     for old in _checkpoints(folder)[:-KEPT]:
         old.unlink()
     return path
@@ -39,7 +43,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise DfkdError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DfkdError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd_fast.errors import DfkdError, NonFiniteLossError
+from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 
 from .device import Clock
 from .optim import Optimizer, build_optimizer, build_schedule
@@ -122,4 +122,4 @@ class TeacherTrainer:
             self.done = state["done"]
             self.clock.seconds.update(state["seconds"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise DfkdError(f"the state is not of this teacher: {str(error).splitlines()[0]}") from error
+            raise DfkdError(f"the state is not of this teacher: {first_line(error)}") from error

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.errors import DfkdError, NonFiniteLossError
+from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.methods import EmaGenerator
-from dfkd_fast.models import freeze, generate
+from dfkd_fast.models import freeze
 
 from .device import Clock
+from .fit import check_networks, forward_quietly
 from .method import Method
 from .optim import build_optimizer, build_schedule
 from .steps import Game, generator_step, student_step
@@ -90,7 +91,7 @@ class Trainer:
         self.losses: dict[str, Tensor] = {}
         """Of the epoch under way, by term: (iterations_per_epoch, steps), on the device."""
         self._stopping = False
-        self._game = self._set_up(self._check_shapes())
+        self._game = self._set_up(check_networks(self.teacher, self.student, self.generator, self.device))
 
     @property
     def finished(self) -> bool:
@@ -117,19 +118,19 @@ class Trainer:
         self._stopping = False
         while not self.finished:
             while self.iteration < loop.iterations_per_epoch:
-                self._iterate()
-                if self.on_iteration is not None:
-                    self.on_iteration(self)
                 if self._stopping:
                     self.check_finite()
                     return
+                self._iterate()
+                if self.on_iteration is not None:
+                    self.on_iteration(self)
             yield self._close_epoch()
 
     def sample(self, count: int) -> Tensor:
         """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""
         stream = torch.Generator(self.device).manual_seed(0)
         latents = torch.randn(count, self._game.latents.shape[1], device=self.device, generator=stream)
-        return self._quietly(self.generator, latents)
+        return forward_quietly(self.generator, latents)
 
     def mean_losses(self) -> dict[str, float]:
         """Means of the epoch under way, by term; waits for the device."""
@@ -200,40 +201,11 @@ class Trainer:
             self.history = [Epoch(**epoch) for epoch in state["history"]]
             self.clock.seconds.update(state["seconds"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise DfkdError(f"the state is not of these networks and this method: {str(error).splitlines()[0]}") from error
+            raise DfkdError(f"the state is not of these networks and this method: {first_line(error)}") from error
 
     def _place(self, network: nn.Module) -> nn.Module:
         network.to(self.device)
         return network.to(memory_format=torch.channels_last) if self.method.loop.channels_last else network
-
-    def _quietly(self, network: nn.Module, inputs: Tensor) -> Tensor:
-        """One forward that moves no statistic and no random stream."""
-        mode = network.training
-        try:
-            with torch.no_grad():
-                return network.eval()(inputs)
-        finally:
-            network.train(mode)
-
-    def _check_shapes(self) -> torch.Size:
-        """Shape of one generated image, once all three networks were seen to fit each other."""
-        latent_dim = getattr(self.generator, "latent_dim", None)
-        if not isinstance(latent_dim, int):
-            raise DfkdError("the generator must have an integer attribute latent_dim: the size of z")
-        images = self._quietly(self.generator, torch.zeros(2, latent_dim, device=self.device))
-        logits: dict[str, Tensor] = {}
-        for name, network in (("teacher", self.teacher), ("student", self.student)):
-            try:
-                logits[name] = self._quietly(network, images)
-            except (RuntimeError, ValueError) as error:
-                size = "×".join(map(str, images.shape[1:]))
-                raise DfkdError(f"the {name} cannot take the generator's {size} images: {str(error).splitlines()[0]}") from error
-            if not isinstance(logits[name], Tensor):
-                raise DfkdError(f"the {name} must return a tensor of logits, not {type(logits[name]).__name__}")
-        if logits["teacher"].shape != logits["student"].shape:
-            shapes = " and ".join(f"the {name} gives {tuple(value.shape[1:])} logits" for name, value in logits.items())
-            raise DfkdError(f"teacher and student disagree on the classes: {shapes} an image")
-        return images.shape[1:]
 
     def _set_up(self, image_shape: torch.Size) -> Game:
         loop = self.method.loop

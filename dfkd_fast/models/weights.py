@@ -1,5 +1,6 @@
 """Weights on disk: safetensors that say what network they belong to."""
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,17 +10,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dfkd_fast.errors import DfkdError
+from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 __all__ = ["load_weights", "read_metadata", "save_weights"]
 
+HEADER = "dfkd_fast"
+
 
 def save_weights(network: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a network's state to a safetensors file, atomically, with string metadata in its header."""
+    """Write a network's state to a safetensors file, atomically, with metadata in its header.
+
+    Equal content gives equal bytes: the format keeps several entries in no order, so there is one, as JSON.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     with replacing(path) as part:
-        part.write_bytes(save(_untied(tensors), metadata=dict(metadata)))
+        part.write_bytes(save(_untied(tensors), metadata={HEADER: json.dumps(dict(metadata))}))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -40,14 +46,14 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header; empty for any other file."""
+    """What :func:`save_weights` put in a file's header; empty for a file of any other origin."""
     if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise DfkdError(f"weights {path} cannot be read: {error}") from error
+            return dict(json.loads((file.metadata() or {}).get(HEADER, "{}")))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DfkdError(f"weights {path} cannot be read: {first_line(error)}") from error
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -58,7 +64,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise DfkdError(f"weights {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DfkdError(f"weights {path} cannot be read: {first_line(error)}") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]

@@ -1,0 +1,1 @@
+"""Benchmarks, and the plain loop they compare with."""

@@ -1,0 +1,58 @@
+"""Whether networks fit each other, found out before hours are spent."""
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.errors import DfkdError, first_line
+
+__all__ = ["check_classifier", "check_networks", "forward_quietly"]
+
+
+def forward_quietly(network: nn.Module, inputs: Tensor) -> Tensor:
+    """One forward in evaluation mode that moves no statistic and no random stream."""
+    mode = network.training
+    try:
+        with torch.no_grad():
+            return network.eval()(inputs)
+    finally:
+        network.train(mode)
+
+
+def check_classifier(name: str, network: nn.Module, images: Tensor, source: str) -> torch.Size:
+    """Shape of a network's logits for one image.
+
+    Args:
+        name: what to call it in errors.
+        network: images (B, C, H, W) → logits.
+        images: a small batch, on the network's device.
+        source: whose images they are.
+
+    Raises:
+        DfkdError: it cannot take them, or does not return a tensor.
+    """
+    try:
+        logits = forward_quietly(network, images)
+    except (RuntimeError, ValueError) as error:
+        size = "×".join(map(str, images.shape[1:]))
+        raise DfkdError(f"the {name} cannot take {source} {size} images: {first_line(error)}") from error
+    if not isinstance(logits, Tensor):
+        raise DfkdError(f"the {name} must return a tensor of logits, not {type(logits).__name__}")
+    return logits.shape[1:]
+
+
+def check_networks(teacher: nn.Module, student: nn.Module, generator: nn.Module, device: torch.device) -> torch.Size:
+    """Shape of one generated image, once all three networks were seen to fit each other.
+
+    Raises:
+        DfkdError: they do not.
+    """
+    latent_dim = getattr(generator, "latent_dim", None)
+    if not isinstance(latent_dim, int):
+        raise DfkdError("the generator must have an integer attribute latent_dim: the size of z")
+    images = forward_quietly(generator, torch.zeros(2, latent_dim, device=device))
+    taught, learnt = (check_classifier(name, net, images, "the generator's") for name, net in (("teacher", teacher), ("student", student)))
+    if taught != learnt:
+        raise DfkdError(
+            f"teacher and student disagree on the classes: of an image the teacher gives {tuple(taught)} logits, the student {tuple(learnt)}"
+        )
+    return images.shape[1:]

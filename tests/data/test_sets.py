@@ -1,0 +1,279 @@
+import gzip
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from dfkd_fast.data import ArraySplit, DataSettings, open_split
+from dfkd_fast.data.sets import Split
+from dfkd_fast.errors import DfkdError
+
+SPLITS: list[Split] = ["train", "test"]
+COLOUR: dict[str, Any] = {"channels": 3, "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.2)}
+REAL_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def noise(*shape: int) -> Pixels:
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
+
+
+def settings(name: str, root: Path | None = None, **others: Any) -> DataSettings:
+    return DataSettings(name=name, root=str(root or ""), **others)  # type: ignore[arg-type]
+
+
+def images_of(split: Any) -> tuple[Tensor, list[int]]:
+    images, labels = zip(*(split[index] for index in range(len(split))), strict=True)
+    return torch.stack(images), [int(label) for label in labels]
+
+
+def normalised(images: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    scaled: np.ndarray[Any, np.dtype[np.float64]] = (images / 255 - np.array(mean)) / np.array(std)
+    return scaled.transpose(0, 3, 1, 2)
+
+
+def digit_rows(split: Split) -> tuple[list[bytes], list[int]]:
+    images, labels = images_of(open_split(settings("digits", image_size=8, mean=(0.0,), std=(1.0,)), split))
+    return [np.rint(16 * image.numpy()).astype(np.uint8).tobytes() for image in images], labels
+
+
+def test_digits_are_split_into_disjoint_stratified_quarters() -> None:
+    (train, train_labels), (test, test_labels) = digit_rows("train"), digit_rows("test")
+    pixels, labels = load_digits(return_X_y=True)
+    everything = [(row.astype(np.uint8).tobytes(), int(label)) for row, label in zip(pixels, labels, strict=True)]
+    assert Counter(zip(train + test, train_labels + test_labels, strict=True)) == Counter(everything)
+    assert (len(train), len(test)) == (1347, 450)
+    for digit, count in Counter(labels.tolist()).items():
+        assert test_labels.count(digit) == pytest.approx(count / 4, abs=1)
+
+
+def test_digits_are_split_the_same_whatever_the_seed() -> None:
+    np.random.seed(1)
+    first = digit_rows("test")
+    np.random.seed(2)
+    assert digit_rows("test") == first
+
+
+def idx(array: Pixels) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+
+
+def write_mnist(root: Path, folder: str) -> Path:
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 7), ("t10k", 5)):
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx(noise(count, 28, 28)))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(np.arange(count, dtype=np.uint8)))
+    return raw
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+@pytest.mark.parametrize(("split", "count"), [("train", 7), ("test", 5)])
+def test_mnist_is_read_from_torchvisions_layout(tmp_path: Path, name: str, folder: str, split: Split, count: int) -> None:
+    write_mnist(tmp_path, folder)
+    images, labels = images_of(open_split(settings(name, tmp_path, image_size=28, mean=(0.1,), std=(0.3,)), split))
+    assert labels == list(range(count))
+    np.testing.assert_allclose(images.numpy(), normalised(noise(count, 28, 28)[..., None], (0.1,), (0.3,)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"hello, this is text", id="text"),
+        pytest.param(gzip.compress(b"as downloaded"), id="still packed"),
+        pytest.param(idx(noise(5, 28, 28))[:1000], id="half"),
+    ],
+)
+@pytest.mark.parametrize("part", ["images-idx3", "labels-idx1"])
+def test_a_damaged_mnist_is_an_error_for_the_user(tmp_path: Path, damage: bytes, part: str) -> None:
+    raw = write_mnist(tmp_path, "MNIST")
+    (raw / f"t10k-{part}-ubyte").write_bytes(damage)
+    with pytest.raises(DfkdError, match=r"MNIST in torchvision's layout: \S|data set 'mnist', test: "):
+        open_split(settings("mnist", tmp_path), "test")
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
+def test_a_root_without_the_data_set_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DfkdError, match=f"data.root {tmp_path} does not hold .* in torchvision's layout: Dataset not found"):
+        open_split(settings(name, tmp_path, **({} if "mnist" in name else COLOUR)), "test")
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder"])
+def test_a_root_that_is_not_given_or_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DfkdError, match=f"data set '{name}' needs --data-root"):
+        open_split(settings(name), "test")
+    with pytest.raises(DfkdError, match="data.root .*absent does not exist"):
+        open_split(settings(name, tmp_path / "absent"), "test")
+
+
+def test_the_data_set_none_has_no_images() -> None:
+    with pytest.raises(DfkdError, match=r"data\.name is 'none'"):
+        open_split(settings("none"), "test")
+
+
+def write_npz(path: Path, **changed: object) -> Path:
+    arrays: dict[str, Any] = {"x_train": noise(7, 9, 9, 3), "y_train": np.arange(7), "x_test": noise(5, 9, 9, 3), "y_test": np.arange(5)}
+    np.savez(path, **{name: array for name, array in {**arrays, **changed}.items() if array is not None})
+    return path
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 7), ("test", 5)])
+def test_an_npz_file_is_read(tmp_path: Path, split: Split, count: int) -> None:
+    wanted = settings("npz", write_npz(tmp_path / "set.npz"), image_size=9, **COLOUR)
+    images, labels = images_of(open_split(wanted, split))
+    assert labels == list(range(count))
+    np.testing.assert_allclose(images.numpy(), normalised(noise(count, 9, 9, 3), COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x_test": None}, "set.npz lacks x_test: it has x_train, y_test, y_train"),
+        ({"x_test": None, "y_test": None}, "lacks x_test, y_test"),
+        ({"x_test": np.zeros((5, 9, 9, 3))}, r"images must be uint8 \(N, H, W, C\), not float64 \(5, 9, 9, 3\)"),
+        ({"x_test": noise(5, 9, 9)}, r"images must be .* not uint8 \(5, 9, 9\)"),
+        ({"x_test": noise(5, 9, 9, 1)}, "images have 1 channels, data.channels is 3"),
+        ({"y_test": np.arange(4)}, r"labels must be integers \(5,\), not int64 \(4,\)"),
+        ({"y_test": np.zeros(5)}, "labels must be integers .* not float64"),
+        ({"y_test": np.zeros((5, 1), np.int64)}, r"labels must be .* \(5, 1\)"),
+        ({"y_test": np.full(5, 10)}, "labels run from 10 to 10, data.num_classes is 10"),
+        ({"y_test": np.arange(-1, 4)}, "labels run from -1 to 3"),
+        ({"x_test": noise(0, 9, 9, 3), "y_test": np.arange(0)}, "there are no images"),
+        ({"x_test": np.array([{}], dtype=object)}, "set.npz is not an .npz file that can be read"),
+    ],
+)
+def test_arrays_that_do_not_fit_the_recipe_are_named(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+    with pytest.raises(DfkdError, match=message):
+        open_split(settings("npz", write_npz(tmp_path / "set.npz", **changed), **COLOUR), "test")
+
+
+@pytest.mark.parametrize("damage", ["half", "flipped byte", "text", "empty", "npy", "folder"])
+def test_a_damaged_npz_file_is_an_error_for_the_user(tmp_path: Path, damage: str) -> None:
+    path = write_npz(tmp_path / "set.npz")
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "npy":
+        with path.open("wb") as file:
+            np.save(file, noise(5, 9, 9, 3))
+    elif damage == "folder":
+        path.mkdir()
+    else:
+        middle = whole.index(noise(5, 9, 9, 3).tobytes())
+        flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+        path.write_bytes({"half": whole[: len(whole) // 2], "flipped byte": flipped, "text": b"hello", "empty": b""}[damage])
+    with pytest.raises(DfkdError, match=r"set\.npz is not an \.npz file that can be read: \S"):
+        open_split(settings("npz", path, **COLOUR), "test")
+
+
+def write_folder(root: Path, name: str, picture: Pixels, classes: str = "ab") -> None:
+    for label in classes:
+        (root / name / label).mkdir(parents=True)
+        Image.fromarray(picture).save(root / name / label / "0.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_in_folders_are_resized_cropped_in_the_middle_and_normalised(tmp_path: Path, channels: int) -> None:
+    picture = noise(40, 60, 3)
+    write_folder(tmp_path, "val", picture)
+    mean, std = (0.5, 0.4, 0.3)[:channels], (0.5, 0.25, 0.2)[:channels]
+    wanted = settings("folder", tmp_path, num_classes=2, channels=channels, image_size=28, mean=mean, std=std)
+    images, labels = images_of(open_split(wanted, "test"))
+    assert labels == [0, 1]
+    # 28 · 256 / 224 = 32 is the short side, so the long one is 48 and the margins are 2 and 10.
+    expected = Image.fromarray(picture).resize((48, 32), Image.Resampling.BILINEAR).crop((10, 2, 38, 30))
+    pixels = np.asarray(expected.convert("L" if channels == 1 else "RGB")).reshape(1, 28, 28, channels)
+    np.testing.assert_allclose(images[:1].numpy(), normalised(pixels, mean, std), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("present", "split", "used"),
+    [("val", "test", "val"), ("test", "test", "test"), ("val test", "test", "val"), ("train", "train", "train")],
+)
+def test_the_folder_of_a_split_is_found(tmp_path: Path, present: str, split: Split, used: str) -> None:
+    for name in present.split():
+        write_folder(tmp_path, name, np.full((9, 9, 3), 255 if name == used else 0, np.uint8))
+    images, _ = images_of(open_split(settings("folder", tmp_path, num_classes=2), split))
+    torch.testing.assert_close(images, torch.ones(2, 1, 32, 32))
+
+
+@pytest.mark.parametrize(("augment", "rising"), [("shift", {True}), ("shift_flip", {True, False})])
+def test_augmented_pictures_are_cropped_at_random_and_mirrored_only_on_request(tmp_path: Path, augment: Any, rising: set[bool]) -> None:
+    torch.manual_seed(0)
+    ramp = np.broadcast_to(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 60, 3))
+    write_folder(tmp_path, "train", ramp.copy())
+    split: Any = open_split(settings("folder", tmp_path, num_classes=2, image_size=16), "train", augment=augment)
+    served = [split[0][0] for _ in range(20)]
+    assert all(image.shape == (1, 16, 16) for image in served)
+    assert {bool(image[0, 0, -1] > image[0, 0, 0]) for image in served} == rising
+    assert len({image.mean().item() for image in served}) > 10
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "others", "message"),
+    [
+        ("", "ab", {}, "has no folder val or test"),
+        ("train", "ab", {}, "has no folder val or test"),
+        ("val", "abc", {}, "data.num_classes is 2, but .*val has 3 classes"),
+        ("val", "", {}, "val holds no image folders: \\S"),
+        ("val", "ab", {"channels": 4, "mean": (0.5,) * 4, "std": (0.5,) * 4}, "channels"),
+    ],
+)
+def test_folders_that_do_not_fit_the_recipe_are_named(
+    tmp_path: Path, names: str, classes: str, others: dict[str, Any], message: str
+) -> None:
+    for name in names.split():
+        (tmp_path / name).mkdir()
+        write_folder(tmp_path, name, noise(9, 9, 3), classes)
+    with pytest.raises(DfkdError, match=message):
+        open_split(settings("folder", tmp_path, num_classes=2, **others), "test")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "imagenet"}, "name"),
+        ({"channels": 3}, "mean has 1 numbers for 3 channels"),
+        ({"channels": 2, "mean": (0.5, 0.5)}, "std has 1 numbers for 2 channels"),
+        ({"std": (0.0,)}, "std"),
+        ({"num_classes": 1}, "num_classes"),
+        ({"image_size": 7}, "image_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"workers": -1}, "workers"),
+        ({"mean": (float("nan"),)}, "mean"),
+        ({"batchsize": 5}, "batchsize"),
+    ],
+)
+def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataSettings(**wrong)
+
+
+@pytest.mark.parametrize("augment", ["shift", "shift_flip"])
+def test_augmentation_reaches_the_images(augment: Any) -> None:
+    torch.manual_seed(0)
+    plain: Any = open_split(settings("digits"), "train")
+    changed: Any = open_split(settings("digits"), "train", augment=augment)
+    assert isinstance(changed, ArraySplit)
+    assert not torch.equal(changed.__getitems__([0, 1, 2, 3])[0], plain.__getitems__([0, 1, 2, 3])[0])
+
+
+@pytest.mark.skipif(not REAL_MNIST.is_dir(), reason="the real MNIST is not beside this checkout")
+def test_the_real_mnist_has_the_known_counts_and_moments(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for packed in REAL_MNIST.glob("*.gz"):
+        (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    split = open_split(settings("mnist", tmp_path, image_size=28, mean=(0.1307,), std=(0.3081,)), "train")
+    assert isinstance(split, ArraySplit)
+    assert torch.bincount(split.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    images, _ = split.__getitems__(list(range(0, 60000, 7)))
+    assert images.mean().item() == pytest.approx(0, abs=0.01)
+    assert images.std().item() == pytest.approx(1, abs=0.01)

@@ -1,0 +1,130 @@
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast import Loop, Method, Objective, Replay, Trainer
+from dfkd_fast.engine.steps import generator_step, student_step
+from tests.conftest import small_method, small_networks
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def changed(network: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(network.state_dict())
+
+
+def test_student_step_trains_the_student_and_moves_only_the_generators_statistics(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(small_method())
+    teacher, student, generator = map(snapshot, (trainer.teacher, trainer.student, trainer.generator))
+    student_step(trainer._game)
+    assert changed(trainer.student, student) == set(student)
+    assert changed(trainer.teacher, teacher) == set()
+    statistics = {name for name in generator if "running" in name or "tracked" in name}
+    assert changed(trainer.generator, generator) == statistics
+    assert all(parameter.grad is None for parameter in [*trainer.generator.parameters(), *trainer.teacher.parameters()])
+
+
+def test_generator_step_computes_no_weight_gradient_of_teacher_or_student(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(small_method())
+    student = snapshot(trainer.student)
+    generator_step(trainer._game)
+    assert all(parameter.grad is None for parameter in [*trainer.student.parameters(), *trainer.teacher.parameters()])
+    assert all(parameter.grad is not None for parameter in trainer.generator.parameters())
+    assert changed(trainer.student, student) == set()
+
+
+@pytest.mark.parametrize(("mode", "moved"), [("train", True), ("eval", False)])
+def test_student_mode_in_the_generator_step_decides_whether_its_statistics_move(make_trainer: MakeTrainer, mode: str, moved: bool) -> None:
+    networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
+    method = Method(loop=Loop(batch_size=4, student_in_generator_step=mode))  # type: ignore[arg-type]
+    trainer = make_trainer(method, networks=networks)
+    student = snapshot(trainer.student)
+    generator_step(trainer._game)
+    assert bool(changed(trainer.student, student)) is moved
+    assert trainer.student.training
+
+
+def test_every_batch_norm_of_student_and_generator_is_updated_k_plus_1_times_an_iteration(make_trainer: MakeTrainer) -> None:
+    networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
+    trainer = make_trainer(small_method(student_steps=3, epochs=1, iterations=1), networks=networks)
+    trainer.fit()
+    for network in (trainer.student, trainer.generator):
+        counts = {int(value) for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
+        assert counts == {4}
+
+
+def gradient_of_generator(trainer: Trainer) -> Tensor:
+    generator_step(trainer._game)
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.generator.parameters() if parameter.grad is not None])
+
+
+def test_generators_gradient_depends_on_the_student(make_trainer: MakeTrainer) -> None:
+    ours = small_networks()
+    other = (ours[0], small_networks(seed=9)[1], ours[2])
+    gradients = [gradient_of_generator(make_trainer(small_method(), networks=networks)) for networks in (ours, other)]
+    assert gradients[0].abs().sum() > 0
+    assert not torch.allclose(*gradients)
+
+
+def test_generator_has_nothing_to_gain_from_a_student_that_is_its_teacher(make_trainer: MakeTrainer) -> None:
+    teacher, _, generator = small_networks(teacher="lenet5", student="lenet5")
+    trainer = make_trainer(small_method(), networks=(teacher, copy.deepcopy(teacher), generator))
+    assert generator_step(trainer._game)["adversarial"].item() == 0.0
+    assert all((parameter.grad == 0).all() for parameter in trainer.generator.parameters() if parameter.grad is not None)
+
+
+def test_generator_ascends_what_the_student_descends(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(Method(loop=Loop(batch_size=64), objective=Objective(adversary="l1")))
+    latents = torch.randn(64, 20)
+
+    def discrepancy() -> float:
+        with torch.no_grad():
+            images = trainer.generator(latents)
+            return (trainer.student(images) - trainer.teacher(images)).abs().mean().item()
+
+    before = discrepancy()
+    for _ in range(20):
+        generator_step(trainer._game)
+    assert discrepancy() > before
+
+
+def test_replay_of_weight_zero_equals_no_replay_bit_for_bit(make_trainer: MakeTrainer) -> None:
+    plain = make_trainer(small_method())
+    weightless = make_trainer(small_method(replay=Replay(kind="ema_generator", weight=0.0)))
+    plain.fit()
+    weightless.fit()
+    assert [epoch.losses for epoch in plain.history] == [epoch.losses for epoch in weightless.history]
+    for ours, theirs in zip(plain.student.parameters(), weightless.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_replayed_rows_come_from_the_averaged_generator_and_a_stream_of_their_own(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(small_method(replay=Replay(kind="ema_generator"), batch_size=4))
+    seen: list[Tensor] = []
+    trainer.teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    student_step(trainer._game)
+    assert trainer.ema_generator is not None
+    z = torch.randn(4, 20, generator=torch.Generator().manual_seed(3 + 2**32))
+    assert seen[0].shape[0] == 8
+    torch.testing.assert_close(seen[0][4:], trainer.ema_generator.network(z), rtol=0, atol=0)
+
+
+def test_averaged_generator_is_never_trained_and_follows_each_generator_step(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(small_method(replay=Replay(kind="ema_generator", ema_decay=0.7)))
+    assert trainer.ema_generator is not None
+    expected = {name: tensor.double() for name, tensor in snapshot(trainer.generator).items()}
+    for _ in range(3):
+        student_step(trainer._game)
+        generator_step(trainer._game)
+        for name, tensor in trainer.generator.state_dict().items():
+            expected[name] = 0.7 * expected[name] + 0.3 * tensor.double() if tensor.is_floating_point() else tensor.double()
+    for name, tensor in trainer.ema_generator.network.state_dict().items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.ema_generator.network.parameters())

@@ -1,0 +1,198 @@
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast import DfkdError, GeneratorA, Method, NonFiniteLossError, Replay, Trainer
+from dfkd_fast.models import build_classifier
+from tests.conftest import small_method, small_networks
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Equal to the bit, whatever the containers."""
+    if isinstance(ours, Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert_equal(value, theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_equal(one, other)
+    else:
+        assert ours == theirs
+
+
+def without_times(state: dict[str, Any]) -> dict[str, Any]:
+    history = [{**epoch, "seconds": None} for epoch in state["history"]]
+    return {**state, "history": history, "seconds": None}
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 8], ids=["first epoch", "epoch's end", "second epoch", "last epoch"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer: MakeTrainer, stop_after: int, channels_last: bool) -> None:
+    method = small_method(replay=Replay(kind="ema_generator"), epochs=3, iterations=3, channels_last=channels_last)
+    networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
+    # Dropout draws from the global random stream, which has to go on, too.
+    networks = (networks[0], nn.Sequential(networks[1], nn.Dropout(0.2)), networks[2])
+    torch.manual_seed(5)
+    whole = make_trainer(method, networks=networks)
+    whole.fit()
+
+    torch.manual_seed(5)
+    stopped = make_trainer(method, networks=networks)
+    stopped.on_iteration = lambda trainer: trainer.stop() if trainer.iterations_done == stop_after else None
+    stopped.fit()
+    assert not stopped.finished
+    state = through_a_file(stopped.state_dict())
+
+    torch.manual_seed(99)
+    other = small_networks(seed=7, teacher="wrn10_1", student="wrn10_1", channels=3)
+    resumed = make_trainer(method, seed=50, networks=(networks[0], nn.Sequential(other[1], nn.Dropout(0.2)), other[2]))
+    resumed.load_state_dict(state)
+    resumed.fit()
+    assert resumed.finished
+    assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
+
+
+def test_epochs_can_be_taken_one_at_a_time(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(small_method(epochs=3))
+    assert next(iter(trainer)).number == 1
+    assert [epoch.number for epoch in trainer] == [2, 3]
+    assert trainer.finished
+    assert list(trainer) == []
+
+
+def test_student_is_evaluated_when_asked_and_always_at_the_end(make_trainer: MakeTrainer) -> None:
+    method = small_method(epochs=5)
+    method = Method(loop=type(method.loop)(**{**vars(method.loop), "evaluate_every": 2}))
+    trainer = make_trainer(method, evaluate=lambda student: 42.0)
+    assert [epoch.student_accuracy for epoch in trainer] == [None, 42.0, None, 42.0, 42.0]
+
+
+def test_evaluation_and_sampling_leave_the_trajectory_alone(make_trainer: MakeTrainer) -> None:
+    def nosy(student: nn.Module) -> float:
+        student.eval()
+        student(torch.randn(2, 1, 32, 32))
+        student.train()
+        return 0.0
+
+    undisturbed = make_trainer(small_method())
+    undisturbed.fit()
+    trainer = make_trainer(small_method(), evaluate=nosy)
+    for _ in trainer:
+        trainer.sample(4)
+    for ours, theirs in zip(trainer.student.parameters(), undisturbed.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert trainer.generator.training
+
+
+def test_losses_of_an_epoch_are_means_over_its_steps(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(small_method(epochs=1))
+    rows: list[Tensor] = []
+    trainer.on_iteration = lambda trainer: rows.append(trainer.losses["student"][trainer.iteration - 1].clone())
+    (epoch,) = list(trainer)
+    assert epoch.losses["student"] == pytest.approx(torch.stack(rows).double().mean().item(), rel=1e-6)
+    assert (torch.stack(rows) > 0).all()
+
+
+class BreaksAtStep(nn.Module):
+    """A student whose logits become NaN at its n-th training forward."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.inner = small_networks()[1]
+        self.step = step
+        self.forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += self.training
+        logits: Tensor = self.inner(x)
+        return logits * float("nan") if self.forwards == self.step else logits
+
+
+@pytest.mark.parametrize(
+    ("step", "where"),
+    [
+        (2, "student's loss term 'student' is nan at student step 2 of iteration 1, epoch 1"),
+        (6, "generator's loss term 'adversarial' is nan at generator step 1 of iteration 2, epoch 1"),
+        (11, "student's loss term 'student' is nan at student step 2 of iteration 1, epoch 2"),
+    ],
+)
+def test_nan_loss_stops_the_run_naming_step_and_term(make_trainer: MakeTrainer, step: int, where: str) -> None:
+    teacher, _, generator = small_networks()
+    trainer = make_trainer(small_method(), networks=(teacher, BreaksAtStep(step), generator))
+    with pytest.raises(NonFiniteLossError, match=where):
+        trainer.fit()
+
+
+def test_nan_is_found_before_a_stopped_run_could_be_saved(make_trainer: MakeTrainer) -> None:
+    teacher, _, generator = small_networks()
+    trainer = make_trainer(small_method(), networks=(teacher, BreaksAtStep(1), generator))
+    trainer.on_iteration = lambda trainer: trainer.stop()
+    with pytest.raises(NonFiniteLossError):
+        trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("networks", "message"),
+    [
+        (lambda t, s, g: (t, build_classifier("lenet5_half", 7, 1), g), r"disagree on the classes.*\(10,\).*\(7,\)"),
+        (lambda t, s, g: (t, s, GeneratorA(20, 1, 28, width=4)), r"teacher cannot take the generator's 1×28×28 images"),
+        (lambda t, s, g: (t, s, GeneratorA(20, 3, 32, width=4)), r"teacher cannot take the generator's 3×32×32 images"),
+        (lambda t, s, g: (t, nn.Sequential(nn.Flatten(), nn.Linear(3, 10)), g), r"student cannot take"),
+        (lambda t, s, g: (t, s, nn.Linear(20, 10)), r"attribute latent_dim"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused_in_one_line(make_trainer: MakeTrainer, networks: Any, message: str) -> None:
+    with pytest.raises(DfkdError, match=message) as caught:
+        make_trainer(small_method(), networks=networks(*small_networks()))
+    assert "\n" not in str(caught.value)
+
+
+def test_state_of_another_network_is_refused(make_trainer: MakeTrainer) -> None:
+    state = make_trainer(small_method()).state_dict()
+    other = make_trainer(small_method(), networks=small_networks(teacher="wrn10_1", student="wrn10_1", channels=3))
+    with pytest.raises(DfkdError, match="not of these networks"):
+        other.load_state_dict(state)
+
+
+def test_a_users_own_generator_needs_only_latent_dim(make_trainer: MakeTrainer) -> None:
+    class Own(nn.Module):
+        latent_dim = 5
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 32 * 32)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.layer(z).view(-1, 1, 32, 32)
+
+    teacher, student, _ = small_networks()
+    own = Own()
+    before = own.layer.weight.detach().clone()
+    trainer = make_trainer(small_method(replay=Replay(kind="ema_generator")), networks=(teacher, student, own))
+    trainer.fit()
+    assert not torch.equal(trainer.generator.layer.weight, before)  # type: ignore[union-attr, arg-type]
+
+
+def test_different_seeds_draw_different_latents(make_trainer: MakeTrainer) -> None:
+    losses = [make_trainer(small_method(), seed=seed) for seed in (0, 1)]
+    for trainer in losses:
+        trainer.fit()
+    assert losses[0].history[0].losses != losses[1].history[0].losses

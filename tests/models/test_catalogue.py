@@ -1,0 +1,117 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_classifier
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("lenet5", LeNet5),
+        ("lenet5_half", LeNet5),
+        ("cifar_resnet18", CifarResNet),
+        ("cifar_resnet34", CifarResNet),
+        ("wrn10_1", WideResNet),
+        ("wrn40_2", WideResNet),
+    ],
+)
+def test_a_papers_network_is_built_by_its_name(name: str, kind: type[nn.Module]) -> None:
+    with torch.device("meta"):
+        assert type(build_classifier(name, 10, 1)) is kind
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("squeezenet1_1", "torchvision"),
+        ("resnet18", "torchvision"),
+        ("torchvision:resnet18", "torchvision"),
+        ("timm:resnet18", "timm"),
+        ("resnet10t", "timm"),
+    ],
+)
+def test_other_names_come_from_torchvision_first_unless_a_library_is_named(name: str, library: str) -> None:
+    with torch.device("meta"):
+        network = build_classifier(name, 7, 3)
+    assert type(network).__module__.split(".")[0] == library
+    assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
+
+
+def test_a_network_of_timm_takes_any_number_of_channels() -> None:
+    with torch.device("meta"):
+        network = build_classifier("timm:resnet10t", 7, 1)
+    assert network(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
+def test_a_network_of_torchvision_refuses_other_than_3_channels_and_names_the_alternative(name: str) -> None:
+    with pytest.raises(DfkdError, match=rf"{name}.* take 3 channels, not 1; .*timm:resnet18"):
+        build_classifier(name, 10, 1)
+
+
+@pytest.mark.parametrize("name", ["wrn39_2", "wrn4_2", "wrn16_0", "wrn0_1"])
+def test_a_wide_resnet_that_cannot_be_is_refused(name: str) -> None:
+    with pytest.raises(DfkdError, match=rf"model '{name}': .*depth is 6n \+ 4"):
+        build_classifier(name, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("lenet", "lenet5"),
+        ("cifar_resnet16", "cifar_resnet18"),
+        ("wrn40-2", "wrn40_2"),
+        ("resnet18_", "resnet18"),
+        ("timm:resnet_50", "resnet50"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest(name: str, suggestion: str) -> None:
+    with pytest.raises(DfkdError, match=rf"unknown model '{name}': did you mean '{suggestion}'\?"):
+        build_classifier(name, 10, 3)
+
+
+def test_an_unknown_name_lists_each_choice_once() -> None:
+    with pytest.raises(DfkdError) as caught:
+        build_classifier("resnet18_", 10, 3)
+    choices = str(caught.value).partition("there are ")[2].split(", ")
+    assert set(choices) >= {"lenet5", "lenet5_half", "cifar_resnet18", "cifar_resnet34", "resnet18"}
+    assert len(choices) == len(set(choices))
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"own_networks_{tmp_path.parent.name.replace('-', '_')}_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        "from torch import nn\n"
+        "def tiny(num_classes: int) -> nn.Module: return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))\n"
+        "def text(num_classes: int) -> str: return 'no network'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    return name
+
+
+def test_a_users_own_function_is_found_in_the_working_folder(own_module: str) -> None:
+    network = build_classifier(f"{own_module}:tiny", 7, 1)
+    assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"), [("nothing", "has no attribute 'nothing'"), ("text", "must return a torch.nn.Module, not str")]
+)
+def test_a_users_own_function_that_gives_no_network_is_named(own_module: str, function: str, message: str) -> None:
+    with pytest.raises(DfkdError, match=f"model '{own_module}:{function}'.* {message}"):
+        build_classifier(f"{own_module}:{function}", 7, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module_at_all:build", "./networks:build", ".networks:build", "math:pi", "timm:resnet18.no_such_tag"]
+)
+def test_a_name_that_leads_nowhere_is_one_line_for_the_user(name: str) -> None:
+    with pytest.raises(DfkdError, match=name):
+        build_classifier(name, 7, 3)

@@ -1,0 +1,245 @@
+import copy
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.models import Generator, GeneratorA, GeneratorB, GeneratorSettings, UpsampleConv2d, build_generator, generate
+
+
+def close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
+    assert actual is not None
+    assert expected is not None
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 4, 1, 6)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_the_transposed_convolution_is_nearest_upsampling_and_a_convolution(shape: tuple[int, ...], layout: str) -> None:
+    torch.manual_seed(0)
+    layer = UpsampleConv2d(shape[1], 5).double()
+    twin = nn.Conv2d(shape[1], 5, kernel_size=3, padding=1).double()
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(*shape, 2, dtype=torch.float64)[..., 0]
+    if layout != "sliced":
+        x = x.contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    ours, theirs = (x.detach().requires_grad_() for _ in range(2))
+
+    made, expected = layer(ours), twin(F.interpolate(theirs, scale_factor=2, mode="nearest"))
+    close(made, expected, 1e-12)
+    cotangent = torch.randn_like(expected)
+    made.backward(cotangent)
+    expected.backward(cotangent)
+    close(ours.grad, theirs.grad, 1e-12)
+    close(layer.weight.grad, twin.weight.grad, 1e-12)
+    close(layer.bias.grad if layer.bias is not None else None, twin.bias.grad if twin.bias is not None else None, 1e-12)
+
+
+def textbook_a(latent_dim: int, channels: int, image_size: int, width: int) -> list[nn.Module]:
+    side = image_size // 4
+    return [
+        nn.Linear(latent_dim, 2 * width * side**2),
+        nn.Unflatten(1, (2 * width, side, side)),
+        nn.BatchNorm2d(2 * width),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        nn.BatchNorm2d(2 * width),
+        nn.LeakyReLU(0.2),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(2 * width, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, channels, 3, padding=1),
+        nn.Tanh(),
+        nn.BatchNorm2d(channels, affine=False),
+    ]
+
+
+def textbook_b(latent_dim: int, channels: int, image_size: int, width: int) -> list[nn.Module]:
+    side = image_size // 16
+    layers: list[nn.Module] = [
+        nn.Linear(latent_dim, 8 * width * side**2),
+        nn.Unflatten(1, (8 * width, side, side)),
+        nn.BatchNorm2d(8 * width),
+    ]
+    for before, after in ((8, 4), (4, 2), (2, 1), (1, 1)):
+        up = nn.ConvTranspose2d(before * width, after * width, 4, stride=2, padding=1, bias=False)
+        layers += [up, nn.BatchNorm2d(after * width), nn.LeakyReLU(0.2)]
+    return [*layers, nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "textbook", "sizes"),
+    [
+        (GeneratorA, textbook_a, (7, 1, 8, 4)),
+        (GeneratorA, textbook_a, (5, 3, 20, 6)),
+        (GeneratorB, textbook_b, (7, 3, 16, 4)),
+        (GeneratorB, textbook_b, (5, 1, 32, 2)),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_generator_computes_what_the_paper_describes(
+    kind: type[GeneratorA] | type[GeneratorB], textbook: type, sizes: tuple[int, int, int, int], training: bool
+) -> None:
+    torch.manual_seed(0)
+    generator = kind(*sizes).double()
+    twin = nn.Sequential(*textbook(*sizes)).double()
+    twin.load_state_dict(dict(zip(twin.state_dict(), generator.state_dict().values(), strict=True)))
+    z = torch.randn(6, sizes[0], dtype=torch.float64)
+    generator(z), twin(z)
+    made, expected = generator.train(training)(z), twin.train(training)(z)
+    assert made.shape == (6, sizes[1], sizes[2], sizes[2])
+    close(made, expected, 1e-9)
+    for ours, theirs in zip(generator.state_dict().values(), twin.state_dict().values(), strict=True):
+        close(ours, theirs, 1e-12)
+    made.square().mean().backward()
+    expected.square().mean().backward()
+    for weight, other in zip(generator.parameters(), twin.parameters(), strict=True):
+        close(weight.grad, other.grad, 1e-9)
+
+
+# Counted by hand from the paper's table of layers.
+@pytest.mark.parametrize(
+    ("kind", "latent_dim", "channels", "image_size", "expected"),
+    [
+        (GeneratorA, 100, 1, 32, 8192 * 101 + 256 + 128 * 128 * 9 + 128 + 256 + 128 * 64 * 9 + 64 + 128 + 64 * 9 + 1),
+        (GeneratorA, 256, 3, 32, 8192 * 257 + 256 + 128 * 128 * 9 + 128 + 256 + 128 * 64 * 9 + 64 + 128 + 3 * (64 * 9 + 1)),
+        (
+            GeneratorB,
+            256,
+            3,
+            128,
+            32768 * 257 + 1024 + 16 * (512 * 256 + 256 * 128 + 128 * 64 + 64 * 64) + 512 + 256 + 128 + 128 + 3 * (64 * 9 + 1),
+        ),
+    ],
+)
+def test_parameters_at_the_papers_sizes(
+    kind: type[GeneratorA] | type[GeneratorB], latent_dim: int, channels: int, image_size: int, expected: int
+) -> None:
+    with torch.device("meta"):
+        generator = kind(latent_dim, channels, image_size)
+    assert sum(parameter.numel() for parameter in generator.parameters()) == expected
+    assert generator(torch.empty(2, latent_dim, device="meta")).shape == (2, channels, image_size, image_size)
+
+
+def test_generator_a_in_training_gives_zero_mean_and_unit_variance_in_every_channel() -> None:
+    torch.manual_seed(0)
+    images = GeneratorA(16, 3, 16, width=8)(torch.randn(32, 16))
+    variance, mean = torch.var_mean(images, dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(variance, torch.ones(3), atol=1e-2, rtol=0)
+
+
+def test_generator_b_draws_its_weights_as_the_paper_says() -> None:
+    torch.manual_seed(0)
+    generator = GeneratorB(64, 3, 16, width=16)
+    for module in generator.modules():
+        if isinstance(module, nn.Linear | nn.ConvTranspose2d | nn.BatchNorm2d) and module.weight.numel() >= 64:
+            center = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+            tolerance = 6 * 0.02 / module.weight.numel() ** 0.5
+            assert module.weight.mean().item() == pytest.approx(center, abs=tolerance)
+            assert module.weight.std().item() == pytest.approx(0.02, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "image_size", "message"),
+    [
+        (GeneratorA, 30, "multiple of 4, not 30"),
+        (GeneratorB, 8, "16, 32, 64, 128 or 256, not 8"),
+        (GeneratorB, 48, "not 48"),
+        (GeneratorB, 512, "not 512"),
+    ],
+)
+def test_a_size_no_generator_can_make_is_refused(kind: type[GeneratorA] | type[GeneratorB], image_size: int, message: str) -> None:
+    with pytest.raises(DfkdError, match=message):
+        kind(10, 1, image_size)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("A", GeneratorA), ("B", GeneratorB)])
+def test_a_recipes_section_builds_its_generator(model: str, kind: type[Generator]) -> None:
+    generator = build_generator(GeneratorSettings(model=model, latent_dim=6, width=3), channels=2, image_size=16)  # type: ignore[arg-type]
+    assert type(generator) is kind
+    assert generator.latent_dim == 6
+    assert generator(torch.randn(2, 6)).shape == (2, 2, 16, 16)
+    assert [layer.in_channels for layer in generator.modules() if type(layer) is nn.Conv2d] == [3]
+
+
+@pytest.mark.parametrize("wrong", [{"model": "C"}, {"latent_dim": 0}, {"latent_dim": "9"}, {"width": True}, {"widht": 8}])
+def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        GeneratorSettings(**wrong)  # type: ignore[arg-type]
+
+
+class Own(nn.Module):
+    """A user's generator: neither tanh nor normalisation is ours to add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 3 * 256), nn.Unflatten(1, (3, 16, 16)), nn.BatchNorm2d(3), nn.Sigmoid())
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.layers(z)
+        return 4 * images
+
+
+class Cumulative(Generator):
+    """Ours, with the average over all batches that ``momentum=None`` means in BatchNorm2d."""
+
+    def __init__(self) -> None:
+        body = nn.Sequential(nn.Linear(5, 3 * 256), nn.Unflatten(1, (3, 16, 16)))
+        super().__init__(body, 5, nn.BatchNorm2d(3, affine=False, momentum=None))
+
+
+def small(kinds: str) -> Iterator[nn.Module]:
+    for kind in kinds:
+        yield {"A": GeneratorA, "B": GeneratorB}[kind](5, 3, 16, width=4) if kind in "AB" else Own() if kind == "O" else Cumulative()
+
+
+def states(generators: Sequence[nn.Module]) -> list[Tensor]:
+    return [tensor for generator in generators for tensor in generator.state_dict().values()]
+
+
+def gradients(generators: Sequence[nn.Module]) -> list[Tensor | None]:
+    return [parameter.grad for generator in generators for parameter in generator.parameters()]
+
+
+@pytest.mark.parametrize("kinds", ["A", "AA", "B", "BB", "O", "OO", "AO", "OBA", "CC"])
+@pytest.mark.parametrize("training", [(True, True, True), (False, True, False), (False, False, False)])
+def test_generate_equals_the_generators_own_forwards(kinds: str, training: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    generators = [generator.train(mode) for generator, mode in zip(small(kinds), training, strict=False)]
+    twins = copy.deepcopy(generators)
+    for _ in range(3):
+        latents = [torch.randn(4 + index, 5) for index in range(len(kinds))]
+        images = generate(generators, latents)
+        expected = torch.cat([twin(z) for twin, z in zip(twins, latents, strict=True)])
+        close(images, expected, 1e-5)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs in zip(states(generators), states(twins), strict=True):
+        close(ours, theirs, 1e-5)
+    cotangent = torch.randn(expected.shape)
+    images.backward(cotangent)
+    expected.backward(cotangent)
+    for gradient, other in zip(gradients(generators), gradients(twins), strict=True):
+        close(gradient, other, 1e-3)
+
+
+@pytest.mark.parametrize("kinds", ["AA", "BB", "AO"])
+def test_generate_fills_a_given_batch(kinds: str) -> None:
+    torch.manual_seed(0)
+    generators = [generator.eval() for generator in small(kinds)]
+    latents = [torch.randn(2, 5), torch.randn(3, 5)]
+    out = torch.full((5, 3, 16, 16), float("nan"))
+    with torch.no_grad():
+        assert generate(generators, latents, out=out) is out
+        close(out, torch.cat([generator(z) for generator, z in zip(generators, latents, strict=True)]), 1e-5)
+
+
+def test_an_output_norm_without_running_statistics_is_refused() -> None:
+    generator = Generator(nn.Identity(), 5, nn.BatchNorm2d(3, affine=False, track_running_stats=False))
+    with pytest.raises(DfkdError, match="output_norm must track running statistics"):
+        generate([generator], [torch.randn(2, 3, 4, 4)])

@@ -1,0 +1,280 @@
+"""The command line: names and files are a contract, errors are one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dfkd_fast import Trainer, __version__
+from dfkd_fast.cli import main
+from dfkd_fast.recipe import recipe_from_toml
+
+TINY = [
+    *("--set", "loop.epochs=3", "--set", "loop.iterations_per_epoch=2", "--set", "loop.batch_size=8", "--set", "loop.student_steps=2"),
+    *("--set", "teacher.epochs=2", "--set", "generator.width=2", "--set", "report.samples=9", "--set", "report.samples_every=2"),
+]
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """The command line in this process and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["dfkd-fast", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        said = capsys.readouterr()
+        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err)
+
+    return call
+
+
+@pytest.fixture
+def tiny_run(run: Run, tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    said = run("distill", "digits", "--out", folder, "--seed", "1", *TINY)
+    assert said.code == 0, said.err
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_distill_leaves_everything_in_its_folder(tiny_run: Path) -> None:
+    recipe = recipe_from_toml((tiny_run / "recipe.toml").read_text(), "recipe.toml")
+    assert (recipe.seed, recipe.loop.epochs) == (1, 3)
+
+    metrics = lines(tiny_run / "metrics.jsonl")
+    assert [line["epoch"] for line in metrics] == [1, 2, 3]
+    for line in metrics:
+        assert set(line) == {"epoch", "seconds", "losses", "student_accuracy"}
+        assert set(line["losses"]) == {"student", "adversarial"}
+        assert line["seconds"] > 0
+
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert set(summary) >= {"recipe", "device", "versions", "seed", "teacher_accuracy", "student_accuracy", "seconds", "peak_memory_bytes"}
+    assert (summary["recipe"], summary["device"], summary["seed"], summary["versions"]["dfkd_fast"]) == ("digits", "cpu", 1, __version__)
+    accuracies = [line["student_accuracy"] for line in metrics]
+    assert summary["student_accuracy"]["last"] == accuracies[-1]
+    assert summary["student_accuracy"]["best"] == max(accuracies)
+    assert summary["student_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 3)
+    assert set(summary["student_accuracy"]) >= {"last", "best", "mean", "variance"}
+    seconds = summary["seconds"]
+    assert seconds["total"] >= seconds["teacher"] + seconds["generator"] + seconds["student"] + seconds["evaluation"]
+    assert min(seconds.values()) > 0
+    assert summary["peak_memory_bytes"] > 50e6
+
+    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
+    assert Image.open(tiny_run / "samples" / "epoch-0003.png").size == (3 * 33 + 1, 3 * 33 + 1)
+    assert Image.open(tiny_run / "curves.png").size > (400, 400)
+    assert list((tiny_run / "checkpoints").glob("iteration-*.pt"))
+    assert list((tiny_run / "tensorboard").glob("events.*"))
+    assert load_file(tiny_run / "student.safetensors").keys() == load_file(tiny_run / "teacher.safetensors").keys()
+
+
+def test_evaluate_gives_the_accuracies_of_the_summary(run: Run, tiny_run: Path) -> None:
+    said = run("evaluate", tiny_run, "--json", "figures.json")
+    assert said.code == 0
+    figures = {entry["role"]: entry for entry in json.loads(Path("figures.json").read_text())}
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert figures["student"]["top1"] == pytest.approx(summary["student_accuracy"]["last"])
+    assert figures["teacher"]["top1"] == pytest.approx(summary["teacher_accuracy"])
+    assert figures["student"]["count"] == 450
+    assert f"{figures['student']['top1']:.2f} %" in said.out
+
+
+def test_a_run_is_reproduced_by_its_own_recipe(run: Run, tiny_run: Path) -> None:
+    assert run("distill", tiny_run / "recipe.toml", "--out", "again").code == 0
+    assert Path("again/student.safetensors").read_bytes() == (tiny_run / "student.safetensors").read_bytes()
+
+
+def test_a_trained_teacher_is_used_and_not_copied(run: Run, tiny_run: Path) -> None:
+    assert run("distill", "digits", "--out", "given", "--seed", "1", *TINY, "--teacher", tiny_run / "teacher.safetensors").code == 0
+    assert not Path("given/teacher.safetensors").exists()
+    ours, theirs = (load_file(folder / "student.safetensors") for folder in (Path("given"), tiny_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_teach_stores_a_teacher_that_distill_takes(run: Run) -> None:
+    assert run("teach", "digits", "--out", "t", *TINY).code == 0
+    assert run("evaluate", "t/teacher.safetensors").code == 0
+
+
+def test_without_data_a_given_teacher_is_distilled_and_nothing_evaluated(run: Run, tiny_run: Path) -> None:
+    said = run("distill", "digits", "--out", "blind", *TINY, "--set", "data.name=none", "--teacher", tiny_run / "teacher.safetensors")
+    assert said.code == 0, said.err
+    summary = json.loads(Path("blind/summary.json").read_text())
+    assert (summary["teacher_accuracy"], summary["student_accuracy"]) == (None, None)
+    assert all(line["student_accuracy"] is None for line in lines(Path("blind/metrics.jsonl")))
+
+
+@pytest.mark.parametrize("iteration", [1, 4])
+def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+    iterate = Trainer._iterate
+
+    def interrupted(trainer: Trainer) -> None:
+        iterate(trainer)
+        if trainer.iterations_done == iteration:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_iterate", interrupted)
+    said = run("distill", "digits", "--out", "b", "--seed", "1", *TINY)
+    assert said.code == 130
+    assert said.err.startswith("dfkd-fast: interrupted and saved; go on with: dfkd-fast distill digits --out b --resume")
+    assert said.err.count("\n") == 1
+    assert not Path("b/student.safetensors").exists()
+
+    monkeypatch.undo()
+    monkeypatch.chdir(tiny_run.parent)
+    assert run("distill", "digits", "--out", "b", "--resume").code == 0
+    assert Path("b/student.safetensors").read_bytes() == (tiny_run / "student.safetensors").read_bytes()
+    untimed = [[{**line, "seconds": 0} for line in lines(folder / "metrics.jsonl")] for folder in (Path("b"), tiny_run)]
+    assert untimed[0] == untimed[1]
+
+
+def test_a_finished_run_can_be_resumed_without_harm(run: Run, tiny_run: Path) -> None:
+    before = (tiny_run / "student.safetensors").read_bytes()
+    assert run("distill", "digits", "--out", tiny_run, "--resume").code == 0
+    assert (tiny_run / "student.safetensors").read_bytes() == before
+    assert len(lines(tiny_run / "metrics.jsonl")) == 3
+
+
+def test_default_folders_are_numbered_and_never_overwritten(run: Run) -> None:
+    for _ in range(2):
+        assert run("teach", "digits", *TINY).code == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["digits", "digits-2"]
+
+
+def test_ctrl_c_from_outside_saves_and_exits_with_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", "--out", "run", *TINY, "--set", "loop.epochs=10000"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while not list((tmp_path / "run" / "checkpoints").glob("iteration-*.pt")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("dfkd-fast: interrupted and saved")
+
+
+LIMITED = """
+import resource, sys
+from dfkd_fast.cli import main
+from dfkd_fast.engine import checkpoint
+save, saved = checkpoint.save_checkpoint, []
+def limited(state, folder, iteration):
+    if saved:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    saved.append(save(state, folder, iteration))
+    return saved[-1]
+import dfkd_fast.run
+dfkd_fast.run.save_checkpoint = limited
+main()
+"""
+
+
+def test_a_disk_that_fills_up_costs_one_line_and_no_checkpoint(tmp_path: Path, run: Run, tiny_run: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, "distill", "digits", "--out", "full", *TINY, "--teacher", str(tiny_run / "teacher.safetensors")]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said.returncode == 2, said.stderr
+    assert said.stderr.count("\n") == 1
+    assert "File too large" in said.stderr
+    assert "the last good checkpoint is full/checkpoints/iteration-00000002.pt" in said.stderr
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["iteration-00000002.pt"]
+    assert run("distill", "digits", "--out", "full", "--resume").code == 0
+
+
+def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Path) -> None:
+    said = run("distill", "digits", "--out", "nan", *TINY, "--teacher", tiny_run / "teacher.safetensors", "--set", "student_optimizer.lr=1e30")
+    assert said.code == 2
+    assert "loss term" in said.err
+    assert "epoch 1; there is no checkpoint yet" in said.err
+    assert not list(Path("nan").rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "digit"], "unknown recipe 'digit': did you mean 'digits'?"),
+        (["distill", "digits", "--set", "loop.epochs=0"], "loop.epochs = 0: must be a whole number ≥ 1"),
+        (["distill", "digits", "--set", "loop.epochs"], "--set 'loop.epochs': must be key.path=value"),
+        (["distill", "digits", "--set", "student.model=lenet5_haf"], "did you mean 'lenet5_half'?"),
+        (["distill", "digits", "--set", "generator.model=B", "--set", "data.image_size=40"], "side is 16, 32, 64, 128 or 256, not 40"),
+        (["distill", "digits", "--set", "data.image_size=36"], "the generator's 1×36×36 images"),
+        (["distill", "digits", "--teacher", "nowhere.safetensors"], "nowhere.safetensors not found"),
+        (["distill", "digits", "--device", "tpu"], "tpu"),
+        (["distill", "digits", "--out", "missing", "--resume"], "--resume: missing holds no run"),
+        (["distill", "mnist-cpu"], "needs --data-root"),
+        (["distill", "mnist-cpu", "--data-root", "nowhere"], "nowhere does not exist"),
+        (["distill", "mnist-cpu", "--data-root", "."], "does not hold MNIST in torchvision's layout"),
+        (["distill", "digits", "--set", "data.name=none"], "this recipe has no images"),
+        (["distill"], "Missing argument"),
+        (["evaluate", "nowhere"], "weights nowhere not found"),
+        (["evaluate", "."], "holds neither student.safetensors nor teacher.safetensors"),
+        (["show", "nothing.toml"], "cannot be read"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
+    tiny = TINY if arguments[:1] == ["distill"] and len(arguments) > 1 else []
+    said = run(*arguments[:2], *tiny, *arguments[2:])
+    assert said.code == 2
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert "Traceback" not in said.err
+
+
+def test_a_run_in_a_taken_folder_is_refused_and_nothing_lost(run: Run, tiny_run: Path) -> None:
+    before = (tiny_run / "recipe.toml").read_bytes()
+    said = run("distill", "digits", "--out", tiny_run)
+    assert said.code == 2
+    assert "already exists" in said.err
+    assert (tiny_run / "recipe.toml").read_bytes() == before
+
+
+def test_resume_refuses_another_recipe_and_changed_numbers(run: Run, tiny_run: Path) -> None:
+    assert "holds a run of recipe 'digits', not 'digits-dfad'" in run("distill", "digits-dfad", "--out", tiny_run, "--resume").err
+    said = run("distill", "digits", "--out", tiny_run, "--resume", "--set", "loop.batch_size=9")
+    assert said.code == 2
+    assert "loop.batch_size is 8" in said.err
+    assert run("distill", "digits", "--out", tiny_run, "--resume", "--set", "report.samples=4").code == 0
+
+
+def test_recipes_lists_and_show_prints_what_is_shipped(run: Run) -> None:
+    listed = run("recipes").out
+    assert all(name in listed for name in ("digits", "digits-dfad", "mnist-dfad", "mnist-mad", "mnist-cpu"))
+    shown = run("show", "digits", "--set", "loop.epochs=7").out
+    assert tomllib.loads(shown)["loop"]["epochs"] == 7
+
+
+def test_doctor_names_everything_optional(run: Run) -> None:
+    said = run("doctor")
+    assert said.code == 0
+    for thing in ("GPU", "Triton", "compiled extension", "numba", "DALI", "apex"):
+        assert thing in said.out
+

@@ -1,0 +1,116 @@
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dfkd_fast import DfkdError, Loop, load_recipe
+from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml, shipped_recipes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipe_is_printed_completely_and_read_back_equal(name: str) -> None:
+    recipe = load_recipe(name)
+    text = recipe_to_toml(recipe)
+    assert recipe_from_toml(text, name) == recipe
+    printed = tomllib.loads(text)
+    for field in dataclasses.fields(recipe):
+        assert field.name in printed
+    assert set(printed["loop"]) == {field.name for field in dataclasses.fields(Loop)}
+    assert recipe.description
+    assert recipe.provenance
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("loop.epochs", 0, "loop.epochs = 0: must be a whole number ≥ 1"),
+        ("loop.epochs", "3", "loop.epochs = '3': must be a whole number ≥ 1"),
+        ("loop.epochs", True, "loop.epochs = True: must be a whole number ≥ 1"),
+        ("loop.epochs", 2.5, "loop.epochs = 2.5: must be a whole number ≥ 1"),
+        ("loop.epoch", 3, "unknown key 'loop.epoch': did you mean 'loop.epochs'?"),
+        ("lop", {}, "unknown key 'lop': did you mean 'loop'?"),
+        ("loop", 3, "loop = 3: must be a section"),
+        ("loop.channels_last", 1, "loop.channels_last = 1: must be true or false"),
+        ("replay.ema_decay", 1.5, "replay.ema_decay = 1.5: must be a number ≥ 0 and ≤ 1"),
+        ("replay.kind", "ema", "replay.kind = 'ema': unknown choice 'ema': did you mean 'ema_generator'?"),
+        ("objective.discrepancy", "l2", "there are kl, l1"),
+        ("student_optimizer.lr", float("nan"), "student_optimizer.lr = nan: must be a number > 0"),
+        ("student_optimizer.lr", 0, "student_optimizer.lr = 0: must be a number > 0"),
+        ("student_optimizer.betas", [0.1], "student_optimizer.betas.1 is missing"),
+        ("data.mean", [0.1, 0.2], "data: mean has 2 numbers for 1 channels"),
+        ("data.std", [0.0], "data.std.0 = 0.0"),
+        ("seed", -1, "seed = -1: must be a whole number ≥ 0"),
+        ("seed.x", 1, "seed is no section"),
+    ],
+)
+def test_what_is_not_allowed_is_named_with_its_field_value_and_range(path: str, value: Any, message: str) -> None:
+    with pytest.raises(DfkdError) as caught:
+        load_recipe("digits", {"seed": 0, path: value})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_number_passes_for_a_real_one() -> None:
+    assert load_recipe("digits", {"student_optimizer.lr": 1}).student_optimizer.lr == 1.0
+
+
+def test_a_misspelt_recipe_gets_the_nearest_name() -> None:
+    with pytest.raises(DfkdError, match=r"unknown recipe 'digit-dfad': did you mean 'digits-dfad'\?"):
+        load_recipe("digit-dfad")
+
+
+def test_settings_made_in_python_are_validated_too() -> None:
+    with pytest.raises(ValueError, match="epochs"):
+        Loop(epochs=0)
+
+
+def test_a_file_states_only_what_differs_from_what_it_extends(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "digits"\n[loop]\nepochs = 3\n')
+    mine, digits = load_recipe(str(path)), load_recipe("digits")
+    assert mine.name == "mine"
+    assert mine.loop == dataclasses.replace(digits.loop, epochs=3)
+    assert dataclasses.replace(mine, name="digits", loop=digits.loop) == digits
+
+
+def test_a_file_cannot_extend_itself(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'extends = "{path}"\n')
+    with pytest.raises(DfkdError, match="extends itself"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(("text", "message"), [("loop = [", "is not TOML"), ("extends = 3", "must be the name"), (None, "cannot be read")])
+def test_an_unusable_file_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DfkdError, match=message):
+        load_recipe(str(path))
+
+
+def test_digits_dfad_differs_from_digits_by_replay_and_schedule_alone() -> None:
+    mad, dfad = load_recipe("digits"), load_recipe("digits-dfad")
+    assert dataclasses.replace(
+        dfad,
+        name=mad.name,
+        description=mad.description,
+        provenance=mad.provenance,
+        replay=mad.replay,
+        student_optimizer=dataclasses.replace(dfad.student_optimizer, schedule="cosine"),
+    ) == mad
+    assert dfad.replay.kind == "none"
+
+
+def test_mnist_dfad_is_the_papers_setting() -> None:
+    recipe = load_recipe("mnist-dfad")
+    assert (recipe.teacher.model, recipe.student.model) == ("lenet5", "lenet5_half")
+    assert (recipe.generator.model, recipe.generator.latent_dim, recipe.generator.width) == ("A", 100, 64)
+    assert (recipe.loop.batch_size, recipe.loop.epochs, recipe.loop.iterations_per_epoch) == (512, 40, 50)
+    assert (recipe.loop.student_steps, recipe.loop.generator_steps) == (5, 1)
+    student, generator = recipe.student_optimizer, recipe.generator_optimizer
+    assert (student.kind, student.lr, student.momentum, student.weight_decay, student.schedule) == ("sgd", 0.01, 0.9, 1e-4, "constant")
+    assert (generator.kind, generator.lr, generator.betas, generator.weight_decay) == ("adam", 1e-3, (0.9, 0.999), 0.0)
+    assert (recipe.objective.discrepancy, recipe.objective.adversary, recipe.replay.kind) == ("l1", "l1", "none")
