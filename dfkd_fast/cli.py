@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from . import run
+from . import commands
 from .doctor import examine
 from .engine.device import pick_device
 from .errors import DfkdError
@@ -19,6 +19,7 @@ from .files import replacing
 from .interrupt import Interrupted
 from .recipe import load_recipe, recipe_to_toml, shipped_recipes
 from .report import print_table
+from .run import open_run
 
 __all__ = ["app", "main"]
 
@@ -31,7 +32,9 @@ app = typer.Typer(
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see dfkd-fast recipes) or a TOML file.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/RECIPE, numbered if taken]", show_default=False)]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a number of the recipe; may be repeated.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a number of the recipe; may be repeated.")
+]
 DataRoot = Annotated[Path | None, typer.Option(help="Where the data is; nothing is downloaded.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors.  [default: the recipe's]", show_default=False)]
@@ -50,9 +53,8 @@ def distill(
     resume: Resume = False,
 ) -> None:
     """Distil the recipe's student from its teacher."""
-    place = pick_device(device)
-    opened = run.open_run(recipe, _overrides(changes, teacher=teacher, data_root=data_root, seed=seed), out, resume)
-    run.distill(*opened, place, Console())
+    overrides = _overrides(changes, teacher=teacher, data_root=data_root, seed=seed)
+    commands.distill(open_run("distill", recipe, overrides, out, resume, pick_device(device), Console()))
 
 
 @app.command()
@@ -66,9 +68,8 @@ def teach(
     resume: Resume = False,
 ) -> None:
     """Train the recipe's teacher and store its weights."""
-    place = pick_device(device)
-    opened = run.open_run(recipe, _overrides(changes, data_root=data_root, seed=seed), out, resume)
-    run.teach(*opened, place, Console())
+    overrides = _overrides(changes, data_root=data_root, seed=seed)
+    commands.teach(open_run("teach", recipe, overrides, out, resume, pick_device(device), Console()))
 
 
 @app.command()
@@ -85,7 +86,7 @@ def evaluate(
     place = pick_device(device)
     overrides = _overrides(changes, data_root=data_root)
     given = load_recipe(recipe, overrides) if recipe else None
-    results = [result for target in targets for result in run.evaluate_weights(target, given, role, overrides, place)]
+    results = [result for target in targets for result in commands.evaluate_weights(target, given, role, overrides, place)]
     rows = [(result.weights, result.role, result.model, f"{result.top1:.2f} %", str(result.count)) for result in results]
     print_table(Console(), ("weights", "role", "model", "top-1", "images"), rows)
     if json_file is not None:
@@ -139,7 +140,9 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _overrides(changes: list[str] | None, *, teacher: Path | None = None, data_root: Path | None = None, seed: int | None = None) -> dict[str, Any]:
+def _overrides(
+    changes: list[str] | None, *, teacher: Path | None = None, data_root: Path | None = None, seed: int | None = None
+) -> dict[str, Any]:
     """What the options change in a recipe, by dotted path; ``--set`` values are read as TOML, else as text."""
     overrides: dict[str, Any] = {}
     for change in changes or []:

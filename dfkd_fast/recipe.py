@@ -20,7 +20,17 @@ from dfkd_fast.errors import DfkdError, unknown
 from dfkd_fast.models import GeneratorSettings
 from dfkd_fast.settings import Count, PositiveInt, settings
 
-__all__ = ["Recipe", "Report", "Student", "Teacher", "load_recipe", "recipe_from_toml", "recipe_to_toml", "shipped_recipes"]
+__all__ = [
+    "Recipe",
+    "Report",
+    "Student",
+    "Teacher",
+    "load_recipe",
+    "recipe_from_toml",
+    "recipe_to_dict",
+    "recipe_to_toml",
+    "shipped_recipes",
+]
 
 
 @settings
@@ -72,6 +82,7 @@ class Recipe(Method):
     """Which number comes from where."""
 
 
+CHECKED = TypeAdapter(Recipe)
 SHIPPED = resources.files("dfkd_fast") / "recipes"
 
 
@@ -103,7 +114,12 @@ def recipe_from_toml(text: str, where: str, overrides: Mapping[str, Any] | None 
 
 def recipe_to_toml(recipe: Recipe) -> str:
     """The complete recipe as TOML; reading it gives an equal one."""
-    return tomli_w.dumps(dataclasses.asdict(recipe))
+    return tomli_w.dumps(recipe_to_dict(recipe))
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The complete recipe as nested tables."""
+    return CHECKED.dump_python(recipe)
 
 
 def _read(name_or_path: str, chain: list[str]) -> dict[str, Any]:
@@ -157,13 +173,13 @@ def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
 
 def _validate(content: dict[str, Any], where: str) -> Recipe:
     try:
-        return TypeAdapter(Recipe).validate_python(content)
+        return CHECKED.validate_python(content)
     except ValidationError as error:
         raise DfkdError(f"{where}: {_one_line(error.errors()[0])}") from error
 
 
 def _one_line(problem: ErrorDetails) -> str:
-    *sections, key = problem["loc"]
+    *sections, _ = problem["loc"]
     path = ".".join(map(str, problem["loc"]))
     owner = _annotation(sections)
     if problem["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(owner):

@@ -4,14 +4,22 @@ A section is a frozen dataclass that lives beside the code that reads it; its an
 validation, in Python as in TOML.
 """
 
-from typing import Annotated
+import dataclasses
+from typing import Annotated, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 __all__ = ["Count", "Flag", "Fraction", "NonNegative", "Number", "Positive", "PositiveInt", "settings"]
 
-settings = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+Section = TypeVar("Section")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def settings(section: type[Section]) -> type[Section]:
+    """Make a class a section: frozen, keywords only, every value checked, nothing undeclared accepted."""
+    return dataclass(section, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))  # type: ignore[return-value]
+
 
 # Strict, so that neither "3" nor true passes for a number.
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]

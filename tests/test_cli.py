@@ -199,7 +199,18 @@ main()
 
 
 def test_a_disk_that_fills_up_costs_one_line_and_no_checkpoint(tmp_path: Path, run: Run, tiny_run: Path) -> None:
-    command = [sys.executable, "-c", LIMITED, "distill", "digits", "--out", "full", *TINY, "--teacher", str(tiny_run / "teacher.safetensors")]
+    command = [
+        sys.executable,
+        "-c",
+        LIMITED,
+        "distill",
+        "digits",
+        "--out",
+        "full",
+        *TINY,
+        "--teacher",
+        str(tiny_run / "teacher.safetensors"),
+    ]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert said.returncode == 2, said.stderr
     assert said.stderr.count("\n") == 1
@@ -210,7 +221,9 @@ def test_a_disk_that_fills_up_costs_one_line_and_no_checkpoint(tmp_path: Path, r
 
 
 def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Path) -> None:
-    said = run("distill", "digits", "--out", "nan", *TINY, "--teacher", tiny_run / "teacher.safetensors", "--set", "student_optimizer.lr=1e30")
+    said = run(
+        "distill", "digits", "--out", "nan", *TINY, "--teacher", tiny_run / "teacher.safetensors", "--set", "student_optimizer.lr=1e30"
+    )
     assert said.code == 2
     assert "loss term" in said.err
     assert "epoch 1; there is no checkpoint yet" in said.err
@@ -257,6 +270,12 @@ def test_a_run_in_a_taken_folder_is_refused_and_nothing_lost(run: Run, tiny_run:
     assert (tiny_run / "recipe.toml").read_bytes() == before
 
 
+def test_what_fails_before_it_begins_leaves_no_folder_behind(run: Run) -> None:
+    for wrong in (["--teacher", "nowhere"], ["--set", "student.model=nothing"], ["--set", "data.image_size=36"]):
+        assert run("distill", "digits", "--out", "mine", *TINY, *wrong).code == 2
+        assert not Path("mine").exists()
+
+
 def test_resume_refuses_another_recipe_and_changed_numbers(run: Run, tiny_run: Path) -> None:
     assert "holds a run of recipe 'digits', not 'digits-dfad'" in run("distill", "digits-dfad", "--out", tiny_run, "--resume").err
     said = run("distill", "digits", "--out", tiny_run, "--resume", "--set", "loop.batch_size=9")
@@ -277,4 +296,3 @@ def test_doctor_names_everything_optional(run: Run) -> None:
     assert said.code == 0
     for thing in ("GPU", "Triton", "compiled extension", "numba", "DALI", "apex"):
         assert thing in said.out
-

@@ -19,6 +19,7 @@ FLOORS = [
     {"engine"},
     {"recipe", "report"},
     {"run"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -50,9 +50,10 @@ def check_networks(teacher: nn.Module, student: nn.Module, generator: nn.Module,
     if not isinstance(latent_dim, int):
         raise DfkdError("the generator must have an integer attribute latent_dim: the size of z")
     images = forward_quietly(generator, torch.zeros(2, latent_dim, device=device))
-    taught, learnt = (check_classifier(name, net, images, "the generator's") for name, net in (("teacher", teacher), ("student", student)))
+    taught = check_classifier("teacher", teacher, images, "the generator's")
+    learnt = check_classifier("student", student, images, "the generator's")
     if taught != learnt:
         raise DfkdError(
-            f"teacher and student disagree on the classes: of an image the teacher gives {tuple(taught)} logits, the student {tuple(learnt)}"
+            f"teacher and student disagree on the classes: the teacher gives {tuple(taught)} logits an image, the student {tuple(learnt)}"
         )
     return images.shape[1:]

@@ -154,9 +154,8 @@ class Trainer:
         if first is not None:
             row, column, name, value = first
             player = "student" if name == "student" else "generator"
-            raise NonFiniteLossError(
-                f"the {player}'s loss term {name!r} is {value} at {player} step {column + 1} of iteration {row + 1}, epoch {len(self.history) + 1}"
-            )
+            where = f"{player} step {column + 1} of iteration {row + 1}, epoch {len(self.history) + 1}"
+            raise NonFiniteLossError(f"the {player}'s loss term {name!r} is {value} at {where}")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on bit for bit: tensors, numbers and containers."""

@@ -36,7 +36,7 @@ class LeNet5(nn.Sequential):
         )
 
 
-class CifarResNet(ResNet):
+class CifarResNet(ResNet):  # type: ignore[misc]  # torchvision is untyped
     """torchvision's basic-block ResNet with the CIFAR stem: a 3×3 convolution of stride 1 and no pooling.
 
     Args:
@@ -49,7 +49,7 @@ class CifarResNet(ResNet):
         super().__init__(BasicBlock, list(blocks), num_classes=num_classes)
         self.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()  # type: ignore[assignment]  # torchvision declares the layer it makes
+        self.maxpool = nn.Identity()
 
 
 class WideResNet(nn.Module):

@@ -1,5 +1,6 @@
 """Generators: latent vectors in, images in the teacher's normalised space out."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -120,7 +121,7 @@ class GeneratorB(Generator):
             nn.Unflatten(1, (first, side, side)),
             nn.BatchNorm2d(first),
         ]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [
                 nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(after),
@@ -192,4 +193,3 @@ def _tracked(statistic: Tensor | None) -> Tensor:
     if statistic is None:
         raise DfkdError("a generator's output_norm must track running statistics")
     return statistic
-

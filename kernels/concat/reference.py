@@ -26,10 +26,9 @@ def concat_generated(
     if mean is not None and std is not None:
         images = [(image - mean[:, None, None]) / std[:, None, None] for image in images]
     if running_means is not None and running_vars is not None and training is not None:
-        statistics = zip(running_means, running_vars, training, strict=True)
         images = [
-            F.batch_norm(image, *running, training=batch_statistics, momentum=momentum, eps=eps)
-            for image, (*running, batch_statistics) in zip(images, statistics, strict=True)
+            F.batch_norm(image, running_mean, running_var, training=batch_statistics, momentum=momentum, eps=eps)
+            for image, running_mean, running_var, batch_statistics in zip(images, running_means, running_vars, training, strict=True)
         ]
     if out is not None:
         return torch.cat(images, out=out) if out.dtype == images[0].dtype else out.copy_(torch.cat(images))

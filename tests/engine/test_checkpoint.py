@@ -39,7 +39,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: bytes | None) -> None:
     path = save_checkpoint({"at": torch.zeros(1000)}, tmp_path, 1)
     path.write_bytes(path.read_bytes()[:500] if damage is None else damage)
-    with pytest.raises(DfkdError, match="iteration-00000001.pt cannot be read"):
+    with pytest.raises(DfkdError, match=r"iteration-00000001\.pt cannot be read"):
         load_checkpoint(path)
 
 

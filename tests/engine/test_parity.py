@@ -7,15 +7,16 @@ import torch
 from torch import nn
 
 from bench.baselines import plain
-from dfkd_fast import Replay, Trainer
-from dfkd_fast.recipe import Method
+from dfkd_fast import Method, Replay, Trainer
 from tests.conftest import Networks, small_method, small_networks
 
 ITERATIONS = 24
 EPOCHS = 3
 
 
-def run_both(networks: Networks, method: Method, *, ema_decay: float | None) -> tuple[Trainer, Networks, list[plain.Iteration], list[list[float]]]:
+def run_both(
+    networks: Networks, method: Method, *, ema_decay: float | None
+) -> tuple[Trainer, Networks, list[plain.Iteration], list[list[float]]]:
     teacher, student, generator = copy.deepcopy(networks)
     student_optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     expected = list(
@@ -56,9 +57,7 @@ def largest_difference(network: nn.Module, other: nn.Module) -> float:
 @pytest.mark.parametrize("ema_decay", [None, 0.9], ids=["DFAD", "MAD"])
 @pytest.mark.parametrize(("network", "channels"), [("lenet5", 1), ("wrn10_1", 3)], ids=["without BN", "with BN"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_trajectory_equals_the_plain_loop(
-    network: str, channels: int, ema_decay: float | None, channels_last: bool
-) -> None:
+def test_trajectory_equals_the_plain_loop(network: str, channels: int, ema_decay: float | None, channels_last: bool) -> None:
     # Convolutions round differently in the two layouts, and Adam turns the rounding of gradients that are exactly
     # zero (biases before a batch norm) into steps of its own; double precision leaves room to tell that from an error.
     dtype = torch.float64 if channels_last else torch.float32

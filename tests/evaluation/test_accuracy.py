@@ -70,18 +70,14 @@ def test_the_mode_is_restored_when_the_network_fails(training: bool) -> None:
 
 
 def test_no_graph_is_recorded() -> None:
-    class Watching(nn.Sequential):
-        recorded: list[bool]
+    network, recorded = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), []
 
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = super().forward(x)
-            self.recorded.append(logits.requires_grad)
-            return logits
+    def watch(_: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> None:
+        recorded.append(logits.requires_grad)
 
-    network = Watching(nn.Flatten(), nn.Linear(3, 2))
-    network.recorded = []
+    network.register_forward_hook(watch)
     top1_accuracy(network, [(torch.randn(2, 3, 1, 1), torch.zeros(2, dtype=torch.long))] * 2)
-    assert network.recorded == [False, False]
+    assert recorded == [False, False]
 
 
 def test_nothing_to_evaluate_on_is_refused() -> None:

@@ -52,7 +52,7 @@ def test_activation_and_constants_of_a_data_set_with_their_gradient(
     dtype: torch.dtype, layout: str, activation: Activation, normalize: Any
 ) -> None:
     inputs = raws(dtype, layout)
-    constants = {"mean": MEAN.to(dtype), "std": STD.to(dtype)} if normalize == "dataset" else {}
+    constants: dict[str, Any] = {"mean": MEAN, "std": STD} if normalize == "dataset" else {}
     mean, std = (MEAN[:, None, None], STD[:, None, None]) if normalize == "dataset" else (0.0, torch.ones(()))
     result = concat_generated(inputs, activation=activation, normalize=normalize, **constants)
     images = torch.cat([activated(raw.detach(), activation) for raw in inputs])

@@ -148,11 +148,11 @@ def test_what_is_no_pair_of_logits_is_refused(student: tuple[int, ...], teacher:
 
 
 def test_an_unknown_reduction_is_refused() -> None:
-    logits: Any = torch.zeros(2, 3)
+    logits = torch.zeros(2, 3)
     wrong: Any = "none"
-    with pytest.raises(ValueError, match="reduction must be .* not 'none'"):
+    with pytest.raises(ValueError, match=r"reduction must be .* not 'none'"):
         l1_discrepancy(logits, logits, reduction=wrong)
-    with pytest.raises(ValueError, match="reduction must be .* not 'none'"):
+    with pytest.raises(ValueError, match=r"reduction must be .* not 'none'"):
         kl_discrepancy(logits, logits, temperature=1.0, reduction=wrong, scale_by_temperature_squared=False)
 
 

@@ -60,8 +60,8 @@ def test_the_plain_update_is_the_gradient_of_the_weighted_sum_over_one_forward(p
     assert not loss.requires_grad
     for parameter, other in zip(student.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
-    for buffer, other in zip(student.buffers(), twin.buffers(), strict=True):
-        assert torch.equal(buffer, other)
+    for buffer, same in zip(student.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, same)
 
 
 def test_gradients_are_added_to_those_there_are() -> None:

@@ -1,0 +1,239 @@
+"""What the command line does: distil, teach, evaluate."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from rich.console import Console
+from torch import nn
+
+import dfkd_fast
+
+from .data import batches, open_split
+from .engine import Epoch, Trainer
+from .engine.device import peak_memory_bytes
+from .engine.fit import check_classifier, check_networks
+from .engine.teach import TeacherTrainer
+from .errors import DfkdError
+from .evaluation import retention, top1_accuracy
+from .models import build_classifier, build_generator, load_weights, read_metadata, save_weights
+from .recipe import Recipe, recipe_from_toml, recipe_to_toml
+from .report import Progress, RunFolder, print_table
+from .run import Run
+
+__all__ = ["Evaluated", "distill", "evaluate_weights", "teach"]
+
+
+def teach(run: Run) -> float:
+    """Train the recipe's teacher and store it in the run's folder; returns its test accuracy in percent."""
+    recipe = run.recipe
+    teacher = _build(recipe, "teacher").to(run.device)
+    images = torch.zeros(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size, device=run.device)
+    check_classifier("teacher", teacher, images, "data.image_size's")
+    evaluate = _evaluator(recipe, run.device)
+    _obtain_teacher(run, teacher)
+    accuracy = evaluate(teacher)
+    rows = [("teacher", recipe.teacher.model), ("top-1", f"{accuracy:.2f} %"), ("weights", str(run.folder.teacher))]
+    print_table(run.console, (recipe.name, f"seed {recipe.seed}, {run.device.type}"), rows)
+    return accuracy
+
+
+def distill(run: Run) -> dict[str, Any]:
+    """Distil the recipe's student, going on from the folder's newest checkpoint; returns the summary.
+
+    Of the data, only ``evaluate`` reaches the trainer, and only to report.
+    """
+    recipe, folder, device = run.recipe, run.folder, run.device
+    teacher, student = _build(recipe, "teacher").to(device), _build(recipe, "student").to(device)
+    generator = build_generator(recipe.generator, recipe.data.channels, recipe.data.image_size).to(device)
+    check_networks(teacher, student, generator, device)
+    evaluate = None if recipe.data.name == "none" else _evaluator(recipe, device)
+    teacher_seconds = _obtain_teacher(run, teacher)
+    teacher_accuracy = evaluate(teacher) if evaluate else None
+
+    trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
+    run.go_on(trainer, folder.checkpoints)
+    _train_student(run, trainer, teacher_accuracy)
+
+    save_weights(trainer.student, folder.student, _metadata(recipe, "student"))
+    folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}")
+    summary = _summarise(run, trainer, teacher_accuracy, teacher_seconds)
+    folder.write_summary(summary)
+    _print_summary(run.console, summary, folder)
+    return summary
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one file of weights is worth."""
+
+    weights: str
+    role: str
+    model: str
+    top1: float
+    """In percent."""
+    count: int
+    """Images it was tested on."""
+
+
+def evaluate_weights(
+    path: Path, recipe: Recipe | None, role: str | None, overrides: dict[str, Any], device: torch.device
+) -> list[Evaluated]:
+    """Test-set accuracy of a file of weights, or of the student and the teacher in a run's folder.
+
+    Args:
+        path: the file or the folder.
+        recipe: what says the network and the data; by default the one in the file's header.
+        role: "teacher" or "student"; by default the one in the file's header.
+        overrides: values by dotted path, over the recipe in the header.
+        device: where it is evaluated.
+
+    Raises:
+        DfkdError: nothing to evaluate, or nothing that says what network it is.
+    """
+    if path.is_dir():
+        folder = RunFolder(path)
+        found = [file for file in (folder.student, folder.teacher) if file.is_file()]
+        if not found:
+            raise DfkdError(f"{path} holds neither student.safetensors nor teacher.safetensors")
+        return [result for file in found for result in evaluate_weights(file, recipe, role, overrides, device)]
+    if not path.is_file():
+        raise DfkdError(f"weights {path} not found")
+    metadata = read_metadata(path)
+    role = role or metadata.get("role")
+    if recipe is None and "recipe" in metadata:
+        recipe = recipe_from_toml(metadata["recipe"], f"recipe in {path}", overrides)
+    if recipe is None or role is None:
+        raise DfkdError(f"{path} does not say what network it is: give --recipe and --role teacher or student")
+    network = _build(recipe, role).to(device)
+    load_weights(network, path)
+    split = open_split(recipe.data, "test")
+    loader = batches(split, recipe.data.batch_size, workers=recipe.data.workers)
+    return [Evaluated(str(path), role, _model(recipe, role), top1_accuracy(network, loader, device), len(split))]  # type: ignore[arg-type]
+
+
+def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
+    """Give the teacher its weights: the user's, the folder's, or trained ones; returns the seconds of the training.
+
+    From here on the run's folder exists.
+    """
+    wanted, stored = run.recipe.teacher.weights, run.folder.teacher
+    if wanted:
+        load_weights(teacher, Path(wanted).expanduser())
+        run.begin()
+        return 0.0
+    if stored.is_file():
+        load_weights(teacher, stored)
+        run.begin()
+        return float(read_metadata(stored).get("seconds", 0.0))
+    return _train_teacher(run, teacher)
+
+
+def _train_teacher(run: Run, teacher: nn.Module) -> float:
+    """Train on the training split, which nothing outside this function ever holds; returns the seconds it took."""
+    recipe = run.recipe
+    stream = torch.Generator().manual_seed(recipe.seed)
+    split = open_split(recipe.data, "train", augment=recipe.teacher.augment)
+    loader = batches(split, recipe.teacher.batch_size, shuffle=True, workers=recipe.data.workers, generator=stream)
+    run.begin()
+    training = TeacherTrainer(teacher, loader, recipe.teacher_optimizer, recipe.teacher.epochs, stream, run.device)
+    run.go_on(training, run.folder.teacher_checkpoints)
+    with Progress(run.console, "teacher", recipe.teacher.epochs, done=training.done) as progress:
+        run.drive(training, run.folder.teacher_checkpoints, progress.epoch)
+    seconds = training.clock.read()["teacher"]
+    save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
+    return seconds
+
+
+def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -> None:
+    recipe, folder = run.recipe, run.folder
+
+    def report(epoch: Epoch) -> None:
+        progress.epoch(epoch)
+        folder.log(epoch)
+        if epoch.number % recipe.report.samples_every == 0 or trainer.finished:
+            folder.draw_samples(trainer.sample(recipe.report.samples), recipe.data.mean, recipe.data.std, epoch.number)
+            folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}")
+
+    folder.begin_log(trainer.history)
+    try:
+        with Progress(run.console, "student", recipe.loop.epochs, recipe.loop.iterations_per_epoch, trainer.iterations_done) as progress:
+            trainer.on_iteration = lambda trainer: progress.iteration(trainer.iterations_done)
+            run.drive(trainer, folder.checkpoints, report)
+    finally:
+        folder.end_log()
+
+
+def _evaluator(recipe: Recipe, device: torch.device) -> Callable[[nn.Module], float]:
+    loader = batches(open_split(recipe.data, "test"), recipe.data.batch_size, workers=recipe.data.workers)
+    return lambda network: top1_accuracy(network, loader, device)
+
+
+def _build(recipe: Recipe, role: str) -> nn.Module:
+    """A freshly initialised teacher or student, the same for the same seed whatever was built before."""
+    torch.manual_seed(recipe.seed)
+    return build_classifier(_model(recipe, role), recipe.data.num_classes, recipe.data.channels)
+
+
+def _model(recipe: Recipe, role: str) -> str:
+    return recipe.teacher.model if role == "teacher" else recipe.student.model
+
+
+def _metadata(recipe: Recipe, role: str) -> dict[str, str]:
+    return {"role": role, "recipe": recipe_to_toml(recipe), "version": dfkd_fast.__version__}
+
+
+def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teacher_seconds: float) -> dict[str, Any]:
+    accuracies = [epoch.student_accuracy for epoch in trainer.history if epoch.student_accuracy is not None]
+    phases = trainer.clock.read()
+    return {
+        "recipe": run.recipe.name,
+        "device": run.device.type,
+        "device_name": _device_name(run.device),
+        "versions": _versions(),
+        "seed": run.recipe.seed,
+        "teacher_accuracy": teacher_accuracy,
+        "student_accuracy": asdict(retention(accuracies)) if accuracies else None,
+        "seconds": {
+            "total": run.seconds,
+            "teacher": teacher_seconds,
+            "generator": phases.get("generator", 0.0),
+            "student": phases.get("student", 0.0),
+            "evaluation": phases.get("evaluation", 0.0),
+        },
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+    }
+
+
+def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder) -> None:
+    student, seconds = summary["student_accuracy"], summary["seconds"]
+    rows = []
+    if student is not None:
+        rows += [
+            ("teacher", f"{summary['teacher_accuracy']:.2f} %"),
+            ("student, last epoch", f"{student['last']:.2f} %"),
+            ("student, all epochs", f"best {student['best']:.2f} %, mean {student['mean']:.2f} %, variance {student['variance']:.2f}"),
+        ]
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    rows += [("seconds", f"{seconds['total']:.1f} ({parts})"), ("folder", str(folder.path))]
+    print_table(console, (summary["recipe"], f"seed {summary['seed']}, {summary['device']}"), rows)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "dfkd_fast": dfkd_fast.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "cuda": torch.version.cuda,
+    }

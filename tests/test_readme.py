@@ -1,0 +1,26 @@
+"""What the README promises in code runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_python_example_gives_back_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["trainer"].finished  # type: ignore[attr-defined]
+    assert names["student"] is names["trainer"].student  # type: ignore[attr-defined]
+
+
+def test_every_command_and_recipe_that_is_shipped_is_in_it() -> None:
+    from dfkd_fast.cli import app
+    from dfkd_fast.recipe import shipped_recipes
+
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    for name in [*commands, *shipped_recipes()]:
+        assert name in README
