@@ -31,13 +31,13 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see dfkd-fast recipes) or a TOML file.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/RECIPE, numbered if taken]", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE, numbered if taken.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a number of the recipe; may be repeated.")
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Where the data is; nothing is downloaded.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
-Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors.  [default: the recipe's]", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors; by default the recipe's.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint.")]
 
 

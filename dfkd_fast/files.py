@@ -21,5 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        # A failed write knows no name, and a user wants to know which file it was.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)

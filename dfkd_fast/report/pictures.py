@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -43,6 +44,7 @@ def draw_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: 
     losses.set(xlabel="epoch", ylabel="loss (mean over the epoch)")
     if epochs:
         losses.legend(loc="upper right")
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (accuracy, losses):
         axes.grid(alpha=0.3)
     with replacing(path) as part:
