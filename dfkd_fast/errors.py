@@ -20,7 +20,7 @@ def first_line(error: BaseException) -> str:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> DfkdError:
     """The error for a name that does not exist: suggests the nearest one, then lists what there is."""
-    choices = sorted(known)
+    choices = sorted(set(known))
     nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5) or [choice for choice in choices if choice.startswith(name)]
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return DfkdError(f"unknown {what} {name!r}: {hint}there are {', '.join(choices)}")

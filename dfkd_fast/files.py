@@ -23,7 +23,8 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         # A failed write knows no name, and a user wants to know which file it was.
-        error.filename = error.filename or str(path)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """The data sets a recipe can name, in the layouts users have them on disk. Nothing is downloaded."""
 
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,7 +82,7 @@ def _torchvision(name: str) -> Callable[[DataSettings, Split], Arrays]:
         root = _root(wanted)
         try:
             data = getattr(datasets, name)(str(root), train=split == "train", download=False)
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
             raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {first_line(error)}") from error
         images = np.asarray(data.data)
         return images if images.ndim == 4 else images[..., None], np.asarray(data.targets)
@@ -98,8 +100,8 @@ def _npz(wanted: DataSettings, split: Split) -> Arrays:
             return arrays[f"x_{split}"], arrays[f"y_{split}"]
     except DfkdError:
         raise
-    except (OSError, ValueError, EOFError) as error:
-        raise DfkdError(f"data.root {path} is not an .npz file that can be read: {error}") from error
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DfkdError(f"data.root {path} is not an .npz file that can be read: {first_line(error)}") from error
 
 
 ARRAYS: dict[str, Callable[[DataSettings, Split], Arrays]] = {
@@ -116,6 +118,8 @@ def _folder(wanted: DataSettings, split: Split, augment: Augment) -> Dataset[Any
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
+    if wanted.channels not in (1, 3):
+        raise DfkdError(f"data.channels is {wanted.channels}: images in folders have 1 or 3")
     root = _root(wanted)
     names = ("train",) if split == "train" else ("val", "test")
     folder = next((root / name for name in names if (root / name).is_dir()), None)

@@ -4,18 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast.models import evaluating
 
-__all__ = ["check_classifier", "check_networks", "forward_quietly"]
-
-
-def forward_quietly(network: nn.Module, inputs: Tensor) -> Tensor:
-    """One forward in evaluation mode that moves no statistic and no random stream."""
-    mode = network.training
-    try:
-        with torch.no_grad():
-            return network.eval()(inputs)
-    finally:
-        network.train(mode)
+__all__ = ["check_classifier", "check_networks"]
 
 
 def check_classifier(name: str, network: nn.Module, images: Tensor, source: str) -> torch.Size:
@@ -31,7 +22,8 @@ def check_classifier(name: str, network: nn.Module, images: Tensor, source: str)
         DfkdError: it cannot take them, or does not return a tensor.
     """
     try:
-        logits = forward_quietly(network, images)
+        with evaluating(network):
+            logits = network(images)
     except (RuntimeError, ValueError) as error:
         size = "×".join(map(str, images.shape[1:]))
         raise DfkdError(f"the {name} cannot take {source} {size} images: {first_line(error)}") from error
@@ -49,7 +41,8 @@ def check_networks(teacher: nn.Module, student: nn.Module, generator: nn.Module,
     latent_dim = getattr(generator, "latent_dim", None)
     if not isinstance(latent_dim, int):
         raise DfkdError("the generator must have an integer attribute latent_dim: the size of z")
-    images = forward_quietly(generator, torch.zeros(2, latent_dim, device=device))
+    with evaluating(generator):
+        images = generator(torch.zeros(2, latent_dim, device=device))
     taught = check_classifier("teacher", teacher, images, "the generator's")
     learnt = check_classifier("student", student, images, "the generator's")
     if taught != learnt:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.methods import EmaGenerator
-from dfkd_fast.models import freeze
+from dfkd_fast.models import evaluating, freeze
 
 from .device import Clock
-from .fit import check_networks, forward_quietly
+from .fit import check_networks
 from .method import Method
 from .optim import build_optimizer, build_schedule
 from .steps import Game, generator_step, student_step
@@ -130,7 +130,8 @@ class Trainer:
         """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""
         stream = torch.Generator(self.device).manual_seed(0)
         latents = torch.randn(count, self._game.latents.shape[1], device=self.device, generator=stream)
-        return forward_quietly(self.generator, latents)
+        with evaluating(self.generator):
+            return self.generator(latents)
 
     def mean_losses(self) -> dict[str, float]:
         """Means of the epoch under way, by term; waits for the device."""

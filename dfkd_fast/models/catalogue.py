@@ -10,7 +10,7 @@ from pathlib import Path
 import torchvision
 from torch import nn
 
-from dfkd_fast.errors import DfkdError, unknown
+from dfkd_fast.errors import DfkdError, first_line, unknown
 
 from .classifiers import LENET5_HALF, CifarResNet, LeNet5, WideResNet
 
@@ -55,7 +55,10 @@ def build_classifier(name: str, num_classes: int, channels: int) -> nn.Module:
             raise DfkdError(f"model {name!r}: torchvision's networks take 3 channels, not {channels}; timm's take any (timm:{rest})")
         return torchvision.models.get_model(rest, num_classes=num_classes)
     if library != "torchvision" and timm.is_model(rest):
-        return timm.create_model(rest, num_classes=num_classes, in_chans=channels)
+        try:
+            return timm.create_model(rest, num_classes=num_classes, in_chans=channels)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise DfkdError(f"model {name!r}: {first_line(error)}") from error
     nearest = difflib.get_close_matches(rest, [*torchvision.models.list_models(torchvision.models), *timm.list_models()], n=4)
     raise unknown("model", name, [*SMALL, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
 
@@ -65,8 +68,10 @@ def _users_own(module: str, function: str, num_classes: int) -> nn.Module:
         sys.path.insert(0, here)
     try:
         build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise DfkdError(f"model '{module}:{function}': {error}") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise DfkdError(f"model '{module}:{function}': {first_line(error)}") from error
+    if not callable(build):
+        raise DfkdError(f"model '{module}:{function}' must be a function, not {type(build).__name__}")
     network = build(num_classes=num_classes)
     if not isinstance(network, nn.Module):
         raise DfkdError(f"model '{module}:{function}' must return a torch.nn.Module, not {type(network).__name__}")

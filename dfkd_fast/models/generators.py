@@ -155,7 +155,7 @@ def generate(
     """One batch from several generators: their bodies, then activation, normalisation and concatenation in one go.
 
     Args:
-        generators: either :class:`Generator` that end alike, or any modules from z to finished images.
+        generators: :class:`Generator` that end alike are fused; any other modules from z to images are called.
         latents: one (B_i, latent_dim) tensor a generator.
         out: a preallocated batch (ΣB_i, C, H, W); only under ``torch.no_grad()``.
         memory_format: layout of a batch allocated here.
@@ -163,13 +163,12 @@ def generate(
     Returns:
         Images (ΣB_i, C, H, W).
     """
-    ours = [generator for generator in generators if isinstance(generator, Generator)]
-    if len(ours) < len(generators):
+    norms = _fusible_norms(generators)
+    if norms is None:
         finished = [generator(z) for generator, z in zip(generators, latents, strict=True)]
         return concat_generated(finished, activation="none", normalize="none", out=out, memory_format=memory_format)
 
-    raws = [generator.body(z) for generator, z in zip(ours, latents, strict=True)]
-    norms = [generator.output_norm for generator in ours if generator.output_norm is not None]
+    raws = [generator.body(z) for generator, z in zip(generators, latents, strict=True)]  # type: ignore[operator]
     if not norms:
         return concat_generated(raws, activation="tanh", normalize="none", out=out, memory_format=memory_format)
     for norm in norms:
@@ -179,17 +178,26 @@ def generate(
         raws,
         activation="tanh",
         normalize="batch",
-        running_means=[_tracked(norm.running_mean) for norm in norms],
-        running_vars=[_tracked(norm.running_var) for norm in norms],
+        running_means=[norm.running_mean for norm in norms if norm.running_mean is not None],
+        running_vars=[norm.running_var for norm in norms if norm.running_var is not None],
         training=[norm.training for norm in norms],
-        momentum=0.1 if norms[0].momentum is None else norms[0].momentum,
+        momentum=norms[0].momentum or 0.0,
         eps=norms[0].eps,
         out=out,
         memory_format=memory_format,
     )
 
 
-def _tracked(statistic: Tensor | None) -> Tensor:
-    if statistic is None:
-        raise DfkdError("a generator's output_norm must track running statistics")
-    return statistic
+def _fusible_norms(generators: Sequence[nn.Module]) -> list[nn.BatchNorm2d] | None:
+    """The output norms of generators that end alike and as ``concat_generated`` can; None where they do not."""
+    norms = []
+    for generator in generators:
+        if not isinstance(generator, Generator) or type(generator).forward is not Generator.forward:
+            return None
+        norm = generator.output_norm
+        if norm is not None:
+            if norm.affine or norm.momentum is None or norm.running_mean is None:
+                return None
+            norms.append(norm)
+    alike = len(norms) in (0, len(generators)) and len({(norm.eps, norm.momentum) for norm in norms}) <= 1
+    return norms if alike else None

@@ -1,7 +1,6 @@
 """Weights on disk: safetensors that say what network they belong to."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,12 +31,14 @@ def load_weights(network: nn.Module, path: Path) -> None:
     """Load a safetensors file, or a PyTorch file that holds nothing but tensors, into a network.
 
     A PyTorch file may hold the state itself or have it under ``state_dict``, ``model`` or
-    ``model_state_dict``, as trainers leave it.
+    ``model_state_dict``, as trainers leave it, and under the ``module.`` that parallel training puts in front.
 
     Raises:
         DfkdError: no such file, not readable as weights, or weights of another network.
     """
     state = _read(path)
+    if not any(name.startswith("module.") for name in network.state_dict()):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -56,21 +57,24 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise DfkdError(f"weights {path} cannot be read: {first_line(error)}") from error
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DfkdError(f"weights {path} not found")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except SafetensorError as error:
         raise DfkdError(f"weights {path} cannot be read: {first_line(error)}") from error
+    except Exception as error:
+        # What a damaged file raises has no common kind, and the text of a refused pickle advises to trust it.
+        raise DfkdError(f"weights {path} cannot be read: no PyTorch file of plain tensors, or damaged") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
-    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+    if not isinstance(held, Mapping) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()):
         raise DfkdError(f"weights {path} hold no state dict: a file of named tensors is needed, not a whole network or a training state")
-    return {name.removeprefix("module."): tensor for name, tensor in held.items()}
+    return dict(held)
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,6 +82,7 @@ def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     untied = {}
     for name, tensor in tensors.items():
-        untied[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        memory = tensor.untyped_storage().data_ptr()
+        untied[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     return untied

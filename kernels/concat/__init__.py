@@ -80,8 +80,10 @@ def _check(
 ) -> None:
     if not raws:
         raise ValueError("raws is empty: at least one generator's output is needed")
+    if raws[0].ndim != 4:
+        raise ValueError(f"raws[0] is {tuple(raws[0].shape)}, not (B, C, H, W)")
     for index, raw in enumerate(raws):
-        if raw.ndim != 4 or raw.shape[1:] != raws[0].shape[1:]:
+        if raw.shape[1:] != raws[0].shape[1:]:
             raise ValueError(f"raws[{index}] is {tuple(raw.shape)}, not (B, {', '.join(map(str, raws[0].shape[1:]))})")
     if activation not in ("tanh", "sigmoid", "none"):
         raise ValueError(f"activation must be 'tanh', 'sigmoid' or 'none', not {activation!r}")

@@ -1,3 +1,4 @@
+import errno
 import pickle
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,10 @@ def test_saving_replaces_a_file_whole_or_leaves_it(tmp_path: Path, monkeypatch: 
     def full_disk(self: Path, data: bytes) -> int:
         with self.open("wb") as file:
             file.write(data[:100])
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space.*w\.safetensors"):
         save_weights(network(), path, {"run": "2"})
     loaded = network()
     load_weights(loaded, path)
@@ -103,9 +104,18 @@ def test_a_network_with_a_part_called_module_loads_its_own_pytorch_file(tmp_path
     assert_same_state(loaded, saved)
 
 
-def test_safetensors_written_by_others_have_no_metadata(tmp_path: Path) -> None:
+def test_equal_weights_and_metadata_give_equal_bytes(tmp_path: Path) -> None:
+    saved, metadata = network(), {f"entry {number}": str(number) for number in range(20)}
+    paths = [tmp_path / f"{number}.safetensors" for number in range(5)]
+    for path in paths:
+        save_weights(saved, path, metadata)
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_safetensors_written_by_others_are_loaded_and_have_no_metadata_of_ours(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     saved, loaded, path = network(), network(), tmp_path / "w.safetensors"
-    save_file(saved.state_dict(), path)
+    save_file(saved.state_dict(), path, metadata=metadata)
     load_weights(loaded, path)
     assert_same_state(loaded, saved)
     assert read_metadata(path) == {}
