@@ -11,6 +11,13 @@ from dfkd_fast.models import build_classifier
 Networks = tuple[nn.Module, nn.Module, nn.Module]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="PyTorch sees no GPU here"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Sums over threads are grouped by their number, and these tests compare bits."""

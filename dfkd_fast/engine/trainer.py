@@ -196,7 +196,7 @@ class Trainer:
             torch.set_rng_state(state["torch_random_state"])
             if state["cuda_random_state"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
-            self.losses = {name: values.to(self.device) for name, values in state["losses"].items()}
+            self.losses = {name: values.to(self.device, copy=True) for name, values in state["losses"].items()}
             self.iteration = state["iteration"]
             self.history = [Epoch(**epoch) for epoch in state["history"]]
             self.clock.seconds.update(state["seconds"])

@@ -196,3 +196,27 @@ def test_different_seeds_draw_different_latents(make_trainer: MakeTrainer) -> No
     for trainer in losses:
         trainer.fit()
     assert losses[0].history[0].losses != losses[1].history[0].losses
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_saved_and_goes_on_there(make_trainer: MakeTrainer) -> None:
+    method = small_method(replay=Replay(kind="ema_generator"), epochs=3, channels_last=True)
+    stopped = make_trainer(method, device="cuda")
+    next(iter(stopped))
+    resumed = make_trainer(method, device="cuda")
+    resumed.load_state_dict(through_a_file(stopped.state_dict()))
+    assert [epoch.number for epoch in resumed] == [2, 3]
+    assert all(tensor.is_cuda for tensor in resumed.student.state_dict().values())
+    assert resumed.sample(4).is_cuda
+    assert set(resumed.clock.read()) == {"student", "generator"}
+
+
+def test_loading_a_state_leaves_the_state_alone(make_trainer: MakeTrainer) -> None:
+    first = make_trainer(small_method(epochs=3))
+    next(iter(first))
+    state = first.state_dict()
+    before = through_a_file(state)
+    second = make_trainer(small_method(epochs=3))
+    second.load_state_dict(state)
+    second.fit()
+    assert_equal(before["losses"], state["losses"])
