@@ -3,12 +3,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
 
-from dfkd_fast import GeneratorA, Loop, Method, Optimizer, Replay, Trainer
-from dfkd_fast.models import build_classifier
-
-Networks = tuple[nn.Module, nn.Module, nn.Module]
+from dfkd_fast import Method, Trainer
+from tests.small import Networks, small_networks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,35 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     """Sums over threads are grouped by their number, and these tests compare bits."""
     torch.set_num_threads(1)
-
-
-def small_networks(seed: int = 0, *, teacher: str = "lenet5", student: str = "lenet5_half", channels: int = 1) -> Networks:
-    torch.manual_seed(seed)
-    size = 32 if "lenet5" in (teacher, student) else 16
-    return build_classifier(teacher, 10, channels), build_classifier(student, 10, channels), GeneratorA(20, channels, size, width=4)
-
-
-def small_method(
-    *,
-    replay: Replay | None = None,
-    epochs: int = 2,
-    iterations: int = 3,
-    batch_size: int = 8,
-    channels_last: bool = False,
-    student_steps: int = 2,
-) -> Method:
-    return Method(
-        loop=Loop(
-            epochs=epochs,
-            iterations_per_epoch=iterations,
-            batch_size=batch_size,
-            student_steps=student_steps,
-            channels_last=channels_last,
-        ),
-        replay=replay or Replay(),
-        student_optimizer=Optimizer(lr=0.01, weight_decay=5e-4, schedule="cosine"),
-        generator_optimizer=Optimizer(kind="adam", lr=1e-3),
-    )
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 
 from bench.baselines import plain
 from dfkd_fast import Method, Replay, Trainer
-from tests.conftest import Networks, small_method, small_networks
+from tests.small import Networks, small_method, small_networks
 
 ITERATIONS = 24
 EPOCHS = 3

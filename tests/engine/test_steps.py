@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import Loop, Method, Objective, Replay, Trainer
 from dfkd_fast.engine.steps import generator_step, student_step
-from tests.conftest import small_method, small_networks
+from tests.small import small_method, small_networks
 
 MakeTrainer = Callable[..., Trainer]
 

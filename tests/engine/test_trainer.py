@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import DfkdError, GeneratorA, Method, NonFiniteLossError, Replay, Trainer
 from dfkd_fast.models import build_classifier
-from tests.conftest import small_method, small_networks
+from tests.small import small_method, small_networks
 
 MakeTrainer = Callable[..., Trainer]
 
