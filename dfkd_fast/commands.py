@@ -87,8 +87,8 @@ def evaluate_weights(
 
     Args:
         path: the file or the folder.
-        recipe: what says the network and the data; by default the one in the file's header.
-        role: "teacher" or "student"; by default the one in the file's header.
+        recipe: what says the network and the data, where the file's header does not.
+        role: "teacher" or "student", where the file's header does not say.
         overrides: values by dotted path, over the recipe in the header.
         device: where it is evaluated.
 
@@ -104,9 +104,8 @@ def evaluate_weights(
     if not path.is_file():
         raise DfkdError(f"weights {path} not found")
     metadata = read_metadata(path)
-    role = role or metadata.get("role")
-    if recipe is None and "recipe" in metadata:
-        recipe = recipe_from_toml(metadata["recipe"], f"recipe in {path}", overrides)
+    if metadata.keys() >= {"recipe", "role"}:
+        role, recipe = metadata["role"], recipe_from_toml(metadata["recipe"], f"recipe in {path}", overrides)
     if recipe is None or role is None:
         raise DfkdError(f"{path} does not say what network it is: give --recipe and --role teacher or student")
     network = _build(recipe, role).to(device)

@@ -108,6 +108,18 @@ def test_evaluate_gives_the_accuracies_of_the_summary(run: Run, tiny_run: Path) 
     assert f"{figures['student']['top1']:.2f} %" in said.out
 
 
+def test_evaluate_asks_what_foreign_weights_are_and_believes_its_own(run: Run, tiny_run: Path) -> None:
+    torch.save(load_file(tiny_run / "teacher.safetensors"), "foreign.pt")
+    said = run("evaluate", "foreign.pt")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "give --recipe and --role" in said.err
+    said = run("evaluate", "foreign.pt", tiny_run, "--recipe", "digits", "--role", "teacher", "--json", "f.json")
+    assert said.code == 0, said.err
+    foreign, student, teacher = json.loads(Path("f.json").read_text())
+    assert (student["role"], teacher["role"]) == ("student", "teacher")
+    assert foreign["top1"] == teacher["top1"]
+
+
 def test_a_run_is_reproduced_by_its_own_recipe(run: Run, tiny_run: Path) -> None:
     assert run("distill", tiny_run / "recipe.toml", "--out", "again").code == 0
     assert Path("again/student.safetensors").read_bytes() == (tiny_run / "student.safetensors").read_bytes()

@@ -61,7 +61,7 @@ def test_trajectory_equals_the_plain_loop(network: str, channels: int, ema_decay
     # Convolutions round differently in the two layouts, and Adam turns the rounding of gradients that are exactly
     # zero (biases before a batch norm) into steps of its own; double precision leaves room to tell that from an error.
     dtype = torch.float64 if channels_last else torch.float32
-    tolerance = 1e-6 if channels_last else 0.0
+    tolerance = 1e-9 if channels_last else 0.0
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
