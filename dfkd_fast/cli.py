@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 
 from . import commands
-from .doctor import examine
+from .doctor import choices, examine
 from .engine.device import pick_device
 from .errors import DfkdError
 from .files import replacing
 from .interrupt import Interrupted
+from .kernels import BackendError, dispatch
 from .recipe import load_recipe, recipe_to_toml, shipped_recipes
 from .report import print_table
 from .run import open_run
@@ -110,13 +111,15 @@ def show(recipe: RecipeName, changes: Changes = None) -> None:
 def doctor() -> None:
     """Say what this machine has, and what is used."""
     print_table(Console(), ("", "found", "used"), examine())
+    print_table(Console(), ("operation", "on a CPU", "on a GPU"), choices())
 
 
 def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
     try:
+        dispatch.forced()  # an unknown DFKD_FAST_BACKEND is said before anything is begun
         sys.exit(app(standalone_mode=False))
-    except DfkdError as error:
+    except (DfkdError, BackendError) as error:
         _fail(str(error), 2)
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)

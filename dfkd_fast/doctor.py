@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Finding", "examine"]
+from .kernels import dispatch
 
-REFERENCE = "the kernels' PyTorch reference"
+__all__ = ["Choice", "Finding", "choices", "examine"]
 
 
 class Finding(NamedTuple):
@@ -22,6 +22,14 @@ class Finding(NamedTuple):
     """What does its work in this version on this machine."""
 
 
+class Choice(NamedTuple):
+    """Which backend serves an operation of ``dfkd_fast.kernels``."""
+
+    operation: str
+    cpu: str
+    gpu: str
+
+
 def examine() -> list[Finding]:
     """Look at everything that is optional; nothing is imported that could fail."""
     threads = f"{torch.get_num_threads()} threads"
@@ -30,12 +38,35 @@ def examine() -> list[Finding]:
         Finding("Python", platform.python_version(), f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
         Finding("PyTorch", str(torch.__version__), f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"),
         Finding("GPU", gpu or "none", "cuda" if gpu else f"cpu, {threads}"),
-        Finding("Triton", _version("triton"), REFERENCE),
-        Finding("compiled extension", "not built", REFERENCE),
-        Finding("numba", _version("numba"), REFERENCE),
+        Finding("numba", _version("numba"), _use("numba", "the kernels on a CPU")),
+        Finding("Triton", _version("triton"), _use("triton", "the kernels on a GPU" if gpu else "nothing: it needs a GPU")),
+        Finding(
+            "compiled extension",
+            dispatch.why_not("cuda") or "built",
+            _use("cuda", "the kernels on a GPU" if gpu else "nothing: it needs a GPU"),
+        ),
         Finding("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "torchvision's loaders"),
         Finding("apex", _apex(), "torch.optim"),
     ]
+
+
+def choices() -> list[Choice]:
+    """The backend of every operation, by device; on a CPU also from which size on; the reference serves what is smaller.
+
+    Raises:
+        BackendError: ``DFKD_FAST_BACKEND`` names a backend that does not exist or is not installed.
+    """
+    name = dispatch.forced()
+    rows = []
+    for operation, elements in dispatch.WORTHWHILE.items():
+        cpu, gpu = (dispatch.backends(torch.device(kind))[0] for kind in ("cpu", "cuda"))
+        small = "" if cpu == "reference" else f", from {elements} elements"
+        rows.append(Choice(operation, name or f"{cpu}{small}", name or (gpu if torch.cuda.is_available() else f"{gpu}, were there one")))
+    return rows
+
+
+def _use(backend: dispatch.Backend, used: str) -> str:
+    return "the kernels' PyTorch reference" if dispatch.why_not(backend) else used
 
 
 def _version(*distributions: str) -> str:

@@ -1,11 +1,29 @@
 """Operations of data-free distillation that other trainers can import.
 
-One folder an operation: ``__init__.py`` is the public function and checks its arguments, ``reference.py``
-is the mathematics in plain PyTorch. Nothing here knows the rest of the project, only tensors.
+One folder an operation: ``__init__.py`` is the public function, checks its arguments and registers its operators;
+``reference.py`` is the mathematics in plain PyTorch; ``cpu.py`` (numba) and ``gpu.py`` (Triton) are its kernels, and
+csrc/ has them in CUDA. ``dispatch.py`` says which of them serves a call. Nothing here knows the rest of the project,
+only tensors.
 """
 
 from .concat import concat_generated
-from .discrepancy import kl_discrepancy, l1_discrepancy
-from .ema import ema_update_
+from .discrepancy import js_discrepancy, kl_discrepancy, l1_discrepancy
+from .dispatch import Backend, BackendError, use_backend
+from .ema import ema_multi_avg_fn, ema_update_
+from .ema.fused import FusedEMA
+from .moments import channel_moments, channel_sums
 
-__all__ = ["concat_generated", "ema_update_", "kl_discrepancy", "l1_discrepancy"]
+__all__ = [
+    "Backend",
+    "BackendError",
+    "FusedEMA",
+    "channel_moments",
+    "channel_sums",
+    "concat_generated",
+    "ema_multi_avg_fn",
+    "ema_update_",
+    "js_discrepancy",
+    "kl_discrepancy",
+    "l1_discrepancy",
+    "use_backend",
+]

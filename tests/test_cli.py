@@ -308,3 +308,22 @@ def test_doctor_names_everything_optional(run: Run) -> None:
     assert said.code == 0
     for thing in ("GPU", "Triton", "compiled extension", "numba", "DALI", "apex"):
         assert thing in said.out
+    for operation in ("ema_update_", "l1_discrepancy", "kl_discrepancy", "js_discrepancy", "concat_generated", "channel_moments"):
+        assert operation in said.out
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("fast", "DFKD_FAST_BACKEND must be one of reference, numba, triton, cuda, not 'fast'"),
+        ("triton", "the kernels' backend triton is forced, and does not serve it"),
+    ],
+)
+def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, message: str
+) -> None:
+    monkeypatch.setattr("dfkd_fast.kernels.dispatch._forced", backend)
+    said = run("distill", "digits", "--device", "cpu", "--out", str(tmp_path / "run"))
+    assert said.code == 2
+    assert message in said.err
+    assert not (tmp_path / "run").exists()

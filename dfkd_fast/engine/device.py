@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from dfkd_fast.errors import DfkdError
+from dfkd_fast.kernels import dispatch
 
 __all__ = ["Clock", "peak_memory_bytes", "pick_device"]
 
@@ -17,12 +18,15 @@ __all__ = ["Clock", "peak_memory_bytes", "pick_device"]
 def pick_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
     """``auto`` is the GPU where PyTorch can use one, else the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise DfkdError("device 'cuda': PyTorch sees no GPU here; use --device cpu, and see dfkd-fast doctor")
     if name not in ("cpu", "cuda"):
         raise DfkdError(f"device {name!r}: must be auto, cpu or cuda")
-    return torch.device(name)
+    device = torch.device(name)
+    if (backend := dispatch.forced()) and backend not in dispatch.backends(device):
+        raise DfkdError(f"device {name!r}: the kernels' backend {backend} is forced, and does not serve it")
+    return device
 
 
 def peak_memory_bytes(device: torch.device) -> int:

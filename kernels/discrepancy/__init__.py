@@ -1,33 +1,55 @@
-"""How far a student's logits are from its teacher's."""
+"""How far a student's logits are from its teacher's.
 
-from typing import Literal
+The fused backends compute the gradients for both sides while they read the logits, and keep them, unscaled, for the
+backward pass: those of L1 as signs of one byte, those of the divergences in the logits' dtype.
+"""
 
+import math
+from typing import Any, Literal, overload
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .. import operators
+from ..dispatch import Backend, choose
 from . import reference
 
-__all__ = ["Reduction", "kl_discrepancy", "l1_discrepancy"]
+__all__ = ["Reduction", "js_discrepancy", "kl_discrepancy", "l1_discrepancy"]
 
 Reduction = Literal["batchmean", "mean", "sum"]
 
 
-def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction) -> Tensor:
+@overload
+def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, agreement: Literal[False] = False) -> Tensor: ...
+@overload
+def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, agreement: Literal[True]) -> tuple[Tensor, Tensor]: ...
+def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, agreement: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Sum or mean of ``|student − teacher|`` over raw logits (DFAD, arXiv 1912.11006, eq. 1).
 
     Args:
-        student, teacher: logits (N, C) or (N, C, H, W), of any floating dtype; read in float32.
+        student, teacher: logits (N, C) or (N, C, H, W) of any strides and floating dtypes; read in float32.
         reduction: "mean" divides by every element, "batchmean" by N, "sum" by nothing.
+        agreement: also count the rows (of N, or of N·H·W) whose largest logits are of the same class.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64 logits), differentiable on both sides.
+        A 0-d tensor, float32 (float64 for float64 logits), differentiable on both sides, once; twice with the
+        reference backend. With ``agreement`` also the count, a 0-d int64 tensor on the logits' device.
 
     Raises:
-        ValueError: shapes that differ or are no logits, or an unknown reduction.
+        ValueError: shapes that differ or are no logits, devices that differ, or an unknown reduction.
+        BackendError: a forced backend does not serve the logits' device or dtype.
     """
     _check(student, teacher, reduction)
-    return reference.l1_discrepancy(student, teacher, reduction)
+    backend = choose("l1_discrepancy", (student, teacher))
+    if backend == "reference":
+        loss = reference.l1_discrepancy(student, teacher, reduction)
+        return (loss, reference.agreement(student, teacher)) if agreement else loss
+    loss, count = _Fused.apply(student, teacher, "l1_forward", backend, None, _scale(student, reduction), agreement)
+    return (loss, count) if agreement else loss
 
 
+@overload
 def kl_discrepancy(
     student: Tensor,
     teacher: Tensor,
@@ -35,34 +57,206 @@ def kl_discrepancy(
     temperature: float,
     reduction: Reduction,
     scale_by_temperature_squared: bool,
-) -> Tensor:
+    agreement: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def kl_discrepancy(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    reduction: Reduction,
+    scale_by_temperature_squared: bool,
+    agreement: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def kl_discrepancy(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    reduction: Reduction,
+    scale_by_temperature_squared: bool,
+    agreement: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """KL(p_teacher ‖ p_student) of the softmax over classes at a temperature (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        student, teacher: logits (N, C) or (N, C, H, W), of any floating dtype; read in float32.
+        student, teacher: logits (N, C) or (N, C, H, W) of any strides and floating dtypes; read in float32.
         temperature: both logits are divided by it, > 0.
         reduction: "batchmean" divides by N, "mean" by every element, "sum" by nothing.
         scale_by_temperature_squared: multiply by temperature², which keeps the size of the gradient as
             the temperature changes.
+        agreement: also count the rows (of N, or of N·H·W) whose largest logits are of the same class.
 
     Returns:
-        A 0-d tensor in nats, float32 (float64 for float64 logits), differentiable on both sides.
+        A 0-d tensor in nats, float32 (float64 for float64 logits), differentiable on both sides, once; twice with
+        the reference backend. With ``agreement`` also the count, a 0-d int64 tensor on the logits' device.
 
     Raises:
-        ValueError: shapes that differ or are no logits, a temperature ≤ 0, or an unknown reduction.
+        ValueError: shapes that differ or are no logits, devices that differ, a temperature ≤ 0, or an unknown
+            reduction.
+        BackendError: a forced backend does not serve the logits' device or dtype.
     """
+    return _divergence("kl", student, teacher, temperature, reduction, scale_by_temperature_squared, agreement)
+
+
+@overload
+def js_discrepancy(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    reduction: Reduction,
+    scale_by_temperature_squared: bool,
+    agreement: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def js_discrepancy(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    reduction: Reduction,
+    scale_by_temperature_squared: bool,
+    agreement: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def js_discrepancy(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    reduction: Reduction,
+    scale_by_temperature_squared: bool,
+    agreement: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Jensen–Shannon divergence ½ KL(p_T ‖ m) + ½ KL(p_S ‖ m), m = ½ (p_T + p_S), between 0 and log 2 a row (Lin 1991).
+
+    Arguments, results and errors are those of ``kl_discrepancy``. One minus this, over log 2, is what
+    DeepInversion (arXiv 1912.08795, eq. 8) and PRE-DFKD compete with.
+    """
+    return _divergence("js", student, teacher, temperature, reduction, scale_by_temperature_squared, agreement)
+
+
+def _divergence(
+    kind: Literal["kl", "js"],
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    reduction: Reduction,
+    scale_by_temperature_squared: bool,
+    agreement: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     _check(student, teacher, reduction)
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
-    return reference.kl_discrepancy(student, teacher, temperature, reduction, scale_by_temperature_squared)
+    backend = choose(f"{kind}_discrepancy", (student, teacher))
+    if backend == "reference":
+        divergence = reference.kl_discrepancy if kind == "kl" else reference.js_discrepancy
+        loss = divergence(student, teacher, temperature, reduction, scale_by_temperature_squared)
+        return (loss, reference.agreement(student, teacher)) if agreement else loss
+    scale = _scale(student, reduction) * (temperature**2 if scale_by_temperature_squared else 1.0)
+    loss, count = _Fused.apply(student, teacher, f"{kind}_forward", backend, temperature, scale, agreement)
+    return (loss, count) if agreement else loss
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, name: str, backend: Backend, temperature: float | None, scale: float, agreement: bool
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[:2]
+        operator = operators.overload(name, backend)
+        if temperature is None:
+            loss, sign, count = operator(student, teacher, scale, any(wanted), agreement)
+            units = tuple(sign if side else sign.new_empty(0) for side in wanted)
+            ctx.scales = scale, -scale
+        else:
+            loss, *units, count = operator(student, teacher, temperature, scale, *wanted, agreement)
+            ctx.scales = scale, scale
+        ctx.save_for_backward(*units)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(count)
+        ctx.backend, ctx.dtypes = backend, (student.dtype, teacher.dtype)
+        return loss, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scale_gradients = operators.overload("scale_gradients", ctx.backend)
+        gradients = scale_gradients(*ctx.saved_tensors, upstream, *ctx.scales, *ctx.dtypes)
+        return *(gradient if wanted else None for gradient, wanted in zip(gradients, ctx.needs_input_grad[:2], strict=True)), *5 * [None]
 
 
 def _check(student: Tensor, teacher: Tensor, reduction: str) -> None:
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher logits differ in shape: {tuple(student.shape)} and {tuple(teacher.shape)}")
+    if student.device != teacher.device:
+        raise ValueError(f"student and teacher logits differ in device: {student.device} and {teacher.device}")
     if student.ndim not in (2, 4):
         raise ValueError(f"logits must be (N, C) or (N, C, H, W), not {tuple(student.shape)}")
-    if student.numel() == 0:
-        raise ValueError(f"logits are empty: {tuple(student.shape)}")
+    if student.shape[1] == 0:
+        raise ValueError(f"logits have no classes: {tuple(student.shape)}")
     if reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', not {reduction!r}")
+
+
+def _scale(logits: Tensor, reduction: Reduction) -> float:
+    """What the sum is multiplied by; the mean of nothing is NaN, as PyTorch has it."""
+    count = {"mean": logits.numel(), "batchmean": len(logits), "sum": 1}[reduction]
+    return 1.0 / count if count else math.nan
+
+
+def _scalar(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits.new_empty((), dtype=dtype)
+
+
+def _nothing(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits.new_empty(0, dtype=dtype)
+
+
+def _fake_l1(student: Tensor, teacher: Tensor, scale: float, gradient: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
+    sign = torch.empty_like(student, dtype=torch.int8) if gradient else _nothing(student, torch.int8)
+    count = _scalar(student, torch.int64) if agreement else _nothing(student, torch.int64)
+    return _scalar(student, torch.float32), sign, count
+
+
+def _fake_divergence(
+    student: Tensor, teacher: Tensor, temperature: float, scale: float, student_gradient: bool, teacher_gradient: bool, agreement: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    student_unit = torch.empty_like(student) if student_gradient else _nothing(student, student.dtype)
+    teacher_unit = torch.empty_like(teacher) if teacher_gradient else _nothing(teacher, teacher.dtype)
+    count = _scalar(student, torch.int64) if agreement else _nothing(student, torch.int64)
+    return _scalar(student, torch.float32), student_unit, teacher_unit, count
+
+
+def _fake_scale_gradients(
+    student_unit: Tensor,
+    teacher_unit: Tensor,
+    upstream: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(student_unit, dtype=student_dtype), torch.empty_like(teacher_unit, dtype=teacher_dtype)
+
+
+_DIVERGENCE = (
+    "(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, bool teacher_gradient, bool agreement)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+operators.define(
+    __name__,
+    "l1_forward",
+    "(Tensor student, Tensor teacher, float scale, bool gradient, bool agreement) -> (Tensor, Tensor, Tensor)",
+    _fake_l1,
+)
+operators.define(__name__, "kl_forward", _DIVERGENCE, _fake_divergence)
+operators.define(__name__, "js_forward", _DIVERGENCE, _fake_divergence)
+operators.define(
+    __name__,
+    "scale_gradients",
+    "(Tensor student_unit, Tensor teacher_unit, Tensor upstream, float student_scale, float teacher_scale,"
+    " ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)",
+    _fake_scale_gradients,
+)

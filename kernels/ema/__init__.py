@@ -1,63 +1,134 @@
 """Exponential moving average of a list of tensors, in place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .. import operators
+from ..dispatch import BackendError, choose, forced
 from . import reference
 
-__all__ = ["ema_update_"]
+__all__ = ["ema_multi_avg_fn", "ema_update_"]
 
 
-def ema_update_(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor) -> None:
+
+def ema_update_(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor, *, shadows: Sequence[Tensor] | None = None
+) -> None:
     """``averages ← decay · averages + (1 − decay) · sources``, in place (MAD, arXiv 2209.10359).
 
     Computed as ``average + (1 − decay)(source − average)``, so that equal tensors stay equal. Integer
     tensors are copied, having no average.
 
     Args:
-        averages: tensors of any shapes, on one device; floating ones in float32 or float64, because
-            half precision would drop the increment ``(1 − decay)(source − average)``.
+        averages: tensors of any shapes, on one device; floating ones in float32 (float64 with the reference
+            backend), because half precision would drop the increment ``(1 − decay)(source − average)``.
         sources: as many tensors, each of the shape and strides of its average; float32, float64,
             bfloat16 or float16.
-        decay: in [0, 1]; a float, or a 0-d tensor on the tensors' device so that a captured CUDA graph
+        decay: in [0, 1]; a float, or a 0-d floating tensor on the tensors' device so that a captured CUDA graph
             can see it change.
+        shadows: as many tensors, of the shapes and strides of the averages, that receive the new averages in
+            their own dtype in the same pass: a half-precision copy to compute with.
 
     Raises:
-        ValueError: the lists differ in length, or a pair differs in shape, strides, device or kind of
+        ValueError: the lists differ in length, or tensors of one place differ in shape, strides, device or kind of
             dtype; the message names the index.
+        BackendError: a forced backend does not serve the tensors' device, dtypes or strides.
     """
-    _check(averages, sources, decay)
+    _check(averages, sources, decay, shadows)
+    if not averages:
+        return
+    floating = [tensor for tensors in (averages, sources, shadows or ()) for tensor in tensors if tensor.is_floating_point()]
+    backend = choose("ema_update_", floating or averages[:1])
+    if backend != "reference" and not all(map(_dense, averages)):
+        if forced():
+            raise BackendError(f"the backend {backend} is forced, but averages only tensors without gaps")
+        backend = "reference"
     with torch.no_grad():
-        reference.ema_update_(averages, sources, decay)
+        if backend == "reference":
+            reference.ema_update_(averages, sources, decay, shadows)
+        elif isinstance(decay, Tensor):
+            operators.overload("ema_update_", backend)(averages, sources, shadows or [], 0.0, decay)
+        else:
+            operators.overload("ema_update_", backend)(averages, sources, shadows or [], decay, None)
 
 
-def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor) -> None:
+def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """A drop-in for ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.999))``.
+
+    Args:
+        decay: as of ``ema_update_``.
+    """
+
+    def update(averages: Sequence[Tensor], sources: Sequence[Tensor], _: Tensor | int) -> None:
+        ema_update_(averages, sources, decay)
+
+    return update
+
+
+def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor, shadows: Sequence[Tensor] | None) -> None:
     if len(averages) != len(sources):
         raise ValueError(f"averages and sources differ in length: {len(averages)} and {len(sources)}")
+    if shadows is not None and len(shadows) != len(averages):
+        raise ValueError(f"averages and shadows differ in length: {len(averages)} and {len(shadows)}")
     if isinstance(decay, Tensor):
-        if decay.ndim != 0:
-            raise ValueError(f"decay must be a float or a 0-d tensor, not one of shape {tuple(decay.shape)}")
+        if decay.ndim != 0 or not decay.is_floating_point():
+            raise ValueError(f"decay must be a float or a 0-d floating tensor, not a {tuple(decay.shape)} one of {decay.dtype}")
+        if averages and decay.device != averages[0].device:
+            raise ValueError(f"decay is on {decay.device}, the averages on {averages[0].device}")
     elif not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must be in [0, 1], not {decay}")
-    for index, (average, source) in enumerate(zip(averages, sources, strict=True)):
-        where = f"pair {index}: average and source differ in"
-        if average.shape != source.shape:
-            raise ValueError(f"{where} shape: {tuple(average.shape)} and {tuple(source.shape)}")
-        if _strides(average) != _strides(source):
-            raise ValueError(f"{where} strides: {average.stride()} and {source.stride()}")
-        if average.device != source.device or average.device != averages[0].device:
-            raise ValueError(f"{where} device: {average.device} and {source.device}, the first is on {averages[0].device}")
-        if not average.is_floating_point():
-            if average.dtype != source.dtype:
-                raise ValueError(f"{where} dtype: {average.dtype} and {source.dtype}")
-        elif not source.is_floating_point():
-            raise ValueError(f"{where} dtype: {average.dtype} and {source.dtype}")
-        elif average.dtype not in (torch.float32, torch.float64):
+    for index, average in enumerate(averages):
+        if average.is_floating_point() and average.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"pair {index}: an average must be float32 or float64, not {average.dtype}")
+        if average.device != averages[0].device:
+            raise ValueError(f"pair {index}: averages differ in device: {average.device}, and the first is on {averages[0].device}")
+        _check_pair(index, "source", average, sources[index])
+        if shadows is not None:
+            _check_pair(index, "shadow", average, shadows[index])
+
+
+def _check_pair(index: int, name: str, average: Tensor, other: Tensor) -> None:
+    if average.shape != other.shape:
+        difference = f"shape: {tuple(average.shape)} and {tuple(other.shape)}"
+    elif average.stride() != other.stride() and _strides(average) != _strides(other):
+        difference = f"strides: {average.stride()} and {other.stride()}"
+    elif average.device != other.device:
+        difference = f"device: {average.device} and {other.device}"
+    elif average.dtype != other.dtype and not (average.is_floating_point() and other.is_floating_point()):
+        difference = f"dtype: {average.dtype} and {other.dtype}"
+    else:
+        return
+    raise ValueError(f"pair {index}: average and {name} differ in {difference}")
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides of the dimensions that have more than one element: the others move nothing."""
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory, each once, so that a kernel may take them in storage order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _fake_ema_update_(
+    averages: list[Tensor], sources: list[Tensor], shadows: list[Tensor], decay: float, device_decay: Tensor | None
+) -> None:
+    return None
+
+
+operators.define(
+    __name__,
+    "ema_update_",
+    "(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] shadows, float decay, Tensor? device_decay) -> ()",
+    _fake_ema_update_,
+)

@@ -8,6 +8,7 @@ from torch import nn
 
 from bench.baselines import plain
 from dfkd_fast import Method, Replay, Trainer
+from dfkd_fast.kernels import Backend, use_backend
 from tests.small import Networks, small_method, small_networks
 
 ITERATIONS = 24
@@ -15,7 +16,7 @@ EPOCHS = 3
 
 
 def run_both(
-    networks: Networks, method: Method, *, ema_decay: float | None
+    networks: Networks, method: Method, *, ema_decay: float | None, backend: Backend = "reference"
 ) -> tuple[Trainer, Networks, list[plain.Iteration], list[list[float]]]:
     teacher, student, generator = copy.deepcopy(networks)
     student_optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -45,7 +46,8 @@ def run_both(
         losses.append([*trainer.losses["student"][row].tolist(), *trainer.losses["adversarial"][row].tolist()])
 
     trainer.on_iteration = keep
-    trainer.fit()
+    with use_backend(backend):
+        trainer.fit()
     return trainer, (teacher, student, generator), expected, losses
 
 
@@ -86,3 +88,14 @@ def test_the_largest_difference_sees_one_changed_bit() -> None:
         bias = next(reversed(list(other.parameters())))
         bias[0] = torch.nextafter(bias[0], torch.tensor(1.0))
     assert largest_difference(student, other) > 0
+
+
+def test_first_iterations_with_fused_kernels_follow_the_plain_loop() -> None:
+    # Only the first: the kernels round differently, and the game amplifies any difference.
+    pytest.importorskip("numba", reason="numba is not installed")
+    method = small_method(replay=Replay(kind="ema_generator", ema_decay=0.9), epochs=EPOCHS, iterations=1, student_steps=2)
+    networks = small_networks(teacher="lenet5", student="lenet5_half", channels=1)
+    trainer, (_, student, generator), expected, losses = run_both(networks, method, ema_decay=0.9, backend="numba")
+    flat = [[*iteration.student, iteration.generator] for iteration in expected[: len(losses)]]
+    assert losses[0] == pytest.approx(flat[0], rel=1e-4)
+    assert losses != flat, "the kernels did not run"

@@ -104,7 +104,7 @@ GOOD = torch.zeros(2, 3, 4, 4)
         (GOOD, GOOD.to(memory_format=torch.channels_last), r"pair 1: .* strides: \(48, 16, 4, 1\) and \(48, 1, 12, 3\)"),
         (GOOD, GOOD.transpose(2, 3), "pair 1: .* strides"),
         (GOOD, GOOD.to("meta"), "pair 1: .* device: cpu and meta"),
-        (GOOD.to("meta"), GOOD.to("meta"), "pair 1: .* device: meta and meta, the first is on cpu"),
+        (GOOD.to("meta"), GOOD.to("meta"), "pair 1: .* device: meta, and the first is on cpu"),
         (GOOD, GOOD.long(), "pair 1: .* dtype: torch.float32 and torch.int64"),
         (GOOD.long(), GOOD, "pair 1: .* dtype: torch.int64 and torch.float32"),
         (GOOD.long(), GOOD.int(), "pair 1: .* dtype: torch.int64 and torch.int32"),

@@ -1,0 +1,335 @@
+"""The discrepancies on a CPU, in numba.
+
+Logits lie in one of two ways. Where the classes of a row are neighbours and many, a task takes rows one by one and
+vectorises over the classes. Elsewhere (segmentation, few classes) it takes a tile of rows and vectorises over the
+rows. Both take ``log p − log q`` from shifted logits and two log-sum-exps, never from probabilities.
+"""
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .. import simd
+from ..simd import HALF, ONE, ZERO, Place
+
+__all__ = ["js_forward", "kl_forward", "l1_forward", "scale_gradients"]
+
+WIDE = 64  # classes from which a row alone fills the vectors
+TILE = 2048  # elements a tile of rows holds: its three buffers stay in the first-level cache
+# How the rows lie: the logits of row (o, i), o < outer and i < inner, begin at o · outer_stride + i · inner_stride and
+# are class_stride apart. A plain tuple, which numba takes fastest: outer, inner, classes, outer_stride, inner_stride,
+# class_stride.
+Rows = tuple[int, int, int, int, int, int]
+LN2: Any = np.float32(np.log(2))
+
+
+def l1_forward(student: Tensor, teacher: Tensor, scale: float, gradient: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
+    s, t = _alike(student, teacher)
+    loss, sign = s.new_empty((), dtype=torch.float32), torch.empty_like(s if gradient else s[:0], dtype=torch.int8)
+    with simd.threads():
+        _l1(simd.place(s), simd.place(t), simd.place(sign), simd.place(loss), s.numel(), gradient, scale)
+    return loss, simd.laid_out_as(sign, student) if gradient else sign.view(-1), _agreement(s, t, agreement)
+
+
+def kl_forward(
+    student: Tensor, teacher: Tensor, temperature: float, scale: float, student_gradient: bool, teacher_gradient: bool, agreement: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _divergence(False, student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement)
+
+
+def js_forward(
+    student: Tensor, teacher: Tensor, temperature: float, scale: float, student_gradient: bool, teacher_gradient: bool, agreement: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _divergence(True, student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement)
+
+
+def scale_gradients(
+    student_unit: Tensor,
+    teacher_unit: Tensor,
+    upstream: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    student, teacher = torch.empty_like(student_unit, dtype=student_dtype), torch.empty_like(teacher_unit, dtype=teacher_dtype)
+    with simd.threads():
+        for unit, gradient, scale in ((student_unit, student, student_scale), (teacher_unit, teacher, teacher_scale)):
+            if unit.numel():
+                _scale(simd.place(unit), simd.place(gradient), simd.place(upstream), unit.numel(), scale)
+    return student, teacher
+
+
+def _divergence(
+    js: bool,
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    scale: float,
+    student_gradient: bool,
+    teacher_gradient: bool,
+    agreement: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s, t = _alike(student, teacher)
+    rows = _rows(s)
+    loss = s.new_empty((), dtype=torch.float32)
+    student_unit = torch.empty_like(s if student_gradient else s[:0])
+    teacher_unit = torch.empty_like(t if teacher_gradient else t[:0])
+    kernel = _row_by_row if s.stride(1) == 1 and s.shape[1] >= WIDE else _tile_by_tile
+    with simd.threads():
+        kernel(
+            *(simd.place(tensor) for tensor in (s, t, student_unit, teacher_unit, loss)),
+            *(rows, student_gradient, teacher_gradient, 1 / temperature, scale, js),
+        )
+    student_unit = simd.laid_out_as(student_unit, student) if student_gradient else student_unit.view(-1)
+    teacher_unit = simd.laid_out_as(teacher_unit, teacher) if teacher_gradient else teacher_unit.view(-1)
+    return loss, student_unit, teacher_unit, _agreement(s, t, agreement)
+
+
+def _rows(logits: Tensor) -> Rows:
+    count, classes = logits.shape[:2]
+    pixels = math.prod(logits.shape[2:])
+    if logits.is_contiguous() and pixels > 1:
+        return count, pixels, classes, classes * pixels, 1, pixels
+    return 1, count * pixels, classes, 0, classes, 1
+
+
+def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dense layout: contiguous or channels-last."""
+    last = student.ndim == 4 and student.is_contiguous(memory_format=torch.channels_last) and not student.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    return student.contiguous(memory_format=layout), teacher.contiguous(memory_format=layout)
+
+
+def _agreement(student: Tensor, teacher: Tensor, wanted: bool) -> Tensor:
+    count = torch.empty(() if wanted else 0, dtype=torch.int64)
+    if wanted:
+        with simd.threads():
+            _count_equal_argmaxes(simd.place(student), simd.place(teacher), simd.place(count), _rows(student))
+    return count
+
+
+@simd.parallel
+def _l1(student: Place, teacher: Place, sign: Place, loss: Place, size: int, gradient: bool, scale: float) -> None:
+    s, t, out = simd.pointer(student), simd.pointer(teacher), simd.pointer(sign)
+    partial = np.empty(-(-size // simd.BLOCK))
+    for block in prange(len(partial)):
+        start, end = block * simd.BLOCK, min((block + 1) * simd.BLOCK, size)
+        total = ZERO
+        if gradient:
+            for i in range(start, end):
+                difference = simd.widen(s[i]) - simd.widen(t[i])
+                total += abs(difference)
+                out[i] = np.int8(difference > ZERO) - np.int8(difference < ZERO)
+        else:
+            for i in range(start, end):
+                total += abs(simd.widen(s[i]) - simd.widen(t[i]))
+        partial[block] = total
+    simd.pointer(loss)[0] = np.float32(partial.sum() * scale)
+
+
+@simd.parallel
+def _scale(unit: Place, gradient: Place, upstream: Place, size: int, scale: float) -> None:
+    given, out = simd.pointer(unit), simd.pointer(gradient)
+    factor = np.float32(simd.pointer(upstream)[0] * scale)
+    for block in prange(-(-size // simd.BLOCK)):
+        for i in range(block * simd.BLOCK, min((block + 1) * simd.BLOCK, size)):
+            out[i] = simd.narrow(simd.widen(given[i]) * factor, gradient)
+
+
+@simd.parallel
+def _count_equal_argmaxes(student: Place, teacher: Place, count: Place, rows: Rows) -> None:
+    s, t = simd.pointer(student), simd.pointer(teacher)
+    outer, inner, classes, outer_stride, inner_stride, class_stride = rows
+    rows_a_block = -(-simd.BLOCK // classes)
+    partial = np.empty(-(-outer * inner // rows_a_block), np.int64)
+    for block in prange(len(partial)):
+        equal = 0
+        for row in range(block * rows_a_block, min((block + 1) * rows_a_block, outer * inner)):
+            start = row // inner * outer_stride + row % inner * inner_stride
+            equal += _argmax(s, start, classes, class_stride) == _argmax(t, start, classes, class_stride)
+        partial[block] = equal
+    simd.pointer(count)[0] = partial.sum()
+
+
+@simd.helper
+def _argmax(logits: Any, start: int, classes: int, class_stride: int) -> int:
+    """The first maximal class; a NaN is above everything, as for torch.argmax."""
+    best, largest = 0, simd.widen(logits[start])
+    for c in range(1, classes):
+        x = simd.widen(logits[start + c * class_stride])
+        if x > largest or (x != x and largest == largest):
+            best, largest = c, x
+    return best
+
+
+# A NaN may be overlooked here: it reaches every result through exp(x − largest).
+@numba.njit(fastmath=True)  # type: ignore[untyped-decorator]
+def _largest(logits: Any, start: int, classes: int) -> Any:
+    largest = simd.widen(logits[start])
+    for c in range(start, start + classes):
+        largest = max(largest, simd.widen(logits[c]))
+    return largest
+
+
+@simd.inline
+def _log_over_mean(d: Any) -> Any:
+    """log p − log m for m = (p + q) / 2 and d = log p − log q: log 2 − log(1 + exp(−d)), safe for large ``|d|``."""
+    return (LN2 - max(-d, ZERO)) - simd.log1p(simd.exp(-abs(d)))
+
+
+# In both kernels p and q are the teacher's and the student's probabilities, a and b the log-ratios that they weight. KL has no b.
+@simd.parallel
+def _row_by_row(
+    student: Place,
+    teacher: Place,
+    student_unit: Place,
+    teacher_unit: Place,
+    loss: Place,
+    rows: Rows,
+    student_gradient: bool,
+    teacher_gradient: bool,
+    inverse_temperature: float,
+    scale: float,
+    js: bool,
+) -> None:
+    s, t, s_unit, t_unit = simd.pointer(student), simd.pointer(teacher), simd.pointer(student_unit), simd.pointer(teacher_unit)
+    _, count, classes, _, _, _ = rows
+    sharpness = np.float32(inverse_temperature)
+    weight = HALF * sharpness if js else sharpness
+    rows_a_task = -(-simd.BLOCK // classes)
+    partial = np.empty(-(-count // rows_a_task))
+    for task in prange(len(partial)):
+        p, q = np.empty(classes, np.float32), np.empty(classes, np.float32)
+        a, b = np.empty(classes, np.float32), np.empty(classes, np.float32)
+        total = 0.0
+        for row in range(task * rows_a_task, min((task + 1) * rows_a_task, count)):
+            start = row * classes
+            p_top, q_top = _largest(t, start, classes), _largest(s, start, classes)
+            p_sum, q_sum = ZERO, ZERO
+            for c in range(classes):
+                x, y = (simd.widen(t[start + c]) - p_top) * sharpness, (simd.widen(s[start + c]) - q_top) * sharpness
+                p[c], q[c], a[c] = simd.exp(x), simd.exp(y), x - y
+                p_sum += p[c]
+                q_sum += q[c]
+            shift, p_scale, q_scale = np.log(p_sum) - np.log(q_sum), ONE / p_sum, ONE / q_sum
+            a_mean, b_mean = ZERO, ZERO
+            if js:
+                for c in range(classes):
+                    p[c], q[c], d = p[c] * p_scale, q[c] * q_scale, a[c] - shift
+                    a[c], b[c] = _log_over_mean(d), _log_over_mean(-d)
+                    a_mean += p[c] * a[c]
+                    b_mean += q[c] * b[c]
+                total += HALF * (a_mean + b_mean)
+            else:
+                for c in range(classes):
+                    p[c], q[c], a[c] = p[c] * p_scale, q[c] * q_scale, a[c] - shift
+                    a_mean += p[c] * a[c]
+                total += a_mean
+            if teacher_gradient:
+                for c in range(classes):
+                    t_unit[start + c] = simd.narrow(weight * p[c] * (a[c] - a_mean), teacher_unit)
+            if student_gradient and js:
+                for c in range(classes):
+                    s_unit[start + c] = simd.narrow(weight * q[c] * (b[c] - b_mean), student_unit)
+            elif student_gradient:
+                for c in range(classes):
+                    s_unit[start + c] = simd.narrow(weight * (q[c] - p[c]), student_unit)
+        partial[task] = total
+    simd.pointer(loss)[0] = np.float32(partial.sum() * scale)
+
+
+@simd.parallel
+def _tile_by_tile(
+    student: Place,
+    teacher: Place,
+    student_unit: Place,
+    teacher_unit: Place,
+    loss: Place,
+    rows: Rows,
+    student_gradient: bool,
+    teacher_gradient: bool,
+    inverse_temperature: float,
+    scale: float,
+    js: bool,
+) -> None:
+    s, t, s_unit, t_unit = simd.pointer(student), simd.pointer(teacher), simd.pointer(student_unit), simd.pointer(teacher_unit)
+    outer, inner, classes, outer_stride, inner_stride, class_stride = rows
+    sharpness = np.float32(inverse_temperature)
+    weight = HALF * sharpness if js else sharpness
+    rows_a_tile = max(16, TILE // classes)
+    tiles = -(-inner // rows_a_tile)
+    partial = np.empty(outer * tiles)
+    for task in prange(len(partial)):
+        first = task % tiles * rows_a_tile
+        size = min(rows_a_tile, inner - first)
+        start = task // tiles * outer_stride + first * inner_stride
+        p, q = np.empty((classes, size), np.float32), np.empty((classes, size), np.float32)
+        a, b = np.empty((classes, size), np.float32), np.empty((classes, size), np.float32)
+        _gather(t, start, class_stride, inner_stride, p)
+        _gather(s, start, class_stride, inner_stride, q)
+        p_top, q_top = p[0].copy(), q[0].copy()
+        for c in range(1, classes):
+            for i in range(size):
+                p_top[i] = p[c, i] if p[c, i] > p_top[i] else p_top[i]
+                q_top[i] = q[c, i] if q[c, i] > q_top[i] else q_top[i]
+        p_sum, q_sum = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        for c in range(classes):
+            for i in range(size):
+                x, y = (p[c, i] - p_top[i]) * sharpness, (q[c, i] - q_top[i]) * sharpness
+                p[c, i], q[c, i], a[c, i] = simd.exp(x), simd.exp(y), x - y
+                p_sum[i] += p[c, i]
+                q_sum[i] += q[c, i]
+        shift, a_mean, b_mean = np.empty(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.float32)
+        for i in range(size):
+            shift[i], p_sum[i], q_sum[i] = np.log(p_sum[i]) - np.log(q_sum[i]), ONE / p_sum[i], ONE / q_sum[i]
+        for c in range(classes):
+            if js:
+                for i in range(size):
+                    p[c, i], q[c, i], d = p[c, i] * p_sum[i], q[c, i] * q_sum[i], a[c, i] - shift[i]
+                    a[c, i], b[c, i] = _log_over_mean(d), _log_over_mean(-d)
+                    a_mean[i] += p[c, i] * a[c, i]
+                    b_mean[i] += q[c, i] * b[c, i]
+            else:
+                for i in range(size):
+                    p[c, i], q[c, i], a[c, i] = p[c, i] * p_sum[i], q[c, i] * q_sum[i], a[c, i] - shift[i]
+                    a_mean[i] += p[c, i] * a[c, i]
+        partial[task] = (HALF if js else ONE) * (a_mean.sum() + b_mean.sum())
+        for c in range(classes):
+            for i in range(size):
+                q[c, i] = weight * (q[c, i] * (b[c, i] - b_mean[i]) if js else q[c, i] - p[c, i])
+                p[c, i] = weight * p[c, i] * (a[c, i] - a_mean[i])
+        if teacher_gradient:
+            _scatter(p, t_unit, teacher_unit, start, class_stride, inner_stride)
+        if student_gradient:
+            _scatter(q, s_unit, student_unit, start, class_stride, inner_stride)
+    simd.pointer(loss)[0] = np.float32(partial.sum() * scale)
+
+
+@simd.helper
+def _gather(logits: Any, start: int, class_stride: int, row_stride: int, tile: Any) -> None:
+    for c in range(tile.shape[0]):
+        first = start + c * class_stride
+        if row_stride == 1:
+            for i in range(tile.shape[1]):
+                tile[c, i] = simd.widen(logits[first + i])
+        else:
+            for i in range(tile.shape[1]):
+                tile[c, i] = simd.widen(logits[first + i * row_stride])
+
+
+@simd.helper
+def _scatter(tile: Any, out: Any, unit: Place, start: int, class_stride: int, row_stride: int) -> None:
+    for c in range(tile.shape[0]):
+        first = start + c * class_stride
+        if row_stride == 1:
+            for i in range(tile.shape[1]):
+                out[first + i] = simd.narrow(tile[c, i], unit)
+        else:
+            for i in range(tile.shape[1]):
+                out[first + i * row_stride] = simd.narrow(tile[c, i], unit)

@@ -1,0 +1,135 @@
+"""Which backend serves a call.
+
+``DFKD_FAST_BACKEND=reference|numba|triton|cuda`` forces one for the process, ``use_backend`` for a block. A forced
+backend that cannot serve a call is an error, never another backend.
+
+Unforced, CPU tensors of some size go to numba, CUDA tensors to the compiled extension or else to Triton, and the
+reference serves what they do not: float64, tensors too small to be worth the call, other devices. The reference
+alone has second derivatives.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+__all__ = ["WORTHWHILE", "Backend", "BackendError", "backends", "choose", "forced", "interpreting", "use_backend", "why_not"]
+
+Backend = Literal["reference", "numba", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+VARIABLE = "DFKD_FAST_BACKEND"
+# Elements of an operation's tensors from which, on a CPU, the kernel outweighs its call.
+WORTHWHILE = {
+    "ema_update_": 1 << 15,
+    "l1_discrepancy": 1 << 15,
+    "kl_discrepancy": 1 << 13,
+    "js_discrepancy": 1 << 13,
+    "concat_generated": 1 << 14,
+    "channel_moments": 1 << 14,
+}
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write
+
+
+class BackendError(ValueError):
+    """A backend was asked for that does not exist, is not installed, or cannot serve the call."""
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs its kernels: then they serve CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(backend: Backend) -> str | None:
+    """None if the backend is installed, else the reason in a few words."""
+    return _ABSENT[backend]
+
+
+def backends(device: torch.device) -> list[Backend]:
+    """The installed backends that serve a device, the preferred one first."""
+    return _SERVING.get(device.type, ["reference"])
+
+
+def forced() -> Backend | None:
+    """The backend that is forced, if one is.
+
+    Raises:
+        BackendError: ``DFKD_FAST_BACKEND`` names one that does not exist or is not installed.
+    """
+    if _forced is not None:
+        _check_known(_forced, VARIABLE)
+    return cast("Backend | None", _forced)
+
+
+@contextmanager
+def use_backend(backend: Backend | None) -> Iterator[None]:
+    """Force a backend within the block; None chooses freely there.
+
+    Raises:
+        BackendError: the backend does not exist or is not installed.
+    """
+    global _forced
+    if backend is not None:
+        _check_known(backend, "backend")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(operation: str, tensors: Sequence[Tensor]) -> Backend:
+    """The backend for a call.
+
+    Args:
+        operation: its name, a key of ``WORTHWHILE``.
+        tensors: its floating-point tensors, of one device.
+
+    Raises:
+        BackendError: a backend is forced that cannot serve them.
+    """
+    name, device = forced(), tensors[0].device
+    others = [tensor.dtype for tensor in tensors if tensor.dtype not in STORAGE]
+    if name is None:
+        if others or (device.type == "cpu" and sum([tensor.numel() for tensor in tensors]) < WORTHWHILE[operation]):
+            return "reference"
+        return backends(device)[0]
+    if name != "reference":
+        if name not in backends(device):
+            raise BackendError(f"the backend {name} is forced, but does not serve {device.type} tensors")
+        if others:
+            raise BackendError(f"the backend {name} is forced, but serves float32, bfloat16 and float16, not {others[0]}")
+    return name
+
+
+def _check_known(backend: str, where: str) -> None:
+    if backend not in BACKENDS:
+        raise BackendError(f"{where} must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if (reason := _ABSENT[backend]) is not None:
+        raise BackendError(f"{where} is {backend!r}, which is not here: {reason}")
+
+
+def _missing(package: str) -> str | None:
+    return None if find_spec(package) else f"{package} is not installed"
+
+
+_ABSENT: dict[str, str | None] = {
+    "reference": None,
+    "numba": _missing("numba"),
+    "triton": _missing("triton"),
+    "cuda": extension.why_not_loaded(),
+}
+_PREFERRED: dict[str, tuple[Backend, ...]] = {
+    "cuda": ("cuda", "triton", "reference"),
+    "cpu": ("numba", "triton", "reference") if interpreting() else ("numba", "reference"),
+}
+_SERVING: dict[str, list[Backend]] = {
+    device: [backend for backend in preferred if _ABSENT[backend] is None] for device, preferred in _PREFERRED.items()
+}
+# Checked at the first call: an import that fails could not say so in one line.
+_forced: str | None = os.environ.get(VARIABLE) or None

@@ -1,0 +1,72 @@
+"""The averaged copy of a module, for users: one fused update a step."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ema_update_
+
+__all__ = ["FusedEMA"]
+
+
+class FusedEMA(nn.Module):
+    """An exponential moving average of a module's parameters and buffers.
+
+    ``ema.module`` is the averaged copy: float32 whatever the source's precision, in evaluation mode, without gradients.
+    Calling ``ema`` calls it. ``state_dict`` and ``load_state_dict`` are those of ``nn.Module``. With a warm-up the decay
+    is computed on the device, so that updates can be captured in a CUDA graph and replayed.
+
+    Args:
+        model: the module to average; its present values are where the average begins.
+        decay: in [0, 1].
+        warm_up: the n-th update uses ``min(decay, (1 + n) / (10 + n))``, n from 0, so that the early values, which
+            are far from the later ones, are forgotten quickly (as ``tf.train.ExponentialMovingAverage`` with num_updates).
+        shadow_dtype: keep a second copy, ``ema.shadow``, in this floating dtype, written in the same pass.
+
+    Raises:
+        ValueError: decay is not in [0, 1], or an update finds tensors that no longer match.
+    """
+
+    updates: Tensor
+
+    def __init__(self, model: nn.Module, decay: float, *, warm_up: bool = False, shadow_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay must be in [0, 1], not {decay}")
+        self.decay, self.warm_up = decay, warm_up
+        self.module = _frozen_copy(model, torch.float32)
+        self.shadow = None if shadow_dtype is None else _frozen_copy(model, shadow_dtype)
+        device = next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the module's values.
+
+        Raises:
+            ValueError: the module's tensors differ in number, shape, strides or device from the average's.
+        """
+        decay: float | Tensor = self.decay
+        if self.warm_up:
+            decay = ((1.0 + self.updates) / (10.0 + self.updates)).clamp_(max=self.decay)
+        shadows = None if self.shadow is None else _tensors(self.shadow)
+        ema_update_(_tensors(self.module), _tensors(model), decay, shadows=shadows)
+        self.updates += 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the averaged module returns."""
+        return self.module(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "FusedEMA":
+        """Nothing: an average stays in evaluation mode."""
+        return self
+
+
+def _frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -1,0 +1,29 @@
+"""The compiled CUDA extension: where it lies, and whether it could be loaded."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+__all__ = ["BINARY", "loaded", "why_not_loaded"]
+
+BINARY = Path(__file__).parent / "dfkd_fast_cuda.so"
+
+
+@functools.cache
+def why_not_loaded() -> str | None:
+    """Load the extension once; None if it is loaded, else the reason in one line."""
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if not BINARY.is_file():
+        return "not built: dfkd-fast build"
+    try:
+        torch.ops.load_library(str(BINARY))
+    except OSError as error:
+        return f"{BINARY.name} cannot be loaded: {str(error).splitlines()[0]}"
+    return None
+
+
+def loaded() -> bool:
+    """Whether ``torch.ops.dfkd_fast`` has the CUDA overloads."""
+    return why_not_loaded() is None

@@ -1,0 +1,53 @@
+"""Registration: one schema an operator of ``torch.ops.dfkd_fast``, one overload of it a backend.
+
+``define("l1_forward", ...)`` makes ``torch.ops.dfkd_fast.l1_forward.numba`` and ``.triton``; the compiled
+extension brings ``.cuda`` with the same schema (see csrc/library.cpp). The kernels of a backend are plain
+functions of the operator's name in ``cpu.py`` or ``gpu.py`` of the operation's folder, imported at the first call:
+numba and Triton take a second each.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from . import extension
+from .dispatch import Backend, interpreting
+
+__all__ = ["SCHEMAS", "define", "overload"]
+
+LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
+SCHEMAS: dict[str, str] = {}
+
+
+def define(package: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Register an operator in every backend.
+
+    Args:
+        package: the operation's package, whose ``cpu`` and ``gpu`` modules hold functions called ``name``.
+        name: of the operator.
+        schema: its arguments and results, as in ``(Tensor x) -> Tensor``.
+        fake: from fake arguments to fake results.
+    """
+    SCHEMAS[name] = schema
+    kernels = {"numba": ("cpu", ["CPU"]), "triton": ("gpu", ["CUDA", "CPU"] if interpreting() else ["CUDA"])}
+    for backend, (module, keys) in kernels.items():
+        LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        for key in keys:
+            LIBRARY.impl(f"{name}.{backend}", _at_first_call(f"{package}.{module}", name), key)
+        torch.library.register_fake(f"dfkd_fast::{name}.{backend}", fake, lib=LIBRARY)
+    if extension.loaded():
+        torch.library.register_fake(f"dfkd_fast::{name}.cuda", fake, lib=LIBRARY)
+
+
+def overload(name: str, backend: Backend) -> Callable[..., Any]:
+    """The operator ``name`` as a backend serves it."""
+    return getattr(getattr(torch.ops.dfkd_fast, name), backend)
+
+
+def _at_first_call(module: str, name: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        return getattr(import_module(module), name)(*arguments)
+
+    return kernel

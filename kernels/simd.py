@@ -1,0 +1,216 @@
+"""What the numba kernels share: storage formats, vectorisable elementary functions, threads.
+
+A kernel takes a tensor as its place: its address, and a scalar whose type says how an element is stored. An array would
+cost the call more than small tensors cost to compute. bfloat16 and float16, which numba lacks, are the bits of a uint16 and an
+int16; ``widen`` and ``narrow`` convert. The elementary functions are short polynomials, because a call into libm would
+keep LLVM from vectorising the loop around it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+__all__ = [
+    "BLOCK",
+    "Place",
+    "exp",
+    "helper",
+    "inline",
+    "laid_out_as",
+    "log1p",
+    "narrow",
+    "parallel",
+    "place",
+    "pointer",
+    "sigmoid",
+    "stored_as",
+    "tanh",
+    "threads",
+    "widen",
+]
+
+Place = tuple[int, Any]
+BLOCK = 8192  # elements a task: partial sums are a block's, so that they do not depend on the number of threads
+_RUNNING = threading.Lock()
+
+# Contracting and reordering sums is allowed, assuming that no NaN occurs is not.
+_RELAXED = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def parallel(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a kernel whose ``prange`` loop runs on all threads, and keep the machine code on disk."""
+    return numba.njit(kernel, parallel=True, fastmath=_RELAXED, error_model="numpy", cache=True, nogil=True)
+
+
+def inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function for use in kernels, rounding as written but for contraction."""
+    return numba.njit(function, fastmath={"contract"}, error_model="numpy", forceinline=True)
+
+
+def helper(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function that kernels call."""
+    return numba.njit(function, error_model="numpy")
+
+
+@contextmanager
+def threads() -> Iterator[None]:
+    """As many threads as PyTorch uses, one parallel kernel at a time: not every threading layer allows two."""
+    with _RUNNING:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        yield
+
+
+def place(tensor: Tensor) -> Place:
+    """The address of a tensor's first element, and how its elements are stored."""
+    return tensor.data_ptr(), _STORED_AS[tensor.dtype]
+
+
+def stored_as(dtype: torch.dtype) -> Any:
+    """The second half of a place."""
+    return _STORED_AS[dtype]
+
+
+def laid_out_as(result: Tensor, given: Tensor) -> Tensor:
+    """A dense result with the strides of ``torch.empty_like(given)``, copied only if it has others."""
+    if given.is_contiguous() and result.is_contiguous():
+        return result
+    expected = torch.empty_like(given, dtype=result.dtype)
+    return result if result.stride() == expected.stride() else expected.copy_(result)
+
+
+_STORED_AS = {
+    torch.float32: np.float32(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.float64: np.float64(0),
+    torch.int8: np.int8(0),
+    torch.int64: np.int64(0),
+}
+
+F32 = ir.FloatType()
+I16, I32 = ir.IntType(16), ir.IntType(32)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(_: Any, place: Any) -> Any:
+    """A place's elements, to be indexed."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(builder.extract_value(arguments[0], 0), context.get_value_type(signature.return_type))
+
+    return types.CPointer(place[1])(place), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def widen(_: Any, x: Any) -> Any:
+    """The float32 value of an element: float32, bfloat16 (uint16), float16 (int16) or a sign (int8)."""
+
+    def emit(__: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (value,) = arguments
+        if signature.args[0] == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), F32)
+        if signature.args[0] == types.int16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), F32)
+        return builder.sitofp(value, F32) if signature.args[0] == types.int8 else value
+
+    return types.float32(x), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def narrow(_: Any, x: Any, place: Any) -> Any:
+    """A float32 value as an element of a place, rounded to nearest even."""
+
+    def emit(__: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[0]
+        if signature.return_type == types.int16:
+            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), I16)
+        if signature.return_type != types.uint16:
+            return value
+        word = builder.bitcast(value, I32)
+        odd = builder.and_(builder.lshr(word, I32(16)), I32(1))
+        rounded = builder.lshr(builder.add(builder.add(word, I32(0x7FFF)), odd), I32(16))
+        kept = builder.select(builder.fcmp_unordered("uno", value, value), I32(0x7FC0), rounded)
+        return builder.trunc(kept, I16)
+
+    return place[1](types.float32, place), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def two_to_the(_: Any, n: Any) -> Any:
+    """2ⁿ for a whole float32 n from −126 to 127."""
+
+    def emit(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        exponent = builder.add(builder.fptosi(arguments[0], I32), I32(127))
+        return builder.bitcast(builder.shl(exponent, I32(23)), F32)
+
+    return types.float32(types.float32), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def rounded(_: Any, x: Any) -> Any:
+    """The nearest whole number."""
+
+    def emit(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [F32]), arguments)
+
+    return types.float32(types.float32), emit
+
+
+# float32 constants: a Python float would widen the arithmetic to float64.
+ZERO, HALF, ONE, TWO = (cast("Any", np.float32(value)) for value in (0, 0.5, 1, 2))
+LOWEST, LARGEST = np.float32(-87.3), np.float32(88.7)  # where exp leaves the normal float32 numbers
+LOG2_E = np.float32(1.4426950408889634)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.1219444005469057e-4)  # n · LN2_HIGH is exact
+E2, E3, E4, E5, E6, E7 = (np.float32(1 / factorial) for factorial in (2, 6, 24, 120, 720, 5040))
+# 2 atanh(s) / s in s² over s ≤ 1/3, and (tanh(x) / x − 1) / x² in x² over x ≤ 0.55: interpolated at Chebyshev
+# points, to 4e-9 of the value.
+A0, A1, A2, A3, A4 = (np.float32(c) for c in (2.00000000768, 0.6666632164, 0.4002459523, 0.2796515776, 0.2815777829))
+T0, T1, T2, T3, T4 = (np.float32(c) for c in (-0.33333332008, 0.13333113729, -0.05390942883, 0.02130938867, -0.00661022784))
+SMALL = np.float32(0.55)
+
+
+@inline
+def exp(x: Any) -> Any:
+    """eˣ to about 1e-7; 0 below −87.3, infinity above 88.7."""
+    n = rounded(x * LOG2_E)
+    n = n if n > np.float32(-126) else np.float32(-126)  # NaN too: its power of two must exist
+    n = n if n < np.float32(127) else np.float32(127)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    p = ONE + r * (ONE + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * (E6 + r * E7))))))
+    y = p * two_to_the(n)
+    y = ZERO if x < LOWEST else y
+    return np.float32(np.inf) if x > LARGEST else y
+
+
+@inline
+def log1p(u: Any) -> Any:
+    """log(1 + u) for u in [0, 1], to about 1e-7 of its value."""
+    s = u / (TWO + u)
+    w = s * s
+    return s * (A0 + w * (A1 + w * (A2 + w * (A3 + w * A4))))
+
+
+@inline
+def tanh(x: Any) -> Any:
+    """The hyperbolic tangent to about 1e-7 of its value."""
+    size = abs(x)
+    w = x * x
+    near = x + x * w * (T0 + w * (T1 + w * (T2 + w * (T3 + w * T4))))
+    far = ONE - TWO / (exp(TWO * size) + ONE)
+    far = far if x > ZERO else -far
+    return near if size < SMALL else far
+
+
+@inline
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e⁻ˣ)."""
+    return ONE / (ONE + exp(-x))
