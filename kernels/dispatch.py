@@ -9,13 +9,12 @@ alone has second derivatives.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor
 
 from . import extension
 
@@ -83,20 +82,22 @@ def use_backend(backend: Backend | None) -> Iterator[None]:
         _forced = before
 
 
-def choose(operation: str, tensors: Sequence[Tensor]) -> Backend:
+def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype], elements: int) -> Backend:
     """The backend for a call.
 
     Args:
         operation: its name, a key of ``WORTHWHILE``.
-        tensors: its floating-point tensors, of one device.
+        device: that all its tensors are on.
+        dtypes: of its floating-point tensors.
+        elements: how many it reads.
 
     Raises:
         BackendError: a backend is forced that cannot serve them.
     """
-    name, device = forced(), tensors[0].device
-    others = [tensor.dtype for tensor in tensors if tensor.dtype not in STORAGE]
+    name = forced()
+    others = [dtype for dtype in dtypes if dtype not in STORAGE]
     if name is None:
-        if others or (device.type == "cpu" and sum([tensor.numel() for tensor in tensors]) < WORTHWHILE[operation]):
+        if others or (device.type == "cpu" and elements < WORTHWHILE[operation]):
             return "reference"
         return backends(device)[0]
     if name != "reference":

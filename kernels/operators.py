@@ -6,19 +6,23 @@ functions of the operator's name in ``cpu.py`` or ``gpu.py`` of the operation's 
 numba and Triton take a second each.
 """
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import extension
 from .dispatch import Backend, interpreting
 
-__all__ = ["SCHEMAS", "define", "overload"]
+__all__ = ["SCHEMAS", "define", "operator"]
 
 LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 SCHEMAS: dict[str, str] = {}
+_PURE: dict[str, Callable[..., Any]] = {}  # the numba functions of operators that mutate nothing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def define(package: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
@@ -34,20 +38,30 @@ def define(package: str, name: str, schema: str, fake: Callable[..., Any]) -> No
     kernels = {"numba": ("cpu", ["CPU"]), "triton": ("gpu", ["CUDA", "CPU"] if interpreting() else ["CUDA"])}
     for backend, (module, keys) in kernels.items():
         LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        function = _at_first_call(f"{package}.{module}", name)
         for key in keys:
-            LIBRARY.impl(f"{name}.{backend}", _at_first_call(f"{package}.{module}", name), key)
+            LIBRARY.impl(f"{name}.{backend}", function, key)
+        if backend == "numba" and "!" not in schema:
+            _PURE[name] = function
         torch.library.register_fake(f"dfkd_fast::{name}.{backend}", fake, lib=LIBRARY)
     if extension.loaded():
         torch.library.register_fake(f"dfkd_fast::{name}.cuda", fake, lib=LIBRARY)
 
 
-def overload(name: str, backend: Backend) -> Callable[..., Any]:
-    """The operator ``name`` as a backend serves it."""
+def operator(name: str, backend: Backend, first: Tensor) -> Callable[..., Any]:
+    """The operator ``name`` as a backend serves it, to be called with ``first`` foremost.
+
+    On a CPU the way through PyTorch's dispatcher into Python costs as much as a small kernel. Where nothing on that
+    way could want to see the call (no tracing, no dispatch mode, no tensor subclass), this is the function itself.
+    """
+    if backend == "numba" and type(first) is Tensor and name in _PURE and not torch.compiler.is_compiling() and not _dispatch_modes():
+        return _PURE[name]
     return getattr(getattr(torch.ops.dfkd_fast, name), backend)
 
 
 def _at_first_call(module: str, name: str) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> Any:
-        return getattr(import_module(module), name)(*arguments)
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        return getattr(import_module(module), name)
 
-    return kernel
+    return lambda *arguments: function()(*arguments)

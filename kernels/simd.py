@@ -7,8 +7,7 @@ keep LLVM from vectorising the loop around it.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import numba
@@ -23,6 +22,7 @@ __all__ = [
     "BLOCK",
     "Place",
     "exp",
+    "exp_of_negative",
     "helper",
     "inline",
     "laid_out_as",
@@ -61,12 +61,18 @@ def helper(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(function, error_model="numpy")
 
 
-@contextmanager
-def threads() -> Iterator[None]:
+class _Threads:
     """As many threads as PyTorch uses, one parallel kernel at a time: not every threading layer allows two."""
-    with _RUNNING:
+
+    def __enter__(self) -> None:
+        _RUNNING.acquire()
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        yield
+
+    def __exit__(self, *_: object) -> None:
+        _RUNNING.release()
+
+
+threads = _Threads()
 
 
 def place(tensor: Tensor) -> Place:
@@ -167,10 +173,11 @@ def rounded(_: Any, x: Any) -> Any:
 
 # float32 constants: a Python float would widen the arithmetic to float64.
 ZERO, HALF, ONE, TWO = (cast("Any", np.float32(value)) for value in (0, 0.5, 1, 2))
-LOWEST, LARGEST = np.float32(-87.3), np.float32(88.7)  # where exp leaves the normal float32 numbers
+LOWEST, LARGEST = np.float32(-87.3), np.float32(88)  # beyond them 2ⁿ is no normal float32 number
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.1219444005469057e-4)  # n · LN2_HIGH is exact
-E2, E3, E4, E5, E6, E7 = (np.float32(1 / factorial) for factorial in (2, 6, 24, 120, 720, 5040))
+# eʳ = 1 + r + r² (E2 + E3 r + …) for |r| ≤ ½ log 2, to 1e-8
+E2, E3, E4, E5, E6 = (np.float32(c) for c in (0.5, 0.16666577026, 0.04166655466, 0.00836317307, 0.00139261761))
 # 2 atanh(s) / s in s² over s ≤ 1/3, and (tanh(x) / x − 1) / x² in x² over x ≤ 0.55: interpolated at Chebyshev
 # points, to 4e-9 of the value.
 A0, A1, A2, A3, A4 = (np.float32(c) for c in (2.00000000768, 0.6666632164, 0.4002459523, 0.2796515776, 0.2815777829))
@@ -179,16 +186,21 @@ SMALL = np.float32(0.55)
 
 
 @inline
-def exp(x: Any) -> Any:
-    """eˣ to about 1e-7; 0 below −87.3, infinity above 88.7."""
+def exp_of_negative(x: Any) -> Any:
+    """eˣ to about 1e-7 for x ≤ 0 (up to 88); 0 below −87.3."""
     n = rounded(x * LOG2_E)
     n = n if n > np.float32(-126) else np.float32(-126)  # NaN too: its power of two must exist
-    n = n if n < np.float32(127) else np.float32(127)
     r = (x - n * LN2_HIGH) - n * LN2_LOW
-    p = ONE + r * (ONE + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * (E6 + r * E7))))))
-    y = p * two_to_the(n)
-    y = ZERO if x < LOWEST else y
-    return np.float32(np.inf) if x > LARGEST else y
+    y = (ONE + r * (ONE + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * E6)))))) * two_to_the(n)
+    return ZERO if x < LOWEST else y
+
+
+@inline
+def exp(x: Any) -> Any:
+    """eˣ to about 1e-7; 0 below −87.3, infinity above 88."""
+    y = exp_of_negative(x if x < LARGEST else LARGEST)
+    y = np.float32(np.inf) if x > LARGEST else y
+    return y if x == x else x
 
 
 @inline

@@ -70,7 +70,8 @@ def concat_generated(
             raise ValueError(f"out_dtype is {out_dtype}, but out is {out.dtype}")
         if out.device != raws[0].device:
             raise ValueError(f"out is on {out.device}, the inputs on {raws[0].device}")
-    backend = choose("concat_generated", raws if out is None else (*raws, out))
+    dtypes = {tensor.dtype for tensor in (raws if out is None else (*raws, out))}
+    backend = choose("concat_generated", raws[0].device, dtypes, sum([raw.numel() for raw in raws]))
     if backend == "reference":
         return reference.concat_generated(
             raws, activation, normalize, mean, std, running_means, running_vars, training, momentum, eps, out_dtype, out, memory_format
@@ -112,8 +113,8 @@ class _Fused(torch.autograd.Function):
         ctx.backend, ctx.activation = backend, activation
         ctx.training = batch_norm.training if batch_norm else [False] * len(raws)
         if out is None:
-            return operators.overload("concat_forward", backend)(raws, activation, mean, std, dtype, channels_last)
-        operators.overload("concat_forward_out", backend)(out, raws, activation, mean, std)
+            return operators.operator("concat_forward", backend, raws[0])(raws, activation, mean, std, dtype, channels_last)
+        operators.operator("concat_forward_out", backend, out)(out, raws, activation, mean, std)
         ctx.mark_dirty(out)
         return out
 
@@ -133,8 +134,8 @@ class _Fused(torch.autograd.Function):
 def _raw_gradient(ctx: Any, gradient: Tensor, raw: Tensor, mean: Tensor | None, std: Tensor | None, training: bool) -> Tensor:
     moments: tuple[Tensor | None, Tensor | None] = (None, None)
     if training:  # the statistics depend on the input, too
-        moments = operators.overload("concat_gradient_moments", ctx.backend)(gradient, raw, ctx.activation, mean, std)
-    return operators.overload("concat_backward", ctx.backend)(gradient, raw, ctx.activation, mean, std, *moments)
+        moments = operators.operator("concat_gradient_moments", ctx.backend, gradient)(gradient, raw, ctx.activation, mean, std)
+    return operators.operator("concat_backward", ctx.backend, gradient)(gradient, raw, ctx.activation, mean, std, *moments)
 
 
 def _statistics(raws: Sequence[Tensor], backend: Backend, activation: Activation, batch_norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,7 @@ def _statistics(raws: Sequence[Tensor], backend: Backend, activation: Activation
     means, variances = [], []
     for raw, running_mean, running_var, training in zip(raws, *batch_norm[:3], strict=True):
         if training:
-            _, _, mean, variance = operators.overload("moments_forward", backend)(raw, activation)
+            _, _, mean, variance = operators.operator("moments_forward", backend, raw)(raw, activation)
             count = raw.numel() // raw.shape[1]
             running_mean.lerp_(mean.to(running_mean.dtype), batch_norm.momentum)
             running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), batch_norm.momentum)

@@ -52,7 +52,7 @@ def concat_backward(
     gradient, raw = _evenly(gradient), _evenly(raw)
     out = torch.empty_like(raw)
     affine = _table((mean, ZERO), (std, ONE), (gradient_mean, ZERO), (gradient_dot, ZERO), channels=raw.shape[1])
-    with simd.threads():
+    with simd.threads:
         _backward(
             *(simd.place(tensor) for tensor in (gradient, raw, out)),
             *(_strides(tensor) for tensor in (gradient, raw, out)),
@@ -64,7 +64,7 @@ def concat_backward(
 def concat_gradient_moments(gradient: Tensor, raw: Tensor, activation: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     gradient, raw = _evenly(gradient), _evenly(raw)
     mean_out, dot_out = torch.empty(raw.shape[1]), torch.empty(raw.shape[1])
-    with simd.threads():
+    with simd.threads:
         _gradient_moments(
             *(simd.place(tensor) for tensor in (gradient, raw, mean_out, dot_out)),
             *(
@@ -84,7 +84,7 @@ def _place(out: Tensor, raws: list[Tensor], activation: str, mean: Tensor | None
         target = out[row : row + len(raw)]
         row += len(raw)
         affine = _table((mean if mean is None else mean[index], ZERO), (std if std is None else std[index], ONE), channels=raw.shape[1])
-        with simd.threads():
+        with simd.threads:
             _forward(simd.place(raw), simd.place(target), _strides(raw), _strides(target), _size(raw), ACTIVATIONS[activation], affine)
 
 

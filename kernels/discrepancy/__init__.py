@@ -41,7 +41,7 @@ def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, ag
         BackendError: a forced backend does not serve the logits' device or dtype.
     """
     _check(student, teacher, reduction)
-    backend = choose("l1_discrepancy", (student, teacher))
+    backend = _choose("l1_discrepancy", student, teacher)
     if backend == "reference":
         loss = reference.l1_discrepancy(student, teacher, reduction)
         return (loss, reference.agreement(student, teacher)) if agreement else loss
@@ -149,7 +149,7 @@ def _divergence(
     _check(student, teacher, reduction)
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
-    backend = choose(f"{kind}_discrepancy", (student, teacher))
+    backend = _choose(f"{kind}_discrepancy", student, teacher)
     if backend == "reference":
         divergence = reference.kl_discrepancy if kind == "kl" else reference.js_discrepancy
         loss = divergence(student, teacher, temperature, reduction, scale_by_temperature_squared)
@@ -165,7 +165,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, name: str, backend: Backend, temperature: float | None, scale: float, agreement: bool
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[:2]
-        operator = operators.overload(name, backend)
+        operator = operators.operator(name, backend, student)
         if temperature is None:
             loss, sign, count = operator(student, teacher, scale, any(wanted), agreement)
             units = tuple(sign if side else sign.new_empty(0) for side in wanted)
@@ -182,9 +182,25 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scale_gradients = operators.overload("scale_gradients", ctx.backend)
-        gradients = scale_gradients(*ctx.saved_tensors, upstream, *ctx.scales, *ctx.dtypes)
-        return *(gradient if wanted else None for gradient, wanted in zip(gradients, ctx.needs_input_grad[:2], strict=True)), *5 * [None]
+        units, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        if _last_use() and all(unit.dtype == dtype == torch.float32 for unit, dtype in zip(units, ctx.dtypes, strict=True)):
+            # Nobody reads the units again: no second pair of logits-sized tensors is needed. In half precision
+            # PyTorch would round the factor.
+            factor = upstream * ctx.scales[0]
+            return *(unit.mul_(factor) if side else None for unit, side in zip(units, wanted, strict=True)), *5 * [None]
+        scale_gradients = operators.operator("scale_gradients", ctx.backend, upstream)
+        gradients = scale_gradients(*units, upstream, *ctx.scales, *ctx.dtypes)
+        return *(gradient if side else None for gradient, side in zip(gradients, wanted, strict=True)), *5 * [None]
+
+
+def _last_use() -> bool:
+    """Whether this backward pass frees the graph, and with it what was saved: no ``retain_graph``, no compilation."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return not torch.compiler.is_compiling() and keeps_graph is not None and not keeps_graph()
+
+
+def _choose(operation: str, student: Tensor, teacher: Tensor) -> Backend:
+    return choose(operation, student.device, (student.dtype, teacher.dtype), 2 * student.numel())
 
 
 def _check(student: Tensor, teacher: Tensor, reduction: str) -> None:

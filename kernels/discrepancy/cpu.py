@@ -31,7 +31,7 @@ LN2: Any = np.float32(np.log(2))
 def l1_forward(student: Tensor, teacher: Tensor, scale: float, gradient: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
     s, t = _alike(student, teacher)
     loss, sign = s.new_empty((), dtype=torch.float32), torch.empty_like(s if gradient else s[:0], dtype=torch.int8)
-    with simd.threads():
+    with simd.threads:
         _l1(simd.place(s), simd.place(t), simd.place(sign), simd.place(loss), s.numel(), gradient, scale)
     return loss, simd.laid_out_as(sign, student) if gradient else sign.view(-1), _agreement(s, t, agreement)
 
@@ -58,7 +58,7 @@ def scale_gradients(
     teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     student, teacher = torch.empty_like(student_unit, dtype=student_dtype), torch.empty_like(teacher_unit, dtype=teacher_dtype)
-    with simd.threads():
+    with simd.threads:
         for unit, gradient, scale in ((student_unit, student, student_scale), (teacher_unit, teacher, teacher_scale)):
             if unit.numel():
                 _scale(simd.place(unit), simd.place(gradient), simd.place(upstream), unit.numel(), scale)
@@ -81,7 +81,7 @@ def _divergence(
     student_unit = torch.empty_like(s if student_gradient else s[:0])
     teacher_unit = torch.empty_like(t if teacher_gradient else t[:0])
     kernel = _row_by_row if s.stride(1) == 1 and s.shape[1] >= WIDE else _tile_by_tile
-    with simd.threads():
+    with simd.threads:
         kernel(
             *(simd.place(tensor) for tensor in (s, t, student_unit, teacher_unit, loss)),
             *(rows, student_gradient, teacher_gradient, 1 / temperature, scale, js),
@@ -109,7 +109,7 @@ def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def _agreement(student: Tensor, teacher: Tensor, wanted: bool) -> Tensor:
     count = torch.empty(() if wanted else 0, dtype=torch.int64)
     if wanted:
-        with simd.threads():
+        with simd.threads:
             _count_equal_argmaxes(simd.place(student), simd.place(teacher), simd.place(count), _rows(student))
     return count
 
@@ -170,17 +170,17 @@ def _argmax(logits: Any, start: int, classes: int, class_stride: int) -> int:
 
 # A NaN may be overlooked here: it reaches every result through exp(x − largest).
 @numba.njit(fastmath=True)  # type: ignore[untyped-decorator]
-def _largest(logits: Any, start: int, classes: int) -> Any:
-    largest = simd.widen(logits[start])
+def _largest(one: Any, other: Any, start: int, classes: int) -> tuple[Any, Any]:
+    a, b = simd.widen(one[start]), simd.widen(other[start])
     for c in range(start, start + classes):
-        largest = max(largest, simd.widen(logits[c]))
-    return largest
+        a, b = max(a, simd.widen(one[c])), max(b, simd.widen(other[c]))
+    return a, b
 
 
 @simd.inline
 def _log_over_mean(d: Any) -> Any:
     """log p − log m for m = (p + q) / 2 and d = log p − log q: log 2 − log(1 + exp(−d)), safe for large ``|d|``."""
-    return (LN2 - max(-d, ZERO)) - simd.log1p(simd.exp(-abs(d)))
+    return (LN2 - max(-d, ZERO)) - simd.log1p(simd.exp_of_negative(-abs(d)))
 
 
 # In both kernels p and q are the teacher's and the student's probabilities, a and b the log-ratios that they weight. KL has no b.
@@ -210,11 +210,11 @@ def _row_by_row(
         total = 0.0
         for row in range(task * rows_a_task, min((task + 1) * rows_a_task, count)):
             start = row * classes
-            p_top, q_top = _largest(t, start, classes), _largest(s, start, classes)
+            p_top, q_top = _largest(t, s, start, classes)
             p_sum, q_sum = ZERO, ZERO
             for c in range(classes):
                 x, y = (simd.widen(t[start + c]) - p_top) * sharpness, (simd.widen(s[start + c]) - q_top) * sharpness
-                p[c], q[c], a[c] = simd.exp(x), simd.exp(y), x - y
+                p[c], q[c], a[c] = simd.exp_of_negative(x), simd.exp_of_negative(y), x - y
                 p_sum += p[c]
                 q_sum += q[c]
             shift, p_scale, q_scale = np.log(p_sum) - np.log(q_sum), ONE / p_sum, ONE / q_sum
@@ -282,7 +282,7 @@ def _tile_by_tile(
         for c in range(classes):
             for i in range(size):
                 x, y = (p[c, i] - p_top[i]) * sharpness, (q[c, i] - q_top[i]) * sharpness
-                p[c, i], q[c, i], a[c, i] = simd.exp(x), simd.exp(y), x - y
+                p[c, i], q[c, i], a[c, i] = simd.exp_of_negative(x), simd.exp_of_negative(y), x - y
                 p_sum[i] += p[c, i]
                 q_sum[i] += q[c, i]
         shift, a_mean, b_mean = np.empty(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.float32)

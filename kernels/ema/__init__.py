@@ -12,7 +12,6 @@ from . import reference
 __all__ = ["ema_multi_avg_fn", "ema_update_"]
 
 
-
 def ema_update_(
     averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor, *, shadows: Sequence[Tensor] | None = None
 ) -> None:
@@ -39,8 +38,9 @@ def ema_update_(
     _check(averages, sources, decay, shadows)
     if not averages:
         return
-    floating = [tensor for tensors in (averages, sources, shadows or ()) for tensor in tensors if tensor.is_floating_point()]
-    backend = choose("ema_update_", floating or averages[:1])
+    dtypes = {tensor.dtype for tensors in (averages, sources, shadows or ()) for tensor in tensors}
+    elements = sum([average.numel() for average in averages])
+    backend = choose("ema_update_", averages[0].device, [dtype for dtype in dtypes if dtype.is_floating_point], elements)
     if backend != "reference" and not all(map(_dense, averages)):
         if forced():
             raise BackendError(f"the backend {backend} is forced, but averages only tensors without gaps")
@@ -49,9 +49,9 @@ def ema_update_(
         if backend == "reference":
             reference.ema_update_(averages, sources, decay, shadows)
         elif isinstance(decay, Tensor):
-            operators.overload("ema_update_", backend)(averages, sources, shadows or [], 0.0, decay)
+            operators.operator("ema_update_", backend, averages[0])(averages, sources, shadows or [], 0.0, decay)
         else:
-            operators.overload("ema_update_", backend)(averages, sources, shadows or [], decay, None)
+            operators.operator("ema_update_", backend, averages[0])(averages, sources, shadows or [], decay, None)
 
 
 def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numba import prange
 from torch import Tensor
 
@@ -15,13 +16,15 @@ __all__ = ["ema_update_"]
 def ema_update_(averages: list[Tensor], sources: list[Tensor], shadows: list[Tensor], decay: float, device_decay: Tensor | None) -> None:
     tables: dict[tuple[Any, Any], list[tuple[int, int, int, int]]] = {}
     for average, source, shadow in zip(averages, sources, shadows or averages, strict=True):
-        if average.is_floating_point():
+        if average.dtype == torch.float32:
             table = tables.setdefault((source.dtype, shadow.dtype), [])
             table.append((average.data_ptr(), source.data_ptr(), shadow.data_ptr(), average.numel()))
         else:
-            shadow.copy_(average.copy_(source))
+            average.copy_(source)
+            if shadows:
+                shadow.copy_(source)
     weight = 1.0 - (decay if device_decay is None else device_decay.item())
-    with simd.threads():
+    with simd.threads:
         for (source_dtype, shadow_dtype), table in tables.items():
             _update(np.array(table), simd.stored_as(source_dtype), simd.stored_as(shadow_dtype), weight, bool(shadows))
 
@@ -35,9 +38,18 @@ def _update(table: Any, source_as: Any, shadow_as: Any, weight: float, shadowed:
         average_at, source_at, shadow_at, size = table[tensor]
         first = (block - (ends[tensor - 1] if tensor else 0)) * simd.BLOCK
         average, source = simd.pointer((average_at, ONE)), simd.pointer((source_at, source_as))
-        shadow = simd.pointer((shadow_at, shadow_as))
-        for i in range(first, min(first + simd.BLOCK, size)):
-            old, new = average[i], simd.widen(source[i])
-            average[i] = old + w * (new - old) if w < HALF else new - (new - old) * rest
-            if shadowed:
+        # Two loops: a shadow that may overlap the average would keep this one from being vectorised.
+        if shadowed:
+            shadow = simd.pointer((shadow_at, shadow_as))
+            for i in range(first, min(first + simd.BLOCK, size)):
+                average[i] = _lerp(average[i], simd.widen(source[i]), w, rest)
                 shadow[i] = simd.narrow(average[i], (shadow_at, shadow_as))
+        else:
+            for i in range(first, min(first + simd.BLOCK, size)):
+                average[i] = _lerp(average[i], simd.widen(source[i]), w, rest)
+
+
+@simd.inline
+def _lerp(old: Any, new: Any, weight: Any, rest: Any) -> Any:
+    """As ``torch.lerp``: exact at both ends."""
+    return old + weight * (new - old) if weight < HALF else new - rest * (new - old)

@@ -13,7 +13,6 @@ from . import reference
 __all__ = ["channel_moments", "channel_sums"]
 
 
-
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel over N, H and W: what batch normalisation computes (arXiv 1502.03167, alg. 1).
 
@@ -31,7 +30,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         BackendError: a forced backend does not serve x's device or dtype.
     """
     _check(x)
-    backend = choose("channel_moments", (x,))
+    backend = choose("channel_moments", x.device, (x.dtype,), x.numel())
     if backend == "reference":
         return reference.channel_moments(x)
     return _Moments.apply(x, backend)
@@ -55,7 +54,7 @@ def channel_sums(x: Tensor) -> tuple[Tensor, Tensor, int]:
         BackendError: a forced backend does not serve x's device or dtype.
     """
     _check(x)
-    backend = choose("channel_moments", (x,))
+    backend = choose("channel_moments", x.device, (x.dtype,), x.numel())
     sums = reference.channel_sums(x) if backend == "reference" else _Sums.apply(x, backend)
     return *sums, _elements(x)
 
@@ -63,7 +62,7 @@ def channel_sums(x: Tensor) -> tuple[Tensor, Tensor, int]:
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-        _, _, mean, variance = operators.overload("moments_forward", backend)(x, "none")
+        _, _, mean, variance = operators.operator("moments_forward", backend, x)(x, "none")
         ctx.save_for_backward(x, mean)
         ctx.backend = backend
         return mean, variance
@@ -73,14 +72,14 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, by_mean: Tensor, by_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         count = max(_elements(x), 1)
-        operator = operators.overload("moments_backward", ctx.backend)
+        operator = operators.operator("moments_backward", ctx.backend, x)
         return operator(x, by_mean / count, by_variance * (2 / count), mean), None
 
 
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-        total, square_total, _, _ = operators.overload("moments_forward", backend)(x, "none")
+        total, square_total, _, _ = operators.operator("moments_forward", backend, x)(x, "none")
         ctx.save_for_backward(x)
         ctx.backend = backend
         return total, square_total
@@ -90,7 +89,7 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, by_sum: Tensor, by_square_sum: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         offset, slope = by_sum.float(), by_square_sum.float() * 2
-        return operators.overload("moments_backward", ctx.backend)(x, offset, slope, torch.zeros_like(offset)), None
+        return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, torch.zeros_like(offset)), None
 
 
 def _elements(x: Tensor) -> int:

@@ -23,7 +23,7 @@ def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor,
     count, channels, height, width = x.shape
     results = [torch.empty(channels, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.float32, torch.float32)]
     kernel = _sum_rows if last else _sum_planes
-    with simd.threads():
+    with simd.threads:
         kernel(simd.place(x), tuple(map(simd.place, results)), count, channels, height * width, ACTIVATIONS[activation])
     return results[0], results[1], results[2], results[3]
 
@@ -33,7 +33,7 @@ def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -
     count, channels, height, width = x.shape
     gradient = torch.empty_like(dense)
     kernel = _slope_rows if last else _slope_planes
-    with simd.threads():
+    with simd.threads:
         kernel(*(simd.place(tensor) for tensor in (dense, gradient, offset, slope, center)), count, channels, height * width)
     return simd.laid_out_as(gradient, x)
 
