@@ -6,8 +6,11 @@ int16; ``widen`` and ``narrow`` convert. The elementary functions are short poly
 keep LLVM from vectorising the loop around it.
 """
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numba
@@ -42,13 +45,26 @@ Place = tuple[int, Any]
 BLOCK = 8192  # elements a task: partial sums are a block's, so that they do not depend on the number of threads
 _RUNNING = threading.Lock()
 
+# numba notices a change of a kernel's own file, but not of this one, whose functions are compiled into the kernel.
+_MACHINE_CODE = (
+    Path(numba.config.CACHE_DIR or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfkd_fast")
+    / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+)
+
 # Contracting and reordering sums is allowed, assuming that no NaN occurs is not.
 _RELAXED = {"contract", "reassoc", "nsz", "arcp"}
 
 
 def parallel(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel whose ``prange`` loop runs on all threads, and keep the machine code on disk."""
-    return numba.njit(kernel, parallel=True, fastmath=_RELAXED, error_model="numpy", cache=True, nogil=True)
+    options: dict[str, Any] = {"parallel": True, "fastmath": _RELAXED, "error_model": "numpy", "nogil": True}
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_MACHINE_CODE)
+    try:
+        return numba.njit(kernel, cache=True, **options)
+    except RuntimeError:  # nowhere to write: compiled anew in every process
+        return numba.njit(kernel, **options)
+    finally:
+        numba.config.CACHE_DIR = before
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:

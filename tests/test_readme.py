@@ -2,19 +2,30 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_python_example_gives_back_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_trainer_example_gives_back_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
-    exec(example, names)
+    exec(EXAMPLES[0], names)
     assert names["trainer"].finished  # type: ignore[attr-defined]
     assert names["student"] is names["trainer"].student  # type: ignore[attr-defined]
+
+
+def test_the_kernel_example_fills_both_gradients() -> None:
+    names: dict[str, Any] = {}
+    exec(EXAMPLES[1], names)
+    assert len(EXAMPLES) == 2
+    assert names["student"].grad.abs().sum() > 0
+    assert names["teacher"].grad.abs().sum() > 0
 
 
 def test_every_command_and_recipe_that_is_shipped_is_in_it() -> None:
