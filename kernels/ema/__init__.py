@@ -48,10 +48,11 @@ def ema_update_(
     with torch.no_grad():
         if backend == "reference":
             reference.ema_update_(averages, sources, decay, shadows)
-        elif isinstance(decay, Tensor):
-            operators.operator("ema_update_", backend, averages[0])(averages, sources, shadows or [], 0.0, decay)
-        else:
-            operators.operator("ema_update_", backend, averages[0])(averages, sources, shadows or [], decay, None)
+            return
+        number, tensor = (0.0, decay) if isinstance(decay, Tensor) else (decay, None)
+        operators.operator("ema_update_", backend, averages[0])(averages, sources, shadows or [], number, tensor)
+    # What a graph has saved must not change behind its back.
+    torch.autograd.graph.increment_version([changed for changed in (*averages, *(shadows or ())) if not changed.is_inference()])
 
 
 def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:

@@ -1,0 +1,44 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dfkd_fast.kernels import Backend, use_backend
+from dfkd_fast.kernels.dispatch import why_not
+
+FUSED = ["numba", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _forced(backend: Backend) -> Iterator[Backend]:
+    if reason := why_not(backend):
+        pytest.skip(f"the backend {backend} is not here: {reason}")
+    with use_backend(backend):
+        yield backend
+
+
+@pytest.fixture(params=["reference", *FUSED])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend in turn, forced for the test."""
+    yield from _forced(request.param)
+
+
+@pytest.fixture(params=FUSED)
+def fused(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend but the reference."""
+    yield from _forced(request.param)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A device that the test's backend serves."""
+    name = next(request.getfixturevalue(fixture) for fixture in ("backend", "fused") if fixture in request.fixturenames)
+    return torch.device("cuda" if name in ("triton", "cuda") else "cpu")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch.empty returns is full of NaN, or of the greatest integer: what a kernel leaves unwritten shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,110 @@
+"""The dispatcher chooses by device, dtype and size, and never quietly does otherwise than it was forced to."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dfkd_fast.kernels import BackendError, ema_update_, l1_discrepancy, use_backend
+from dfkd_fast.kernels.dispatch import WORTHWHILE, backends, choose, forced, why_not
+
+CPU = torch.device("cpu")
+CALL = "import torch; from dfkd_fast.kernels import channel_moments; print(channel_moments(torch.ones({size}, {dtype}))[0].dtype)"
+needs_numba = pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+
+
+@needs_numba
+@pytest.mark.parametrize("operation", WORTHWHILE)
+def test_cpu_tensors_of_some_size_go_to_numba_and_small_ones_to_the_reference(operation: str) -> None:
+    elements = WORTHWHILE[operation]
+    assert choose(operation, CPU, [torch.float32, torch.bfloat16], elements) == "numba"
+    assert choose(operation, CPU, [torch.float32], elements - 1) == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_dtypes_that_no_kernel_reads_go_to_the_reference(dtype: torch.dtype) -> None:
+    assert choose("kl_discrepancy", CPU, [torch.float32, dtype], 1 << 30) == "reference"
+
+
+def test_other_devices_are_served_by_the_reference() -> None:
+    assert backends(torch.device("meta")) == ["reference"]
+    assert choose("kl_discrepancy", torch.device("meta"), [torch.float32], 1 << 30) == "reference"
+
+
+@needs_numba
+def test_forced_backend_that_cannot_serve_a_dtype_is_an_error_and_not_another_backend() -> None:
+    logits = torch.ones(2, 3, dtype=torch.float64)
+    with (
+        use_backend("numba"),
+        pytest.raises(BackendError, match=r"numba is forced, but serves float32, bfloat16 and float16, not torch\.float64"),
+    ):
+        l1_discrepancy(logits, logits, reduction="sum")
+
+
+@needs_numba
+def test_forced_backend_that_cannot_serve_a_layout_is_an_error_and_changes_nothing() -> None:
+    average, source = torch.zeros(4, 6)[:, ::2], torch.ones(4, 6)[:, ::2]
+    with use_backend("numba"), pytest.raises(BackendError, match="only tensors without gaps"):
+        ema_update_([average], [source], 0.5)
+    assert not average.any()
+
+
+def test_forced_backend_of_another_device_is_an_error() -> None:
+    meta = torch.ones(2, 3, device="meta")
+    with use_backend("reference"):
+        assert l1_discrepancy(meta, meta, reduction="sum").device.type == "meta"
+    if why_not("numba") is None:
+        with use_backend("numba"), pytest.raises(BackendError, match="numba is forced, but does not serve meta tensors"):
+            l1_discrepancy(meta, meta, reduction="sum")
+
+
+@pytest.mark.parametrize("name", ["cudnn", ""])
+def test_unknown_backend_is_refused_with_those_that_exist(name: str) -> None:
+    with pytest.raises(BackendError, match="must be one of reference, numba, triton, cuda"), use_backend(name):  # type: ignore[arg-type]
+        pass
+
+
+def test_blocks_nest_and_are_left_as_they_were_found_after_an_error() -> None:
+    before = forced()
+    with use_backend("reference"):
+        with use_backend(None):
+            assert forced() is None
+        with pytest.raises(ZeroDivisionError), use_backend(None):
+            raise ZeroDivisionError
+        assert forced() == "reference"
+    assert forced() == before
+
+
+def test_unknown_name_in_the_environment_is_said_at_the_first_call_and_not_by_an_import() -> None:
+    said = python("print('begun', flush=True); " + CALL.format(size="(1, 1, 1, 1)", dtype="dtype=torch.float32"), DFKD_FAST_BACKEND="fast")
+    assert said.stdout == "begun\n"
+    assert ", in choose\n" in said.stderr
+    assert said.stderr.splitlines()[-1].endswith(
+        "BackendError: DFKD_FAST_BACKEND must be one of reference, numba, triton, cuda, not 'fast'"
+    )
+
+
+def test_environment_forces_a_backend() -> None:
+    backend = "reference" if why_not("numba") else "numba"
+    code = "from dfkd_fast.kernels import dispatch; print(dispatch.forced())"
+    assert python(code, DFKD_FAST_BACKEND=backend).stdout == f"{backend}\n"
+
+
+def test_without_numba_and_triton_everything_is_imported_and_served_by_the_reference() -> None:
+    hidden = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("numba", "triton") else find_spec(name, *rest)
+sys.modules["numba"] = None
+"""
+    call = CALL.format(size="(8, 64, 32, 32)", dtype="dtype=torch.float32")
+    forced = "\nfrom dfkd_fast.kernels import use_backend\nwith use_backend('numba'): pass"
+    said = python(hidden + call + forced)
+    assert said.stdout == "torch.float32\n", said.stderr
+    assert said.stderr.splitlines()[-1].endswith("backend is 'numba', which is not here: numba is not installed")

@@ -1,0 +1,137 @@
+"""Every kernel is an operator that PyTorch may trace: its schema, its fake and its gradient formula hold."""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from dfkd_fast.kernels import (
+    Backend,
+    channel_moments,
+    channel_sums,
+    concat_generated,
+    ema_update_,
+    js_discrepancy,
+    kl_discrepancy,
+    l1_discrepancy,
+    use_backend,
+)
+from dfkd_fast.kernels.operators import SCHEMAS
+from tests.kernels.oracles import laid_out
+
+LAYOUTS = ["contiguous", "channels_last", "sliced"]
+
+
+def arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
+    """An operator's arguments, the tensors among them in this layout."""
+    torch.manual_seed(0)
+    first, second = (laid_out(torch.randn(2, 5, 4, 6, device=device), layout) for _ in range(2))
+    raws, constants = [first, second[:1]], [*(torch.rand(4, 5, device=device) + 0.5)]
+    table = torch.rand(2, 5, device=device) + 0.5
+    dense = laid_out(torch.randn(2, 5, 4, 6, device=device), "channels_last" if layout == "channels_last" else "contiguous")
+    match name:
+        case "ema_update_":
+            return [dense.clone()], [dense.half()], [dense.bfloat16()], 0.0, torch.tensor(0.9, device=device)
+        case "l1_forward":
+            return first, second, 0.5, True, True
+        case "kl_forward" | "js_forward":
+            return first, second, 2.0, 0.5, True, True, True
+        case "scale_gradients":
+            return dense, dense.half(), torch.tensor(3.0, device=device), 0.5, -0.5, torch.float32, torch.float16
+        case "concat_forward":
+            return raws, "tanh", table, table, torch.bfloat16, True
+        case "concat_forward_out":
+            return torch.zeros(3, 5, 4, 6, device=device), raws, "sigmoid", table, table
+        case "concat_backward":
+            return first, second, "tanh", *constants
+        case "concat_gradient_moments":
+            return first, second, "none", *constants[:2]
+        case "moments_forward":
+            return first, "tanh"
+        case "moments_backward":
+            return first, *constants[:3]
+    raise ValueError(name)
+
+
+def operator(name: str, backend: Backend) -> Any:
+    return getattr(getattr(torch.ops.dfkd_fast, name), backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_operator_keeps_what_its_schema_and_its_fake_promise(fused: Backend, device: torch.device, name: str, layout: str) -> None:
+    torch.library.opcheck(operator(name, fused), arguments(name, layout, device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name, schema in SCHEMAS.items() if "!" not in schema])
+def test_fake_results_have_the_real_ones_shapes_strides_and_dtypes(fused: Backend, device: torch.device, name: str, layout: str) -> None:
+    given = arguments(name, layout, device)
+    real = operator(name, fused)(*given)
+    with FakeTensorMode() as mode:
+        fake = operator(name, fused)(*tree_map_only(Tensor, mode.from_tensor, given))
+    for one, other in zip(*(results if isinstance(results, tuple) else (results,) for results in (real, fake)), strict=True):
+        assert (one.shape, one.stride(), one.dtype, one.device) == (other.shape, other.stride(), other.dtype, other.device)
+
+
+@pytest.mark.parametrize("changes", ["averages", "shadows", "out"])
+def test_tensor_that_a_graph_saved_cannot_be_changed_behind_its_back(backend: Backend, device: torch.device, changes: str) -> None:
+    saved, other = torch.ones(1, 5, 4, 6, device=device), torch.zeros(1, 5, 4, 6, device=device)
+    loss = (saved * torch.ones(1, device=device, requires_grad=True)).sum()
+    match changes:
+        case "averages":
+            ema_update_([saved], [other], 0.5)
+        case "shadows":
+            ema_update_([other.clone()], [other], 0.5, shadows=[saved])
+        case "out":
+            concat_generated([other], activation="tanh", normalize="none", out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_averages_made_in_inference_mode_are_updated(backend: Backend, device: torch.device) -> None:
+    with torch.inference_mode():
+        average, source = torch.ones(3, device=device), torch.zeros(3, device=device)
+        ema_update_([average], [source], 0.5)
+    assert average.tolist() == [0.5] * 3
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda s, t: l1_discrepancy(s, t, reduction="mean"),
+    "kl": lambda s, t: kl_discrepancy(s, t, temperature=2.0, reduction="batchmean", scale_by_temperature_squared=True),
+    "js": lambda s, t: js_discrepancy(s, t, temperature=2.0, reduction="sum", scale_by_temperature_squared=False),
+    "agreement": lambda s, t: torch.stack(list(l1_discrepancy(s, t, reduction="sum", agreement=True))).sum(),
+    "moments": lambda s, t: torch.stack(channel_moments(s * t)).square().sum(),
+    "sums": lambda s, t: torch.stack(channel_sums(s * t)[:2]).sum(),
+    "concat": lambda s, t: (
+        concat_generated([s, t], activation="tanh", normalize="dataset", mean=torch.zeros(5).to(s), std=torch.full((5,), 0.5).to(s))
+        .square()
+        .sum()
+    ),
+}
+
+
+def compiled_as_eager(function: Callable[[Tensor, Tensor], Tensor], compiler: str, device: torch.device) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 5, 4, 6, device=device, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    value, expected = compiled(*inputs), function(*inputs)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_is_compiled_whole_with_its_gradient(backend: Backend, device: torch.device, name: str) -> None:
+    compiled_as_eager(FUNCTIONS[name], "aot_eager", device)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_takes_an_operator_into_its_graph() -> None:
+    with use_backend("numba"):
+        compiled_as_eager(FUNCTIONS["kl"], "inductor", torch.device("cpu"))
