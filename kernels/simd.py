@@ -122,7 +122,7 @@ F32 = ir.FloatType()
 I16, I32 = ir.IntType(16), ir.IntType(32)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(_: Any, place: Any) -> Any:
     """A place's elements, to be indexed."""
 
@@ -132,7 +132,7 @@ def pointer(_: Any, place: Any) -> Any:
     return types.CPointer(place[1])(place), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def widen(_: Any, x: Any) -> Any:
     """The float32 value of an element: float32, bfloat16 (uint16), float16 (int16) or a sign (int8)."""
 
@@ -147,7 +147,7 @@ def widen(_: Any, x: Any) -> Any:
     return types.float32(x), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def narrow(_: Any, x: Any, place: Any) -> Any:
     """A float32 value as an element of a place, rounded to nearest even."""
 
@@ -166,7 +166,7 @@ def narrow(_: Any, x: Any, place: Any) -> Any:
     return place[1](types.float32, place), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def two_to_the(_: Any, n: Any) -> Any:
     """2ⁿ for a whole float32 n from −126 to 127."""
 
@@ -177,7 +177,7 @@ def two_to_the(_: Any, n: Any) -> Any:
     return types.float32(types.float32), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def rounded(_: Any, x: Any) -> Any:
     """The nearest whole number."""
 

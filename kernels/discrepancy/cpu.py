@@ -169,7 +169,7 @@ def _argmax(logits: Any, start: int, classes: int, class_stride: int) -> int:
 
 
 # A NaN may be overlooked here: it reaches every result through exp(x − largest).
-@numba.njit(fastmath=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True)
 def _largest(one: Any, other: Any, start: int, classes: int) -> tuple[Any, Any]:
     a, b = simd.widen(one[start]), simd.widen(other[start])
     for c in range(start, start + classes):
