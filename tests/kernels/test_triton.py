@@ -1,0 +1,496 @@
+"""The Triton kernels against float64, on a GPU; test_triton_interpreted.py runs the same tests without one."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from dfkd_fast.kernels.concat import gpu as concat
+from dfkd_fast.kernels.discrepancy import gpu as discrepancy
+from dfkd_fast.kernels.dispatch import interpreting
+from dfkd_fast.kernels.ema import gpu as ema
+from dfkd_fast.kernels.moments import gpu as moments
+
+DEVICE = "cpu" if interpreting() else "cuda"
+pytestmark: list[pytest.MarkDecorator] = [] if interpreting() else [pytest.mark.gpu]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded"]
+ACTIVATIONS = ["none", "tanh", "sigmoid"]
+EPS = torch.finfo(torch.float32).eps
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Whatever a kernel leaves unwritten is NaN or the greatest integer."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:
+    values = (2 * torch.randn(shape)).to(DEVICE, dtype)
+    match layout:
+        case "channels_last":
+            return values.movedim(1, -1).contiguous().movedim(-1, 1)
+        case "sliced":
+            return torch.stack([values, values], dim=-1)[..., 0]
+        case "transposed":
+            return values.transpose(0, -1).contiguous().transpose(0, -1)
+        case "expanded":
+            return values[:1].expand(shape)
+    return values
+
+
+def assert_as_exact(actual: Tensor, oracle: Tensor, plain: Tensor, *, slack: float = 16, terms: float = 0) -> None:
+    """At most twice as far from the truth as PyTorch in float32, rounded to the same dtype, give or take ``slack`` float32
+    ulps of the largest result, or some of the ``terms`` that it sums."""
+    assert actual.shape == oracle.shape
+    actual, oracle, plain = actual.double(), oracle.double(), plain.to(actual.dtype).double()
+    assert torch.equal(actual.isnan(), plain.isnan())
+    assert torch.equal(actual[plain.isinf()], plain[plain.isinf()])
+    finite = plain.isfinite()
+    if finite.any():
+        actual, plain, oracle = actual[finite], plain[finite], oracle[finite]
+        allowed = 2 * (plain - oracle).abs().max() + EPS * (slack * oracle.abs().max() + terms)
+        assert (actual - oracle).abs().max() <= allowed
+
+
+# ------------------------------------------------------------------------------------------------ discrepancy
+
+
+def losses(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over rows and the derivatives by both sides, by the textbook's formulas in the arguments' precision."""
+    if kind == "l1":
+        return (student - teacher).abs().sum(), (student - teacher).sign().nan_to_num(0), (teacher - student).sign().nan_to_num(0)
+    log_q, log_p = ((logits / temperature).log_softmax(dim=1) for logits in (student, teacher))
+    q, p = log_q.exp(), log_p.exp()
+    if kind == "kl":
+        row = (p * (log_p - log_q)).sum(dim=1, keepdim=True)
+        return row.sum(), (q - p) / temperature, p * (log_p - log_q - row) / temperature
+    log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0, dtype=q.dtype).log()
+    q_row, p_row = ((side * (log - log_m)).sum(dim=1, keepdim=True) for side, log in ((q, log_q), (p, log_p)))
+    to_student, to_teacher = q * (log_q - log_m - q_row), p * (log_p - log_m - p_row)
+    return (q_row + p_row).sum() / 2, to_student / 2 / temperature, to_teacher / 2 / temperature
+
+
+def forward(kind: str, student: Tensor, teacher: Tensor, *, temperature: float = 1.5, scale: float = 0.25) -> tuple[Tensor, ...]:
+    """loss, student_unit, teacher_unit, agree."""
+    if kind == "l1":
+        loss, sign, agree = discrepancy.l1_forward(student, teacher, scale, True, True)
+        return loss, sign, -sign, agree
+    function = discrepancy.kl_forward if kind == "kl" else discrepancy.js_forward
+    return function(student, teacher, temperature, scale, True, True, True)
+
+
+def check_discrepancy(kind: str, student: Tensor, teacher: Tensor, temperature: float = 1.5) -> tuple[Tensor, ...]:
+    results = forward(kind, student, teacher, temperature=temperature)
+    oracle = losses(kind, student.double(), teacher.double(), temperature)
+    plain = losses(kind, student.float(), teacher.float(), temperature)
+    assert_as_exact(results[0], 0.25 * oracle[0], 0.25 * plain[0], terms=student.numel() / student.shape[1])
+    assert_as_exact(results[1], oracle[1], plain[1])
+    assert_as_exact(results[2], oracle[2], plain[2])
+    assert results[3].item() == (student.argmax(dim=1) == teacher.argmax(dim=1)).sum().item()
+    assert [result.dtype for result in results] == [
+        torch.float32,
+        *([torch.int8] * 2 if kind == "l1" else [student.dtype, teacher.dtype]),
+        torch.int64,
+    ]
+    assert results[1].stride() == torch.empty_like(student).stride()
+    assert kind == "l1" or results[2].stride() == torch.empty_like(teacher).stride()
+    return results
+
+
+SHAPES = [(3, 1), (1, 2), (70, 10), (9, 100), (2, 365), (2, 1001), (1, 9000), (2, 11, 5, 7), (1, 3, 1, 1), (40, 2, 1, 1), (1, 300, 3, 3)]
+
+
+@pytest.mark.parametrize("kind", ["l1", "kl", "js"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float16, torch.float32), (torch.bfloat16,) * 2])
+def test_discrepancy_of_any_shape(kind: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    check_discrepancy(kind, random(*shape, dtype=dtypes[0]), random(*shape, dtype=dtypes[1]))
+
+
+@pytest.mark.parametrize("kind", ["l1", "kl", "js"])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 12, 3, 5)])
+@pytest.mark.parametrize("layouts", [*zip(LAYOUTS, LAYOUTS, strict=True), *itertools.pairwise(LAYOUTS)])
+def test_discrepancy_of_any_strides(kind: str, shape: tuple[int, ...], layouts: tuple[str, str]) -> None:
+    student, teacher = (random(*shape, layout=layout) for layout in layouts)
+    results = check_discrepancy(kind, student, teacher)
+    for first, second in zip(results, forward(kind, student, teacher), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["l1", "kl", "js"])
+@pytest.mark.parametrize("classes", [2, 40, 9000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_discrepancy_of_logits_of_ten_thousand(kind: str, classes: int, dtype: torch.dtype) -> None:
+    student, teacher = (1e4 * random(2, classes, dtype=dtype).sign() + random(2, classes, dtype=dtype) for _ in range(2))
+    check_discrepancy(kind, student, teacher, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["l1", "kl", "js"])
+@pytest.mark.parametrize("shape", [(3, 100), (1, 9000), (2, 11, 5, 7)])
+def test_discrepancy_of_equal_logits_is_exactly_0(kind: str, shape: tuple[int, ...]) -> None:
+    logits = 10 * random(*shape)
+    loss, to_student, _, agree = forward(kind, logits, logits.clone())
+    assert loss.item() == 0
+    assert not to_student.any()
+    assert agree.item() == logits.numel() // shape[1]
+
+
+@pytest.fixture(params=["at once", "in passes"])
+def _classes_are_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "in passes":
+        monkeypatch.setattr(discrepancy, "WHOLE", 8)
+        monkeypatch.setattr(discrepancy, "BLOCK", 8)
+
+
+@pytest.mark.usefixtures("_classes_are_read")
+@pytest.mark.parametrize("kind", ["l1", "kl", "js"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_infinities_and_nan_spread_as_in_pytorch(kind: str, value: float) -> None:
+    student, teacher = random(6, 21), random(6, 21)
+    student[0, 3] = teacher[1, 5] = student[2, 6] = teacher[2, 6] = student[2, 0] = student[3, -1] = value
+    student[4], teacher[5, :10] = value, value
+    for row in range(6):
+        check_discrepancy(kind, student[row : row + 1], teacher[row : row + 1])
+
+
+@pytest.mark.usefixtures("_classes_are_read")
+@pytest.mark.parametrize("kind", ["l1", "kl"])
+def test_agreement_takes_the_first_maximum_and_the_first_nan(kind: str) -> None:
+    late = 17
+    special: list[dict[int, float]] = [
+        {0: 9.0, late: 9.0},
+        {late: 9.0},
+        {1: NAN, late: NAN},
+        {1: INF, late: NAN},
+        dict.fromkeys(range(20), -INF),
+        dict.fromkeys(range(21), -INF),
+        {1: -0.0, 2: 0.0},
+        {2: 0.0, 3: -0.0},
+    ]
+    rows = torch.full((len(special), 21), -1.0, device=DEVICE)
+    for row, values in zip(rows, special, strict=True):
+        for index, value in values.items():
+            row[index] = value
+    pairs = list(itertools.product(range(len(rows)), repeat=2))
+    student, teacher = (rows[[pair[side] for pair in pairs]] for side in (0, 1))
+    for start in range(0, len(pairs), 4):  # one by one would be slow under the interpreter, all at once could hide an error
+        part = slice(start, start + 4)
+        expected = (student[part].argmax(dim=1) == teacher[part].argmax(dim=1)).sum().item()
+        assert forward(kind, student[part], teacher[part])[3].item() == expected
+
+
+@pytest.mark.parametrize("shape", [(70, 10), (2, 11, 5, 7), (1, 9000)])
+def test_what_was_not_asked_for_is_empty_and_changes_nothing(shape: tuple[int, ...]) -> None:
+    student, teacher = random(*shape), random(*shape, dtype=torch.float16)
+    everything = discrepancy.kl_forward(student, teacher, 2.0, 0.5, True, True, True)
+    for asked in [(False, False, False), (True, False, False), (False, True, False), (False, False, True)]:
+        some = discrepancy.kl_forward(student, teacher, 2.0, 0.5, *asked)
+        assert torch.equal(some[0], everything[0])
+        for wanted, part, complete in zip(asked, some[1:], everything[1:], strict=True):
+            assert torch.equal(part, complete) if wanted else part.shape == (0,)
+            assert part.dtype == complete.dtype
+    for gradient, agreement in itertools.product([False, True], repeat=2):
+        loss, sign, agree = discrepancy.l1_forward(student, teacher, 0.5, gradient, agreement)
+        assert_as_exact(loss, 0.5 * (student.double() - teacher.double()).abs().sum(), loss)
+        assert (sign.dtype, agree.dtype) == (torch.int8, torch.int64)
+        assert torch.equal(sign, (student - teacher.float()).sign().to(torch.int8)) if gradient else sign.shape == (0,)
+        assert agree.shape == (() if agreement else (0,))
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (0, 3, 4, 4), (2, 3, 0, 4)])
+def test_discrepancy_of_nothing_is_0(shape: tuple[int, ...]) -> None:
+    for kind in ("l1", "kl", "js"):
+        loss, to_student, to_teacher, agree = forward(kind, random(*shape), random(*shape))
+        assert (loss.item(), agree.item(), to_student.shape, to_teacher.shape) == (0.0, 0, shape, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, *DTYPES])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7, 4, 50)])
+def test_gradients_are_scaled_by_what_comes_from_upstream(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    upstream = torch.tensor(-0.3, device=DEVICE)
+    unit = random(*shape, layout="channels_last" if len(shape) == 4 else "contiguous").clamp(-1, 1).to(dtype)
+    factor = upstream.double() * 0.7
+    for student_dtype, teacher_dtype in itertools.product(DTYPES, repeat=2):
+        arguments = upstream, 0.7, -0.7, student_dtype, teacher_dtype
+        to_student, to_teacher = discrepancy.scale_gradients(unit, unit, *arguments)
+        for result, expected, wanted in (
+            (to_student, factor * unit.double(), student_dtype),
+            (to_teacher, -factor * unit.double(), teacher_dtype),
+        ):
+            assert result.dtype == wanted
+            assert result.stride() == unit.stride()
+            assert_as_exact(result, expected, expected.float(), slack=2)
+        alone, nothing = discrepancy.scale_gradients(unit, unit.new_empty(0), *arguments)
+        assert torch.equal(alone, to_student)
+        assert (nothing.shape, nothing.dtype) == ((0,), teacher_dtype)
+        nothing, alone = discrepancy.scale_gradients(unit.new_empty(0), unit, *arguments)
+        assert torch.equal(alone, to_teacher)
+        assert (nothing.shape, nothing.dtype) == ((0,), student_dtype)
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {"none": torch.ones_like, "tanh": lambda y: 1 - y * y, "sigmoid": lambda y: y * (1 - y)}
+IMAGES = [(4, 3, 6, 7), (1, 1, 1, 1), (5, 17, 1, 1), (1, 70, 3, 3), (1, 2, 40, 60)]
+ANY_IMAGES = [*itertools.product(IMAGES, ["contiguous", "channels_last"]), *itertools.product([(3, 5, 2, 4)], LAYOUTS[2:])]
+
+
+def per_channel(constants: Tensor) -> Tensor:
+    return constants[:, None, None]
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_activations_keep_their_relative_precision(activation: str) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 0, 999), torch.tensor([0.0, INF, -INF, NAN, 1e30, -1e30])])
+    x = x.to(DEVICE).view(1, 1, 1, -1)
+    y = concat.concat_forward([x], activation, None, None, torch.float32, True)
+    exact = FUNCTIONS[activation](x.double())
+    assert torch.equal(y.isnan(), exact.isnan())
+    kept = x.abs() <= 12
+    assert ((y.double() - exact)[kept].abs() / exact[kept].abs().clamp(min=1e-40)).max() < (4e-7 if activation == "tanh" else 2e-6)
+    assert torch.equal(y[0, 0, 0, -5:-3], exact[0, 0, 0, -5:-3].float())
+
+
+@pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
+@pytest.mark.parametrize(("activation", "dtype"), zip(ACTIVATIONS, DTYPES, strict=True))
+def test_moments_of_any_images(shape: tuple[int, ...], layout: str, activation: str, dtype: torch.dtype) -> None:
+    x = random(*shape, dtype=dtype, layout=layout)
+    results = moments.moments_forward(x, activation)
+    dims, (y, rough) = (0, 2, 3), (FUNCTIONS[activation](x.to(precision)) for precision in (torch.float64, torch.float32))
+    count = y.numel() / shape[1]
+    assert_as_exact(results[0], y.sum(dims), rough.sum(dims), terms=4 * count * y.abs().max().item())
+    assert_as_exact(results[1], y.square().sum(dims), rough.square().sum(dims), terms=4 * count * y.square().max().item())
+    assert_as_exact(results[2], y.mean(dims), rough.mean(dims))
+    assert_as_exact(results[3], y.var(dims, unbiased=False), rough.var(dims, unbiased=False))
+    assert [result.dtype for result in results] == [torch.float64, torch.float64, torch.float32, torch.float32]
+    for first, second in zip(results, moments.moments_forward(x, activation), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_variance_survives_a_mean_a_thousand_times_the_deviation(layout: str) -> None:
+    x = random(4, 3, 30, 30, layout=layout) / 2 + 1000
+    *_, mean, variance = moments.moments_forward(x, "none")
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=EPS, atol=0)
+    torch.testing.assert_close(variance.double(), x.double().var((0, 2, 3), unbiased=False), rtol=1e-5, atol=0)
+
+
+def test_moments_of_infinities_nan_and_nothing() -> None:
+    x = random(2, 4, 3, 3)
+    x[0, 0, 0, 0] = x[1, 1, 2, 2] = -INF
+    x[0, 2, 0, 0], x[1, 3, 1, 1] = NAN, NAN
+    total, square, mean, variance = moments.moments_forward(x, "none")
+    torch.testing.assert_close(total, x.double().sum((0, 2, 3)), equal_nan=True)
+    torch.testing.assert_close(square, x.double().square().sum((0, 2, 3)), equal_nan=True)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)), equal_nan=True)
+    assert variance.isnan().all()
+    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
+        total, square, mean, variance = moments.moments_forward(random(*shape), "tanh")
+        assert total.tolist() == square.tolist() == [0.0] * shape[1]
+        assert mean.isnan().all()
+        assert variance.isnan().all()
+        assert moments.moments_backward(random(*shape), total.float(), mean, mean).shape == shape
+
+
+@pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_of_the_moments(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    x = random(*shape, dtype=dtype, layout=layout)
+    offset, slope, center = (random(shape[1]) for _ in range(3))
+    result = moments.moments_backward(x, offset, slope, center)
+    assert (result.dtype, result.stride()) == (dtype, torch.empty_like(x).stride())
+    exact, plain = (
+        per_channel(offset).to(precision) + per_channel(slope).to(precision) * (x.to(precision) - per_channel(center))
+        for precision in (torch.float64, torch.float32)
+    )
+    assert_as_exact(result, exact, plain)
+
+
+def constants(generators: int, channels: int, form: str) -> tuple[Tensor | None, Tensor | None]:
+    if form == "none":
+        return None, None
+    if form == "expanded":
+        return random(channels).expand(generators, channels), (random(channels).abs() + 0.5).expand(generators, channels)
+    return random(channels, generators).t(), (random(channels, generators).abs() + 0.5).t()
+
+
+def of(mean: Tensor | None, std: Tensor | None, generator: int) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if mean is None or std is None else (mean[generator], std[generator])
+
+
+def normalised(raw: Tensor, activation: str, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    y = FUNCTIONS[activation](raw)
+    return y if mean is None or std is None else (y - per_channel(mean)) / per_channel(std)
+
+
+@pytest.mark.parametrize("shape", IMAGES)
+@pytest.mark.parametrize(("activation", "form"), zip(ACTIVATIONS, ["transposed", "expanded", "none"], strict=True))
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_concatenation(shape: tuple[int, ...], activation: str, form: str, channels_last: bool) -> None:
+    layouts = ["contiguous", "contiguous", "channels_last", "expanded"]
+    raws = [
+        random(count, *shape[1:], dtype=dtype, layout=layout)
+        for count, dtype, layout in zip((shape[0], 0, 2, 1), [*DTYPES, torch.float16], layouts, strict=True)
+    ]
+    mean, std = constants(len(raws), shape[1], form)
+    exact, plain = (
+        torch.cat([normalised(raw.to(precision), activation, *of(mean, std, index)) for index, raw in enumerate(raws)])
+        for precision in (torch.float64, torch.float32)
+    )
+    for dtype in DTYPES:
+        out = concat.concat_forward(raws, activation, mean, std, dtype, channels_last)
+        assert out.dtype == dtype
+        assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        assert_as_exact(out, exact, plain)
+
+
+@pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
+@pytest.mark.parametrize(("activation", "form", "dtype"), zip(ACTIVATIONS, ["transposed", "none", "expanded"], DTYPES, strict=True))
+def test_gradient_of_the_concatenation(shape: tuple[int, ...], layout: str, activation: str, form: str, dtype: torch.dtype) -> None:
+    raw, gradient = random(*shape, dtype=dtype, layout=layout), random(shape[0] + 2, *shape[1:], layout="channels_last")[1:-1]
+    center, scale = of(*constants(2, shape[1], form), 1)
+    result = concat.concat_backward(gradient, raw, activation, center, scale, None, None)
+    assert (result.dtype, result.stride()) == (dtype, torch.empty_like(raw).stride())
+    exact, plain = (
+        gradient.to(precision) * SLOPES[activation](FUNCTIONS[activation](raw.to(precision)))
+        for precision in (torch.float64, torch.float32)
+    )
+    if scale is not None:
+        exact, plain = exact / per_channel(scale), plain / per_channel(scale)
+    assert_as_exact(result, exact, plain)
+
+
+@pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
+@pytest.mark.parametrize(("activation", "dtype"), zip(ACTIVATIONS, DTYPES, strict=True))
+def test_gradient_through_the_batchs_own_statistics(shape: tuple[int, ...], layout: str, activation: str, dtype: torch.dtype) -> None:
+    raw, gradient = random(*shape, dtype=dtype, layout=layout), random(*shape, layout="channels_last")
+    center, scale = of(*constants(2, shape[1], "transposed"), 1)
+    assert center is not None
+    assert scale is not None
+    mean, dot = concat.concat_gradient_moments(gradient, raw, activation, center, scale)
+    result = concat.concat_backward(gradient, raw, activation, center, scale, mean, dot)
+    expected = []
+    for precision in (torch.float64, torch.float32):
+        g, y, std = gradient.to(precision), FUNCTIONS[activation](raw.to(precision)), per_channel(scale.to(precision))
+        hat = (y - per_channel(center.to(precision))) / std
+        centred = g - per_channel(mean.to(precision)) - hat * per_channel(dot.to(precision))
+        expected.append((g.mean((0, 2, 3)), (g * hat).mean((0, 2, 3)), centred / std * SLOPES[activation](y)))
+    for actual, exact, plain in zip((mean, dot, result), *expected, strict=True):
+        assert_as_exact(actual, exact, plain)
+
+
+def test_gradient_statistics_of_nothing_are_nan() -> None:
+    nothing, one = random(0, 3, 2, 2), torch.ones(3, device=DEVICE)
+    assert all(result.isnan().all() for result in concat.concat_gradient_moments(nothing, nothing, "tanh", one, one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_given_batch_is_written_where_it_is_and_nowhere_else(dtype: torch.dtype) -> None:
+    raws = [random(2, 3, 4, 7), random(1, 3, 4, 7)]
+    expected = concat.concat_forward(raws, "tanh", None, None, dtype, False)
+    whole = torch.full((5, 3, 6, 14), NAN, device=DEVICE, dtype=dtype)
+    for out in (whole[1:-1, :, 1:-1, ::2], whole.to(memory_format=torch.channels_last)[1:-1, :, 1:-1, :7]):
+        storage = out._base
+        assert storage is not None
+        concat.concat_forward_out(out, raws, "tanh", None, None)
+        assert torch.equal(out, expected)
+        assert int(storage.isnan().sum()) == storage.numel() - out.numel()
+
+
+# ------------------------------------------------------------------------------------------------ the moving average
+
+
+def check_ema(averages: list[Tensor], sources: list[Tensor], shadows: list[Tensor], decay: float, device_decay: Tensor | None) -> None:
+    weight = 1 - (decay if device_decay is None else device_decay.item())
+    exact, plain = (
+        [
+            torch.lerp(average.to(precision), source.to(precision), weight) if average.is_floating_point() else source.clone()
+            for average, source in zip(averages, sources, strict=True)
+        ]
+        for precision in (torch.float64, torch.float32)
+    )
+    ema.ema_update_(averages, sources, shadows, decay, device_decay)
+    for average, *expected in zip(averages, exact, plain, strict=True):
+        if average.numel():
+            assert_as_exact(average, *expected, slack=2)
+    for average, shadow in zip(averages, shadows, strict=False):
+        assert torch.equal(shadow, average.to(shadow.dtype))
+
+
+@pytest.mark.parametrize("source_dtype", DTYPES)
+@pytest.mark.parametrize("shadow_dtype", [None, *DTYPES])
+def test_average_of_tensors_of_any_size(source_dtype: torch.dtype, shadow_dtype: torch.dtype | None) -> None:
+    averages = [random(size)[start:] for size, start in [(1, 0), (2048, 0), (4097, 1), (0, 0), (4095, 0)]]
+    sources = [random(average.numel()).to(source_dtype) for average in averages]
+    shadows = [random(average.numel()).to(shadow_dtype) for average in averages] if shadow_dtype else []
+    for value in (torch.tensor(3), torch.tensor(True), torch.arange(6, dtype=torch.uint8)):
+        averages.append(torch.zeros_like(value, device=DEVICE))
+        sources.append(value.to(DEVICE))
+        shadows += [torch.zeros_like(value, device=DEVICE)] if shadow_dtype else []
+    check_ema(averages, sources, shadows, 0.999, None)
+    check_ema(averages, sources, shadows, NAN, torch.tensor(0.25, device=DEVICE))
+    check_ema(averages, sources, shadows, NAN, torch.tensor(0.999, device=DEVICE, dtype=torch.float64))
+
+
+def test_average_of_more_tensors_than_a_launch_takes() -> None:
+    averages, sources = ([random(size) for size in range(1, 2 * ema.MOST)] for _ in range(2))
+    check_ema(averages, sources, [], 0.9, None)
+
+
+def test_average_at_both_ends_of_the_decay() -> None:
+    average, source = random(300), random(300)
+    before = average.clone()
+    ema.ema_update_([average], [source], [], 1.0, None)
+    assert torch.equal(average, before)
+    ema.ema_update_([average], [average.clone()], [], 0.7, None)
+    assert torch.equal(average, before)
+    ema.ema_update_([average], [source], [], 0.0, None)
+    assert torch.equal(average, source)
+    ema.ema_update_([], [], [], 0.5, None)
+
+
+def test_neighbours_in_every_list_are_one_segment_and_others_are_not() -> None:
+    sizes = [3, 64, 1000, 2, 5000]
+    arenas = [random(sum(sizes) + 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    lists = [list(arena[1:-1].split(sizes)) for arena in arenas]
+    edges = [arena[[0, -1]].clone() for arena in arenas]
+    assert len(ema._segments(*lists)) == 1
+    check_ema(lists[0], lists[1], lists[2], 0.9, None)
+    assert all(torch.equal(arena[[0, -1]], edge) for arena, edge in zip(arenas, edges, strict=True))
+
+    for moved in range(3):
+        lists[moved][2] = lists[moved][2].clone()
+        assert len(ema._segments(*lists)) == 3
+        check_ema(lists[0], lists[1], lists[2], 0.9, None)
+        lists[moved] = list(arenas[moved][1:-1].split(sizes))
+
+
+# ------------------------------------------------------------------------------------------------ all
+
+
+def test_offsets_beyond_31_bits() -> None:
+    torch.use_deterministic_algorithms(False)  # which would fill gigabytes, of which some bytes are read
+    step = 2**31 // 3 + 5
+    memory, other = (torch.empty(3 * step + 64, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    for size, stride in (((4, 8), (step, 3)), ((8, 4), (3, step))):
+        logits = memory.as_strided(size, stride)
+        logits.copy_(random(*size))
+        check_discrepancy("kl", logits, logits.flip(1).float())
+    for shape, strides in (((4, 2, 2, 2), (step, 3, 12, 1)), ((2, 2, 4, 2), (3, 12, step, 1))):
+        images, out = memory.as_strided(shape, strides), other.as_strided(shape, strides)
+        images.copy_(random(*shape))
+        total, *_ = moments.moments_forward(images, "none")
+        torch.testing.assert_close(total, images.double().sum((0, 2, 3)))
+        concat.concat_forward_out(out, [images], "none", None, None)
+        assert torch.equal(out, images)
