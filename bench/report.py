@@ -1,27 +1,28 @@
 """The README's table of runs, from the files in bench/results.
 
-python -m bench.report               write the table anew
-python -m bench.report RUN [RUN ...]  first take in the summaries of these folders, run at the commit checked out
+python -m bench report                write the table anew
+python -m bench report RUN [RUN ...]  first take in the summaries of these folders, run at the commit checked out
 """
 
 import json
-import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .provenance import ROOT, commit
+
 __all__ = ["main", "table"]
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "distill.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by python -m bench.report from bench/results/distill.jsonl -->", "<!-- end of the table -->"
 
 
-def main() -> None:
-    """Take in the runs named on the command line and write the README's table."""
-    for folder in map(Path, sys.argv[1:]):
+def main(folders: Iterable[Path]) -> None:
+    """Take in the runs in these folders and write the README's table."""
+    for folder in folders:
         take_in(folder)
     before, _, rest = README.read_text().partition(BEGIN)
     README.write_text(f"{before}{BEGIN}\n{table(results())}\n{END}{rest.partition(END)[2]}")
@@ -32,8 +33,7 @@ def take_in(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     recipe = tomllib.loads((folder / "recipe.toml").read_text())
     root = " --data-root DIR" if recipe["data"]["root"] else ""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    entry = {"command": f"dfkd-fast distill {summary['recipe']} --seed {summary['seed']}{root}", "commit": commit, **summary}
+    entry = {"command": f"dfkd-fast distill {summary['recipe']} --seed {summary['seed']}{root}", "commit": commit(), **summary}
     kept = [old for old in results() if key(old) != key(entry)]
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in sorted([*kept, entry], key=key)))
 
@@ -65,4 +65,4 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(map(Path, sys.argv[1:]))

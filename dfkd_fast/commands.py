@@ -15,7 +15,7 @@ import dfkd_fast
 
 from .data import batches, open_split
 from .engine import Epoch, Trainer
-from .engine.device import peak_memory_bytes
+from .engine.device import device_name, peak_memory_bytes
 from .engine.fit import check_classifier, check_networks
 from .engine.teach import TeacherTrainer
 from .errors import DfkdError
@@ -192,7 +192,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
     return {
         "recipe": run.recipe.name,
         "device": run.device.type,
-        "device_name": _device_name(run.device),
+        "device_name": device_name(run.device),
         "versions": _versions(),
         "seed": run.recipe.seed,
         "teacher_accuracy": teacher_accuracy,
@@ -220,12 +220,6 @@ def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     rows += [("seconds", f"{seconds['total']:.1f} ({parts})"), ("folder", str(folder.path))]
     print_table(console, (summary["recipe"], f"seed {summary['seed']}, {summary['device']}"), rows)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,5 +1,6 @@
 """The device a run is on, and what it costs there."""
 
+import platform
 import resource
 import time
 from collections import defaultdict
@@ -12,7 +13,7 @@ import torch
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import dispatch
 
-__all__ = ["Clock", "peak_memory_bytes", "pick_device"]
+__all__ = ["Clock", "device_name", "peak_memory_bytes", "pick_device"]
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
@@ -27,6 +28,13 @@ def pick_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
     if (backend := dispatch.forced()) and backend not in dispatch.backends(device):
         raise DfkdError(f"device {name!r}: the kernels' backend {backend} is forced, and does not serve it")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What figures are published with: the GPU, or the processor's vector instructions and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -25,7 +25,7 @@ def ema_update_(
             backend), because half precision would drop the increment ``(1 − decay)(source − average)``.
         sources: as many tensors, each of the shape and strides of its average; float32, float64,
             bfloat16 or float16.
-        decay: in [0, 1]; a float, or a 0-d floating tensor on the tensors' device so that a captured CUDA graph
+        decay: in [0, 1]; a float, or a 0-d float32 or float64 tensor on the tensors' device so that a captured CUDA graph
             can see it change.
         shadows: as many tensors, of the shapes and strides of the averages, that receive the new averages in
             their own dtype in the same pass: a half-precision copy to compute with.
@@ -74,8 +74,8 @@ def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float |
     if shadows is not None and len(shadows) != len(averages):
         raise ValueError(f"averages and shadows differ in length: {len(averages)} and {len(shadows)}")
     if isinstance(decay, Tensor):
-        if decay.ndim != 0 or not decay.is_floating_point():
-            raise ValueError(f"decay must be a float or a 0-d floating tensor, not a {tuple(decay.shape)} one of {decay.dtype}")
+        if decay.ndim != 0 or decay.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"decay must be a float or a 0-d float32 or float64 tensor, not a {tuple(decay.shape)} one of {decay.dtype}")
         if averages and decay.device != averages[0].device:
             raise ValueError(f"decay is on {decay.device}, the averages on {averages[0].device}")
     elif not 0.0 <= decay <= 1.0:

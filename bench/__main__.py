@@ -1,0 +1,133 @@
+"""The benchmarks' command line: ``python -m bench micro``, ``plot`` and ``report``."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn, get_args
+
+import torch
+import typer
+from rich.console import Console
+
+from dfkd_fast.engine.device import device_name, pick_device
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.report import print_table
+
+from . import micro as cases
+from . import plot as pictures
+from . import provenance, report
+from .micro import rows, runner, timing
+from .micro.workload import Mode
+
+app = typer.Typer(help="Benchmarks of dfkd_fast.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+BUSY = 0.25  # of the cores, wanted before this process wants one
+RESULTS = provenance.ROOT / "bench" / "results"
+
+Names = list[str] | None
+
+
+@app.command()
+def micro(
+    kernel: Annotated[Names, typer.Option(help=f"Of {', '.join(cases.KERNELS)}; may be repeated. All by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    mode: Annotated[Names, typer.Option(help=f"Of {', '.join(get_args(Mode))}; may be repeated. All by default.")] = None,
+    size: Annotated[Names, typer.Option(help="Such as resnet18, 256x1000, 2x256x3x32x32; any; may be repeated. A few by default.")] = None,
+    provider: Annotated[Names, typer.Option(help=f"Of {', '.join(cases.PROVIDERS)}; may be repeated. All by default.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of PyTorch and numba; PyTorch's choice by default.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Measured calls; about a second a case by default.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All sizes, dtypes, layouts and variants.")] = False,
+    out: Annotated[Path | None, typer.Option(help="CSV that takes the rows in; by default bench/results/micro-DEVICE.csv.")] = None,
+    commit: Annotated[str | None, typer.Option(help="What was measured, where git cannot tell.")] = None,
+) -> None:
+    """Time the kernels against plain PyTorch, torch.compile and the field's; whoever computes something else gets no time."""
+    kernels = _known("--kernel", kernel, cases.KERNELS)
+    modes, providers = _known("--mode", mode, get_args(Mode)), _known("--provider", provider, cases.PROVIDERS)
+    workloads = cases.select(kernels or list(cases.KERNELS), size or [], everything)
+    for option, number in (("--threads", threads), ("--repeats", repeats)):
+        if number is not None and number < 1:
+            raise DfkdError(f"{option} {number}: must be a whole number ≥ 1")
+    place = pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    turn = timing.turn_on(place)
+    run = runner.Run(
+        device=place,
+        modes=modes,
+        providers=providers,
+        repeats=repeats,
+        turn=turn,
+        copy_bandwidth=timing.copy_bandwidth(turn, place),
+        origin=runner.origin(place, commit, f"python -m bench {' '.join(sys.argv[1:])}"),
+    )
+    target = out or RESULTS / f"micro-{provenance.file_name(place)}.csv"
+    console, count, red = Console(), 0, 0
+    console.print(f"{device_name(place)}: a large copy moves {run.copy_bandwidth / 1e9:.3g} GB/s", highlight=False)
+    if (load := float(run.origin["load"])) > BUSY * (os.cpu_count() or 1):
+        console.print(f"this machine is busy (load {load}): nothing measured now is worth publishing", highlight=False)
+    for workload in workloads:
+        measured = [row for case in run.rows(workload) for row in case]
+        if not measured:
+            continue
+        rows.write(target, measured)
+        title = " ".join(filter(None, (workload.kernel, workload.variant, workload.size, measured[0].dtype, workload.layout)))
+        print_table(console, *rows.printed(measured), title=f"\n{title}")
+        count += len(measured)
+        red += sum(row.red for row in measured)
+    if not count:
+        raise DfkdError(f"--mode {', '.join(modes) or 'all'}, --provider {', '.join(providers) or 'all'}: no chosen case has both")
+    console.print(f"\n{target}", highlight=False, soft_wrap=True)
+    if red:
+        _fail(f"{red} of {count} rows have no time: they are wrong or failed", 1)
+
+
+@app.command()
+def plot(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[CSV]...", help="By default those in bench/results.")] = None,
+) -> None:
+    """Draw the speed-ups over eager, one picture a kernel, next to each CSV."""
+    found = files or sorted(RESULTS.glob("micro-*.csv"))
+    if not found:
+        raise DfkdError(f"{RESULTS} has no micro-*.csv: run python -m bench micro first, or name a CSV")
+    for path in found:
+        for picture in pictures.draw(path):
+            typer.echo(picture)
+
+
+@app.command(name="report")
+def write_report(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Folders of runs to take in first.")] = None,
+) -> None:
+    """Write the README's table anew from the files in bench/results."""
+    report.main(runs or [])
+
+
+def main() -> NoReturn:
+    """Run the command line; what a user can mend is one line on standard error and exit code 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except (DfkdError, OSError) as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the rows so far are written", 130)
+    except Exception as error:
+        # typer's own complaints about the command line, whose class moved between its versions
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), 2)
+
+
+def _known(option: str, given: Names, known: Sequence[str] | dict[str, cases.Kernel]) -> list[str]:
+    for name in given or []:
+        if name not in known:
+            raise DfkdError(f"{option} {name!r}: must be one of {', '.join(known)}")
+    return given or []
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"bench: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

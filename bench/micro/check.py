@@ -1,0 +1,43 @@
+"""Whether a provider computes what the oracle computes. No time is taken of one that does not."""
+
+import torch
+from torch import Tensor
+
+from .workload import Results
+
+__all__ = ["errors", "mismatch"]
+
+# What any arithmetic may be off by, whatever eager does: in half precision one rounding; in float32 what long sums cost, and
+# far less than operands rounded to tf32 (3e-4) or bfloat16 would.
+SLACK = {torch.float32: 2e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+TIMES_EAGER = 2.0
+
+
+def errors(found: Results, expected: Results) -> dict[str, float]:
+    """‖found − expected‖ / ‖expected‖ of every result that was found; infinite where shapes differ."""
+    return {name: _error(tensor, expected[name]) for name, tensor in found.items()}
+
+
+def mismatch(found: Results, expected: Results, of_eager: dict[str, float], lacks: tuple[str, ...]) -> str | None:
+    """What is wrong with the results, or None.
+
+    Args:
+        found, expected: the provider's results, and the oracle's in float64.
+        of_eager: the errors of plain PyTorch in the case's dtype; twice as much is allowed, and a little.
+        lacks: endings of the names of results that the provider does not compute.
+    """
+    missing = [name for name in expected if name not in found and not name.endswith(lacks)]
+    if missing:
+        return f"no {missing[0]}"
+    for name, error in errors(found, expected).items():
+        allowed = TIMES_EAGER * of_eager[name] + SLACK.get(found[name].dtype, 0.0)
+        if not error <= allowed:  # true of NaN
+            return f"{name} is off by {error:.1e}, allowed {allowed:.1e}"
+    return None
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    difference, size = (found.detach().double() - expected.detach().double()).norm(), expected.detach().double().norm()
+    return float(difference / size) if size > 0 else float(difference)

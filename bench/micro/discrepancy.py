@@ -1,0 +1,123 @@
+"""Discrepancies between a student's and a teacher's logits: L1, KL and JS.
+
+Variants: "both" sides receive a gradient, as in the generator's step; only the "student" does, as in its own.
+
+Floor: both logits are read once; every gradient is written once. A forward pass can know the gradients but for the
+factor that comes back, so "full" has the floor of "backward". What saves less than the logits (L1 keeps signs of one byte)
+can go below the floor of "backward".
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd_fast.kernels import js_discrepancy, kl_discrepancy, l1_discrepancy
+
+from .workload import DTYPES, LAYOUTS, FunctionWorkload, Provider, parse_shape
+
+__all__ = ["EXAMPLE", "SIZES", "workloads"]
+
+SEGMENTATION = "64x11x128x128"
+SIZES = (*(f"{rows}x{classes}" for classes in (10, 100, 365, 1000) for rows in (128, 256, 512, 1024, 4096)), SEGMENTATION)
+QUICK = {"l1": ("256x10", "256x1000"), "kl": ("256x10", "256x1000"), "js": ("256x1000",)}
+EXAMPLE = "NxC or NxCxHxW, such as 256x1000"
+TEMPERATURE = 4.0
+
+
+def workloads(kernel: str, size: str) -> list[FunctionWorkload]:
+    """All cases of a size (N, C) or (N, C, H, W); none if it is neither."""
+    shape = parse_shape(size, 2, 4)
+    if shape is None:
+        return []
+    layouts = LAYOUTS if len(shape) == 4 else ("contiguous",)
+    variants = ("both", "student")
+    return [_workload(kernel, variant, size, shape, dtype, layout) for variant in variants for dtype in DTYPES for layout in layouts]
+
+
+def _workload(kernel: str, variant: str, size: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> FunctionWorkload:
+    textbook, ours = FUNCTIONS[kernel]
+    logits = torch.Size(shape).numel() * dtype.itemsize
+    sides = ("student", "teacher") if variant == "both" else ("student",)
+    gradient_floor = 2 * logits + len(sides) * logits
+    return FunctionWorkload(
+        kernel=kernel,
+        variant=variant,
+        size=size,
+        dtype=dtype,
+        layout=layout,
+        # forward is the same for both variants
+        modes=("forward", "backward", "full") if variant == "both" else ("backward", "full"),
+        quick=size in QUICK[kernel] and variant == "both" and dtype == torch.float32,
+        inputs=partial(_logits, shape, dtype, layout),
+        outputs=("loss",),
+        floors={"forward": 2 * logits, "backward": gradient_floor, "full": gradient_floor},
+        textbook=textbook,
+        ours=ours,
+        oracle=textbook,
+        differentiable=sides,
+        peers=(_liger(),) if kernel == "kl" and variant == "student" and len(shape) == 2 else (),
+    )
+
+
+@lru_cache(maxsize=1)
+def _logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    made = {side: torch.randn(shape, generator=random) * TEMPERATURE for side in ("student", "teacher")}
+    return {side: logits.to(dtype, memory_format=LAYOUTS[layout] if len(shape) == 4 else None) for side, logits in made.items()}
+
+
+def _l1(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.l1_loss(student, teacher)
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = F.log_softmax(student / TEMPERATURE, dim=1), F.log_softmax(teacher / TEMPERATURE, dim=1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TEMPERATURE**2
+
+
+def _js(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = F.log_softmax(student / TEMPERATURE, dim=1), F.log_softmax(teacher / TEMPERATURE, dim=1)
+    log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+    to_p = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+    to_q = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+    return (to_p + to_q) / 2 * TEMPERATURE**2
+
+
+def _our_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    return l1_discrepancy(student, teacher, reduction="mean")
+
+
+def _our_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return kl_discrepancy(student, teacher, temperature=TEMPERATURE, reduction="batchmean", scale_by_temperature_squared=True)
+
+
+def _our_js(student: Tensor, teacher: Tensor) -> Tensor:
+    return js_discrepancy(student, teacher, temperature=TEMPERATURE, reduction="batchmean", scale_by_temperature_squared=True)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "l1": (_l1, _our_l1),
+    "kl": (_kl, _our_kl),
+    "js": (_js, _our_js),
+}
+
+
+def _liger() -> Provider:
+    """Liger's KL divergence fuses what follows the log-softmax, and gives no gradient for the teacher."""
+    if find_spec("liger_kernel") is None:
+        return Provider("liger", _kl, absent="liger-kernel is not installed")
+    if not torch.cuda.is_available():
+        return Provider("liger", _kl, absent="liger-kernel needs a GPU")
+
+    divergence = import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+    def call(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q, log_p = F.log_softmax(student / TEMPERATURE, dim=1), F.log_softmax(teacher / TEMPERATURE, dim=1)
+        return divergence(log_q, log_p) * TEMPERATURE**2
+
+    return Provider("liger", call, capturable=False)  # its backward pass compares a factor with 1 on the host

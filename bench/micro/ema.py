@@ -1,0 +1,263 @@
+"""Exponential moving average of a network's parameters and buffers.
+
+Variants: "plain"; "shadow" also writes the new averages to a bfloat16 copy. Some providers take lists of tensors, gathered
+beforehand; AveragedModel, ModelEmaV3 and our FusedEMA take modules, and gather the lists at every update: compare like
+with like.
+
+Floor: the averages are read and written, the sources read: 12 bytes a float32 parameter, and 2 more for its shadow.
+Integer buffers are copied: 16 bytes.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models import resnet18, resnet34, resnet50
+
+from dfkd_fast.kernels import FusedEMA, ema_update_
+from dfkd_fast.models import GeneratorA, GeneratorB
+
+from .workload import LAYOUTS, Mode, Provider, Results, Trial, Workload, around, usual_providers
+
+__all__ = ["EXAMPLE", "NETWORKS", "SIZES", "workloads"]
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "generator-a": partial(GeneratorA, latent_dim=256, channels=3, image_size=32),
+    "generator-b": partial(GeneratorB, latent_dim=256, channels=3, image_size=128),
+}
+SIZES = tuple(NETWORKS)
+QUICK = ("resnet18", "generator-a")
+EXAMPLE = " or ".join(NETWORKS)
+DECAY = 0.999
+SHADOW = torch.bfloat16
+INTEGERS = "num_batches_tracked"
+APEX_CHUNK = 2048 * 32
+
+
+class Step(NamedTuple):
+    """A provider set up on a pair of networks."""
+
+    run: Callable[[], object]
+    average: nn.Module
+    shadow: nn.Module | None = None
+
+
+Setup = Callable[[nn.Module, nn.Module], Step]
+"""From a network that holds the averages, which it may take over, and the network to average."""
+
+
+def workloads(kernel: str, size: str) -> list["EmaWorkload"]:
+    """All cases of a network; none if it is unknown."""
+    if size not in NETWORKS:
+        return []
+    return [
+        EmaWorkload(
+            kernel=kernel,
+            variant=variant,
+            size=size,
+            dtype=torch.float32,
+            layout=layout,
+            modes=("update",),
+            quick=size in QUICK and variant == "plain" and layout == "contiguous",
+        )
+        for variant in ("plain", "shadow")
+        for layout in LAYOUTS
+    ]
+
+
+class EmaWorkload(Workload):
+    """The update of one network's average."""
+
+    def floor_bytes(self, mode: Mode) -> int:
+        """As of Workload."""
+        with torch.device("meta"):
+            held = tensors(NETWORKS[self.size]())
+        per_element = 3 * self.dtype.itemsize + (SHADOW.itemsize if self.variant == "shadow" else 0)
+        return sum(tensor.numel() * (per_element if tensor.is_floating_point() else 2 * tensor.itemsize) for tensor in held)
+
+    def providers(self, device: torch.device) -> list[Provider]:
+        """As of Workload."""
+        shadowed = self.variant == "shadow"
+        by_lists = [
+            Provider(
+                provider.name,
+                partial(_over_lists, provider.call, shadowed),
+                provider.backend,
+                provider.absent,
+            )
+            for provider in usual_providers(_textbook, _ours, device)
+        ]
+        fused = Provider("fused_ema", partial(_fused_ema, shadowed))
+        return [*by_lists, fused] if shadowed else [*by_lists, fused, *_peers(device)]
+
+    def expected(self, mode: Mode, device: torch.device) -> Results:
+        """As of Workload."""
+        average, source = self._networks(device)
+        moved = {name: _average(tensor, named(source)[name]) for name, tensor in named(average).items()}
+        return moved | ({f"shadow {name}": tensor for name, tensor in moved.items()} if self.variant == "shadow" else {})
+
+    def trial(self, provider: Provider, mode: Mode, device: torch.device) -> Trial:
+        """As of Workload."""
+        step = provider.call(*self._networks(device))
+
+        def results() -> Results:
+            with context():
+                step.run()
+            shadow = {} if step.shadow is None else {f"shadow {name}": tensor for name, tensor in named(step.shadow).items()}
+            return {name: tensor for name, tensor in (named(step.average) | shadow).items() if not name.endswith(provider.lacks)}
+
+        context: Callable[[], AbstractContextManager[None]] = partial(around, provider.backend, False)
+        return Trial(lambda _: step.run(), results, context, capturable=provider.capturable)
+
+    def _networks(self, device: torch.device) -> list[nn.Module]:
+        """One that holds the averages, and one to average."""
+        return [copy.deepcopy(_filled(self.size, self.layout, seed)).to(device) for seed in (0, 1)]
+
+
+def tensors(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, without gradients."""
+    return list(named(network).values())
+
+
+def named(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, without gradients."""
+    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+
+
+@lru_cache(maxsize=2)
+def _filled(size: str, layout: str, seed: int) -> nn.Module:
+    """A network with random values, without drawing first what these overwrite."""
+    with torch.device("meta"):
+        network = NETWORKS[size]()
+    network = network.to_empty(device="cpu").to(memory_format=LAYOUTS[layout])
+    random = torch.Generator().manual_seed(seed)
+    for tensor in tensors(network):
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=random))
+        else:
+            tensor.fill_(seed)
+    return network
+
+
+def _average(average: Tensor, source: Tensor) -> Tensor:
+    return average.double() * DECAY + source.double() * (1 - DECAY) if average.is_floating_point() else source
+
+
+def _over_lists(update: Callable[..., None], shadowed: bool, average: nn.Module, source: nn.Module) -> Step:
+    shadow = copy.deepcopy(average).to(SHADOW) if shadowed else None
+    shadows = None if shadow is None else tensors(shadow)
+    return Step(partial(update, tensors(average), tensors(source), shadows), average, shadow)
+
+
+def _textbook(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> None:
+    for average, source in zip(averages, sources, strict=True):
+        if average.is_floating_point():
+            average.lerp_(source, 1 - DECAY)
+        else:
+            average.copy_(source)
+    if shadows is not None:
+        for shadow, average in zip(shadows, averages, strict=True):
+            shadow.copy_(average)
+
+
+def _ours(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> None:
+    ema_update_(averages, sources, DECAY, shadows=shadows)
+
+
+def _fused_ema(shadowed: bool, average: nn.Module, source: nn.Module) -> Step:
+    ema = FusedEMA(average, DECAY, shadow_dtype=SHADOW if shadowed else None)
+    return Step(lambda: ema.update(source), ema.module, ema.shadow)
+
+
+def _peers(device: torch.device) -> list[Provider]:
+    # AveragedModel reads its count of updates on the host, and averages integers instead of copying them.
+    return [
+        Provider("averaged_model", _averaged_model, lacks=(INTEGERS,), capturable=False),
+        Provider("model_ema_v3", _model_ema_v3),
+        Provider("foreach_lerp", _foreach_lerp),
+        Provider("flat_lerp", _flat_lerp, lacks=(INTEGERS,)),
+        Provider("apex", _apex, absent=_why_no_apex(device)),
+    ]
+
+
+def _averaged_model(average: nn.Module, source: nn.Module) -> Step:
+    averaged = AveragedModel(average, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
+    averaged.n_averaged.fill_(1)  # its first update copies
+    return Step(lambda: averaged.update_parameters(source), averaged.module)
+
+
+def _model_ema_v3(average: nn.Module, source: nn.Module) -> Step:
+    ema = ModelEmaV3(average, decay=DECAY)
+    return Step(lambda: ema.update(source), ema.module)
+
+
+def _foreach_lerp(average: nn.Module, source: nn.Module) -> Step:
+    averages, sources = _floating(average), _floating(source)
+    counts, new_counts = _integers(average), _integers(source)
+
+    def run() -> None:
+        torch._foreach_lerp_(averages, sources, 1 - DECAY)
+        if counts:
+            torch._foreach_copy_(counts, new_counts)
+
+    return Step(run, average)
+
+
+def _flat_lerp(average: nn.Module, source: nn.Module) -> Step:
+    """A lower bound: all tensors lie in one, which the networks of most users do not."""
+    averages, sources = _into_one(average), _into_one(source)
+    return Step(lambda: averages.lerp_(sources, 1 - DECAY), average)
+
+
+def _into_one(network: nn.Module) -> Tensor:
+    """Move a network's floating tensors into one, keeping their strides; they have no gaps."""
+    held = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+    arena = held[0].new_empty(sum(tensor.numel() for tensor in held))
+    offset = 0
+    for tensor in held:
+        place = arena.detach().as_strided(tensor.shape, tensor.stride(), offset)
+        place.copy_(tensor.detach())
+        tensor.data = place
+        offset += tensor.numel()
+    return arena
+
+
+def _why_no_apex(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "apex needs a GPU"
+    # PyPI's apex is another project: NVIDIA's is known by its compiled module
+    return None if find_spec("amp_C") else "NVIDIA's apex with its CUDA extensions is not installed"
+
+
+def _apex(average: nn.Module, source: nn.Module) -> Step:
+    multi_tensor_axpby = import_module("amp_C").multi_tensor_axpby
+    averages, sources = _floating(average), _floating(source)
+    counts, new_counts = _integers(average), _integers(source)
+    overflow = torch.zeros(1, dtype=torch.int32, device=averages[0].device)
+
+    def run() -> None:
+        # averages ← DECAY · averages + (1 − DECAY) · sources; 2: neither is searched for infinities
+        multi_tensor_axpby(APEX_CHUNK, overflow, [averages, sources, averages], DECAY, 1 - DECAY, 2)
+        if counts:
+            torch._foreach_copy_(counts, new_counts)
+
+    return Step(run, average)
+
+
+def _floating(network: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in tensors(network) if tensor.is_floating_point()]
+
+
+def _integers(network: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in tensors(network) if not tensor.is_floating_point()]

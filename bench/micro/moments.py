@@ -1,0 +1,60 @@
+"""Mean and variance of every channel of an activation, as the BN objective takes them.
+
+Floor: forward reads the activation once. Backward reads it once more, because a gradient needs the mean of all of it, and
+writes the gradient once; full is the sum of both. The results, one number a channel, are not counted.
+"""
+
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from dfkd_fast.kernels import channel_moments
+
+from .workload import DTYPES, LAYOUTS, FunctionWorkload, parse_shape
+
+__all__ = ["EXAMPLE", "SIZES", "workloads"]
+
+SIZES = ("128x64x32x32", "256x512x4x4", "32x256x56x56")
+QUICK = ("256x512x4x4",)
+EXAMPLE = "NxCxHxW, such as 128x64x32x32"
+
+
+def workloads(kernel: str, size: str) -> list[FunctionWorkload]:
+    """All cases of a size (N, C, H, W); none if it is none."""
+    shape = parse_shape(size, 4)
+    return [] if shape is None else [_workload(kernel, size, shape, dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
+
+
+def _workload(kernel: str, size: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> FunctionWorkload:
+    activation = torch.Size(shape).numel() * dtype.itemsize
+    return FunctionWorkload(
+        kernel=kernel,
+        variant="",
+        size=size,
+        dtype=dtype,
+        layout=layout,
+        modes=("forward", "backward", "full"),
+        quick=size in QUICK and dtype == torch.float32,
+        inputs=partial(_activation, shape, dtype, layout),
+        outputs=("mean", "variance"),
+        floors={"forward": activation, "backward": 2 * activation, "full": 3 * activation},
+        textbook=_textbook,
+        ours=_ours,
+        oracle=_textbook,
+        differentiable=("activation",),
+    )
+
+
+@lru_cache(maxsize=1)
+def _activation(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 0.5
+    return {"activation": values.to(dtype, memory_format=LAYOUTS[layout])}
+
+
+def _textbook(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)
+
+
+def _ours(x: Tensor) -> tuple[Tensor, Tensor]:
+    return channel_moments(x)

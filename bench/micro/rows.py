@@ -1,0 +1,122 @@
+"""The rows of the results: what a file in bench/results holds, and what is printed."""
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfkd_fast.files import replacing
+
+__all__ = ["COLUMNS", "KEY", "Row", "printed", "read", "write"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider of one case, and where its figures come from. What was not measured is None."""
+
+    kernel: str
+    variant: str
+    mode: str
+    size: str
+    dtype: str
+    layout: str
+    provider: str
+    status: str
+    """"ok", perhaps with what the provider leaves out; else "not installed: …", "wrong: …" or "failed: …", without times."""
+    error: float | None = None
+    """The largest of ‖result − oracle‖ / ‖oracle‖ over all results and gradients."""
+    median_us: float | None = None
+    q20_us: float | None = None
+    q80_us: float | None = None
+    graph_us: float | None = None
+    """Median of replays of a CUDA graph."""
+    calls: int | None = None
+    """How many were measured."""
+    gb_per_s: float | None = None
+    """The floor of bytes (see the kernel's file) over the median."""
+    share_of_copy: float | None = None
+    """Of the bandwidth of a large copy in the same run; above 1 where caches serve."""
+    peak_memory_bytes: int | None = None
+    """Beyond the inputs; on a GPU."""
+    speedup_over_eager: float | None = None
+    speedup_over_compile: float | None = None
+    copy_gb_per_s: float | None = None
+    device: str = ""
+    threads: int | None = None
+    load: float | None = None
+    """Processes that wanted a core in the minute before the run: of a busy machine no time is worth much."""
+    torch: str = ""
+    triton: str = ""
+    numba: str = ""
+    commit: str = ""
+    command: str = ""
+
+    @property
+    def red(self) -> bool:
+        """Whether the check failed."""
+        return self.status.startswith(("wrong", "failed"))
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+KEY = COLUMNS[: COLUMNS.index("status")]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, by column; an empty string is what was not measured."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Take rows into a file; they replace those of the same case and provider."""
+    new = [{name: _text(getattr(row, name)) for name in COLUMNS} for row in rows]
+    replaced = {_key(row) for row in new}
+    kept = [row for row in read(path) if _key(row) not in replaced] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *new])
+
+
+HEADER = ("mode", "provider", "median µs", "20–80 %", "graph µs", "GB/s", "of copy", "× eager", "× compile", "memory", "error", "")
+
+
+def printed(measured: Sequence[Row]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Header and cells of a table for the terminal, without empty columns."""
+    filled = [index for index, column in enumerate(zip(*map(_cells, measured), strict=True)) if any(column)]
+    return [HEADER[index] for index in filled], [[_cells(row)[index] for index in filled] for row in measured]
+
+
+def _cells(row: Row) -> Sequence[str]:
+    return (
+        row.mode,
+        row.provider,
+        _figure(row.median_us),
+        f"{_figure(row.q20_us)}–{_figure(row.q80_us)}" if row.median_us else "",
+        _figure(row.graph_us),
+        _figure(row.gb_per_s),
+        "" if row.share_of_copy is None else f"{row.share_of_copy:.1%}",
+        _figure(row.speedup_over_eager),
+        _figure(row.speedup_over_compile),
+        "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.1f} MiB",
+        "" if row.error is None else f"{row.error:.1e}",
+        "" if row.status == "ok" else row.status,
+    )
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,149 @@
+"""From workloads to rows: check, time, compare."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch._inductor.config
+
+from dfkd_fast.engine.device import device_name
+from dfkd_fast.errors import first_line
+
+from .. import provenance
+from . import check, timing
+from .rows import Row
+from .workload import Mode, Provider, Results, Trial, Workload
+
+__all__ = ["Run", "origin"]
+
+
+class Examined(NamedTuple):
+    """What the check said of a provider."""
+
+    status: str
+    error: float | None = None
+    trial: Trial | None = None
+    """Where it may be timed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How cases are measured.
+
+    Args:
+        device: where.
+        modes: which ones; all where there are none.
+        providers: who, likewise; eager is always checked, because its error says what the others are allowed.
+        repeats: measured calls a provider; None for as many as fit into about a second a case.
+        turn: the clock (``timing.turn_on``).
+        copy_bandwidth: of the device, in bytes a second.
+        origin: the columns that all rows share.
+    """
+
+    device: torch.device
+    modes: Sequence[str]
+    providers: Sequence[str]
+    repeats: int | None
+    turn: timing.Turn
+    copy_bandwidth: float
+    origin: dict[str, str | float]
+
+    def rows(self, workload: Workload) -> Iterator[list[Row]]:
+        """The rows of one workload, a list a case."""
+        modes = [mode for mode in workload.modes if not self.modes or mode in self.modes]
+        torch.compiler.reset()  # a function that was compiled for too many sizes is no longer compiled for the next
+        torch._inductor.config.compile_threads = 1  # no pool of compilers that starts while others are timed
+        providers = workload.providers(self.device)
+        for mode in modes:
+            yield self._case(workload, mode, providers)
+
+    def _case(self, workload: Workload, mode: Mode, providers: Sequence[Provider]) -> list[Row]:
+        chosen = [provider for provider in providers if not self.providers or provider.name in self.providers]
+        if not chosen:
+            return []
+        expected = workload.expected(mode, self.device)
+        of_eager = check.errors(workload.trial(providers[0], mode, self.device).results(), expected)
+        examined = {provider.name: self._examine(workload, mode, provider, expected, of_eager) for provider in chosen}
+        trials = {name: found.trial for name, found in examined.items() if found.trial is not None}
+        seconds = timing.measure(trials, self.turn, self.repeats)
+        rows = [self._row(workload, mode, name, found, seconds.get(name)) for name, found in examined.items()]
+        medians = {row.provider: row.median_us for row in rows}
+        return [
+            replace(
+                row,
+                speedup_over_eager=_ratio(medians.get("eager"), row.median_us),
+                speedup_over_compile=_ratio(medians.get("compile"), row.median_us),
+            )
+            for row in rows
+        ]
+
+    def _examine(self, workload: Workload, mode: Mode, provider: Provider, expected: Results, of_eager: dict[str, float]) -> Examined:
+        if provider.absent is not None:
+            return Examined(f"not installed: {provider.absent}")
+        try:
+            trial = workload.trial(provider, mode, self.device)
+            found = trial.results()
+        except Exception as error:  # whatever a peer raises is its row's business, and ends nothing else
+            return Examined(f"failed: {type(error).__name__}: {first_line(error)}")
+        largest = max(check.errors(found, expected).values(), default=0.0)
+        wrong = check.mismatch(found, expected, of_eager, provider.lacks)
+        if wrong is not None:
+            return Examined(f"wrong: {wrong}", largest)
+        return Examined(f"ok, without {' and '.join(provider.lacks)}" if provider.lacks else "ok", largest, trial)
+
+    def _row(self, workload: Workload, mode: Mode, provider: str, examined: Examined, seconds: list[float] | None) -> Row:
+        row = Row(
+            kernel=workload.kernel,
+            variant=workload.variant,
+            mode=mode,
+            size=workload.size,
+            dtype=str(workload.dtype).removeprefix("torch."),
+            layout=workload.layout,
+            provider=provider,
+            status=examined.status,
+            error=examined.error,
+            copy_gb_per_s=self.copy_bandwidth / 1e9,
+            **self.origin,  # type: ignore[arg-type]
+        )
+        if examined.trial is None or not seconds:
+            return row
+        q20, median, q80 = np.quantile(seconds, (0.2, 0.5, 0.8))
+        bandwidth = workload.floor_bytes(mode) / median
+        status, replays = examined.status, list[float]()
+        try:
+            replays = timing.replay_seconds(examined.trial, self.turn, self.device, self.repeats)
+        except RuntimeError as error:  # what cannot be captured has its ordinary times all the same
+            status = f"{status}, no graph: {first_line(error)}"
+        return replace(
+            row,
+            status=status,
+            median_us=float(median * 1e6),
+            q20_us=float(q20 * 1e6),
+            q80_us=float(q80 * 1e6),
+            graph_us=float(np.median(replays) * 1e6) if replays else None,
+            calls=len(seconds),
+            gb_per_s=float(bandwidth / 1e9),
+            share_of_copy=float(bandwidth / self.copy_bandwidth),
+            peak_memory_bytes=timing.peak_memory_bytes(examined.trial, self.device),
+        )
+
+
+def origin(device: torch.device, commit: str | None, command: str) -> dict[str, str | float]:
+    """The columns that say where and with what a figure was measured."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": str(torch.__version__),
+        "triton": provenance.version("triton"),
+        "numba": provenance.version("numba"),
+        "commit": commit or provenance.commit(),
+        "command": command,
+    }
+
+
+def _ratio(baseline: float | None, time: float | None) -> float | None:
+    return baseline / time if baseline and time else None

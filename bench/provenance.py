@@ -1,0 +1,36 @@
+"""Where a figure comes from: the commit, the device and the versions behind it."""
+
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from dfkd_fast.engine.device import device_name
+
+__all__ = ["ROOT", "commit", "file_name", "version"]
+
+ROOT = Path(__file__).parent.parent
+
+
+def commit() -> str:
+    """The commit checked out, with ``-dirty`` if files differ from it; "unknown" where this is no git checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def file_name(device: torch.device) -> str:
+    """The device's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9_]+", "-", device_name(device).lower()).strip("-")
+
+
+def version(distribution: str) -> str:
+    """Of an installed package; empty if it is not."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,228 @@
+"""The micro-benchmarks: what they check, write and refuse. No test looks at a time."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import report
+from bench.__main__ import main
+from bench.micro import KERNELS, PROVIDERS, check, discrepancy, rows, select, timing
+from bench.micro.workload import Trial
+
+TINY = {"ema": "generator-a", "l1": "4x5", "kl": "4x5", "js": "2x3x4x5", "concat": "2x4x3x4x4", "moments": "3x4x5x5"}
+PLAIN = ["--provider", "eager", "--provider", "reference"]  # numba would compile for seconds, and has tests of its own
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+    rows: list[dict[str, str]]
+    """Of the CSV, if there is one."""
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """The command line in this process; ``micro`` writes out.csv, one call a provider."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(timing, "COPIED_BYTES", {"cpu": 1 << 20})
+
+    def call(command: str, *arguments: str) -> Said:
+        usual = ["--device", "cpu", "--repeats", "1", "--out", "out.csv"] if command == "micro" else []
+        monkeypatch.setattr(sys, "argv", ["bench", command, *usual, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code, said, out = ended.value.code, capsys.readouterr(), Path("out.csv")
+        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err, rows.read(out) if out.exists() else [])
+
+    return call
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_gives_a_row_a_mode_and_provider(run: Run, kernel: str) -> None:
+    said = run("micro", "--kernel", kernel, "--size", TINY[kernel], *PLAIN)
+    assert said.code == 0, said.err
+    found = [row for row in said.rows if row["dtype"] == "float32" and row["layout"] == "contiguous"]
+    modes = {"update"} if kernel == "ema" else {"forward", "backward", "full"}
+    assert {(row["mode"], row["provider"]) for row in found} == {(mode, name) for mode in modes for name in ("eager", "reference")}
+    for row in said.rows:
+        assert tuple(row) == rows.COLUMNS
+        assert (row["kernel"], row["size"], row["status"], row["calls"]) == (kernel, TINY[kernel], "ok", "1")
+        for figure in ("median_us", "q20_us", "q80_us", "gb_per_s", "share_of_copy", "speedup_over_eager", "copy_gb_per_s"):
+            assert float(row[figure]) > 0
+        assert row["torch"] == torch.__version__
+        assert row["device"]
+        assert row["commit"]
+        assert row["threads"] == "1"
+        assert row["command"].startswith("python -m bench micro")
+    assert f"{kernel} " in said.out
+
+
+def test_our_backends_of_the_device_are_measured_each(run: Run) -> None:
+    said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", *(f"--provider={name}" for name in PROVIDERS[2:6]))
+    assert said.code == 0, said.err
+    assert {row["provider"] for row in said.rows} == {"reference", "numba"}
+    assert all(row["median_us"] and not row["speedup_over_eager"] for row in said.rows)
+
+
+def test_the_peers_of_an_average_are_measured_and_an_absent_one_is_no_error(run: Run) -> None:
+    said = run("micro", "--kernel", "ema", "--size", "generator-a", *(f"--provider={name}" for name in PROVIDERS[6:]))
+    assert said.code == 0, said.err
+    plain = {row["provider"]: row["status"] for row in said.rows if row["variant"] == "plain" and row["layout"] == "channels_last"}
+    assert plain["apex"].startswith("not installed")
+    assert plain["averaged_model"] == plain["flat_lerp"] == "ok, without num_batches_tracked"
+    assert {plain[name] for name in ("fused_ema", "model_ema_v3", "foreach_lerp")} == {"ok"}
+    assert all(bool(row["median_us"]) == row["status"].startswith("ok") for row in said.rows)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_what_torch_compile_makes_is_compared_and_timed(run: Run) -> None:
+    said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", "--provider", "eager", "--provider", "compile")
+    assert said.code == 0, said.err
+    compiled = next(row for row in said.rows if row["provider"] == "compile" and row["dtype"] == "float32")
+    assert compiled["status"] == "ok"
+    assert float(compiled["speedup_over_compile"]) == 1
+
+
+def _no_gradient_for_the_teacher(student: Tensor, teacher: Tensor, *, reduction: str) -> Tensor:
+    return torch.nn.functional.l1_loss(student, teacher.detach() + 0 * teacher, reduction=reduction)
+
+
+def _slightly_off(student: Tensor, teacher: Tensor, *, reduction: str) -> Tensor:
+    return torch.nn.functional.l1_loss(student, teacher, reduction=reduction) * 1.0001
+
+
+@pytest.mark.parametrize(("wrong", "named"), [(_no_gradient_for_the_teacher, "gradient of teacher"), (_slightly_off, "loss")])
+def test_a_wrong_result_gets_no_time_and_exit_code_1(
+    run: Run, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Tensor], named: str
+) -> None:
+    monkeypatch.setattr(discrepancy, "l1_discrepancy", wrong)
+    said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "full", *PLAIN)
+    assert said.code == 1
+    assert said.err.count("\n") == 1
+    found = {row["provider"]: row for row in said.rows if (row["variant"], row["dtype"]) == ("both", "float32")}
+    assert found["eager"]["median_us"]
+    assert found["reference"]["status"].startswith(f"wrong: {named} is off by")
+    assert not found["reference"]["median_us"]
+    assert not found["reference"]["speedup_over_eager"]
+
+
+def test_a_provider_that_raises_gets_no_time_and_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Tensor, **__: str) -> Tensor:
+        raise RuntimeError("out of order\nsecond line")
+
+    monkeypatch.setattr(discrepancy, "l1_discrepancy", broken)
+    said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", *PLAIN)
+    assert said.code == 1
+    assert {row["status"] for row in said.rows if row["provider"] == "reference"} == {"failed: RuntimeError: out of order"}
+    assert all(row["median_us"] for row in said.rows if row["provider"] == "eager")
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"y": torch.ones(3)}, None),
+        ({"y": torch.full((3,), 1 + 1e-3)}, "y is off by 1.0e-03"),
+        ({"y": torch.tensor([1.0, 1.0, torch.nan])}, "y is off by nan"),
+        ({"y": torch.ones(3, 1)}, "y is off by inf"),
+        ({}, "no y"),
+    ],
+)
+def test_the_check(found: dict[str, Tensor], named: str | None) -> None:
+    said = check.mismatch(found, {"y": torch.ones(3, dtype=torch.float64)}, {"y": 1e-7}, ())
+    assert said is None if named is None else said is not None and said.startswith(named)
+
+
+def test_rows_of_the_same_case_are_replaced_and_others_kept(run: Run) -> None:
+    for size in ("4x5", "4x6", "4x5"):
+        said = run("micro", "--kernel", "l1", "--size", size, "--mode", "forward", "--provider", "eager")
+    keys = [tuple(row[name] for name in rows.KEY) for row in said.rows]
+    assert len(keys) == len(set(keys)) == 4  # two sizes, two dtypes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernel", "l2"], "--kernel 'l2': must be one of ema, l1, kl, js, concat, moments"),
+        (["--mode", "both"], "--mode 'both': must be one of forward, backward, full, update"),
+        (["--provider", "jax"], "--provider 'jax': must be one of eager, compile, reference, numba"),
+        (["--kernel", "kl", "--size", "4x5x6"], "--size '4x5x6': must be a size of a chosen kernel (kl: NxC or NxCxHxW"),
+        (["--kernel", "ema", "--size", "resnet19"], "resnet18 or resnet34"),
+        (["--device", "tpu"], "device 'tpu': must be auto, cpu or cuda"),
+        (["--repeats", "0"], "--repeats 0: must be a whole number ≥ 1"),
+        (["--threads", "many"], "'--threads'"),
+    ],
+)
+def test_a_bad_value_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
+    said = run("micro", *arguments)
+    assert said.code == 2
+    assert said.err.startswith("bench: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert not said.rows
+
+
+@pytest.mark.parametrize("unfit", [["--mode", "update"], ["--provider", "apex"]])
+def test_a_selection_that_fits_no_case_says_so(run: Run, unfit: list[str]) -> None:
+    said = run("micro", "--kernel", "l1", "--size", "4x5", *unfit)
+    assert said.code == 2
+    assert " ".join(unfit) in said.err
+    assert not said.rows
+
+
+def test_without_all_there_are_a_few_cases_of_every_kernel() -> None:
+    few, every = select(list(KERNELS), [], False), select(list(KERNELS), [], True)
+    assert {workload.kernel for workload in few} == set(KERNELS)
+    assert len(few) < 20 < len(every)
+    assert all(workload.floor_bytes(mode) > 0 for workload in few for mode in workload.modes)
+
+
+def test_turns_are_shared_out_until_about_a_second_is_spent() -> None:
+    calls: dict[str, int] = {"short": 0, "long": 0}
+
+    def turn(trial: Trial, count: int, settle: bool) -> list[float]:
+        name = "short" if trial is trials["short"] else "long"
+        calls[name] += count
+        return [{"short": 1e-5, "long": 0.05}[name]] * count
+
+    trials = {name: Trial(lambda _: None, dict, torch.no_grad) for name in calls}
+    seconds = timing.measure(trials, turn, None)
+    assert calls["long"] - 3 == len(seconds["long"]) == 19
+    assert calls["short"] - 3 == len(seconds["short"]) == 1900
+    assert [len(times) for times in timing.measure(trials, turn, 3).values()] == [3, 3]
+
+
+def test_plot_draws_a_picture_a_kernel_beside_the_csv(run: Run, tmp_path: Path) -> None:
+    run("micro", "--kernel", "l1", "--kernel", "js", "--size", "4x5", *PLAIN)
+    said = run("plot", "out.csv")
+    assert said.code == 0, said.err
+    assert said.out.split() == ["out-l1.png", "out-js.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in said.out.split())
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(rows.COLUMNS) + "\n"])
+def test_plot_refuses_what_is_no_result(run: Run, text: str) -> None:
+    Path("mine.csv").write_text(text)
+    said = run("plot", "mine.csv")
+    assert said.code == 2
+    assert "mine.csv" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_report_is_a_command_of_the_same_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    assert run("report").code == 0
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{report.table(report.results())}\n{report.END}\nafter\n"
