@@ -21,7 +21,7 @@ __all__ = ["SCHEMAS", "define", "operator"]
 
 LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 SCHEMAS: dict[str, str] = {}
-_PURE: dict[str, Callable[..., Any]] = {}  # the numba functions of operators that mutate nothing
+_NUMBA: dict[str, Callable[..., Any]] = {}
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -41,8 +41,8 @@ def define(package: str, name: str, schema: str, fake: Callable[..., Any]) -> No
         function = _at_first_call(f"{package}.{module}", name)
         for key in keys:
             LIBRARY.impl(f"{name}.{backend}", function, key)
-        if backend == "numba" and "!" not in schema:
-            _PURE[name] = function
+        if backend == "numba":
+            _NUMBA[name] = function
         torch.library.register_fake(f"dfkd_fast::{name}.{backend}", fake, lib=LIBRARY)
     if extension.loaded():
         torch.library.register_fake(f"dfkd_fast::{name}.cuda", fake, lib=LIBRARY)
@@ -53,9 +53,10 @@ def operator(name: str, backend: Backend, first: Tensor) -> Callable[..., Any]:
 
     On a CPU the way through PyTorch's dispatcher into Python costs as much as a small kernel. Where nothing on that
     way could want to see the call (no tracing, no dispatch mode, no tensor subclass), this is the function itself.
+    Whoever calls an operator that writes in place tells autograd.
     """
-    if backend == "numba" and type(first) is Tensor and name in _PURE and not torch.compiler.is_compiling() and not _dispatch_modes():
-        return _PURE[name]
+    if backend == "numba" and type(first) is Tensor and not torch.compiler.is_compiling() and not _dispatch_modes():
+        return _NUMBA[name]
     return getattr(getattr(torch.ops.dfkd_fast, name), backend)
 
 

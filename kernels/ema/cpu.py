@@ -19,10 +19,10 @@ def ema_update_(averages: list[Tensor], sources: list[Tensor], shadows: list[Ten
         if average.dtype == torch.float32:
             table = tables.setdefault((source.dtype, shadow.dtype), [])
             table.append((average.data_ptr(), source.data_ptr(), shadow.data_ptr(), average.numel()))
-        else:
-            average.copy_(source)
-            if shadows:
-                shadow.copy_(source)
+    integers = [index for index, average in enumerate(averages) if not average.is_floating_point()]
+    for copies in (averages, shadows):
+        if integers and copies:
+            torch._foreach_copy_([copies[index] for index in integers], [sources[index] for index in integers])
     weight = 1.0 - (decay if device_decay is None else device_decay.item())
     with simd.threads:
         for (source_dtype, shadow_dtype), table in tables.items():
