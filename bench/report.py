@@ -1,9 +1,10 @@
-"""The README's table of runs, from the files in bench/results.
+"""The README's tables of runs and of kernels, from the files in bench/results.
 
-python -m bench report                write the table anew
+python -m bench report                write the tables anew
 python -m bench report RUN [RUN ...]  first take in the summaries of these folders, run at the commit checked out
 """
 
+import csv
 import json
 import sys
 import tomllib
@@ -13,19 +14,21 @@ from typing import Any
 
 from .provenance import ROOT, commit
 
-__all__ = ["main", "table"]
+__all__ = ["kernel_table", "main", "table"]
 
 RESULTS = ROOT / "bench" / "results" / "distill.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by python -m bench.report from bench/results/distill.jsonl -->", "<!-- end of the table -->"
+KERNELS_BEGIN = "<!-- made by python -m bench.report from bench/results/micro-*.csv -->"
 
 
 def main(folders: Iterable[Path]) -> None:
-    """Take in the runs in these folders and write the README's table."""
+    """Take in the runs in these folders and write the README's tables."""
     for folder in folders:
         take_in(folder)
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table(results())}\n{END}{rest.partition(END)[2]}")
+    for begin, text in ((BEGIN, table(results())), (KERNELS_BEGIN, kernel_table(kernel_results()))):
+        before, _, rest = README.read_text().partition(begin)
+        README.write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 def take_in(folder: Path) -> None:
@@ -62,6 +65,43 @@ def table(entries: list[dict[str, Any]]) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def kernel_results() -> list[dict[str, str]]:
+    """The rows of the micro-benchmarks."""
+    return [row for path in sorted(RESULTS.parent.glob("micro-*.csv")) for row in csv.DictReader(path.open(newline=""))]
+
+
+def kernel_table(rows: list[dict[str, str]]) -> str:
+    """Whole calls in float32 that differentiate every side, a row a case: the peers, then the fastest of our backends."""
+    lines = [
+        "| kernel | size | layout | eager | torch.compile | best peer | ours | × eager | × torch.compile | device |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["mode"] in ("full", "update") and row["dtype"] == "float32" and row["variant"] != "student":
+            case = (
+                " ".join(filter(None, (row["kernel"], row["variant"].removeprefix("both").removeprefix("plain")))),
+                row["size"],
+                row["layout"],
+            )
+            cases.setdefault((*case, row["device"]), {})[row["provider"]] = row
+    for (*case, device), found in cases.items():
+        timed = {provider: float(row["median_us"]) for provider, row in found.items() if row["median_us"]}
+        ours = min((name for name in timed if name in ("numba", "triton", "cuda")), key=timed.__getitem__)
+        peers = [name for name in timed if name in ("averaged_model", "model_ema_v3", "foreach_lerp", "apex", "liger")]
+        peer = min(peers, key=timed.__getitem__) if peers else None
+        cells = [
+            *case,
+            *(f"{timed[name]:.0f}" if name in timed else "" for name in ("eager", "compile")),
+            f"{peer} {timed[peer]:.0f}" if peer else "",
+            f"{ours} {timed[ours]:.0f}",
+            *(f"{timed[name] / timed[ours]:.2f}" if name in timed else "" for name in ("eager", "compile")),
+            device,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
