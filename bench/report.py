@@ -74,26 +74,21 @@ def kernel_results() -> list[dict[str, str]]:
 
 def kernel_table(rows: list[dict[str, str]]) -> str:
     """Whole calls in float32 that differentiate every side, a row a case: the peers, then the fastest of our backends."""
-    lines = [
-        "| kernel | size | layout | eager | torch.compile | best peer | ours | × eager | × torch.compile | device |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    titles = ("kernel", "size", "layout", "eager", "torch.compile", "best peer", "ours", "× eager", "× torch.compile", "device")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    cases: dict[tuple[str, str, str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
         if row["mode"] in ("full", "update") and row["dtype"] == "float32" and row["variant"] != "student":
-            case = (
-                " ".join(filter(None, (row["kernel"], row["variant"].removeprefix("both").removeprefix("plain")))),
-                row["size"],
-                row["layout"],
-            )
-            cases.setdefault((*case, row["device"]), {})[row["provider"]] = row
-    for (*case, device), found in cases.items():
+            usual = row["variant"] in ("", "both", "plain")
+            kernel = row["kernel"] if usual else f"{row['kernel']} {row['variant']}"
+            cases.setdefault((kernel, row["size"], row["layout"], row["device"]), {})[row["provider"]] = row
+    for (kernel, size, layout, device), found in cases.items():
         timed = {provider: float(row["median_us"]) for provider, row in found.items() if row["median_us"]}
         ours = min((name for name in timed if name in ("numba", "triton", "cuda")), key=timed.__getitem__)
         peers = [name for name in timed if name in ("averaged_model", "model_ema_v3", "foreach_lerp", "apex", "liger")]
         peer = min(peers, key=timed.__getitem__) if peers else None
         cells = [
-            *case,
+            *(kernel, size, layout),
             *(f"{timed[name]:.0f}" if name in timed else "" for name in ("eager", "compile")),
             f"{peer} {timed[peer]:.0f}" if peer else "",
             f"{ours} {timed[ours]:.0f}",
