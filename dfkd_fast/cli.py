@@ -14,10 +14,12 @@ from rich.console import Console
 from . import commands
 from .doctor import choices, examine
 from .engine.device import pick_device
-from .errors import DfkdError
+from .errors import DfkdError, first_line
 from .files import replacing
 from .interrupt import Interrupted
 from .kernels import BackendError, dispatch
+from .kernels.build import BuildError, compile_extension
+from .kernels.extension import BINARY
 from .recipe import load_recipe, recipe_to_toml, shipped_recipes
 from .report import print_table
 from .run import open_run
@@ -112,6 +114,16 @@ def doctor() -> None:
     """Say what this machine has, and what is used."""
     print_table(Console(), ("", "found", "used"), examine())
     print_table(Console(), ("operation", "on a CPU", "on a GPU"), choices())
+
+
+@app.command()
+def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the compiler's commands and output.")] = False) -> None:
+    """Compile the CUDA kernels, once for an installation; needs nvcc, but no GPU."""
+    try:
+        compile_extension(BINARY, verbose)
+    except BuildError as error:
+        raise DfkdError(first_line(error)) from error
+    typer.echo(f"built {BINARY}")
 
 
 def main() -> NoReturn:

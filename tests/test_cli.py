@@ -327,3 +327,8 @@ def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(
     assert said.code == 2
     assert message in said.err
     assert not (tmp_path / "run").exists()
+
+
+def test_build_says_in_one_line_why_it_cannot(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFKD_FAST_BUILD", "0")
+    assert run("build") == Said(2, "", "dfkd-fast: DFKD_FAST_BUILD is 0\n")

@@ -1,130 +1,223 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dfkd_fast.kernels import concat_generated
+from dfkd_fast.kernels import Backend, concat_generated
 from dfkd_fast.kernels.concat import Activation
+from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, STORAGE, activated, assert_as_exact_as_plain, laid_out, layouts, random
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 CHANNELS = 3
 ROWS = (4, 1, 7)
-LAYOUTS = ["contiguous", "channels_last", "sliced"]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 ACTIVATIONS: list[Activation] = ["tanh", "sigmoid", "none"]
+NORMALIZATIONS = ["none", "dataset", "training", "running", "mixed"]
 MEAN, STD = torch.tensor([0.5, -0.25, 0.0]), torch.tensor([0.5, 2.0, 0.25])
+MOMENTUM, EPS = 0.3, 1e-3
 
 
-def raws(dtype: torch.dtype, layout: str, rows: tuple[int, ...] = ROWS) -> list[Tensor]:
-    torch.manual_seed(0)
-    made = [torch.randn(count, CHANNELS, 5, 7).to(dtype) for count in rows]
-    if layout == "channels_last":
-        made = [raw.contiguous(memory_format=torch.channels_last) for raw in made]
-    if layout == "sliced":
-        made = [torch.stack([raw, raw], dim=-1)[..., 0] for raw in made]
-    return [raw.detach().requires_grad_() for raw in made]
+def settings(normalize: str, generators: int, channels: int, device: torch.device) -> dict[str, Any]:
+    """The arguments of a normalisation; "mixed" trains every other generator."""
+    if normalize == "none":
+        return {"normalize": "none"}
+    if normalize == "dataset":
+        mean, std = MEAN.repeat(channels)[:channels].to(device), STD.repeat(channels)[:channels].to(device)
+        return {"normalize": "dataset", "mean": mean, "std": std}
+    modes = {"training": [True] * generators, "running": [False] * generators, "mixed": [index % 2 == 0 for index in range(generators)]}
+    return {
+        "normalize": "batch",
+        "running_means": [torch.randn(channels).to(device) for _ in range(generators)],
+        "running_vars": [(torch.rand(channels) + 0.5).to(device) for _ in range(generators)],
+        "training": modes[normalize],
+        "momentum": MOMENTUM,
+        "eps": EPS,
+    }
 
 
-def activated(raw: Tensor, activation: Activation) -> Tensor:
-    """The activation in float64, in terms of exponentials."""
-    raw = raw.double()
-    if activation == "tanh":
-        return 1 - 2 / (1 + (2 * raw).exp())
-    return 1 / (1 + (-raw).exp()) if activation == "sigmoid" else raw
+def layers(arguments: dict[str, Any], dtype: torch.dtype) -> list[nn.BatchNorm2d]:
+    """PyTorch's own layers with the statistics of the arguments."""
+    made = []
+    for mean, variance, training in zip(*(arguments[name] for name in ("running_means", "running_vars", "training")), strict=True):
+        layer = nn.BatchNorm2d(len(mean), affine=False, momentum=MOMENTUM, eps=EPS).train(training).to(mean.device, dtype)
+        layer.load_state_dict({"running_mean": mean, "running_var": variance, "num_batches_tracked": torch.tensor(0)})
+        made.append(layer)
+    return made
 
 
-def slope(images: Tensor, activation: Activation) -> Tensor:
-    if activation == "tanh":
-        return 1 - images**2
-    return images * (1 - images) if activation == "sigmoid" else torch.ones_like(images)
+def oracle(inputs: list[Tensor], activation: Activation, arguments: dict[str, Any], norms: list[nn.BatchNorm2d]) -> Tensor:
+    """In the inputs' precision, which is float64 for the truth and float32 for plain PyTorch."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": torch.clone}
+    images = [activated(raw, activation) if raw.dtype == torch.float64 else functions[activation](raw) for raw in inputs]
+    if arguments["normalize"] == "dataset":
+        mean, std = (arguments[name].to(images[0].dtype)[:, None, None] for name in ("mean", "std"))
+        images = [(image - mean) / std for image in images]
+    if arguments["normalize"] == "batch":
+        images = [norm(image) if len(image) else image for norm, image in zip(norms, images, strict=True)]
+    return torch.cat(images)
 
 
-def close(actual: Tensor | None, expected: Tensor, dtype: torch.dtype) -> None:
-    assert actual is not None
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+def compare(inputs: list[Tensor], activation: Activation, arguments: dict[str, Any], **options: Any) -> Tensor:
+    """Batch, gradients and running statistics against float64, all through a cotangent that lies as the batch does."""
+    exact_inputs = [raw.detach().double().requires_grad_() for raw in inputs]
+    plain_inputs = [raw.detach().clone().requires_grad_() for raw in inputs]
+    batch = arguments["normalize"] == "batch"
+    exact_norms, plain_norms = (layers(arguments, dtype) if batch else [] for dtype in (torch.float64, torch.float32))
+    exact = oracle(exact_inputs, activation, arguments, exact_norms)
+    plain = oracle([raw.float() for raw in plain_inputs], activation, arguments, plain_norms)
+    result = concat_generated(inputs, activation=activation, **arguments, **options)
+    # Where the sign of what is normalised changes, y − mean cancels at the size of their quotient by the deviation.
+    size = max(1.0, exact.detach().abs().max().item()) if exact.numel() else 1.0
+    assert_as_exact_as_plain(result.detach(), plain.detach().to(result.dtype), exact.detach(), summed=size)
+    if batch:
+        for index, (mean, variance) in enumerate(zip(arguments["running_means"], arguments["running_vars"], strict=True)):
+            for name, moved in (("running_mean", mean), ("running_var", variance)):
+                assert_as_exact_as_plain(moved, plain_norms[index].state_dict()[name], exact_norms[index].state_dict()[name], summed=1.0)
+    cotangent = torch.randn(result.shape).to(result)
+    gradients = torch.autograd.grad(result, inputs, cotangent)
+    usual = torch.autograd.grad(plain.to(result.dtype), plain_inputs, cotangent)
+    truth = torch.autograd.grad(exact, exact_inputs, cotangent.double())
+    for gradient, plain_gradient, exact_gradient in zip(gradients, usual, truth, strict=True):
+        assert_as_exact_as_plain(gradient, plain_gradient, exact_gradient)
+    return result
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("normalize", ["none", "dataset"])
-def test_activation_and_constants_of_a_data_set_with_their_gradient(
-    dtype: torch.dtype, layout: str, activation: Activation, normalize: Any
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_every_activation_and_normalisation_in_every_layout(
+    backend: Backend, device: torch.device, normalize: str, activation: Activation, layout: str
 ) -> None:
-    inputs = raws(dtype, layout)
-    constants: dict[str, Any] = {"mean": MEAN, "std": STD} if normalize == "dataset" else {}
-    mean, std = (MEAN[:, None, None], STD[:, None, None]) if normalize == "dataset" else (0.0, torch.ones(()))
-    result = concat_generated(inputs, activation=activation, normalize=normalize, **constants)
-    images = torch.cat([activated(raw.detach(), activation) for raw in inputs])
-    assert result.dtype == dtype
-    close(result.detach(), (images - mean) / std, dtype)
-
-    cotangent = torch.randn(result.shape).to(dtype)
-    result.backward(cotangent)
-    gradient = cotangent.double() * slope(images, activation) / std
-    for raw, expected in zip(inputs, gradient.split(ROWS), strict=True):
-        close(raw.grad, expected, dtype)
+    inputs = [random(rows, CHANNELS, 5, 7, layout=layout, device=device) for rows in ROWS]
+    compare(inputs, activation, settings(normalize, len(inputs), CHANNELS, device))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("training", [(True, True, True), (False, False, False), (True, False, True)])
-def test_batch_normalisation_is_that_of_one_batch_norm_layer_a_generator(
-    dtype: torch.dtype, layout: str, training: tuple[bool, ...]
+@pytest.mark.parametrize(
+    ("dtypes", "out_dtype"),
+    [([torch.bfloat16] * 3, None), ([torch.float16] * 3, None), ([torch.bfloat16] * 3, torch.float32), (STORAGE, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("normalize", ["dataset", "training"])
+def test_half_precision_is_read_in_float32_and_rounded_once(
+    backend: Backend, device: torch.device, normalize: str, dtypes: list[torch.dtype], out_dtype: torch.dtype | None
 ) -> None:
-    inputs = raws(dtype, layout)
-    layers = [nn.BatchNorm2d(CHANNELS, affine=False, momentum=0.3, eps=1e-3).train(mode) for mode in training]
-    running_means = [torch.randn(CHANNELS) for _ in layers]
-    running_vars = [torch.rand(CHANNELS) + 0.5 for _ in layers]
-    if dtype == torch.float64:
-        running_means, running_vars = ([values.double() for values in running] for running in (running_means, running_vars))
-    for layer, mean, variance in zip(layers, running_means, running_vars, strict=True):
-        layer.double().load_state_dict({"running_mean": mean, "running_var": variance, "num_batches_tracked": torch.tensor(0)})
+    inputs = [random(rows, CHANNELS, 5, 7, dtype=dtype, device=device) for rows, dtype in zip(ROWS, dtypes, strict=True)]
+    result = compare(inputs, "tanh", settings(normalize, len(inputs), CHANNELS, device), out_dtype=out_dtype)
+    assert result.dtype == (out_dtype or dtypes[0])
 
-    result = concat_generated(
-        inputs,
-        activation="tanh",
-        normalize="batch",
-        running_means=running_means,
-        running_vars=running_vars,
-        training=training,
-        momentum=0.3,
-        eps=1e-3,
-    )
-    twins = [raw.detach().double().requires_grad_() for raw in inputs]
-    expected = torch.cat([layer(activated(twin, "tanh")) for layer, twin in zip(layers, twins, strict=True)])
-    close(result.detach(), expected.detach(), dtype)
-    for layer, mean, variance in zip(layers, running_means, running_vars, strict=True):
-        close(mean, layer.state_dict()["running_mean"], dtype)
-        close(variance, layer.state_dict()["running_var"], dtype)
 
-    cotangent = torch.randn(result.shape).to(dtype)
+@pytest.mark.parametrize("channels", [1, 2, 10, 65, 1000])
+@pytest.mark.parametrize("rows", [(1,), (3, 2), (2, 1, 5)], ids=str)
+@pytest.mark.parametrize("size", [(3, 3), (1, 7), (9, 1)], ids=str)
+def test_any_number_of_generators_channels_and_pixels(
+    backend: Backend, device: torch.device, channels: int, rows: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    layouts = ["channels_last", "contiguous", "transposed"]
+    inputs = [random(count, channels, *size, layout=layout, device=device) for count, layout in zip(rows, layouts, strict=False)]
+    compare(inputs, "sigmoid", settings("mixed", len(inputs), channels, device))
+
+
+@PROPERTY
+@given(data=st.data(), activation=st.sampled_from(ACTIVATIONS), normalize=st.sampled_from(NORMALIZATIONS))
+def test_any_shape_and_strides(fused: Backend, device: torch.device, data: st.DataObject, activation: Activation, normalize: str) -> None:
+    channels = data.draw(st.one_of(st.integers(1, 5), st.integers(1, 100)))
+    size = data.draw(st.tuples(st.integers(1, 12), st.integers(2, 12)))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    inputs = []
+    for rows in data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)):
+        raw = torch.randn(rows, channels, *size).to(device)
+        inputs.append(data.draw(layouts(4))(raw).detach().requires_grad_())
+    memory_format = data.draw(st.sampled_from([torch.channels_last, torch.contiguous_format]))
+    compare(inputs, activation, settings(normalize, len(inputs), channels, device), memory_format=memory_format)
+
+
+def test_many_tiles_the_last_one_incomplete(backend: Backend, device: torch.device) -> None:
+    inputs = [random(2, CHANNELS, 67, 61, layout=layout, device=device) for layout in ("contiguous", "channels_last")]
+    compare(inputs, "tanh", settings("training", 2, CHANNELS, device))
+
+
+@pytest.mark.parametrize("normalize", ["none", "dataset", "running"])
+@pytest.mark.parametrize("rows", [(0,), (0, 3), (2, 0, 3), (0, 0)], ids=str)
+def test_a_generator_may_give_nothing(backend: Backend, device: torch.device, normalize: str, rows: tuple[int, ...]) -> None:
+    inputs = [random(count, CHANNELS, 5, 7, device=device) for count in rows]
+    result = compare(inputs, "tanh", settings(normalize, len(inputs), CHANNELS, device))
+    assert result.shape == (sum(rows), CHANNELS, 5, 7)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, False, True), (True, False, True)], ids=str)
+@pytest.mark.parametrize("normalize", ["none", "dataset", "training"])
+def test_only_inputs_that_ask_get_a_gradient_and_the_others_change_nothing(
+    backend: Backend, device: torch.device, normalize: str, wanted: tuple[bool, ...]
+) -> None:
+    inputs = [random(rows, CHANNELS, 5, 7, device=device) for rows in ROWS]
+    arguments = settings(normalize, len(inputs), CHANNELS, device)
+    everything = concat_generated(inputs, activation="tanh", **arguments)
+    cotangent = torch.randn(everything.shape).to(everything)
+    expected = torch.autograd.grad(everything, inputs, cotangent)
+    some = [raw.detach().requires_grad_(asks) for raw, asks in zip(inputs, wanted, strict=True)]
+    result = concat_generated(some, activation="tanh", **arguments)
     result.backward(cotangent)
-    expected.backward(cotangent.double())
-    for raw, twin in zip(inputs, twins, strict=True):
-        assert twin.grad is not None
-        close(raw.grad, twin.grad, dtype)
+    for raw, asks, gradient in zip(some, wanted, expected, strict=True):
+        if asks:
+            assert raw.grad is not None
+            assert torch.equal(raw.grad, gradient)
+        else:
+            assert raw.grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cotangent_layout", LAYOUTS)
+def test_the_cotangent_may_lie_in_memory_as_it_likes(backend: Backend, device: torch.device, cotangent_layout: str) -> None:
+    inputs = [random(rows, CHANNELS, 5, 7, device=device) for rows in ROWS]
+    result = concat_generated(inputs, activation="tanh", **settings("training", 3, CHANNELS, device))
+    cotangent = laid_out(torch.randn(result.shape).to(device), cotangent_layout)
+    expected = torch.autograd.grad(result, inputs, cotangent.contiguous(), retain_graph=True)
+    for gradient, usual in zip(torch.autograd.grad(result, inputs, cotangent), expected, strict=True):
+        torch.testing.assert_close(gradient, usual, rtol=1e-5, atol=1e-6)
+
+
+def test_grey_images_may_be_expanded_to_colours_with_the_batch_last(backend: Backend, device: torch.device) -> None:
+    """The pixels of these images are evenly apart, those of torch.empty_like of them are not."""
+    raw = torch.randn(1, 8, 6, 4).to(device).permute(3, 0, 1, 2).expand(4, 3, 8, 6).detach().requires_grad_()
+    compare([raw], "tanh", settings("training", 1, 3, device))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_element_of_a_given_batch_is_written_and_none_beside_it(dtype: torch.dtype, layout: str) -> None:
-    inputs = raws(torch.float32, "contiguous")
-    expected = concat_generated(inputs, activation="tanh", normalize="none", out_dtype=dtype).detach()
-    whole = torch.full((sum(ROWS) + 2, CHANNELS, 5, 14), float("nan"), dtype=dtype)
+@pytest.mark.parametrize("normalize", ["none", "training"])
+def test_a_gradient_lies_as_its_input_does_without_gaps(fused: Backend, device: torch.device, normalize: str, layout: str) -> None:
+    inputs = [random(rows, CHANNELS, 5, 7, layout=layout, device=device) for rows in ROWS]
+    result = concat_generated(inputs, activation="tanh", **settings(normalize, 3, CHANNELS, device))
+    for raw, gradient in zip(inputs, torch.autograd.grad(result.sum(), inputs), strict=True):
+        assert gradient.stride() == torch.empty_like(raw).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed", "rows"])
+@pytest.mark.parametrize("normalize", ["none", "dataset", "training"])
+def test_every_element_of_a_given_batch_is_written_and_none_beside_it(
+    backend: Backend, device: torch.device, normalize: str, dtype: torch.dtype, layout: str
+) -> None:
+    inputs = [random(rows, CHANNELS, 5, 7, device=device).detach() for rows in ROWS]
+    arguments = settings(normalize, len(inputs), CHANNELS, device)
+    expected = concat_generated(inputs, activation="tanh", out_dtype=dtype, **arguments)
+    whole = torch.full((sum(ROWS) + 2, CHANNELS, 7 if layout == "transposed" else 5, 14), NAN, dtype=dtype, device=device)
     if layout == "channels_last":
         whole = whole.contiguous(memory_format=torch.channels_last)
-    out = whole[1:-1, :, :, ::2] if layout == "sliced" else whole[1:-1, :, :, :7]
-    with torch.no_grad():
-        result = concat_generated(inputs, activation="tanh", normalize="none", out=out)
+    out = {"sliced": whole[1:-1, :, :, ::2], "transposed": whole[1:-1, :, :, :5].mT, "rows": whole[1:-1, :, :, 3:10]}.get(
+        layout, whole[1:-1, :, :, :7]
+    )
+    result = concat_generated(inputs, activation="tanh", out=out, **arguments)
     assert result is out
     assert torch.equal(out, expected)
     assert int(whole.isnan().sum()) == whole.numel() - out.numel()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_batch_is_channels_last_unless_asked_otherwise(layout: str) -> None:
-    inputs = raws(torch.float32, layout)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_the_batch_is_channels_last_unless_asked_otherwise(backend: Backend, device: torch.device, layout: str) -> None:
+    inputs = [random(rows, CHANNELS, 5, 7, layout=layout, device=device) for rows in ROWS]
     usual = concat_generated(inputs, activation="tanh", normalize="none")
     plain = concat_generated(inputs, activation="tanh", normalize="none", memory_format=torch.contiguous_format)
     assert usual.is_contiguous(memory_format=torch.channels_last)
@@ -132,17 +225,105 @@ def test_the_batch_is_channels_last_unless_asked_otherwise(layout: str) -> None:
     assert torch.equal(usual, plain)
 
 
-@pytest.mark.parametrize("wanted", [None, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [None, torch.float64, torch.bfloat16], ids=str)
 def test_the_dtype_is_that_of_the_first_generator_unless_asked_otherwise(wanted: torch.dtype | None) -> None:
     inputs = [torch.ones(2, 1, 2, 2, dtype=torch.bfloat16), torch.ones(2, 1, 2, 2)]
     result = concat_generated(inputs, activation="none", normalize="none", out_dtype=wanted)
     assert result.dtype == (wanted or torch.bfloat16)
 
 
-def test_the_batch_shares_no_memory_with_a_lone_generators_output() -> None:
-    raw = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    concat_generated([raw], activation="none", normalize="none").fill_(1.0)
+def test_a_float64_batch_of_large_float32_inputs_is_served() -> None:
+    raw = random(8, 3, 32, 32).detach()
+    result = concat_generated([raw], activation="none", normalize="none", out_dtype=torch.float64)
+    assert torch.equal(result, raw.double())
+
+
+@pytest.mark.parametrize("normalize", ["none", "dataset"])
+def test_the_batch_shares_no_memory_with_a_lone_generators_output(backend: Backend, device: torch.device, normalize: str) -> None:
+    raw = torch.zeros(2, 3, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+    concat_generated([raw], activation="none", **settings(normalize, 1, 3, device)).fill_(1.0)
     assert not raw.any()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_finite_or_saturates_goes_where_it_goes_in_plain_pytorch(
+    backend: Backend, device: torch.device, activation: Activation
+) -> None:
+    values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 90.0, -90.0, 1e30, -1e30, 20.0, 1e-30, 1.0]).view(1, 1, 3, 4)
+    raw, twin = (values.to(device).requires_grad_() for _ in range(2))
+    result = concat_generated([raw], activation=activation, normalize="dataset", mean=MEAN[:1].to(device), std=STD[:1].to(device))
+    expected = (oracle([twin], activation, {"normalize": "none"}, []) - 0.5) / 0.5
+    torch.testing.assert_close(result, expected, equal_nan=True)
+    (gradient,), (usual,) = torch.autograd.grad(result.sum(), raw), torch.autograd.grad(expected.sum(), twin)
+    torch.testing.assert_close(gradient, usual, equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_what_is_not_finite_spoils_its_generators_channel_in_training_as_batch_norm_does(
+    backend: Backend, device: torch.device, value: float
+) -> None:
+    inputs = [random(rows, CHANNELS, 5, 7, device=device).detach() for rows in (3, 2)]
+    inputs[0][1, 2, 3, 4] = value
+    arguments = settings("training", 2, CHANNELS, device)
+    expected = oracle(inputs, "none", arguments, layers(arguments, torch.float32))
+    result = concat_generated(inputs, activation="none", **arguments)
+    assert torch.equal(result.isnan(), expected.isnan())
+    torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+def test_running_statistics_of_other_dtypes_are_moved(fused: Backend, device: torch.device) -> None:
+    raw = random(5, CHANNELS, 5, 7, device=device).detach()
+    for dtype in (torch.float64, torch.bfloat16):
+        mean, variance = torch.zeros(CHANNELS, dtype=dtype, device=device), torch.ones(CHANNELS, dtype=dtype, device=device)
+        concat_generated([raw], activation="none", normalize="batch", running_means=[mean], running_vars=[variance], training=[True])
+        torch.testing.assert_close(mean.float(), 0.1 * raw.mean(dim=(0, 2, 3)), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(variance.float(), 0.9 + 0.1 * raw.var(dim=(0, 2, 3)), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("normalize", ["none", "dataset", "training", "running"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_reference_has_first_and_second_derivatives(activation: Activation, normalize: str) -> None:
+    inputs = tuple(random(rows, 2, 2, 3, dtype=torch.float64, size=1.0) for rows in (2, 1))
+    arguments = settings(normalize, 2, 2, torch.device("cpu"))
+    for name in ("mean", "std", "running_means", "running_vars"):
+        if isinstance(arguments.get(name), list):
+            arguments[name] = [statistics.double() for statistics in arguments[name]]
+        elif name in arguments:
+            arguments[name] = arguments[name].double()
+
+    def function(*raws: Tensor) -> Tensor:
+        if normalize == "training":  # a second pass must not see the statistics that the first one moved
+            arguments["running_means"] = [statistics.clone() for statistics in arguments["running_means"]]
+            arguments["running_vars"] = [statistics.clone() for statistics in arguments["running_vars"]]
+        return concat_generated(raws, activation=activation, **arguments)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("normalize", ["none", "training"])
+def test_a_second_derivative_of_a_kernel_is_refused(fused: Backend, device: torch.device, normalize: str) -> None:
+    raw = random(4, CHANNELS, 5, 7, device=device)
+    result = concat_generated([raw], activation="tanh", **settings(normalize, 1, CHANNELS, device))
+    (gradient,) = torch.autograd.grad(result.square().sum(), raw, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
+    inputs = [random(rows, CHANNELS, 65, 63, layout=layout, device=device) for rows in ROWS]
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        arguments = settings("training", 3, CHANNELS, device)
+        result = concat_generated(inputs, activation="tanh", **arguments)
+        cotangent = torch.randn(result.shape).to(result)
+        gradients = torch.autograd.grad(result, inputs, cotangent)
+        results.append([result, *gradients, *arguments["running_means"], *arguments["running_vars"]])
+    for again in results[1:]:
+        assert all(map(torch.equal, results[0], again))
 
 
 RAW = torch.zeros(2, CHANNELS, 4, 4)
@@ -157,6 +338,7 @@ BATCH = {"normalize": "batch", "running_means": [MEAN], "running_vars": [STD], "
         ({"raws": [RAW, RAW[:, :2]]}, r"raws\[1\] is \(2, 2, 4, 4\), not \(B, 3, 4, 4\)"),
         ({"raws": [RAW, RAW[:, :, 1:]]}, r"raws\[1\]"),
         ({"raws": [RAW, RAW[0]]}, r"raws\[1\] is \(3, 4, 4\)"),
+        ({"raws": [RAW, RAW.to("meta")]}, r"raws\[1\] is on meta, the first on cpu"),
         ({"raws": [RAW[0]]}, r"raws\[0\] is \(3, 4, 4\), not \(B, C, H, W\)"),
         ({"activation": "relu"}, "activation must be .* not 'relu'"),
         ({"normalize": "layer"}, "normalize must be .* not 'layer'"),
@@ -172,7 +354,10 @@ BATCH = {"normalize": "batch", "running_means": [MEAN], "running_vars": [STD], "
         ({**BATCH, "training": None}, "training goes with"),
         ({**BATCH, "raws": [RAW, RAW]}, "running_means has 1 entries for 2 generators"),
         ({**BATCH, "training": [True, True]}, "training has 2 entries for 1 generators"),
+        ({**BATCH, "raws": [RAW[:1, :, :1, :1]]}, "batch statistics need more than one value a channel"),
+        ({**BATCH, "raws": [RAW[:0]]}, "batch statistics need more than one value a channel"),
         ({"out": torch.empty(3, CHANNELS, 4, 4)}, r"out must be \(2, 3, 4, 4\), not \(3, 3, 4, 4\)"),
+        ({"out": torch.empty(RAW.shape, device="meta")}, "out is on meta, the inputs on cpu"),
         ({"out": torch.empty(RAW.shape), "out_dtype": torch.bfloat16}, "out_dtype is torch.bfloat16, but out is torch.float32"),
         ({"out": torch.empty(RAW.shape), "raws": [RAW.clone().requires_grad_()]}, "out cannot be given where a gradient is recorded"),
     ],

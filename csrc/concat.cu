@@ -1,0 +1,322 @@
+// From the pre-activations of several generators to one normalised batch, in one launch, and back.
+//
+// A thread reads 8 pixels of every channel, in 16-byte accesses whatever the layout, and writes them likewise: an
+// image's planes become interleaved pixels in its registers.
+
+#include "operators.h"
+
+#include "channel_sums.cuh"
+#include "images.cuh"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace dfkd_fast {
+namespace {
+
+// A constant a generator and channel, or none at all.
+struct Constants {
+  const float* data;
+  int64_t generator;
+  int64_t channel;
+
+  __device__ __forceinline__ float at(int64_t g, int64_t c) const { return data[g * generator + c * channel]; }
+};
+
+// Of a (C,) or (G, C) tensor, or of nothing.
+Constants constants_of(const std::optional<Tensor>& tensor, const char* name, int64_t generators, int64_t channels) {
+  if (!tensor.has_value()) {
+    return {nullptr, 0, 0};
+  }
+  const auto sizes = tensor->sizes();
+  const bool fits = sizes.size() == 1 ? sizes[0] == channels : sizes.size() == 2 && sizes[0] == generators && sizes[1] == channels;
+  STD_TORCH_CHECK(fits, name, " must have a value for each of ", generators, " generators and ", channels, " channels");
+  return {floats(*tensor, name), sizes.size() == 2 ? tensor->stride(0) : 0, tensor->stride(tensor->dim() - 1)};
+}
+
+// (value - mean) / std for the channels of a tile.
+template <int kChannels>
+struct Normalisation {
+  float mean[kChannels];
+  float inverse_std[kChannels];
+
+  __device__ __forceinline__ Normalisation(const Constants& means, const Constants& stds, int64_t g, int64_t c) {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      mean[k] = means.data == nullptr ? 0.0f : means.at(g, c + k);
+      inverse_std[k] = stds.data == nullptr ? 1.0f : 1.0f / stds.at(g, c + k);
+    }
+  }
+
+  __device__ __forceinline__ float operator()(float value, int k) const { return (value - mean[k]) * inverse_std[k]; }
+};
+
+constexpr int kMaxRaws = 16;  // of one launch
+
+struct Forward {
+  View raws[kMaxRaws];
+  int64_t ends[kMaxRaws];  // where a raw ends in this launch's part of the batch
+  View out;                // that part
+  Constants mean;
+  Constants std;
+  Activation activation;
+
+  template <typename AnyTile>
+  __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
+    int g = 0;
+    while (n >= ends[g]) {
+      ++g;
+    }
+    float values[AnyTile::kCount];
+    load_tile<AnyTile>(raws[g], g == 0 ? n : n - ends[g - 1], c, p, values);
+    activate(activation, values);
+    if (std.data != nullptr) {
+      const Normalisation<AnyTile::kChannels> normalise(mean, std, g, c);
+#pragma unroll
+      for (int i = 0; i < AnyTile::kCount; ++i) {
+        values[i] = normalise(values[i], i % AnyTile::kChannels);
+      }
+    }
+    store_tile<AnyTile>(out, n, c, p, values);
+  }
+};
+
+struct Backward {
+  View gradient;
+  View raw;
+  View raw_gradient;
+  Constants mean;
+  Constants std;
+  Constants gradient_mean;
+  Constants gradient_dot;
+  Activation activation;
+
+  template <typename AnyTile>
+  __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
+    constexpr int kCount = AnyTile::kCount;
+    constexpr int kChannels = AnyTile::kChannels;
+    float gradients[kCount];
+    float values[kCount];
+    const bool needs_raw = activation != Activation::kNone || gradient_mean.data != nullptr;
+    load_tile<AnyTile>(gradient, n, c, p, gradients);
+    if (needs_raw) {
+      load_tile<AnyTile>(raw, n, c, p, values);
+      activate(activation, values);
+    }
+    const Normalisation<kChannels> normalise(mean, std, 0, c);
+    if (gradient_mean.data != nullptr) {
+      float means[kChannels];
+      float dots[kChannels];
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) {
+        means[k] = gradient_mean.at(0, c + k);
+        dots[k] = gradient_dot.at(0, c + k);
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        gradients[i] = gradients[i] - means[i % kChannels] - normalise(values[i], i % kChannels) * dots[i % kChannels];
+      }
+    }
+    if (std.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        gradients[i] *= normalise.inverse_std[i % kChannels];
+      }
+    }
+    if (activation == Activation::kTanh) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        gradients[i] *= 1.0f - values[i] * values[i];
+      }
+    } else if (activation == Activation::kSigmoid) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        gradients[i] *= values[i] * (1.0f - values[i]);
+      }
+    }
+    store_tile<AnyTile>(raw_gradient, n, c, p, gradients);
+  }
+};
+
+// The means over a batch of the gradient, and of the gradient times what it is the gradient of.
+struct GradientMoments {
+  static constexpr int kTensors = 2;
+
+  View gradient;
+  View raw;
+  Constants mean;
+  Constants std;
+  Activation activation;
+  double count;  // of values of a channel
+  float* gradient_mean;
+  float* gradient_dot;
+
+  template <typename AnyTile>
+  struct Loaded {
+    float gradients[AnyTile::kCount];
+    float values[AnyTile::kCount];
+  };
+
+  template <typename AnyTile>
+  __device__ Normalisation<AnyTile::kChannels> constants(int64_t c) const {
+    return {mean, std, 0, c};
+  }
+
+  template <typename AnyTile>
+  __device__ __forceinline__ void load(int64_t n, int64_t c, int64_t p, Loaded<AnyTile>& loaded) const {
+    load_tile<AnyTile>(gradient, n, c, p, loaded.gradients);
+    load_tile<AnyTile>(raw, n, c, p, loaded.values);
+  }
+
+  template <typename AnyTile, typename Sum>
+  __device__ __forceinline__ void add(
+      const Normalisation<AnyTile::kChannels>& normalise,
+      Loaded<AnyTile>& loaded,
+      Sum (&first)[AnyTile::kChannels],
+      Sum (&second)[AnyTile::kChannels]) const {
+    activate(activation, loaded.values);
+#pragma unroll
+    for (int i = 0; i < AnyTile::kCount; ++i) {
+      constexpr int kChannels = AnyTile::kChannels;
+      first[i % kChannels] += loaded.gradients[i];
+      second[i % kChannels] += Sum{loaded.gradients[i]} * normalise(loaded.values[i], i % kChannels);
+    }
+  }
+
+  __device__ void finish(int64_t c, double first, double second) const {
+    gradient_mean[c] = static_cast<float>(first / count);
+    gradient_dot[c] = static_cast<float>(second / count);
+  }
+};
+
+// Shared by the two ways of getting a batch: allocated here, or given.
+void concat_into(
+    const Tensor& out,
+    const std::vector<Tensor>& raws,
+    const std::string& activation,
+    const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& std) {
+  const Shape whole = shape_of(out);
+  const auto generators = static_cast<int64_t>(raws.size());
+  STD_TORCH_CHECK(mean.has_value() == std.has_value(), "mean and std go together");
+  Forward forward{};
+  forward.activation = activation_of(activation);
+  const Constants means = constants_of(mean, "mean", generators, whole.channels);
+  const Constants stds = constants_of(std, "std", generators, whole.channels);
+  const Launcher launcher(out);
+  int64_t written = 0;  // images
+  for (int64_t first = 0; first < generators; first += kMaxRaws) {
+    Shape part{0, whole.channels, whole.pixels};
+    std::vector<View> views;
+    for (int64_t g = first; g < std::min(first + kMaxRaws, generators); ++g) {
+      const Shape shape = shape_of(raws[g]);
+      STD_TORCH_CHECK(shape.channels == whole.channels && shape.pixels == whole.pixels, "raws and out differ in C, H or W");
+      part.images += shape.images;
+      forward.raws[g - first] = view_of(raws[g], "raws");
+      forward.ends[g - first] = part.images;
+      if (shape.images > 0) {
+        views.push_back(forward.raws[g - first]);
+      }
+    }
+    forward.out = view_of(out, "out");
+    forward.out.data = static_cast<char*>(out.mutable_data_ptr()) + written * forward.out.image * bytes_of(forward.out.storage);
+    views.push_back(forward.out);
+    forward.mean = means;
+    forward.std = stds;
+    if (mean.has_value()) {
+      forward.mean.data += first * means.generator;
+      forward.std.data += first * stds.generator;
+    }
+    for_each_tile(launcher, tiling_of(part, views), part, forward.out, forward);
+    written += part.images;
+  }
+  STD_TORCH_CHECK(written == whole.images, "raws have ", written, " images, out ", whole.images);
+}
+
+}  // namespace
+
+Tensor concat_forward(
+    const std::vector<Tensor>& raws,
+    const std::string& activation,
+    const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& std,
+    ScalarType dtype,
+    bool channels_last) {
+  STD_TORCH_CHECK(!raws.empty() && raws[0].dim() == 4, "raws must be tensors (B, C, H, W)");
+  const Tensor& raw = raws[0];
+  int64_t images = 0;
+  for (const Tensor& each : raws) {
+    images += each.size(0);
+  }
+  const int64_t sizes[] = {images, raw.size(1), raw.size(2), raw.size(3)};
+  const auto format = channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  const Tensor out = torch::stable::empty(sizes, dtype, std::nullopt, raw.device(), std::nullopt, format);
+  concat_into(out, raws, activation, mean, std);
+  return out;
+}
+
+void concat_forward_out(
+    const Tensor& out,
+    const std::vector<Tensor>& raws,
+    const std::string& activation,
+    const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& std) {
+  concat_into(out, raws, activation, mean, std);
+}
+
+Tensor concat_backward(
+    const Tensor& gradient,
+    const Tensor& raw,
+    const std::string& activation,
+    const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& std,
+    const std::optional<Tensor>& gradient_mean,
+    const std::optional<Tensor>& gradient_dot) {
+  const Shape shape = shape_of(raw);
+  const Shape given = shape_of(gradient);
+  STD_TORCH_CHECK(
+      given.images == shape.images && given.channels == shape.channels && given.pixels == shape.pixels,
+      "gradient and raw differ in shape");
+  STD_TORCH_CHECK(
+      mean.has_value() == std.has_value() && gradient_mean.has_value() == gradient_dot.has_value(),
+      "mean and std go together, gradient_mean and gradient_dot, too");
+  const Tensor raw_gradient = torch::stable::empty_like(raw);
+  const Backward backward{
+      view_of(gradient, "gradient"),
+      view_of(raw, "raw"),
+      view_of(raw_gradient, "raw"),
+      constants_of(mean, "mean", 1, shape.channels),
+      constants_of(std, "std", 1, shape.channels),
+      constants_of(gradient_mean, "gradient_mean", 1, shape.channels),
+      constants_of(gradient_dot, "gradient_dot", 1, shape.channels),
+      activation_of(activation)};
+  const Tiling tiling = tiling_of(shape, {backward.gradient, backward.raw, backward.raw_gradient});
+  for_each_tile(Launcher(raw), tiling, shape, backward.raw_gradient, backward);
+  return raw_gradient;
+}
+
+std::tuple<Tensor, Tensor> concat_gradient_moments(
+    const Tensor& gradient, const Tensor& raw, const std::string& activation, const Tensor& mean, const Tensor& std) {
+  const Shape shape = shape_of(raw);
+  const Shape given = shape_of(gradient);
+  STD_TORCH_CHECK(
+      given.images == shape.images && given.channels == shape.channels && given.pixels == shape.pixels,
+      "gradient and raw differ in shape");
+  const Tensor gradient_mean = torch::stable::new_empty(raw, {shape.channels}, ScalarType::Float);
+  const Tensor gradient_dot = torch::stable::new_empty(raw, {shape.channels}, ScalarType::Float);
+  const GradientMoments moments{
+      view_of(gradient, "gradient"),
+      view_of(raw, "raw"),
+      constants_of(mean, "mean", 1, shape.channels),
+      constants_of(std, "std", 1, shape.channels),
+      activation_of(activation),
+      static_cast<double>(shape.images * shape.pixels),
+      static_cast<float*>(gradient_mean.mutable_data_ptr()),
+      static_cast<float*>(gradient_dot.mutable_data_ptr())};
+  sum_channels(Launcher(raw), shape, {moments.gradient, moments.raw}, moments, raw);
+  return {gradient_mean, gradient_dot};
+}
+
+}  // namespace dfkd_fast

@@ -1,0 +1,731 @@
+// L1, Kullback-Leibler and Jensen-Shannon discrepancies of logits, with their gradients and the top-1 agreement.
+//
+// A row is the C logits of one sample or pixel. A team of neighbouring threads shares it: one thread where pixels are
+// neighbours in memory, up to a warp where classes are, a block where a row is long. What fits is held in registers, so
+// logits are read once; longer rows are read again by every pass. Losses add up in float64: a partial a block, and a
+// second kernel, so that equal inputs give equal bits.
+
+#include "operators.h"
+
+#include "images.cuh"
+#include "launch.cuh"
+#include "storage.cuh"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cfloat>
+
+namespace dfkd_fast {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kMaxBlocks = 2048;
+constexpr int kBatch = 8;  // classes that a thread reads at once from a row that it cannot hold
+
+struct Results {
+  double scale;
+  float* loss;
+  int64_t* agreement;  // or null
+
+  __device__ void write(double loss_sum, double agreed) const {
+    *loss = static_cast<float>(scale * loss_sum);
+    if (agreement != nullptr) {
+      *agreement = static_cast<int64_t>(agreed);
+    }
+  }
+};
+
+struct Problem {
+  View student;
+  View teacher;
+  View student_unit;  // their data is null if they are not wanted
+  View teacher_unit;
+  int64_t rows;
+  int64_t pixels;
+  int32_t classes;
+  int32_t team;  // threads a row: a power of two up to a warp, or a block
+  float inverse_temperature;
+  Results results;
+  double2* partials;  // (loss, agreement) of a block
+};
+
+// ---- Reductions over a team, known to all of its threads; all threads of the block take part.
+
+struct Sum {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const { return a > b ? a : b; }
+};
+
+template <typename T, typename Combine>
+__device__ T reduce(T value, int team, Combine combine) {
+  for (int offset = min(team, 32) / 2; offset > 0; offset /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
+  if (team > 32) {
+    __shared__ T warps[kThreads / 32];
+    __syncthreads();  // the last reduction has been read
+    if (threadIdx.x % 32 == 0) {
+      warps[threadIdx.x / 32] = value;
+    }
+    __syncthreads();
+    value = warps[0];
+    for (int i = 1; i < kThreads / 32; ++i) {
+      value = combine(value, warps[i]);
+    }
+  }
+  return value;
+}
+
+// ---- A thread's share of a row: the classes first, first + team, first + 2 team, …
+
+struct Row {
+  int64_t n;
+  int64_t p;
+  int first;
+  int count;
+  int team;
+};
+
+__device__ __forceinline__ Row row_of(const Problem& problem, int64_t row) {
+  const int lane = threadIdx.x % problem.team;
+  const int64_t n = row / problem.pixels;
+  const int count = row < problem.rows ? (problem.classes - lane + problem.team - 1) / problem.team : 0;
+  return {n, row - n * problem.pixels, lane, count, problem.team};
+}
+
+// Values `begin` to `begin + kCount` of the share; beyond its end they are left alone.
+template <int kCount>
+__device__ __forceinline__ void load_share(const View& view, const Row& row, int begin, float (&values)[kCount]) {
+  with_floating(view.storage, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t step = row.team * view.channel;
+    const T* source = static_cast<const T*>(view.data) + view.offset(row.n, row.first + static_cast<int64_t>(begin) * row.team, row.p);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, source += step) {
+      if (begin + i < row.count) {
+        values[i] = widen(*source);
+      }
+    }
+  });
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store_share_as(const View& view, const Row& row, int begin, const float (&values)[kCount]) {
+  const int64_t step = row.team * view.channel;
+  T* target = static_cast<T*>(view.data) + view.offset(row.n, row.first + static_cast<int64_t>(begin) * row.team, row.p);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i, target += step) {
+    if (begin + i < row.count) {
+      narrow(values[i], *target);
+    }
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_share(const View& view, const Row& row, int begin, const float (&values)[kCount]) {
+  with_floating(view.storage, [&](auto type) { store_share_as<typename decltype(type)::type>(view, row, begin, values); });
+}
+
+// ---- Top-1 agreement. A logit's rank orders as torch.argmax does: NaN first, then the greater, then the lower class.
+
+using Rank = unsigned long long;
+
+__device__ __forceinline__ Rank rank_of(float logit, int class_index) {
+  const unsigned bits = __float_as_uint(logit == 0.0f ? 0.0f : logit);  // -0 equals 0
+  const unsigned ascending = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return static_cast<Rank>(isnan(logit) ? 0xffffffffu : ascending) << 32 | (0xffffffffu - static_cast<unsigned>(class_index));
+}
+
+template <int kCount>
+__device__ __forceinline__ void raise(Rank& best, const Row& row, int begin, const float (&logits)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (begin + i < row.count) {
+      best = Max()(best, rank_of(logits[i], row.first + (begin + i) * row.team));
+    }
+  }
+}
+
+// 1 in one thread of a team whose row has the same top class on both sides.
+__device__ __forceinline__ int agreed(Rank student, Rank teacher, const Row& row) {
+  const auto student_class = static_cast<unsigned>(reduce(student, row.team, Max()));
+  const auto teacher_class = static_cast<unsigned>(reduce(teacher, row.team, Max()));
+  return row.count > 0 && row.first == 0 && student_class == teacher_class;
+}
+
+// ---- The losses. With p of the teacher and q of the student, everything is told by p, q and their log-ratio.
+
+struct Pair {
+  float student;
+  float teacher;
+};
+
+struct L1 {};
+
+struct KullbackLeibler {
+  // log(p / q), and nothing for the student.
+  __device__ static Pair divergence(float log_ratio) { return {0.0f, log_ratio}; }
+
+  // `mean` is the expectation of the divergence, its student's under q and its teacher's under p.
+  __device__ static float loss(const Pair& mean) { return mean.teacher; }
+
+  __device__ static Pair gradient(float q, float p, const Pair& divergence, const Pair& mean) {
+    return {q - p, p * (divergence.teacher - mean.teacher)};
+  }
+};
+
+struct JensenShannon {
+  // log(q / m) and log(p / m) where m = (p + q) / 2. With r = |log(p / q)|, the greater of p and q is 2m / (1 + exp(-r)).
+  __device__ static Pair divergence(float log_ratio) {
+    const float distance = fabsf(log_ratio);
+    const float greater = -log1pf(0.5f * expm1f(-distance));
+    const float lesser = greater - distance;
+    return log_ratio > 0.0f ? Pair{lesser, greater} : Pair{greater, lesser};
+  }
+
+  __device__ static float loss(const Pair& mean) { return 0.5f * (mean.student + mean.teacher); }
+
+  __device__ static Pair gradient(float q, float p, const Pair& divergence, const Pair& mean) {
+    return {0.5f * q * (divergence.student - mean.student), 0.5f * p * (divergence.teacher - mean.teacher)};
+  }
+};
+
+// ---- Writing the results
+
+__device__ __forceinline__ void write_results(const Problem& problem, float loss, int agreements) {
+  const double loss_sum = reduce(static_cast<double>(loss), kThreads, Sum());
+  const double agreed_sum = reduce(static_cast<double>(agreements), kThreads, Sum());
+  if (threadIdx.x != 0) {
+    return;
+  }
+  if (gridDim.x == 1) {
+    problem.results.write(loss_sum, agreed_sum);
+  } else {
+    problem.partials[blockIdx.x] = make_double2(loss_sum, agreed_sum);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    total_kernel(const double2* __restrict__ partials, int count, const __grid_constant__ Results results) {
+  double loss = 0;
+  double agreed = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const double2 partial = partials[i];
+    loss += partial.x;
+    agreed += partial.y;
+  }
+  loss = reduce(loss, kThreads, Sum());
+  agreed = reduce(agreed, kThreads, Sum());
+  if (threadIdx.x == 0) {
+    results.write(loss, agreed);
+  }
+}
+
+// The rows of a block's teams, the same number of times for every thread of it.
+template <typename Body>
+__device__ __forceinline__ void for_each_row(const Problem& problem, Body&& body) {
+  const int teams = kThreads / problem.team;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * teams; first < problem.rows; first += static_cast<int64_t>(gridDim.x) * teams) {
+    body(row_of(problem, first + threadIdx.x / problem.team));
+  }
+}
+
+// ---- Rows held in registers, kHeld classes a thread.
+
+template <typename Loss, int kHeld>
+__global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(const __grid_constant__ Problem problem) {
+  float loss = 0.0f;
+  int agreements = 0;
+  for_each_row(problem, [&](const Row& row) {
+    float student[kHeld];
+    float teacher[kHeld];
+    load_share(problem.student, row, 0, student);
+    load_share(problem.teacher, row, 0, teacher);
+    if (problem.results.agreement != nullptr) {
+      Rank best_student = 0;
+      Rank best_teacher = 0;
+      raise(best_student, row, 0, student);
+      raise(best_teacher, row, 0, teacher);
+      agreements += agreed(best_student, best_teacher, row);
+    }
+    if constexpr (std::is_same_v<Loss, L1>) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i < row.count) {
+          const float difference = student[i] - teacher[i];
+          loss += fabsf(difference);
+          student[i] = static_cast<float>((difference > 0.0f) - (difference < 0.0f));
+        }
+      }
+      if (problem.student_unit.data != nullptr) {
+        store_share_as<int8_t>(problem.student_unit, row, 0, student);
+      }
+    } else {
+      // The greatest finite negative number, so that a row may begin with -inf.
+      float student_max = -FLT_MAX;
+      float teacher_max = -FLT_MAX;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i < row.count) {
+          student_max = fmaxf(student_max, student[i]);
+          teacher_max = fmaxf(teacher_max, teacher[i]);
+        }
+      }
+      student_max = reduce(student_max, row.team, Max());
+      teacher_max = reduce(teacher_max, row.team, Max());
+      float log_ratio[kHeld];
+      float student_sum = 0.0f;
+      float teacher_sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i < row.count) {
+          const float student_logit = (student[i] - student_max) * problem.inverse_temperature;
+          const float teacher_logit = (teacher[i] - teacher_max) * problem.inverse_temperature;
+          student_sum += student[i] = expf(student_logit);
+          teacher_sum += teacher[i] = expf(teacher_logit);
+          log_ratio[i] = teacher_logit - student_logit;
+        }
+      }
+      student_sum = reduce(student_sum, row.team, Sum());
+      teacher_sum = reduce(teacher_sum, row.team, Sum());
+      const float student_factor = 1.0f / student_sum;
+      const float teacher_factor = 1.0f / teacher_sum;
+      const float shift = logf(student_sum) - logf(teacher_sum);
+      Pair divergence[kHeld];
+      Pair mean{0.0f, 0.0f};
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i < row.count) {
+          student[i] *= student_factor;
+          teacher[i] *= teacher_factor;
+          divergence[i] = Loss::divergence(log_ratio[i] + shift);
+          mean.student += student[i] * divergence[i].student;
+          mean.teacher += teacher[i] * divergence[i].teacher;
+        }
+      }
+      loss += Loss::loss(mean);
+      if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
+        mean.student = reduce(mean.student, row.team, Sum());
+        mean.teacher = reduce(mean.teacher, row.team, Sum());
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          if (i < row.count) {
+            const Pair gradient = Loss::gradient(student[i], teacher[i], divergence[i], mean);
+            student[i] = gradient.student * problem.inverse_temperature;
+            teacher[i] = gradient.teacher * problem.inverse_temperature;
+          }
+        }
+        if (problem.student_unit.data != nullptr) {
+          store_share(problem.student_unit, row, 0, student);
+        }
+        if (problem.teacher_unit.data != nullptr) {
+          store_share(problem.teacher_unit, row, 0, teacher);
+        }
+      }
+    }
+  });
+  write_results(problem, loss, agreements);
+}
+
+// ---- Rows of any length, a few classes at a time.
+
+// The softmax of one side of a row, as it becomes known. Sums of a whole row are float64, so that thousands of small
+// terms are not lost beside a great one; those of a batch are float32.
+struct Softmax {
+  float max = -FLT_MAX;
+  double sum = 0.0;  // of exp(logit - max)
+
+  template <int kCount>
+  __device__ void add(const Row& row, int begin, const float (&logits)[kCount], float inverse_temperature) {
+    const float before = max;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (begin + i < row.count) {
+        max = fmaxf(max, logits[i]);
+      }
+    }
+    float batch_sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (begin + i < row.count) {
+        batch_sum += expf((logits[i] - max) * inverse_temperature);
+      }
+    }
+    sum = sum * expf((before - max) * inverse_temperature) + batch_sum;
+  }
+
+  __device__ void join(int team, float inverse_temperature) {
+    const float own = max;
+    max = reduce(max, team, Max());
+    sum = reduce(sum * expf((own - max) * inverse_temperature), team, Sum());
+  }
+};
+
+template <typename Loss>
+__global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_constant__ Problem problem) {
+  const float inverse_temperature = problem.inverse_temperature;
+  float loss = 0.0f;
+  int agreements = 0;
+  for_each_row(problem, [&](const Row& row) {
+    float student[kBatch];
+    float teacher[kBatch];
+    // Visits the row with `visit(begin)`, which finds its classes in student and teacher.
+    const auto pass = [&](auto&& visit) {
+      for (int begin = 0; begin < row.count; begin += kBatch) {
+        load_share(problem.student, row, begin, student);
+        load_share(problem.teacher, row, begin, teacher);
+        visit(begin);
+      }
+    };
+    Rank best_student = 0;
+    Rank best_teacher = 0;
+    const auto rank = [&](int begin) {
+      if (problem.results.agreement != nullptr) {
+        raise(best_student, row, begin, student);
+        raise(best_teacher, row, begin, teacher);
+      }
+    };
+    if constexpr (std::is_same_v<Loss, L1>) {
+      pass([&](int begin) {
+        rank(begin);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (begin + i < row.count) {
+            const float difference = student[i] - teacher[i];
+            loss += fabsf(difference);
+            student[i] = static_cast<float>((difference > 0.0f) - (difference < 0.0f));
+          }
+        }
+        if (problem.student_unit.data != nullptr) {
+          store_share_as<int8_t>(problem.student_unit, row, begin, student);
+        }
+      });
+    } else {
+      Softmax student_softmax;
+      Softmax teacher_softmax;
+      pass([&](int begin) {
+        rank(begin);
+        student_softmax.add(row, begin, student, inverse_temperature);
+        teacher_softmax.add(row, begin, teacher, inverse_temperature);
+      });
+      student_softmax.join(row.team, inverse_temperature);
+      teacher_softmax.join(row.team, inverse_temperature);
+      const float student_factor = 1.0f / static_cast<float>(student_softmax.sum);
+      const float teacher_factor = 1.0f / static_cast<float>(teacher_softmax.sum);
+      const float shift = logf(static_cast<float>(student_softmax.sum)) - logf(static_cast<float>(teacher_softmax.sum));
+      // Makes probabilities of logits, and returns their divergence.
+      const auto compare = [&](float& student_value, float& teacher_value) {
+        const float student_logit = (student_value - student_softmax.max) * inverse_temperature;
+        const float teacher_logit = (teacher_value - teacher_softmax.max) * inverse_temperature;
+        student_value = expf(student_logit) * student_factor;
+        teacher_value = expf(teacher_logit) * teacher_factor;
+        return Loss::divergence(teacher_logit - student_logit + shift);
+      };
+      double student_sum = 0.0;
+      double teacher_sum = 0.0;
+      pass([&](int begin) {
+        Pair sum{0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (begin + i < row.count) {
+            const Pair divergence = compare(student[i], teacher[i]);
+            sum.student += student[i] * divergence.student;
+            sum.teacher += teacher[i] * divergence.teacher;
+          }
+        }
+        student_sum += sum.student;
+        teacher_sum += sum.teacher;
+      });
+      loss += Loss::loss({static_cast<float>(student_sum), static_cast<float>(teacher_sum)});
+      if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
+        const Pair mean{
+            static_cast<float>(reduce(student_sum, row.team, Sum())), static_cast<float>(reduce(teacher_sum, row.team, Sum()))};
+        pass([&](int begin) {
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            if (begin + i < row.count) {
+              const Pair divergence = compare(student[i], teacher[i]);
+              const Pair gradient = Loss::gradient(student[i], teacher[i], divergence, mean);
+              student[i] = gradient.student * inverse_temperature;
+              teacher[i] = gradient.teacher * inverse_temperature;
+            }
+          }
+          if (problem.student_unit.data != nullptr) {
+            store_share(problem.student_unit, row, begin, student);
+          }
+          if (problem.teacher_unit.data != nullptr) {
+            store_share(problem.teacher_unit, row, begin, teacher);
+          }
+        });
+      }
+    }
+    if (problem.results.agreement != nullptr) {
+      agreements += agreed(best_student, best_teacher, row);
+    }
+  });
+  write_results(problem, loss, agreements);
+}
+
+// ---- The host's side
+
+Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(tensor), from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Threads a row, where `kernel_of` finds room for its classes. Where classes are closer in memory than rows are, a row is
+// spread over as many threads as hold it in a few registers each; else neighbouring threads take neighbouring rows.
+int team_of(const Shape& shape, const View& logits) {
+  const int64_t rows = shape.images * shape.pixels;
+  const int64_t row_stride = shape.pixels > 1 ? logits.pixel : logits.image;
+  if (rows > 1 && logits.channel >= row_stride) {
+    return 1;
+  }
+  int team = 1;
+  while (team < 32 && team < shape.channels) {
+    team *= 2;
+  }
+  return shape.channels <= 32 * 8 ? team : kThreads;
+}
+
+template <typename Loss>
+auto kernel_of(int classes, int team) -> void (*)(Problem) {
+  const int per_thread = (classes + team - 1) / team;
+  return per_thread <= 1    ? held_kernel<Loss, 1>
+         : per_thread <= 8  ? held_kernel<Loss, 8>
+         : per_thread <= 16 ? held_kernel<Loss, 16>
+         : per_thread <= 32 ? held_kernel<Loss, 32>
+                            : streamed_kernel<Loss>;
+}
+
+template <typename Loss>
+void launch(const Launcher& launcher, Problem& problem, const Tensor& like) {
+  const int64_t teams = kThreads / problem.team;
+  const int64_t blocks = std::clamp<int64_t>((problem.rows + teams - 1) / teams, 1, kMaxBlocks);
+  const Tensor partials = torch::stable::new_empty(like, {blocks, 2}, ScalarType::Double);
+  problem.partials = static_cast<double2*>(partials.mutable_data_ptr());
+  launcher(kernel_of<Loss>(problem.classes, problem.team), blocks, kThreads, problem);
+  if (blocks > 1) {
+    launcher(total_kernel, 1, kThreads, problem.partials, static_cast<int>(blocks), problem.results);
+  }
+}
+
+struct Forward {
+  Tensor loss;
+  Tensor student_unit;
+  Tensor teacher_unit;
+  Tensor agreement;
+};
+
+// `units` are the dtypes of the student's and the teacher's unit, `wanted` which of them are computed.
+template <typename Loss>
+Forward forward(
+    const Tensor& student,
+    const Tensor& teacher,
+    double temperature,
+    double scale,
+    std::array<ScalarType, 2> units,
+    std::array<bool, 2> wanted,
+    bool agreement) {
+  const Shape shape = shape_of(student);
+  const auto sizes = student.sizes();
+  STD_TORCH_CHECK(
+      teacher.dim() == student.dim() && std::equal(sizes.begin(), sizes.end(), teacher.sizes().begin()),
+      "student and teacher logits differ in shape");
+  STD_TORCH_CHECK(shape.channels <= INT32_MAX - kBatch * kThreads, "too many classes: ", shape.channels);
+  const auto unit = [](const Tensor& logits, ScalarType dtype, bool wanted) {
+    return wanted ? empty_like(logits, dtype) : torch::stable::new_empty(logits, {0}, dtype);
+  };
+  const auto unit_view = [](const Tensor& tensor, bool wanted) {
+    const bool signs = tensor.scalar_type() == ScalarType::Char;
+    return wanted ? view_of(tensor, signs ? Storage::kInt8 : storage_of(tensor.scalar_type(), "units")) : View{};
+  };
+  const std::vector<int64_t> scalar;
+  Forward results{
+      torch::stable::new_empty(student, scalar, ScalarType::Float),
+      unit(student, units[0], wanted[0]),
+      unit(teacher, units[1], wanted[1]),
+      agreement ? torch::stable::new_empty(student, scalar, ScalarType::Long)
+                : torch::stable::new_empty(student, {0}, ScalarType::Long)};
+  Problem problem{};
+  problem.student = view_of(student, "student");
+  problem.teacher = view_of(teacher, "teacher");
+  problem.student_unit = unit_view(results.student_unit, wanted[0]);
+  problem.teacher_unit = unit_view(results.teacher_unit, wanted[1]);
+  problem.rows = shape.channels == 0 ? 0 : shape.images * shape.pixels;
+  problem.pixels = shape.pixels;
+  problem.classes = static_cast<int32_t>(shape.channels);
+  problem.team = team_of(shape, problem.student);
+  problem.inverse_temperature = static_cast<float>(1.0 / temperature);
+  problem.results = {
+      scale,
+      static_cast<float*>(results.loss.mutable_data_ptr()),
+      agreement ? static_cast<int64_t*>(results.agreement.mutable_data_ptr()) : nullptr};
+  launch<Loss>(Launcher(student), problem, student);
+  return results;
+}
+
+template <typename Loss>
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_forward(
+    const Tensor& student,
+    const Tensor& teacher,
+    double temperature,
+    double scale,
+    bool student_gradient,
+    bool teacher_gradient,
+    bool agreement) {
+  Forward results = forward<Loss>(
+      student,
+      teacher,
+      temperature,
+      scale,
+      {student.scalar_type(), teacher.scalar_type()},
+      {student_gradient, teacher_gradient},
+      agreement);
+  return {results.loss, results.student_unit, results.teacher_unit, results.agreement};
+}
+
+// ---- Gradients from their units
+
+constexpr int kScaleThreads = 256;
+constexpr int kScaleVector = 8;
+
+struct Scaling {
+  const void* unit;
+  void* gradient;
+  int64_t count;
+  float scale;
+  Storage unit_storage;
+  Storage gradient_storage;
+  bool vectors;
+};
+
+struct Scalings {
+  Scaling sides[2];
+  const float* upstream;
+};
+
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_constant__ Scalings scalings) {
+  const Scaling& side = scalings.sides[blockIdx.y];
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * kScaleVector;
+  const auto factor = *scalings.upstream * side.scale;
+  const bool whole = side.vectors && first + kScaleVector <= side.count;
+  if (first >= side.count) {
+    return;
+  }
+  float values[kScaleVector];
+  with_any(side.unit_storage, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* const source = static_cast<const T*>(side.unit) + first;
+    if (whole) {
+      load(source, values);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kScaleVector; ++i) {
+      if (first + i < side.count) {
+        values[i] = widen(source[i]);
+      }
+    }
+  });
+#pragma unroll
+  for (float& value : values) {
+    value *= factor;
+  }
+  with_floating(side.gradient_storage, [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* const target = static_cast<T*>(side.gradient) + first;
+    if (whole) {
+      store(target, values);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kScaleVector; ++i) {
+      if (first + i < side.count) {
+        narrow(values[i], target[i]);
+      }
+    }
+  });
+}
+
+Scaling scaling_of(const Tensor& unit, const Tensor& gradient, double scale) {
+  const ScalarType dtype = unit.scalar_type();
+  Scaling scaling{};
+  scaling.unit = unit.const_data_ptr();
+  scaling.gradient = gradient.mutable_data_ptr();
+  scaling.count = unit.numel();
+  scaling.scale = static_cast<float>(scale);
+  scaling.unit_storage = dtype == ScalarType::Char ? Storage::kInt8 : storage_of(dtype, "units");
+  scaling.gradient_storage = storage_of(gradient.scalar_type(), "gradients");
+  scaling.vectors = aligned(scaling.unit, 16) && aligned(scaling.gradient, 16);
+  return scaling;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> l1_forward(
+    const Tensor& student, const Tensor& teacher, double scale, bool gradient, bool agreement) {
+  Forward results =
+      forward<L1>(student, teacher, 1.0, scale, {ScalarType::Char, teacher.scalar_type()}, {gradient, false}, agreement);
+  return {results.loss, results.student_unit, results.agreement};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> kl_forward(
+    const Tensor& student,
+    const Tensor& teacher,
+    double temperature,
+    double scale,
+    bool student_gradient,
+    bool teacher_gradient,
+    bool agreement) {
+  return softmax_forward<KullbackLeibler>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> js_forward(
+    const Tensor& student,
+    const Tensor& teacher,
+    double temperature,
+    double scale,
+    bool student_gradient,
+    bool teacher_gradient,
+    bool agreement) {
+  return softmax_forward<JensenShannon>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
+}
+
+std::tuple<Tensor, Tensor> scale_gradients(
+    const Tensor& student_unit,
+    const Tensor& teacher_unit,
+    const Tensor& upstream,
+    double student_scale,
+    double teacher_scale,
+    ScalarType student_dtype,
+    ScalarType teacher_dtype) {
+  const Tensor student_gradient = empty_like(student_unit, student_dtype);
+  const Tensor teacher_gradient = empty_like(teacher_unit, teacher_dtype);
+  const int64_t largest = std::max(student_unit.numel(), teacher_unit.numel());
+  Scalings scalings{};
+  scalings.upstream = floats(upstream, "upstream");
+  scalings.sides[0] = scaling_of(student_unit, student_gradient, student_scale);
+  scalings.sides[1] = scaling_of(teacher_unit, teacher_gradient, teacher_scale);
+  if (scalings.sides[0].count == 0) {
+    std::swap(scalings.sides[0], scalings.sides[1]);
+  }
+  constexpr int64_t kPerBlock = kScaleThreads * kScaleVector;
+  const Launcher launcher(upstream);
+  launcher(scale_kernel, (largest + kPerBlock - 1) / kPerBlock, scalings.sides[1].count == 0 ? 1 : 2, kScaleThreads, scalings);
+  return {student_gradient, teacher_gradient};
+}
+
+}  // namespace dfkd_fast

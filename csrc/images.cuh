@@ -1,0 +1,242 @@
+// (N, C, H, W) tensors of any strides, walked in tiles of a few pixels of a few channels.
+//
+// A tile is what a thread reads at once. Where the layouts of all tensors permit, it is 8 pixels of one channel
+// (contiguous), 8 channels of one pixel (channels-last), or 8 pixels of an image's 3 channels, which either layout stores
+// in runs of 16 bytes; else it is one element. So an operation is written once, for a tile of any size.
+#pragma once
+
+#include "launch.cuh"
+#include "storage.cuh"
+
+#include <algorithm>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+namespace dfkd_fast {
+
+constexpr int kTileThreads = 256;
+
+struct Shape {
+  int64_t images;
+  int64_t channels;
+  int64_t pixels;
+
+  int64_t count() const { return images * channels * pixels; }
+};
+
+// Strides are in elements; those of dimensions of one element are 0.
+struct View {
+  void* data;
+  int64_t image;
+  int64_t channel;
+  int64_t pixel;
+  int64_t width;  // pixels in a row
+  int64_t gap;    // between the end of a row and the next row, beyond the pixel's stride
+  Storage storage;
+
+  // Where there is no gap.
+  __device__ __forceinline__ int64_t even_offset(int64_t n, int64_t c, int64_t p) const { return n * image + c * channel + p * pixel; }
+
+  __device__ __forceinline__ int64_t offset(int64_t n, int64_t c, int64_t p) const {
+    return even_offset(n, c, p) + (gap == 0 ? 0 : p / width * gap);
+  }
+};
+
+inline Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(sizes.size() == 4 || sizes.size() == 2, "must be (N, C) or (N, C, H, W), not of ", sizes.size(), " dimensions");
+  return {sizes[0], sizes[1], sizes.size() == 4 ? sizes[2] * sizes[3] : 1};
+}
+
+inline View view_of(const Tensor& tensor, Storage storage) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const auto stride = [&](size_t i) { return i < sizes.size() && sizes[i] > 1 ? strides[i] : 0; };
+  View view{};
+  view.data = const_cast<void*>(tensor.const_data_ptr());
+  view.image = stride(0);
+  view.channel = stride(1);
+  view.width = sizes.size() == 4 ? std::max<int64_t>(sizes[3], 1) : 1;
+  view.pixel = view.width > 1 ? stride(3) : stride(2);
+  view.gap = view.width > 1 && sizes[2] > 1 ? strides[2] - view.width * view.pixel : 0;
+  view.storage = storage;
+  return view;
+}
+
+inline View view_of(const Tensor& tensor, const char* name) { return view_of(tensor, storage_of(tensor.scalar_type(), name)); }
+
+enum class Tiling { kPixels, kImage, kChannels, kElements };
+
+// The widest tiling that every view permits; `arrays` have an element a channel and are read along with the tiles.
+inline Tiling tiling_of(const Shape& shape, const std::vector<View>& views, std::initializer_list<const float*> arrays = {}) {
+  const auto every = [&](auto permits) { return std::all_of(views.begin(), views.end(), permits); };
+  const auto even = [](const View& view, std::initializer_list<int64_t> strides) {
+    return aligned(view.data, 16) &&
+           std::all_of(strides.begin(), strides.end(), [&](int64_t stride) { return stride * bytes_of(view.storage) % 16 == 0; });
+  };
+  const auto planar = [&](const View& view) { return view.pixel == 1 && view.gap == 0 && even(view, {view.image, view.channel}); };
+  const auto interleaved = [&](const View& view) {
+    return view.channel == 1 && view.pixel == shape.channels && view.gap == 0 && even(view, {view.image});
+  };
+  if (shape.pixels % 8 == 0) {
+    if (every(planar)) {
+      return Tiling::kPixels;
+    }
+    if (shape.channels == 3 && every([&](const View& view) { return planar(view) || interleaved(view); })) {
+      return Tiling::kImage;
+    }
+  }
+  if (shape.channels % 8 == 0 && std::all_of(arrays.begin(), arrays.end(), [](const float* array) { return aligned(array, 16); }) &&
+      every([&](const View& view) { return view.channel == 1 && even(view, {view.image, view.pixel, view.gap}); })) {
+    return Tiling::kChannels;
+  }
+  return Tiling::kElements;
+}
+
+template <int pixels, int channels>
+struct Tile {
+  static constexpr int kPixels = pixels;
+  static constexpr int kChannels = channels;
+  static constexpr int kCount = kPixels * kChannels;  // values of a tile, channels running fastest
+
+  // Tilings of several pixels permit no gaps.
+  __device__ __forceinline__ static int64_t offset(const View& view, int64_t n, int64_t c, int64_t p) {
+    return kPixels > 1 ? view.even_offset(n, c, p) : view.offset(n, c, p);
+  }
+};
+
+// Calls a generic lambda with the Tile of a tiling.
+template <typename Function>
+void with_tile(Tiling tiling, Function&& function) {
+  switch (tiling) {
+    case Tiling::kPixels:
+      return function(Tile<8, 1>{});
+    case Tiling::kImage:
+      return function(Tile<8, 3>{});
+    case Tiling::kChannels:
+      return function(Tile<1, 8>{});
+    case Tiling::kElements:
+      return function(Tile<1, 1>{});
+  }
+}
+
+// Only a tile of several pixels and channels can lie in memory in two ways: as one run, or as a run a channel.
+template <typename AnyTile>
+__device__ __forceinline__ void load_tile(const View& view, int64_t n, int64_t c, int64_t p, float (&values)[AnyTile::kCount]) {
+  with_floating(view.storage, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* const source = static_cast<const T*>(view.data) + AnyTile::offset(view, n, c, p);
+    if constexpr (AnyTile::kPixels > 1 && AnyTile::kChannels > 1) {
+      if (view.channel != 1) {
+#pragma unroll
+        for (int k = 0; k < AnyTile::kChannels; ++k) {
+          float plane[AnyTile::kPixels];
+          load(source + k * view.channel, plane);
+#pragma unroll
+          for (int i = 0; i < AnyTile::kPixels; ++i) {
+            values[i * AnyTile::kChannels + k] = plane[i];
+          }
+        }
+        return;
+      }
+    }
+    load(source, values);
+  });
+}
+
+template <typename AnyTile>
+__device__ __forceinline__ void store_tile(const View& view, int64_t n, int64_t c, int64_t p, const float (&values)[AnyTile::kCount]) {
+  with_floating(view.storage, [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* const target = static_cast<T*>(view.data) + AnyTile::offset(view, n, c, p);
+    if constexpr (AnyTile::kPixels > 1 && AnyTile::kChannels > 1) {
+      if (view.channel != 1) {
+#pragma unroll
+        for (int k = 0; k < AnyTile::kChannels; ++k) {
+          float plane[AnyTile::kPixels];
+#pragma unroll
+          for (int i = 0; i < AnyTile::kPixels; ++i) {
+            plane[i] = values[i * AnyTile::kChannels + k];
+          }
+          store(target + k * view.channel, plane);
+        }
+        return;
+      }
+    }
+    store(target, values);
+  });
+}
+
+// What the generators end in.
+enum class Activation : int8_t { kNone, kTanh, kSigmoid };
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "tanh") {
+    return Activation::kTanh;
+  }
+  if (name == "sigmoid") {
+    return Activation::kSigmoid;
+  }
+  STD_TORCH_CHECK(name == "none", "activation must be none, tanh or sigmoid, not ", name);
+  return Activation::kNone;
+}
+
+template <int kCount>
+__device__ __forceinline__ void activate(Activation activation, float (&values)[kCount]) {
+  if (activation == Activation::kTanh) {
+#pragma unroll
+    for (float& value : values) {
+      value = tanhf(value);
+    }
+  } else if (activation == Activation::kSigmoid) {
+#pragma unroll
+    for (float& value : values) {
+      value = 1.0f / (1.0f + expf(-value));
+    }
+  }
+}
+
+// An operation on every tile: `operation.apply<Tile>(n, c, p)`, where p is the tile's first pixel.
+struct TileGrid {
+  int64_t count;
+  int64_t inner;   // tiles along the dimension that neighbouring threads walk …
+  int64_t middle;  // … and along the other one of channels and pixels
+  bool channels_inside;
+};
+
+template <typename AnyTile>
+TileGrid grid_of(const Shape& shape, const View& written) {
+  const int64_t channels = shape.channels / AnyTile::kChannels;
+  const int64_t pixels = shape.pixels / AnyTile::kPixels;
+  const bool channels_inside = written.channel < written.pixel && channels > 1;
+  return {
+      shape.images * channels * pixels, channels_inside ? channels : pixels, channels_inside ? pixels : channels, channels_inside};
+}
+
+template <typename AnyTile, typename Operation>
+__global__ void __launch_bounds__(kTileThreads)
+    tile_kernel(const __grid_constant__ TileGrid grid, const __grid_constant__ Operation operation) {
+  const auto index = static_cast<uint64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
+  if (index >= static_cast<uint64_t>(grid.count)) {
+    return;
+  }
+  const uint64_t line = index / static_cast<uint64_t>(grid.inner);
+  const uint64_t n = line / static_cast<uint64_t>(grid.middle);
+  const auto inner = static_cast<int64_t>(index - line * grid.inner);
+  const auto middle = static_cast<int64_t>(line - n * grid.middle);
+  const int64_t c = (grid.channels_inside ? inner : middle) * AnyTile::kChannels;
+  const int64_t p = (grid.channels_inside ? middle : inner) * AnyTile::kPixels;
+  operation.template apply<AnyTile>(static_cast<int64_t>(n), c, p);
+}
+
+template <typename Operation>
+void for_each_tile(const Launcher& launcher, Tiling tiling, const Shape& shape, const View& written, const Operation& operation) {
+  with_tile(tiling, [&](auto tile) {
+    using AnyTile = decltype(tile);
+    const TileGrid grid = grid_of<AnyTile>(shape, written);
+    launcher(tile_kernel<AnyTile, Operation>, (grid.count + kTileThreads - 1) / kTileThreads, kTileThreads, grid, operation);
+  });
+}
+
+}  // namespace dfkd_fast

@@ -1,0 +1,55 @@
+// Where kernels run and how they are started.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace dfkd_fast {
+
+using torch::stable::Tensor;
+
+// Makes a tensor's device current for as long as it lives, and starts kernels on PyTorch's stream there.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // No block, no launch: an empty tensor's kernel is not an error.
+  template <typename... Parameters>
+  void operator()(
+      void (*kernel)(Parameters...), int64_t blocks, int threads, const std::type_identity_t<Parameters>&... arguments) const {
+    (*this)(kernel, blocks, 1, threads, arguments...);
+  }
+
+  template <typename... Parameters>
+  void operator()(
+      void (*kernel)(Parameters...),
+      int64_t columns,
+      int64_t rows,
+      int threads,
+      const std::type_identity_t<Parameters>&... arguments) const {
+    if (columns == 0 || rows == 0) {
+      return;
+    }
+    STD_TORCH_CHECK(columns <= INT32_MAX && rows <= UINT16_MAX, "too large for one launch: ", columns, " x ", rows, " blocks");
+    const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
+    kernel<<<grid, static_cast<unsigned>(threads), 0, stream_>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace dfkd_fast

@@ -1,0 +1,50 @@
+// torch.ops.dfkd_fast.<operator>.cuda: the schemas are those that kernels/operators.py gives the other backends.
+
+#include "operators.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dfkd_fast, library) {
+  library.def(
+      "ema_update_.cuda(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] shadows, float decay, Tensor? device_decay) -> ()");
+
+  library.def("l1_forward.cuda(Tensor student, Tensor teacher, float scale, bool gradient, bool agreement) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "kl_forward.cuda(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, "
+      "bool teacher_gradient, bool agreement) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "js_forward.cuda(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, "
+      "bool teacher_gradient, bool agreement) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "scale_gradients.cuda(Tensor student_unit, Tensor teacher_unit, Tensor upstream, float student_scale, "
+      "float teacher_scale, ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)");
+
+  library.def("moments_forward.cuda(Tensor x, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("moments_backward.cuda(Tensor x, Tensor offset, Tensor slope, Tensor center) -> Tensor");
+
+  library.def(
+      "concat_forward.cuda(Tensor[] raws, str activation, Tensor? mean, Tensor? std, ScalarType dtype, bool channels_last) -> Tensor");
+  library.def("concat_forward_out.cuda(Tensor(a!) out, Tensor[] raws, str activation, Tensor? mean, Tensor? std) -> ()");
+  library.def(
+      "concat_backward.cuda(Tensor gradient, Tensor raw, str activation, Tensor? mean, Tensor? std, "
+      "Tensor? gradient_mean, Tensor? gradient_dot) -> Tensor");
+  library.def(
+      "concat_gradient_moments.cuda(Tensor gradient, Tensor raw, str activation, Tensor mean, Tensor std) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dfkd_fast, CUDA, library) {
+  library.impl("ema_update_.cuda", TORCH_BOX(&dfkd_fast::ema_update_));
+
+  library.impl("l1_forward.cuda", TORCH_BOX(&dfkd_fast::l1_forward));
+  library.impl("kl_forward.cuda", TORCH_BOX(&dfkd_fast::kl_forward));
+  library.impl("js_forward.cuda", TORCH_BOX(&dfkd_fast::js_forward));
+  library.impl("scale_gradients.cuda", TORCH_BOX(&dfkd_fast::scale_gradients));
+
+  library.impl("moments_forward.cuda", TORCH_BOX(&dfkd_fast::moments_forward));
+  library.impl("moments_backward.cuda", TORCH_BOX(&dfkd_fast::moments_backward));
+
+  library.impl("concat_forward.cuda", TORCH_BOX(&dfkd_fast::concat_forward));
+  library.impl("concat_forward_out.cuda", TORCH_BOX(&dfkd_fast::concat_forward_out));
+  library.impl("concat_backward.cuda", TORCH_BOX(&dfkd_fast::concat_backward));
+  library.impl("concat_gradient_moments.cuda", TORCH_BOX(&dfkd_fast::concat_gradient_moments));
+}

@@ -1,0 +1,89 @@
+// The operators as library.cpp registers them. What they compute, and what the arguments mean, is documented with the
+// functions of dfkd_fast.kernels that call them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace dfkd_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ema.cu
+void ema_update_(
+    const std::vector<Tensor>& averages,
+    const std::vector<Tensor>& sources,
+    const std::vector<Tensor>& shadows,
+    double decay,
+    const std::optional<Tensor>& device_decay);
+
+// discrepancy.cu
+std::tuple<Tensor, Tensor, Tensor> l1_forward(
+    const Tensor& student, const Tensor& teacher, double scale, bool gradient, bool agreement);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> kl_forward(
+    const Tensor& student,
+    const Tensor& teacher,
+    double temperature,
+    double scale,
+    bool student_gradient,
+    bool teacher_gradient,
+    bool agreement);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> js_forward(
+    const Tensor& student,
+    const Tensor& teacher,
+    double temperature,
+    double scale,
+    bool student_gradient,
+    bool teacher_gradient,
+    bool agreement);
+
+std::tuple<Tensor, Tensor> scale_gradients(
+    const Tensor& student_unit,
+    const Tensor& teacher_unit,
+    const Tensor& upstream,
+    double student_scale,
+    double teacher_scale,
+    ScalarType student_dtype,
+    ScalarType teacher_dtype);
+
+// moments.cu
+std::tuple<Tensor, Tensor, Tensor, Tensor> moments_forward(const Tensor& x, const std::string& activation);
+
+Tensor moments_backward(const Tensor& x, const Tensor& offset, const Tensor& slope, const Tensor& center);
+
+// concat.cu
+Tensor concat_forward(
+    const std::vector<Tensor>& raws,
+    const std::string& activation,
+    const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& std,
+    ScalarType dtype,
+    bool channels_last);
+
+void concat_forward_out(
+    const Tensor& out,
+    const std::vector<Tensor>& raws,
+    const std::string& activation,
+    const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& std);
+
+Tensor concat_backward(
+    const Tensor& gradient,
+    const Tensor& raw,
+    const std::string& activation,
+    const std::optional<Tensor>& mean,
+    const std::optional<Tensor>& std,
+    const std::optional<Tensor>& gradient_mean,
+    const std::optional<Tensor>& gradient_dot);
+
+std::tuple<Tensor, Tensor> concat_gradient_moments(
+    const Tensor& gradient, const Tensor& raw, const std::string& activation, const Tensor& mean, const Tensor& std);
+
+}  // namespace dfkd_fast

@@ -1,0 +1,166 @@
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.kernels import Backend, FusedEMA
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+DECAY, STEPS = 0.8, 15
+
+
+def network(device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3, bias=False)).to(device, dtype)
+
+
+def train_a_step(model: nn.Module) -> None:
+    """New values everywhere, the buffers of batch normalisation included."""
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.1 * torch.randn_like(tensor))
+        model.train()(torch.randn(4, 3, 7, 7, device=parameter.device, dtype=parameter.dtype))
+
+
+def follow(ema: FusedEMA, model: nn.Module, decay_of: Callable[[int], float], steps: int = STEPS) -> dict[str, Tensor]:
+    """Train, update, and average by hand in float64."""
+    expected = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    for step in range(steps):
+        train_a_step(model)
+        ema.update(model)
+        decay = decay_of(step)
+        for name, tensor in model.state_dict().items():
+            moved = decay * expected[name] + (1 - decay) * tensor.double()
+            expected[name] = moved if tensor.is_floating_point() else tensor.double()
+    return expected
+
+
+def check(module: nn.Module, expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    state = module.state_dict()
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_average_is_that_of_float64_and_kept_in_float32(
+    backend: Backend, device: torch.device, dtype: torch.dtype, channels_last: bool
+) -> None:
+    model = network(device, dtype)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    ema = FusedEMA(model, DECAY)
+    check(ema.module, follow(ema, model, lambda _: DECAY))
+    assert all(tensor.dtype == torch.float32 for tensor in ema.module.parameters())
+    assert int(ema.updates) == STEPS
+
+
+def test_the_number_of_batches_is_the_models_own(backend: Backend, device: torch.device) -> None:
+    model = network(device)
+    ema = FusedEMA(model, 0.9999)
+    for expected in range(1, 4):
+        train_a_step(model)
+        ema.update(model)
+        assert ema.module.state_dict()["1.num_batches_tracked"].item() == expected
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.9999, 1.0, 0.0])
+def test_the_warm_up_forgets_the_start_by_its_closed_form(backend: Backend, device: torch.device, decay: float) -> None:
+    model = network(device)
+    ema = FusedEMA(model, decay, warm_up=True)
+    check(ema.module, follow(ema, model, lambda n: min(decay, (1 + n) / (10 + n))))
+
+
+@pytest.mark.parametrize("shadow_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_shadow_is_the_average_rounded(backend: Backend, device: torch.device, shadow_dtype: torch.dtype) -> None:
+    model = network(device)
+    ema = FusedEMA(model, DECAY, shadow_dtype=shadow_dtype)
+    check(ema.module, follow(ema, model, lambda _: DECAY))
+    assert ema.shadow is not None
+    for (name, average), shadow in zip(ema.module.state_dict().items(), ema.shadow.state_dict().values(), strict=True):
+        assert shadow.dtype == (shadow_dtype if average.is_floating_point() else average.dtype), name
+        assert torch.equal(shadow, average.to(shadow.dtype)), name
+    assert not any(parameter.requires_grad for parameter in ema.shadow.parameters())
+
+
+@pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16], ids=str)
+def test_a_saved_average_goes_on_as_if_never_interrupted(backend: Backend, device: torch.device, shadow_dtype: torch.dtype | None) -> None:
+    model = network(device)
+    ema = FusedEMA(model, 0.99, warm_up=True, shadow_dtype=shadow_dtype)
+    follow(ema, model, lambda _: 0.0, steps=5)
+    saved = copy.deepcopy(ema.state_dict())
+    assert saved["updates"].item() == 5
+    train_a_step(model)
+    train_a_step(model)
+    resumed = FusedEMA(model, 0.99, warm_up=True, shadow_dtype=shadow_dtype)
+    resumed.load_state_dict(saved)
+    for either in (ema, resumed):
+        either.update(model)
+    assert int(resumed.updates) == 6
+    for name, tensor in ema.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_the_average_begins_at_the_models_values_without_sharing_them(device: torch.device, backend: Backend) -> None:
+    model = network(device)
+    before = copy.deepcopy(model.state_dict())
+    ema = FusedEMA(model, DECAY)
+    train_a_step(model)
+    for name, tensor in ema.module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.training
+
+
+def test_an_average_evaluates_without_gradients_whatever_is_asked_of_it(backend: Backend, device: torch.device) -> None:
+    model = network(device)
+    ema = FusedEMA(model, DECAY, shadow_dtype=torch.bfloat16)
+    wrapper = nn.ModuleList([ema]).train()
+    assert wrapper.training
+    for part in (ema.module, ema.shadow):
+        assert part is not None
+        assert not any(module.training for module in part.modules())
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+    images = torch.randn(2, 3, 7, 7, device=device)
+    train_a_step(model)
+    ema.update(model)
+    assert torch.equal(ema(images), ema.module(images))
+    assert not ema(images).requires_grad
+    expected = copy.deepcopy(model).eval()
+    expected.load_state_dict(ema.module.state_dict())
+    torch.testing.assert_close(ema(images), expected(images).detach())
+
+
+def test_an_update_records_no_graph(backend: Backend, device: torch.device) -> None:
+    model = network(device)
+    ema = FusedEMA(model, DECAY)
+    ema.update(model)
+    assert all(tensor.grad_fn is None for tensor in ema.state_dict(keep_vars=True).values())
+
+
+def test_a_model_without_tensors_has_an_average(backend: Backend) -> None:
+    ema = FusedEMA(nn.ReLU(), DECAY)
+    ema.update(nn.ReLU())
+    assert int(ema.updates) == 1
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
+def test_a_decay_outside_0_to_1_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay must be in"):
+        FusedEMA(nn.Linear(2, 2), decay)
+
+
+def test_another_model_is_refused_and_nothing_is_counted() -> None:
+    model = nn.Linear(3, 2)
+    ema = FusedEMA(model, DECAY)
+    before = copy.deepcopy(ema.state_dict())
+    for other, message in ((nn.Linear(3, 2, bias=False), "differ in length"), (nn.Linear(3, 4), "pair 0: .* shape")):
+        with pytest.raises(ValueError, match=message):
+            ema.update(other)
+    for name, tensor in ema.state_dict().items():
+        assert torch.equal(tensor, before[name])

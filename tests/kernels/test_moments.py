@@ -1,0 +1,202 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dfkd_fast.kernels import Backend, channel_moments, channel_sums
+from tests.kernels import oracles
+from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, STORAGE, assert_as_exact_as_plain, laid_out, layouts, random
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+SHAPES = [
+    *[(1, 1, 1, 1), (2, 1, 3, 5), (3, 2, 5, 7), (1, 10, 1, 3), (2, 100, 3, 1), (2, 365, 3, 3), (1, 1001, 2, 1)],
+    *[(5, 3, 61, 59), (3, 64, 15, 17), (9, 1000, 4, 1)],  # several blocks, the last one incomplete
+]
+
+
+def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3))
+
+
+def compare(function: Callable[[Tensor], tuple[Tensor, Tensor]], oracle: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> None:
+    """Both values, and the gradient of a mixture of them, against float64."""
+    size = x.detach().abs().max().item() if x.numel() else 0.0
+    summed = size if function is channel_moments else x.numel() // x.shape[1] * size  # where the elements cancel
+    exact_x, plain_x = x.detach().double().requires_grad_(), x.detach().clone().requires_grad_()
+    weights = torch.randn(2, x.shape[1], dtype=torch.float64).to(x.device)
+    results, gradients = [], []
+    for leaf, (first, second) in ((x, function(x)), (plain_x, oracle(plain_x.float())), (exact_x, oracle(exact_x))):
+        mixture = first * weights[0].to(first) + second * weights[1].to(second)
+        gradients.append(torch.autograd.grad(mixture.tanh(), leaf, torch.full_like(mixture, -1.5))[0])
+        results.append((first.detach(), second.detach()))
+    for actual, plain, exact in zip(*results, strict=True):
+        assert_as_exact_as_plain(actual, plain.to(actual.dtype), exact, summed=summed)
+    assert gradients[0].dtype == x.dtype
+    assert_as_exact_as_plain(*gradients)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_moments_and_sums_are_those_of_float64(backend: Backend, device: torch.device, layout: str, shape: tuple[int, ...]) -> None:
+    x = random(*shape, layout=layout, device=device)
+    compare(channel_moments, oracles.moments, x)
+    compare(lambda x: channel_sums(x)[:2], sums, x)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3, 7), (3, 70, 2, 3)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_every_layout_and_precision_is_read_in_float32(
+    backend: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
+) -> None:
+    x = random(*shape, dtype=dtype, layout=layout, device=device)
+    compare(channel_moments, oracles.moments, x)
+    compare(lambda x: channel_sums(x)[:2], sums, x)
+    mean, variance = channel_moments(x)
+    total, square_total, count = channel_sums(x)
+    assert mean.dtype == variance.dtype == torch.float32
+    assert total.dtype == square_total.dtype == torch.float64
+    assert count == x.numel() // x.shape[1]
+
+
+@PROPERTY
+@given(data=st.data(), dtype=st.sampled_from(STORAGE), mean=st.floats(-10, 10))
+def test_any_shape_and_strides(fused: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, mean: float) -> None:
+    channels = data.draw(st.one_of(st.integers(1, 20), st.integers(60, 140)))
+    shape = (data.draw(st.integers(1, 6)), channels, data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12)))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    x = data.draw(layouts(4))((mean + torch.randn(shape)).to(device, dtype)).detach().requires_grad_()
+    compare(channel_moments, oracles.moments, x)
+    compare(lambda x: channel_sums(x)[:2], sums, x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("mean", "std"), [(100.0, 0.1), (-1e4, 1.0)])
+def test_a_mean_far_from_0_costs_the_variance_no_digits(
+    backend: Backend, device: torch.device, mean: float, std: float, layout: str
+) -> None:
+    x = laid_out((mean + std * torch.randn(8, 5, 33, 31)).to(device), layout)
+    exact_mean, exact_variance = oracles.moments(x.double())
+    actual_mean, actual_variance = channel_moments(x)
+    torch.testing.assert_close(actual_mean.double(), exact_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual_variance.double(), exact_variance, rtol=1e-4, atol=0)
+    total, square_total, count = channel_sums(x)
+    torch.testing.assert_close(square_total / count - (total / count).square(), exact_variance, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.3e4, -0.1])
+def test_a_constant_has_no_variance_and_not_less(backend: Backend, device: torch.device, value: float) -> None:
+    mean, variance = channel_moments(torch.full((4, 3, 17, 13), value, device=device))
+    torch.testing.assert_close(mean, torch.full_like(mean, value))
+    assert (variance >= 0).all()
+    assert (variance <= 1e-12 * value**2).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_sums_of_the_parts_of_a_batch_give_the_moments_of_the_whole(backend: Backend, device: torch.device, layout: str) -> None:
+    x = random(7, 5, 9, 11, layout=layout, device=device)
+    parts = [channel_sums(part) for part in x.split([1, 4, 2])]
+    total, square_total = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    count = sum(part[2] for part in parts)
+    assert isinstance(total, Tensor)
+    assert isinstance(square_total, Tensor)
+    mean, variance = channel_moments(x)
+    torch.testing.assert_close((total / count).float(), mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close((square_total / count - (total / count).square()).float(), variance, rtol=1e-6, atol=0)
+    whole = channel_sums(x)
+    torch.testing.assert_close(total, whole[0], rtol=1e-6, atol=1e-4)  # a sum of 700 numbers in float32 would be off by 1e-3
+    torch.testing.assert_close(square_total, whole[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
+def test_over_no_elements_sums_are_0_and_moments_nan(backend: Backend, device: torch.device, shape: tuple[int, ...]) -> None:
+    x = random(*shape, device=device)
+    mean, variance = channel_moments(x)
+    assert mean.isnan().all()
+    assert variance.isnan().all()
+    total, square_total, count = channel_sums(x)
+    assert not total.any()
+    assert not square_total.any()
+    assert count == 0
+    for first, second in ((mean, variance), (total, square_total)):
+        (gradient,) = torch.autograd.grad(first.sum() + second.sum(), x)
+        assert gradient.shape == shape
+
+
+def test_of_no_channels_there_are_no_moments(backend: Backend, device: torch.device) -> None:
+    x = random(2, 0, 4, 5, device=device)
+    assert all(result.shape == (0,) for result in (*channel_moments(x), *channel_sums(x)[:2]))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("place", [(0, 1, 0, 0), (2, 1, 3, 2)])
+def test_what_is_not_finite_stays_in_its_channel_as_in_torch_mean_and_var(
+    backend: Backend, device: torch.device, place: tuple[int, ...], value: float, layout: str
+) -> None:
+    values = torch.randn(3, 4, 5, 3)
+    values[place] = value
+    x = laid_out(values.to(device), layout).requires_grad_()
+    for results, oracle in ((channel_moments(x), oracles.moments(x)), (channel_sums(x)[:2], sums(x))):
+        gradients = [torch.autograd.grad(first.sum() + second.sum(), x)[0] for first, second in (results, oracle)]
+        for actual, usual in zip((*results, gradients[0]), (*oracle, gradients[1]), strict=True):
+            torch.testing.assert_close(actual, usual.to(actual.dtype), equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("function", [channel_moments, channel_sums])
+def test_one_of_the_two_results_can_be_used_alone(
+    backend: Backend, device: torch.device, function: Callable[[Tensor], tuple[Tensor, ...]], index: int
+) -> None:
+    x = random(3, 4, 5, 3, device=device)
+    (gradient,) = torch.autograd.grad(function(x)[index].sum(), x)
+    twin = x.detach().double().requires_grad_()
+    oracle = oracles.moments if function is channel_moments else sums
+    (exact,) = torch.autograd.grad(oracle(twin)[index].sum(), twin)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_lies_as_empty_like_would(fused: Backend, device: torch.device, layout: str) -> None:
+    x = random(3, 5, 4, 2, layout=layout, device=device)
+    for function in (channel_moments, channel_sums):
+        (gradient,) = torch.autograd.grad(function(x)[1].sum(), x)
+        assert gradient.stride() == torch.empty_like(x).stride()
+
+
+def test_the_reference_has_first_and_second_derivatives() -> None:
+    x = random(3, 2, 2, 3, dtype=torch.float64)
+    for function in (channel_moments, lambda x: channel_sums(x)[:2]):
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_a_second_derivative_of_a_kernel_is_refused(fused: Backend, device: torch.device) -> None:
+    x = random(3, 4, 5, 3, device=device)
+    for function in (channel_moments, channel_sums):
+        (gradient,) = torch.autograd.grad(function(x)[1].square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
+    x = random(5, 7, 61, 59, layout=layout, device=device)
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        mean, variance = channel_moments(x)
+        results.append((mean, variance, *channel_sums(x)[:2], *torch.autograd.grad((mean * variance).sum(), x)))
+    for again in results[1:]:
+        assert all(map(torch.equal, results[0], again))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5, 6)], ids=str)
+@pytest.mark.parametrize("function", [channel_moments, channel_sums])
+def test_what_is_no_activation_is_refused(function: Callable[[Tensor], object], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x must be \(N, C, H, W\), not \("):
+        function(torch.zeros(shape))

@@ -1,0 +1,186 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("numba")
+import numba
+
+from dfkd_fast.kernels import simd
+
+Array = np.ndarray[Any, np.dtype[Any]]
+EPS, TINY, HUGE = 2.0**-23, 2.0**-126, float(np.finfo(np.float32).max)
+INF, NAN = np.inf, np.nan
+
+
+def singles(values: list[float]) -> Array:
+    return np.array(values, dtype=np.float32)
+
+
+# One bit pattern in 4099, so that every exponent and many mantissas of either sign occur; then what lies at an edge.
+PATTERNS = np.arange(0, 1 << 32, 4099, dtype=np.uint64).astype(np.uint32).view(np.float32)
+EDGES = [
+    0.0,
+    TINY,
+    TINY / 2,
+    2.0**-149,
+    0.5,
+    0.55,
+    1.0,
+    9.0,
+    80.0,
+    87.3,
+    87.4,
+    88.6,
+    88.7,
+    88.72284,
+    88.8,
+    103.9,
+    104.0,
+    127.0,
+    128.0,
+    HUGE,
+    INF,
+]
+NEAR = np.concatenate([np.float32(edge) * singles([1 - EPS, 1, 1 + EPS]) for edge in EDGES[:-2]])
+NUMBERS = np.concatenate([PATTERNS, NEAR, -NEAR, singles([HUGE, -HUGE, INF, -INF, NAN]), np.linspace(-110, 110, 200_001, dtype=np.float32)])
+
+
+def vectorised(function: Any) -> Callable[[Array], Array]:
+    """The function in a loop that LLVM vectorises, as in a kernel."""
+
+    @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def over(x: Array, out: Array) -> None:
+        for i in range(len(x)):
+            out[i] = function(x[i])
+
+    def call(x: Array) -> Array:
+        out = np.full(len(x), NAN, np.float32)
+        over(x, out)
+        return out
+
+    return call
+
+
+def relative(actual: Array, exact: Array) -> Array:
+    """Errors relative to the exact value; below the normal numbers, to the smallest of them."""
+    return np.asarray(np.abs(actual - exact) / np.maximum(np.abs(exact), TINY))
+
+
+def test_exp_is_exact_to_an_ulp_where_it_is_a_normal_number() -> None:
+    actual = vectorised(simd.exp)(NUMBERS)
+    inside, below, above = (NUMBERS >= -87.3) & (NUMBERS <= 88), NUMBERS < -87.31, NUMBERS > 88.001
+    with np.errstate(all="ignore"):
+        exact = np.exp(NUMBERS.astype(np.float64))
+    assert relative(actual[inside], exact[inside]).max() < 1.5 * EPS
+    assert (actual[below] == 0).all()
+    assert (actual[above] == INF).all()
+    assert np.isnan(actual[np.isnan(NUMBERS)]).all()
+    assert (actual[NUMBERS == 0] == 1).all()
+
+
+def test_exp_of_a_negative_is_that_of_exp() -> None:
+    x = NUMBERS[(NUMBERS <= 0) | np.isnan(NUMBERS)]
+    actual = vectorised(simd.exp_of_negative)(x)
+    with np.errstate(all="ignore"):
+        exact = np.exp(x.astype(np.float64))
+    inside, below = x >= -87.3, x < -87.31
+    assert relative(actual[inside], exact[inside]).max() < 1.5 * EPS
+    assert (actual[below] <= TINY).all()
+    assert (actual[below] >= 0).all()
+    assert np.isnan(actual[np.isnan(x)]).all()
+    assert (actual[x == 0] == 1).all()
+
+
+def test_log1p_is_exact_to_two_ulps_from_0_to_1() -> None:
+    x = np.concatenate([NUMBERS[(NUMBERS >= 0) & (NUMBERS <= 1)], np.linspace(0, 1, 100_001, dtype=np.float32)])
+    assert relative(vectorised(simd.log1p)(x), np.log1p(x.astype(np.float64))).max() < 2 * EPS
+    assert np.isnan(vectorised(simd.log1p)(singles([NAN]))).all()
+
+
+def test_tanh_is_exact_to_two_ulps_everywhere() -> None:
+    actual = vectorised(simd.tanh)(NUMBERS)
+    numbers = ~np.isnan(NUMBERS)
+    assert relative(actual[numbers], np.tanh(NUMBERS[numbers].astype(np.float64))).max() < 2 * EPS
+    assert np.isnan(actual[~numbers]).all()
+    assert (np.abs(actual[numbers]) <= 1).all()
+    assert (actual[np.abs(NUMBERS) > 10] == np.sign(NUMBERS[np.abs(NUMBERS) > 10])).all()
+
+
+def test_sigmoid_is_exact_to_an_ulp_of_1_and_to_two_of_its_value_where_that_is_normal() -> None:
+    actual = vectorised(simd.sigmoid)(NUMBERS)
+    numbers = ~np.isnan(NUMBERS)
+    with np.errstate(all="ignore"):
+        exact = 1 / (1 + np.exp(-NUMBERS.astype(np.float64)))
+    assert np.abs(actual - exact)[numbers].max() < EPS
+    inside = NUMBERS > -87
+    assert relative(actual[inside], exact[inside]).max() < 2.5 * EPS
+    assert np.isnan(actual[~numbers]).all()
+    assert (actual[NUMBERS == INF] == 1).all()
+    assert (actual[NUMBERS == -INF] == 0).all()
+
+
+def patterns(dtype: torch.dtype) -> Tensor:
+    """All 65536 numbers of a half precision."""
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def widen_all(given: Any, out: Array) -> None:
+    elements = simd.pointer(given)
+    for i in range(len(out)):
+        out[i] = simd.widen(elements[i])
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def narrow_all(x: Array, place: Any) -> None:
+    elements = simd.pointer(place)
+    for i in range(len(x)):
+        elements[i] = simd.narrow(x[i], place)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.zeros(x.shape, dtype=dtype)
+    narrow_all(x.numpy(), simd.place(out))
+    return out
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """Equal bits, but for those of a NaN."""
+    bits = {2: torch.int16, 4: torch.int32}[actual.element_size()]
+    numbers = ~expected.isnan()
+    return torch.equal(actual.isnan(), ~numbers) and torch.equal(actual.view(bits)[numbers], expected.view(bits)[numbers])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_number_is_widened_as_pytorch_does_and_narrowed_back(dtype: torch.dtype) -> None:
+    given = patterns(dtype)
+    wide = np.zeros(len(given), np.float32)
+    widen_all(simd.place(given), wide)
+    assert same(torch.from_numpy(wide), given.float())
+    assert same(narrowed(torch.from_numpy(wide), dtype), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_lies_between_half_precision_numbers_is_rounded_as_pytorch_does(dtype: torch.dtype) -> None:
+    given = patterns(dtype)
+    wide = given[given.isfinite()].double().sort().values
+    middle = ((wide[1:] + wide[:-1]) / 2).float()  # exact in float32: ties, which go to the even one
+    beside = [torch.nextafter(middle, torch.full_like(middle, end)) for end in (INF, -INF)]
+    for x in (middle, *beside, torch.from_numpy(NUMBERS)):
+        assert same(narrowed(x, dtype), x.to(dtype))
+
+
+def test_float32_and_signs_are_widened_and_float32_narrowed_unchanged() -> None:
+    x = torch.from_numpy(NUMBERS)
+    wide = np.zeros(len(x), np.float32)
+    widen_all(simd.place(x), wide)
+    assert same(torch.from_numpy(wide), x)
+    assert same(narrowed(x, torch.float32), x)
+    signs = torch.tensor([-1, 0, 1, -128, 127], dtype=torch.int8)
+    wide = np.zeros(len(signs), np.float32)
+    widen_all(simd.place(signs), wide)
+    assert wide.tolist() == signs.tolist()
