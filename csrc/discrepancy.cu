@@ -9,6 +9,8 @@
 
 #include "images.cuh"
 #include "launch.cuh"
+#include "losses.cuh"
+#include "rows.cuh"
 #include "storage.cuh"
 
 #include <torch/csrc/stable/ops.h>
@@ -20,7 +22,6 @@
 namespace dfkd_fast {
 namespace {
 
-constexpr int kThreads = 128;
 constexpr int kMaxBlocks = 2048;
 constexpr int kBatch = 8;  // classes that a thread reads at once from a row that it cannot hold
 
@@ -51,153 +52,12 @@ struct Problem {
   double2* partials;  // (loss, agreement) of a block
 };
 
-// ---- Reductions over a team, known to all of its threads; all threads of the block take part.
-
-struct Sum {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-
-struct Max {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-  __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const { return a > b ? a : b; }
-};
-
-template <typename T, typename Combine>
-__device__ T reduce(T value, int team, Combine combine) {
-  for (int offset = min(team, 32) / 2; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  }
-  if (team > 32) {
-    __shared__ T warps[kThreads / 32];
-    __syncthreads();  // the last reduction has been read
-    if (threadIdx.x % 32 == 0) {
-      warps[threadIdx.x / 32] = value;
-    }
-    __syncthreads();
-    value = warps[0];
-    for (int i = 1; i < kThreads / 32; ++i) {
-      value = combine(value, warps[i]);
-    }
-  }
-  return value;
-}
-
-// ---- A thread's share of a row: the classes first, first + team, first + 2 team, …
-
-struct Row {
-  int64_t n;
-  int64_t p;
-  int first;
-  int count;
-  int team;
-};
-
 __device__ __forceinline__ Row row_of(const Problem& problem, int64_t row) {
   const int lane = threadIdx.x % problem.team;
   const int64_t n = row / problem.pixels;
   const int count = row < problem.rows ? (problem.classes - lane + problem.team - 1) / problem.team : 0;
   return {n, row - n * problem.pixels, lane, count, problem.team};
 }
-
-// Values `begin` to `begin + kCount` of the share; beyond its end they are left alone.
-template <int kCount>
-__device__ __forceinline__ void load_share(const View& view, const Row& row, int begin, float (&values)[kCount]) {
-  with_floating(view.storage, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const int64_t step = row.team * view.channel;
-    const T* source = static_cast<const T*>(view.data) + view.offset(row.n, row.first + static_cast<int64_t>(begin) * row.team, row.p);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i, source += step) {
-      if (begin + i < row.count) {
-        values[i] = widen(*source);
-      }
-    }
-  });
-}
-
-template <typename T, int kCount>
-__device__ __forceinline__ void store_share_as(const View& view, const Row& row, int begin, const float (&values)[kCount]) {
-  const int64_t step = row.team * view.channel;
-  T* target = static_cast<T*>(view.data) + view.offset(row.n, row.first + static_cast<int64_t>(begin) * row.team, row.p);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i, target += step) {
-    if (begin + i < row.count) {
-      narrow(values[i], *target);
-    }
-  }
-}
-
-template <int kCount>
-__device__ __forceinline__ void store_share(const View& view, const Row& row, int begin, const float (&values)[kCount]) {
-  with_floating(view.storage, [&](auto type) { store_share_as<typename decltype(type)::type>(view, row, begin, values); });
-}
-
-// ---- Top-1 agreement. A logit's rank orders as torch.argmax does: NaN first, then the greater, then the lower class.
-
-using Rank = unsigned long long;
-
-__device__ __forceinline__ Rank rank_of(float logit, int class_index) {
-  const unsigned bits = __float_as_uint(logit == 0.0f ? 0.0f : logit);  // -0 equals 0
-  const unsigned ascending = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return static_cast<Rank>(isnan(logit) ? 0xffffffffu : ascending) << 32 | (0xffffffffu - static_cast<unsigned>(class_index));
-}
-
-template <int kCount>
-__device__ __forceinline__ void raise(Rank& best, const Row& row, int begin, const float (&logits)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (begin + i < row.count) {
-      best = Max()(best, rank_of(logits[i], row.first + (begin + i) * row.team));
-    }
-  }
-}
-
-// 1 in one thread of a team whose row has the same top class on both sides.
-__device__ __forceinline__ int agreed(Rank student, Rank teacher, const Row& row) {
-  const auto student_class = static_cast<unsigned>(reduce(student, row.team, Max()));
-  const auto teacher_class = static_cast<unsigned>(reduce(teacher, row.team, Max()));
-  return row.count > 0 && row.first == 0 && student_class == teacher_class;
-}
-
-// ---- The losses. With p of the teacher and q of the student, everything is told by p, q and their log-ratio.
-
-struct Pair {
-  float student;
-  float teacher;
-};
-
-struct L1 {};
-
-struct KullbackLeibler {
-  // log(p / q), and nothing for the student.
-  __device__ static Pair divergence(float log_ratio) { return {0.0f, log_ratio}; }
-
-  // `mean` is the expectation of the divergence, its student's under q and its teacher's under p.
-  __device__ static float loss(const Pair& mean) { return mean.teacher; }
-
-  __device__ static Pair gradient(float q, float p, const Pair& divergence, const Pair& mean) {
-    return {q - p, p * (divergence.teacher - mean.teacher)};
-  }
-};
-
-struct JensenShannon {
-  // log(q / m) and log(p / m) where m = (p + q) / 2. With r = |log(p / q)|, the greater of p and q is 2m / (1 + exp(-r)).
-  __device__ static Pair divergence(float log_ratio) {
-    const float distance = fabsf(log_ratio);
-    const float greater = -log1pf(0.5f * expm1f(-distance));
-    const float lesser = greater - distance;
-    return log_ratio > 0.0f ? Pair{lesser, greater} : Pair{greater, lesser};
-  }
-
-  __device__ static float loss(const Pair& mean) { return 0.5f * (mean.student + mean.teacher); }
-
-  __device__ static Pair gradient(float q, float p, const Pair& divergence, const Pair& mean) {
-    return {0.5f * q * (divergence.student - mean.student), 0.5f * p * (divergence.teacher - mean.teacher)};
-  }
-};
 
 // ---- Writing the results
 
@@ -477,14 +337,6 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
 
 // ---- The host's side
 
-Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(tensor), from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // Threads a row, where `kernel_of` finds room for its classes. Where classes are closer in memory than rows are, a row is
 // spread over as many threads as hold it in a few registers each; else neighbouring threads take neighbouring rows.
 int team_of(const Shape& shape, const View& logits) {
@@ -597,82 +449,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_forward(
   return {results.loss, results.student_unit, results.teacher_unit, results.agreement};
 }
 
-// ---- Gradients from their units
-
-constexpr int kScaleThreads = 256;
-constexpr int kScaleVector = 8;
-
-struct Scaling {
-  const void* unit;
-  void* gradient;
-  int64_t count;
-  float scale;
-  Storage unit_storage;
-  Storage gradient_storage;
-  bool vectors;
-};
-
-struct Scalings {
-  Scaling sides[2];
-  const float* upstream;
-};
-
-__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_constant__ Scalings scalings) {
-  const Scaling& side = scalings.sides[blockIdx.y];
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * kScaleVector;
-  const auto factor = *scalings.upstream * side.scale;
-  const bool whole = side.vectors && first + kScaleVector <= side.count;
-  if (first >= side.count) {
-    return;
-  }
-  float values[kScaleVector];
-  with_any(side.unit_storage, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const T* const source = static_cast<const T*>(side.unit) + first;
-    if (whole) {
-      load(source, values);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kScaleVector; ++i) {
-      if (first + i < side.count) {
-        values[i] = widen(source[i]);
-      }
-    }
-  });
-#pragma unroll
-  for (float& value : values) {
-    value *= factor;
-  }
-  with_floating(side.gradient_storage, [&](auto type) {
-    using T = typename decltype(type)::type;
-    T* const target = static_cast<T*>(side.gradient) + first;
-    if (whole) {
-      store(target, values);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kScaleVector; ++i) {
-      if (first + i < side.count) {
-        narrow(values[i], target[i]);
-      }
-    }
-  });
-}
-
-Scaling scaling_of(const Tensor& unit, const Tensor& gradient, double scale) {
-  const ScalarType dtype = unit.scalar_type();
-  Scaling scaling{};
-  scaling.unit = unit.const_data_ptr();
-  scaling.gradient = gradient.mutable_data_ptr();
-  scaling.count = unit.numel();
-  scaling.scale = static_cast<float>(scale);
-  scaling.unit_storage = dtype == ScalarType::Char ? Storage::kInt8 : storage_of(dtype, "units");
-  scaling.gradient_storage = storage_of(gradient.scalar_type(), "gradients");
-  scaling.vectors = aligned(scaling.unit, 16) && aligned(scaling.gradient, 16);
-  return scaling;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> l1_forward(
@@ -702,30 +478,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> js_forward(
     bool teacher_gradient,
     bool agreement) {
   return softmax_forward<JensenShannon>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
-}
-
-std::tuple<Tensor, Tensor> scale_gradients(
-    const Tensor& student_unit,
-    const Tensor& teacher_unit,
-    const Tensor& upstream,
-    double student_scale,
-    double teacher_scale,
-    ScalarType student_dtype,
-    ScalarType teacher_dtype) {
-  const Tensor student_gradient = empty_like(student_unit, student_dtype);
-  const Tensor teacher_gradient = empty_like(teacher_unit, teacher_dtype);
-  const int64_t largest = std::max(student_unit.numel(), teacher_unit.numel());
-  Scalings scalings{};
-  scalings.upstream = floats(upstream, "upstream");
-  scalings.sides[0] = scaling_of(student_unit, student_gradient, student_scale);
-  scalings.sides[1] = scaling_of(teacher_unit, teacher_gradient, teacher_scale);
-  if (scalings.sides[0].count == 0) {
-    std::swap(scalings.sides[0], scalings.sides[1]);
-  }
-  constexpr int64_t kPerBlock = kScaleThreads * kScaleVector;
-  const Launcher launcher(upstream);
-  launcher(scale_kernel, (largest + kPerBlock - 1) / kPerBlock, scalings.sides[1].count == 0 ? 1 : 2, kScaleThreads, scalings);
-  return {student_gradient, teacher_gradient};
 }
 
 }  // namespace dfkd_fast

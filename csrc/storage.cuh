@@ -5,12 +5,15 @@
 // combination of types.
 #pragma once
 
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <array>
 #include <cstdint>
+#include <optional>
 
 namespace dfkd_fast {
 
@@ -61,6 +64,15 @@ inline Storage storage_of(ScalarType dtype, const char* name) {
 
 __host__ __device__ constexpr int bytes_of(Storage storage) {
   return storage == Storage::kFloat ? 4 : storage == Storage::kInt8 ? 1 : 2;
+}
+
+// As torch.empty_like(tensor, dtype=dtype); the stable interface has it without a dtype.
+inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(tensor), from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The floating arguments that a kernel reads as they are, such as means and deviations.
