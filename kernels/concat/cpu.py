@@ -51,12 +51,14 @@ def concat_backward(
     given = raw
     gradient, raw = _evenly(gradient), _evenly(raw)
     out = torch.empty_like(raw)
+    if not _even(out):  # of an expanded input, whose dimensions PyTorch puts in an order of its own
+        out = torch.empty(raw.shape, dtype=raw.dtype)
     affine = _table((mean, ZERO), (std, ONE), (gradient_mean, ZERO), (gradient_dot, ZERO), channels=raw.shape[1])
     with simd.threads:
         _backward(
             *(simd.place(tensor) for tensor in (gradient, raw, out)),
             *(_strides(tensor) for tensor in (gradient, raw, out)),
-            *(_size(raw), ACTIVATIONS[activation], affine),
+            *(_size(raw), ACTIVATIONS[activation], affine, gradient_mean is not None),
         )
     return simd.laid_out_as(out, given)
 
@@ -141,6 +143,7 @@ def _backward(
     size: Size,
     activation: int,
     affine: Any,
+    corrected: bool,
 ) -> None:
     upstream, given, target = simd.pointer(gradient), simd.pointer(raw), simd.pointer(out)
     count, channels, pixels = size
@@ -157,7 +160,8 @@ def _backward(
             _activate(y[c], activation)
             for p in range(g.shape[1]):
                 slope = ONE - y[c, p] * y[c, p] if activation == 1 else y[c, p] * (ONE - y[c, p]) if activation == 2 else ONE
-                g[c, p] = (g[c, p] - g_mean - (y[c, p] - mean) * scale * g_dot) * scale * slope
+                correction = g_mean + (y[c, p] - mean) * scale * g_dot if corrected else ZERO  # an infinite y times 0 is no 0
+                g[c, p] = (g[c, p] - correction) * scale * slope
         _write(g, target, out, image, first, out_strides)
 
 

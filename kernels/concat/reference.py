@@ -22,7 +22,7 @@ def concat_generated(
     out: Tensor | None,
     memory_format: torch.memory_format,
 ) -> Tensor:
-    images = [_activate(raw, activation) for raw in raws]
+    images = [_activate(raw if raw.dtype == torch.float64 else raw.float(), activation) for raw in raws]
     if mean is not None and std is not None:
         images = [(image - mean[:, None, None]) / std[:, None, None] for image in images]
     if running_means is not None and running_vars is not None and training is not None:
