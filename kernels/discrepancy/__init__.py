@@ -181,7 +181,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return 7 * (None,)
         units, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
         if _last_use() and all(unit.dtype == dtype == torch.float32 for unit, dtype in zip(units, ctx.dtypes, strict=True)):
             # Nobody reads the units again: no second pair of logits-sized tensors is needed. In half precision

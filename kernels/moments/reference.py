@@ -8,8 +8,7 @@ DIMENSIONS = (0, 2, 3)
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype == torch.float64 else x.float()
-    variance, mean = torch.var_mean(wide, dim=DIMENSIONS, correction=0)
-    return mean, variance
+    return wide.mean(dim=DIMENSIONS), wide.var(dim=DIMENSIONS, correction=0)  # var_mean's mean of an infinity is NaN
 
 
 def channel_sums(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -222,7 +222,8 @@ def test_plot_refuses_what_is_no_result(run: Run, text: str) -> None:
 
 def test_report_is_a_command_of_the_same_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    empty = f"before\n{report.BEGIN}\n{{runs}}\n{report.END}\nbetween\n{report.KERNELS_BEGIN}\n{{kernels}}\n{report.END}\nafter\n"
+    readme.write_text(empty.format(runs="old", kernels="old"))
     monkeypatch.setattr(report, "README", readme)
     assert run("report").code == 0
-    assert readme.read_text() == f"before\n{report.BEGIN}\n{report.table(report.results())}\n{report.END}\nafter\n"
+    assert readme.read_text() == empty.format(runs=report.table(report.results()), kernels=report.kernel_table(report.kernel_results()))
