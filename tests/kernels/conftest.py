@@ -42,3 +42,9 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=FUSED[1:])
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend that serves a GPU."""
+    yield from _forced(request.param)

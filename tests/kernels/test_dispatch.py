@@ -3,11 +3,25 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dfkd_fast.kernels import BackendError, ema_update_, l1_discrepancy, use_backend
+from dfkd_fast.kernels import (
+    BackendError,
+    channel_moments,
+    channel_sums,
+    concat_generated,
+    ema_update_,
+    js_discrepancy,
+    kl_discrepancy,
+    l1_discrepancy,
+    operators,
+    use_backend,
+)
 from dfkd_fast.kernels.dispatch import WORTHWHILE, backends, choose, forced, why_not
 
 CPU = torch.device("cpu")
@@ -25,6 +39,44 @@ def test_cpu_tensors_of_some_size_go_to_numba_and_small_ones_to_the_reference(op
     elements = WORTHWHILE[operation]
     assert choose(operation, CPU, [torch.float32, torch.bfloat16], elements) == "numba"
     assert choose(operation, CPU, [torch.float32], elements - 1) == "reference"
+
+
+SOFT: dict[str, Any] = {"temperature": 1.0, "reduction": "sum", "scale_by_temperature_squared": False}
+# Each function on as many elements in all, whose number is a power of two.
+FUNCTIONS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
+    "ema_update_": ("ema_update_", lambda x: ema_update_([x[0], x[1]], [x[0].clone(), x[1].clone()], 0.5)),
+    "l1_discrepancy": ("l1_discrepancy", lambda x: l1_discrepancy(*x, reduction="sum")),
+    "kl_discrepancy": ("kl_discrepancy", lambda x: kl_discrepancy(*x, **SOFT)),
+    "js_discrepancy": ("js_discrepancy", lambda x: js_discrepancy(*x, **SOFT)),
+    "concat_generated": ("concat_generated", lambda x: concat_generated([*x[:, :, None, None]], activation="tanh", normalize="none")),
+    "channel_moments": ("channel_moments", lambda x: channel_moments(x[:, :, None])),
+    "channel_sums": ("channel_moments", lambda x: channel_sums(x[:, :, None])),
+}
+
+
+@needs_numba
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_asks_the_dispatcher_for_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+    operator = operators.operator
+
+    def spied(*arguments: Any) -> Any:
+        served.append(arguments[1])
+        return operator(*arguments)
+
+    monkeypatch.setattr(operators, "operator", spied)
+    operation, function = FUNCTIONS[name]
+    enough = torch.ones(2, 8, WORTHWHILE[operation] // 16)
+    for x, kernel in ((enough, True), (enough[:, :, :-1].clone(), False), (enough.double(), False)):
+        served.clear()
+        with use_backend(None):
+            function(x)
+        assert set(served) == ({"numba"} if kernel else set())
+    for backend in ("reference", "numba"):
+        served.clear()
+        with use_backend(backend):
+            function(enough[:, :, :4].contiguous())
+        assert set(served) == ({"numba"} if backend == "numba" else set())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])

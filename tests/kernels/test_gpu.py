@@ -1,0 +1,173 @@
+"""What only a GPU shows: captured graphs, streams, and tensors of more than 2³¹ elements. All other tests run there, too."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.kernels import (
+    Backend,
+    FusedEMA,
+    channel_moments,
+    channel_sums,
+    concat_generated,
+    ema_update_,
+    js_discrepancy,
+    kl_discrepancy,
+    l1_discrepancy,
+)
+from tests.kernels.oracles import laid_out, lerp
+
+pytestmark = pytest.mark.gpu
+
+SOFT: dict[str, Any] = {"temperature": 2.0, "reduction": "batchmean", "scale_by_temperature_squared": True}
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Sequence[Tensor]]] = {
+    "l1": lambda a, b: l1_discrepancy(a, b, reduction="mean", agreement=True),
+    "kl": lambda a, b: kl_discrepancy(a, b, **SOFT, agreement=True),
+    "js": lambda a, b: js_discrepancy(a, b, **SOFT, agreement=True),
+    "moments": lambda a, b: channel_moments(a * b),
+    "sums": lambda a, b: channel_sums(a * b)[:2],
+    "concat": lambda a, b: [concat_generated([a, b], activation="tanh", normalize="none")],
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the step, which has run three times before, and what the step returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_replayed_graph_gives_values_and_gradients_of_the_inputs_it_finds(
+    gpu_backend: Backend, name: str, dtype: torch.dtype, layout: str
+) -> None:
+    inputs = [laid_out(torch.randn(4, 10, 9, 7, device="cuda", dtype=dtype), layout).detach().requires_grad_() for _ in range(2)]
+
+    def step() -> tuple[Tensor, ...]:
+        results = FUNCTIONS[name](*inputs)
+        loss = torch.stack([result.float().square().sum() for result in results if result.is_floating_point()]).sum()
+        return (*results, *torch.autograd.grad(loss, inputs))
+
+    graph, results = captured(step)
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in inputs:
+                tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        replayed = [result.detach().clone() for result in results]
+        for actual, expected in zip(replayed, step(), strict=True):
+            assert torch.equal(actual, expected.detach())
+
+
+def test_a_replayed_graph_moves_running_statistics(gpu_backend: Backend) -> None:
+    raw, mean, variance = torch.randn(4, 3, 9, 7, device="cuda"), torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    layer = nn.BatchNorm2d(3, affine=False).cuda()
+
+    def step() -> Tensor:
+        return concat_generated([raw], activation="tanh", normalize="batch", running_means=[mean], running_vars=[variance], training=[True])
+
+    graph, batch = captured(step)
+    mean.zero_()
+    variance.fill_(1.0)
+    for _ in range(2):
+        raw.normal_()
+        graph.replay()
+        torch.testing.assert_close(batch, layer(raw.tanh()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close([mean, variance], [layer.running_mean, layer.running_var], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay_dtype", [torch.float32, torch.float64], ids=str)
+def test_a_replayed_average_sees_its_decay_and_its_sources_change(gpu_backend: Backend, decay_dtype: torch.dtype) -> None:
+    averages, sources = ([torch.randn(size, device="cuda") for size in (3, 5000, 0, 70_001)] for _ in range(2))
+    sources[1] = sources[1].bfloat16()
+    shadows = [average.half() for average in averages]
+    decay = torch.tensor(0.5, device="cuda", dtype=decay_dtype)
+    graph, _ = captured(lambda: ema_update_(averages, sources, decay, shadows=shadows))
+    for value in (0.9, 0.25, 1.0, 0.0):
+        decay.fill_(value)
+        for tensor in (*averages, *sources):
+            tensor.normal_()
+        expected = [lerp(average, source, decay.item()) for average, source in zip(averages, sources, strict=True)]
+        graph.replay()
+        for average, shadow, exact in zip(averages, shadows, expected, strict=True):
+            torch.testing.assert_close(average.double(), exact, rtol=1e-6, atol=1e-6)
+            assert torch.equal(shadow, average.half())
+
+
+def test_a_replayed_warm_up_goes_on(gpu_backend: Backend) -> None:
+    model = nn.Linear(3, 2).cuda()
+    ema = FusedEMA(model, 0.999, warm_up=True)
+    graph, _ = captured(lambda: ema.update(model))
+    begun = int(ema.updates)
+    expected = ema.module.state_dict()["weight"].double()
+    for n in range(begun, begun + 3):
+        with torch.no_grad():
+            model.weight.normal_()
+        graph.replay()
+        expected = lerp(expected, model.weight.detach(), (1 + n) / (10 + n))
+    torch.testing.assert_close(ema.module.state_dict()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert int(ema.updates) == begun + 3
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_kernel_runs_on_the_current_stream(gpu_backend: Backend, name: str) -> None:
+    first, second = (torch.randn(4, 10, 9, 7, device="cuda") for _ in range(2))
+    expected = FUNCTIONS[name](first + 1, second)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read the inputs before they are made
+        results = FUNCTIONS[name](first + 1, second)
+    stream.synchronize()
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("name", ["l1", "kl", "js", "moments", "concat"])
+def test_more_than_two_to_the_31_elements(gpu_backend: Backend, name: str) -> None:
+    """What belongs to the last rows is that of the last rows alone."""
+    rows, channels, size = (1 << 15) + 1, 1 << 8, 1 << 4
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("takes 48 GiB of GPU memory")
+    shape = (rows, channels, size, size)
+    student, teacher = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    student[-1].normal_()
+    teacher[-1].normal_()
+    last = [side[-1:].clone().requires_grad_() for side in (student, teacher)]
+    student.requires_grad_()
+    teacher.requires_grad_(name != "moments")
+    if name == "moments":
+        (gradient,) = torch.autograd.grad(channel_sums(student)[1].sum(), student)
+        torch.testing.assert_close(gradient[-1:], 2 * last[0])
+        torch.testing.assert_close(channel_sums(student.detach())[:2], channel_sums(last[0].detach())[:2])
+        return
+    if name == "concat":
+        batch = concat_generated([student.detach()], activation="tanh", normalize="none", memory_format=torch.contiguous_format)
+        assert torch.equal(batch[-1:], concat_generated([last[0].detach()], activation="tanh", normalize="none"))
+        return
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "l1": lambda s, t: l1_discrepancy(s, t, reduction="sum"),
+        "kl": lambda s, t: kl_discrepancy(s, t, **{**SOFT, "reduction": "sum"}),
+        "js": lambda s, t: js_discrepancy(s, t, **{**SOFT, "reduction": "sum"}),
+    }
+    loss, alone = functions[name](student, teacher), functions[name](*last)
+    torch.testing.assert_close(loss, alone, rtol=1e-2, atol=1e-2)
+    expected = torch.autograd.grad(alone, last)
+    for gradient, usual in zip(torch.autograd.grad(loss, (student, teacher)), expected, strict=True):
+        torch.testing.assert_close(gradient[-1:], usual)
