@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import Backend, concat_generated
 from dfkd_fast.kernels.concat import Activation
-from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, STORAGE, activated, assert_as_exact_as_plain, laid_out, layouts, random
+from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, activated, assert_as_exact_as_plain, laid_out, layouts, random
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -98,7 +98,7 @@ def test_every_activation_and_normalisation_in_every_layout(
 
 @pytest.mark.parametrize(
     ("dtypes", "out_dtype"),
-    [([torch.bfloat16] * 3, None), ([torch.float16] * 3, None), ([torch.bfloat16] * 3, torch.float32), (STORAGE, torch.bfloat16)],
+    [([torch.bfloat16] * 3, None), ([torch.float16, torch.bfloat16, torch.float16], None), ([torch.float32] * 3, torch.bfloat16)],
     ids=str,
 )
 @pytest.mark.parametrize("normalize", ["dataset", "training"])

@@ -47,7 +47,13 @@ PAIRS_OF_LAYOUTS = [
     ("expanded", "misaligned"),
     ("misaligned", "contiguous"),
 ]
-PAIRS_OF_DTYPES = [*((dtype, dtype) for dtype in STORAGE), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
+# Each costs numba some seconds for every kernel.
+PAIRS_OF_DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float16),
+]
 WEIGHTS, COTANGENT = torch.tensor([0.5, -2.0, 3.0]), torch.tensor([1.0, 0.25, -0.5])
 
 
@@ -183,8 +189,7 @@ def test_equal_logits_have_neither_discrepancy_nor_gradient(
         assert gradient.abs().max().item() <= (0.0 if kind == "l1" else eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 5), (4, 100), (4, 5, 2, 3)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 5), torch.bfloat16), ((4, 100), torch.float32), ((4, 5, 2, 3), torch.float32)], ids=str)
 @pytest.mark.parametrize("values", list(itertools.product([1.0, NAN, INF, -INF], repeat=2)), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finite_goes_where_it_goes_in_the_reference(
@@ -245,7 +250,7 @@ def first_largest(logits: list[float]) -> int:
 
 
 @pytest.mark.parametrize("shape", [(400, 1), (400, 5), (300, 70), (20, 5, 7, 3)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtypes", PAIRS_OF_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_agreement_counts_equal_first_maxima_with_nan_above_everything(

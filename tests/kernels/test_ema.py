@@ -22,12 +22,13 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, lay
     return laid_out(made, layout) if made.ndim == 4 else made
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.2, 0.5, 0.95, 0.9999, 1.0])
-@pytest.mark.parametrize("as_tensor", [None, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("decay", [0.0, 0.2, 0.5, 0.9999, 1.0])
+@pytest.mark.parametrize(
+    ("layout", "as_tensor"), [("contiguous", None), ("channels_last", torch.float32), ("contiguous", torch.float64)], ids=str
+)
 @pytest.mark.parametrize("source_dtype", STORAGE, ids=str)
 def test_several_steps_over_many_tensors_give_the_average_of_float64(
-    backend: Backend, device: torch.device, decay: float, as_tensor: torch.dtype | None, layout: str, source_dtype: torch.dtype
+    backend: Backend, device: torch.device, decay: float, layout: str, as_tensor: torch.dtype | None, source_dtype: torch.dtype
 ) -> None:
     averages = [values(shape, torch.float32, device, layout) for shape in SHAPES]
     exact, plain = [average.double() for average in averages], [average.clone() for average in averages]
@@ -44,7 +45,7 @@ def test_several_steps_over_many_tensors_give_the_average_of_float64(
 
 
 @PROPERTY
-@given(data=st.data(), decay=st.floats(0, 1), shadow_dtype=st.sampled_from([None, torch.bfloat16, torch.float16]))
+@given(data=st.data(), decay=st.floats(0, 1), shadow_dtype=st.sampled_from([None, torch.bfloat16]))
 def test_any_list_of_tensors_without_gaps(
     fused: Backend, device: torch.device, data: st.DataObject, decay: float, shadow_dtype: torch.dtype | None
 ) -> None:
@@ -53,7 +54,7 @@ def test_any_list_of_tensors_without_gaps(
     for shape in data.draw(st.lists(st.lists(st.integers(0, 12), max_size=4), max_size=6)):
         lay_out = data.draw(layouts(len(shape), gaps=False))
         averages.append(lay_out(torch.randn(shape).to(device)))
-        sources.append(lay_out(torch.randn(shape).to(device, data.draw(st.sampled_from(STORAGE)))))
+        sources.append(lay_out(torch.randn(shape).to(device, data.draw(st.sampled_from(STORAGE[:2])))))
         shadows.append(lay_out(torch.randn(shape).to(device, shadow_dtype or torch.float32)))
     exact = [lerp(average, source, decay) for average, source in zip(averages, sources, strict=True)]
     plain = [average.lerp(source.float(), 1 - decay) for average, source in zip(averages, sources, strict=True)]
