@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,7 +50,10 @@ def distill(run: Run) -> dict[str, Any]:
     """
     recipe, folder, device = run.recipe, run.folder, run.device
     teacher, student = _build(recipe, "teacher").to(device), _build(recipe, "student").to(device)
-    generator = build_generator(recipe.generator, recipe.data.channels, recipe.data.image_size).to(device)
+    data = recipe.data
+    generator = build_generator(
+        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+    ).to(device)
     check_networks(teacher, student, generator, device)
     evaluate = None if recipe.data.name == "none" else _evaluator(recipe, device)
     teacher_seconds = _obtain_teacher(run, teacher)
@@ -59,7 +63,7 @@ def distill(run: Run) -> dict[str, Any]:
     run.go_on(trainer, folder.checkpoints)
     _train_student(run, trainer, teacher_accuracy)
 
-    save_weights(trainer.student, folder.student, _metadata(recipe, "student"))
+    save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
     folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}")
     summary = _summarise(run, trainer, teacher_accuracy, teacher_seconds)
     folder.write_summary(summary)
@@ -154,6 +158,8 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
     def report(epoch: Epoch) -> None:
         progress.epoch(epoch)
         folder.log(epoch)
+        if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
+            save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
         if epoch.number % recipe.report.samples_every == 0 or trainer.finished:
             folder.draw_samples(trainer.sample(recipe.report.samples), recipe.data.mean, recipe.data.std, epoch.number)
             folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}")
@@ -186,9 +192,17 @@ def _metadata(recipe: Recipe, role: str) -> dict[str, str]:
     return {"role": role, "recipe": recipe_to_toml(recipe), "version": dfkd_fast.__version__}
 
 
+def _accuracies(trainer: Trainer) -> list[float]:
+    return [epoch.student_accuracy for epoch in trainer.history if epoch.student_accuracy is not None]
+
+
 def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teacher_seconds: float) -> dict[str, Any]:
-    accuracies = [epoch.student_accuracy for epoch in trainer.history if epoch.student_accuracy is not None]
-    phases = trainer.clock.read()
+    accuracies, phases = _accuracies(trainer), trainer.clock.read()
+    student_accuracy = found = None
+    if accuracies and teacher_accuracy is not None:
+        found = asdict(retention(accuracies, teacher_accuracy - run.recipe.report.retained_within))
+        student_accuracy = {name: found[name] for name in ("last", "best", "mean", "variance")}
+    drifts = [epoch.drift for epoch in trainer.history if epoch.drift]
     return {
         "recipe": run.recipe.name,
         "device": run.device.type,
@@ -196,7 +210,9 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "versions": _versions(),
         "seed": run.recipe.seed,
         "teacher_accuracy": teacher_accuracy,
-        "student_accuracy": asdict(retention(accuracies)) if accuracies else None,
+        "student_accuracy": student_accuracy,
+        "retention": found,
+        "drift": {name: fmean(drift[name] for drift in drifts) for name in drifts[0]} if drifts else None,
         "seconds": {
             "total": run.seconds,
             "teacher": teacher_seconds,
@@ -216,6 +232,7 @@ def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder)
             ("teacher", f"{summary['teacher_accuracy']:.2f} %"),
             ("student, last epoch", f"{student['last']:.2f} %"),
             ("student, all epochs", f"best {student['best']:.2f} %, mean {student['mean']:.2f} %, variance {student['variance']:.2f}"),
+            ("largest drop", f"{summary['retention']['largest_drop']:.2f} points"),
         ]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     rows += [("seconds", f"{seconds['total']:.1f} ({parts})"), ("folder", str(folder.path))]

@@ -18,7 +18,7 @@ from dfkd_fast.data import Augment, DataSettings
 from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, unknown
 from dfkd_fast.models import GeneratorSettings
-from dfkd_fast.settings import Count, PositiveInt, settings
+from dfkd_fast.settings import Count, NonNegative, PositiveInt, settings
 
 __all__ = [
     "Recipe",
@@ -63,6 +63,8 @@ class Report:
     """Epochs between pictures of generated images; the last epoch always has one."""
     samples: PositiveInt = 64
     """Images in a picture."""
+    retained_within: NonNegative = 5.0
+    """Points below the teacher's accuracy down to which an epoch counts as retained."""
 
 
 @settings
@@ -179,7 +181,7 @@ def _validate(content: dict[str, Any], where: str) -> Recipe:
 
 
 def _one_line(problem: ErrorDetails) -> str:
-    *sections, _ = problem["loc"]
+    sections = problem["loc"][:-1]
     path = ".".join(map(str, problem["loc"]))
     owner = _annotation(sections)
     if problem["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(owner):
@@ -190,7 +192,7 @@ def _one_line(problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return f"{path} is missing"
     if problem["type"] == "value_error":
-        return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
+        return ": ".join(filter(None, (path, problem["msg"].removeprefix("Value error, "))))
     return f"{path} = {problem['input']!r}: must be {_allowed(annotation)}"
 
 

@@ -32,8 +32,8 @@ def check_classifier(name: str, network: nn.Module, images: Tensor, source: str)
     return logits.shape[1:]
 
 
-def check_networks(teacher: nn.Module, student: nn.Module, generator: nn.Module, device: torch.device) -> torch.Size:
-    """Shape of one generated image, once all three networks were seen to fit each other.
+def check_networks(teacher: nn.Module, student: nn.Module, generator: nn.Module, device: torch.device) -> tuple[torch.Size, torch.Size]:
+    """Shapes of one generated image and of its logits, once all three networks were seen to fit each other.
 
     Raises:
         DfkdError: they do not.
@@ -49,4 +49,4 @@ def check_networks(teacher: nn.Module, student: nn.Module, generator: nn.Module,
         raise DfkdError(
             f"teacher and student disagree on the classes: the teacher gives {tuple(taught)} logits an image, the student {tuple(learnt)}"
         )
-    return images.shape[1:]
+    return images.shape[1:], taught

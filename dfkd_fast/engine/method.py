@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Literal
 
 from dfkd_fast.methods import Objective, Replay, Update
-from dfkd_fast.settings import Flag, PositiveInt, settings
+from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
 
 from .optim import Optimizer
 
@@ -22,10 +22,19 @@ class Loop:
     student_steps: PositiveInt = 5
     """Imitation steps an iteration, each on new samples; DFAD's k."""
     generator_steps: PositiveInt = 1
+    generator_first: Flag = False
+    """Whether an iteration begins with the generator's steps (PRE-DFKD) or ends with them (DFAD)."""
+    generator_pretraining: Count = 0
+    """Steps the generator takes before the first iteration, without the adversary's term (MAD)."""
     student_in_generator_step: Literal["train", "eval"] = "train"
     """Mode of the student while the generator learns: DFAD trains through its batch statistics."""
     channels_last: Flag = True
     """Memory layout of networks and images. The function is the same, the rounding is not."""
+    student_ema_decay: Fraction = 0.0
+    """Of an average of the student, which is then what is evaluated and kept; 0 for none."""
+    drift_samples: Count = 0
+    """Samples on which the student's predictions are compared between the generator's versions, epoch by epoch; 0 for
+    no comparison."""
     evaluate_every: PositiveInt = 1
     """Epochs between evaluations of the student; the last epoch is always evaluated."""
 
@@ -40,3 +49,11 @@ class Method:
     update: Update = field(default_factory=Update)
     student_optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=0.1, weight_decay=5e-4))
     generator_optimizer: Optimizer = field(default_factory=lambda: Optimizer(kind="adam", lr=1e-3))
+
+    def __post_init__(self) -> None:
+        if self.update.retains and not self.replay.replays:
+            raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
+        if self.loop.generator_pretraining and not self.objective.generator_alone:
+            raise ValueError(
+                f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a term of the objective beside the adversary's"
+            )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.methods import Batch, EmaGenerator, Part
-from dfkd_fast.models import generate
+from dfkd_fast.methods import Batch, Memory, Part
+from dfkd_fast.models import Observer, conditioned, generate
 
 from .method import Method
 
@@ -21,60 +21,107 @@ class Game:
     """The players of the two-player game and the buffers they play on, all on one device."""
 
     teacher: nn.Module
+    observer: Observer
+    """The teacher as the generator sees it."""
     student: nn.Module
     generator: nn.Module
-    ema_generator: EmaGenerator | None
+    memory: Memory | None
     method: Method
     student_optimizer: torch.optim.Optimizer
     generator_optimizer: torch.optim.Optimizer
     latents: Tensor
     """(B, latent_dim), overwritten with new z ~ N(0, I) before every use."""
-    replay_latents: Tensor
-    """The same for the replayed samples, drawn from a stream of their own."""
+    labels: Tensor
+    """(B,), likewise, with classes for a conditional generator."""
     images: Tensor
     """(ΣB_i, C, H, W): the batch of the student step, fresh rows first."""
+    logits: Tensor
+    """(ΣB_i, classes): the teacher's for them."""
     fresh_stream: torch.Generator
     replay_stream: torch.Generator
 
+    @property
+    def fresh(self) -> Batch:
+        """The fresh rows of the last student step."""
+        rows = len(self.latents)
+        return Batch(self.images[:rows], self.logits[:rows], [Part(rows, 1.0)])
 
-def student_step(game: Game) -> Tensor:
-    """Draw a batch, ask the teacher, take one step of the student; returns the loss, 0-d and detached.
+
+def student_step(game: Game, step: int = 0) -> dict[str, Tensor]:
+    """Draw a batch, ask the teacher, take one step of the student; returns losses by name, 0-d and detached.
 
     The samples carry no graph: only the student is differentiated (DFAD, arXiv 1912.11006, imitation stage).
+
+    Args:
+        game: who plays.
+        step: its number in the iteration, which a memory that learns beside the student may heed.
     """
-    replay, batch_size = game.method.replay, len(game.latents)
-    with torch.no_grad():
-        generators, latents = [game.generator], [game.latents.normal_(generator=game.fresh_stream)]
-        parts = [Part(batch_size, replay.fresh_weight)]
-        if game.ema_generator is not None and replay.weight > 0:
-            generators.append(game.ema_generator.network)
-            latents.append(game.replay_latents.normal_(generator=game.replay_stream))
-            parts.append(Part(batch_size, replay.weight))
-        images = generate(generators, latents, out=game.images)
-        batch = Batch(images, game.teacher(images), parts)
+    batch = _draw_batch(game)
     game.student_optimizer.zero_grad()
     loss = game.method.update.backward(game.student, batch, game.method.objective)
     game.student_optimizer.step()
-    return loss
+    learnt = game.memory.learn(batch, step, game.replay_stream) if game.memory is not None and game.memory.ready else {}
+    return {"student": loss, **learnt}
 
 
-def generator_step(game: Game) -> dict[str, Tensor]:
-    """Draw a batch, take one step of the generator, let its average follow; returns its loss terms, 0-d and detached.
+def generator_step(game: Game, *, adversarial: bool = True) -> dict[str, Tensor]:
+    """Draw a batch, take one step of the generator, let the memory follow; returns its loss terms, 0-d and detached.
 
     The gradient flows through the teacher and the student to the images; no weight gradient of either is
     computed (DFAD, arXiv 1912.11006, generation stage).
+
+    Args:
+        game: who plays.
+        adversarial: False for a step of the pretraining, which leaves the student alone.
     """
-    latents = game.latents.normal_(generator=game.fresh_stream)
+    objective = game.method.objective
+    latents = _draw_latents(game)
     images = generate([game.generator], [latents], memory_format=_layout(game.method))
-    game.student.train(game.method.loop.student_in_generator_step == "train")
-    terms = game.method.objective.generator_terms(game.student(images), game.teacher(images))
-    game.student.train()
+    answers = None
+    if adversarial and objective.adversarial:
+        game.student.train(game.method.loop.student_in_generator_step == "train")
+        answers = game.student(images)
+        game.student.train()
+    embeddings = game.generator.embedding(game.labels) if objective.embedding_norm else None  # type: ignore[operator]
+    terms = objective.generator_terms(answers, game.observer(images), game.labels, embeddings)
     game.generator_optimizer.zero_grad()
     torch.stack(list(terms.values())).sum().backward(inputs=list(game.generator.parameters()))
     game.generator_optimizer.step()
-    if game.ema_generator is not None:
-        game.ema_generator.follow(game.generator)
+    if game.memory is not None and adversarial:
+        game.memory.follow(game.generator)
     return {name: term.detach() for name, term in terms.items()}
+
+
+@torch.no_grad()
+def _draw_batch(game: Game) -> Batch:
+    """Fresh and replayed images in the game's buffers, with the teacher's logits."""
+    replay, memory, fresh = game.method.replay, game.memory, len(game.latents)
+    generators, latents, parts = [game.generator], [_draw_latents(game)], [Part(fresh, replay.fresh_weight)]
+    kept = None
+    if memory is None or not memory.ready:
+        images = generate(generators, latents, out=game.images[:fresh])
+    else:
+        parts.append(Part(memory.rows, replay.weight))
+        if memory.generator is not None:
+            images = generate([*generators, memory.generator], [*latents, memory.latents(game.replay_stream)], out=game.images)
+        else:
+            images = game.images
+            generate(generators, latents, out=images[:fresh])
+            kept = memory.recall(images[fresh:], game.replay_stream)
+    logits = game.logits[: len(images)]
+    if kept is None:
+        logits.copy_(game.teacher(images))
+    else:
+        torch.cat([game.teacher(images[:fresh]), kept], out=logits)
+    return Batch(images, logits, parts)
+
+
+def _draw_latents(game: Game) -> Tensor:
+    z = game.latents.normal_(generator=game.fresh_stream)
+    embedding = getattr(game.generator, "embedding", None)
+    if embedding is None:
+        return z
+    return conditioned(game.generator, z, game.labels.random_(0, embedding.num_embeddings, generator=game.fresh_stream))
 
 
 def _layout(method: Method) -> torch.memory_format:

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
-from dfkd_fast.methods import EmaGenerator
-from dfkd_fast.models import evaluating, freeze
+from dfkd_fast.evaluation import Drift
+from dfkd_fast.kernels import FusedEMA
+from dfkd_fast.methods import build_memory
+from dfkd_fast.models import Observer, conditioned, evaluating, freeze
 
 from .device import Clock
 from .fit import check_networks
@@ -33,6 +35,8 @@ class Epoch:
     """Means over the epoch: the student's loss, and the generator's terms by name."""
     student_accuracy: float | None
     """What ``evaluate`` returned, in percent; None where it was not asked."""
+    drift: dict[str, float] = field(default_factory=dict)
+    """How far the student's predictions moved with the generators since the epoch before, where ``loop.drift_samples`` asks."""
 
 
 class Trainer:
@@ -75,7 +79,7 @@ class Trainer:
         self.teacher = self._place(freeze(teacher))
         self.student = self._place(student).train()
         self.generator = self._place(generator).train()
-        self.ema_generator = EmaGenerator(generator, method.replay.ema_decay) if method.replay.kind == "ema_generator" else None
+        self.average = FusedEMA(self.student, method.loop.student_ema_decay) if method.loop.student_ema_decay else None
         self.student_optimizer = build_optimizer(method.student_optimizer, self.student.parameters())
         self.generator_optimizer = build_optimizer(method.generator_optimizer, self.generator.parameters())
         self.schedules = [
@@ -86,12 +90,16 @@ class Trainer:
         self.replay_stream = torch.Generator(self.device).manual_seed(seed + 2**32)
         self.clock = Clock(self.device)
         self.history: list[Epoch] = []
+        self.pretrained = 0
+        """Steps the generator took before the first iteration."""
         self.iteration = 0
         """Iterations done of the epoch under way."""
         self.losses: dict[str, Tensor] = {}
         """Of the epoch under way, by term: (iterations_per_epoch, steps), on the device."""
         self._stopping = False
-        self._game = self._set_up(check_networks(self.teacher, self.student, self.generator, self.device))
+        self._game = self._set_up(*check_networks(self.teacher, self.student, self.generator, self.device), seed)
+        self.memory = self._game.memory
+        self.drift = Drift(method.loop.drift_samples)
 
     @property
     def finished(self) -> bool:
@@ -103,11 +111,16 @@ class Trainer:
         """Iterations since the beginning of the run."""
         return len(self.history) * self.method.loop.iterations_per_epoch + self.iteration
 
+    @property
+    def result(self) -> nn.Module:
+        """What is evaluated and kept: the student, or its average where ``loop.student_ema_decay`` asks for one."""
+        return self.student if self.average is None else self.average.module
+
     def fit(self) -> nn.Module:
-        """Run the epochs that are left; returns the student."""
+        """Run the epochs that are left; returns :attr:`result`."""
         for _ in self:
             pass
-        return self.student
+        return self.result
 
     def stop(self) -> None:
         """Ask a running loop to end after the iteration under way; may be called from a signal handler."""
@@ -116,6 +129,7 @@ class Trainer:
     def __iter__(self) -> Iterator[Epoch]:
         loop = self.method.loop
         self._stopping = False
+        self._pretrain()
         while not self.finished:
             while self.iteration < loop.iterations_per_epoch:
                 if self._stopping:
@@ -131,7 +145,9 @@ class Trainer:
         stream = torch.Generator(self.device).manual_seed(0)
         latents = torch.randn(count, self._game.latents.shape[1], device=self.device, generator=stream)
         with evaluating(self.generator):
-            return self.generator(latents)
+            return self.generator(
+                conditioned(self.generator, latents, torch.arange(count, device=self.device) % self._game.logits.shape[1])
+            )
 
     def mean_losses(self) -> dict[str, float]:
         """Means of the epoch under way, by term; waits for the device."""
@@ -150,27 +166,30 @@ class Trainer:
             if len(bad):
                 row, column = bad[0].tolist()
                 found = (row, column, name, float(values[row, column]))
-                # Of one iteration, the student's steps come before the generator's.
-                first = min(first, found, key=lambda at: (at[0], at[2] != "student")) if first else found
+                first = min(first, found, key=self._moment) if first else found
         if first is not None:
             row, column, name, value = first
-            player = "student" if name == "student" else "generator"
+            player = "student" if name in self._student_columns else "generator"
             where = f"{player} step {column + 1} of iteration {row + 1}, epoch {len(self.history) + 1}"
             raise NonFiniteLossError(f"the {player}'s loss term {name!r} is {value} at {where}")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on bit for bit: tensors, numbers and containers."""
-        networks = {"student": self.student, "generator": self.generator}
-        if self.ema_generator is not None:
-            networks["ema_generator"] = self.ema_generator.network
+        networks: dict[str, nn.Module] = {"student": self.student, "generator": self.generator}
+        if self.average is not None:
+            networks["average"] = self.average
         return {
             "networks": {name: network.state_dict() for name, network in networks.items()},
+            "memory": None if self.memory is None else self.memory.state_dict(),
             "optimizers": [self.student_optimizer.state_dict(), self.generator_optimizer.state_dict()],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "streams": [self.fresh_stream.get_state(), self.replay_stream.get_state()],
             "torch_random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "losses": self.losses,
+            "fresh": [self._game.images, self._game.logits],
+            "drift": self.drift.state_dict(),
+            "pretrained": self.pretrained,
             "iteration": self.iteration,
             "history": [asdict(epoch) for epoch in self.history],
             "seconds": self.clock.read(),
@@ -185,8 +204,10 @@ class Trainer:
         try:
             self.student.load_state_dict(state["networks"]["student"])
             self.generator.load_state_dict(state["networks"]["generator"])
-            if self.ema_generator is not None:
-                self.ema_generator.network.load_state_dict(state["networks"]["ema_generator"])
+            if self.average is not None:
+                self.average.load_state_dict(state["networks"]["average"])
+            if self.memory is not None:
+                self.memory.load_state_dict(state["memory"])
             for optimizer, saved in zip((self.student_optimizer, self.generator_optimizer), state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
@@ -197,6 +218,10 @@ class Trainer:
             if state["cuda_random_state"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
             self.losses = {name: values.to(self.device, copy=True) for name, values in state["losses"].items()}
+            for buffer, saved in zip((self._game.images, self._game.logits), state["fresh"], strict=True):
+                buffer.copy_(saved)
+            self.drift.load_state_dict(state["drift"], self.device)
+            self.pretrained = state["pretrained"]
             self.iteration = state["iteration"]
             self.history = [Epoch(**epoch) for epoch in state["history"]]
             self.clock.seconds.update(state["seconds"])
@@ -207,37 +232,80 @@ class Trainer:
         network.to(self.device)
         return network.to(memory_format=torch.channels_last) if self.method.loop.channels_last else network
 
-    def _set_up(self, image_shape: torch.Size) -> Game:
-        loop = self.method.loop
-        replaying = self.ema_generator is not None and self.method.replay.weight > 0
-        rows = loop.batch_size * (2 if replaying else 1)
+    def _set_up(self, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:
+        loop, objective = self.method.loop, self.method.objective
+        if objective.conditional and getattr(self.generator, "embedding", None) is None:
+            raise DfkdError("objective.class_nll and objective.embedding_norm need a conditional generator (generator.conditional = true)")
         layout = torch.channels_last if loop.channels_last else torch.contiguous_format
-        latents = torch.empty(loop.batch_size, int(self.generator.latent_dim), device=self.device)  # type: ignore[arg-type]
+        rows = loop.batch_size + (self.method.replay.rows_of(loop.batch_size) if self.method.replay.replays else 0)
+        images = torch.empty(rows, *image_shape, device=self.device, memory_format=layout)
+        logits = torch.empty(rows, *logits_shape, device=self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
+            fresh = slice(loop.batch_size)
+            memory = build_memory(self.method.replay, self.generator, self.teacher, images[fresh], logits[fresh])
         return Game(
             teacher=self.teacher,
+            observer=Observer(self.teacher, statistics=objective.bn_moments > 0, features=objective.activation > 0),
             student=self.student,
             generator=self.generator,
-            ema_generator=self.ema_generator,
+            memory=memory,
             method=self.method,
             student_optimizer=self.student_optimizer,
             generator_optimizer=self.generator_optimizer,
-            latents=latents,
-            replay_latents=torch.empty_like(latents),
-            images=torch.empty(rows, *image_shape, device=self.device, memory_format=layout),
+            latents=torch.empty(loop.batch_size, int(self.generator.latent_dim), device=self.device),  # type: ignore[arg-type]
+            labels=torch.empty(loop.batch_size, dtype=torch.long, device=self.device),
+            images=images,
+            logits=logits,
             fresh_stream=self.fresh_stream,
             replay_stream=self.replay_stream,
         )
 
+    def _pretrain(self) -> None:
+        wanted = self.method.loop.generator_pretraining
+        terms: dict[str, Tensor] = {}
+        while self.pretrained < wanted and not self._stopping:
+            with self.clock.phase("generator"):
+                terms = generator_step(self._game, adversarial=False)
+            self.pretrained += 1
+        for name, term in terms.items():
+            if not term.isfinite():
+                raise NonFiniteLossError(
+                    f"the generator's loss term {name!r} is {term.item()} after {self.pretrained} steps of its pretraining"
+                )
+        if terms and self.pretrained == wanted and self.memory is not None:
+            self.memory.start(self.generator)
+
     def _iterate(self) -> None:
-        loop = self.method.loop
-        with self.clock.phase("student"):
-            for step in range(loop.student_steps):
-                self._record("student", step, loop.student_steps, student_step(self._game))
-        with self.clock.phase("generator"):
-            for step in range(loop.generator_steps):
-                for name, term in generator_step(self._game).items():
-                    self._record(name, step, loop.generator_steps, term)
+        players = [self._student_steps, self._generator_steps]
+        for steps in reversed(players) if self.method.loop.generator_first else players:
+            steps()
         self.iteration += 1
+
+    def _student_steps(self) -> None:
+        with self.clock.phase("student"):
+            for step in range(self.method.loop.student_steps):
+                for name, loss in student_step(self._game, step).items():
+                    self._record(name, step, self._student_columns[name], loss)
+                if self.average is not None:
+                    self.average.update(self.student)
+
+    def _generator_steps(self) -> None:
+        with self.clock.phase("generator"):
+            for step in range(self.method.loop.generator_steps):
+                for name, term in generator_step(self._game).items():
+                    self._record(name, step, self.method.loop.generator_steps, term)
+
+    @property
+    def _student_columns(self) -> dict[str, int]:
+        """How many steps of an iteration give which of the losses in the student's phase."""
+        steps = self.method.loop.student_steps
+        return {"student": steps, "vae": min(steps, self.method.replay.vae.steps)}
+
+    def _moment(self, found: tuple[int, int, str, float]) -> tuple[int, bool, int]:
+        """When in an epoch a loss was computed."""
+        row, column, name, _ = found
+        return row, (name in self._student_columns) == self.method.loop.generator_first, column
 
     def _record(self, name: str, step: int, steps: int, value: Tensor) -> None:
         if name not in self.losses:
@@ -248,14 +316,25 @@ class Trainer:
         self.check_finite()
         number = len(self.history) + 1
         losses = self.mean_losses()
+        if self.memory is not None:
+            self.memory.end_epoch(number, self._game.fresh)
         accuracy = None
-        if self.evaluate is not None and (number % self.method.loop.evaluate_every == 0 or number == self.method.loop.epochs):
-            with self.clock.phase("evaluation"):
-                accuracy = self.evaluate(self.student)
+        with self.clock.phase("evaluation"):
+            if self.evaluate is not None and (number % self.method.loop.evaluate_every == 0 or number == self.method.loop.epochs):
+                accuracy = self.evaluate(self.result)
+            drift = self._measure_drift()
         for schedule in self.schedules:
             schedule.step()
         seconds = math.fsum(self.clock.read().values()) - math.fsum(epoch.seconds for epoch in self.history)
-        epoch = Epoch(number, seconds, losses, accuracy)
+        epoch = Epoch(number, seconds, losses, accuracy, drift)
         self.history.append(epoch)
         self.iteration = 0
         return epoch
+
+    def _measure_drift(self) -> dict[str, float]:
+        if not self.method.loop.drift_samples:
+            return {}
+        generators = {"generator": self.generator}
+        if self.memory is not None and self.memory.generator is not None:
+            generators["replay"] = self.memory.generator
+        return self.drift.measure(self.student, generators)

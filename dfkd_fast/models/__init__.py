@@ -2,9 +2,21 @@
 
 from .catalogue import build_classifier
 from .classifiers import CifarResNet, LeNet5, WideResNet
-from .frozen import freeze
-from .generators import Generator, GeneratorA, GeneratorB, GeneratorSettings, UpsampleConv2d, build_generator, generate
+from .frozen import Observation, Observer, freeze
+from .generators import (
+    Generator,
+    GeneratorA,
+    GeneratorB,
+    GeneratorC,
+    GeneratorSettings,
+    Standardize,
+    UpsampleConv2d,
+    build_generator,
+    conditioned,
+    generate,
+)
 from .modes import evaluating
+from .vae import Vae
 from .weights import load_weights, read_metadata, save_weights
 
 __all__ = [
@@ -12,12 +24,18 @@ __all__ = [
     "Generator",
     "GeneratorA",
     "GeneratorB",
+    "GeneratorC",
     "GeneratorSettings",
     "LeNet5",
+    "Observation",
+    "Observer",
+    "Standardize",
     "UpsampleConv2d",
+    "Vae",
     "WideResNet",
     "build_classifier",
     "build_generator",
+    "conditioned",
     "evaluating",
     "freeze",
     "generate",

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,24 +10,44 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import concat_generated
-from dfkd_fast.settings import PositiveInt, settings
+from dfkd_fast.settings import Flag, NonNegative, Positive, PositiveInt, settings
 
-__all__ = ["Generator", "GeneratorA", "GeneratorB", "GeneratorSettings", "UpsampleConv2d", "build_generator", "generate"]
+__all__ = [
+    "Generator",
+    "GeneratorA",
+    "GeneratorB",
+    "GeneratorC",
+    "GeneratorSettings",
+    "Standardize",
+    "UpsampleConv2d",
+    "build_generator",
+    "conditioned",
+    "generate",
+]
 
 
 @settings
 class GeneratorSettings:
     """Recipe section ``[generator]``."""
 
-    model: Literal["A", "B"] = "A"
+    model: Literal["A", "B", "C"] = "A"
+    """DFAD's two, and the one that MAD's CIFAR runs start from."""
     latent_dim: PositiveInt = 100
     """Size of z ~ N(0, I)."""
     width: PositiveInt = 64
     """Channels of the last hidden layer; DFAD's ``ngf``."""
+    conditional: Flag = False
+    """Whether it is given z + e_y for a class y, e a learnt embedding (MAD)."""
+    spectral_norm: Flag = False
+    """Of the convolutions (PRE-DFKD)."""
+    hidden_eps: Positive = 1e-5
+    """Of the hidden batch norms. PRE-DFKD's public code has .8, passed where a momentum was meant."""
+    uniform_init: NonNegative = 0.0
+    """Draw all weights of convolutions and linear layers from U(−this, this) (PRE-DFKD: .08); 0 for the model's own way."""
 
 
 class Generator(nn.Module):
-    """A body from z to pre-activations, then tanh and, optionally, affine-free batch normalisation.
+    """A body from z to pre-activations, then an activation and, optionally, a normalisation.
 
     The end is kept apart from the body so that :func:`generate` can fuse it over several generators;
     ``forward`` is the textbook form of the same thing.
@@ -35,18 +55,41 @@ class Generator(nn.Module):
     Args:
         body: (B, latent_dim) → (B, C, H, W).
         latent_dim: size of z.
-        output_norm: ``BatchNorm2d(C, affine=False)`` behind the tanh, or None.
+        output_norm: ``BatchNorm2d(C, affine=False)`` or :class:`Standardize` behind the activation, or None.
+        activation: what bounds the pixels.
     """
 
-    def __init__(self, body: nn.Module, latent_dim: int, output_norm: nn.BatchNorm2d | None) -> None:
+    embedding: nn.Embedding | None = None
+    """(classes, latent_dim), of a conditional generator: :func:`conditioned` adds e_y to z."""
+
+    def __init__(
+        self, body: nn.Module, latent_dim: int, output_norm: nn.Module | None, activation: Literal["tanh", "sigmoid"] = "tanh"
+    ) -> None:
         super().__init__()
         self.body = body
         self.latent_dim = latent_dim
+        self.activation: Literal["tanh", "sigmoid"] = activation
         self.output_norm = output_norm
 
     def forward(self, z: Tensor) -> Tensor:
-        images = self.body(z).tanh()
+        images = self.body(z).tanh() if self.activation == "tanh" else self.body(z).sigmoid()
         return images if self.output_norm is None else self.output_norm(images)
+
+
+class Standardize(nn.Module):
+    """(x − mean) / std, a constant of each a channel: from pixels in [0, 1] to the teacher's normalised space."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.constants = (tuple(mean), tuple(std))
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -132,6 +175,35 @@ class GeneratorB(Generator):
         self.apply(_draw_weights)
 
 
+class GeneratorC(Generator):
+    """The generator of the CMI benchmark (arXiv 2105.08584), from which MAD's CIFAR preset starts: sigmoid, data set constants.
+
+    Args:
+        latent_dim: size of z.
+        image_size: side of the images in pixels, a multiple of 4.
+        mean, std: of the data the teacher was trained on, a number a channel.
+        width: channels of the last hidden layer (64 in the preset); the first has four times as many.
+    """
+
+    def __init__(self, latent_dim: int, image_size: int, mean: Sequence[float], std: Sequence[float], width: int = 64) -> None:
+        if image_size % 4:
+            raise DfkdError(f"generator C makes images whose side is a multiple of 4, not {image_size}")
+        side = image_size // 4
+        body = nn.Sequential(
+            nn.Linear(latent_dim, 4 * width * side**2),
+            nn.Unflatten(1, (4 * width, side, side)),
+            nn.BatchNorm2d(4 * width),
+            UpsampleConv2d(4 * width, 2 * width),
+            nn.BatchNorm2d(2 * width),
+            nn.LeakyReLU(0.2),
+            UpsampleConv2d(2 * width, width),
+            nn.BatchNorm2d(width),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, len(mean), kernel_size=3, padding=1),
+        )
+        super().__init__(body, latent_dim, Standardize(mean, std), "sigmoid")
+
+
 def _draw_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -139,10 +211,59 @@ def _draw_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-def build_generator(wanted: GeneratorSettings, channels: int, image_size: int) -> Generator:
-    """The generator of a recipe, for images of the teacher's input size."""
-    generator = {"A": GeneratorA, "B": GeneratorB}[wanted.model]
-    return generator(wanted.latent_dim, channels, image_size, wanted.width)
+def build_generator(
+    wanted: GeneratorSettings,
+    channels: int,
+    image_size: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    num_classes: int | None = None,
+) -> Generator:
+    """The generator of a recipe, for images of the teacher's input size.
+
+    Args:
+        wanted: what it is like.
+        channels: of the images.
+        image_size: side of the images in pixels.
+        mean, std: of the teacher's input, for generator C; by default 0 and 1.
+        num_classes: of the teacher, for a conditional generator.
+    """
+    latent_dim, width = wanted.latent_dim, wanted.width
+    generator: Generator
+    if wanted.model == "A":
+        generator = GeneratorA(latent_dim, channels, image_size, width)
+    elif wanted.model == "B":
+        generator = GeneratorB(latent_dim, channels, image_size, width)
+    else:
+        generator = GeneratorC(latent_dim, image_size, mean or [0.0] * channels, std or [1.0] * channels, width)
+    for layer in generator.body.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = wanted.hidden_eps
+        elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            if wanted.uniform_init:
+                nn.init.uniform_(layer.weight, -wanted.uniform_init, wanted.uniform_init)
+            if wanted.spectral_norm and not isinstance(layer, nn.Linear):
+                nn.utils.parametrizations.spectral_norm(layer)
+    if wanted.conditional:
+        if num_classes is None:
+            raise DfkdError("a conditional generator needs the number of classes")
+        generator.embedding = nn.Embedding(num_classes, latent_dim)
+    return generator
+
+
+def conditioned(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
+    """What a generator is called with: z + e_y if it has an ``embedding``, else z.
+
+    The condition is a sum, not a concatenation (MAD, arXiv 2209.10359), so any generator can be made conditional.
+
+    Args:
+        generator: any module from latent vectors to images.
+        z: (B, latent_dim).
+        labels: y, (B,).
+    """
+    embedding = getattr(generator, "embedding", None)
+    return z if embedding is None else z + embedding(labels)
 
 
 def generate(
@@ -156,48 +277,59 @@ def generate(
 
     Args:
         generators: :class:`Generator` that end alike are fused; any other modules from z to images are called.
-        latents: one (B_i, latent_dim) tensor a generator.
+        latents: one (B_i, latent_dim) tensor a generator, already :func:`conditioned`.
         out: a preallocated batch (ΣB_i, C, H, W); only under ``torch.no_grad()``.
         memory_format: layout of a batch allocated here.
 
     Returns:
         Images (ΣB_i, C, H, W).
     """
-    norms = _fusible_norms(generators)
-    if norms is None:
+    if not _end_alike(generators):
         finished = [generator(z) for generator, z in zip(generators, latents, strict=True)]
         return concat_generated(finished, activation="none", normalize="none", out=out, memory_format=memory_format)
 
     raws = [generator.body(z) for generator, z in zip(generators, latents, strict=True)]  # type: ignore[operator]
-    if not norms:
-        return concat_generated(raws, activation="tanh", normalize="none", out=out, memory_format=memory_format)
+    activation: Any = generators[0].activation
+    norm: Any = generators[0].output_norm
+    if norm is None:
+        return concat_generated(raws, activation=activation, normalize="none", out=out, memory_format=memory_format)
+    if isinstance(norm, Standardize):
+        return concat_generated(
+            raws, activation=activation, normalize="dataset", mean=norm.mean, std=norm.std, out=out, memory_format=memory_format
+        )
+    norms: list[Any] = [generator.output_norm for generator in generators]
     for norm in norms:
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
     return concat_generated(
         raws,
-        activation="tanh",
+        activation=activation,
         normalize="batch",
-        running_means=[norm.running_mean for norm in norms if norm.running_mean is not None],
-        running_vars=[norm.running_var for norm in norms if norm.running_var is not None],
+        running_means=[norm.running_mean for norm in norms],
+        running_vars=[norm.running_var for norm in norms],
         training=[norm.training for norm in norms],
-        momentum=norms[0].momentum or 0.0,
+        momentum=norms[0].momentum,
         eps=norms[0].eps,
         out=out,
         memory_format=memory_format,
     )
 
 
-def _fusible_norms(generators: Sequence[nn.Module]) -> list[nn.BatchNorm2d] | None:
-    """The output norms of generators that end alike and as ``concat_generated`` can; None where they do not."""
-    norms = []
+def _end_alike(generators: Sequence[nn.Module]) -> bool:
+    """Whether these generators end alike, and as ``concat_generated`` can."""
+    endings: set[tuple[Any, ...]] = set()
     for generator in generators:
         if not isinstance(generator, Generator) or type(generator).forward is not Generator.forward:
-            return None
+            return False
         norm = generator.output_norm
-        if norm is not None:
+        if isinstance(norm, nn.BatchNorm2d):
             if norm.affine or norm.momentum is None or norm.running_mean is None:
-                return None
-            norms.append(norm)
-    alike = len(norms) in (0, len(generators)) and len({(norm.eps, norm.momentum) for norm in norms}) <= 1
-    return norms if alike else None
+                return False
+            endings.add((generator.activation, "batch", norm.eps, norm.momentum))
+        elif isinstance(norm, Standardize):
+            endings.add((generator.activation, "dataset", norm.constants))
+        elif norm is None:
+            endings.add((generator.activation, "none"))
+        else:
+            return False
+    return len(endings) == 1

@@ -26,6 +26,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.student = path / "student.safetensors"
+        self.best_student = path / "student-best-on-test.safetensors"
         self.teacher = path / "teacher.safetensors"
         self.curves = path / "curves.png"
         self.samples = path / "samples"
@@ -53,6 +54,8 @@ class RunFolder:
                 self._events.add_scalar(f"loss/{name}", value, epoch.number)
             if epoch.student_accuracy is not None:
                 self._events.add_scalar("accuracy/student", epoch.student_accuracy, epoch.number)
+            for name, value in epoch.drift.items():
+                self._events.add_scalar(f"drift/{name}", value, epoch.number)
             self._events.flush()
 
     def end_log(self) -> None:

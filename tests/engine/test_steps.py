@@ -110,21 +110,21 @@ def test_replayed_rows_come_from_the_averaged_generator_and_a_stream_of_their_ow
     seen: list[Tensor] = []
     trainer.teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     student_step(trainer._game)
-    assert trainer.ema_generator is not None
+    assert trainer.memory is not None and trainer.memory.generator is not None
     z = torch.randn(4, 20, generator=torch.Generator().manual_seed(3 + 2**32))
     assert seen[0].shape[0] == 8
-    torch.testing.assert_close(seen[0][4:], trainer.ema_generator.network(z))
+    torch.testing.assert_close(seen[0][4:], trainer.memory.generator(z))
 
 
 def test_averaged_generator_is_never_trained_and_follows_each_generator_step(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(small_method(replay=Replay(kind="ema_generator", ema_decay=0.7)))
-    assert trainer.ema_generator is not None
+    assert trainer.memory is not None and trainer.memory.generator is not None
     expected = {name: tensor.double() for name, tensor in snapshot(trainer.generator).items()}
     for _ in range(3):
         student_step(trainer._game)
         generator_step(trainer._game)
         for name, tensor in trainer.generator.state_dict().items():
             expected[name] = 0.7 * expected[name] + 0.3 * tensor.double() if tensor.is_floating_point() else tensor.double()
-    for name, tensor in trainer.ema_generator.network.state_dict().items():
+    for name, tensor in trainer.memory.generator.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.ema_generator.network.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.memory.generator.parameters())

@@ -8,6 +8,7 @@ from scipy.special import rel_entr, softmax
 from torch import Tensor
 
 from dfkd_fast.methods import Objective
+from dfkd_fast.models import Observation
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -46,7 +47,7 @@ def test_the_student_minimises_the_chosen_discrepancy(shape: tuple[int, ...], di
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_generator_maximises_the_weighted_adversary(shape: tuple[int, ...], adversary: Any, oracle: Any, weight: float) -> None:
     student, teacher = pair(*shape)
-    terms = Objective(adversary=adversary, adversarial=weight, temperature=2.5).generator_terms(student, teacher)
+    terms = Objective(adversary=adversary, adversarial=weight, temperature=2.5).generator_terms(student, Observation(teacher))
     assert list(terms) == ["adversarial"]
     assert terms["adversarial"].item() == pytest.approx(-weight * oracle(student.detach().numpy(), teacher.numpy(), 2.5), rel=1e-12)
 
@@ -55,9 +56,9 @@ def test_the_generator_maximises_the_weighted_adversary(shape: tuple[int, ...], 
 def test_a_step_against_the_generators_gradient_drives_student_and_teacher_apart(adversary: Any) -> None:
     student, teacher = pair(5, 7)
     objective = Objective(adversary=adversary)
-    before = objective.generator_terms(student, teacher)["adversarial"]
+    before = objective.generator_terms(student, Observation(teacher))["adversarial"]
     (gradient,) = torch.autograd.grad(before, student)
-    after = objective.generator_terms(student.detach() - 1e-3 * gradient, teacher)["adversarial"]
+    after = objective.generator_terms(student.detach() - 1e-3 * gradient, Observation(teacher))["adversarial"]
     # First order: the term falls by the step times the squared gradient.
     assert after.item() - before.item() == pytest.approx(-1e-3 * gradient.square().sum().item(), rel=0.05)
 
@@ -65,7 +66,7 @@ def test_a_step_against_the_generators_gradient_drives_student_and_teacher_apart
 @pytest.mark.parametrize(("adversary", "discrepancy", "oracle"), [("l1", "kl", l1), ("kl", "l1", kl), ("log_l1", "kl", log_l1)])
 def test_student_and_generator_may_use_different_discrepancies(adversary: Any, discrepancy: Any, oracle: Any) -> None:
     student, teacher = pair(5, 7)
-    term = Objective(discrepancy=discrepancy, adversary=adversary).generator_terms(student, teacher)["adversarial"]
+    term = Objective(discrepancy=discrepancy, adversary=adversary).generator_terms(student, Observation(teacher))["adversarial"]
     assert term.item() == pytest.approx(-oracle(student.detach().numpy(), teacher.numpy(), 1.0), rel=1e-12)
 
 

@@ -37,7 +37,7 @@ def test_parameters_and_statistics_follow_the_closed_form_and_counters_are_copie
         history.append(state(original))
     weights = [decay**4, *((1 - decay) * decay ** (3 - age) for age in range(4))]
     kinds = set()
-    for name, actual in average.network.state_dict().items():
+    for name, actual in average.generator.state_dict().items():
         kinds.add(name.rpartition(".")[2])
         if actual.is_floating_point():
             expected = sum(weight * past[name].double() for weight, past in zip(weights, history, strict=True))
@@ -51,7 +51,7 @@ def test_the_average_starts_equal_and_shares_nothing_with_its_generator() -> Non
     original = generator()
     average, start = EmaGenerator(original, 0.95), state(original)
     train_a_little(original)
-    assert all(torch.equal(tensor, start[name]) for name, tensor in average.network.state_dict().items())
+    assert all(torch.equal(tensor, start[name]) for name, tensor in average.generator.state_dict().items())
     moved = state(original)
     average.follow(original)
     assert all(torch.equal(tensor, moved[name]) for name, tensor in original.state_dict().items())
@@ -61,8 +61,8 @@ def test_the_average_is_never_trained_and_its_generator_still_is() -> None:
     original = generator()
     average = EmaGenerator(original, 0.95)
     average.follow(original)
-    assert not any(parameter.requires_grad for parameter in average.network.parameters())
-    assert not average.network(torch.randn(6, 5)).requires_grad
+    assert not any(parameter.requires_grad for parameter in average.generator.parameters())
+    assert not average.generator(torch.randn(6, 5)).requires_grad
     assert original.training
     assert all(parameter.requires_grad for parameter in original.parameters())
 
@@ -72,10 +72,10 @@ def test_the_average_normalises_with_its_statistics_and_leaves_them_alone() -> N
     average = EmaGenerator(original, 0.5)
     train_a_little(original)
     average.follow(original)
-    before, z = state(average.network), torch.randn(6, 5)
-    images = average.network(z)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in average.network.state_dict().items())
-    torch.testing.assert_close(images[:1], average.network(z[:1]), rtol=1e-4, atol=1e-5)
+    before, z = state(average.generator), torch.randn(6, 5)
+    images = average.generator(z)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in average.generator.state_dict().items())
+    torch.testing.assert_close(images[:1], average.generator(z[:1]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""How far a student's predictions move when the generator does (MAD, arXiv 2209.10359, figure 1)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.kernels import js_discrepancy
+from dfkd_fast.models import conditioned, evaluating
+
+__all__ = ["Drift"]
+
+
+class Drift:
+    """Compares a student's predictions on successive versions of generators, always from the same latents.
+
+    Args:
+        samples: how many latents.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self._before: dict[str, Tensor] = {}
+
+    def measure(self, student: nn.Module, generators: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Mean Jensen–Shannon divergence in nats, by generator, between the student's predictions on images of this version and
+        of that at the last call; nothing at a generator's first. All networks are in evaluation mode; waits for the device.
+
+        Args:
+            student: images → logits, as it stands now, for both versions.
+            generators: modules with an integer ``latent_dim``, by name.
+        """
+        found = {}
+        for name, generator in generators.items():
+            now = self._images(generator)
+            if name in self._before:
+                with evaluating(student):
+                    moved = js_discrepancy(
+                        student(now),
+                        student(self._before[name]),
+                        temperature=1.0,
+                        reduction="batchmean",
+                        scale_by_temperature_squared=False,
+                    )
+                found[name] = moved.item()
+            self._before[name] = now
+        return found
+
+    def _images(self, generator: nn.Module) -> Tensor:
+        parameter = next(generator.parameters())
+        stream = torch.Generator().manual_seed(0)
+        z = torch.randn(self.samples, int(generator.latent_dim), generator=stream).to(parameter.device)  # type: ignore[arg-type]
+        embedding = getattr(generator, "embedding", None)
+        labels = torch.arange(self.samples, device=z.device) % (1 if embedding is None else embedding.num_embeddings)
+        with evaluating(generator):
+            return generator(conditioned(generator, z, labels))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The images of the last call."""
+        return dict(self._before)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from a state that :meth:`state_dict` gave."""
+        self._before = {name: images.to(device) for name, images in state.items()}

@@ -1,0 +1,70 @@
+"""MAD's replay: a slowly moving average of the generator."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from dfkd_fast.kernels import ema_update_
+from dfkd_fast.models import conditioned, freeze
+
+from .memory import Memory
+
+__all__ = ["EmaGenerator"]
+
+
+class EmaGenerator(Memory):
+    """MAD's slowly moving copy of the generator, θ̃ ← αθ̃ + (1 − α)θ (arXiv 2209.10359). It is never trained.
+
+    Floating buffers are averaged with the same α and integer ones copied; being in evaluation mode, it
+    normalises with the averaged statistics and leaves them alone. The class embeddings of a conditional generator
+    are averaged with it.
+
+    Args:
+        generator: what it starts as a copy of.
+        decay: α.
+        rows: samples a student step.
+    """
+
+    generator: nn.Module
+
+    def __init__(self, generator: nn.Module, decay: float, rows: int = 1) -> None:
+        self.generator = freeze(copy.deepcopy(generator))
+        self.decay = decay
+        self.rows = rows
+        place = next(generator.parameters())
+        self._z = torch.empty(rows, int(generator.latent_dim), device=place.device)  # type: ignore[arg-type]
+        self._labels = torch.empty(rows, dtype=torch.long, device=place.device)
+        embedding = getattr(generator, "embedding", None)
+        self._classes = 1 if embedding is None else embedding.num_embeddings
+
+    @override
+    def latents(self, stream: torch.Generator) -> Tensor:
+        self._z.normal_(generator=stream)
+        if self._classes == 1:
+            return self._z
+        return conditioned(self.generator, self._z, self._labels.random_(0, self._classes, generator=stream))
+
+    @override
+    def follow(self, generator: nn.Module) -> None:
+        """Move towards the generator's parameters and buffers."""
+        ema_update_(_state(self.generator), _state(generator), self.decay)
+
+    @override
+    def start(self, generator: nn.Module) -> None:
+        """Begin as a copy of the generator."""
+        self.generator.load_state_dict(generator.state_dict())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.state_dict()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
+
+
+def _state(network: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in (*network.parameters(), *network.buffers())]

@@ -1,0 +1,101 @@
+"""MB-DFKD's replay: a ring of stored batches."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ..batch import Batch
+from .memory import Memory
+
+__all__ = ["MemoryBank"]
+
+DTYPES = {"float32": torch.float32, "half": torch.float16, "uint8": torch.uint8}
+
+
+class MemoryBank(Memory):
+    """A ring of stored synthetic batches on the device (MB-DFKD, WACV 2022).
+
+    Now and then the first rows of the last fresh batch are stored over the oldest; a student step replays one stored
+    batch, drawn uniformly. While it is empty nothing is replayed.
+
+    Args:
+        images: a batch like those it will hold, (rows, C, H, W): shape and device are taken from it.
+        logits: the teacher's for it, likewise.
+        slots: how many batches it holds.
+        every: epochs between two stored batches.
+        storage: of the images. ``uint8`` keeps 256 levels between the least and the largest value of each channel.
+        cached_logits: keep the teacher's logits, in place of asking it again.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        logits: Tensor,
+        *,
+        slots: int,
+        every: int,
+        storage: Literal["float32", "half", "uint8"] = "half",
+        cached_logits: bool = False,
+    ) -> None:
+        self.rows = len(images)
+        self.every = every
+        self.stored = 0
+        """Batches ever stored."""
+        channels, device = images.shape[1], images.device
+        self.images = torch.zeros(slots, *images.shape, device=device, dtype=DTYPES[storage])
+        self.lowest = torch.zeros(slots, channels, 1, 1, device=device)
+        self.step = torch.zeros(slots, channels, 1, 1, device=device)
+        self.logits = torch.zeros(slots, *logits.shape, device=device, dtype=logits.dtype) if cached_logits else None
+        # Both are read on the device, so that a captured step sees what was stored after its capture.
+        self._filled = torch.zeros(1, dtype=torch.long, device=device)
+        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+
+    @property
+    @override
+    def ready(self) -> bool:
+        return self.stored > 0
+
+    @override
+    def recall(self, images: Tensor, stream: torch.Generator) -> Tensor | None:
+        slot = self._slot.random_(generator=stream).remainder_(self._filled)
+        stored = self.images.index_select(0, slot)[0]
+        if stored.dtype == torch.uint8:
+            images.copy_(stored.float() * self.step.index_select(0, slot)[0] + self.lowest.index_select(0, slot)[0])
+        else:
+            images.copy_(stored)
+        return None if self.logits is None else self.logits.index_select(0, slot)[0]
+
+    @override
+    def end_epoch(self, epoch: int, fresh: Batch) -> None:
+        if epoch % self.every == 0:
+            self.store(fresh.images[: self.rows], fresh.teacher_logits[: self.rows])
+
+    def store(self, images: Tensor, logits: Tensor) -> None:
+        """Put a batch in the place of the oldest."""
+        slot = self.stored % len(self.images)
+        if self.images.dtype == torch.uint8:
+            lowest, highest = images.amin((0, 2, 3))[:, None, None], images.amax((0, 2, 3))[:, None, None]
+            step = ((highest - lowest) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+            self.lowest[slot], self.step[slot] = lowest, step
+            images = ((images - lowest) / step).round()
+        self.images[slot] = images
+        if self.logits is not None:
+            self.logits[slot] = logits
+        self.stored += 1
+        self._filled.fill_(min(self.stored, len(self.images)))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "lowest": self.lowest, "step": self.step, "logits": self.logits, "stored": self.stored}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.images.copy_(state["images"])
+        self.lowest.copy_(state["lowest"])
+        self.step.copy_(state["step"])
+        if self.logits is not None:
+            self.logits.copy_(state["logits"])
+        self.stored = state["stored"]
+        self._filled.fill_(min(self.stored, len(self.images)))

@@ -1,0 +1,133 @@
+"""PRE-DFKD's replay: a variational autoencoder that is trained beside the student."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from dfkd_fast.kernels import l1_discrepancy
+from dfkd_fast.models import Vae
+
+from ..batch import Batch
+from ..objective import entropy, one_hot
+from .memory import Memory
+
+__all__ = ["VaeReplay"]
+
+DIVERSITY = 5.0
+"""Weight of the entropy of the mean prediction in the latents' tuning."""
+
+
+class VaeReplay(Memory):
+    """Generative pseudo replay (PRE-DFKD, arXiv 2201.03019).
+
+    The autoencoder learns fresh samples and some of its own, which keep it from forgetting, in the first student steps
+    of every iteration. Replayed latents z ~ N(0, I) first take one step of Adam towards images the teacher is sure of, of
+    all classes. The decoder is frozen there, in evaluation mode.
+
+    Args:
+        vae: encoder and decoder, on the device of the run.
+        teacher: frozen; images → logits.
+        rows: replayed samples a student step.
+        fresh_rows: fresh samples that one of its steps learns from.
+        lr: of its Adam.
+        steps: of an iteration's student steps it learns in the first so many.
+        latent_lr: of the step the latents take; 0 for none.
+        kl: weight of the divergence from N(0, I), summed over the latent dimensions.
+        pixels: reconstruct the images as well as what the teacher says of them. The paper does only the latter, its code both.
+        leak: let the gradients of the latents' step go into the decoder's next update, as the public code does.
+    """
+
+    generator: nn.Module
+
+    def __init__(
+        self,
+        vae: Vae,
+        teacher: nn.Module,
+        *,
+        rows: int,
+        fresh_rows: int,
+        lr: float = 5e-4,
+        steps: int = 4,
+        latent_lr: float = 0.02,
+        kl: float = 1e-5,
+        pixels: bool = True,
+        leak: bool = False,
+    ) -> None:
+        self.rows, self.fresh_rows, self.steps = rows, fresh_rows, steps
+        self.latent_lr, self.kl, self.pixels, self.leak = latent_lr, kl, pixels, leak
+        self.vae, self.teacher = vae, teacher
+        self.generator = vae.decoder.eval()
+        self.optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
+        device = next(vae.parameters()).device
+        self._z = torch.empty(rows, vae.latent_dim, device=device)
+        self._noise = torch.empty(rows + fresh_rows, vae.latent_dim, device=device)
+
+    @override
+    def latents(self, stream: torch.Generator) -> Tensor:
+        z = self._z.normal_(generator=stream)
+        return self.tuned(z) if self.latent_lr else z
+
+    def tuned(self, z: Tensor) -> Tensor:
+        """Latents after one step of Adam on :meth:`tuning_loss`: from no state that is z − lr·g / (|g| + ε)."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            loss = self.tuning_loss(z)
+            if self.leak:
+                loss.backward(inputs=[z, *self.vae.decoder.parameters()])
+                gradient = z.grad
+            else:
+                (gradient,) = torch.autograd.grad(loss, z)
+        assert gradient is not None
+        return z.detach() - self.latent_lr * gradient / (gradient.abs() + 1e-8)
+
+    def tuning_loss(self, z: Tensor) -> Tensor:
+        """CE(T(D(z)), own argmax) + 5 Σ p̄ log p̄ + MSE(var z, 1) + MSE(mean z, 0), moments over the batch; 0-d."""
+        logits = self.teacher(self.generator(z))
+        moments = (z.var(0) - 1).square().mean() + z.mean(0).square().mean() if len(z) > 1 else 0.0
+        return one_hot(logits) + DIVERSITY * entropy(logits) + moments
+
+    @override
+    def learn(self, batch: Batch, step: int, stream: torch.Generator) -> dict[str, Tensor]:
+        if step >= self.steps:
+            return {}
+        fresh = batch.parts[0].rows
+        # The fresh samples' first rows, then all of its own.
+        images = torch.cat([batch.images[: self.fresh_rows], batch.images[fresh:]])
+        logits = torch.cat([batch.teacher_logits[: self.fresh_rows], batch.teacher_logits[fresh:]])
+        self.vae.train()
+        loss = self.loss(images, logits, self._noise.normal_(generator=stream))
+        loss.backward(inputs=list(self.vae.parameters()))
+        self.optimizer.step()
+        # After the step, not before: what leaks into the decoder until the next one stays there.
+        self.optimizer.zero_grad()
+        self.vae.eval()
+        return {"vae": loss.detach()}
+
+    def loss(self, images: Tensor, logits: Tensor, noise: Tensor) -> Tensor:
+        """L1(T(x̂), T(x)) + L1(x̂, x) + 10⁻⁵·KL(N(μ, σ²) ‖ N(0, I)), the second if wanted; 0-d.
+
+        Args:
+            images: x, (B, C, H, W).
+            logits: T(x).
+            noise: N(0, I), (B, latent_dim).
+        """
+        mean, log_variance = self.vae.encode(images)
+        rebuilt = self.vae.decoder(mean + noise * (log_variance / 2).exp())
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
+        loss = l1_discrepancy(self.teacher(rebuilt), logits, reduction="mean") + self.kl * divergence
+        return loss + F.l1_loss(rebuilt, images) if self.pixels else loss
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        leaked = [parameter.grad for parameter in self.vae.decoder.parameters()]
+        return {"vae": self.vae.state_dict(), "optimizer": self.optimizer.state_dict(), "leaked": leaked}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.vae.load_state_dict(state["vae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, leaked in zip(self.vae.decoder.parameters(), state["leaked"], strict=True):
+            parameter.grad = None if leaked is None else leaked.to(parameter.device, copy=True)

@@ -1,0 +1,47 @@
+"""PRE-DFKD's variational autoencoder."""
+
+from torch import Tensor, nn
+
+from dfkd_fast.errors import DfkdError
+
+from .generators import GeneratorA
+
+__all__ = ["Vae"]
+
+
+class Vae(nn.Module):
+    """An encoder to N(μ, σ²) and, as decoder, DFAD's generator A (PRE-DFKD, arXiv 2201.03019).
+
+    Args:
+        latent_dim: size of the latent vectors.
+        channels: of the images.
+        image_size: side of the images in pixels, a multiple of 8.
+        width: channels of the first layer of the encoder and the last hidden one of the decoder (64 in the paper's code).
+    """
+
+    def __init__(self, latent_dim: int, channels: int, image_size: int, width: int = 64) -> None:
+        super().__init__()
+        if image_size % 8:
+            raise DfkdError(f"replay.kind 'vae' takes images whose side is a multiple of 8, not {image_size}")
+        side = image_size // 8
+        self.latent_dim = latent_dim
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels, width, kernel_size=3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, kernel_size=3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.LeakyReLU(0.2),
+            nn.Upsample(scale_factor=0.5),
+            nn.Conv2d(2 * width, 2 * width, kernel_size=3, stride=2, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.Upsample(scale_factor=0.5),
+            nn.Flatten(),
+            nn.Linear(2 * width * side**2, 2 * latent_dim),
+        )
+        self.decoder = GeneratorA(latent_dim, channels, image_size, width)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and log σ², (B, latent_dim) each, of images (B, C, H, W)."""
+        mean, log_variance = self.encoder(images).chunk(2, dim=1)
+        return mean, log_variance
