@@ -1,4 +1,4 @@
-"""The benchmarks' command line: ``python -m bench micro``, ``plot`` and ``report``."""
+"""The benchmarks' command line: ``python -m bench micro``, ``methods``, ``plot`` and ``report``."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from dfkd_fast.engine.device import device_name, pick_device
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.report import print_table
 
+from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
 from . import provenance, report
@@ -23,6 +24,8 @@ from .micro.workload import Mode
 app = typer.Typer(help="Benchmarks of dfkd_fast.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 BUSY = 0.25  # of the cores, wanted before this process wants one
 RESULTS = provenance.ROOT / "bench" / "results"
+
+METHODS = ("digits-dfad", "digits-mad", "digits-bank", "digits-vae", "digits-retain-first-order", "digits-retain")
 
 Names = list[str] | None
 
@@ -79,6 +82,31 @@ def micro(
     console.print(f"\n{target}", highlight=False, soft_wrap=True)
     if red:
         _fail(f"{red} of {count} rows have no time: they are wrong or failed", 1)
+
+
+@app.command()
+def methods(
+    recipe: Annotated[Names, typer.Option(help="Beside which the others cost what they do; may be repeated. The digits' by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of PyTorch and numba; PyTorch's choice by default.")] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Measured iterations of each.")] = 15,
+    out: Annotated[Path | None, typer.Option(help="By default bench/results/methods-DEVICE.csv.")] = None,
+) -> None:
+    """Time and memory of an iteration of each method, relative to the first recipe's."""
+    place = pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows_ = costs.measure(recipe or list(METHODS), place, turns, f"python -m bench {' '.join(sys.argv[1:])}")
+    target = out or RESULTS / f"methods-{provenance.file_name(place)}.csv"
+    costs.write(target, rows_)
+    header = ("recipe", "fresh + replayed", "ms an iteration", "× first", "peak MiB", "over first")
+    cells = [
+        (row.recipe, f"{row.fresh_rows} + {row.replayed_rows}", f"{row.iteration_ms:.1f}", f"{row.times_first:.2f}")
+        + (f"{row.peak_memory_mib:.0f}", f"{row.memory_over_first_mib:+.0f}")
+        for row in rows_
+    ]
+    print_table(Console(), header, cells)
+    typer.echo(target)
 
 
 @app.command()

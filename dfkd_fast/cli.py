@@ -21,7 +21,7 @@ from .kernels import BackendError, dispatch
 from .kernels.build import BuildError, compile_extension
 from .kernels.extension import BINARY
 from .recipe import load_recipe, recipe_to_toml, shipped_recipes
-from .report import print_table
+from .report import COLUMNS, draw_comparison, print_table, read_run, table_rows
 from .run import open_run
 
 __all__ = ["app", "main"]
@@ -95,6 +95,18 @@ def evaluate(
     if json_file is not None:
         with replacing(json_file) as part:
             part.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    picture: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("compare.png"),
+) -> None:
+    """Accuracies and retention statistics of runs, as one table and one picture."""
+    found = [read_run(run) for run in runs]
+    print_table(Console(), ("run", "teacher", *(column.replace("_", " ") for column in COLUMNS)), table_rows(found))
+    draw_comparison(found, picture)
+    typer.echo(picture)
 
 
 @app.command()

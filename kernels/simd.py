@@ -82,7 +82,11 @@ class _Threads:
 
     def __enter__(self) -> None:
         _RUNNING.acquire()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        wanted = torch.get_num_threads()
+        numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+        if torch.get_num_threads() != wanted:
+            # Launching numba's threads, once a process, sets OpenMP's number for everyone.
+            torch.set_num_threads(wanted)
 
     def __exit__(self, *_: object) -> None:
         _RUNNING.release()

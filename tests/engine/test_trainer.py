@@ -1,4 +1,3 @@
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -9,38 +8,9 @@ from torch import Tensor, nn
 from dfkd_fast import DfkdError, GeneratorA, Method, NonFiniteLossError, Replay, Trainer
 from dfkd_fast.models import build_classifier
 from tests.small import small_method, small_networks
+from tests.states import assert_equal, through_a_file, without_times
 
 MakeTrainer = Callable[..., Trainer]
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert isinstance(loaded, dict)
-    return loaded
-
-
-def assert_equal(ours: Any, theirs: Any) -> None:
-    """Equal to the bit, whatever the containers."""
-    if isinstance(ours, Tensor):
-        assert torch.equal(ours, theirs)
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            assert_equal(value, theirs[key])
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            assert_equal(one, other)
-    else:
-        assert ours == theirs
-
-
-def without_times(state: dict[str, Any]) -> dict[str, Any]:
-    history = [{**epoch, "seconds": None} for epoch in state["history"]]
-    return {**state, "history": history, "seconds": None}
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 8], ids=["first epoch", "epoch's end", "second epoch", "last epoch"])

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -184,3 +187,18 @@ def test_float32_and_signs_are_widened_and_float32_narrowed_unchanged() -> None:
     wide = np.zeros(len(signs), np.float32)
     widen_all(simd.place(signs), wide)
     assert wide.tolist() == signs.tolist()
+
+
+def test_launching_numbas_threads_leaves_pytorchs_number_alone() -> None:
+    # In a process of its own: numba launches its threads once.
+    code = """
+import torch
+torch.set_num_threads(1)
+from dfkd_fast.kernels import simd
+with simd.threads:
+    pass
+print(torch.get_num_threads())
+"""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert ran.stdout.split() == ["1"]

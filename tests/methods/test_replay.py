@@ -1,13 +1,17 @@
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 
-from dfkd_fast.methods import EmaGenerator, Replay
-from dfkd_fast.models import GeneratorA
+from dfkd_fast.methods import Batch, EmaGenerator, MemoryBank, Part, Replay, VaeReplay
+from dfkd_fast.models import GeneratorA, GeneratorSettings, Vae, build_generator
+from tests.states import through_a_file
 
 
 def generator() -> GeneratorA:
@@ -84,3 +88,327 @@ def test_the_average_normalises_with_its_statistics_and_leaves_them_alone() -> N
 def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Replay(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory_bank": {"slots": 0}},
+        {"memory_bank": {"every": 0}},
+        {"memory_bank": {"storage": "int8"}},
+        {"vae": {"latent_dim": 0}},
+        {"vae": {"steps": 0}},
+        {"vae": {"lr": 0.0}},
+        {"vae": {"leak": 1}},
+    ],
+)
+def test_a_subsection_with_a_wrong_value_names_the_field(wrong: dict[str, dict[str, Any]]) -> None:
+    ((section, fields),) = wrong.items()
+    with pytest.raises(ValidationError, match=f"{section}.{next(iter(fields))}"):
+        Replay(**wrong)  # type: ignore[arg-type]
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def conditional(num_classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return build_generator(GeneratorSettings(latent_dim=5, width=4, conditional=True), 3, 8, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("num_classes", [1, 6])
+def test_replayed_latents_are_conditioned_on_random_classes_by_the_averaged_embedding(num_classes: int) -> None:
+    original = conditional(num_classes)
+    average = EmaGenerator(original, 0.5, rows=64)
+    before = copy.deepcopy(average.generator.embedding.weight)  # type: ignore[union-attr]
+    train_a_little(original)
+    average.follow(original)
+    embedding = (before + original.embedding.weight).detach() / 2  # type: ignore[union-attr, operator]
+    assert not torch.allclose(embedding, before.detach())
+
+    found = average.latents(stream(3)) - torch.randn(64, 5, generator=stream(3))
+    distances = (found[:, None] - embedding).norm(dim=2)
+    assert (distances.amin(1) < 1e-5).all()
+    assert set(distances.argmin(1).tolist()) == set(range(num_classes))
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("build", [generator, lambda: conditional(6)])
+def test_the_average_starts_as_a_copy_of_what_was_pretrained_and_keeps_its_own_tensors(build: Callable[[], nn.Module]) -> None:
+    original = build()
+    average = EmaGenerator(original, 0.95)
+    train_a_little(original)
+    average.start(original)
+    started = state(original)
+    train_a_little(original)
+    assert all(torch.equal(tensor, started[name]) for name, tensor in average.generator.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in average.generator.parameters())
+    assert not average.generator.training
+
+
+Storage = Literal["float32", "half", "uint8"]
+
+
+def bank(slots: int = 3, rows: int = 2, *, every: int = 1, storage: Storage = "float32", cached_logits: bool = False) -> MemoryBank:
+    # Contents do not matter: they must not come out again.
+    images, logits = torch.full((rows, 3, 4, 5), float("nan")), torch.full((rows, 7), float("nan"))
+    return MemoryBank(images, logits, slots=slots, every=every, storage=storage, cached_logits=cached_logits)
+
+
+def fresh(number: int, rows: int = 4) -> Batch:
+    """Images that know their number, and the teacher's logits for them, which do too."""
+    torch.manual_seed(number)
+    return Batch(number + torch.rand(rows, 3, 4, 5) / 2, number + torch.rand(rows, 7) / 2, [Part(rows, 1.0)])
+
+
+def draws(memory: MemoryBank, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor | None]]:
+    found, drawn = stream(seed), []
+    for _ in range(count):
+        images = torch.full((memory.rows, 3, 4, 5), float("nan"))
+        drawn.append((images, memory.recall(images, found)))
+    return drawn
+
+
+@pytest.mark.parametrize("stored", [1, 2, 3, 4, 5, 7])
+def test_a_ring_replays_the_newest_batches_uniformly_and_no_slot_that_is_not_filled(stored: int) -> None:
+    memory = bank(slots=3)
+    for number in range(1, stored + 1):
+        memory.end_epoch(number, fresh(number))
+    alive = [number for number in range(1, stored + 1) if number > stored - 3]
+    counts = dict.fromkeys(alive, 0)
+    stored_images = {number: fresh(number).images[:2] for number in alive}
+    for images, logits in draws(memory, 300):
+        assert logits is None
+        number = int(images.min())
+        assert torch.equal(images, stored_images[number])
+        counts[number] += 1
+    # Six standard deviations of a binomial of 300 draws are 52 at most.
+    assert all(abs(count - 300 / len(alive)) < 52 for count in counts.values())
+
+
+def test_a_bank_that_is_empty_is_not_ready_and_stores_at_the_end_of_every_nth_epoch() -> None:
+    memory, filled = bank(slots=2, every=3), []
+    for epoch in range(1, 10):
+        memory.end_epoch(epoch, fresh(epoch))
+        filled.append(memory.ready)
+    assert filled == [False, False, *7 * [True]]
+    assert {int(images.min()) for images, _ in draws(memory, 40)} == {6, 9}
+
+
+def test_half_storage_returns_the_images_rounded_to_half() -> None:
+    memory = bank(storage="half")
+    memory.end_epoch(1, fresh(1))
+    ((images, _),) = draws(memory, 1)
+    assert torch.equal(images, fresh(1).images[:2].half().float())
+    assert memory.images.dtype == torch.float16
+
+
+def test_uint8_storage_errs_by_half_a_256th_of_each_channels_own_range_at_most() -> None:
+    torch.manual_seed(0)
+    # Far apart in scale and place; the last channel is constant.
+    images = torch.randn(2, 3, 4, 5) * torch.tensor([1e-3, 50.0, 0.0])[:, None, None] + torch.tensor([7.0, -30.0, 0.3])[:, None, None]
+    memory = bank(storage="uint8")
+    memory.store(2 * images, torch.zeros(2, 7))
+    memory.store(images, torch.zeros(2, 7))
+    assert memory.images.dtype == torch.uint8
+    found = next(recalled for recalled, _ in draws(memory, 20) if abs(recalled[0, 0, 0, 0].item() - 7) < 1)
+    ranges = images.amax((0, 2, 3)) - images.amin((0, 2, 3))
+    errors = (found - images).abs().amax((0, 2, 3))
+    # Half a step, and a rounding of the largest magnitude.
+    assert (errors <= ranges / 255 / 2 + 4e-7 * images.abs().amax((0, 2, 3))).all()
+    assert (errors[:2] > ranges[:2] / 255 / 4).all()
+    assert torch.equal(found[:, 2], images[:, 2])
+
+
+@pytest.mark.parametrize("storage", ["float32", "half", "uint8"])
+def test_cached_logits_are_those_of_the_batch_that_is_replayed(storage: Storage) -> None:
+    memory, seen = bank(storage=storage, cached_logits=True), set()
+    for number in range(1, 5):
+        memory.end_epoch(number, fresh(number))
+    for images, logits in draws(memory, 30):
+        number = round(images.min().item() - 0.1)
+        seen.add(number)
+        assert logits is not None
+        assert torch.equal(logits, fresh(number).teacher_logits[:2])
+    assert seen == {2, 3, 4}
+
+
+@pytest.mark.parametrize("storage", ["float32", "half", "uint8"])
+@pytest.mark.parametrize("cached_logits", [False, True])
+@pytest.mark.parametrize("stored", [0, 2, 4])
+def test_a_restored_bank_draws_the_same_batches_and_overwrites_the_same_slot(storage: Storage, cached_logits: bool, stored: int) -> None:
+    memory, restored = (bank(storage=storage, cached_logits=cached_logits) for _ in range(2))
+    for number in range(1, stored + 1):
+        memory.end_epoch(number, fresh(number))
+    restored.load_state_dict(through_a_file(memory.state_dict()))
+    assert restored.ready is memory.ready
+    for one in (memory, restored):
+        one.end_epoch(9, fresh(9))
+    for (images, logits), (others, other_logits) in zip(draws(memory, 12), draws(restored, 12), strict=True):
+        assert torch.equal(images, others)
+        assert (logits is None) is (other_logits is None) is not cached_logits
+        if logits is not None and other_logits is not None:
+            assert torch.equal(logits, other_logits)
+
+
+def vae_replay(**options: Any) -> VaeReplay:
+    """Of 2×8×8 images; its teacher is not frozen, so that a gradient that reached it would be seen."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(108, 6)).eval()
+    vae = Vae(5, 2, 8, width=3)
+    for _ in range(3):  # statistics that differ from those of a batch
+        vae.decoder(1 + torch.randn(6, 5))
+        vae.encode(torch.randn(6, 2, 8, 8) - 1)
+    vae.eval()
+    return VaeReplay(vae, teacher, rows=options.pop("rows", 4), fresh_rows=3, **options)
+
+
+def student_batch(seed: int = 1) -> Batch:
+    """Six fresh rows and four replayed ones."""
+    torch.manual_seed(seed)
+    return Batch(torch.randn(10, 2, 8, 8), torch.randn(10, 6), [Part(6, 1.0), Part(4, 1.0)])
+
+
+def gradients(parameters: Any) -> list[Tensor | None]:
+    return [parameter.grad for parameter in parameters]
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_autoencoders_loss_is_l1_on_logits_and_pixels_and_the_divergence_from_a_normal(pixels: bool, kl: float) -> None:
+    memory = vae_replay(pixels=pixels, kl=kl)
+    memory.vae.double()
+    memory.teacher.double()
+    twin = copy.deepcopy(memory.vae)
+    x, noise = torch.randn(7, 2, 8, 8).double(), torch.randn(7, 5).double()
+    logits = torch.randn(7, 6).double()
+    loss = memory.loss(x, logits, noise)
+    loss.backward(inputs=list(memory.vae.parameters()))
+
+    mean, log_variance = twin.encoder(x).split(5, dim=1)
+    deviation = torch.exp(log_variance).sqrt()
+    rebuilt = twin.decoder(mean + deviation * noise)
+    expected = (memory.teacher(rebuilt) - logits).abs().sum() / (7 * 6)
+    expected = expected + kl * kl_divergence(Normal(mean, deviation), Normal(0.0, 1.0)).sum() / 7
+    if pixels:
+        expected = expected + (rebuilt - x).abs().sum() / (7 * 2 * 8 * 8)
+    expected.backward(inputs=list(twin.parameters()))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(memory.vae.parameters()), gradients(twin.parameters()), rtol=1e-9, atol=1e-12)
+
+
+def tuning_loss(memory: VaeReplay, z: Tensor) -> Tensor:
+    logits = memory.teacher(memory.vae.decoder(z))
+    mean_prediction = logits.softmax(1).mean(0)
+    moments = F.mse_loss(z.var(0), torch.ones(5)) + F.mse_loss(z.mean(0), torch.zeros(5)) if len(z) > 1 else 0.0
+    return F.cross_entropy(logits, logits.argmax(1)) + 5 * (mean_prediction * mean_prediction.log()).sum() + moments
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("leak", [False, True])
+def test_replayed_latents_have_taken_one_step_of_adam_on_the_tuning_loss(rows: int, leak: bool) -> None:
+    memory = vae_replay(rows=rows, latent_lr=0.03, leak=leak)
+    twin = copy.deepcopy(memory)
+    found = memory.latents(stream(2))
+    start = torch.empty(rows, 5).normal_(generator=stream(2))
+    z = start.clone().requires_grad_()
+    adam = torch.optim.Adam([z], lr=0.03)
+    tuning_loss(twin, z).backward(inputs=[z])
+    adam.step()
+    torch.testing.assert_close(found, z.detach(), rtol=0, atol=1e-5)
+    assert (found - start).abs().amax() > 0.02
+    assert not found.requires_grad
+
+
+def test_latents_that_take_no_step_are_those_that_were_drawn() -> None:
+    assert torch.equal(vae_replay(latent_lr=0.0).latents(stream(2)), torch.empty(4, 5).normal_(generator=stream(2)))
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_drawing_latents_moves_neither_weights_nor_statistics_and_gives_the_teacher_no_gradient(leak: bool) -> None:
+    memory = vae_replay(leak=leak)
+    before = state(memory.vae)
+    with torch.no_grad():  # as in a student step
+        memory.generator(memory.latents(stream()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in memory.vae.state_dict().items())
+    assert gradients(memory.teacher.parameters()) == 4 * [None]
+    assert not memory.vae.training
+
+
+def test_drawing_latents_leaves_no_gradient_in_the_decoder_and_its_next_update_is_the_same_without_it() -> None:
+    memory, twin = vae_replay(), vae_replay()
+    memory.latents(stream(1))
+    memory.latents(stream(2))
+    assert all(gradient is None for gradient in gradients(memory.vae.parameters()))
+    for one in (memory, twin):
+        one.learn(student_batch(), 0, stream(3))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(state(memory.vae).values(), state(twin.vae).values(), strict=True))
+
+
+def test_a_leak_adds_the_gradients_of_every_draw_since_to_the_decoders_next_update() -> None:
+    memory = vae_replay(leak=True)
+    twin, batch = copy.deepcopy(memory), student_batch()
+    decoder = list(memory.vae.decoder.parameters())
+    memory.latents(stream(1))
+    memory.latents(stream(2))
+    memory.learn(batch, 0, stream(3))
+
+    for seed in (1, 2):
+        z = torch.empty(4, 5).normal_(generator=stream(seed)).requires_grad_()
+        tuning_loss(twin, z).backward(inputs=list(twin.vae.decoder.parameters()))
+    twin.vae.train()
+    rows = torch.cat([torch.arange(3), torch.arange(6, 10)])
+    noise = torch.empty(7, 5).normal_(generator=stream(3))
+    twin.loss(batch.images[rows], batch.teacher_logits[rows], noise).backward(inputs=list(twin.vae.parameters()))
+    for parameter, other in zip(decoder, twin.vae.decoder.parameters(), strict=True):
+        # Adam's first average is a tenth of the gradient it was given.
+        assert other.grad is not None
+        torch.testing.assert_close(10 * memory.optimizer.state[parameter]["exp_avg"], other.grad, rtol=1e-4, atol=1e-5)
+    assert all(gradient is None for gradient in gradients(memory.vae.parameters()))
+
+
+def test_the_autoencoder_learns_the_first_fresh_rows_and_all_of_its_own_by_adam() -> None:
+    memory, batch = vae_replay(lr=2e-3), student_batch()
+    twin = copy.deepcopy(memory.vae).train()
+    losses = memory.learn(batch, 3, stream(3))
+    adam = torch.optim.Adam(twin.parameters(), lr=2e-3)
+    reference = vae_replay()
+    reference.vae = twin
+    rows = [0, 1, 2, 6, 7, 8, 9]
+    loss = reference.loss(batch.images[rows], batch.teacher_logits[rows], torch.empty(7, 5).normal_(generator=stream(3)))
+    loss.backward()
+    adam.step()
+    torch.testing.assert_close(losses, {"vae": loss.detach()})
+    torch.testing.assert_close(memory.vae.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+    assert gradients(memory.teacher.parameters()) == 4 * [None]
+    assert not any(module.training for module in memory.vae.modules())
+
+
+def test_the_autoencoder_learns_in_the_first_steps_of_an_iteration_only() -> None:
+    memory, moved = vae_replay(steps=2), []
+    for step in range(4):
+        before = state(memory.vae)
+        losses = memory.learn(student_batch(step), step, stream(step))
+        moved.append((list(losses), any(not torch.equal(tensor, before[name]) for name, tensor in memory.vae.state_dict().items())))
+    assert moved == [(["vae"], True), (["vae"], True), ([], False), ([], False)]
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_a_restored_autoencoder_goes_on_bit_for_bit_with_what_had_leaked(leak: bool) -> None:
+    def go_on(memory: VaeReplay) -> list[Tensor]:
+        drawn = []
+        for step in range(2):
+            drawn.append(memory.latents(random))
+            memory.learn(student_batch(step), step, random)
+        return [*drawn, *state(memory.vae).values()]
+
+    memory, restored = vae_replay(leak=leak), vae_replay(leak=leak)
+    random = stream(5)
+    go_on(memory)
+    memory.latents(random)  # the leak of this draw is not yet in an update
+    saved, place = through_a_file(memory.state_dict()), random.get_state()
+    expected = go_on(memory)
+    random.set_state(place)
+    restored.load_state_dict(saved)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(go_on(restored), expected, strict=True))

@@ -1,15 +1,28 @@
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import Generator, GeneratorA, GeneratorB, GeneratorSettings, UpsampleConv2d, build_generator, generate
+from dfkd_fast.models import (
+    Generator,
+    GeneratorA,
+    GeneratorB,
+    GeneratorC,
+    GeneratorSettings,
+    Standardize,
+    UpsampleConv2d,
+    build_generator,
+    conditioned,
+    generate,
+)
 
 
 def close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
@@ -71,6 +84,25 @@ def textbook_b(latent_dim: int, channels: int, image_size: int, width: int) -> l
         up = nn.ConvTranspose2d(before * width, after * width, 4, stride=2, padding=1, bias=False)
         layers += [up, nn.BatchNorm2d(after * width), nn.LeakyReLU(0.2)]
     return [*layers, nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()]
+
+
+def test_generator_c_is_its_layers_then_sigmoid_then_the_constants_of_the_data() -> None:
+    torch.manual_seed(0)
+    latent_dim, width, mean, std = 7, 4, (0.5, 0.4), (0.25, 2.0)
+    generator = GeneratorC(latent_dim, 12, mean, std, width).double()
+    layers = textbook_a(latent_dim, 2, 12, width)[:-2]
+    layers[:3] = [nn.Linear(latent_dim, 4 * width * 9), nn.Unflatten(1, (4 * width, 3, 3)), nn.BatchNorm2d(4 * width)]
+    layers[4] = nn.Conv2d(4 * width, 2 * width, 3, padding=1)
+    twin = nn.Sequential(*layers).double()
+    twin.load_state_dict(dict(zip(twin.state_dict(), generator.body.state_dict().values(), strict=True)))
+    z = torch.randn(6, latent_dim, dtype=torch.float64)
+    made, raw = generator(z), twin(z)
+    expected = torch.stack([(1 / (1 + (-raw[:, index]).exp()) - mean[index]) / std[index] for index in range(2)], 1)
+    close(made, expected, 1e-7)  # the constants are float32
+    made.square().mean().backward()
+    expected.square().mean().backward()
+    for weight, other in zip(generator.parameters(), twin.parameters(), strict=True):
+        close(weight.grad, other.grad, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +192,12 @@ def test_a_size_no_generator_can_make_is_refused(kind: type[GeneratorA] | type[G
         kind(10, 1, image_size)
 
 
-@pytest.mark.parametrize(("model", "kind"), [("A", GeneratorA), ("B", GeneratorB)])
+def test_a_size_generator_c_cannot_make_is_refused() -> None:
+    with pytest.raises(DfkdError, match="multiple of 4, not 18"):
+        GeneratorC(10, 18, [0.5], [0.5])
+
+
+@pytest.mark.parametrize(("model", "kind"), [("A", GeneratorA), ("B", GeneratorB), ("C", GeneratorC)])
 def test_a_recipes_section_builds_its_generator(model: Any, kind: type[Generator]) -> None:
     generator = build_generator(GeneratorSettings(model=model, latent_dim=6, width=3), channels=2, image_size=16)
     assert type(generator) is kind
@@ -169,7 +206,19 @@ def test_a_recipes_section_builds_its_generator(model: Any, kind: type[Generator
     assert [layer.in_channels for layer in generator.modules() if type(layer) is nn.Conv2d] == [3]
 
 
-@pytest.mark.parametrize("wrong", [{"model": "C"}, {"latent_dim": 0}, {"latent_dim": "9"}, {"width": True}, {"widht": 8}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": "D"},
+        {"latent_dim": 0},
+        {"latent_dim": "9"},
+        {"width": True},
+        {"widht": 8},
+        {"conditional": 1},
+        {"hidden_eps": 0.0},
+        {"uniform_init": -0.1},
+    ],
+)
 def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         GeneratorSettings(**wrong)
@@ -195,9 +244,28 @@ class Cumulative(Generator):
         super().__init__(body, 5, nn.BatchNorm2d(3, affine=False, momentum=None))
 
 
+MEAN, STD = [0.5, -0.2, 0.3], [0.2, 1.5, 0.7]
+
+
+def built(model: Any, **options: Any) -> Generator:
+    settings = GeneratorSettings(model=model, latent_dim=5, width=4, **options)
+    return build_generator(settings, 3, 16, mean=MEAN, std=STD, num_classes=6)
+
+
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "A": lambda: built("A"),
+    "B": lambda: built("B"),
+    "C": lambda: built("C"),
+    "D": lambda: GeneratorC(5, 16, STD, MEAN, width=4),  # C, for other data
+    "S": lambda: built("A", spectral_norm=True, hidden_eps=0.8, uniform_init=0.08),
+    "T": lambda: built("B", spectral_norm=True),
+    "O": Own,
+    "M": Cumulative,
+}
+
+
 def small(kinds: str) -> Iterator[nn.Module]:
-    for kind in kinds:
-        yield {"A": GeneratorA, "B": GeneratorB}[kind](5, 3, 16, width=4) if kind in "AB" else Own() if kind == "O" else Cumulative()
+    return (SMALL[kind]() for kind in kinds)
 
 
 def states(generators: Sequence[nn.Module]) -> list[Tensor]:
@@ -208,7 +276,7 @@ def gradients(generators: Sequence[nn.Module]) -> list[Tensor | None]:
     return [parameter.grad for generator in generators for parameter in generator.parameters()]
 
 
-@pytest.mark.parametrize("kinds", ["A", "AA", "B", "BB", "O", "OO", "AO", "OBA", "CC"])
+@pytest.mark.parametrize("kinds", ["A", "AA", "B", "BB", "C", "CC", "CD", "CA", "AS", "TB", "O", "OO", "AO", "OBA", "MM"])
 @pytest.mark.parametrize("training", [(True, True, True), (False, True, False), (False, False, False)])
 def test_generate_equals_the_generators_own_forwards(kinds: str, training: tuple[bool, ...]) -> None:
     torch.manual_seed(0)
@@ -229,7 +297,7 @@ def test_generate_equals_the_generators_own_forwards(kinds: str, training: tuple
         close(gradient, other, 1e-3)
 
 
-@pytest.mark.parametrize("kinds", ["AA", "BB", "AO"])
+@pytest.mark.parametrize("kinds", ["AA", "BB", "CC", "CD", "SA", "AO"])
 def test_generate_fills_a_given_batch(kinds: str) -> None:
     torch.manual_seed(0)
     generators = [generator.eval() for generator in small(kinds)]
@@ -244,3 +312,95 @@ def test_an_output_norm_without_running_statistics_is_applied_as_its_own_forward
     generator = Generator(nn.Unflatten(1, (3, 2, 2)), 12, nn.BatchNorm2d(3, affine=False, track_running_stats=False))
     z = torch.randn(5, 12)
     torch.testing.assert_close(generate([generator], [z]), generator(z))
+
+
+def largest_singular_values(generator: Generator) -> dict[str, float]:
+    """Of the weights the convolutions compute with, an output channel a row."""
+    found = {}
+    for name, layer in generator.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            weight = layer.weight.detach().double()
+            rows = weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight
+            found[name] = float(np.linalg.norm(rows.flatten(1).numpy(), 2))
+    return found
+
+
+@pytest.mark.parametrize("model", ["A", "B", "C"])
+def test_spectral_norm_makes_1_the_largest_singular_value_of_every_convolution_and_of_no_linear_layer(model: Any) -> None:
+    torch.manual_seed(0)
+    generator, plain = built(model, spectral_norm=True, uniform_init=0.3), built(model, uniform_init=0.3)
+    for _ in range(60):  # a step of the power iteration each
+        generator(torch.randn(2, 5))
+    found = largest_singular_values(generator.eval())
+    assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-3)
+    assert all(value > 1.1 for value in largest_singular_values(plain).values())
+    assert not any(is_parametrized(layer) for layer in generator.modules() if isinstance(layer, nn.Linear))
+
+
+@pytest.mark.parametrize("kind", ["S", "T"])
+def test_spectral_norm_survives_a_copy_and_a_state(kind: str) -> None:
+    torch.manual_seed(0)
+    generator, other = small(2 * kind)
+    for _ in range(3):
+        generator(torch.randn(4, 5))
+    other.load_state_dict(generator.state_dict())
+    z = torch.randn(4, 5)
+    twins = [generator, copy.deepcopy(generator), other]
+    for mode in (False, True, True):  # in training the power iteration goes on alike
+        images, copied, loaded = (twin.train(mode)(z) for twin in twins)
+        assert torch.equal(images, copied)
+        assert torch.equal(images, loaded)
+
+
+@pytest.mark.parametrize("model", ["A", "B", "C"])
+def test_hidden_eps_is_of_every_batch_norm_but_the_last(model: Any) -> None:
+    generator = built(model, hidden_eps=0.8)
+    norms = {name: layer.eps for name, layer in generator.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    hidden = {name: eps for name, eps in norms.items() if name.startswith("body.")}
+    assert len(hidden) == {"A": 3, "B": 5, "C": 3}[model]
+    assert set(hidden.values()) == {0.8}
+    assert [norms[name] for name in norms.keys() - hidden] == ([1e-5] if model == "A" else [])
+
+
+@pytest.mark.parametrize("model", ["A", "B", "C"])
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_uniform_init_draws_all_weights_between_its_bounds_and_nothing_else(model: Any, spectral_norm: bool) -> None:
+    torch.manual_seed(0)
+    generator = built(model, uniform_init=0.08, spectral_norm=spectral_norm)
+    drawn = 0
+    for name, parameter in generator.named_parameters():
+        if parameter.ndim > 1:
+            drawn += 1
+            assert 0.07 < parameter.abs().max().item() <= 0.08
+            # Of n draws from U(−a, a) the mean square is a²/3, give or take .9 of it by √n.
+            assert parameter.square().mean().item() == pytest.approx(0.08**2 / 3, rel=5 / parameter.numel() ** 0.5)
+        elif "weight" in name and model != "B":
+            assert torch.equal(parameter, torch.ones_like(parameter))
+    assert drawn == {"A": 4, "B": 6, "C": 4}[model]
+
+
+def test_a_conditional_generator_is_called_with_the_sum_of_latent_and_embedding() -> None:
+    torch.manual_seed(0)
+    generator, z, labels = built("A", conditional=True), torch.randn(4, 5), torch.tensor([5, 0, 5, 2])
+    assert generator.embedding is not None and generator.embedding.weight.shape == (6, 5)
+    expected = torch.stack([z[row] + generator.embedding.weight[label] for row, label in enumerate(labels.tolist())])
+    given = conditioned(generator, z, labels)
+    assert torch.equal(given, expected)
+    given.sum().backward()
+    counts = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 2.0])
+    assert torch.equal(generator.embedding.weight.grad, counts[:, None].expand(6, 5))
+    assert conditioned(built("A"), z, labels) is z
+    assert conditioned(Own(), z, labels) is z
+
+
+def test_a_conditional_generator_of_unknown_classes_is_refused() -> None:
+    with pytest.raises(DfkdError, match="number of classes"):
+        build_generator(GeneratorSettings(conditional=True), 3, 16)
+
+
+def test_generator_c_without_constants_gives_pixels_between_0_and_1() -> None:
+    torch.manual_seed(0)
+    generator = build_generator(GeneratorSettings(model="C", latent_dim=5, width=4), 2, 8)
+    assert isinstance(generator.output_norm, Standardize)
+    images = generator(100 * torch.randn(16, 5))
+    assert 0 <= images.min().item() < images.max().item() <= 1

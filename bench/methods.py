@@ -1,0 +1,128 @@
+"""What each method costs: time and memory of an iteration, beside those of the first one."""
+
+import csv
+import dataclasses
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dfkd_fast import Recipe, Trainer, load_recipe
+from dfkd_fast.engine.device import device_name, peak_memory_bytes
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.files import replacing
+from dfkd_fast.models import build_classifier, build_generator
+
+from . import provenance
+
+__all__ = ["Row", "measure", "read", "write"]
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe."""
+
+    recipe: str
+    fresh_rows: int
+    replayed_rows: int
+    iteration_ms: float
+    """Median: all the student's and the generator's steps."""
+    times_first: float
+    """That over the first recipe's, the median of the turns' ratios."""
+    peak_memory_mib: float
+    """Of a process that does nothing else; on a CPU everything it holds, PyTorch too."""
+    memory_over_first_mib: float
+    turns: int
+    device: str
+    load: float
+    torch: str
+    commit: str
+    command: str
+
+
+def measure(names: Sequence[str], device: torch.device, turns: int, command: str) -> list[Row]:
+    """Time the recipes' iterations in turns, with untrained networks, and take each one's memory in a process of its own."""
+    recipes = [load_recipe(name, {"loop.iterations_per_epoch": turns + WARM_UP + 1}) for name in names]
+    trainers = [_trainer(recipe, device) for recipe in recipes]
+    for _ in range(WARM_UP):
+        for trainer in trainers:
+            _seconds(trainer)
+    load = os.getloadavg()[0]
+    seconds = [[_seconds(trainer) for trainer in trainers] for _ in range(turns)]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = [pool.apply(_peak_memory, (name, device.type, torch.get_num_threads())) / 2**20 for name in names]
+    rows = []
+    for index, (recipe, trainer) in enumerate(zip(recipes, trainers, strict=True)):
+        rows.append(
+            Row(
+                recipe=recipe.name,
+                fresh_rows=recipe.loop.batch_size,
+                replayed_rows=trainer.memory.rows if trainer.memory else 0,
+                iteration_ms=round(1e3 * statistics.median(turn[index] for turn in seconds), 3),
+                times_first=round(statistics.median(turn[index] / turn[0] for turn in seconds), 4),
+                peak_memory_mib=round(memory[index], 1),
+                memory_over_first_mib=round(memory[index] - memory[0], 1),
+                turns=turns,
+                device=device_name(device),
+                load=round(load, 2),
+                torch=str(torch.__version__),
+                commit=provenance.commit(),
+                command=command,
+            )
+        )
+    return rows
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write a file anew: times of different runs are not comparable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _trainer(recipe: Recipe, device: torch.device) -> Trainer:
+    torch.manual_seed(0)
+    data = recipe.data
+    teacher, student = (build_classifier(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
+    generator = build_generator(
+        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+    )
+    trainer = Trainer(teacher, student, generator, recipe, device=device)
+    _seconds(trainer)
+    if trainer.memory is not None and not trainer.memory.ready:
+        trainer.memory.end_epoch(recipe.replay.memory_bank.every, trainer._game.fresh)
+        if not trainer.memory.ready:
+            raise DfkdError(f"recipe {recipe.name!r}: its memory stays empty")
+    return trainer
+
+
+def _seconds(trainer: Trainer) -> float:
+    begin = time.perf_counter()
+    trainer._iterate()
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _peak_memory(name: str, device_type: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    device = torch.device(device_type)
+    trainer = _trainer(load_recipe(name), device)
+    for _ in range(WARM_UP):
+        _seconds(trainer)
+    return peak_memory_bytes(device)

@@ -1,0 +1,350 @@
+"""Points of the three axes played through the trainer."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dfkd_fast import DfkdError, Loop, Method, NonFiniteLossError, Objective, Optimizer, Replay, Trainer, Update
+from dfkd_fast.engine.steps import generator_step, student_step
+from dfkd_fast.methods import BankSettings, MemoryBank, VaeSettings
+from dfkd_fast.models import GeneratorSettings, build_generator
+from tests.small import Networks, small_networks
+from tests.states import assert_equal, through_a_file, without_times
+
+MakeTrainer = Callable[..., Trainer]
+
+SMALL_VAE = {"latent_dim": 7, "width": 2, "steps": 1}
+REPLAYS = {
+    "none": Replay(),
+    "ema_generator": Replay(kind="ema_generator"),
+    "memory_bank": Replay(kind="memory_bank", rows=3, memory_bank=BankSettings(slots=2, every=1)),
+    "memory_bank, uint8": Replay(
+        kind="memory_bank", rows=3, memory_bank=BankSettings(slots=2, every=1, storage="uint8", cached_logits=True)
+    ),
+    "vae": Replay(kind="vae", rows=3, vae=VaeSettings(**SMALL_VAE)),  # type: ignore[arg-type]
+    "vae, leak": Replay(kind="vae", rows=3, vae=VaeSettings(**SMALL_VAE, leak=True)),  # type: ignore[arg-type]
+}
+KINDS = ["ema_generator", "memory_bank", "vae"]
+EVERY_TERM = Objective(
+    adversary="js", one_hot=1.0, entropy=5.0, activation=0.1, bn_moments=1.0, class_nll=1.0, embedding_norm=1.0, temperature=3.0
+)
+
+
+def method(
+    *, replay: str | Replay = "none", update: Any = "plain", objective: Objective | None = None, generator_lr: float = 1e-3, **loop: Any
+) -> Method:
+    return Method(
+        loop=Loop(**{"epochs": 2, "iterations_per_epoch": 2, "batch_size": 8, "student_steps": 2, "channels_last": False, **loop}),
+        replay=REPLAYS[replay] if isinstance(replay, str) else replay,
+        update=Update(kind=update, inner_lr=0.01),
+        objective=objective or Objective(),
+        student_optimizer=Optimizer(lr=0.01, weight_decay=5e-4, schedule="cosine"),
+        generator_optimizer=Optimizer(kind="adam", lr=generator_lr),
+    )
+
+
+def classifier(width: int) -> nn.Module:
+    """With batch norm, of images of 8×8."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU()]
+    layers += [nn.Conv2d(width, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+
+
+def normalised_networks(seed: int = 0, *, conditional: bool = False) -> Networks:
+    torch.manual_seed(seed)
+    settings = GeneratorSettings(latent_dim=20, width=4, conditional=conditional)
+    return classifier(8), classifier(4), build_generator(settings, 3, 8, num_classes=10)
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(network.state_dict())
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("replay", KINDS)
+def test_every_update_runs_with_every_replay_and_each_trains_another_student(
+    make_trainer: MakeTrainer, replay: str, channels_last: bool
+) -> None:
+    students = []
+    for update in ("plain", "pooled", "first-order", "second-order"):
+        trainer = make_trainer(method(replay=replay, update=update, channels_last=channels_last))
+        trainer.fit()
+        assert [set(epoch.losses) for epoch in trainer.history] == 2 * [
+            {"student", "adversarial"} | ({"vae"} if replay == "vae" else set())
+        ]
+        assert all(torch.tensor(value).isfinite() for epoch in trainer.history for value in epoch.losses.values())
+        assert trainer.memory is not None and trainer.memory.ready
+        students.append(weights(trainer.student))
+    assert not any(equal(one, other) for index, one in enumerate(students) for other in students[:index])
+
+
+@pytest.mark.parametrize("update", ["first-order", "second-order"])
+def test_an_update_that_retains_is_refused_where_nothing_is_replayed(update: str) -> None:
+    for replay in (Replay(), Replay(kind="vae", weight=0.0)):
+        with pytest.raises(ValidationError, match=f"update.kind = '{update}'.*needs replayed samples"):
+            method(update=update, replay=replay)
+
+
+def test_without_replay_the_pooled_update_is_the_plain_one(make_trainer: MakeTrainer) -> None:
+    plain, pooled = (make_trainer(method(update=update)) for update in ("plain", "pooled"))
+    assert equal(weights(plain.fit()), weights(pooled.fit()))
+
+
+@pytest.mark.parametrize("replay", KINDS)
+@pytest.mark.parametrize("update", ["plain", "pooled"])
+def test_replay_of_weight_zero_equals_none_bit_for_bit(make_trainer: MakeTrainer, replay: str, update: str) -> None:
+    plain = make_trainer(method(update=update))
+    weightless = make_trainer(method(update=update, replay=dataclasses.replace(REPLAYS[replay], weight=0.0)))
+    plain.fit()
+    weightless.fit()
+    assert_equal(without_times(weightless.state_dict()), without_times(plain.state_dict()))
+
+
+def test_a_bank_changes_nothing_before_it_holds_a_batch_and_something_after(make_trainer: MakeTrainer) -> None:
+    plain, banked = (make_trainer(method(replay=replay, epochs=3)) for replay in ("none", "memory_bank"))
+    same = [one.losses == other.losses for one, other in zip(plain, banked, strict=True)]
+    assert same == [True, False, False]
+
+
+def test_a_bank_stores_the_first_rows_of_the_last_student_steps_fresh_batch(make_trainer: MakeTrainer) -> None:
+    replay = dataclasses.replace(REPLAYS["memory_bank"], memory_bank=BankSettings(slots=2, every=1, storage="float32"))
+    trainer = make_trainer(method(replay=replay, epochs=1))
+    seen: list[Tensor] = []
+    trainer.teacher.register_forward_pre_hook(lambda _, given: None if given[0].requires_grad else seen.append(given[0].clone()))
+    trainer.fit()
+    assert isinstance(trainer.memory, MemoryBank)
+    assert torch.equal(trainer.memory.images[0], seen[-1][:3])
+    assert not trainer.memory.images[1].any()
+
+
+@pytest.mark.parametrize(
+    "replay",
+    [
+        Replay(kind="memory_bank", rows=9, memory_bank=BankSettings(every=1)),
+        Replay(kind="vae", vae=VaeSettings(latent_dim=7, width=2, fresh_rows=9)),
+    ],
+    ids=["memory_bank.rows", "vae.fresh_rows"],
+)
+def test_more_rows_than_a_batch_has_are_refused_before_the_run(make_trainer: MakeTrainer, replay: Replay) -> None:
+    with pytest.raises((ValidationError, DfkdError), match="rows"):
+        make_trainer(method(replay=replay))
+
+
+def stop_at(trainer: Trainer, iterations: int) -> None:
+    trainer.on_iteration = lambda trainer: trainer.stop() if trainer.iterations_done == iterations else None
+
+
+def stop_in_pretraining(trainer: Trainer, step: int) -> None:
+    steps = iter(range(1, 100))
+    assert isinstance(trainer.generator.body, nn.Module)
+    trainer.generator.body.register_forward_hook(lambda *_: trainer.stop() if next(steps) == step else None)
+
+
+@pytest.mark.parametrize("replay", ["ema_generator", "memory_bank", "memory_bank, uint8", "vae", "vae, leak"])
+def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_was_not(make_trainer: MakeTrainer, replay: str) -> None:
+    everything = method(
+        replay=replay,
+        update="second-order",
+        objective=EVERY_TERM,
+        epochs=3,
+        generator_pretraining=3,
+        generator_first=True,
+        student_ema_decay=0.7,
+        drift_samples=4,
+    )
+    networks = normalised_networks(conditional=True)
+    whole = make_trainer(everything, networks=networks)
+    whole.fit()
+    assert set(whole.history[2].drift) == {"generator"} | ({"replay"} if replay.startswith(("ema", "vae")) else set())
+    expected = without_times(whole.state_dict())
+
+    stops: list[tuple[Callable[[Trainer, int], None], int]] = [(stop_in_pretraining, step) for step in (1, 3)]
+    stops += [(stop_at, iterations) for iterations in (1, 2, 5)]
+    for stop, when in stops:
+        stopped = make_trainer(everything, networks=networks)
+        stop(stopped, when)
+        stopped.fit()
+        assert (stopped.pretrained, stopped.iterations_done) == ((when, 0) if stop is stop_in_pretraining else (3, when))
+        state = through_a_file(stopped.state_dict())
+        resumed = make_trainer(everything, seed=50, networks=(networks[0], *normalised_networks(seed=7, conditional=True)[1:]))
+        resumed.load_state_dict(state)
+        resumed.fit()
+        assert_equal(without_times(resumed.state_dict()), expected)
+
+
+def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_ended(make_trainer: MakeTrainer) -> None:
+    wanted = method(replay="ema_generator", objective=EVERY_TERM, generator_pretraining=4, generator_lr=0.05)
+    trainer = make_trainer(wanted, networks=normalised_networks(conditional=True))
+    student, generator = weights(trainer.student), weights(trainer.generator)
+    stop_in_pretraining(trainer, 4)
+    trainer.fit()
+    assert equal(weights(trainer.student), student)
+    assert trainer.memory is not None and trainer.memory.generator is not None
+    assert equal(weights(trainer.memory.generator), weights(trainer.generator))
+    assert not any(torch.equal(tensor, generator[name]) for name, tensor in trainer.generator.named_parameters())
+    assert trainer.losses == {}
+    # The game itself does not begin again with it.
+    trainer.fit()
+    assert not equal(weights(trainer.memory.generator), weights(trainer.generator))
+
+
+def test_pretraining_takes_the_steps_of_a_game_without_adversary(make_trainer: MakeTrainer) -> None:
+    objective, alone = (Objective(one_hot=1.0, bn_moments=0.5, adversarial=adversarial) for adversarial in (1.0, 0.0))
+    trainer = make_trainer(method(objective=objective, generator_pretraining=3), networks=normalised_networks())
+    stop_in_pretraining(trainer, 3)
+    trainer.fit()
+    other = make_trainer(method(objective=alone), networks=normalised_networks())
+    for _ in range(3):
+        generator_step(other._game)
+    assert equal(weights(trainer.generator), weights(other.generator))
+
+
+def test_a_pretraining_that_goes_astray_is_reported(make_trainer: MakeTrainer) -> None:
+    networks = normalised_networks()
+    with torch.no_grad():
+        next(networks[0].parameters()).fill_(float("nan"))
+    trainer = make_trainer(method(objective=Objective(one_hot=1.0), generator_pretraining=2), networks=networks)
+    with pytest.raises(NonFiniteLossError, match="'one_hot' is nan after 2 steps of its pretraining"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("generator_first", [False, True])
+def test_an_iteration_begins_with_whom_the_loop_says(make_trainer: MakeTrainer, generator_first: bool) -> None:
+    trainer = make_trainer(method(epochs=1, iterations_per_epoch=1, generator_steps=2, generator_first=generator_first))
+    trainer.fit()
+    twin = make_trainer(method(epochs=1))
+    turns: list[Callable[[], Any]] = [lambda: [student_step(twin._game, step) for step in range(2)]]
+    turns.insert(0 if generator_first else 1, lambda: [generator_step(twin._game) for _ in range(2)])
+    for turn in turns:
+        turn()
+    assert equal(weights(trainer.student), weights(twin.student))
+    assert equal(weights(trainer.generator), weights(twin.generator))
+
+
+@pytest.mark.parametrize(("generator_first", "first"), [(False, "student step 1"), (True, "generator step 1")])
+def test_the_first_of_several_losses_that_are_not_finite_is_named(make_trainer: MakeTrainer, generator_first: bool, first: str) -> None:
+    teacher, student, generator = small_networks()
+    with torch.no_grad():
+        next(student.parameters()).fill_(float("nan"))
+    trainer = make_trainer(method(generator_first=generator_first), networks=(teacher, student, generator))
+    with pytest.raises(NonFiniteLossError, match=f"at {first} of iteration 1, epoch 1"):
+        trainer.fit()
+
+
+def test_the_result_is_the_students_average_which_is_what_is_evaluated(make_trainer: MakeTrainer) -> None:
+    evaluated: list[nn.Module] = []
+    trainer = make_trainer(
+        method(student_steps=1, student_ema_decay=0.8, student_in_generator_step="eval"),
+        networks=normalised_networks(),
+        evaluate=lambda network: evaluated.append(network) or 0.0,  # type: ignore[func-returns-value]
+    )
+    past = [weights(trainer.student)]
+    trainer.on_iteration = lambda trainer: past.append(weights(trainer.student))
+    result = trainer.fit()
+    assert result is trainer.result is not trainer.student
+    assert evaluated == [result, result]
+    shares = [0.8**4, *(0.2 * 0.8 ** (3 - age) for age in range(4))]
+    for name, tensor in result.state_dict().items():
+        if tensor.is_floating_point():
+            expected = sum(share * state[name].double() for share, state in zip(shares, past, strict=True))
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert tensor.item() == 4
+    assert not torch.allclose(next(result.parameters()), next(trainer.student.parameters()), rtol=1e-4)
+
+
+class Still(nn.Module):
+    """A generator without statistics: at a learning rate of nothing it stands still."""
+
+    latent_dim = 20
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(20, 192), nn.Unflatten(1, (3, 8, 8)), nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.layers(z)
+        return images
+
+
+@pytest.mark.parametrize(("lr", "moves"), [(1e-30, False), (1e-2, True)])
+def test_predictions_drift_as_far_as_the_generators_move(make_trainer: MakeTrainer, lr: float, moves: bool) -> None:
+    teacher, student, _ = normalised_networks()
+    trainer = make_trainer(method(replay="ema_generator", epochs=3, drift_samples=6, generator_lr=lr), networks=(teacher, student, Still()))
+    first, *others = trainer
+    assert first.drift == {}
+    for epoch in others:
+        assert set(epoch.drift) == {"generator", "replay"}
+        assert all((value > 1e-7) is moves for value in epoch.drift.values())
+
+
+def test_drift_is_not_measured_unasked(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(method())
+    trainer.fit()
+    assert [epoch.drift for epoch in trainer.history] == [{}, {}]
+
+
+def test_measuring_drift_leaves_the_trajectory_alone(make_trainer: MakeTrainer) -> None:
+    trainers = [make_trainer(method(replay="vae", drift_samples=samples), networks=normalised_networks()) for samples in (0, 4)]
+    assert equal(*(weights(trainer.fit()) for trainer in trainers))
+
+
+def test_predictions_drift_less_with_the_averaged_generator_than_with_the_generator(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        method(replay="ema_generator", epochs=8, iterations_per_epoch=6, batch_size=16, drift_samples=64, generator_lr=5e-3),
+        networks=normalised_networks(),
+    )
+    drifts = [epoch.drift for epoch in trainer][1:]
+    # Both have moved: an average that stood still would have no drift at all.
+    assert 0 < sum(drift["replay"] for drift in drifts) < sum(drift["generator"] for drift in drifts)
+    assert all(drift["replay"] > 1e-6 for drift in drifts)
+
+
+def test_pretraining_with_nothing_but_the_adversary_is_refused() -> None:
+    for objective in (Objective(), Objective(embedding_norm=1.0)):
+        with pytest.raises(ValidationError, match="generator_pretraining = 5: needs a term of the objective"):
+            method(objective=objective, generator_pretraining=5)
+
+
+@pytest.mark.parametrize("term", ["class_nll", "embedding_norm"])
+def test_a_term_of_the_class_is_refused_with_a_generator_that_knows_none(make_trainer: MakeTrainer, term: str) -> None:
+    wanted = method(objective=Objective(**{term: 1.0}))  # type: ignore[arg-type]
+    with pytest.raises(DfkdError, match=f"objective.{term}.*generator.conditional = true"):
+        make_trainer(wanted, networks=normalised_networks())
+    make_trainer(wanted, networks=normalised_networks(conditional=True)).fit()
+
+
+def test_a_conditional_generator_learns_its_embeddings_and_a_plain_game_uses_them(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(method(epochs=1), networks=normalised_networks(conditional=True))
+    assert trainer.generator.embedding is not None
+    before = weights(trainer.generator)
+    trainer.fit()
+    moved = (trainer.generator.state_dict()["embedding.weight"] != before["embedding.weight"]).any(1)
+    assert moved.sum() >= 5  # of ten classes, two batches of eight saw most
+
+
+def test_a_teacher_without_batch_norm_is_refused_by_the_terms_name(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(DfkdError, match=r"objective\.bn_moments.*LeNet5"):
+        make_trainer(method(objective=Objective(bn_moments=1.0)))
+
+
+def test_the_autoencoder_is_the_same_whatever_was_drawn_before(make_trainer: MakeTrainer) -> None:
+    trainers = []
+    for seed in (1, 2):
+        networks = small_networks()
+        torch.manual_seed(seed)
+        trainers.append(make_trainer(method(replay="vae"), networks=networks))
+        assert torch.initial_seed() == seed
+    assert_equal(*(trainer.state_dict()["memory"]["vae"] for trainer in trainers))
+    other = make_trainer(method(replay="vae"), seed=4)
+    assert not equal(other.state_dict()["memory"]["vae"], trainers[0].state_dict()["memory"]["vae"])

@@ -1,0 +1,169 @@
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast import DfkdError
+from dfkd_fast.methods import Objective
+from dfkd_fast.models import Observer, build_classifier, freeze
+
+
+class Sequences(nn.Module):
+    """A 1-d batch norm over (N, C, L), twice, behind one over (N, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.flat = nn.Linear(2 * 5 * 3, 12), nn.BatchNorm1d(12)
+        self.again = nn.BatchNorm1d(4)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.flat(self.project(x.flatten(1))).unflatten(1, (4, 3))
+        return self.head(self.again(self.again(hidden).tanh()).flatten(1))
+
+
+def images_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.Softplus(),
+        nn.Conv2d(4, 3, 3, padding=1, bias=False),
+        nn.BatchNorm2d(3, affine=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(3 * 5 * 3, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 3),
+    )
+
+
+NETWORKS = [images_network, Sequences]
+
+
+def trained(build: Callable[[], nn.Module]) -> nn.Module:
+    """A frozen teacher whose running statistics are neither 0 nor 1, in float64; it takes (N, 2, 5, 3)."""
+    torch.manual_seed(0)
+    network = build().double()
+    for _ in range(3):
+        network(1 + 2 * torch.randn(8, 2, 5, 3, dtype=torch.float64))
+    return freeze(network)
+
+
+def images() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(7, 2, 5, 3, dtype=torch.float64) - 0.5
+
+
+def inputs_of(network: nn.Module, kinds: tuple[type[nn.Module], ...], x: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """What the layers of some kinds are given, call by call, as hooks on a copy see it."""
+    network = copy.deepcopy(network)
+    seen: list[tuple[nn.Module, Tensor]] = []
+    for module in network.modules():
+        if isinstance(module, kinds):
+            module.register_forward_pre_hook(lambda layer, given: seen.append((layer, given[0].detach())))
+    network(x)
+    return seen
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_statistics_are_the_moments_of_each_batch_norms_input_beside_its_running_ones(build: Callable[[], nn.Module]) -> None:
+    teacher, x = trained(build), images()
+    observation = Observer(teacher, statistics=True, features=False)(x)
+    seen = inputs_of(teacher, (nn.BatchNorm1d, nn.BatchNorm2d), x)
+    assert len(observation.statistics) == len(observation.running) == 2 * len(seen) == 6
+    for index, (layer, given) in enumerate(seen):
+        rows = np.moveaxis(given.numpy(), 1, -1).reshape(-1, given.shape[1])
+        for offset, moment in enumerate((rows.mean(0), rows.var(0))):
+            np.testing.assert_allclose(observation.statistics[2 * index + offset].numpy(), moment, rtol=1e-12, atol=1e-14)
+        assert torch.equal(observation.running[2 * index], layer.running_mean)  # type: ignore[arg-type]
+        assert torch.equal(observation.running[2 * index + 1], layer.running_var)  # type: ignore[arg-type]
+    assert observation.features is None
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_features_are_what_the_classifier_is_given(build: Callable[[], nn.Module]) -> None:
+    teacher, x = trained(build), images()
+    observation = Observer(teacher, statistics=False, features=True)(x)
+    assert observation.features is not None
+    assert torch.equal(observation.features, inputs_of(teacher, (nn.Linear,), x)[-1][1])
+    assert observation.statistics == observation.running == ()
+
+
+def bn_moments(teacher: nn.Module, x: Tensor) -> float:
+    total = 0.0
+    for layer, given in inputs_of(teacher, (nn.BatchNorm1d, nn.BatchNorm2d), x):
+        rows = np.moveaxis(given.numpy(), 1, -1).reshape(-1, given.shape[1])
+        total += float(np.linalg.norm(rows.mean(0) - layer.running_mean.numpy()))  # type: ignore[union-attr, operator]
+        total += float(np.linalg.norm(rows.var(0) - layer.running_var.numpy()))  # type: ignore[union-attr, operator]
+    return total
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_the_statistics_term_and_its_gradient_to_the_images_are_the_equations(build: Callable[[], nn.Module]) -> None:
+    teacher, x = trained(build), images().requires_grad_()
+    observation = Observer(teacher, statistics=True, features=True)(x)
+    term = Objective(bn_moments=1.0).generator_terms(None, observation)["bn_moments"]
+    assert term.item() == pytest.approx(bn_moments(teacher, x.detach()), rel=1e-12)
+
+    (gradient,) = torch.autograd.grad(term, x)
+    expected = torch.zeros_like(gradient)
+    for place in np.ndindex(*x.shape):
+        step = torch.zeros_like(gradient)
+        step[place] = 1e-5
+        expected[place] = (bn_moments(teacher, x.detach() + step) - bn_moments(teacher, x.detach() - step)) / 2e-5
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("statistics", "features"), [(True, True), (True, False), (False, True), (False, False)])
+def test_an_observer_answers_to_the_bit_as_its_teacher_and_shares_every_tensor_with_it(statistics: bool, features: bool) -> None:
+    torch.manual_seed(0)
+    teacher = build_classifier("wrn10_1", 10, 3)
+    teacher(torch.randn(8, 3, 16, 16))
+    freeze(teacher)
+    observer, x = Observer(teacher, statistics=statistics, features=features), torch.randn(5, 3, 16, 16)
+    assert torch.equal(observer(x).logits, teacher(x))
+    ours, theirs = observer.network.state_dict(), teacher.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
+    with torch.no_grad():
+        next(teacher.parameters()).mul_(2)
+    assert torch.equal(observer(x).logits, teacher(x))
+
+
+def test_the_teacher_keeps_its_classes_and_has_neither_hooks_nor_inputs() -> None:
+    teacher = trained(images_network)
+    before = {name: (type(module), set(vars(module))) for name, module in teacher.named_modules()}
+    Observer(teacher, statistics=True, features=True)(images())
+    assert {name: (type(module), set(vars(module))) for name, module in teacher.named_modules()} == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in teacher.modules())
+
+
+def test_an_observer_holds_no_activation_between_calls() -> None:
+    observer = Observer(trained(images_network), statistics=True, features=True)
+    first = observer(images())
+    second = observer(images())
+    assert len(second.statistics) == len(first.statistics)
+    held = [value for module in observer.network.modules() for value in vars(module).get("inputs", [])]
+    assert held == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "wanted", "message"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(30, 3)), {"statistics": True, "features": False}, "objective.bn_moments.*Sequential"),
+        (
+            nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.Linear(30, 3)),
+            {"statistics": True, "features": True},
+            "objective.bn_moments",
+        ),
+        (nn.Sequential(nn.BatchNorm2d(2), nn.Flatten()), {"statistics": True, "features": True}, "objective.activation.*Sequential"),
+    ],
+)
+def test_a_teacher_without_such_a_layer_is_refused_by_the_name_of_the_term(
+    teacher: nn.Module, wanted: dict[str, bool], message: str
+) -> None:
+    with pytest.raises(DfkdError, match=message):
+        Observer(freeze(teacher), **wanted)

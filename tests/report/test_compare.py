@@ -1,0 +1,76 @@
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dfkd_fast import DfkdError
+from dfkd_fast.evaluation import retention
+from dfkd_fast.report import COLUMNS, draw_comparison, read_run, table_rows
+
+
+def finished_run(path: Path, recipe: str, seed: int, curve: list[float]) -> Path:
+    path.mkdir()
+    summary = {"recipe": recipe, "seed": seed, "teacher_accuracy": 98.0, "retention": asdict(retention(curve, 93.0))}
+    (path / "summary.json").write_text(json.dumps(summary))
+    lines = [json.dumps({"epoch": number, "student_accuracy": accuracy}) for number, accuracy in enumerate(curve, start=1)]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_every_run_has_a_row_and_runs_of_one_recipe_a_row_of_means(tmp_path: Path) -> None:
+    runs = [
+        read_run(finished_run(tmp_path / "a0", "a", 0, [50.0, 90.0, 80.0, 94.0])),
+        read_run(finished_run(tmp_path / "b0", "b", 0, [60.0, 70.0, 75.0, 76.0])),
+        read_run(finished_run(tmp_path / "a1", "a", 1, [40.0, 80.0, 90.0, 96.0])),
+    ]
+    rows = table_rows(runs)
+    assert [row[0] for row in rows] == ["a, seed 0", "a, seed 1", "a, mean of 2", "b, seed 0"]
+    drop = 2 + COLUMNS.index("largest_drop")
+    assert [row[drop] for row in rows] == ["10.00", "0.00", "5.00", "0.00"]
+    assert [row[2] for row in rows] == ["94.00", "96.00", "95.00", "76.00"]
+
+
+def test_epochs_without_evaluation_are_no_points_of_the_curve(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "a", "a", 0, [50.0, 90.0])
+    lines = ['{"epoch": 1, "student_accuracy": null}', '{"epoch": 2, "student_accuracy": 50.0}', '{"epoch": 3, "student_accuracy": 90.0}']
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_run(folder).curve == [(2, 50.0), (3, 90.0)]
+
+
+def test_the_picture_shows_every_recipe_in_a_colour_of_its_own(tmp_path: Path) -> None:
+    runs = [read_run(finished_run(tmp_path / name, name, 0, [50.0, 90.0, 80.0])) for name in "abc"]
+    draw_comparison(runs, tmp_path / "all.png")
+    draw_comparison(runs[:1], tmp_path / "one.png")
+    colours = {
+        name: {colour for _, colour in Image.open(tmp_path / name).convert("RGB").getcolors(10**6)} for name in ("all.png", "one.png")
+    }
+    blue, orange, green = (31, 119, 180), (255, 127, 14), (44, 160, 44)
+
+    def near(wanted: tuple[int, int, int], found: set[tuple[int, ...]]) -> bool:
+        # Curves are a little transparent, bars more so: what counts is the direction from white.
+        return any(max(abs(a - (255 - 0.8 * (255 - b))) for a, b in zip(colour, wanted, strict=True)) < 3 for colour in found)
+
+    assert all(near(colour, colours["all.png"]) for colour in (blue, orange, green))
+    assert [near(colour, colours["one.png"]) for colour in (blue, orange, green)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "summary.json").unlink(), "holds no finished run"),
+        (lambda folder: (folder / "summary.json").write_text("{"), "no run that can be read"),
+        (lambda folder: (folder / "summary.json").write_text("[]"), "no run that can be read"),
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "no run that can be read"),
+        (lambda folder: (folder / "summary.json").write_text('{"retention": null}'), "never evaluated"),
+    ],
+    ids=["unfinished", "no JSON", "another JSON", "no log", "not evaluated"],
+)
+def test_what_cannot_be_compared_is_named(tmp_path: Path, break_it: object, message: str) -> None:
+    folder = finished_run(tmp_path / "broken", "a", 0, [50.0])
+    break_it(folder)  # type: ignore[operator]
+    with pytest.raises(DfkdError, match=message) as caught:
+        read_run(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
