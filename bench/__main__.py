@@ -86,7 +86,7 @@ def micro(
 
 @app.command()
 def methods(
-    recipe: Annotated[Names, typer.Option(help="Beside which the others cost what they do; may be repeated. The digits' by default.")] = None,
+    recipe: Annotated[Names, typer.Option(help="The first is what the others are set against; repeated. The digits' by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Of PyTorch and numba; PyTorch's choice by default.")] = None,
     turns: Annotated[int, typer.Option(min=1, help="Measured iterations of each.")] = 15,
@@ -101,8 +101,10 @@ def methods(
     costs.write(target, rows_)
     header = ("recipe", "fresh + replayed", "ms an iteration", "× first", "peak MiB", "over first")
     cells = [
-        (row.recipe, f"{row.fresh_rows} + {row.replayed_rows}", f"{row.iteration_ms:.1f}", f"{row.times_first:.2f}")
-        + (f"{row.peak_memory_mib:.0f}", f"{row.memory_over_first_mib:+.0f}")
+        (
+            *(row.recipe, f"{row.fresh_rows} + {row.replayed_rows}", f"{row.iteration_ms:.1f}", f"{row.times_first:.2f}"),
+            *(f"{row.peak_memory_mib:.0f}", f"{row.memory_over_first_mib:+.0f}"),
+        )
         for row in rows_
     ]
     print_table(Console(), header, cells)

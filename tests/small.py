@@ -23,6 +23,7 @@ def small_method(
     batch_size: int = 8,
     channels_last: bool = False,
     student_steps: int = 2,
+    fold_teacher: bool = True,
 ) -> Method:
     return Method(
         loop=Loop(
@@ -31,6 +32,7 @@ def small_method(
             batch_size=batch_size,
             student_steps=student_steps,
             channels_last=channels_last,
+            fold_teacher=fold_teacher,
         ),
         replay=replay or Replay(),
         student_optimizer=Optimizer(lr=0.01, weight_decay=5e-4, schedule="cosine"),

@@ -1,10 +1,12 @@
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dfkd_fast import DfkdError, Loop, load_recipe
+from dfkd_fast import DfkdError, Loop, Trainer, load_recipe
+from dfkd_fast.models import build_classifier, build_generator
 from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml, shipped_recipes
 
 
@@ -33,7 +35,7 @@ def test_shipped_recipe_is_printed_completely_and_read_back_equal(name: str) -> 
         ("loop.channels_last", 1, "loop.channels_last = 1: must be true or false"),
         ("replay.ema_decay", 1.5, "replay.ema_decay = 1.5: must be a number ≥ 0 and ≤ 1"),
         ("replay.kind", "ema", "replay.kind = 'ema': unknown choice 'ema': did you mean 'ema_generator'?"),
-        ("objective.discrepancy", "l2", "there are kl, l1"),
+        ("objective.discrepancy", "l2", "there are js, kl, l1"),
         ("student_optimizer.lr", float("nan"), "student_optimizer.lr = nan: must be a number > 0"),
         ("student_optimizer.lr", 0, "student_optimizer.lr = 0: must be a number > 0"),
         ("student_optimizer.betas", [0.1], "student_optimizer.betas.1 is missing"),
@@ -86,12 +88,58 @@ def test_an_unusable_file_is_named(tmp_path: Path, text: str | None, message: st
         load_recipe(str(path))
 
 
-def test_digits_dfad_shares_networks_data_and_loop_with_digits() -> None:
-    mad, dfad = load_recipe("digits"), load_recipe("digits-dfad")
-    for section in ("data", "teacher", "teacher_optimizer", "student", "generator", "generator_optimizer", "loop", "objective"):
-        assert getattr(dfad, section) == getattr(mad, section)
-    assert (dfad.replay.kind, dfad.student_optimizer.kind, dfad.student_optimizer.schedule) == ("none", "sgd", "constant")
-    assert mad.replay.kind == "ema_generator"
+@pytest.mark.parametrize("name", ["digits-mad", "digits-bank", "digits-vae", "digits-retain", "digits-retain-first-order"])
+def test_the_methods_on_digits_differ_only_in_replay_and_update(name: str) -> None:
+    dfad, other = load_recipe("digits-dfad"), load_recipe(name)
+    for section in (
+        "data",
+        "teacher",
+        "teacher_optimizer",
+        "student",
+        "generator",
+        "objective",
+        "student_optimizer",
+        "generator_optimizer",
+    ):
+        assert getattr(other, section) == getattr(dfad, section)
+    loop = dfad.loop
+    assert (other.loop.epochs, other.loop.iterations_per_epoch, other.loop.student_steps) == (
+        loop.epochs,
+        loop.iterations_per_epoch,
+        loop.student_steps,
+    )
+    assert other.loop.batch_size + other.replay.rows_of(other.loop.batch_size) == loop.batch_size
+    assert not dfad.replay.replays
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_networks_of_a_shipped_recipe_play_an_iteration(name: str) -> None:
+    recipe = load_recipe(
+        name,
+        {
+            "loop.batch_size": 2,
+            "loop.epochs": 1,
+            "loop.iterations_per_epoch": 1,
+            "loop.student_steps": 1,
+            "loop.generator_pretraining": 0,
+            "generator.width": 4,
+            "replay.rows": 2,
+            "replay.vae.width": 4,
+            "student_optimizer.milestones": [],
+            "generator_optimizer.milestones": [],
+        },
+    )
+    data = recipe.data
+    names = {"cifar_resnet34": "wrn10_1", "cifar_resnet18": "wrn10_1", "wrn40_2": "wrn10_1"}  # as deep as a test can wait for
+    teacher, student = (
+        build_classifier(names.get(model, model), data.num_classes, data.channels) for model in (recipe.teacher.model, recipe.student.model)
+    )
+    generator = build_generator(
+        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+    )
+    trainer = Trainer(teacher, student, generator, recipe)
+    trainer.fit()
+    assert all(math.isfinite(loss) for loss in trainer.history[0].losses.values())
 
 
 def test_mnist_dfad_is_the_papers_setting() -> None:

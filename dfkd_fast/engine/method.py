@@ -7,6 +7,7 @@ from dfkd_fast.methods import Objective, Replay, Update
 from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
 
 from .optim import Optimizer
+from .precision import PrecisionName
 
 __all__ = ["Loop", "Method"]
 
@@ -30,6 +31,14 @@ class Loop:
     """Mode of the student while the generator learns: DFAD trains through its batch statistics."""
     channels_last: Flag = True
     """Memory layout of networks and images. The function is the same, the rounding is not."""
+    precision: PrecisionName = "fp32"
+    """What networks compute in, under autocast; weights and averages are float32 always. ``fp16`` scales the losses."""
+    fold_teacher: Flag = True
+    """Fold the teacher's batch norms into its convolutions. The function is the same, the rounding is not."""
+    compile: Flag = False
+    """Compile teacher, student and generator with torch.compile."""
+    capture: Flag = True
+    """On a GPU, replay steps as CUDA graphs."""
     student_ema_decay: Fraction = 0.0
     """Of an average of the student, which is then what is evaluated and kept; 0 for none."""
     drift_samples: Count = 0
@@ -53,6 +62,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.update.retains and not self.replay.replays:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
+        if self.loop.precision == "fp16" and (self.update.retains or (self.replay.replays and self.replay.kind == "vae")):
+            raise ValueError("loop.precision = 'fp16': not with replay.kind 'vae' nor with first-order or second-order updates; use 'bf16'")
         if self.loop.generator_pretraining and not self.objective.generator_alone:
             raise ValueError(
                 f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a term of the objective beside the adversary's"

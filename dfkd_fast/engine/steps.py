@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import Batch, Memory, Part
 from dfkd_fast.models import Observer, conditioned, generate
 
 from .method import Method
+from .precision import Precision
 
 __all__ = ["Game", "generator_step", "student_step"]
 
@@ -21,12 +23,16 @@ class Game:
     """The players of the two-player game and the buffers they play on, all on one device."""
 
     teacher: nn.Module
+    """As it is called: folded, in the precision of the run."""
     observer: Observer
-    """The teacher as the generator sees it."""
+    """The same as the generator sees it."""
     student: nn.Module
     generator: nn.Module
     memory: Memory | None
+    average: FusedEMA | None
+    """Of the student."""
     method: Method
+    precision: Precision
     student_optimizer: torch.optim.Optimizer
     generator_optimizer: torch.optim.Optimizer
     latents: Tensor
@@ -58,8 +64,17 @@ def student_step(game: Game, step: int = 0) -> dict[str, Tensor]:
     """
     batch = _draw_batch(game)
     game.student_optimizer.zero_grad()
-    loss = game.method.update.backward(game.student, batch, game.method.objective)
-    game.student_optimizer.step()
+    precision = game.precision
+    loss = game.method.update.backward(
+        game.student,
+        batch,
+        game.method.objective,
+        autocast=precision.autocast,
+        scale=lambda loss: precision.scale("student", loss),
+    )
+    precision.step("student", game.student_optimizer)
+    if game.average is not None:
+        game.average.update(game.student)
     learnt = game.memory.learn(batch, step, game.replay_stream) if game.memory is not None and game.memory.ready else {}
     return {"student": loss, **learnt}
 
@@ -74,19 +89,21 @@ def generator_step(game: Game, *, adversarial: bool = True) -> dict[str, Tensor]
         game: who plays.
         adversarial: False for a step of the pretraining, which leaves the student alone.
     """
-    objective = game.method.objective
+    objective, precision = game.method.objective, game.precision
     latents = _draw_latents(game)
-    images = generate([game.generator], [latents], memory_format=_layout(game.method))
     answers = None
-    if adversarial and objective.adversarial:
-        game.student.train(game.method.loop.student_in_generator_step == "train")
-        answers = game.student(images)
-        game.student.train()
+    with precision.autocast():
+        images = generate([game.generator], [latents], memory_format=_layout(game.method))
+        if adversarial and objective.adversarial:
+            game.student.train(game.method.loop.student_in_generator_step == "train")
+            answers = game.student(images)
+            game.student.train()
+        observed = game.observer(images)
     embeddings = game.generator.embedding(game.labels) if objective.embedding_norm else None  # type: ignore[operator]
-    terms = objective.generator_terms(answers, game.observer(images), game.labels, embeddings)
+    terms = objective.generator_terms(answers, observed, game.labels, embeddings)
     game.generator_optimizer.zero_grad()
-    torch.stack(list(terms.values())).sum().backward(inputs=list(game.generator.parameters()))
-    game.generator_optimizer.step()
+    precision.scale("generator", torch.stack(list(terms.values())).sum()).backward(inputs=list(game.generator.parameters()))
+    precision.step("generator", game.generator_optimizer)
     if game.memory is not None and adversarial:
         game.memory.follow(game.generator)
     return {name: term.detach() for name, term in terms.items()}
@@ -97,22 +114,23 @@ def _draw_batch(game: Game) -> Batch:
     """Fresh and replayed images in the game's buffers, with the teacher's logits."""
     replay, memory, fresh = game.method.replay, game.memory, len(game.latents)
     generators, latents, parts = [game.generator], [_draw_latents(game)], [Part(fresh, replay.fresh_weight)]
-    kept = None
-    if memory is None or not memory.ready:
-        images = generate(generators, latents, out=game.images[:fresh])
-    else:
-        parts.append(Part(memory.rows, replay.weight))
-        if memory.generator is not None:
-            images = generate([*generators, memory.generator], [*latents, memory.latents(game.replay_stream)], out=game.images)
-        else:
+    images, kept = game.images[:fresh], None
+    with game.precision.autocast():
+        if memory is not None and memory.ready:
+            parts.append(Part(memory.rows, replay.weight))
+            if memory.generator is not None:
+                generators.append(memory.generator)
+                latents.append(memory.latents(game.replay_stream))
+                images = game.images
+        generate(generators, latents, out=images)
+        if len(parts) > len(generators) and memory is not None:
             images = game.images
-            generate(generators, latents, out=images[:fresh])
             kept = memory.recall(images[fresh:], game.replay_stream)
-    logits = game.logits[: len(images)]
-    if kept is None:
-        logits.copy_(game.teacher(images))
-    else:
-        torch.cat([game.teacher(images[:fresh]), kept], out=logits)
+        asked = images if kept is None else images[:fresh]
+        logits = game.logits[: len(images)]
+        logits[: len(asked)] = game.teacher(asked)
+        if kept is not None:
+            logits[fresh:] = kept
     return Batch(images, logits, parts)
 
 

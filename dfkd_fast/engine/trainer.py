@@ -1,5 +1,6 @@
 """The trainer: alternates student and generator steps, and can stop and continue at any iteration."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -12,12 +13,13 @@ from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.evaluation import Drift
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import build_memory
-from dfkd_fast.models import Observer, conditioned, evaluating, freeze
+from dfkd_fast.models import FoldingError, Observer, conditioned, evaluating, folded_and_checked, freeze, lower_precision
 
 from .device import Clock
 from .fit import check_networks
 from .method import Method
 from .optim import build_optimizer, build_schedule
+from .precision import Precision
 from .steps import Game, generator_step, student_step
 
 __all__ = ["Epoch", "Trainer"]
@@ -45,7 +47,8 @@ class Trainer:
     Iterate over it for one :class:`Epoch` at a time, or call :meth:`fit`. Both go on from where it stands.
 
     Args:
-        teacher: images (B, C, H, W) → logits (B, classes). Put in evaluation mode and frozen, in place.
+        teacher: images (B, C, H, W) → logits (B, classes). Put in evaluation mode and frozen, in place; its weights are
+            read here, once, where they are folded or cast.
         student: the same signature; trained in place.
         generator: one of :mod:`dfkd_fast.models`, or any module with an attribute ``latent_dim`` that maps
             z (B, latent_dim) to images (B, C, H, W); trained in place.
@@ -88,6 +91,9 @@ class Trainer:
         ]
         self.fresh_stream = torch.Generator(self.device).manual_seed(seed)
         self.replay_stream = torch.Generator(self.device).manual_seed(seed + 2**32)
+        self.precision = Precision(method.loop.precision, self.device)
+        self.remarks: list[str] = []
+        """What was asked for and is done another way, a line each."""
         self.clock = Clock(self.device)
         self.history: list[Epoch] = []
         self.pretrained = 0
@@ -143,11 +149,11 @@ class Trainer:
     def sample(self, count: int) -> Tensor:
         """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""
         stream = torch.Generator(self.device).manual_seed(0)
-        latents = torch.randn(count, self._game.latents.shape[1], device=self.device, generator=stream)
+        latents = torch.randn(count, int(self.generator.latent_dim), device=self.device, generator=stream)  # type: ignore[arg-type]
+        embedding = getattr(self.generator, "embedding", None)
+        labels = torch.arange(count, device=self.device) % (1 if embedding is None else embedding.num_embeddings)
         with evaluating(self.generator):
-            return self.generator(
-                conditioned(self.generator, latents, torch.arange(count, device=self.device) % self._game.logits.shape[1])
-            )
+            return self.generator(conditioned(self.generator, latents, labels))
 
     def mean_losses(self) -> dict[str, float]:
         """Means of the epoch under way, by term; waits for the device."""
@@ -186,6 +192,7 @@ class Trainer:
             "streams": [self.fresh_stream.get_state(), self.replay_stream.get_state()],
             "torch_random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "precision": self.precision.state_dict(),
             "losses": self.losses,
             "fresh": [self._game.images, self._game.logits],
             "drift": self.drift.state_dict(),
@@ -212,6 +219,7 @@ class Trainer:
                 optimizer.load_state_dict(saved)
             for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
                 schedule.load_state_dict(saved)
+            self.precision.load_state_dict(state["precision"])
             for stream, saved in zip((self.fresh_stream, self.replay_stream), state["streams"], strict=True):
                 stream.set_state(saved)
             torch.set_rng_state(state["torch_random_state"])
@@ -238,19 +246,22 @@ class Trainer:
             raise DfkdError("objective.class_nll and objective.embedding_norm need a conditional generator (generator.conditional = true)")
         layout = torch.channels_last if loop.channels_last else torch.contiguous_format
         rows = loop.batch_size + (self.method.replay.rows_of(loop.batch_size) if self.method.replay.replays else 0)
-        images = torch.empty(rows, *image_shape, device=self.device, memory_format=layout)
+        images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
+        teacher = self._working_teacher()
         logits = torch.empty(rows, *logits_shape, device=self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
             fresh = slice(loop.batch_size)
-            memory = build_memory(self.method.replay, self.generator, self.teacher, images[fresh], logits[fresh])
+            memory = build_memory(self.method.replay, self.generator, teacher, images[fresh], logits[fresh])
         return Game(
-            teacher=self.teacher,
-            observer=Observer(self.teacher, statistics=objective.bn_moments > 0, features=objective.activation > 0),
+            teacher=teacher,
+            observer=Observer(teacher, statistics=objective.bn_moments > 0, features=objective.activation > 0),
             student=self.student,
             generator=self.generator,
             memory=memory,
+            average=self.average,
             method=self.method,
+            precision=self.precision,
             student_optimizer=self.student_optimizer,
             generator_optimizer=self.generator_optimizer,
             latents=torch.empty(loop.batch_size, int(self.generator.latent_dim), device=self.device),  # type: ignore[arg-type]
@@ -260,6 +271,18 @@ class Trainer:
             fresh_stream=self.fresh_stream,
             replay_stream=self.replay_stream,
         )
+
+    def _working_teacher(self) -> nn.Module:
+        """The teacher as the steps call it: folded where that changes nothing, its weights in the run's precision."""
+        teacher, loop = self.teacher, self.method.loop
+        if loop.fold_teacher and any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()):
+            try:
+                teacher = self._place(folded_and_checked(teacher, self.sample(4)))
+            except FoldingError as error:
+                self.remarks.append(f"the teacher's batch norms are not folded: {error}")
+        if self.precision.dtype is not None:
+            teacher = lower_precision(copy.deepcopy(teacher), self.precision.dtype)
+        return teacher
 
     def _pretrain(self) -> None:
         wanted = self.method.loop.generator_pretraining
@@ -287,8 +310,6 @@ class Trainer:
             for step in range(self.method.loop.student_steps):
                 for name, loss in student_step(self._game, step).items():
                     self._record(name, step, self._student_columns[name], loss)
-                if self.average is not None:
-                    self.average.update(self.student)
 
     def _generator_steps(self) -> None:
         with self.clock.phase("generator"):

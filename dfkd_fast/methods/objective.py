@@ -114,7 +114,8 @@ def one_hot(logits: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """Σ p̄ log p̄ of the teacher's mean prediction p̄ over the batch: least when all classes are as frequent (DAFL, eq. 4)."""
     mean = logits.float().softmax(1).movedim(1, -1).flatten(0, -2).mean(0)
-    return -torch.special.entr(mean).sum()
+    # Not entr: its gradient is infinite at 0, where a class that no sample is of underflows to.
+    return (mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
 
 
 def activation(features: Tensor) -> Tensor:
@@ -152,4 +153,4 @@ def clamped_js(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """
     p, q = ((logits.float() / temperature).softmax(1) for logits in (student, teacher))
     p, q, m = (probabilities.clamp(0.01, 0.99) for probabilities in (p, q, (p + q) / 2))
-    return (F.kl_div(p.log(), m, reduction="mean") + F.kl_div(q.log(), m, reduction="mean")) / 2
+    return (m * (m.log() - p.log()) + m * (m.log() - q.log())).mean() / 2

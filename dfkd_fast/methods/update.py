@@ -1,6 +1,7 @@
 """Third axis: how the student's gradient comes from a batch of fresh and replayed samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -34,11 +35,28 @@ class Update:
         """Whether it needs replayed samples to be what it is."""
         return self.kind in ("first-order", "second-order")
 
-    def backward(self, student: nn.Module, batch: Batch, objective: Objective) -> Tensor:
-        """Add the gradient of the student's loss to its ``.grad``; returns the loss, 0-d and detached."""
+    def backward(
+        self,
+        student: nn.Module,
+        batch: Batch,
+        objective: Objective,
+        *,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    ) -> Tensor:
+        """Add the gradient of the student's loss to its ``.grad``; returns the loss, 0-d and detached.
+
+        Args:
+            student: in training mode.
+            batch: what it learns from.
+            objective: which discrepancy.
+            autocast: makes the context of the student's forward passes.
+            scale: what the loss is multiplied by before it is differentiated; not by ``first-order`` and ``second-order``.
+        """
         if self.retains and len(batch.parts) > 1:
-            return self._retain(student, batch, objective)
-        logits = student(batch.images)
+            return self._retain(student, batch, objective, autocast)
+        with autocast():
+            logits = student(batch.images)
         if self.kind == "pooled":
             loss = objective.student_loss(logits, batch.teacher_logits)
         else:
@@ -46,10 +64,12 @@ class Update:
             halves = zip(logits.split(rows), batch.teacher_logits.split(rows), batch.parts, strict=True)
             terms = [part.weight * objective.student_loss(answers, targets) for answers, targets, part in halves]
             loss = sum(terms[1:], start=terms[0])
-        loss.backward()
+        scale(loss).backward()
         return loss.detach()
 
-    def _retain(self, student: nn.Module, batch: Batch, objective: Objective) -> Tensor:
+    def _retain(
+        self, student: nn.Module, batch: Batch, objective: Objective, autocast: Callable[[], AbstractContextManager[object]]
+    ) -> Tensor:
         """Learning to Retain while Acquiring (arXiv 2302.14290): min over θ of L_acq(θ) + L_ret(θ′), θ′ = θ − α(∇L_acq(θ) + λθ).
 
         With g = ∇L_acq(θ) and v = ∇L_ret(θ′) the gradient is g + (1 − αλ)v − αHv, H the Hessian of L_acq at θ: one
@@ -59,9 +79,11 @@ class Update:
         fresh, replayed = batch.split()
         exact = self.kind == "second-order"
         parameters = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        with autocast():
+            acquired_logits = student(fresh.images)
         # The fused kernels can be differentiated once only.
         with use_backend("reference"):
-            acquire = objective.student_loss(student(fresh.images), fresh.teacher_logits)
+            acquire = objective.student_loss(acquired_logits, fresh.teacher_logits)
         gradients = torch.autograd.grad(acquire, list(parameters.values()), create_graph=exact, materialize_grads=True)
 
         decay, rate = self.inner_weight_decay, self.inner_lr
@@ -70,7 +92,9 @@ class Update:
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
-        retain = objective.student_loss(functional_call(student, moved | buffers, (replayed.images,)), replayed.teacher_logits)
+        with autocast():
+            retained_logits = functional_call(student, moved | buffers, (replayed.images,))
+        retain = objective.student_loss(retained_logits, replayed.teacher_logits)
         retaining = torch.autograd.grad(retain, list(moved.values()), materialize_grads=True)
 
         through = [(1 - rate * decay) * v for v in retaining]

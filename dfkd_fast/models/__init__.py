@@ -2,7 +2,7 @@
 
 from .catalogue import build_classifier
 from .classifiers import CifarResNet, LeNet5, WideResNet
-from .frozen import Observation, Observer, freeze
+from .frozen import FoldingError, Observation, Observer, fold, folded_and_checked, freeze, lower_precision
 from .generators import (
     Generator,
     GeneratorA,
@@ -21,6 +21,7 @@ from .weights import load_weights, read_metadata, save_weights
 
 __all__ = [
     "CifarResNet",
+    "FoldingError",
     "Generator",
     "GeneratorA",
     "GeneratorB",
@@ -37,9 +38,12 @@ __all__ = [
     "build_generator",
     "conditioned",
     "evaluating",
+    "fold",
+    "folded_and_checked",
     "freeze",
     "generate",
     "load_weights",
+    "lower_precision",
     "read_metadata",
     "save_weights",
 ]

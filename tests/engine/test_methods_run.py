@@ -120,7 +120,7 @@ def test_a_bank_stores_the_first_rows_of_the_last_student_steps_fresh_batch(make
     replay = dataclasses.replace(REPLAYS["memory_bank"], memory_bank=BankSettings(slots=2, every=1, storage="float32"))
     trainer = make_trainer(method(replay=replay, epochs=1))
     seen: list[Tensor] = []
-    trainer.teacher.register_forward_pre_hook(lambda _, given: None if given[0].requires_grad else seen.append(given[0].clone()))
+    trainer.student.register_forward_pre_hook(lambda _, given: None if given[0].requires_grad else seen.append(given[0].clone()))
     trainer.fit()
     assert isinstance(trainer.memory, MemoryBank)
     assert torch.equal(trainer.memory.images[0], seen[-1][:3])
@@ -210,10 +210,9 @@ def test_pretraining_takes_the_steps_of_a_game_without_adversary(make_trainer: M
 
 
 def test_a_pretraining_that_goes_astray_is_reported(make_trainer: MakeTrainer) -> None:
-    networks = normalised_networks()
+    trainer = make_trainer(method(objective=Objective(one_hot=1.0), generator_pretraining=2), networks=normalised_networks())
     with torch.no_grad():
-        next(networks[0].parameters()).fill_(float("nan"))
-    trainer = make_trainer(method(objective=Objective(one_hot=1.0), generator_pretraining=2), networks=networks)
+        next(trainer.generator.parameters()).fill_(float("nan"))
     with pytest.raises(NonFiniteLossError, match="'one_hot' is nan after 2 steps of its pretraining"):
         trainer.fit()
 

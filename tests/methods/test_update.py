@@ -165,7 +165,7 @@ def test_second_order_is_the_gradient_of_acquiring_and_of_retaining_after_the_in
     options: dict[str, float], discrepancy: Any, normalised: bool, weights: tuple[float, float]
 ) -> None:
     student, given = smooth(normalised), fresh_and_replayed(*weights)
-    update = Update(kind="second-order", **options)  # type: ignore[arg-type]
+    update = Update(kind="second-order", **options)
     expected = by_finite_differences(student, given, update, discrepancy)
     update.backward(student, given, Objective(discrepancy=discrepancy))
     found = parameters_to_vector(parameter.grad for parameter in student.parameters())  # type: ignore[misc]
@@ -179,7 +179,7 @@ def test_first_order_drops_the_curvature_and_nothing_else(options: dict[str, flo
     twin = copy.deepcopy(student)
     acquire, retain = discrepancies(twin, given, "kl")
     theta = parameters_to_vector(twin.parameters()).detach()
-    update = Update(kind="first-order", **options)  # type: ignore[arg-type]
+    update = Update(kind="first-order", **options)
     g = slope(acquire(), twin)
     vector_to_parameters(moved(theta, twin, acquire, update), twin.parameters())
     # θ′ = (1 − αλ)θ − α∇L_acq(θ), with the last term taken for a constant.
@@ -224,8 +224,7 @@ def test_with_nothing_to_replay_yet_the_update_is_the_plain_one(kind: Any) -> No
     student, given = smooth(True), fresh_and_replayed()
     twin = copy.deepcopy(student)
     alone = Batch(given.images[:5], given.teacher_logits[:5], [Part(5, 0.7)])
-    losses = [Update(kind=name).backward(network, alone, Objective()) for name, network in ((kind, student), ("plain", twin))]
-    assert torch.equal(*losses)
+    assert torch.equal(Update(kind=kind).backward(student, alone, Objective()), Update().backward(twin, alone, Objective()))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(student), gradients(twin), strict=True))  # type: ignore[arg-type]
 
 
@@ -243,14 +242,14 @@ def test_every_other_kinds_gradient_is_added_to_what_there_is_too(kind: Any) -> 
 @pytest.mark.parametrize("kind", RETAINING)
 def test_frozen_parameters_are_used_and_left_alone(kind: Any) -> None:
     student, given = smooth(False), fresh_and_replayed()
-    student[0].requires_grad_(False)  # type: ignore[operator, index]
+    student[0].requires_grad_(False)  # type: ignore[index]
     behind = copy.deepcopy(student[1:])  # type: ignore[index]
     with torch.no_grad():
-        features = student[0](given.images)  # type: ignore[operator, index]
+        features = student[0](given.images)  # type: ignore[index]
     update = Update(kind=kind)
     update.backward(student, given, Objective(discrepancy="kl"))
     update.backward(behind, Batch(features, given.teacher_logits, given.parts), Objective(discrepancy="kl"))
-    assert gradients(student[0]) == [None, None]  # type: ignore[arg-type, index]
+    assert gradients(student[0]) == [None, None]  # type: ignore[index]
     torch.testing.assert_close(gradients(student)[2:], gradients(behind))
 
 
@@ -289,11 +288,12 @@ def test_second_order_goes_through_relu_and_max_pooling_in_float32(discrepancy: 
     first = copy.deepcopy(student)
     Update(kind="first-order", inner_lr=0.5).backward(first, given, Objective(discrepancy=discrepancy))
     update.backward(student, given, Objective(discrepancy=discrepancy))
+    curvature = 0.0
     for parameter, other, exact in zip(student.parameters(), first.parameters(), expected, strict=True):
         assert parameter.grad is not None and other.grad is not None
         torch.testing.assert_close(parameter.grad.double(), exact, rtol=1e-4, atol=1e-6)
-    errors = [(parameter.grad - exact).norm() for parameter, exact in zip(first.parameters(), expected, strict=True)]  # type: ignore[operator]
-    assert max(errors) > 1e-3  # type: ignore[type-var]
+        curvature = max(curvature, (other.grad - exact).abs().max().item())
+    assert curvature > 1e-3
 
 
 @pytest.mark.parametrize("wrong", [{"inner_lr": 0.0}, {"inner_weight_decay": -1e-4}, {"alpha": 0.9}])

@@ -96,8 +96,8 @@ def bn_moments(teacher: nn.Module, x: Tensor) -> float:
     total = 0.0
     for layer, given in inputs_of(teacher, (nn.BatchNorm1d, nn.BatchNorm2d), x):
         rows = np.moveaxis(given.numpy(), 1, -1).reshape(-1, given.shape[1])
-        total += float(np.linalg.norm(rows.mean(0) - layer.running_mean.numpy()))  # type: ignore[union-attr, operator]
-        total += float(np.linalg.norm(rows.var(0) - layer.running_var.numpy()))  # type: ignore[union-attr, operator]
+        total += float(np.linalg.norm(rows.mean(0) - layer.running_mean.numpy()))  # type: ignore[operator]
+        total += float(np.linalg.norm(rows.var(0) - layer.running_var.numpy()))  # type: ignore[operator]
     return total
 
 

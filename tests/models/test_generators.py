@@ -387,6 +387,7 @@ def test_a_conditional_generator_is_called_with_the_sum_of_latent_and_embedding(
     given = conditioned(generator, z, labels)
     assert torch.equal(given, expected)
     given.sum().backward()
+    assert generator.embedding.weight.grad is not None
     counts = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 2.0])
     assert torch.equal(generator.embedding.weight.grad, counts[:, None].expand(6, 5))
     assert conditioned(built("A"), z, labels) is z

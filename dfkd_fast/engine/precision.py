@@ -1,0 +1,61 @@
+"""Automatic mixed precision: which dtype networks compute in, and what keeps small gradients from vanishing in it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Precision", "PrecisionName"]
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast of forward passes over float32 weights, and, for fp16, a scaler an optimiser.
+
+    Weights, their averages and the optimisers' state are float32 always.
+
+    Args:
+        name: ``bf16`` needs no scaler; ``fp16`` does.
+        device: where the networks are.
+    """
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        self.dtype = DTYPES.get(name)
+        self.device = device
+        scaled = name == "fp16"
+        # A scaler an optimiser: an overflow in one player's gradients is no reason for the other to step back.
+        self.scalers = {role: torch.amp.GradScaler(device.type, enabled=scaled) for role in ("student", "generator")}
+
+    @property
+    def images(self) -> torch.dtype:
+        """What batches of images are kept in."""
+        return self.dtype or torch.get_default_dtype()
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager[object]]:
+        """Makes the context for a forward pass; nothing in float32."""
+        if self.dtype is None:
+            return nullcontext
+        return lambda: torch.autocast(self.device.type, self.dtype)
+
+    def scale(self, role: str, loss: Tensor) -> Tensor:
+        """The loss to differentiate."""
+        return self.scalers[role].scale(loss)
+
+    def step(self, role: str, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimiser's step, unless a scaled gradient overflowed."""
+        self.scalers[role].step(optimizer)
+        self.scalers[role].update()
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """Of the scalers."""
+        return {role: scaler.state_dict() for role, scaler in self.scalers.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Go on from a state that :meth:`state_dict` gave."""
+        for role, scaler in self.scalers.items():
+            scaler.load_state_dict(state[role])
