@@ -60,6 +60,8 @@ def distill(run: Run) -> dict[str, Any]:
     teacher_accuracy = evaluate(teacher) if evaluate else None
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
+    for remark in trainer.remarks:
+        run.console.print(remark, highlight=False, soft_wrap=True)
     run.go_on(trainer, folder.checkpoints)
     _train_student(run, trainer, teacher_accuracy)
 

@@ -6,21 +6,49 @@ the teacher and the student are computed in the generator's step, and losses are
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Iteration", "distil"]
+from dfkd_fast.models import UpsampleConv2d
+
+__all__ = ["Iteration", "distil", "textbook"]
 
 
 class Iteration(NamedTuple):
-    """Losses of one iteration."""
+    """Losses of one iteration, and how long its first stage took."""
 
     student: list[float]
     generator: float
+    student_seconds: float
+
+
+class _Textbook(UpsampleConv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.interpolate(x, scale_factor=2.0), self.weight, self.bias, padding=1)
+
+
+def textbook(generator: nn.Module) -> nn.Module:
+    """The generator with upsampling and convolution one after the other, in place: the same function, more operations."""
+    for layer in generator.modules():
+        if type(layer) is UpsampleConv2d:
+            layer.__class__ = _Textbook
+    return generator
+
+
+def _l1(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.l1_loss(student, teacher)
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+DISCREPANCIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": _l1, "kl": _kl}
 
 
 def distil(
@@ -37,38 +65,61 @@ def distil(
     latent_dim: int = 256,
     student_steps: int = 5,
     ema_decay: float | None = None,
+    fresh_weight: float = 1.0,
     replay_weight: float = 1.0,
+    discrepancy: Literal["l1", "kl"] = "l1",
+    bn_moments: float = 0.0,
+    student_in_generator_step: Literal["train", "eval"] = "train",
     latents: torch.Generator | None = None,
     replay_latents: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Iteration]:
     """DFAD (arXiv 1912.11006, algorithm 1) with the L1 discrepancy; with ``ema_decay``, MAD's averaged generator beside it.
 
-    The networks are trained in place. One iteration is ``student_steps`` imitation steps and one generation step.
+    With ``bn_moments`` the generator also matches the running statistics of the teacher's batch norms, by hooks, as MAD does
+    on small images. The networks are trained in place. One iteration is ``student_steps`` imitation steps and one generation step.
     """
     teacher.eval()
     student.train()
     generator.train()
     ema_generator = copy.deepcopy(generator).eval()
+    compare = DISCREPANCIES[discrepancy]
+    mismatch: dict[nn.Module, Tensor] = {}
+
+    def match(norm: Any, inputs: tuple[Tensor]) -> None:
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        mismatch[norm] = (mean - norm.running_mean).norm() + (variance - norm.running_var).norm()
+
+    if bn_moments:
+        for layer in teacher.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.register_forward_pre_hook(match)
 
     for _ in range(epochs):
         for _ in range(iterations_per_epoch):
+            begin = time.perf_counter()
             student_losses = []
             for _ in range(student_steps):
-                images = generator(torch.randn(batch_size, latent_dim, generator=latents)).detach()
+                images = generator(torch.randn(batch_size, latent_dim, generator=latents).to(device)).detach()
                 if ema_decay is not None:
-                    replayed = ema_generator(torch.randn(batch_size, latent_dim, generator=replay_latents)).detach()
+                    replayed = ema_generator(torch.randn(batch_size, latent_dim, generator=replay_latents).to(device)).detach()
                     images = torch.cat([images, replayed])
                 student_logits, teacher_logits = student(images), teacher(images).detach()
-                loss = F.l1_loss(student_logits[:batch_size], teacher_logits[:batch_size])
+                loss = fresh_weight * compare(student_logits[:batch_size], teacher_logits[:batch_size])
                 if ema_decay is not None:
-                    loss = loss + replay_weight * F.l1_loss(student_logits[batch_size:], teacher_logits[batch_size:])
+                    loss = loss + replay_weight * compare(student_logits[batch_size:], teacher_logits[batch_size:])
                 student_optimizer.zero_grad()
                 loss.backward()
                 student_optimizer.step()
                 student_losses.append(loss.item())
+            student_seconds = time.perf_counter() - begin
 
-            images = generator(torch.randn(batch_size, latent_dim, generator=latents))
-            generator_loss = -F.l1_loss(student(images), teacher(images))
+            images = generator(torch.randn(batch_size, latent_dim, generator=latents).to(device))
+            student.train(student_in_generator_step == "train")
+            generator_loss = -compare(student(images), teacher(images))
+            student.train()
+            if bn_moments:
+                generator_loss = generator_loss + bn_moments * torch.stack(list(mismatch.values())).sum()
             generator_optimizer.zero_grad()
             generator_loss.backward()
             generator_optimizer.step()
@@ -80,6 +131,6 @@ def distil(
                             average.lerp_(value, 1 - ema_decay)
                         else:
                             average.copy_(value)
-            yield Iteration(student_losses, generator_loss.item())
+            yield Iteration(student_losses, generator_loss.item(), student_seconds)
         for schedule in schedules:
             schedule.step()

@@ -1,22 +1,26 @@
 """Optimisers and their schedules, from settings."""
 
+import importlib
+import importlib.util
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from dfkd_fast.errors import DfkdError
 from dfkd_fast.settings import Fraction, NonNegative, Positive, PositiveInt, settings
 
-__all__ = ["Optimizer", "build_optimizer", "build_schedule"]
+__all__ = ["Optimizer", "build_optimizer", "build_schedule", "settle_rates"]
 
 
 @settings
 class Optimizer:
     """Recipe sections ``[student_optimizer]``, ``[generator_optimizer]`` and ``[teacher_optimizer]``."""
 
-    kind: Literal["sgd", "adam"] = "sgd"
+    kind: Literal["sgd", "adam", "apex_sgd", "apex_adam"] = "sgd"
+    """The last two are those of NVIDIA's apex, on a GPU where it is installed."""
     lr: Positive = 0.1
     momentum: Fraction = 0.9
     """Of ``sgd``, without Nesterov's form."""
@@ -29,11 +33,43 @@ class Optimizer:
     gamma: Positive = 0.1
 
 
-def build_optimizer(wanted: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser the settings describe, over these parameters."""
-    if wanted.kind == "adam":
-        return torch.optim.Adam(parameters, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
-    return torch.optim.SGD(parameters, lr=wanted.lr, momentum=wanted.momentum, weight_decay=wanted.weight_decay)
+def build_optimizer(wanted: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser the settings describe, over these parameters.
+
+    On a GPU it is fused and its learning rate a tensor, so that a step can be captured and its rate still change.
+
+    Raises:
+        DfkdError: apex is wanted, and not there.
+    """
+    sgd = wanted.kind in ("sgd", "apex_sgd")
+    options: dict[str, Any] = {"lr": wanted.lr, "weight_decay": wanted.weight_decay}
+    options |= {"momentum": wanted.momentum} if sgd else {"betas": wanted.betas}
+    if wanted.kind.startswith("apex"):
+        apex = _apex(wanted.kind, device)
+        return apex.FusedSGD(parameters, **options) if sgd else apex.FusedAdam(parameters, adam_w_mode=False, capturable=True, **options)
+    if device.type == "cuda":
+        options |= {"lr": torch.tensor(wanted.lr, device=device), "fused": True} | ({} if sgd else {"capturable": True})
+    return torch.optim.SGD(parameters, **options) if sgd else torch.optim.Adam(parameters, **options)
+
+
+def settle_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Put learning rates that were loaded from a checkpoint where :func:`build_optimizer` has them."""
+    on_gpu = device.type == "cuda" and type(optimizer).__module__.startswith("torch.")
+    for group in optimizer.param_groups:
+        rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+        group["lr"] = rate.clone() if on_gpu else float(group["lr"])
+
+
+def _apex(kind: str, device: torch.device) -> Any:
+    # By its compiled module: the package of that name on PyPI is a web toolkit, and importing it helps nobody.
+    if importlib.util.find_spec("amp_C") is None:
+        raise DfkdError(
+            f"optimizer kind {kind!r} needs NVIDIA's apex with its CUDA extensions, built from github.com/NVIDIA/apex "
+            "(the package apex on PyPI is another project); without it, choose 'sgd' or 'adam', which are fused as well"
+        )
+    if device.type != "cuda":
+        raise DfkdError(f"optimizer kind {kind!r} works on a GPU only; choose 'sgd' or 'adam' on a CPU")
+    return importlib.import_module("apex.optimizers")
 
 
 def build_schedule(wanted: Optimizer, optimizer: torch.optim.Optimizer, epochs: int) -> lr_scheduler.LRScheduler:

@@ -1,6 +1,6 @@
 """Automatic mixed precision: which dtype networks compute in, and what keeps small gradients from vanishing in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -29,6 +29,8 @@ class Precision:
         scaled = name == "fp16"
         # A scaler an optimiser: an overflow in one player's gradients is no reason for the other to step back.
         self.scalers = {role: torch.amp.GradScaler(device.type, enabled=scaled) for role in ("student", "generator")}
+        for scaler in self.scalers.values():
+            scaler.scale(torch.zeros((), device=device))  # makes the scale now, not in the first step
 
     @property
     def images(self) -> torch.dtype:
@@ -50,6 +52,12 @@ class Precision:
         """Take the optimiser's step, unless a scaled gradient overflowed."""
         self.scalers[role].step(optimizer)
         self.scalers[role].update()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What the scalers keep on the device."""
+        for scaler in self.scalers.values():
+            if scaler.is_enabled():
+                yield from (tensor for tensor in (scaler._scale, scaler._growth_tracker) if tensor is not None)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Of the scalers."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 
 from .device import Clock
-from .optim import Optimizer, build_optimizer, build_schedule
+from .optim import Optimizer, build_optimizer, build_schedule, settle_rates
 from .trainer import Epoch
 
 __all__ = ["TeacherTrainer"]
@@ -43,7 +43,7 @@ class TeacherTrainer:
         self.epochs = epochs
         self.stream = stream
         self.device = device
-        self.optimizer = build_optimizer(optimizer, network.parameters())
+        self.optimizer = build_optimizer(optimizer, network.parameters(), device)
         self.schedule = build_schedule(optimizer, self.optimizer, epochs)
         self.clock = Clock(device)
         self.done = 0
@@ -116,6 +116,7 @@ class TeacherTrainer:
         try:
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+            settle_rates(self.optimizer, self.device)
             self.schedule.load_state_dict(state["schedule"])
             self.stream.set_state(state["stream"])
             torch.set_rng_state(state["torch_random_state"])

@@ -13,14 +13,15 @@ from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.evaluation import Drift
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import build_memory
-from dfkd_fast.models import FoldingError, Observer, conditioned, evaluating, folded_and_checked, freeze, lower_precision
+from dfkd_fast.models import FoldingError, Generator, Observer, conditioned, evaluating, folded_and_checked, freeze, lower_precision
 
+from .capture import Steps
 from .device import Clock
 from .fit import check_networks
 from .method import Method
-from .optim import build_optimizer, build_schedule
+from .optim import build_optimizer, build_schedule, settle_rates
 from .precision import Precision
-from .steps import Game, generator_step, student_step
+from .steps import Game
 
 __all__ = ["Epoch", "Trainer"]
 
@@ -83,8 +84,8 @@ class Trainer:
         self.student = self._place(student).train()
         self.generator = self._place(generator).train()
         self.average = FusedEMA(self.student, method.loop.student_ema_decay) if method.loop.student_ema_decay else None
-        self.student_optimizer = build_optimizer(method.student_optimizer, self.student.parameters())
-        self.generator_optimizer = build_optimizer(method.generator_optimizer, self.generator.parameters())
+        self.student_optimizer = build_optimizer(method.student_optimizer, self.student.parameters(), self.device)
+        self.generator_optimizer = build_optimizer(method.generator_optimizer, self.generator.parameters(), self.device)
         self.schedules = [
             build_schedule(method.student_optimizer, self.student_optimizer, method.loop.epochs),
             build_schedule(method.generator_optimizer, self.generator_optimizer, method.loop.epochs),
@@ -105,6 +106,9 @@ class Trainer:
         self._stopping = False
         self._game = self._set_up(*check_networks(self.teacher, self.student, self.generator, self.device), seed)
         self.memory = self._game.memory
+        self._steps = Steps(self._game, method.loop.capture, self.remarks.append)
+        if method.loop.compile:
+            self._compile()
         self.drift = Drift(method.loop.drift_samples)
 
     @property
@@ -217,6 +221,7 @@ class Trainer:
                 self.memory.load_state_dict(state["memory"])
             for optimizer, saved in zip((self.student_optimizer, self.generator_optimizer), state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+                settle_rates(optimizer, self.device)
             for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
                 schedule.load_state_dict(saved)
             self.precision.load_state_dict(state["precision"])
@@ -233,6 +238,7 @@ class Trainer:
             self.iteration = state["iteration"]
             self.history = [Epoch(**epoch) for epoch in state["history"]]
             self.clock.seconds.update(state["seconds"])
+            self._steps.forget()
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise DfkdError(f"the state is not of these networks and this method: {first_line(error)}") from error
 
@@ -284,12 +290,27 @@ class Trainer:
             teacher = lower_precision(copy.deepcopy(teacher), self.precision.dtype)
         return teacher
 
+    def _compile(self) -> None:
+        """Compile what the steps call, in place: parameters and state keep their names."""
+        game = self._game
+        networks = [game.teacher, game.generator.body if isinstance(game.generator, Generator) else game.generator]
+        if game.observer.network is not game.teacher:
+            networks.append(game.observer.network)
+        if self.method.update.retains:
+            self.remarks.append(f"the student is not compiled: update.kind {self.method.update.kind!r} differentiates it twice")
+        else:
+            networks.append(game.student)
+        if isinstance(replayed := game.memory and game.memory.generator, Generator):
+            networks.append(replayed.body)
+        for network in networks:
+            network.compile()
+
     def _pretrain(self) -> None:
         wanted = self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
         while self.pretrained < wanted and not self._stopping:
             with self.clock.phase("generator"):
-                terms = generator_step(self._game, adversarial=False)
+                terms = self._steps.generator(adversarial=False)
             self.pretrained += 1
         for name, term in terms.items():
             if not term.isfinite():
@@ -308,13 +329,13 @@ class Trainer:
     def _student_steps(self) -> None:
         with self.clock.phase("student"):
             for step in range(self.method.loop.student_steps):
-                for name, loss in student_step(self._game, step).items():
+                for name, loss in self._steps.student(step).items():
                     self._record(name, step, self._student_columns[name], loss)
 
     def _generator_steps(self) -> None:
         with self.clock.phase("generator"):
             for step in range(self.method.loop.generator_steps):
-                for name, term in generator_step(self._game).items():
+                for name, term in self._steps.generator().items():
                     self._record(name, step, self.method.loop.generator_steps, term)
 
     @property

@@ -110,6 +110,29 @@ def test_replay_of_weight_zero_equals_none_bit_for_bit(make_trainer: MakeTrainer
     assert_equal(without_times(weightless.state_dict()), without_times(plain.state_dict()))
 
 
+@pytest.mark.parametrize("replay", ["ema_generator", "memory_bank", "vae"])
+def test_what_is_replayed_is_drawn_from_a_stream_of_its_own(make_trainer: MakeTrainer, replay: str) -> None:
+    plain, replaying = (make_trainer(method(replay=kind)) for kind in ("none", replay))
+    before = replaying.replay_stream.get_state()
+    plain.fit()
+    replaying.fit()
+    assert torch.equal(replaying.fresh_stream.get_state(), plain.fresh_stream.get_state())
+    assert not torch.equal(replaying.replay_stream.get_state(), before)
+
+
+def test_logits_that_were_kept_are_what_the_student_learns_in_place_of_the_teachers_for_rounded_images(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(method(replay="memory_bank, uint8"))
+    next(iter(trainer))
+    student_step(trainer._game)
+    assert isinstance(trainer.memory, MemoryBank) and trainer.memory.logits is not None
+    images, logits = trainer._game.images[8:], trainer._game.logits[8:]
+    assert torch.equal(logits, trainer.memory.logits[0])
+    with torch.no_grad():
+        answers = trainer.teacher(images)
+    torch.testing.assert_close(logits, answers, rtol=0.1, atol=0.1)
+    assert not torch.allclose(logits, answers, rtol=1e-4, atol=1e-5)
+
+
 def test_a_bank_changes_nothing_before_it_holds_a_batch_and_something_after(make_trainer: MakeTrainer) -> None:
     plain, banked = (make_trainer(method(replay=replay, epochs=3)) for replay in ("none", "memory_bank"))
     same = [one.losses == other.losses for one, other in zip(plain, banked, strict=True)]
@@ -140,14 +163,24 @@ def test_more_rows_than_a_batch_has_are_refused_before_the_run(make_trainer: Mak
         make_trainer(method(replay=replay))
 
 
-def stop_at(trainer: Trainer, iterations: int) -> None:
-    trainer.on_iteration = lambda trainer: trainer.stop() if trainer.iterations_done == iterations else None
+def stop_at(trainer: Trainer, iterations: int) -> list[dict[str, Any]]:
+    """Where the trainer's state as the iteration ended will be: at an epoch's last, the epoch is not closed yet."""
+    states: list[dict[str, Any]] = []
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.iterations_done == iterations:
+            trainer.stop()
+            states.append(through_a_file(trainer.state_dict()))
+
+    trainer.on_iteration = stop
+    return states
 
 
-def stop_in_pretraining(trainer: Trainer, step: int) -> None:
+def stop_in_pretraining(trainer: Trainer, step: int) -> list[dict[str, Any]]:
     steps = iter(range(1, 100))
     assert isinstance(trainer.generator.body, nn.Module)
     trainer.generator.body.register_forward_hook(lambda *_: trainer.stop() if next(steps) == step else None)
+    return []
 
 
 @pytest.mark.parametrize("replay", ["ema_generator", "memory_bank", "memory_bank, uint8", "vae", "vae, leak"])
@@ -168,18 +201,18 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
     assert set(whole.history[2].drift) == {"generator"} | ({"replay"} if replay.startswith(("ema", "vae")) else set())
     expected = without_times(whole.state_dict())
 
-    stops: list[tuple[Callable[[Trainer, int], None], int]] = [(stop_in_pretraining, step) for step in (1, 3)]
+    stops: list[tuple[Callable[[Trainer, int], list[dict[str, Any]]], int]] = [(stop_in_pretraining, step) for step in (1, 3)]
     stops += [(stop_at, iterations) for iterations in (1, 2, 5)]
     for stop, when in stops:
         stopped = make_trainer(everything, networks=networks)
-        stop(stopped, when)
+        states = stop(stopped, when)
         stopped.fit()
         assert (stopped.pretrained, stopped.iterations_done) == ((when, 0) if stop is stop_in_pretraining else (3, when))
-        state = through_a_file(stopped.state_dict())
-        resumed = make_trainer(everything, seed=50, networks=(networks[0], *normalised_networks(seed=7, conditional=True)[1:]))
-        resumed.load_state_dict(state)
-        resumed.fit()
-        assert_equal(without_times(resumed.state_dict()), expected)
+        for state in (*states, through_a_file(stopped.state_dict())):
+            resumed = make_trainer(everything, seed=50, networks=(networks[0], *normalised_networks(seed=7, conditional=True)[1:]))
+            resumed.load_state_dict(state)
+            resumed.fit()
+            assert_equal(without_times(resumed.state_dict()), expected)
 
 
 def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_ended(make_trainer: MakeTrainer) -> None:
@@ -293,9 +326,14 @@ def test_drift_is_not_measured_unasked(make_trainer: MakeTrainer) -> None:
     assert [epoch.drift for epoch in trainer.history] == [{}, {}]
 
 
-def test_measuring_drift_leaves_the_trajectory_alone(make_trainer: MakeTrainer) -> None:
-    trainers = [make_trainer(method(replay="vae", drift_samples=samples), networks=normalised_networks()) for samples in (0, 4)]
-    assert equal(*(weights(trainer.fit()) for trainer in trainers))
+@pytest.mark.parametrize("replay", ["ema_generator", "vae"])
+def test_measuring_drift_leaves_the_trajectory_alone(make_trainer: MakeTrainer, replay: str) -> None:
+    states = []
+    for samples in (0, 4):
+        trainer = make_trainer(method(replay=replay, drift_samples=samples), networks=normalised_networks())
+        trainer.fit()
+        states.append([trainer.state_dict()[name] for name in ("networks", "memory", "streams", "torch_random_state")])
+    assert_equal(*states)
 
 
 def test_predictions_drift_less_with_the_averaged_generator_than_with_the_generator(make_trainer: MakeTrainer) -> None:

@@ -32,6 +32,7 @@ class EmaGenerator(Memory):
 
     def __init__(self, generator: nn.Module, decay: float, rows: int = 1) -> None:
         self.generator = freeze(copy.deepcopy(generator))
+        self.networks = [self.generator]
         self.decay = decay
         self.rows = rows
         place = next(generator.parameters())

@@ -1,5 +1,6 @@
 """What every kind of replay answers to."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ class Memory:
     rows: int
     """Replayed samples a student step."""
     generator: nn.Module | None = None
+    steps: int = 0
+    """It learns in the first so many student steps of an iteration."""
+    networks: Sequence[nn.Module] = ()
+    """What moves while it learns or follows."""
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    capturable: bool = True
+    """Whether its part of a step can be recorded in a CUDA graph."""
 
     @property
     def ready(self) -> bool:

@@ -60,8 +60,10 @@ class VaeReplay(Memory):
         self.latent_lr, self.kl, self.pixels, self.leak = latent_lr, kl, pixels, leak
         self.vae, self.teacher = vae, teacher
         self.generator = vae.decoder.eval()
-        self.optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
         device = next(vae.parameters()).device
+        on_gpu = device.type == "cuda"
+        self.optimizer = torch.optim.Adam(vae.parameters(), lr=lr, fused=on_gpu or None, capturable=on_gpu)
+        self.networks, self.optimizers, self.capturable = [vae], [self.optimizer], not leak
         self._z = torch.empty(rows, vae.latent_dim, device=device)
         self._noise = torch.empty(rows + fresh_rows, vae.latent_dim, device=device)
 
