@@ -1,10 +1,12 @@
 """The benchmarks' command line: ``python -m bench micro``, ``methods``, ``plot`` and ``report``."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn, get_args
+from typing import Annotated, NoReturn, cast, get_args
 
 import torch
 import typer
@@ -12,12 +14,14 @@ from rich.console import Console
 
 from dfkd_fast.engine.device import device_name, pick_device
 from dfkd_fast.errors import DfkdError
+from dfkd_fast.files import replacing
+from dfkd_fast.recipe import load_recipe
 from dfkd_fast.report import print_table
 
+from . import end_to_end, provenance, report
 from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
-from . import provenance, report
 from .micro import rows, runner, timing
 from .micro.workload import Mode
 
@@ -108,6 +112,54 @@ def methods(
         for row in rows_
     ]
     print_table(Console(), header, cells)
+    typer.echo(target)
+
+
+@app.command(name="end-to-end")
+def run_end_to_end(
+    recipe: Annotated[str, typer.Option(help="A shipped recipe or a TOML file.")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the engine and of the compiled plain loop: fp32, bf16 or fp16.")] = "fp32",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Fresh samples a step; the recipe's by default.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Not read: the networks are untrained.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch and numba; PyTorch's choice by default.")] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Measured iterations of each contender, interleaved.")] = 7,
+    compiled_engine: Annotated[bool, typer.Option("--compiled-engine", help="Time the engine under torch.compile, too.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a section a contender to this file, too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV that takes the rows in; by default bench/results/end-to-end-DEVICE.csv.")] = None,
+) -> None:
+    """Time whole iterations: plain eager, plain compiled with autocast and channels-last, and the engine feature by feature."""
+    place = pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = _known("--precision", [precision], get_args(end_to_end.Precision))[0]
+    overrides: dict[str, object] = {"data.root": str(data_root)} if data_root else {}
+    if batch_size is not None:
+        overrides["loop.batch_size"] = batch_size
+    found = end_to_end.measure(
+        load_recipe(recipe, overrides),
+        place,
+        cast(end_to_end.Precision, chosen),
+        turns,
+        f"python -m bench {' '.join(sys.argv[1:])}",
+        compiled_engine=compiled_engine,
+    )
+    target = out or RESULTS / f"end-to-end-{provenance.file_name(place)}.csv"
+    end_to_end.write(target, found)
+    end_to_end.draw(end_to_end.read(target), target.with_suffix(".png"))
+    if json_file is not None:
+        with replacing(json_file) as part:
+            part.write_text(json.dumps({row.contender: asdict(row) for row in found}, indent=2) + "\n")
+    header = ("contender", "s an iteration", "student", "generator", "images/s", "× plain", "× plain compiled", "peak MiB")
+    cells = [
+        (
+            *(row.contender, f"{row.seconds_per_iteration:.4f}", f"{row.student_seconds:.4f}", f"{row.generator_seconds:.4f}"),
+            *(f"{row.images_per_second:.1f}", f"{row.speedup_over_plain:.2f}", f"{row.speedup_over_plain_compiled:.2f}"),
+            "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f}",
+        )
+        for row in found
+    ]
+    print_table(Console(), header, cells, title=f"{found[0].recipe}, batch {found[0].batch_size}, {chosen}, {found[0].device}")
     typer.echo(target)
 
 

@@ -10,15 +10,20 @@ import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from . import end_to_end
+from . import methods as costs
 from .provenance import ROOT, commit
 
-__all__ = ["kernel_table", "main", "table"]
+__all__ = ["end_to_end_table", "kernel_table", "main", "methods_table", "table", "tables"]
 
 RESULTS = ROOT / "bench" / "results" / "distill.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by python -m bench.report from bench/results/distill.jsonl -->", "<!-- end of the table -->"
+METHODS_BEGIN = "<!-- made by python -m bench.report from bench/results/methods-*.csv -->"
+END_TO_END_BEGIN = "<!-- made by python -m bench.report from bench/results/end-to-end-*.csv -->"
 KERNELS_BEGIN = "<!-- made by python -m bench.report from bench/results/micro-*.csv -->"
 
 
@@ -26,9 +31,19 @@ def main(folders: Iterable[Path]) -> None:
     """Take in the runs in these folders and write the README's tables."""
     for folder in folders:
         take_in(folder)
-    for begin, text in ((BEGIN, table(results())), (KERNELS_BEGIN, kernel_table(kernel_results()))):
+    for begin, text in tables().items():
         before, _, rest = README.read_text().partition(begin)
         README.write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+def tables() -> dict[str, str]:
+    """Every table by the line it stands under in the README."""
+    return {
+        BEGIN: table(results()),
+        METHODS_BEGIN: methods_table(methods_results()),
+        END_TO_END_BEGIN: end_to_end_table(end_to_end_results()),
+        KERNELS_BEGIN: kernel_table(kernel_results()),
+    }
 
 
 def take_in(folder: Path) -> None:
@@ -52,19 +67,76 @@ def key(entry: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """A table in Markdown, a row a run."""
-    rows = ["| command | teacher | student, last | best | mean | variance | seconds | device |", "|---|---|---|---|---|---|---|---|"]
-    for entry in entries:
-        student = entry["student_accuracy"]
-        figures = [entry["teacher_accuracy"], *(student[name] for name in ("last", "best", "mean", "variance"))]
+    """A table in Markdown, a row a recipe and device: means over its seeds, and what may hide behind a mean seed by seed."""
+    titles = ("command", "seeds", "teacher", "last", "best", "mean", "variance", "variance, last ¾", "largest drop", "seconds", "device")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for alike in _grouped(entries):
+        found = [entry["retention"] for entry in alike]
         cells = [
-            f"`{entry['command']}`",
-            *(f"{figure:.2f}" for figure in figures),
-            f"{entry['seconds']['total']:.0f}",
-            entry["device_name"],
+            f"`{alike[0]['command'].replace(' --seed ' + str(alike[0]['seed']), ' --seed N')}`",
+            ", ".join(str(entry["seed"]) for entry in alike),
+            _each([entry["teacher_accuracy"] for entry in alike]),
+            _each([one["last"] for one in found]),
+            *(f"{fmean(one[name] for one in found):.2f}" for name in ("best", "mean", "variance")),
+            _each([one["settled_variance"] for one in found]),
+            _each([one["largest_drop"] for one in found]),
+            f"{fmean(entry['seconds']['total'] for entry in alike):.0f}",
+            alike[0]["device_name"],
         ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _grouped(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault((entry["recipe"], entry["device_name"]), []).append(entry)
+    return list(groups.values())
+
+
+def _each(values: list[float]) -> str:
+    """The mean, and in brackets every seed's."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"**{fmean(values):.2f}** ({', '.join(f'{value:.2f}' for value in values)})"
+
+
+def methods_results() -> list[dict[str, str]]:
+    """What the methods cost, of all devices."""
+    return [row for path in sorted(RESULTS.parent.glob("methods-*.csv")) for row in costs.read(path)]
+
+
+def methods_table(rows: list[dict[str, str]]) -> str:
+    """Time and memory of an iteration, beside those of the first recipe."""
+    titles = ("recipe", "fresh + replayed", "ms an iteration", "× the first", "peak MiB", "over the first", "device")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        cells = [
+            *(f"`{row['recipe']}`", f"{row['fresh_rows']} + {row['replayed_rows']}", f"{float(row['iteration_ms']):.1f}"),
+            *(f"{float(row['times_first']):.2f}", f"{float(row['peak_memory_mib']):.0f}", f"{float(row['memory_over_first_mib']):+.0f}"),
+            row["device"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def end_to_end_results() -> list[dict[str, str]]:
+    """Whole iterations, of all devices."""
+    return [row for path in sorted(RESULTS.parent.glob("end-to-end-*.csv")) for row in end_to_end.read(path)]
+
+
+def end_to_end_table(rows: list[dict[str, str]]) -> str:
+    """A row a contender."""
+    titles = ("recipe", "batch", "precision", "contender", "s an iteration", "× plain", "× plain compiled", "peak MiB", "device")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        cells = [
+            *(f"`{row['recipe']}`", row["batch_size"], row["precision"], row["contender"].replace("_", " ")),
+            *(f"{float(row['seconds_per_iteration']):.3f}", f"{float(row['speedup_over_plain']):.2f}"),
+            *(f"{float(row['speedup_over_plain_compiled']):.2f}", row["peak_memory_mib"].partition(".")[0], row["device"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def kernel_results() -> list[dict[str, str]]:

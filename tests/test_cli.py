@@ -72,12 +72,13 @@ def test_distill_leaves_everything_in_its_folder(tiny_run: Path) -> None:
     metrics = lines(tiny_run / "metrics.jsonl")
     assert [line["epoch"] for line in metrics] == [1, 2, 3]
     for line in metrics:
-        assert set(line) == {"epoch", "seconds", "losses", "student_accuracy"}
+        assert set(line) == {"epoch", "seconds", "losses", "student_accuracy", "drift"}
         assert set(line["losses"]) == {"student", "adversarial"}
         assert line["seconds"] > 0
 
     summary = json.loads((tiny_run / "summary.json").read_text())
     assert set(summary) >= {"recipe", "device", "versions", "seed", "teacher_accuracy", "student_accuracy", "seconds", "peak_memory_bytes"}
+    assert set(summary["retention"]) >= {"last", "best", "mean", "variance", "largest_drop", "threshold", "fraction_retained"}
     assert (summary["recipe"], summary["device"], summary["seed"], summary["versions"]["dfkd_fast"]) == ("digits", "cpu", 1, __version__)
     accuracies = [line["student_accuracy"] for line in metrics]
     assert summary["student_accuracy"]["last"] == accuracies[-1]

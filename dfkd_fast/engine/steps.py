@@ -75,7 +75,9 @@ def student_step(game: Game, step: int = 0) -> dict[str, Tensor]:
     precision.step("student", game.student_optimizer)
     if game.average is not None:
         game.average.update(game.student)
-    learnt = game.memory.learn(batch, step, game.replay_stream) if game.memory is not None and game.memory.ready else {}
+    learnt = {}
+    if game.memory is not None and game.memory.ready:
+        learnt = game.memory.learn(batch, step, game.replay_stream, precision.autocast)
     return {"student": loss, **learnt}
 
 

@@ -1,6 +1,7 @@
 """What every kind of replay answers to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ class Memory:
         """Fill ``images``, (rows, C, H, W); returns the teacher's logits for them if they were kept."""
         raise NotImplementedError
 
-    def learn(self, batch: Batch, step: int, stream: torch.Generator) -> dict[str, Tensor]:
+    def learn(
+        self, batch: Batch, step: int, stream: torch.Generator, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> dict[str, Tensor]:
         """Learn from the batch of a student step, number ``step`` of its iteration; returns losses by name, 0-d."""
         return {}
 

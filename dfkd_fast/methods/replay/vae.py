@@ -1,5 +1,7 @@
 """PRE-DFKD's replay: a variational autoencoder that is trained beside the student."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -92,7 +94,9 @@ class VaeReplay(Memory):
         return one_hot(logits) + DIVERSITY * entropy(logits) + moments
 
     @override
-    def learn(self, batch: Batch, step: int, stream: torch.Generator) -> dict[str, Tensor]:
+    def learn(
+        self, batch: Batch, step: int, stream: torch.Generator, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> dict[str, Tensor]:
         if step >= self.steps:
             return {}
         fresh = batch.parts[0].rows
@@ -100,7 +104,8 @@ class VaeReplay(Memory):
         images = torch.cat([batch.images[: self.fresh_rows], batch.images[fresh:]])
         logits = torch.cat([batch.teacher_logits[: self.fresh_rows], batch.teacher_logits[fresh:]])
         self.vae.train()
-        loss = self.loss(images, logits, self._noise.normal_(generator=stream))
+        with autocast():
+            loss = self.loss(images, logits, self._noise.normal_(generator=stream))
         loss.backward(inputs=list(self.vae.parameters()))
         self.optimizer.step()
         # After the step, not before: what leaks into the decoder until the next one stays there.
@@ -116,11 +121,11 @@ class VaeReplay(Memory):
             logits: T(x).
             noise: N(0, I), (B, latent_dim).
         """
-        mean, log_variance = self.vae.encode(images)
+        mean, log_variance = (half.float() if half.dtype.itemsize < 4 else half for half in self.vae.encode(images))
         rebuilt = self.vae.decoder(mean + noise * (log_variance / 2).exp())
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
         loss = l1_discrepancy(self.teacher(rebuilt), logits, reduction="mean") + self.kl * divergence
-        return loss + F.l1_loss(rebuilt, images) if self.pixels else loss
+        return loss + F.l1_loss(rebuilt, images.to(rebuilt.dtype)) if self.pixels else loss
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,323 @@
+"""Whole iterations of a recipe: the plain loop, the plain loop compiled, and the engine with one feature after another."""
+
+import csv
+import ctypes
+import dataclasses
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dfkd_fast import DfkdError, Recipe, Trainer
+from dfkd_fast.engine.device import device_name
+from dfkd_fast.files import replacing
+from dfkd_fast.kernels import use_backend
+from dfkd_fast.models import build_classifier, build_generator
+
+from . import provenance
+from .baselines import plain
+
+__all__ = ["Row", "draw", "measure", "read", "write"]
+
+WARM_UP = 2
+M_MMAP_THRESHOLD = -3  # of malloc.h
+Precision = Literal["fp32", "bf16", "fp16"]
+Run = Callable[[], tuple[float, float]]
+"""One whole iteration; returns the seconds of the student's steps and of all."""
+
+# What each step of the engine's column switches on, beside all that stand above it.
+FEATURES: list[tuple[str, dict[str, Any]]] = [
+    ("no wasted work", {}),
+    ("channels-last", {"loop.channels_last": True}),
+    ("transposed convolution", {}),
+    ("fused kernels", {}),
+    ("folded teacher", {"loop.fold_teacher": True}),
+    ("precision", {}),
+    ("CUDA graphs", {"loop.capture": True}),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender."""
+
+    recipe: str
+    batch_size: int
+    precision: str
+    contender: str
+    seconds_per_iteration: float
+    """Median over the turns: all the student's and the generator's steps."""
+    student_seconds: float
+    generator_seconds: float
+    iterations_per_second: float
+    images_per_second: float
+    """Generated for the student and for the generator."""
+    speedup_over_plain: float
+    """The median of the turns' ratios."""
+    speedup_over_plain_compiled: float
+    peak_memory_mib: float | None
+    """Of an iteration, beyond what is held between iterations; in a process of its own, so not of what must be compiled."""
+    turns: int
+    device: str
+    load: float
+    torch: str
+    commit: str
+    command: str
+
+
+def measure(
+    recipe: Recipe, device: torch.device, precision: Precision, turns: int, command: str, *, compiled_engine: bool = False
+) -> list[Row]:
+    """Time all contenders in turns, with untrained networks; the memory of those not compiled in processes of their own.
+
+    Raises:
+        DfkdError: the plain loop does not know the recipe's method.
+    """
+    _check(recipe)
+    contenders = _contenders(recipe, device, precision, compiled_engine)
+    runs = {name: build() for name, build in contenders.items()}
+    for run in runs.values():
+        for _ in range(WARM_UP):
+            run()
+    load = os.getloadavg()[0]
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(run())
+    replayed = recipe.replay.rows_of(recipe.loop.batch_size) if recipe.replay.replays else 0
+    images = recipe.loop.student_steps * (recipe.loop.batch_size + replayed) + recipe.loop.generator_steps * recipe.loop.batch_size
+
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(theirs[1] / ours[1] for ours, theirs in zip(times[name], times[other], strict=True))
+
+    rows = []
+    for name, measured in times.items():
+        seconds = statistics.median(all_ for _, all_ in measured)
+        student = statistics.median(student for student, _ in measured)
+        memory = None if "compiled" in name else round(_in_its_own_process(recipe, device, precision, name), 1)
+        rows.append(
+            Row(
+                recipe=recipe.name,
+                batch_size=recipe.loop.batch_size,
+                precision=precision,
+                contender=name,
+                seconds_per_iteration=round(seconds, 6),
+                student_seconds=round(student, 6),
+                generator_seconds=round(seconds - student, 6),
+                iterations_per_second=round(1 / seconds, 4),
+                images_per_second=round(images / seconds, 2),
+                speedup_over_plain=round(ratio(name, "plain"), 3),
+                speedup_over_plain_compiled=round(ratio(name, "plain_compiled"), 3),
+                peak_memory_mib=memory,
+                turns=turns,
+                device=device_name(device),
+                load=round(load, 2),
+                torch=str(torch.__version__),
+                commit=provenance.commit(),
+                command=command,
+            )
+        )
+    return rows
+
+
+def _check(recipe: Recipe) -> None:
+    objective = recipe.objective
+    known = objective.discrepancy == objective.adversary and objective.discrepancy in ("l1", "kl") and objective.temperature == 1.0
+    others = (objective.one_hot, objective.entropy, objective.activation, objective.class_nll, objective.embedding_norm)
+    known &= not any(others) and objective.adversarial == 1.0
+    known &= recipe.replay.kind in ("none", "ema_generator") and recipe.replay.rows == 0 and recipe.update.kind == "plain"
+    known &= recipe.loop.generator_steps == 1 and not recipe.loop.generator_first
+    if not known:
+        raise DfkdError(f"--recipe {recipe.name!r}: the plain loop knows L1 or KL, with or without BN moments and an averaged generator")
+
+
+def _contenders(recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool = False) -> dict[str, Callable[[], Run]]:
+    contenders: dict[str, Callable[[], Run]] = {
+        "plain": lambda: _plain(recipe, device, "fp32", compiled=False),
+        "plain_compiled": lambda: _plain(recipe, device, precision, compiled=True),
+    }
+    off = {"loop.channels_last": False, "loop.fold_teacher": False, "loop.capture": False, "loop.precision": "fp32"}
+    changes: dict[str, Any] = dict(off)
+    textbook, kernels = True, False
+    for name, switched in FEATURES:
+        if name == "CUDA graphs" and device.type != "cuda":
+            continue
+        changes = changes | switched
+        if name == "precision":
+            if precision == "fp32":
+                continue
+            changes = changes | {"loop.precision": precision}
+        textbook = textbook and name != "transposed convolution"
+        kernels = kernels or name == "fused kernels"
+        contenders[f"+ {name}"] = _later(recipe, device, changes, textbook, kernels)
+    contenders["engine"] = contenders.pop(next(reversed(contenders)))
+    if compiled_engine:
+        contenders["engine, compiled"] = _later(recipe, device, changes | {"loop.compile": True}, textbook, kernels)
+    return contenders
+
+
+def _later(recipe: Recipe, device: torch.device, changes: dict[str, Any], textbook: bool, kernels: bool) -> Callable[[], Run]:
+    return lambda: _engine(recipe, device, changes, textbook=textbook, kernels=kernels)
+
+
+def _networks(recipe: Recipe) -> tuple[Any, Any, Any]:
+    torch.manual_seed(0)
+    data = recipe.data
+    teacher, student = (build_classifier(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
+    generator = build_generator(
+        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+    )
+    return teacher, student, generator
+
+
+def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any], *, textbook: bool, kernels: bool) -> Run:
+    changed = _changed(recipe, changes | {"loop.epochs": 1, "loop.iterations_per_epoch": 100_000, "loop.generator_pretraining": 0})
+    teacher, student, generator = _networks(recipe)
+    trainer = Trainer(teacher, student, plain.textbook(generator) if textbook else generator, changed, device=device)
+
+    def run() -> tuple[float, float]:
+        with nullcontext() if kernels else use_backend("reference"):
+            begin, student = time.perf_counter(), trainer.clock.read().get("student", 0.0)
+            trainer._iterate()
+            phases = trainer.clock.read()
+        return phases["student"] - student, time.perf_counter() - begin
+
+    return run
+
+
+def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compiled: bool) -> Run:
+    teacher, student, generator = (network.to(device) for network in _networks(recipe))
+    plain.textbook(generator)
+    teacher.requires_grad_(True)
+    if compiled:
+        for network in (teacher, student, generator):
+            network.to(memory_format=torch.channels_last).compile()
+    student_settings, generator_settings = recipe.student_optimizer, recipe.generator_optimizer
+    optimizers = [
+        torch.optim.SGD(student.parameters(), lr=student_settings.lr, momentum=0.9, weight_decay=student_settings.weight_decay),
+        torch.optim.Adam(generator.parameters(), lr=generator_settings.lr, betas=generator_settings.betas),
+    ]
+    iterations: Iterator[plain.Iteration] = plain.distil(
+        teacher,
+        student,
+        generator,
+        student_optimizer=optimizers[0],
+        generator_optimizer=optimizers[1],
+        epochs=1,
+        iterations_per_epoch=100_000,
+        batch_size=recipe.loop.batch_size,
+        latent_dim=recipe.generator.latent_dim,
+        student_steps=recipe.loop.student_steps,
+        ema_decay=recipe.replay.ema_decay if recipe.replay.replays else None,
+        fresh_weight=recipe.replay.fresh_weight,
+        replay_weight=recipe.replay.weight,
+        discrepancy=recipe.objective.discrepancy,  # type: ignore[arg-type]  # checked
+        bn_moments=recipe.objective.bn_moments,
+        student_in_generator_step=recipe.loop.student_in_generator_step,
+        device=device,
+    )
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    if compiled and precision != "fp32":
+        autocast = lambda: torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])  # noqa: E731
+
+    def run() -> tuple[float, float]:
+        begin = time.perf_counter()
+        with autocast():
+            done = next(iterations)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return done.student_seconds, time.perf_counter() - begin
+
+    return run
+
+
+def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    sections: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        section, _, key = path.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return dataclasses.replace(recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in sections.items()})
+
+
+def _in_its_own_process(recipe: Recipe, device: torch.device, precision: Precision, name: str) -> float:
+    arguments = (recipe, device, precision, name, torch.get_num_threads())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory_mib, arguments)
+
+
+def _peak_memory_mib(recipe: Recipe, device: torch.device, precision: Precision, name: str, threads: int) -> float:
+    """Of an iteration after the first ones, beyond what is held between iterations."""
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        # Give large blocks back to the system when they are freed, so that what is resident is what is used.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    run = _contenders(recipe, device, precision)[name]()
+    for _ in range(WARM_UP):
+        run()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to what it holds
+    held = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - held) / 1024
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Take rows into a file: they replace those of the same recipe, batch, precision and device."""
+    kept = [row for row in (read(path) if path.exists() else []) if _case(row) != _case(dataclasses.asdict(rows[0]))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _case(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("recipe", "batch_size", "precision", "device"))
+
+
+def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """A stacked bar a contender and case: the student's and the generator's seconds of an iteration."""
+    cases = list(dict.fromkeys(_case(row) for row in rows))
+    figure = Figure(figsize=(9, 1 + 0.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
+    for axes, case in zip(panels, cases, strict=True):
+        bars = [row for row in rows if _case(row) == case][::-1]
+        names = [row["contender"] for row in bars]
+        student, generator = ([float(row[f"{player}_seconds"]) for row in bars] for player in ("student", "generator"))
+        axes.barh(names, student, label="student's steps")
+        axes.barh(names, generator, left=student, label="generator's step")
+        for row, total in zip(bars, map(sum, zip(student, generator, strict=True)), strict=True):
+            axes.text(total, row["contender"], f" {float(row['speedup_over_plain']):.1f} ×", va="center", fontsize=8)
+        axes.set(title=f"{case[0]}, batch {case[1]}, {case[2]}, {case[3]}", xlabel="seconds an iteration", xlim=(0, 1.12 * max(student)))
+        axes.set_xlim(0, 1.15 * max(map(sum, zip(student, generator, strict=True))))
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].legend(loc="lower right")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
