@@ -64,6 +64,11 @@ class Method:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
         if self.loop.precision == "fp16" and (self.update.retains or (self.replay.replays and self.replay.kind == "vae")):
             raise ValueError("loop.precision = 'fp16': not with replay.kind 'vae' nor with first-order or second-order updates; use 'bf16'")
+        batch_size = self.loop.batch_size
+        if self.replay.kind == "memory_bank" and self.replay.rows > batch_size:
+            raise ValueError(f"replay.rows = {self.replay.rows}: a bank stores rows of a fresh batch, of which there are {batch_size}")
+        if self.replay.kind == "vae" and self.replay.vae.fresh_rows > batch_size:
+            raise ValueError(f"replay.vae.fresh_rows = {self.replay.vae.fresh_rows}: a batch has {batch_size} fresh rows")
         if self.loop.generator_pretraining and not self.objective.generator_alone:
             raise ValueError(
                 f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a term of the objective beside the adversary's"

@@ -220,7 +220,7 @@ class Trainer:
             if self.memory is not None:
                 self.memory.load_state_dict(state["memory"])
             for optimizer, saved in zip((self.student_optimizer, self.generator_optimizer), state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                optimizer.load_state_dict(copy.deepcopy(saved))  # it would keep the very tensors
                 settle_rates(optimizer, self.device)
             for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
                 schedule.load_state_dict(saved)
@@ -248,14 +248,17 @@ class Trainer:
 
     def _set_up(self, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:
         loop, objective = self.method.loop, self.method.objective
-        if objective.conditional and getattr(self.generator, "embedding", None) is None:
+        embedding = getattr(self.generator, "embedding", None)
+        if objective.conditional and embedding is None:
             raise DfkdError("objective.class_nll and objective.embedding_norm need a conditional generator (generator.conditional = true)")
+        if embedding is not None and embedding.num_embeddings > logits_shape[0]:
+            raise DfkdError(f"the generator has {embedding.num_embeddings} class embeddings, the teacher {logits_shape[0]} classes")
         layout = torch.channels_last if loop.channels_last else torch.contiguous_format
         rows = loop.batch_size + (self.method.replay.rows_of(loop.batch_size) if self.method.replay.replays else 0)
         images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
         teacher = self._working_teacher()
         logits = torch.empty(rows, *logits_shape, device=self.device)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
             fresh = slice(loop.batch_size)
             memory = build_memory(self.method.replay, self.generator, teacher, images[fresh], logits[fresh])

@@ -149,7 +149,7 @@ def clamped_js(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """What PRE-DFKD's public code has for the Jensen–Shannon divergence, for runs that must agree with it.
 
     Probabilities are clamped to [.01, .99] and not renormalised, the divergences are KL(m ‖ p) in place of KL(p ‖ m), and
-    the mean is over N·C. Where all probabilities are below .01, as with 100 classes and flat logits, its gradient is 0.
+    the mean is over N·C. Where all probabilities are below .01, as those of flat logits over more than 100 classes, its gradient is 0.
     """
     p, q = ((logits.float() / temperature).softmax(1) for logits in (student, teacher))
     p, q, m = (probabilities.clamp(0.01, 0.99) for probabilities in (p, q, (p + q) / 2))

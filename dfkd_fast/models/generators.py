@@ -59,13 +59,14 @@ class Generator(nn.Module):
         activation: what bounds the pixels.
     """
 
-    embedding: nn.Embedding | None = None
+    embedding: nn.Embedding | None
     """(classes, latent_dim), of a conditional generator: :func:`conditioned` adds e_y to z."""
 
     def __init__(
         self, body: nn.Module, latent_dim: int, output_norm: nn.Module | None, activation: Literal["tanh", "sigmoid"] = "tanh"
     ) -> None:
         super().__init__()
+        self.embedding = None
         self.body = body
         self.latent_dim = latent_dim
         self.activation: Literal["tanh", "sigmoid"] = activation

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
 
-from .generators import GeneratorA
+from .generators import GeneratorSettings, build_generator
 
 __all__ = ["Vae"]
 
@@ -17,9 +17,12 @@ class Vae(nn.Module):
         channels: of the images.
         image_size: side of the images in pixels, a multiple of 8.
         width: channels of the first layer of the encoder and the last hidden one of the decoder (64 in the paper's code).
+        hidden_eps, uniform_init: of the decoder, as in :class:`GeneratorSettings`.
     """
 
-    def __init__(self, latent_dim: int, channels: int, image_size: int, width: int = 64) -> None:
+    def __init__(
+        self, latent_dim: int, channels: int, image_size: int, width: int = 64, *, hidden_eps: float = 1e-5, uniform_init: float = 0.0
+    ) -> None:
         super().__init__()
         if image_size % 8:
             raise DfkdError(f"replay.kind 'vae' takes images whose side is a multiple of 8, not {image_size}")
@@ -39,7 +42,8 @@ class Vae(nn.Module):
             nn.Flatten(),
             nn.Linear(2 * width * side**2, 2 * latent_dim),
         )
-        self.decoder = GeneratorA(latent_dim, channels, image_size, width)
+        decoder = GeneratorSettings(latent_dim=latent_dim, width=width, hidden_eps=hidden_eps, uniform_init=uniform_init)
+        self.decoder = build_generator(decoder, channels, image_size)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """μ and log σ², (B, latent_dim) each, of images (B, C, H, W)."""

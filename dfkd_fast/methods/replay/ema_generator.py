@@ -39,12 +39,12 @@ class EmaGenerator(Memory):
         self._z = torch.empty(rows, int(generator.latent_dim), device=place.device)  # type: ignore[arg-type]
         self._labels = torch.empty(rows, dtype=torch.long, device=place.device)
         embedding = getattr(generator, "embedding", None)
-        self._classes = 1 if embedding is None else embedding.num_embeddings
+        self._classes = None if embedding is None else embedding.num_embeddings
 
     @override
     def latents(self, stream: torch.Generator) -> Tensor:
         self._z.normal_(generator=stream)
-        if self._classes == 1:
+        if self._classes is None:
             return self._z
         return conditioned(self.generator, self._z, self._labels.random_(0, self._classes, generator=stream))
 

@@ -92,6 +92,8 @@ class MemoryBank(Memory):
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (state["images"].shape, state["images"].dtype) != (self.images.shape, self.images.dtype):
+            raise ValueError(f"a memory bank of {tuple(state['images'].shape)} {state['images'].dtype} is not this one")
         self.images.copy_(state["images"])
         self.lowest.copy_(state["lowest"])
         self.step.copy_(state["step"])

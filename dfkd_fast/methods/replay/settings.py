@@ -38,6 +38,10 @@ class VaeSettings:
     latent_dim: PositiveInt = 1000
     width: PositiveInt = 64
     """Channels of the encoder's first layer and the decoder's last hidden one."""
+    hidden_eps: Positive = 1e-5
+    """Of the decoder's batch norms; the public code has .8, as in its generator."""
+    uniform_init: NonNegative = 0.0
+    """Draw the decoder's weights from U(−this, this) (PRE-DFKD: .08); 0 for the layers' own way."""
     fresh_rows: Count = 0
     """Fresh samples that one of its steps learns from; 0 for half of the batch."""
     lr: Positive = 5e-4
@@ -105,7 +109,7 @@ def build_memory(wanted: Replay, generator: nn.Module, teacher: nn.Module, image
         example, answers = images[:1].expand(rows, -1, -1, -1), logits[:1].expand(rows, *logits.shape[1:])
         return MemoryBank(example, answers, slots=bank.slots, every=bank.every, storage=bank.storage, cached_logits=bank.cached_logits)
     vae = wanted.vae
-    network = Vae(vae.latent_dim, images.shape[1], images.shape[2], vae.width)
+    network = Vae(vae.latent_dim, images.shape[1], images.shape[2], vae.width, hidden_eps=vae.hidden_eps, uniform_init=vae.uniform_init)
     return VaeReplay(
         network.to(images.device).to(memory_format=_layout(images)),
         teacher,
