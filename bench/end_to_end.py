@@ -26,7 +26,7 @@ from dfkd_fast.models import build_classifier, build_generator
 from . import provenance
 from .baselines import plain
 
-__all__ = ["Row", "draw", "measure", "read", "write"]
+__all__ = ["Row", "draw", "measure", "networks", "read", "write"]
 
 WARM_UP = 2
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -169,7 +169,8 @@ def _later(recipe: Recipe, device: torch.device, changes: dict[str, Any], textbo
     return lambda: _engine(recipe, device, changes, textbook=textbook, kernels=kernels)
 
 
-def _networks(recipe: Recipe) -> tuple[Any, Any, Any]:
+def networks(recipe: Recipe) -> tuple[Any, Any, Any]:
+    """The recipe's teacher, student and generator, untrained, always the same."""
     torch.manual_seed(0)
     data = recipe.data
     teacher, student = (build_classifier(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
@@ -181,7 +182,7 @@ def _networks(recipe: Recipe) -> tuple[Any, Any, Any]:
 
 def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any], *, textbook: bool, kernels: bool) -> Run:
     changed = _changed(recipe, changes | {"loop.epochs": 1, "loop.iterations_per_epoch": 100_000, "loop.generator_pretraining": 0})
-    teacher, student, generator = _networks(recipe)
+    teacher, student, generator = networks(recipe)
     trainer = Trainer(teacher, student, plain.textbook(generator) if textbook else generator, changed, device=device)
 
     def run() -> tuple[float, float]:
@@ -195,7 +196,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any], *, te
 
 
 def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compiled: bool) -> Run:
-    teacher, student, generator = (network.to(device) for network in _networks(recipe))
+    teacher, student, generator = (network.to(device) for network in networks(recipe))
     plain.textbook(generator)
     teacher.requires_grad_(True)
     if compiled:

@@ -16,9 +16,9 @@ from dfkd_fast import Recipe, Trainer, load_recipe
 from dfkd_fast.engine.device import device_name, peak_memory_bytes
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import replacing
-from dfkd_fast.models import build_classifier, build_generator
 
 from . import provenance
+from .end_to_end import networks
 
 __all__ = ["Row", "measure", "read", "write"]
 
@@ -96,12 +96,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def _trainer(recipe: Recipe, device: torch.device) -> Trainer:
-    torch.manual_seed(0)
-    data = recipe.data
-    teacher, student = (build_classifier(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
-    generator = build_generator(
-        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
-    )
+    teacher, student, generator = networks(recipe)
     trainer = Trainer(teacher, student, generator, recipe, device=device)
     _seconds(trainer)
     if trainer.memory is not None and not trainer.memory.ready:

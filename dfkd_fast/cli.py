@@ -104,7 +104,9 @@ def compare(
 ) -> None:
     """Accuracies and retention statistics of runs, as one table and one picture."""
     found = [read_run(run) for run in runs]
-    print_table(Console(), ("run", "teacher", *(column.replace("_", " ") for column in COLUMNS)), table_rows(found))
+    print_table(Console(), ("run", "teacher", *COLUMNS.values()), table_rows(found), figures=True)
+    typer.echo("var: variance; ¾: of the last three quarters of the epochs; drop: the largest from a previous peak; kept: fraction of the")
+    typer.echo("epochs at most report.retained_within points below the teacher")
     draw_comparison(found, picture)
     typer.echo(picture)
 

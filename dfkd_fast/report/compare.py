@@ -18,8 +18,17 @@ from .folder import RunFolder
 
 __all__ = ["COLUMNS", "Finished", "draw_comparison", "read_run", "table_rows"]
 
-COLUMNS = ("last", "best", "mean", "variance", "settled_mean", "settled_variance", "largest_drop", "fraction_retained")
-"""Of the table, in the order of ``evaluation.Retention``."""
+COLUMNS = {
+    "last": "last",
+    "best": "best",
+    "mean": "mean",
+    "variance": "var",
+    "settled_mean": "mean ¾",
+    "settled_variance": "var ¾",
+    "largest_drop": "drop",
+    "fraction_retained": "kept",
+}
+"""Fields of ``evaluation.Retention`` and what the table calls them."""
 
 
 @dataclass(frozen=True)

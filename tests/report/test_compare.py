@@ -28,7 +28,7 @@ def test_every_run_has_a_row_and_runs_of_one_recipe_a_row_of_means(tmp_path: Pat
     ]
     rows = table_rows(runs)
     assert [row[0] for row in rows] == ["a, seed 0", "a, seed 1", "a, mean of 2", "b, seed 0"]
-    drop = 2 + COLUMNS.index("largest_drop")
+    drop = 2 + list(COLUMNS).index("largest_drop")
     assert [row[drop] for row in rows] == ["10.00", "0.00", "5.00", "0.00"]
     assert [row[2] for row in rows] == ["94.00", "96.00", "95.00", "76.00"]
 
