@@ -109,8 +109,11 @@ class UpsampleConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         padded = F.pad(self.weight, (1, 1, 1, 1))
         summed = padded[:, :, :-1] + padded[:, :, 1:]
-        kernel = summed[..., :-1] + summed[..., 1:]
-        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), self.bias, stride=2, padding=1)
+        kernel = (summed[..., :-1] + summed[..., 1:]).flip(2, 3).transpose(0, 1)
+        if self.weight.is_contiguous(memory_format=torch.channels_last):
+            # The layout of a convolution is that of its kernel; without this everything behind it would run in NCHW.
+            kernel = kernel.contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 class GeneratorA(Generator):
@@ -133,10 +136,10 @@ class GeneratorA(Generator):
             nn.BatchNorm2d(2 * width),
             UpsampleConv2d(2 * width, 2 * width),
             nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             UpsampleConv2d(2 * width, width),
             nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, channels, kernel_size=3, padding=1),
         )
         super().__init__(body, latent_dim, nn.BatchNorm2d(channels, affine=False))
@@ -169,7 +172,7 @@ class GeneratorB(Generator):
             layers += [
                 nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(after),
-                nn.LeakyReLU(0.2),
+                nn.LeakyReLU(0.2, inplace=True),
             ]
         layers.append(nn.Conv2d(width, channels, kernel_size=3, padding=1))
         super().__init__(nn.Sequential(*layers), latent_dim, output_norm=None)
@@ -196,10 +199,10 @@ class GeneratorC(Generator):
             nn.BatchNorm2d(4 * width),
             UpsampleConv2d(4 * width, 2 * width),
             nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             UpsampleConv2d(2 * width, width),
             nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, len(mean), kernel_size=3, padding=1),
         )
         super().__init__(body, latent_dim, Standardize(mean, std), "sigmoid")

@@ -31,10 +31,10 @@ class Vae(nn.Module):
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, width, kernel_size=3, padding=1),
             nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, 2 * width, kernel_size=3, padding=1),
             nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2, inplace=True),
             nn.Upsample(scale_factor=0.5),
             nn.Conv2d(2 * width, 2 * width, kernel_size=3, stride=2, padding=1),
             nn.BatchNorm2d(2 * width),
