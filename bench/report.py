@@ -22,6 +22,7 @@ __all__ = ["end_to_end_table", "kernel_table", "main", "methods_table", "table",
 RESULTS = ROOT / "bench" / "results" / "distill.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by python -m bench.report from bench/results/distill.jsonl -->", "<!-- end of the table -->"
+NOT_MEASURED = "Not measured yet."
 METHODS_BEGIN = "<!-- made by python -m bench.report from bench/results/methods-*.csv -->"
 END_TO_END_BEGIN = "<!-- made by python -m bench.report from bench/results/end-to-end-*.csv -->"
 KERNELS_BEGIN = "<!-- made by python -m bench.report from bench/results/micro-*.csv -->"
@@ -108,6 +109,8 @@ def methods_results() -> list[dict[str, str]]:
 
 def methods_table(rows: list[dict[str, str]]) -> str:
     """Time and memory of an iteration, beside those of the first recipe."""
+    if not rows:
+        return NOT_MEASURED
     titles = ("recipe", "fresh + replayed", "ms an iteration", "× the first", "peak MiB", "over the first", "device")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
@@ -127,6 +130,8 @@ def end_to_end_results() -> list[dict[str, str]]:
 
 def end_to_end_table(rows: list[dict[str, str]]) -> str:
     """A row a contender."""
+    if not rows:
+        return NOT_MEASURED
     titles = ("recipe", "batch", "precision", "contender", "s an iteration", "× plain", "× plain compiled", "peak MiB", "device")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:

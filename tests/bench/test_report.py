@@ -11,10 +11,16 @@ def test_the_table_in_the_readme_is_the_one_the_files_give(begin: str) -> None:
 
 
 def test_the_tables_have_what_the_readme_speaks_of() -> None:
-    assert {entry["recipe"] for entry in report.results()} >= {"digits", "digits-dfad", "mnist-cpu"}
+    assert {entry["recipe"] for entry in report.results()} >= {
+        "digits",
+        "digits-dfad",
+        "digits-mad",
+        "digits-bank",
+        "digits-vae",
+        "digits-retain",
+        "mnist-cpu",
+    }
     assert {row["kernel"] for row in report.kernel_results()} == {"ema", "l1", "kl", "js", "concat", "moments"}
-    assert {row["contender"] for row in report.end_to_end_results()} >= {"plain", "plain_compiled", "engine"}
-    assert len(report.methods_results()) > 1
 
 
 def test_no_figure_comes_from_uncommitted_code_or_a_red_check() -> None:
