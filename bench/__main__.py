@@ -18,7 +18,7 @@ from dfkd_fast.files import replacing
 from dfkd_fast.recipe import load_recipe
 from dfkd_fast.report import print_table
 
-from . import end_to_end, provenance, report
+from . import end_to_end, provenance, report, table
 from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
@@ -146,7 +146,7 @@ def run_end_to_end(
     )
     target = out or RESULTS / f"end-to-end-{provenance.file_name(place)}.csv"
     end_to_end.write(target, found)
-    end_to_end.draw(end_to_end.read(target), target.with_suffix(".png"))
+    end_to_end.draw(table.read(target), target.with_suffix(".png"))
     if json_file is not None:
         with replacing(json_file) as part:
             part.write_text(json.dumps({row.contender: asdict(row) for row in found}, indent=2) + "\n")

@@ -1,6 +1,5 @@
 """Whole iterations of a recipe: the plain loop, the plain loop compiled, and the engine with one feature after another."""
 
-import csv
 import ctypes
 import dataclasses
 import multiprocessing
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,31 +19,21 @@ from matplotlib.figure import Figure
 
 from dfkd_fast import DfkdError, Recipe, Trainer
 from dfkd_fast.engine.device import device_name
+from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.files import replacing
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.models import build_classifier, build_generator
 
-from . import provenance
+from . import provenance, table
 from .baselines import plain
 
-__all__ = ["Row", "draw", "measure", "networks", "read", "write"]
+__all__ = ["Row", "draw", "measure", "networks", "write"]
 
 WARM_UP = 2
 M_MMAP_THRESHOLD = -3  # of malloc.h
 Precision = Literal["fp32", "bf16", "fp16"]
 Run = Callable[[], tuple[float, float]]
 """One whole iteration; returns the seconds of the student's steps and of all."""
-
-# What each step of the engine's column switches on, beside all that stand above it.
-FEATURES: list[tuple[str, dict[str, Any]]] = [
-    ("no wasted work", {}),
-    ("channels-last", {"loop.channels_last": True}),
-    ("transposed convolution", {}),
-    ("fused kernels", {}),
-    ("folded teacher", {"loop.fold_teacher": True}),
-    ("precision", {}),
-    ("CUDA graphs", {"loop.capture": True}),
-]
 
 
 @dataclass(frozen=True)
@@ -145,28 +135,26 @@ def _contenders(recipe: Recipe, device: torch.device, precision: Precision, comp
         "plain": lambda: _plain(recipe, device, "fp32", compiled=False),
         "plain_compiled": lambda: _plain(recipe, device, precision, compiled=True),
     }
-    off = {"loop.channels_last": False, "loop.fold_teacher": False, "loop.capture": False, "loop.precision": "fp32"}
-    changes: dict[str, Any] = dict(off)
-    textbook, kernels = True, False
-    for name, switched in FEATURES:
-        if name == "CUDA graphs" and device.type != "cuda":
-            continue
+    # What each switches on beside all that stand above it.
+    features: list[tuple[str, dict[str, Any]]] = [
+        ("no wasted work", {"loop.channels_last": False, "loop.fold_teacher": False, "loop.capture": False, "loop.precision": "fp32"}),
+        ("channels-last", {"loop.channels_last": True}),
+        ("transposed convolution", {"textbook": False}),
+        ("fused kernels", {"kernels": True}),
+        ("folded teacher", {"loop.fold_teacher": True}),
+    ]
+    if precision != "fp32":
+        features.append(("precision", {"loop.precision": precision}))
+    if device.type == "cuda":
+        features.append(("CUDA graphs", {"loop.capture": True}))
+    changes: dict[str, Any] = {"textbook": True, "kernels": False}
+    for name, switched in features:
         changes = changes | switched
-        if name == "precision":
-            if precision == "fp32":
-                continue
-            changes = changes | {"loop.precision": precision}
-        textbook = textbook and name != "transposed convolution"
-        kernels = kernels or name == "fused kernels"
-        contenders[f"+ {name}"] = _later(recipe, device, changes, textbook, kernels)
+        contenders[f"+ {name}"] = partial(_engine, recipe, device, changes)
     contenders["engine"] = contenders.pop(next(reversed(contenders)))
     if compiled_engine:
-        contenders["engine, compiled"] = _later(recipe, device, changes | {"loop.compile": True}, textbook, kernels)
+        contenders["engine, compiled"] = partial(_engine, recipe, device, changes | {"loop.compile": True})
     return contenders
-
-
-def _later(recipe: Recipe, device: torch.device, changes: dict[str, Any], textbook: bool, kernels: bool) -> Callable[[], Run]:
-    return lambda: _engine(recipe, device, changes, textbook=textbook, kernels=kernels)
 
 
 def networks(recipe: Recipe) -> tuple[Any, Any, Any]:
@@ -180,10 +168,13 @@ def networks(recipe: Recipe) -> tuple[Any, Any, Any]:
     return teacher, student, generator
 
 
-def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any], *, textbook: bool, kernels: bool) -> Run:
-    changed = _changed(recipe, changes | {"loop.epochs": 1, "loop.iterations_per_epoch": 100_000, "loop.generator_pretraining": 0})
+def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Run:
     teacher, student, generator = networks(recipe)
-    trainer = Trainer(teacher, student, plain.textbook(generator) if textbook else generator, changed, device=device)
+    if changes["textbook"]:
+        plain.textbook(generator)
+    kernels: bool = changes["kernels"]
+    endless = {"loop.epochs": 1, "loop.iterations_per_epoch": 100_000, "loop.generator_pretraining": 0}
+    trainer = Trainer(teacher, student, generator, _changed(recipe, changes | endless), device=device)
 
     def run() -> tuple[float, float]:
         with nullcontext() if kernels else use_backend("reference"):
@@ -202,17 +193,15 @@ def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compil
     if compiled:
         for network in (teacher, student, generator):
             network.to(memory_format=torch.channels_last).compile()
-    student_settings, generator_settings = recipe.student_optimizer, recipe.generator_optimizer
-    optimizers = [
-        torch.optim.SGD(student.parameters(), lr=student_settings.lr, momentum=0.9, weight_decay=student_settings.weight_decay),
-        torch.optim.Adam(generator.parameters(), lr=generator_settings.lr, betas=generator_settings.betas),
-    ]
+    # For a CPU: PyTorch's plain ones, not fused, wherever they run.
+    student_optimizer = build_optimizer(recipe.student_optimizer, student.parameters(), torch.device("cpu"))
+    generator_optimizer = build_optimizer(recipe.generator_optimizer, generator.parameters(), torch.device("cpu"))
     iterations: Iterator[plain.Iteration] = plain.distil(
         teacher,
         student,
         generator,
-        student_optimizer=optimizers[0],
-        generator_optimizer=optimizers[1],
+        student_optimizer=student_optimizer,
+        generator_optimizer=generator_optimizer,
         epochs=1,
         iterations_per_epoch=100_000,
         batch_size=recipe.loop.batch_size,
@@ -244,8 +233,9 @@ def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compil
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     sections: dict[str, dict[str, Any]] = {}
     for path, value in changes.items():
-        section, _, key = path.partition(".")
-        sections.setdefault(section, {})[key] = value
+        section, dot, key = path.partition(".")
+        if dot:
+            sections.setdefault(section, {})[key] = value
     return dataclasses.replace(recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in sections.items()})
 
 
@@ -283,19 +273,8 @@ def _resident(field: str) -> int:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Take rows into a file: they replace those of the same recipe, batch, precision and device."""
-    kept = [row for row in (read(path) if path.exists() else []) if _case(row) != _case(dataclasses.asdict(rows[0]))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
-        writer.writerows(dataclasses.asdict(row) for row in rows)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file, by column."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    kept = [row for row in (table.read(path) if path.exists() else []) if _case(row) != _case(dataclasses.asdict(rows[0]))]
+    table.write(path, table.names(Row), [*kept, *map(dataclasses.asdict, rows)])
 
 
 def _case(row: dict[str, Any]) -> tuple[str, ...]:
@@ -316,7 +295,7 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         axes.barh(names, generator, left=student, label="generator's step")
         for row, total in zip(bars, map(sum, zip(student, generator, strict=True)), strict=True):
             axes.text(total, row["contender"], f" {float(row['speedup_over_plain']):.1f} ×", va="center", fontsize=8)
-        axes.set(title=f"{case[0]}, batch {case[1]}, {case[2]}, {case[3]}", xlabel="seconds an iteration", xlim=(0, 1.12 * max(student)))
+        axes.set(title=f"{case[0]}, batch {case[1]}, {case[2]}, {case[3]}", xlabel="seconds an iteration")
         axes.set_xlim(0, 1.15 * max(map(sum, zip(student, generator, strict=True))))
         axes.grid(axis="x", alpha=0.3)
     panels[0].legend(loc="lower right")

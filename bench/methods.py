@@ -1,6 +1,5 @@
 """What each method costs: time and memory of an iteration, beside those of the first one."""
 
-import csv
 import dataclasses
 import multiprocessing
 import os
@@ -15,12 +14,11 @@ import torch
 from dfkd_fast import Recipe, Trainer, load_recipe
 from dfkd_fast.engine.device import device_name, peak_memory_bytes
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.files import replacing
 
-from . import provenance
+from . import provenance, table
 from .end_to_end import networks
 
-__all__ = ["Row", "measure", "read", "write"]
+__all__ = ["Row", "measure", "write"]
 
 WARM_UP = 2
 
@@ -82,17 +80,7 @@ def measure(names: Sequence[str], device: torch.device, turns: int, command: str
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Write a file anew: times of different runs are not comparable."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file, by column."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    table.write(path, table.names(Row), map(dataclasses.asdict, rows))
 
 
 def _trainer(recipe: Recipe, device: torch.device) -> Trainer:

@@ -13,7 +13,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import replacing
 
-from .micro import PROVIDERS, rows
+from . import table
+from .micro import PROVIDERS
 
 __all__ = ["draw"]
 
@@ -32,7 +33,7 @@ def draw(path: Path) -> Iterator[Path]:
         DfkdError: the file is not one of ``python -m bench micro``, or has no time beside eager's.
         OSError: it cannot be read, or a picture not written.
     """
-    measured = rows.read(path)
+    measured = table.read(path)
     if not measured or not {"kernel", "provider", "speedup_over_eager"} <= measured[0].keys():
         raise DfkdError(f"{path}: must be a CSV written by python -m bench micro")
     compared = [row for row in measured if row["speedup_over_eager"] and row["provider"] != "eager"]

@@ -4,7 +4,6 @@ python -m bench report                write the tables anew
 python -m bench report RUN [RUN ...]  first take in the summaries of these folders, run at the commit checked out
 """
 
-import csv
 import json
 import sys
 import tomllib
@@ -13,8 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from . import end_to_end
-from . import methods as costs
+from dfkd_fast.errors import DfkdError
+
+from . import table as table_files
 from .provenance import ROOT, commit
 
 __all__ = ["end_to_end_table", "kernel_table", "main", "methods_table", "table", "tables"]
@@ -33,7 +33,9 @@ def main(folders: Iterable[Path]) -> None:
     for folder in folders:
         take_in(folder)
     for begin, text in tables().items():
-        before, _, rest = README.read_text().partition(begin)
+        before, found, rest = README.read_text().partition(begin)
+        if not found:
+            raise DfkdError(f"{README}: has no line {begin!r} for its table to stand under")
         README.write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
@@ -104,7 +106,7 @@ def _each(values: list[float]) -> str:
 
 def methods_results() -> list[dict[str, str]]:
     """What the methods cost, of all devices."""
-    return [row for path in sorted(RESULTS.parent.glob("methods-*.csv")) for row in costs.read(path)]
+    return [row for path in sorted(RESULTS.parent.glob("methods-*.csv")) for row in table_files.read(path)]
 
 
 def methods_table(rows: list[dict[str, str]]) -> str:
@@ -125,7 +127,7 @@ def methods_table(rows: list[dict[str, str]]) -> str:
 
 def end_to_end_results() -> list[dict[str, str]]:
     """Whole iterations, of all devices."""
-    return [row for path in sorted(RESULTS.parent.glob("end-to-end-*.csv")) for row in end_to_end.read(path)]
+    return [row for path in sorted(RESULTS.parent.glob("end-to-end-*.csv")) for row in table_files.read(path)]
 
 
 def end_to_end_table(rows: list[dict[str, str]]) -> str:
@@ -146,7 +148,7 @@ def end_to_end_table(rows: list[dict[str, str]]) -> str:
 
 def kernel_results() -> list[dict[str, str]]:
     """The rows of the micro-benchmarks."""
-    return [row for path in sorted(RESULTS.parent.glob("micro-*.csv")) for row in csv.DictReader(path.open(newline=""))]
+    return [row for path in sorted(RESULTS.parent.glob("micro-*.csv")) for row in table_files.read(path)]
 
 
 def kernel_table(rows: list[dict[str, str]]) -> str:

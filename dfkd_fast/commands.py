@@ -214,6 +214,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
         "retention": found,
+        "remarks": trainer.remarks,
         "drift": {name: fmean(drift[name] for drift in drifts) for name in drifts[0]} if drifts else None,
         "seconds": {
             "total": run.seconds,
@@ -236,6 +237,7 @@ def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder)
             ("student, all epochs", f"best {student['best']:.2f} %, mean {student['mean']:.2f} %, variance {student['variance']:.2f}"),
             ("largest drop", f"{summary['retention']['largest_drop']:.2f} points"),
         ]
+    rows += [("remark", remark) for remark in summary["remarks"]]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     rows += [("seconds", f"{seconds['total']:.1f} ({parts})"), ("folder", str(folder.path))]
     print_table(console, (summary["recipe"], f"seed {summary['seed']}, {summary['device']}"), rows)

@@ -1,14 +1,12 @@
 """The rows of the results: what a file in bench/results holds, and what is printed."""
 
-import csv
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfkd_fast.files import replacing
+from .. import table
 
-__all__ = ["COLUMNS", "KEY", "Row", "printed", "read", "write"]
+__all__ = ["COLUMNS", "KEY", "Row", "printed", "write"]
 
 
 @dataclass(frozen=True)
@@ -58,26 +56,16 @@ class Row:
         return self.status.startswith(("wrong", "failed"))
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+COLUMNS = table.names(Row)
 KEY = COLUMNS[: COLUMNS.index("status")]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file, by column; an empty string is what was not measured."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Take rows into a file; they replace those of the same case and provider."""
     new = [{name: _text(getattr(row, name)) for name in COLUMNS} for row in rows]
     replaced = {_key(row) for row in new}
-    kept = [row for row in read(path) if _key(row) not in replaced] if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *new])
+    kept = [row for row in table.read(path) if _key(row) not in replaced] if path.exists() else []
+    table.write(path, COLUMNS, [*kept, *new])
 
 
 HEADER = ("mode", "provider", "median µs", "20–80 %", "graph µs", "GB/s", "of copy", "× eager", "× compile", "memory", "error", "")

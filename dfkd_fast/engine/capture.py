@@ -101,21 +101,23 @@ class Steps:
 
 @contextmanager
 def preserved(game: Game) -> Iterator[None]:
-    """Whatever steps are taken inside, afterwards every tensor and random stream of the game is as it was, in place."""
+    """Whatever steps are taken inside, even one that fails, afterwards the game's tensors and random streams are as they were, in place."""
     before = [(tensor, tensor.detach().clone()) for tensor in _state(game)]
     streams = [(stream, stream.get_state()) for stream in (game.fresh_stream, game.replay_stream)]
     device = game.images.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-    with torch.no_grad():
-        known = {id(tensor) for tensor, _ in before}
-        for tensor, value in before:
-            tensor.copy_(value)
-        for tensor in _state(game):
-            if id(tensor) not in known:
-                tensor.zero_()  # an optimiser's state, which its first step makes, and which begins at 0
-    for stream, state in streams:
-        stream.set_state(state)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            known = {id(tensor) for tensor, _ in before}
+            for tensor, value in before:
+                tensor.copy_(value)
+            for tensor in _state(game):
+                if id(tensor) not in known:
+                    tensor.zero_()  # an optimiser's state, which its first step makes, and which begins at 0
+        for stream, state in streams:
+            stream.set_state(state)
 
 
 def _state(game: Game) -> Iterator[Tensor]:

@@ -59,7 +59,7 @@ def fold(network: nn.Module) -> nn.Module:
         elif "inplace" in node.kwargs:
             node.kwargs = {**node.kwargs, "inplace": False}
         elif node.op == "call_module" and isinstance(norm := layers[node.target], nn.BatchNorm2d) and norm.running_mean is not None:
-            before = node.args[0]
+            before = next(iter(node.all_input_nodes))
             conv = layers.get(before.target) if before.op == "call_module" else None
             # Its output must go nowhere else, and neither layer may serve a second place.
             if type(conv) is nn.Conv2d and len(before.users) == 1 and uses.count(before.target) == uses.count(node.target) == 1:

@@ -116,6 +116,25 @@ class UpsampleConv2d(nn.Conv2d):
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
+def _upsampling_body(latent_dim: int, widths: tuple[int, int, int], channels: int, image_size: int) -> nn.Sequential:
+    """A linear layer to a quarter of the image's side, then twice as large, twice: (B, latent_dim) → (B, channels, H, W)."""
+    if image_size % 4:
+        raise DfkdError(f"generators A and C make images whose side is a multiple of 4, not {image_size}")
+    side, (first, second, last) = image_size // 4, widths
+    return nn.Sequential(
+        nn.Linear(latent_dim, first * side**2),
+        nn.Unflatten(1, (first, side, side)),
+        nn.BatchNorm2d(first),
+        UpsampleConv2d(first, second),
+        nn.BatchNorm2d(second),
+        nn.LeakyReLU(0.2, inplace=True),
+        UpsampleConv2d(second, last),
+        nn.BatchNorm2d(last),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(last, channels, kernel_size=3, padding=1),
+    )
+
+
 class GeneratorA(Generator):
     """DFAD's generator for small images (arXiv 1912.11006): upsampling and convolutions, tanh, batch norm.
 
@@ -127,21 +146,7 @@ class GeneratorA(Generator):
     """
 
     def __init__(self, latent_dim: int, channels: int, image_size: int, width: int = 64) -> None:
-        if image_size % 4:
-            raise DfkdError(f"generator A makes images whose side is a multiple of 4, not {image_size}")
-        side = image_size // 4
-        body = nn.Sequential(
-            nn.Linear(latent_dim, 2 * width * side**2),
-            nn.Unflatten(1, (2 * width, side, side)),
-            nn.BatchNorm2d(2 * width),
-            UpsampleConv2d(2 * width, 2 * width),
-            nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2, inplace=True),
-            UpsampleConv2d(2 * width, width),
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, channels, kernel_size=3, padding=1),
-        )
+        body = _upsampling_body(latent_dim, (2 * width, 2 * width, width), channels, image_size)
         super().__init__(body, latent_dim, nn.BatchNorm2d(channels, affine=False))
 
 
@@ -190,21 +195,7 @@ class GeneratorC(Generator):
     """
 
     def __init__(self, latent_dim: int, image_size: int, mean: Sequence[float], std: Sequence[float], width: int = 64) -> None:
-        if image_size % 4:
-            raise DfkdError(f"generator C makes images whose side is a multiple of 4, not {image_size}")
-        side = image_size // 4
-        body = nn.Sequential(
-            nn.Linear(latent_dim, 4 * width * side**2),
-            nn.Unflatten(1, (4 * width, side, side)),
-            nn.BatchNorm2d(4 * width),
-            UpsampleConv2d(4 * width, 2 * width),
-            nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2, inplace=True),
-            UpsampleConv2d(2 * width, width),
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, len(mean), kernel_size=3, padding=1),
-        )
+        body = _upsampling_body(latent_dim, (4 * width, 2 * width, width), len(mean), image_size)
         super().__init__(body, latent_dim, Standardize(mean, std), "sigmoid")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import end_to_end, methods
+from bench import end_to_end, methods, table
 from bench.baselines.plain import textbook
 from bench.end_to_end import Row
 from dfkd_fast import DfkdError, GeneratorA, Recipe, load_recipe
@@ -47,15 +47,12 @@ def test_every_uncompiled_contender_plays_whole_iterations_and_says_how_long(rep
 
 
 def test_the_features_are_switched_on_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(
-        end_to_end, "_engine", lambda recipe, device, changes, *, textbook, kernels: seen.append((changes, textbook, kernels))
-    )
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(end_to_end, "_engine", lambda recipe, device, changes: seen.append(changes))
     for name, build in end_to_end._contenders(tiny(), CPU, "bf16", True).items():
         if not name.startswith("plain"):
             build()
-    flat = [{**changes, "textbook": textbook, "kernels": kernels} for changes, textbook, kernels in seen]
-    differences = [{key for key in flat[-1] if before.get(key) != after.get(key)} for before, after in itertools.pairwise(flat)]
+    differences = [{key for key in seen[-1] if before.get(key) != after.get(key)} for before, after in itertools.pairwise(seen)]
     assert differences == [
         {"loop.channels_last"},
         {"textbook"},
@@ -77,7 +74,7 @@ def test_rows_replace_those_of_their_own_case_only(tmp_path: Path) -> None:
     end_to_end.write(path, [row("plain", 4.0), row("engine", 1.0)])
     end_to_end.write(path, [replace(row("plain", 8.0), precision="bf16")])
     end_to_end.write(path, [row("plain", 3.0)])
-    assert [(found["precision"], found["contender"], float(found["seconds_per_iteration"])) for found in end_to_end.read(path)] == [
+    assert [(found["precision"], found["contender"], float(found["seconds_per_iteration"])) for found in table.read(path)] == [
         ("bf16", "plain", 8.0),
         ("fp32", "plain", 3.0),
     ]

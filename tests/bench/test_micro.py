@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import report
+from bench import report, table
 from bench.__main__ import main
 from bench.micro import KERNELS, PROVIDERS, check, discrepancy, rows, select, timing
 from bench.micro.workload import Trial
@@ -44,7 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         with pytest.raises(SystemExit) as ended:
             main()
         code, said, out = ended.value.code, capsys.readouterr(), Path("out.csv")
-        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err, rows.read(out) if out.exists() else [])
+        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err, table.read(out) if out.exists() else [])
 
     return call
 
@@ -220,10 +220,20 @@ def test_plot_refuses_what_is_no_result(run: Run, text: str) -> None:
     assert said.err.count("\n") == 1
 
 
-def test_report_is_a_command_of_the_same_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    empty = f"before\n{report.BEGIN}\n{{runs}}\n{report.END}\nbetween\n{report.KERNELS_BEGIN}\n{{kernels}}\n{report.END}\nafter\n"
-    readme.write_text(empty.format(runs="old", kernels="old"))
+def test_report_writes_every_table_between_its_lines(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readme, tables = tmp_path / "README.md", report.tables()
+    around = [(f"before\n{begin}\n", text, f"\n{report.END}\nafter\n") for begin, text in tables.items()]
+    readme.write_text("".join(f"{before}old{after}" for before, _, after in around))
     monkeypatch.setattr(report, "README", readme)
     assert run("report").code == 0
-    assert readme.read_text() == empty.format(runs=report.table(report.results()), kernels=report.kernel_table(report.kernel_results()))
+    assert readme.read_text() == "".join(before + text + after for before, text, after in around)
+
+
+def test_report_refuses_a_readme_without_a_tables_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing\n")
+    monkeypatch.setattr(report, "README", readme)
+    said = run("report")
+    assert said.code == 2
+    assert report.BEGIN in said.err
+    assert readme.read_text() == "nothing\n"

@@ -1,5 +1,6 @@
 """PRE-DFKD's replay: a variational autoencoder that is trained beside the student."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -135,6 +136,6 @@ class VaeReplay(Memory):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.vae.load_state_dict(state["vae"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the very tensors
         for parameter, leaked in zip(self.vae.decoder.parameters(), state["leaked"], strict=True):
             parameter.grad = None if leaked is None else leaked.to(parameter.device, copy=True)
