@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from . import commands
+from . import commands, distributed
+from .data import Loader
 from .doctor import choices, examine
 from .engine.device import pick_device
+from .engine.precision import PrecisionName
 from .errors import DfkdError, first_line
 from .files import replacing
 from .interrupt import Interrupted
@@ -77,24 +79,67 @@ def teach(
 
 @app.command()
 def evaluate(
-    targets: Annotated[list[Path], typer.Argument(metavar="RUN_OR_WEIGHTS...", help="Folders of runs, or files of weights.")],
+    targets: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN_OR_WEIGHTS]...", help="Folders of runs, or files of weights.")
+    ] = None,
+    data: Annotated[
+        Literal["imagenet", "places365", "folder", "list"] | None, typer.Option(help="Image files to evaluate on, in --data-root.")
+    ] = None,
+    data_root: DataRoot = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Network of a file that does not say it, or efficientnet_lite0, whose weights are in a package; repeatable."),
+    ] = None,
+    loader: Annotated[Loader | None, typer.Option(help="What decodes image files; auto is DALI where it is installed.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes or threads that decode image files; with --data as many as cores by default.")
+    ] = None,
+    strict: Annotated[bool | None, typer.Option(help="Whether a file that cannot be decoded is an error, or left out.")] = None,
+    precision: Annotated[PrecisionName, typer.Option(help="What the networks compute in.")] = "fp32",
     recipe: Annotated[str | None, typer.Option(help="What names network and data, where the file does not.")] = None,
     role: Annotated[Literal["teacher", "student"] | None, typer.Option(help="Whose weights they are, where the file does not say.")] = None,
     changes: Changes = None,
-    data_root: DataRoot = None,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
-    """Test accuracy of students and teachers."""
-    place = pick_device(device)
-    overrides = _overrides(changes, data_root=data_root)
-    given = load_recipe(recipe, overrides) if recipe else None
-    results = [result for target in targets for result in commands.evaluate_weights(target, given, role, overrides, place)]
-    rows = [(result.weights, result.role, result.model, f"{result.top1:.2f} %", str(result.count)) for result in results]
-    print_table(Console(), ("weights", "role", "model", "top-1", "images"), rows)
+    """Accuracy of students and teachers on labelled images, and how far they agree."""
+    if data is not None:
+        batch_size, workers = batch_size or 64, os.cpu_count() if workers is None else workers
+    chosen = {"data.loader": loader, "data.batch_size": batch_size, "data.workers": workers, "data.strict": strict}
+    overrides = {path: value for path, value in chosen.items() if value is not None} | _overrides(changes, data_root=data_root)
+    given = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
+    wanted = commands.Wanted(targets or [], data, model or [], given, role, overrides, precision)
+    place = distributed.local(pick_device(device))
+    with distributed.process_group(place):
+        results = commands.evaluate_weights(wanted, place, Console())
+    if distributed.rank() > 0:
+        return
+    rows = [
+        (result.weights, result.role, result.model, f"{result.top1:.2f} %", f"{result.top5:.2f} %", str(result.count)) for result in results
+    ]
+    print_table(Console(), ("weights", "role", "model", "top-1", "top-5", "images"), rows)
+    for result in results:
+        if result.agreement is not None:
+            agreement = result.agreement
+            typer.echo(
+                f"{result.weights} predicts as {agreement['reference']} on {agreement['top1']:.2f} % of the images;"
+                f" mean KL {agreement['mean_kl']:.4f} nats"
+            )
+    for speed in dict.fromkeys(_speed(result) for result in results):
+        typer.echo(speed)
     if json_file is not None:
+        figures = [asdict(result) for result in results]
         with replacing(json_file) as part:
-            part.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+            part.write_text(json.dumps(figures if len(figures) > 1 else figures[0], indent=2) + "\n")
+
+
+def _speed(result: commands.Evaluated) -> str:
+    seconds, left_out = result.seconds, f"; {len(result.unreadable)} files left out" if result.unreadable else ""
+    return (
+        f"{result.count} images in {seconds['total']:.1f} s, {result.images_per_second:.1f} a second:"
+        f" {seconds['decode']:.1f} s waiting for images, {seconds['network']:.1f} s for the networks{left_out}"
+    )
 
 
 @app.command()

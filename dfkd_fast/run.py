@@ -58,6 +58,10 @@ class Run:
         """Wall-clock seconds so far."""
         return time.perf_counter() - self._begin
 
+    def say(self, remark: str) -> None:
+        """Tell the user something in one line."""
+        self.console.print(remark, highlight=False, soft_wrap=True)
+
     def begin(self) -> None:
         """Make the folder and put the recipe there; called once everything that can be checked was."""
         self.folder.write_text(self.folder.recipe, recipe_to_toml(self.recipe))

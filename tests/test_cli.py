@@ -113,7 +113,7 @@ def test_evaluate_asks_what_foreign_weights_are_and_believes_its_own(run: Run, t
     torch.save(load_file(tiny_run / "teacher.safetensors"), "foreign.pt")
     said = run("evaluate", "foreign.pt")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "give --recipe and --role" in said.err
+    assert "give --model and --data, or --recipe and --role" in said.err
     said = run("evaluate", "foreign.pt", tiny_run, "--recipe", "digits", "--role", "teacher", "--json", "f.json")
     assert said.code == 0, said.err
     foreign, student, teacher = json.loads(Path("f.json").read_text())

@@ -12,7 +12,7 @@ ROOT = Path(dfkd_fast.__file__).parent
 # From the ground up; what shares a floor must not know its neighbours.
 FLOORS = [
     {"kernels"},
-    {"errors", "settings", "files", "interrupt", "doctor"},
+    {"errors", "settings", "files", "interrupt", "doctor", "distributed"},
     {"models"},
     {"data", "methods"},
     {"evaluation"},

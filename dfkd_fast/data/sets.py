@@ -2,22 +2,29 @@
 
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
+import torch
 from pydantic import Field
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from dfkd_fast.errors import DfkdError, first_line
-from dfkd_fast.settings import Count, Number, Positive, PositiveInt, settings
+from dfkd_fast.settings import Count, Flag, Number, Positive, PositiveInt, settings
 
-from .splits import ArraySplit, Augment
+from .dali import DaliBatches, why_not_dali
+from .folder import FolderBatches
+from .listing import READERS, Listing, class_folders, read_listing
+from .splits import ArrayBatches, ArraySplit, Augment
+from .view import Interpolation, View
 
-__all__ = ["DataSettings", "Split", "open_split"]
+__all__ = ["Batches", "DataSettings", "Loader", "Split", "evaluation_batches", "open_split"]
 
 Split = Literal["train", "test"]
+Loader = Literal["auto", "dali", "torchvision"]
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
@@ -25,9 +32,12 @@ Arrays = tuple[np.ndarray, np.ndarray]
 class DataSettings:
     """Recipe section ``[data]``: what images the teacher takes, and where labelled ones are for testing."""
 
-    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder", "none"] = "digits"
+    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder", "list", "imagenet", "places365", "none"] = (
+        "digits"
+    )
     """``npz``: a file with x_train, y_train, x_test, y_test, uint8 NHWC. ``folder``: train/ and val/ (or test/)
-    with one folder a class. ``none``: no data at all, nothing is evaluated."""
+    with one folder a class. ``list``: a text file of paths and classes, for testing only. ``none``: no data at all, nothing
+    is evaluated."""
     root: str = ""
     """Folder (or .npz file) with the data, in torchvision's layout; not needed for ``digits`` and ``none``."""
     num_classes: Annotated[int, Field(strict=True, ge=2)] = 10
@@ -37,27 +47,114 @@ class DataSettings:
     mean: tuple[Number, ...] = (0.5,)
     std: tuple[Positive, ...] = (0.5,)
     """Normalisation of images in [0, 1], one number a channel."""
+    resize: Count = 0
+    """Of image files: pixels of the shorter side before the crop to ``image_size``; 0 for 256/224 of that."""
+    interpolation: Interpolation = "bilinear"
+    """Of image files, when they are resized."""
     batch_size: PositiveInt = 1000
     """Images at a time in evaluation."""
     workers: Count = 0
-    """Loader processes for ``folder``."""
+    """Of image files: processes of torchvision's loader, threads of DALI's."""
+    loader: Loader = "auto"
+    """What decodes image files: ``auto`` is DALI where it is installed."""
+    strict: Flag = True
+    """Whether an image file that cannot be decoded is an error, or left out."""
+    subset: Count = 0
+    """Test on so many images, drawn once and always the same; 0 for all."""
 
     def __post_init__(self) -> None:
         for name, constants in (("mean", self.mean), ("std", self.std)):
             if len(constants) != self.channels:
                 raise ValueError(f"{name} has {len(constants)} numbers for {self.channels} channels")
+        if 0 < self.resize < self.image_size:
+            raise ValueError(f"resize = {self.resize}: must be at least image_size, {self.image_size}")
+
+    @property
+    def view(self) -> View:
+        """What an image file becomes in a test."""
+        resize = self.resize or round(self.image_size * 256 / 224)
+        return View(resize, self.image_size, self.interpolation, self.mean, self.std)
+
+
+class Batches(Protocol):
+    """Test images in batches, pass after pass: (B, C, H, W) as the teacher expects them, and labels (B,)."""
+
+    count: int
+    """Images of a pass, here: this process's share."""
+    unreadable: list[str]
+    """Files of the last pass that could not be decoded, and why."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def evaluation_batches(
+    wanted: DataSettings,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    say: Callable[[str], None] = lambda remark: None,
+) -> Batches:
+    """The test images of a data set.
+
+    Args:
+        wanted: which, where, and how they are seen.
+        device: where the network is; DALI decodes there.
+        dtype: of the images where the loader can choose, float32 or float16.
+        rank, world_size: this process takes every ``world_size``-th image from the ``rank``-th on: none is left out or doubled.
+        say: told, in a line each, what a reader of the figures must know.
+
+    Raises:
+        DfkdError: the data is not where ``data.root`` says, or is not what its name promises.
+    """
+    if wanted.name not in READERS:
+        split = _arrays(wanted, "test", "none")
+        return ArrayBatches(split.take(_share(len(split), wanted.subset, rank, world_size)), wanted.batch_size)
+    listing = read_listing(wanted.name, _root(wanted))
+    if listing.classes != wanted.num_classes and (wanted.name != "list" or listing.classes > wanted.num_classes):
+        raise DfkdError(f"data.num_classes is {wanted.num_classes}, but {wanted.root} has {listing.classes} classes")
+    _check_channels(wanted)
+    if listing.remark:
+        say(listing.remark)
+    shared = listing.take(_share(len(listing), wanted.subset, rank, world_size))
+    return _image_batches(shared, wanted, device, dtype, say)
+
+
+def _share(count: int, subset: int, rank: int, world_size: int) -> list[int]:
+    """This process's images of a fixed subset, or of all."""
+    if subset > count:
+        raise DfkdError(f"data.subset = {subset}: there are {count} test images")
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:subset].sort().values if subset else torch.arange(count)
+    return chosen[rank::world_size].tolist()
+
+
+def _image_batches(listing: Listing, wanted: DataSettings, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]) -> Batches:
+    view, why_not = wanted.view, why_not_dali(wanted.view)
+    if wanted.loader == "dali" or (wanted.loader == "auto" and why_not is None):
+        if view.interpolation == "bicubic":
+            say("DALI's bicubic resizing rounds otherwise than PIL's; --loader torchvision is exact")
+        return DaliBatches(listing, view, wanted.batch_size, wanted.workers, device, dtype)
+    if wanted.loader == "auto":
+        say(f"{why_not}: images are read by torchvision")
+    return FolderBatches(listing, view, wanted.batch_size, wanted.workers)
 
 
 def open_split(wanted: DataSettings, split: Split, *, augment: Augment = "none") -> Dataset[Any]:
     """One split, giving images (C, H, W) normalised as the teacher expects them, and labels.
 
+    Image files are there to train on; :func:`evaluation_batches` has those to test on.
+
     Raises:
         DfkdError: the data is not where ``data.root`` says, or is not what its name promises.
     """
+    return _folder(wanted, augment) if wanted.name in READERS else _arrays(wanted, split, augment)
+
+
+def _arrays(wanted: DataSettings, split: Split, augment: Augment) -> ArraySplit:
     if wanted.name == "none":
         raise DfkdError("data.name is 'none': this recipe has no images to read")
-    if wanted.name == "folder":
-        return _folder(wanted, split, augment)
     images, labels = ARRAYS[wanted.name](wanted, split)
     _check(images, labels, wanted, split)
     return ArraySplit(images, labels, wanted.image_size, wanted.mean, wanted.std, augment=augment)
@@ -114,32 +211,40 @@ ARRAYS: dict[str, Callable[[DataSettings, Split], Arrays]] = {
 }
 
 
-def _folder(wanted: DataSettings, split: Split, augment: Augment) -> Dataset[Any]:
+def _folder(wanted: DataSettings, augment: Augment) -> Dataset[Any]:
+    """Image files to train on."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    if wanted.channels not in (1, 3):
-        raise DfkdError(f"data.channels is {wanted.channels}: images in folders have 1 or 3")
+    if wanted.name in ("list", "places365"):
+        raise DfkdError(f"data.name = {wanted.name!r}: is for testing only; teachers are trained on image folders")
+    _check_channels(wanted)
     root = _root(wanted)
-    names = ("train",) if split == "train" else ("val", "test")
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise DfkdError(f"data.root {root} has no folder {' or '.join(names)}")
+    if not (root / "train").is_dir():
+        raise DfkdError(f"data.root {root} has no folder train")
+    classes = len(class_folders(root / "train"))
+    if classes != wanted.num_classes:
+        raise DfkdError(f"data.num_classes is {wanted.num_classes}, but {root / 'train'} has {classes} classes")
     size = wanted.image_size
     if augment == "none":
-        view = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+        seen = [
+            transforms.Resize(wanted.view.resize, transforms.InterpolationMode(wanted.interpolation)),
+            transforms.CenterCrop(size),
+        ]
     else:
         flip = [transforms.RandomHorizontalFlip()] if augment == "shift_flip" else []
-        view = [transforms.RandomResizedCrop(size), *flip]
+        seen = [transforms.RandomResizedCrop(size), *flip]
     colour = [transforms.Grayscale()] if wanted.channels == 1 else []
     end = [transforms.ToTensor(), transforms.Normalize(wanted.mean, wanted.std)]
     try:
-        data = ImageFolder(str(folder), transforms.Compose([*view, *colour, *end]))
+        return ImageFolder(str(root / "train"), transforms.Compose([*seen, *colour, *end]))
     except (FileNotFoundError, RuntimeError) as error:
-        raise DfkdError(f"data.root {folder} holds no image folders: {first_line(error)}") from error
-    if len(data.classes) != wanted.num_classes:
-        raise DfkdError(f"data.num_classes is {wanted.num_classes}, but {folder} has {len(data.classes)} classes")
-    return data
+        raise DfkdError(f"data.root {root / 'train'} holds no image folders: {first_line(error)}") from error
+
+
+def _check_channels(wanted: DataSettings) -> None:
+    if wanted.channels not in (1, 3):
+        raise DfkdError(f"data.channels is {wanted.channels}: images in files have 1 or 3")
 
 
 def _root(wanted: DataSettings) -> Path:

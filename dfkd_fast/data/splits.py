@@ -1,7 +1,8 @@
 """One split of a data set, as batches in the teacher's normalised space."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resize
 
-__all__ = ["ArraySplit", "Augment", "batches"]
+__all__ = ["ArrayBatches", "ArraySplit", "Augment", "batches"]
 
 Augment = Literal["none", "shift", "shift_flip"]
 Batch = tuple[Tensor, Tensor]
@@ -47,6 +48,12 @@ class ArraySplit(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """Some of the images."""
+        taken = copy.copy(self)
+        taken.pixels, taken.labels = self.pixels[list(indices)], self.labels[list(indices)]
+        return taken
 
     def __getitem__(self, index: int) -> Batch:
         images, labels = self.__getitems__([index])
@@ -95,6 +102,21 @@ def batches(
         generator=generator if generator is not None else torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+class ArrayBatches:
+    """Batches of images that fit in memory; the last may be smaller."""
+
+    def __init__(self, split: ArraySplit, batch_size: int) -> None:
+        self.count = len(split)
+        self.unreadable: list[str] = []
+        self.loader = batches(split, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a network is worth on data it has never seen, and how steadily it got there."""
 
-from .accuracy import top1_accuracy
+from .accuracy import Agreement, Evaluation, Figures, evaluate, top1_accuracy
 from .drift import Drift
 from .retention import Retention, retention
 
-__all__ = ["Drift", "Retention", "retention", "top1_accuracy"]
+__all__ = ["Agreement", "Drift", "Evaluation", "Figures", "Retention", "evaluate", "retention", "top1_accuracy"]

@@ -16,10 +16,12 @@ from .generators import (
     generate,
 )
 from .modes import evaluating
+from .pretrained import PRETRAINED, load_pretrained
 from .vae import Vae
 from .weights import load_weights, read_metadata, save_weights
 
 __all__ = [
+    "PRETRAINED",
     "CifarResNet",
     "FoldingError",
     "Generator",
@@ -42,6 +44,7 @@ __all__ = [
     "folded_and_checked",
     "freeze",
     "generate",
+    "load_pretrained",
     "load_weights",
     "lower_precision",
     "read_metadata",

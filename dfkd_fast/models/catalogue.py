@@ -13,6 +13,7 @@ from torch import nn
 from dfkd_fast.errors import DfkdError, first_line, unknown
 
 from .classifiers import LENET5_HALF, CifarResNet, LeNet5, WideResNet
+from .pretrained import PRETRAINED
 
 __all__ = ["build_classifier"]
 
@@ -29,8 +30,9 @@ def build_classifier(name: str, num_classes: int, channels: int) -> nn.Module:
 
     Args:
         name: ``lenet5``, ``lenet5_half``, ``cifar_resnet18``, ``cifar_resnet34``, ``wrn<depth>_<width>``
-            (``wrn40_2``), a torchvision or timm name (``torchvision:`` or ``timm:`` in front picks the
-            library), or ``module:function``, called as ``function(num_classes=...)``.
+            (``wrn40_2``), ``efficientnet_lite0`` (see :func:`~dfkd_fast.models.load_pretrained`), a
+            torchvision or timm name (``torchvision:`` or ``timm:`` in front picks the library), or
+            ``module:function``, called as ``function(num_classes=...)``.
         num_classes: number of logits.
         channels: of the input images.
 
@@ -47,6 +49,9 @@ def build_classifier(name: str, num_classes: int, channels: int) -> nn.Module:
 
     import timm  # seconds to import, so only where one of its networks may be meant
 
+    if name in PRETRAINED:
+        return timm.create_model(PRETRAINED[name].timm_name, num_classes=num_classes, in_chans=channels)
+
     library, _, rest = name.rpartition(":")
     if library not in ("", "torchvision", "timm"):
         return _users_own(library, rest, num_classes)
@@ -60,7 +65,7 @@ def build_classifier(name: str, num_classes: int, channels: int) -> nn.Module:
         except (RuntimeError, TypeError, ValueError) as error:
             raise DfkdError(f"model {name!r}: {first_line(error)}") from error
     nearest = difflib.get_close_matches(rest, [*torchvision.models.list_models(torchvision.models), *timm.list_models()], n=4)
-    raise unknown("model", name, [*SMALL, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
+    raise unknown("model", name, [*SMALL, *PRETRAINED, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
 
 
 def _users_own(module: str, function: str, num_classes: int) -> nn.Module:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from dfkd_fast.data import ArraySplit, DataSettings, open_split
+from dfkd_fast.data import ArraySplit, DataSettings, evaluation_batches, open_split
 from dfkd_fast.data.sets import Split
 from dfkd_fast.errors import DfkdError
 
@@ -184,23 +184,27 @@ def test_pictures_in_folders_are_resized_cropped_in_the_middle_and_normalised(tm
     picture = noise(40, 60, 3)
     write_folder(tmp_path, "val", picture)
     mean, std = (0.5, 0.4, 0.3)[:channels], (0.5, 0.25, 0.2)[:channels]
-    wanted = settings("folder", tmp_path, num_classes=2, channels=channels, image_size=28, mean=mean, std=std)
-    images, labels = images_of(open_split(wanted, "test"))
-    assert labels == [0, 1]
+    wanted = settings("folder", tmp_path, num_classes=2, channels=channels, image_size=28, mean=mean, std=std, loader="torchvision")
+    (images, labels), *rest = evaluation_batches(wanted, torch.device("cpu"))
+    assert (labels.tolist(), rest) == ([0, 1], [])
     # 28 · 256 / 224 = 32 is the short side, so the long one is 48 and the margins are 2 and 10.
     expected = Image.fromarray(picture).resize((48, 32), Image.Resampling.BILINEAR).crop((10, 2, 38, 30))
     pixels = np.asarray(expected.convert("L" if channels == 1 else "RGB")).reshape(1, 28, 28, channels)
     np.testing.assert_allclose(images[:1].numpy(), normalised(pixels, mean, std), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("present", "split", "used"),
-    [("val", "test", "val"), ("test", "test", "test"), ("val test", "test", "val"), ("train", "train", "train")],
-)
-def test_the_folder_of_a_split_is_found(tmp_path: Path, present: str, split: Split, used: str) -> None:
+@pytest.mark.parametrize(("present", "used"), [("val", "val"), ("test", "test"), ("train val test", "val")])
+def test_the_folder_to_test_on_is_found(tmp_path: Path, present: str, used: str) -> None:
     for name in present.split():
         write_folder(tmp_path, name, np.full((9, 9, 3), 255 if name == used else 0, np.uint8))
-    images, _ = images_of(open_split(settings("folder", tmp_path, num_classes=2), split))
+    ((images, _),) = evaluation_batches(settings("folder", tmp_path, num_classes=2), torch.device("cpu"))
+    torch.testing.assert_close(images, torch.ones(2, 1, 32, 32))
+
+
+def test_teachers_are_trained_on_the_folder_train(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        write_folder(tmp_path, name, np.full((9, 9, 3), 255 if name == "train" else 0, np.uint8))
+    images, _ = images_of(open_split(settings("folder", tmp_path, num_classes=2), "train"))
     torch.testing.assert_close(images, torch.ones(2, 1, 32, 32))
 
 
@@ -219,11 +223,12 @@ def test_augmented_pictures_are_cropped_at_random_and_mirrored_only_on_request(t
 @pytest.mark.parametrize(
     ("names", "classes", "others", "message"),
     [
-        ("", "ab", {}, "has no folder val or test"),
+        ("", "ab", {}, "has no folder"),
         ("train", "ab", {}, "has no folder val or test"),
-        ("val", "abc", {}, "data.num_classes is 2, but .*val has 3 classes"),
-        ("val", "", {}, "val holds no image folders: \\S"),
-        ("val", "ab", {"channels": 4, "mean": (0.5,) * 4, "std": (0.5,) * 4}, "channels"),
+        ("val", "ab", {}, "has no folder train"),
+        ("train val", "abc", {}, "data.num_classes is 2, but .* has 3 classes"),
+        ("train val", "", {}, "has no folders, one a class is expected"),
+        ("train val", "ab", {"channels": 4, "mean": (0.5,) * 4, "std": (0.5,) * 4}, "channels"),
     ],
 )
 def test_folders_that_do_not_fit_the_recipe_are_named(
@@ -232,14 +237,15 @@ def test_folders_that_do_not_fit_the_recipe_are_named(
     for name in names.split():
         (tmp_path / name).mkdir()
         write_folder(tmp_path, name, noise(9, 9, 3), classes)
+    wanted = settings("folder", tmp_path, num_classes=2, **others)
     with pytest.raises(DfkdError, match=message):
-        open_split(settings("folder", tmp_path, num_classes=2, **others), "test")
+        open_split(wanted, "train") and evaluation_batches(wanted, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"name": "imagenet"}, "name"),
+        ({"name": "imagenette"}, "name"),
         ({"channels": 3}, "mean has 1 numbers for 3 channels"),
         ({"channels": 2, "mean": (0.5, 0.5)}, "std has 1 numbers for 2 channels"),
         ({"std": (0.0,)}, "std"),

@@ -1,8 +1,7 @@
-"""What the command line does: distil, teach, evaluate."""
+"""Distilling, and teaching what is distilled."""
 
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,29 +12,30 @@ from rich.console import Console
 from torch import nn
 
 import dfkd_fast
+from dfkd_fast.data import batches, open_split
+from dfkd_fast.engine import Epoch, Trainer
+from dfkd_fast.engine.device import device_name, peak_memory_bytes
+from dfkd_fast.engine.fit import check_classifier, check_networks
+from dfkd_fast.engine.teach import TeacherTrainer
+from dfkd_fast.evaluation import retention
+from dfkd_fast.models import build_generator, load_weights, read_metadata, save_weights
+from dfkd_fast.recipe import Recipe, recipe_to_toml
+from dfkd_fast.report import Progress, RunFolder, print_table
+from dfkd_fast.run import Run
 
-from .data import batches, open_split
-from .engine import Epoch, Trainer
-from .engine.device import device_name, peak_memory_bytes
-from .engine.fit import check_classifier, check_networks
-from .engine.teach import TeacherTrainer
-from .errors import DfkdError
-from .evaluation import retention, top1_accuracy
-from .models import build_classifier, build_generator, load_weights, read_metadata, save_weights
-from .recipe import Recipe, recipe_from_toml, recipe_to_toml
-from .report import Progress, RunFolder, print_table
-from .run import Run
+from .evaluate import evaluator
+from .networks import build_network
 
-__all__ = ["Evaluated", "distill", "evaluate_weights", "teach"]
+__all__ = ["distill", "teach"]
 
 
 def teach(run: Run) -> float:
     """Train the recipe's teacher and store it in the run's folder; returns its test accuracy in percent."""
     recipe = run.recipe
-    teacher = _build(recipe, "teacher").to(run.device)
+    teacher = build_network(recipe, "teacher").to(run.device)
     images = torch.zeros(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size, device=run.device)
     check_classifier("teacher", teacher, images, "data.image_size's")
-    evaluate = _evaluator(recipe, run.device)
+    evaluate = evaluator(recipe.data, run.device, run.say)
     _obtain_teacher(run, teacher)
     accuracy = evaluate(teacher)
     rows = [("teacher", recipe.teacher.model), ("top-1", f"{accuracy:.2f} %"), ("weights", str(run.folder.teacher))]
@@ -49,19 +49,19 @@ def distill(run: Run) -> dict[str, Any]:
     Of the data, only ``evaluate`` reaches the trainer, and only to report.
     """
     recipe, folder, device = run.recipe, run.folder, run.device
-    teacher, student = _build(recipe, "teacher").to(device), _build(recipe, "student").to(device)
+    teacher, student = build_network(recipe, "teacher").to(device), build_network(recipe, "student").to(device)
     data = recipe.data
     generator = build_generator(
         recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
     ).to(device)
     check_networks(teacher, student, generator, device)
-    evaluate = None if recipe.data.name == "none" else _evaluator(recipe, device)
+    evaluate = None if recipe.data.name == "none" else evaluator(recipe.data, device, run.say)
     teacher_seconds = _obtain_teacher(run, teacher)
     teacher_accuracy = evaluate(teacher) if evaluate else None
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
     for remark in trainer.remarks:
-        run.console.print(remark, highlight=False, soft_wrap=True)
+        run.say(remark)
     run.go_on(trainer, folder.checkpoints)
     _train_student(run, trainer, teacher_accuracy)
 
@@ -71,54 +71,6 @@ def distill(run: Run) -> dict[str, Any]:
     folder.write_summary(summary)
     _print_summary(run.console, summary, folder)
     return summary
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What one file of weights is worth."""
-
-    weights: str
-    role: str
-    model: str
-    top1: float
-    """In percent."""
-    count: int
-    """Images it was tested on."""
-
-
-def evaluate_weights(
-    path: Path, recipe: Recipe | None, role: str | None, overrides: dict[str, Any], device: torch.device
-) -> list[Evaluated]:
-    """Test-set accuracy of a file of weights, or of the student and the teacher in a run's folder.
-
-    Args:
-        path: the file or the folder.
-        recipe: what says the network and the data, where the file's header does not.
-        role: "teacher" or "student", where the file's header does not say.
-        overrides: values by dotted path, over the recipe in the header.
-        device: where it is evaluated.
-
-    Raises:
-        DfkdError: nothing to evaluate, or nothing that says what network it is.
-    """
-    if path.is_dir():
-        folder = RunFolder(path)
-        found = [file for file in (folder.student, folder.teacher) if file.is_file()]
-        if not found:
-            raise DfkdError(f"{path} holds neither student.safetensors nor teacher.safetensors")
-        return [result for file in found for result in evaluate_weights(file, recipe, role, overrides, device)]
-    if not path.is_file():
-        raise DfkdError(f"weights {path} not found")
-    metadata = read_metadata(path)
-    if metadata.keys() >= {"recipe", "role"}:
-        role, recipe = metadata["role"], recipe_from_toml(metadata["recipe"], f"recipe in {path}", overrides)
-    if recipe is None or role is None:
-        raise DfkdError(f"{path} does not say what network it is: give --recipe and --role teacher or student")
-    network = _build(recipe, role).to(device)
-    load_weights(network, path)
-    split = open_split(recipe.data, "test")
-    loader = batches(split, recipe.data.batch_size, workers=recipe.data.workers)
-    return [Evaluated(str(path), role, _model(recipe, role), top1_accuracy(network, loader, device), len(split))]  # type: ignore[arg-type]
 
 
 def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
@@ -173,21 +125,6 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             run.drive(trainer, folder.checkpoints, report)
     finally:
         folder.end_log()
-
-
-def _evaluator(recipe: Recipe, device: torch.device) -> Callable[[nn.Module], float]:
-    loader = batches(open_split(recipe.data, "test"), recipe.data.batch_size, workers=recipe.data.workers)
-    return lambda network: top1_accuracy(network, loader, device)
-
-
-def _build(recipe: Recipe, role: str) -> nn.Module:
-    """A freshly initialised teacher or student, the same for the same seed whatever was built before."""
-    torch.manual_seed(recipe.seed)
-    return build_classifier(_model(recipe, role), recipe.data.num_classes, recipe.data.channels)
-
-
-def _model(recipe: Recipe, role: str) -> str:
-    return recipe.teacher.model if role == "teacher" else recipe.student.model
 
 
 def _metadata(recipe: Recipe, role: str) -> dict[str, str]:

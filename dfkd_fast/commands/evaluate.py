@@ -1,0 +1,227 @@
+"""Evaluating weights on labelled images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from dfkd_fast import distributed
+from dfkd_fast.data import CLASSES, DataSettings, evaluation_batches, read_listing, view_of
+from dfkd_fast.engine.precision import Precision, PrecisionName
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.evaluation import Evaluation, evaluate
+from dfkd_fast.models import load_pretrained, load_weights, read_metadata
+from dfkd_fast.recipe import Recipe, recipe_from_toml
+from dfkd_fast.report import RunFolder
+
+from .networks import build_network, model_of
+
+__all__ = ["Evaluated", "Wanted", "evaluate_weights", "evaluator"]
+
+NAMED = 5
+"""Unreadable files that an error names."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What shall be evaluated, and on what."""
+
+    targets: Sequence[Path]
+    """Folders of runs, and files of weights."""
+    data: str | None = None
+    """A data set of image files, whatever the weights' own recipes name."""
+    models: Sequence[str] = ()
+    """Names of the networks whose files do not say what they are, in their order; then of networks that bring weights."""
+    recipe: Recipe | None = None
+    """What says network and data, where the file's header does not."""
+    role: str | None = None
+    """"teacher" or "student", where the file's header does not say."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Values by dotted path, over the recipe in the header."""
+    precision: PrecisionName = "fp32"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one file of weights is worth."""
+
+    weights: str
+    role: str
+    model: str
+    top1: float
+    """In percent."""
+    top5: float
+    count: int
+    """Images it was tested on."""
+    images_per_second: float
+    """Of the pass that it shared with the networks that see images as it does."""
+    seconds: dict[str, float]
+    """Of that pass: ``total``, ``decode``, ``network``."""
+    agreement: dict[str, Any] | None
+    """With the first teacher, or the first network: ``reference``, ``top1`` in percent, ``mean_kl`` in nats."""
+    unreadable: list[str]
+    """Files left out, and why."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    role: str
+    model: str
+    data: DataSettings
+    network: nn.Module
+
+
+def evaluate_weights(wanted: Wanted, device: torch.device, console: Console) -> list[Evaluated]:
+    """Test networks; those that see the same images share one pass over them.
+
+    Raises:
+        DfkdError: nothing to evaluate, nothing that says what network it is or where images are, or images that cannot be
+            decoded.
+    """
+
+    def say(remark: str) -> None:
+        if distributed.rank() == 0:
+            console.print(remark, highlight=False, soft_wrap=True)
+
+    candidates = list(_candidates(wanted, say))
+    passes: dict[DataSettings, list[_Candidate]] = {}
+    for candidate in candidates:
+        passes.setdefault(candidate.data, []).append(candidate)
+    if len(passes) > 1:
+        say("these networks see images in different ways: a pass each, and no agreement between them")
+    found: dict[str, Evaluated] = {}
+    for data, together in passes.items():
+        found |= _one_pass(data, together, wanted.precision, device, console, say)
+    return [found[candidate.name] for candidate in candidates]
+
+
+def evaluator(data: DataSettings, device: torch.device, say: Callable[[str], None]) -> Callable[[nn.Module], float]:
+    """What a training calls for a network's top-1 accuracy in percent."""
+    batches = evaluation_batches(data, device, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
+
+    def accuracy(network: nn.Module) -> float:
+        found = evaluate({"network": network}, batches, device)
+        _check_readable(found, data)
+        return found.networks["network"].top1
+
+    return accuracy
+
+
+def _one_pass(
+    data: DataSettings,
+    candidates: Sequence[_Candidate],
+    precision: PrecisionName,
+    device: torch.device,
+    console: Console,
+    say: Callable[[str], None],
+) -> dict[str, Evaluated]:
+    networks = {one.name: one.network.to(device, memory_format=torch.channels_last) for one in candidates}  # type: ignore[call-overload]
+    reference = next((one.name for one in candidates if one.role == "teacher"), candidates[0].name)
+    images = torch.float16 if precision == "fp16" else torch.float32
+    batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
+    with Progress(console=console, transient=True, disable=not console.is_terminal or distributed.rank() > 0) as progress:
+        bar = progress.add_task("images", total=batches.count)
+        done = evaluate(
+            networks,
+            batches,
+            device,
+            reference=reference,
+            autocast=Precision(precision, device).autocast,
+            on_batch=lambda count: progress.advance(bar, count),
+        )
+    _check_readable(done, data)
+    agreements = {one.network: {name: value for name, value in asdict(one).items() if name != "network"} for one in done.agreements}
+    return {
+        one.name: Evaluated(
+            weights=one.name,
+            role=one.role,
+            model=one.model,
+            top1=done.networks[one.name].top1,
+            top5=done.networks[one.name].top5,
+            count=done.count,
+            images_per_second=done.images_per_second,
+            seconds=done.seconds,
+            agreement=agreements.get(one.name),
+            unreadable=done.unreadable,
+        )
+        for one in candidates
+    }
+
+
+def _check_readable(done: Evaluation, data: DataSettings) -> None:
+    bad = done.unreadable
+    if bad and data.strict:
+        named = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
+        raise DfkdError(f"{len(bad)} of {done.count + len(bad)} images cannot be decoded: {named}; --no-strict leaves them out")
+
+
+def _candidates(wanted: Wanted, say: Callable[[str], None]) -> Iterator[_Candidate]:
+    """The networks, with their weights, under names that differ."""
+    models = list(wanted.models)
+    names: dict[str, int] = {}
+
+    def unique(name: str) -> str:
+        names[name] = names.get(name, 0) + 1
+        return name if names[name] == 1 else f"{name} ({names[name]})"
+
+    for path in _files(wanted.targets):
+        role, recipe = _described(path, wanted, models, say)
+        network = build_network(recipe, role)
+        load_weights(network, path)
+        yield _Candidate(unique(str(path)), role, model_of(recipe, role), recipe.data, network)
+    for model in models:
+        recipe = _pretrained(model, None, wanted, say)
+        network = build_network(recipe, "student")
+        load_pretrained(network, model)
+        yield _Candidate(unique(model), wanted.role or "teacher", model, recipe.data, network)
+    if not names:
+        raise DfkdError("nothing to evaluate: name a run's folder, a file of weights, or --model")
+
+
+def _files(targets: Sequence[Path]) -> Iterator[Path]:
+    for target in targets:
+        if target.is_dir():
+            folder = RunFolder(target)
+            found = [file for file in (folder.student, folder.teacher) if file.is_file()]
+            if not found:
+                raise DfkdError(f"{target} holds neither student.safetensors nor teacher.safetensors")
+            yield from found
+        elif target.is_file():
+            yield target
+        else:
+            raise DfkdError(f"weights {target} not found")
+
+
+def _described(path: Path, wanted: Wanted, models: list[str], say: Callable[[str], None]) -> tuple[str, Recipe]:
+    """The role of a file of weights, and a recipe that names its network and its data."""
+    metadata = read_metadata(path)
+    if metadata.keys() >= {"recipe", "role"}:
+        return metadata["role"], recipe_from_toml(metadata["recipe"], f"recipe in {path}", _data_of(wanted))
+    if models:
+        return wanted.role or "student", _pretrained(models.pop(0), path, wanted, say)
+    if wanted.recipe is None or wanted.role is None:
+        raise DfkdError(f"{path} does not say what network it is: give --model and --data, or --recipe and --role teacher or student")
+    return wanted.role, wanted.recipe
+
+
+def _data_of(wanted: Wanted) -> dict[str, Any]:
+    return ({"data.name": wanted.data} if wanted.data else {}) | wanted.overrides
+
+
+def _pretrained(model: str, weights: Path | None, wanted: Wanted, say: Callable[[str], None]) -> Recipe:
+    """A recipe for a network that is known by name only, with the images seen as it was trained to."""
+    root = wanted.overrides.get("data.root")
+    if wanted.data is None or root is None:
+        raise DfkdError(f"--model {model}: needs --data and --data-root, the images to evaluate it on")
+    view = view_of(model, weights, say=say)
+    seen = {"image_size": view.crop, "resize": view.resize, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
+    classes = CLASSES.get(wanted.data) or read_listing(wanted.data, Path(root)).classes
+    content = {"name": model, "student": {"model": model}, "data": {"channels": len(view.mean), "num_classes": classes, **seen}}
+    return recipe_from_toml(tomli_w.dumps(content), f"--model {model}", _data_of(wanted))
