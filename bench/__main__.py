@@ -1,4 +1,4 @@
-"""The benchmarks' command line: ``python -m bench micro``, ``methods``, ``plot`` and ``report``."""
+"""The benchmarks' command line: ``python -m bench micro``, ``end-to-end``, ``methods``, ``evaluation``, ``plot`` and ``report``."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from dfkd_fast.files import replacing
 from dfkd_fast.recipe import load_recipe
 from dfkd_fast.report import print_table
 
-from . import end_to_end, provenance, report, table
+from . import end_to_end, evaluation, provenance, report, table
 from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
@@ -159,7 +159,31 @@ def run_end_to_end(
         )
         for row in found
     ]
-    print_table(Console(), header, cells, title=f"{found[0].recipe}, batch {found[0].batch_size}, {chosen}, {found[0].device}")
+    print_table(
+        Console(), header, cells, figures=True, title=f"{found[0].recipe}, batch {found[0].batch_size}, {chosen}, {found[0].device}"
+    )
+    typer.echo(target)
+
+
+@app.command(name="evaluation")
+def run_evaluation(
+    data_root: Annotated[Path, typer.Option(help="ImageNet's validation images, or some of every class.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes of torchvision's loader, threads of DALI's.")] = 2,
+    images: Annotated[int, typer.Option(min=1, help="Of a turn; files are repeated if there are fewer.")] = 200,
+    turns: Annotated[int, typer.Option(min=1, help="Measured passes of each loader, interleaved.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="By default bench/results/evaluation-DEVICE.csv.")] = None,
+) -> None:
+    """Time the loaders of image files on a CPU, alone and with EfficientNet-Lite0 behind them."""
+    torch.set_num_threads(workers)
+    found = evaluation.measure(data_root, workers, images, turns, f"python -m bench {' '.join(sys.argv[1:])}")
+    target = out or RESULTS / f"evaluation-{provenance.file_name(torch.device('cpu'))}.csv"
+    table.write(target, table.names(evaluation.Row), map(asdict, found))
+    header = ("stage", "loader", "images/s", "× torchvision", "quartiles")
+    cells = [
+        (row.stage, row.loader, f"{row.images_per_second:.1f}", f"{row.times_torchvision:.2f}", f"{row.lower:.2f} to {row.upper:.2f}")
+        for row in found
+    ]
+    print_table(Console(), header, cells)
     typer.echo(target)
 
 

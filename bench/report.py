@@ -17,7 +17,7 @@ from dfkd_fast.errors import DfkdError
 from . import table as table_files
 from .provenance import ROOT, commit
 
-__all__ = ["end_to_end_table", "kernel_table", "main", "methods_table", "table", "tables"]
+__all__ = ["end_to_end_table", "evaluation_table", "kernel_table", "main", "methods_table", "table", "tables"]
 
 RESULTS = ROOT / "bench" / "results" / "distill.jsonl"
 README = ROOT / "README.md"
@@ -25,6 +25,7 @@ BEGIN, END = "<!-- made by python -m bench.report from bench/results/distill.jso
 NOT_MEASURED = "Not measured yet."
 METHODS_BEGIN = "<!-- made by python -m bench.report from bench/results/methods-*.csv -->"
 END_TO_END_BEGIN = "<!-- made by python -m bench.report from bench/results/end-to-end-*.csv -->"
+EVALUATION_BEGIN = "<!-- made by python -m bench.report from bench/results/evaluation-*.csv -->"
 KERNELS_BEGIN = "<!-- made by python -m bench.report from bench/results/micro-*.csv -->"
 
 
@@ -45,6 +46,7 @@ def tables() -> dict[str, str]:
         BEGIN: table(results()),
         METHODS_BEGIN: methods_table(methods_results()),
         END_TO_END_BEGIN: end_to_end_table(end_to_end_results()),
+        EVALUATION_BEGIN: evaluation_table(evaluation_results()),
         KERNELS_BEGIN: kernel_table(kernel_results()),
     }
 
@@ -143,6 +145,23 @@ def end_to_end_table(rows: list[dict[str, str]]) -> str:
             *(f"{float(row['speedup_over_plain_compiled']):.2f}", row["peak_memory_mib"].partition(".")[0], row["device"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def evaluation_results() -> list[dict[str, str]]:
+    """The loaders of image files, of all devices."""
+    return [row for path in sorted(RESULTS.parent.glob("evaluation-*.csv")) for row in table_files.read(path)]
+
+
+def evaluation_table(rows: list[dict[str, str]]) -> str:
+    """A row a stage and loader."""
+    if not rows:
+        return NOT_MEASURED
+    titles = ("stage", "loader", "workers", "images/s", "× torchvision", "device")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        speed = f"{float(row['times_torchvision']):.2f} ({float(row['lower']):.2f} to {float(row['upper']):.2f})"
+        lines.append(f"| {' | '.join((row['stage'], row['loader'], row['workers'], row['images_per_second'], speed, row['device']))} |")
     return "\n".join(lines)
 
 

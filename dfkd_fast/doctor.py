@@ -45,7 +45,7 @@ def examine() -> list[Finding]:
             dispatch.why_not("cuda") or "built",
             _use("cuda", "the kernels on a GPU" if gpu else "nothing: it needs a GPU"),
         ),
-        Finding("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "torchvision's loaders"),
+        Finding("DALI", dali := _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "torchvision" if dali == "none" else "image files"),
         Finding("apex", _apex(), "torch.optim"),
     ]
 

