@@ -1,42 +1,60 @@
-"""The processes that torchrun started; one, where it did not."""
+"""The processes that torchrun started, and what they tell each other; for a single process everything here is nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["gathered", "local", "process_group", "rank", "summed", "world_size"]
+__all__ = [
+    "any_of",
+    "average_",
+    "barrier",
+    "broadcast_",
+    "gathered",
+    "local",
+    "mean",
+    "process_group",
+    "rank",
+    "restarted",
+    "summed",
+    "world_size",
+]
 
 
 def rank() -> int:
-    """Of this process, from 0."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+    """Of this process in its group, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes the group has."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process anew, after one of the group had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def local(device: torch.device) -> torch.device:
     """This process's own device of that type."""
-    if device.type == "cuda" and world_size() > 1:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The processes can talk to each other inside; nothing is done for a single one."""
-    if world_size() == 1:
+    """Inside, the processes that torchrun started are a group: NCCL for what is on a GPU, gloo for the rest."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
@@ -45,15 +63,62 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 def summed(tensor: Tensor) -> Tensor:
     """The sum of every process's tensor, in place."""
-    if distributed.is_initialized():
+    if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
+def mean(tensor: Tensor) -> Tensor:
+    """The mean of every process's tensor, differentiable: a gradient goes back to all of them."""
+    if world_size() == 1:
+        return tensor
+    return _Sum.apply(tensor) / world_size()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return summed(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return summed(gradient.clone())
+
+
+@torch.no_grad()
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their means over the processes, all of a dtype in one message."""
+    if world_size() == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = summed(torch.cat([tensor.reshape(-1) for tensor in alike])).div_(world_size())
+        parts = flat.split([tensor.numel() for tensor in alike])
+        torch._foreach_copy_(alike, [part.view(tensor.shape) for part, tensor in zip(parts, alike, strict=True)])
+
+
+@torch.no_grad()
+def broadcast_(tensors: Sequence[Tensor]) -> None:
+    """Give every process the first one's tensors."""
+    if world_size() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, 0)
+
+
 def gathered(found: list[Any]) -> list[Any]:
     """Every process's list, one after the other."""
-    if not distributed.is_initialized():
+    if world_size() == 1:
         return found
-    everyone: list[Any] = [None] * distributed.get_world_size()
+    everyone: list[Any] = [None] * world_size()
     distributed.all_gather_object(everyone, found)
     return [entry for theirs in everyone for entry in theirs]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says so; through gloo, so that no GPU is waited for."""
+    return flag if world_size() == 1 else bool(summed(torch.tensor(float(flag))))
+
+
+def barrier() -> None:
+    """Wait for the others."""
+    any_of(False)

@@ -22,6 +22,7 @@ from .method import Method
 from .optim import build_optimizer, build_schedule, settle_rates
 from .precision import Precision
 from .steps import Game
+from .streams import random_stream
 
 __all__ = ["Epoch", "Trainer"]
 
@@ -90,8 +91,8 @@ class Trainer:
             build_schedule(method.student_optimizer, self.student_optimizer, method.loop.epochs),
             build_schedule(method.generator_optimizer, self.generator_optimizer, method.loop.epochs),
         ]
-        self.fresh_stream = torch.Generator(self.device).manual_seed(seed)
-        self.replay_stream = torch.Generator(self.device).manual_seed(seed + 2**32)
+        self.fresh_stream = random_stream(seed, "fresh", self.device)
+        self.replay_stream = random_stream(seed, "replay", self.device)
         self.precision = Precision(method.loop.precision, self.device)
         self.remarks: list[str] = []
         """What was asked for and is done another way, a line each."""

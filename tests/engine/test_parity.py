@@ -8,6 +8,7 @@ from torch import nn
 
 from bench.baselines import plain
 from dfkd_fast import Method, Replay, Trainer
+from dfkd_fast.engine.streams import random_stream
 from dfkd_fast.kernels import Backend, use_backend
 from tests.small import Networks, small_method, small_networks
 
@@ -35,7 +36,7 @@ def run_both(
             student_steps=method.loop.student_steps,
             ema_decay=ema_decay,
             latents=torch.Generator().manual_seed(3),
-            replay_latents=torch.Generator().manual_seed(3 + 2**32),
+            replay_latents=random_stream(3, "replay", torch.device("cpu")),
         )
     )
     trainer = Trainer(*networks, method, seed=3)
