@@ -59,7 +59,9 @@ def distill(
 ) -> None:
     """Distil the recipe's student from its teacher."""
     overrides = _overrides(changes, teacher=teacher, data_root=data_root, seed=seed)
-    commands.distill(open_run("distill", recipe, overrides, out, resume, pick_device(device), Console()))
+    place = distributed.local(pick_device(device))
+    with distributed.process_group(place):
+        commands.distill(open_run("distill", recipe, overrides, out, resume, place, _console()))
 
 
 @app.command()
@@ -74,7 +76,9 @@ def teach(
 ) -> None:
     """Train the recipe's teacher and store its weights."""
     overrides = _overrides(changes, data_root=data_root, seed=seed)
-    commands.teach(open_run("teach", recipe, overrides, out, resume, pick_device(device), Console()))
+    place = distributed.local(pick_device(device))
+    with distributed.process_group(place):
+        commands.teach(open_run("teach", recipe, overrides, out, resume, place, _console()))
 
 
 @app.command()
@@ -112,9 +116,9 @@ def evaluate(
     wanted = commands.Wanted(targets or [], data, model or [], given, role, overrides, precision)
     place = distributed.local(pick_device(device))
     with distributed.process_group(place):
-        results = commands.evaluate_weights(wanted, place, Console())
-    if distributed.rank() > 0:
-        return
+        results = commands.evaluate_weights(wanted, place, _console())
+        if distributed.rank() > 0:
+            return
     rows = [
         (result.weights, result.role, result.model, f"{result.top1:.2f} %", f"{result.top5:.2f} %", str(result.count)) for result in results
     ]
@@ -169,8 +173,22 @@ def show(recipe: RecipeName, changes: Changes = None) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has, and what is used."""
+def doctor(
+    teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Look the recipe's teacher over, not this machine.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The teacher's file; by default the recipe's teacher.weights.")] = None,
+    data_root: DataRoot = None,
+    changes: Changes = None,
+    device: Device = "auto",
+) -> None:
+    """Say what this machine has, and what is used; or whether a teacher is what its recipe takes it for."""
+    if teacher is not None:
+        checks = commands.examine_teacher(
+            load_recipe(teacher, _overrides(changes, teacher=weights, data_root=data_root)), pick_device(device)
+        )
+        print_table(Console(), ("teacher", "found", ""), checks)
+        if wrong := [check.thing for check in checks if check.verdict == "wrong"]:
+            raise DfkdError(f"--teacher {teacher}: wrong are {', '.join(wrong)}")
+        return
     print_table(Console(), ("", "found", "used"), examine())
     print_table(Console(), ("operation", "on a CPU", "on a GPU"), choices())
 
@@ -209,6 +227,11 @@ def main() -> NoReturn:
         _fail(error.format_message(), 2)
 
 
+def _console() -> Console:
+    """Where this process talks: the first one does, the others are silent."""
+    return Console(quiet=distributed.rank() > 0)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"dfkd-fast: {' '.join(message.split())}", err=True)
     sys.exit(code)
@@ -229,7 +252,7 @@ def _overrides(
             overrides[path] = text
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:
-            overrides[path] = str(value.expanduser().resolve())
+            overrides[path] = str(value) if str(value) == "package" else str(value.expanduser().resolve())
     if seed is not None:
         overrides["seed"] = seed
     return overrides

@@ -88,7 +88,7 @@ class _Sum(torch.autograd.Function):
 @torch.no_grad()
 def average_(tensors: Sequence[Tensor]) -> None:
     """Replace tensors by their means over the processes, all of a dtype in one message."""
-    if world_size() == 1:
+    if world_size() == 1 or not tensors:
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [tensor for tensor in tensors if tensor.dtype == dtype]

@@ -39,7 +39,10 @@ class Teacher:
 
     model: str = "lenet5"
     weights: str = ""
-    """A safetensors or PyTorch file; empty to train the teacher."""
+    """A safetensors or PyTorch file; ``package`` for those that come in a Python package (efficientnet_lite0); empty to train
+    the teacher."""
+    sha256: str = ""
+    """Of the file, or how it begins; it is refused if it has another. Empty for no check."""
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 256
     augment: Augment = "none"

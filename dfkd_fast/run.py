@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
+from . import distributed
 from .engine import Epoch
-from .engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .engine.checkpoint import latest_checkpoint, load_checkpoint
 from .errors import DfkdError, NonFiniteLossError
 from .interrupt import Interrupted, stopping_on_signals
 from .recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
@@ -63,7 +64,8 @@ class Run:
         self.console.print(remark, highlight=False, soft_wrap=True)
 
     def begin(self) -> None:
-        """Make the folder and put the recipe there; called once everything that can be checked was."""
+        """Make the folder and put the recipe there; called once everything that can be checked was, by all processes."""
+        distributed.barrier()
         self.folder.write_text(self.folder.recipe, recipe_to_toml(self.recipe))
 
     def go_on(self, training: Training, checkpoints: Path) -> None:
@@ -87,7 +89,8 @@ class Run:
         """
 
         def save() -> None:
-            save_checkpoint({"training": training.state_dict(), "seconds": self.seconds}, checkpoints, training.iterations_done)
+            state = training.state_dict()  # every process has something to say
+            self.folder.save_checkpoint({"training": state, "seconds": self.seconds}, checkpoints, training.iterations_done)
 
         with stopping_on_signals(training) as caught:
             try:
@@ -127,6 +130,8 @@ def open_run(
     """
     recipe = load_recipe(recipe_name, overrides)
     default = Path("runs") / recipe.name
+    # torchrun starts the very same command again where a process has died.
+    resume = resume or (distributed.restarted() and RunFolder(out or _newest(default)).recipe.is_file())
     folder = RunFolder(out if out is not None else _newest(default) if resume else _free(default))
     if resume:
         recipe = _stored_recipe(folder, recipe.name, overrides)

@@ -198,15 +198,14 @@ def test_ctrl_c_from_outside_saves_and_exits_with_130(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 from dfkd_fast.cli import main
-from dfkd_fast.engine import checkpoint
-save, saved = checkpoint.save_checkpoint, []
+from dfkd_fast.report import folder
+save, saved = folder.save_checkpoint, []
 def limited(state, folder, iteration):
     if saved:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     saved.append(save(state, folder, iteration))
     return saved[-1]
-import dfkd_fast.run
-dfkd_fast.run.save_checkpoint = limited
+folder.save_checkpoint = limited
 main()
 """
 

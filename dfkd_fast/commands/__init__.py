@@ -2,5 +2,6 @@
 
 from .distill import distill, teach
 from .evaluate import Evaluated, Wanted, evaluate_weights
+from .examine import Check, examine_teacher
 
-__all__ = ["Evaluated", "Wanted", "distill", "evaluate_weights", "teach"]
+__all__ = ["Check", "Evaluated", "Wanted", "distill", "evaluate_weights", "examine_teacher", "teach"]

@@ -2,7 +2,6 @@
 
 import platform
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,13 +17,13 @@ from dfkd_fast.engine.device import device_name, peak_memory_bytes
 from dfkd_fast.engine.fit import check_classifier, check_networks
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.evaluation import retention
-from dfkd_fast.models import build_generator, load_weights, read_metadata, save_weights
+from dfkd_fast.models import build_generator, load_weights, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder, print_table
 from dfkd_fast.run import Run
 
 from .evaluate import evaluator
-from .networks import build_network
+from .networks import build_network, load_given_teacher
 
 __all__ = ["distill", "teach"]
 
@@ -65,7 +64,7 @@ def distill(run: Run) -> dict[str, Any]:
     run.go_on(trainer, folder.checkpoints)
     _train_student(run, trainer, teacher_accuracy)
 
-    save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
+    folder.save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
     folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}")
     summary = _summarise(run, trainer, teacher_accuracy, teacher_seconds)
     folder.write_summary(summary)
@@ -80,7 +79,7 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
     """
     wanted, stored = run.recipe.teacher.weights, run.folder.teacher
     if wanted:
-        load_weights(teacher, Path(wanted).expanduser())
+        load_given_teacher(run.recipe, teacher)
         run.begin()
         return 0.0
     if stored.is_file():
@@ -102,7 +101,7 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     with Progress(run.console, "teacher", recipe.teacher.epochs, done=training.done) as progress:
         run.drive(training, run.folder.teacher_checkpoints, progress.epoch)
     seconds = training.clock.read()["teacher"]
-    save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
+    run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
     return seconds
 
 
@@ -113,7 +112,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
         progress.epoch(epoch)
         folder.log(epoch)
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
-            save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
+            folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
         if epoch.number % recipe.report.samples_every == 0 or trainer.finished:
             folder.draw_samples(trainer.sample(recipe.report.samples), recipe.data.mean, recipe.data.std, epoch.number)
             folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}")

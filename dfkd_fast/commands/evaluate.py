@@ -87,8 +87,7 @@ def evaluate_weights(wanted: Wanted, device: torch.device, console: Console) -> 
     """
 
     def say(remark: str) -> None:
-        if distributed.rank() == 0:
-            console.print(remark, highlight=False, soft_wrap=True)
+        console.print(remark, highlight=False, soft_wrap=True)
 
     candidates = list(_candidates(wanted, say))
     passes: dict[DataSettings, list[_Candidate]] = {}
@@ -126,7 +125,7 @@ def _one_pass(
     reference = next((one.name for one in candidates if one.role == "teacher"), candidates[0].name)
     images = torch.float16 if precision == "fp16" else torch.float32
     batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
-    with Progress(console=console, transient=True, disable=not console.is_terminal or distributed.rank() > 0) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal or console.quiet) as progress:
         bar = progress.add_task("images", total=batches.count)
         done = evaluate(
             networks,

@@ -1,12 +1,16 @@
 """The networks a recipe names."""
 
+import hashlib
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from dfkd_fast.models import build_classifier
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.models import build_classifier, load_pretrained, load_weights
 from dfkd_fast.recipe import Recipe
 
-__all__ = ["build_network", "model_of"]
+__all__ = ["build_network", "load_given_teacher", "model_of"]
 
 
 def model_of(recipe: Recipe, role: str) -> str:
@@ -18,3 +22,22 @@ def build_network(recipe: Recipe, role: str) -> nn.Module:
     """A freshly initialised teacher or student, the same for the same seed whatever was built before."""
     torch.manual_seed(recipe.seed)
     return build_classifier(model_of(recipe, role), recipe.data.num_classes, recipe.data.channels)
+
+
+def load_given_teacher(recipe: Recipe, teacher: nn.Module) -> None:
+    """Load the weights that ``teacher.weights`` names.
+
+    Raises:
+        DfkdError: they are not there, of another network, or have another checksum than ``teacher.sha256``.
+    """
+    wanted = recipe.teacher
+    if wanted.weights == "package":
+        load_pretrained(teacher, wanted.model)
+        return
+    path = Path(wanted.weights).expanduser()
+    if wanted.sha256 and path.is_file():
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith(wanted.sha256.lower()):
+            raise DfkdError(f"teacher.sha256 = {wanted.sha256!r}: the file {path} has {found}")
+    load_weights(teacher, path)

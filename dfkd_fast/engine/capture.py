@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dfkd_fast import distributed
 from dfkd_fast.errors import first_line
 
 from .steps import Game, generator_step, student_step
@@ -44,6 +45,8 @@ class Steps:
         self.capturing = capture and game.images.device.type == "cuda"
         self._recorded: dict[tuple[str, bool, bool], Recorded] = {}
         self._pool: Any = None
+        if self.capturing and distributed.world_size() > 1:
+            self._give_up("several processes average their gradients")
         if self.capturing and game.memory is not None and not game.memory.capturable:
             self._give_up("the memory's steps depend on each other's gradients")
 

@@ -19,7 +19,10 @@ class Loop:
     epochs: PositiveInt = 40
     iterations_per_epoch: PositiveInt = 50
     batch_size: PositiveInt = 256
-    """Fresh samples a step."""
+    """Fresh samples a step, of each process."""
+    micro_batches: PositiveInt = 1
+    """Pieces that a batch goes through the student and the generator in, for the memory of one. Their gradients add up to the
+    whole batch's, but for batch norms in training and terms that are no means over samples (bn_moments, entropy, log_l1)."""
     student_steps: PositiveInt = 5
     """Imitation steps an iteration, each on new samples; DFAD's k."""
     generator_steps: PositiveInt = 1
@@ -64,7 +67,14 @@ class Method:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
         if self.loop.precision == "fp16" and (self.update.retains or (self.replay.replays and self.replay.kind == "vae")):
             raise ValueError("loop.precision = 'fp16': not with replay.kind 'vae' nor with first-order or second-order updates; use 'bf16'")
-        batch_size = self.loop.batch_size
+        batch_size, pieces = self.loop.batch_size, self.loop.micro_batches
+        if pieces > 1 and self.update.retains:
+            raise ValueError(
+                f"loop.micro_batches = {pieces}: not with update.kind {self.update.kind!r}, which differentiates a batch twice"
+            )
+        least = min(batch_size, self.replay.rows_of(batch_size)) if self.replay.replays else batch_size
+        if pieces > least:
+            raise ValueError(f"loop.micro_batches = {pieces}: fresh or replayed samples are {least} only, and every piece needs some")
         if self.replay.kind == "memory_bank" and self.replay.rows > batch_size:
             raise ValueError(f"replay.rows = {self.replay.rows}: a bank stores rows of a fresh batch, of which there are {batch_size}")
         if self.replay.kind == "vae" and self.replay.vae.fresh_rows > batch_size:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast import distributed
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import Batch, Memory, Part
-from dfkd_fast.models import Observer, conditioned, generate
+from dfkd_fast.models import Observer, conditioned, draw_labels, generate
 
 from .method import Method
 from .precision import Precision
@@ -71,6 +72,7 @@ def student_step(game: Game, step: int = 0) -> dict[str, Tensor]:
         game.method.objective,
         autocast=precision.autocast,
         scale=lambda loss: precision.scale("student", loss),
+        micro_batches=game.method.loop.micro_batches,
     )
     precision.step("student", game.student_optimizer)
     if game.average is not None:
@@ -91,31 +93,44 @@ def generator_step(game: Game, *, adversarial: bool = True) -> dict[str, Tensor]
         game: who plays.
         adversarial: False for a step of the pretraining, which leaves the student alone.
     """
-    objective, precision = game.method.objective, game.precision
-    latents = _draw_latents(game)
+    pieces, precision = game.method.loop.micro_batches, game.precision
+    z = _draw_latents(game)
+    weights = list(game.generator.parameters())
+    game.generator_optimizer.zero_grad()
+    totals: dict[str, Tensor] = {}
+    for piece, labels in zip(z.tensor_split(pieces), game.labels.tensor_split(pieces), strict=True):
+        terms = {name: len(piece) / len(z) * term for name, term in _generator_terms(game, piece, labels, adversarial).items()}
+        precision.scale("generator", torch.stack(list(terms.values())).sum()).backward(inputs=weights)
+        for name, term in terms.items():
+            totals[name] = totals.get(name, 0) + term.detach()
+    distributed.average_([weight.grad for weight in weights if weight.grad is not None])
+    precision.step("generator", game.generator_optimizer)
+    distributed.average_([buffer for buffer in game.generator.buffers() if buffer.is_floating_point()])
+    if game.memory is not None and adversarial:
+        game.memory.follow(game.generator)
+    return totals
+
+
+def _generator_terms(game: Game, z: Tensor, labels: Tensor, adversarial: bool) -> dict[str, Tensor]:
+    objective = game.method.objective
     answers = None
-    with precision.autocast():
-        images = generate([game.generator], [latents], memory_format=_layout(game.method))
+    with game.precision.autocast():
+        images = generate([game.generator], [conditioned(game.generator, z, labels)], memory_format=_layout(game.method))
         if adversarial and objective.adversarial:
             game.student.train(game.method.loop.student_in_generator_step == "train")
             answers = game.student(images)
             game.student.train()
         observed = game.observer(images)
-    embeddings = game.generator.embedding(game.labels) if objective.embedding_norm else None  # type: ignore[operator]
-    terms = objective.generator_terms(answers, observed, game.labels, embeddings)
-    game.generator_optimizer.zero_grad()
-    precision.scale("generator", torch.stack(list(terms.values())).sum()).backward(inputs=list(game.generator.parameters()))
-    precision.step("generator", game.generator_optimizer)
-    if game.memory is not None and adversarial:
-        game.memory.follow(game.generator)
-    return {name: term.detach() for name, term in terms.items()}
+    embeddings = game.generator.embedding(labels) if objective.embedding_norm else None  # type: ignore[operator]
+    return objective.generator_terms(answers, observed, labels, embeddings)
 
 
 @torch.no_grad()
 def _draw_batch(game: Game) -> Batch:
     """Fresh and replayed images in the game's buffers, with the teacher's logits."""
     replay, memory, fresh = game.method.replay, game.memory, len(game.latents)
-    generators, latents, parts = [game.generator], [_draw_latents(game)], [Part(fresh, replay.fresh_weight)]
+    z = _draw_latents(game)
+    generators, latents, parts = [game.generator], [conditioned(game.generator, z, game.labels)], [Part(fresh, replay.fresh_weight)]
     images, kept = game.images[:fresh], None
     with game.precision.autocast():
         if memory is not None and memory.ready:
@@ -137,11 +152,11 @@ def _draw_batch(game: Game) -> Batch:
 
 
 def _draw_latents(game: Game) -> Tensor:
-    z = game.latents.normal_(generator=game.fresh_stream)
+    """New z, and, for a conditional generator, new classes in ``game.labels``."""
     embedding = getattr(game.generator, "embedding", None)
-    if embedding is None:
-        return z
-    return conditioned(game.generator, z, game.labels.random_(0, embedding.num_embeddings, generator=game.fresh_stream))
+    if embedding is not None:
+        draw_labels(game.labels, embedding.num_embeddings, game.fresh_stream)
+    return game.latents.normal_(generator=game.fresh_stream)
 
 
 def _layout(method: Method) -> torch.memory_format:

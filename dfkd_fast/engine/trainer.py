@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.evaluation import Drift
 from dfkd_fast.kernels import FusedEMA
@@ -84,6 +86,7 @@ class Trainer:
         self.teacher = self._place(freeze(teacher))
         self.student = self._place(student).train()
         self.generator = self._place(generator).train()
+        distributed.broadcast_([tensor for network in (teacher, student, generator) for tensor in network.state_dict().values()])
         self.average = FusedEMA(self.student, method.loop.student_ema_decay) if method.loop.student_ema_decay else None
         self.student_optimizer = build_optimizer(method.student_optimizer, self.student.parameters(), self.device)
         self.generator_optimizer = build_optimizer(method.generator_optimizer, self.generator.parameters(), self.device)
@@ -108,6 +111,10 @@ class Trainer:
         self._game = self._set_up(*check_networks(self.teacher, self.student, self.generator, self.device), seed)
         self.memory = self._game.memory
         self._steps = Steps(self._game, method.loop.capture, self.remarks.append)
+        if method.loop.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
+            self.remarks.append(
+                "loop.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
+            )
         if method.loop.compile:
             self._compile()
         self.drift = Drift(method.loop.drift_samples)
@@ -143,7 +150,7 @@ class Trainer:
         self._pretrain()
         while not self.finished:
             while self.iteration < loop.iterations_per_epoch:
-                if self._stopping:
+                if distributed.any_of(self._stopping):
                     self.check_finite()
                     return
                 self._iterate()
@@ -166,11 +173,13 @@ class Trainer:
         return {name: float(values[:done].mean()) for name, values in self.losses.items()}
 
     def check_finite(self) -> None:
-        """Look at the losses of the epoch under way; waits for the device.
+        """Look at the losses of the epoch under way, in all processes; waits for the device.
 
         Raises:
             NonFiniteLossError: one is NaN or infinite; the message names the first, and nothing was saved since.
         """
+        # A number that is none in one process is none in the mean, so that all of them stop.
+        distributed.average_(list(self.losses.values()))
         first: tuple[int, int, str, float] | None = None
         for name, values in self.losses.items():
             bad = (~values[: self.iteration].isfinite()).nonzero()
@@ -186,20 +195,18 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on bit for bit: tensors, numbers and containers."""
+        self._agree()
         networks: dict[str, nn.Module] = {"student": self.student, "generator": self.generator}
         if self.average is not None:
             networks["average"] = self.average
         return {
             "networks": {name: network.state_dict() for name, network in networks.items()},
-            "memory": None if self.memory is None else self.memory.state_dict(),
+            "memory": None if self.memory is None or self.memory.private else self.memory.state_dict(),
             "optimizers": [self.student_optimizer.state_dict(), self.generator_optimizer.state_dict()],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
-            "streams": [self.fresh_stream.get_state(), self.replay_stream.get_state()],
-            "torch_random_state": torch.get_rng_state(),
-            "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "processes": distributed.gathered([self._private_state()]),
             "precision": self.precision.state_dict(),
             "losses": self.losses,
-            "fresh": [self._game.images, self._game.logits],
             "drift": self.drift.state_dict(),
             "pretrained": self.pretrained,
             "iteration": self.iteration,
@@ -218,30 +225,54 @@ class Trainer:
             self.generator.load_state_dict(state["networks"]["generator"])
             if self.average is not None:
                 self.average.load_state_dict(state["networks"]["average"])
+            if len(state["processes"]) != distributed.world_size():
+                raise DfkdError(f"the state is of {len(state['processes'])} processes, and here are {distributed.world_size()}")
+            own = state["processes"][distributed.rank()]
             if self.memory is not None:
-                self.memory.load_state_dict(state["memory"])
+                self.memory.load_state_dict(own["memory"] if self.memory.private else state["memory"])
             for optimizer, saved in zip((self.student_optimizer, self.generator_optimizer), state["optimizers"], strict=True):
                 optimizer.load_state_dict(copy.deepcopy(saved))  # it would keep the very tensors
                 settle_rates(optimizer, self.device)
             for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
                 schedule.load_state_dict(saved)
             self.precision.load_state_dict(state["precision"])
-            for stream, saved in zip((self.fresh_stream, self.replay_stream), state["streams"], strict=True):
+            for stream, saved in zip((self.fresh_stream, self.replay_stream), own["streams"], strict=True):
                 stream.set_state(saved)
-            torch.set_rng_state(state["torch_random_state"])
-            if state["cuda_random_state"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
+            torch.set_rng_state(own["torch_random_state"])
+            if own["cuda_random_state"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda_random_state"], self.device)
             self.losses = {name: values.to(self.device, copy=True) for name, values in state["losses"].items()}
-            for buffer, saved in zip((self._game.images, self._game.logits), state["fresh"], strict=True):
-                buffer.copy_(saved)
+            if own["fresh"] is not None:
+                for buffer, saved in zip((self._game.images, self._game.logits), own["fresh"], strict=True):
+                    buffer.copy_(saved)
             self.drift.load_state_dict(state["drift"], self.device)
             self.pretrained = state["pretrained"]
             self.iteration = state["iteration"]
             self.history = [Epoch(**epoch) for epoch in state["history"]]
             self.clock.seconds.update(state["seconds"])
             self._steps.forget()
+        except DfkdError:
+            raise
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise DfkdError(f"the state is not of these networks and this method: {first_line(error)}") from error
+
+    def _private_state(self) -> dict[str, Any]:
+        """What every process has another one of."""
+        bank = self.memory is not None and self.memory.private
+        return {
+            "streams": [self.fresh_stream.get_state(), self.replay_stream.get_state()],
+            "torch_random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "memory": self.memory.state_dict() if self.memory is not None and bank else None,
+            # A bank takes the last batch of an epoch in.
+            "fresh": [self._game.images, self._game.logits] if bank else None,
+        }
+
+    def _agree(self) -> None:
+        """Processes have seen other images: their running statistics become the mean."""
+        networks = [self.student, self.generator, *([] if self.average is None else [self.average])]
+        networks += [] if self.memory is None else self.memory.networks
+        distributed.average_([buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()])
 
     def _place(self, network: nn.Module) -> nn.Module:
         network.to(self.device)
@@ -312,7 +343,7 @@ class Trainer:
     def _pretrain(self) -> None:
         wanted = self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
-        while self.pretrained < wanted and not self._stopping:
+        while self.pretrained < wanted and not distributed.any_of(self._stopping):
             with self.clock.phase("generator"):
                 terms = self._steps.generator(adversarial=False)
             self.pretrained += 1
@@ -360,6 +391,7 @@ class Trainer:
 
     def _close_epoch(self) -> Epoch:
         self.check_finite()
+        self._agree()
         number = len(self.history) + 1
         losses = self.mean_losses()
         if self.memory is not None:

@@ -1,9 +1,10 @@
 """What the student learns from in one step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Batch", "Part"]
@@ -26,6 +27,25 @@ class Batch:
     """(ΣB_i, classes), without a graph."""
     parts: Sequence[Part]
     """The fresh rows first, then the replayed ones, if there are any."""
+
+    def chunks(self, count: int) -> Iterator["Batch"]:
+        """As many batches with some rows of every part, weighted so that their losses add up to the whole's."""
+        if count == 1:
+            yield self
+            return
+        for number in range(count):
+            rows: list[Tensor] = []
+            parts = []
+            begin = 0
+            for part in self.parts:
+                first, last = part.rows * number // count, part.rows * (number + 1) // count
+                rows.append(torch.arange(begin + first, begin + last, device=self.images.device))
+                parts.append(Part(last - first, part.weight * (last - first) / part.rows))
+                begin += part.rows
+            chosen = torch.cat(rows)
+            # Indexing would lose the layout.
+            layout = torch.channels_last if self.images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+            yield Batch(self.images[chosen].contiguous(memory_format=layout), self.teacher_logits[chosen], parts)
 
     def split(self) -> list["Batch"]:
         """A batch of each part."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd_fast import distributed
 from dfkd_fast.kernels import js_discrepancy, kl_discrepancy, l1_discrepancy
 from dfkd_fast.models import Observation
 from dfkd_fast.settings import NonNegative, Positive, settings
@@ -17,7 +18,7 @@ __all__ = ["Objective", "activation", "bn_moments", "class_nll", "embedding_norm
 class Objective:
     """Recipe section ``[objective]``: the student minimises a discrepancy, the generator a sum of weighted terms.
 
-    A term of weight 0 is not computed.
+    A term of weight 0 is not computed. Terms that are no means over samples are those of the samples of all processes.
     """
 
     discrepancy: Literal["l1", "kl", "js"] = "l1"
@@ -94,10 +95,10 @@ class Objective:
         if self.adversary == "js_clamped":
             discrepancy = clamped_js(student, teacher, self.temperature)
         elif self.adversary == "log_l1":
-            discrepancy = self._discrepancy("l1", student, teacher).log1p()
+            discrepancy = distributed.mean(self._discrepancy("l1", student, teacher)).log1p()
         else:
             discrepancy = self._discrepancy(self.adversary, student, teacher)
-        return -(discrepancy.clamp(max=self.adversarial_cap) if self.adversarial_cap else discrepancy)
+        return -(distributed.mean(discrepancy).clamp(max=self.adversarial_cap) if self.adversarial_cap else discrepancy)
 
     def _discrepancy(self, kind: Literal["l1", "kl", "js"], student: Tensor, teacher: Tensor) -> Tensor:
         if kind == "l1":
@@ -113,7 +114,7 @@ def one_hot(logits: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Σ p̄ log p̄ of the teacher's mean prediction p̄ over the batch: least when all classes are as frequent (DAFL, eq. 4)."""
-    mean = logits.float().softmax(1).movedim(1, -1).flatten(0, -2).mean(0)
+    mean = distributed.mean(logits.float().softmax(1).movedim(1, -1).flatten(0, -2).mean(0))
     # Not entr: its gradient is infinite at 0, where a class that no sample is of underflows to.
     return (mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
 
@@ -132,7 +133,21 @@ def bn_moments(statistics: tuple[Tensor, ...], running: tuple[Tensor, ...]) -> T
         statistics: of the batch, (C,) each.
         running: what they should be, in the same order.
     """
-    return torch.stack(torch._foreach_norm(torch._foreach_sub(statistics, running))).sum()
+    return torch.stack(torch._foreach_norm(torch._foreach_sub(_of_all_processes(statistics, running), running))).sum()
+
+
+def _of_all_processes(statistics: tuple[Tensor, ...], running: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Means and variances, in turn, of the batches of all processes together, in one message."""
+    if distributed.world_size() == 1:
+        return statistics
+    # Second moments about the running means, which are the same everywhere and near: about 0 they would cancel.
+    offsets = torch._foreach_sub(statistics[::2], running[::2])
+    squares = torch._foreach_add(statistics[1::2], torch._foreach_mul(offsets, offsets))
+    sizes = [offset.numel() for offset in offsets]
+    offset, square = distributed.mean(torch.cat([*offsets, *squares])).chunk(2)
+    means = torch._foreach_add(offset.split(sizes), running[::2])
+    variances = (square - offset.square()).split(sizes)
+    return tuple(statistic for pair in zip(means, variances, strict=True) for statistic in pair)
 
 
 def class_nll(logits: Tensor, labels: Tensor) -> Tensor:

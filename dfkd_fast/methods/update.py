@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dfkd_fast import distributed
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.settings import NonNegative, Positive, settings
 
@@ -43,8 +44,9 @@ class Update:
         *,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+        micro_batches: int = 1,
     ) -> Tensor:
-        """Add the gradient of the student's loss to its ``.grad``; returns the loss, 0-d and detached.
+        """Add the gradient of the student's loss, over all processes, to its empty ``.grad``; returns this one's loss, 0-d and detached.
 
         Args:
             student: in training mode.
@@ -52,20 +54,25 @@ class Update:
             objective: which discrepancy.
             autocast: makes the context of the student's forward passes.
             scale: what the loss is multiplied by before it is differentiated; not by ``first-order`` and ``second-order``.
+            micro_batches: pieces that go through the student one after the other, for the memory of one of them.
         """
         if self.retains and len(batch.parts) > 1:
             return self._retain(student, batch, objective, autocast)
-        with autocast():
-            logits = student(batch.images)
-        if self.kind == "pooled":
-            loss = objective.student_loss(logits, batch.teacher_logits)
-        else:
-            rows = [part.rows for part in batch.parts]
-            halves = zip(logits.split(rows), batch.teacher_logits.split(rows), batch.parts, strict=True)
-            terms = [part.weight * objective.student_loss(answers, targets) for answers, targets, part in halves]
-            loss = sum(terms[1:], start=terms[0])
-        scale(loss).backward()
-        return loss.detach()
+        losses = []
+        for piece in batch.chunks(micro_batches):
+            with autocast():
+                logits = student(piece.images)
+            if self.kind == "pooled":
+                loss = len(piece.images) / len(batch.images) * objective.student_loss(logits, piece.teacher_logits)
+            else:
+                rows = [part.rows for part in piece.parts]
+                halves = zip(logits.split(rows), piece.teacher_logits.split(rows), piece.parts, strict=True)
+                terms = [part.weight * objective.student_loss(answers, targets) for answers, targets, part in halves]
+                loss = sum(terms[1:], start=terms[0])
+            scale(loss).backward()
+            losses.append(loss.detach())
+        distributed.average_([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
+        return sum(losses[1:], start=losses[0])
 
     def _retain(
         self, student: nn.Module, batch: Batch, objective: Objective, autocast: Callable[[], AbstractContextManager[object]]
@@ -85,25 +92,30 @@ class Update:
         with use_backend("reference"):
             acquire = objective.student_loss(acquired_logits, fresh.teacher_logits)
         gradients = torch.autograd.grad(acquire, list(parameters.values()), create_graph=exact, materialize_grads=True)
+        # Of all processes; the graph of the Hessian stays this one's, and its product is averaged in turn.
+        acquiring = [gradient.detach().clone() if exact else gradient for gradient in gradients]
+        distributed.average_(acquiring)
 
         decay, rate = self.inner_weight_decay, self.inner_lr
         moved = {
-            name: (parameter.detach() - rate * (gradient.detach() + decay * parameter.detach())).requires_grad_()
-            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+            name: (parameter.detach() - rate * (gradient + decay * parameter.detach())).requires_grad_()
+            for (name, parameter), gradient in zip(parameters.items(), acquiring, strict=True)
         }
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         with autocast():
             retained_logits = functional_call(student, moved | buffers, (replayed.images,))
         retain = objective.student_loss(retained_logits, replayed.teacher_logits)
         retaining = torch.autograd.grad(retain, list(moved.values()), materialize_grads=True)
+        distributed.average_(retaining)
 
         through = [(1 - rate * decay) * v for v in retaining]
         if exact:
             curvature = _hessian_product(gradients, list(parameters.values()), retaining)
+            distributed.average_(curvature)
             through = [v - rate * hv for v, hv in zip(through, curvature, strict=True)]
         (_, acquired), (_, retained) = batch.parts
         with torch.no_grad():
-            for parameter, g, v in zip(parameters.values(), gradients, through, strict=True):
+            for parameter, g, v in zip(parameters.values(), acquiring, through, strict=True):
                 total = acquired * g + retained * v
                 parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
             return acquired * acquire + retained * retain

@@ -47,7 +47,8 @@ def fold(network: nn.Module) -> nn.Module:
         FoldingError: its forward cannot be traced (it branches on its input, say), or it has nothing to fold.
     """
     try:
-        traced = fx.symbolic_trace(_without_timms_pairs(copy.deepcopy(network)))
+        own = _without_timms_pairs(copy.deepcopy(network))
+        traced = fx.GraphModule(own, _Tracer().trace(own))
     except Exception as error:  # a tracer runs the user's code
         raise FoldingError(f"{type(network).__name__} cannot be traced: {first_line(error)}") from error
     layers = dict(traced.named_modules())
@@ -62,7 +63,12 @@ def fold(network: nn.Module) -> nn.Module:
             before = next(iter(node.all_input_nodes))
             conv = layers.get(before.target) if before.op == "call_module" else None
             # Its output must go nowhere else, and neither layer may serve a second place.
-            if type(conv) is nn.Conv2d and len(before.users) == 1 and uses.count(before.target) == uses.count(node.target) == 1:
+            if (
+                isinstance(conv, nn.Conv2d)
+                and _is_ordinary(conv)
+                and len(before.users) == 1
+                and uses.count(before.target) == uses.count(node.target) == 1
+            ):
                 fused: Any = fuse_conv_bn_eval(conv, norm)
                 fused.folded_norm = norm.requires_grad_(False)
                 parent, _, name = before.target.rpartition(".")
@@ -79,6 +85,18 @@ def fold(network: nn.Module) -> nn.Module:
     traced.graph.lint()
     traced.recompile()
     return freeze(traced)
+
+
+class _Tracer(fx.Tracer):
+    """Takes every convolution as a whole: timm's, which pads as TensorFlow does, looks at its input's size."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_ordinary(layer: nn.Conv2d) -> bool:
+    """Whether it convolves with its weight as it is, so that a factor on its output is one on the weight."""
+    return type(layer) is nn.Conv2d or type(layer).__name__ == "Conv2dSame"
 
 
 def folded_and_checked(network: nn.Module, images: Tensor) -> nn.Module:

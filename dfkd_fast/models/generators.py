@@ -1,12 +1,14 @@
 """Generators: latent vectors in, images in the teacher's normalised space out."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import concat_generated
@@ -17,11 +19,13 @@ __all__ = [
     "GeneratorA",
     "GeneratorB",
     "GeneratorC",
+    "GeneratorD",
     "GeneratorSettings",
     "Standardize",
     "UpsampleConv2d",
     "build_generator",
     "conditioned",
+    "draw_labels",
     "generate",
 ]
 
@@ -30,8 +34,8 @@ __all__ = [
 class GeneratorSettings:
     """Recipe section ``[generator]``."""
 
-    model: Literal["A", "B", "C"] = "A"
-    """DFAD's two, and the one that MAD's CIFAR runs start from."""
+    model: Literal["A", "B", "C", "D"] = "A"
+    """DFAD's two, the one that MAD's CIFAR runs start from, and one for 64 to 256 pixels."""
     latent_dim: PositiveInt = 100
     """Size of z ~ N(0, I)."""
     width: PositiveInt = 64
@@ -42,6 +46,8 @@ class GeneratorSettings:
     """Of the convolutions (PRE-DFKD)."""
     hidden_eps: Positive = 1e-5
     """Of the hidden batch norms. PRE-DFKD's public code has .8, passed where a momentum was meant."""
+    checkpointing: Flag = False
+    """Of generator D: save memory by computing activations twice."""
     uniform_init: NonNegative = 0.0
     """Draw all weights of convolutions and linear layers from U(−this, this) (PRE-DFKD: .08); 0 for the model's own way."""
 
@@ -199,6 +205,69 @@ class GeneratorC(Generator):
         super().__init__(body, latent_dim, Standardize(mean, std), "sigmoid")
 
 
+class GeneratorD(Generator):
+    """For 64 to 256 pixels: from a square of 4 to 8 pixels by upsampling and convolutions, twice as large each time; sigmoid, constants.
+
+    Args:
+        latent_dim: size of z.
+        image_size: side of the images in pixels: 4, 5, 6 or 7 times a power of 2, such as 64, 112, 128, 224 or 256.
+        mean, std: of the data the teacher was trained on, a number a channel.
+        width: channels of the last hidden layer; each before it has twice as many, up to eight times as many.
+        checkpointing: keep no activations inside a stage, and compute them again for the backward pass.
+    """
+
+    def __init__(
+        self, latent_dim: int, image_size: int, mean: Sequence[float], std: Sequence[float], width: int = 64, checkpointing: bool = False
+    ) -> None:
+        side, doublings = image_size, 0
+        while side > 7 and side % 2 == 0:
+            side, doublings = side // 2, doublings + 1
+        if not 4 <= side <= 7 or doublings < 2:
+            raise DfkdError(
+                f"generator D makes images whose side is 4 to 7 times a power of 2, such as 64, 112, 128 or 224, not {image_size}"
+            )
+        widths = [width * min(8, 2 ** (doublings - stage)) for stage in range(doublings + 1)]
+        stages = [
+            _Stage(checkpointing, UpsampleConv2d(before, after), nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True))
+            for before, after in itertools.pairwise(widths)
+        ]
+        body = nn.Sequential(
+            nn.Linear(latent_dim, widths[0] * side**2),
+            nn.Unflatten(1, (widths[0], side, side)),
+            nn.BatchNorm2d(widths[0]),
+            *stages,
+            nn.Conv2d(width, len(mean), kernel_size=3, padding=1),
+        )
+        super().__init__(body, latent_dim, Standardize(mean, std), "sigmoid")
+
+
+class _Stage(nn.Sequential):
+    """Layers whose activations are, on request, computed again for the backward pass; running statistics move once all the same."""
+
+    def __init__(self, checkpointing: bool, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.checkpointing or not torch.is_grad_enabled():
+            return self._run(x)
+        return checkpoint(self._run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self._statistics_kept()))
+
+    def _run(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
 def _draw_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -221,7 +290,7 @@ def build_generator(
         wanted: what it is like.
         channels: of the images.
         image_size: side of the images in pixels.
-        mean, std: of the teacher's input, for generator C; by default 0 and 1.
+        mean, std: of the teacher's input, for generators C and D; by default 0 and 1.
         num_classes: of the teacher, for a conditional generator.
     """
     latent_dim, width = wanted.latent_dim, wanted.width
@@ -230,8 +299,13 @@ def build_generator(
         generator = GeneratorA(latent_dim, channels, image_size, width)
     elif wanted.model == "B":
         generator = GeneratorB(latent_dim, channels, image_size, width)
-    else:
+    elif wanted.model == "C":
         generator = GeneratorC(latent_dim, image_size, mean or [0.0] * channels, std or [1.0] * channels, width)
+    else:
+        constants = mean or [0.0] * channels, std or [1.0] * channels
+        generator = GeneratorD(latent_dim, image_size, *constants, width, wanted.checkpointing)
+    if wanted.checkpointing and wanted.model != "D":
+        raise DfkdError(f"generator.checkpointing: generator {wanted.model} has none, only D has")
     for layer in generator.body.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eps = wanted.hidden_eps
@@ -259,6 +333,13 @@ def conditioned(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
     """
     embedding = getattr(generator, "embedding", None)
     return z if embedding is None else z + embedding(labels)
+
+
+def draw_labels(labels: Tensor, classes: int, stream: torch.Generator) -> Tensor:
+    """Fill labels (B,) with classes as evenly as B allows, in random order: none comes twice before all came once. Waits for no device."""
+    rounds = -(-len(labels) // classes)
+    order = torch.rand(rounds, classes, device=labels.device, generator=stream).argsort(dim=1)
+    return labels.copy_(order.flatten()[: len(labels)])
 
 
 def generate(

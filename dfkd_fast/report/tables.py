@@ -8,15 +8,19 @@ from rich.text import Text
 
 __all__ = ["print_table"]
 
+NAME = 30
+"""Characters of a name that is printed in one piece however narrow the terminal."""
+
 
 def print_table(
     console: Console, header: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, figures: bool = False
 ) -> None:
-    """A table whose cells are printed as they are, without markup; ``figures`` behind the first column are never broken."""
+    """A table whose cells are printed as they are, without markup; short names in front and ``figures`` behind are never broken."""
+    cells = list(rows)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(header):
-        whole = figures and index > 0
-        table.add_column(name, overflow="fold", no_wrap=whole, justify="right" if whole else "left")
-    for row in rows:
+        whole = figures if index else all(len(row[0]) <= NAME for row in cells)
+        table.add_column(name, overflow="fold", no_wrap=whole, justify="right" if figures and index else "left")
+    for row in cells:
         table.add_row(*map(Text, row))
     console.print(table)

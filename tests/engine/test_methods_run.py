@@ -331,7 +331,7 @@ def test_measuring_drift_leaves_the_trajectory_alone(make_trainer: MakeTrainer, 
     for samples in (0, 4):
         trainer = make_trainer(method(replay=replay, drift_samples=samples), networks=normalised_networks())
         trainer.fit()
-        states.append([trainer.state_dict()[name] for name in ("networks", "memory", "streams", "torch_random_state")])
+        states.append([trainer.state_dict()[name] for name in ("networks", "memory", "processes")])
     assert_equal(*states)
 
 

@@ -1,4 +1,5 @@
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from dfkd_fast.models import (
     GeneratorA,
     GeneratorB,
     GeneratorC,
+    GeneratorD,
     GeneratorSettings,
     Standardize,
     UpsampleConv2d,
@@ -197,7 +199,7 @@ def test_a_size_generator_c_cannot_make_is_refused() -> None:
         GeneratorC(10, 18, [0.5], [0.5])
 
 
-@pytest.mark.parametrize(("model", "kind"), [("A", GeneratorA), ("B", GeneratorB), ("C", GeneratorC)])
+@pytest.mark.parametrize(("model", "kind"), [("A", GeneratorA), ("B", GeneratorB), ("C", GeneratorC), ("D", GeneratorD)])
 def test_a_recipes_section_builds_its_generator(model: Any, kind: type[Generator]) -> None:
     generator = build_generator(GeneratorSettings(model=model, latent_dim=6, width=3), channels=2, image_size=16)
     assert type(generator) is kind
@@ -209,7 +211,8 @@ def test_a_recipes_section_builds_its_generator(model: Any, kind: type[Generator
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"model": "D"},
+        {"model": "E"},
+        {"checkpointing": 1},
         {"latent_dim": 0},
         {"latent_dim": "9"},
         {"width": True},
@@ -405,3 +408,63 @@ def test_generator_c_without_constants_gives_pixels_between_0_and_1() -> None:
     assert isinstance(generator.output_norm, Standardize)
     images = generator(100 * torch.randn(16, 5))
     assert 0 <= images.min().item() < images.max().item() <= 1
+
+
+@pytest.mark.parametrize(
+    ("image_size", "side", "widths"), [(64, 4, [32, 32, 16, 8, 4]), (112, 7, [32, 32, 16, 8, 4]), (224, 7, [32, 32, 32, 16, 8, 4])]
+)
+def test_generator_d_doubles_a_small_square_to_the_image(image_size: int, side: int, widths: list[int]) -> None:
+    torch.manual_seed(0)
+    generator = GeneratorD(5, image_size, (0.5, 0.4, 0.3), (0.25, 0.5, 2.0), width=4).double()
+    layers: list[nn.Module] = [nn.Linear(5, widths[0] * side**2), nn.Unflatten(1, (widths[0], side, side)), nn.BatchNorm2d(widths[0])]
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+    twin = nn.Sequential(*layers, nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid()).double()
+    twin.load_state_dict(dict(zip(twin.state_dict(), generator.body.state_dict().values(), strict=True)))
+    z = torch.randn(3, 5, dtype=torch.float64)
+    made, pixels = generator(z), twin(z)
+    expected = (pixels - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.25, 0.5, 2.0])[:, None, None]
+    assert made.shape == (3, 3, image_size, image_size)
+    close(made, expected, 1e-6)  # the constants are float32
+
+
+@pytest.mark.parametrize("image_size", [8, 12, 36, 100, 225])
+def test_a_size_generator_d_cannot_make_is_refused(image_size: int) -> None:
+    with pytest.raises(DfkdError, match=f"not {image_size}"):
+        GeneratorD(5, image_size, (0.5,), (0.5,), width=2)
+
+
+def watched(generator: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Images, and how many numbers were kept for the backward pass."""
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return generator(z), sum(kept)
+
+
+def test_checkpointing_changes_neither_images_nor_gradients_nor_running_statistics() -> None:
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        generator = GeneratorD(5, 32, (0.5,), (0.5,), width=3, checkpointing=checkpointing)
+        z = torch.randn(4, 5, requires_grad=True)
+        images, kept = watched(generator, z)
+        images.square().mean().backward()
+        assert z.grad is not None
+        gradients = [weight.grad for weight in generator.parameters()]
+        results.append((images.detach(), z.grad, gradients, list(generator.buffers()), kept))
+    (plain, plain_z, plain_gradients, plain_buffers, much), (images, z_gradient, gradients, buffers, little) = results
+    torch.testing.assert_close(images, plain, rtol=0, atol=0)
+    torch.testing.assert_close(z_gradient, plain_z)
+    torch.testing.assert_close(gradients, plain_gradients)
+    torch.testing.assert_close(buffers, plain_buffers, rtol=0, atol=0)
+    assert little < 0.5 * much
+
+
+def test_only_generator_d_has_checkpointing() -> None:
+    with pytest.raises(DfkdError, match="generator A has none"):
+        build_generator(GeneratorSettings(checkpointing=True), 1, 32)

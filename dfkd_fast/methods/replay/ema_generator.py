@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dfkd_fast.kernels import ema_update_
-from dfkd_fast.models import conditioned, freeze
+from dfkd_fast.models import conditioned, draw_labels, freeze
 
 from .memory import Memory
 
@@ -46,7 +46,7 @@ class EmaGenerator(Memory):
         self._z.normal_(generator=stream)
         if self._classes is None:
             return self._z
-        return conditioned(self.generator, self._z, self._labels.random_(0, self._classes, generator=stream))
+        return conditioned(self.generator, self._z, draw_labels(self._labels, self._classes, stream))
 
     @override
     def follow(self, generator: nn.Module) -> None:

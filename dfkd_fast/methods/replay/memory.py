@@ -28,6 +28,8 @@ class Memory:
     optimizers: Sequence[torch.optim.Optimizer] = ()
     capturable: bool = True
     """Whether its part of a step can be recorded in a CUDA graph."""
+    private: bool = False
+    """Whether every process has another one."""
 
     @property
     def ready(self) -> bool:

@@ -29,6 +29,8 @@ class MemoryBank(Memory):
         cached_logits: keep the teacher's logits, in place of asking it again.
     """
 
+    private = True
+
     def __init__(
         self,
         images: Tensor,

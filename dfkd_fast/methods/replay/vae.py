@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from dfkd_fast import distributed
 from dfkd_fast.kernels import l1_discrepancy
 from dfkd_fast.models import Vae
 
@@ -108,6 +109,7 @@ class VaeReplay(Memory):
         with autocast():
             loss = self.loss(images, logits, self._noise.normal_(generator=stream))
         loss.backward(inputs=list(self.vae.parameters()))
+        distributed.average_([parameter.grad for parameter in self.vae.parameters() if parameter.grad is not None])
         self.optimizer.step()
         # After the step, not before: what leaks into the decoder until the next one stays there.
         self.optimizer.zero_grad()

@@ -1,0 +1,138 @@
+"""Looking a teacher over before hours are spent on it."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd_fast.data import Batches, evaluation_batches
+from dfkd_fast.engine.fit import check_classifier
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.evaluation import evaluate
+from dfkd_fast.models import FoldingError, Observer, evaluating, folded_and_checked
+from dfkd_fast.recipe import Recipe
+
+from .networks import build_network, load_given_teacher
+
+__all__ = ["Check", "examine_teacher"]
+
+IMAGES = 16
+
+
+class Check(NamedTuple):
+    """One thing about a teacher."""
+
+    thing: str
+    found: str
+    verdict: Literal["good", "wrong", "note"]
+
+
+def examine_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
+    """Whether a recipe's teacher is what the recipe takes it for.
+
+    Args:
+        recipe: its ``teacher.weights`` are looked at; with ``data.root`` the accuracy, too.
+        device: where it is tried.
+
+    Raises:
+        DfkdError: there are no weights, or they do not fit the network.
+    """
+    if not recipe.teacher.weights:
+        raise DfkdError(f"recipe {recipe.name!r} trains its teacher: name one with --weights FILE")
+    teacher = build_network(recipe, "teacher").to(device)
+    load_given_teacher(recipe, teacher)
+    has_images = recipe.data.name == "digits" or (recipe.data.name != "none" and recipe.data.root != "")
+    labelled = evaluation_batches(recipe.data, device) if has_images else None
+    images = _images(recipe, labelled).to(device)
+    check_classifier("teacher", teacher, images, "data.image_size's")
+    with evaluating(teacher):
+        return list(_checks(recipe, teacher, images, labelled))
+
+
+def _images(recipe: Recipe, labelled: Batches | None) -> Tensor:
+    """Some of the data set's, normalised, or noise whose spectrum is that of natural images."""
+    if labelled is not None:
+        return next(iter(labelled))[0][:IMAGES].float().clone()
+    data, stream = recipe.data, torch.Generator().manual_seed(0)
+    frequencies = torch.fft.fftfreq(data.image_size)
+    radius = (frequencies[:, None].square() + frequencies.square()).sqrt()
+    radius[0, 0] = math.inf  # no mean
+    white = torch.fft.fft2(torch.randn(IMAGES, data.channels, data.image_size, data.image_size, generator=stream))
+    noise = torch.fft.ifft2(white / radius).real
+    pixels = (0.45 + 0.25 * noise / noise.std()).clamp(0, 1)
+    mean, std = (torch.tensor(constants)[:, None, None] for constants in (data.mean, data.std))
+    return (pixels - mean) / std
+
+
+def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, labelled: Batches | None) -> Iterator[Check]:
+    wanted, seen = recipe.teacher, "images of the data set" if labelled else "noise like natural images"
+    yield Check("weights", wanted.weights + (f", sha256 {wanted.sha256}…" if wanted.sha256 else ""), "good")
+    logits = teacher(images)
+    classes = recipe.data.num_classes
+    yield Check("classes", f"{logits.shape[1]} logits, data.num_classes is {classes}", "good" if logits.shape[1] == classes else "wrong")
+    yield _scores(logits.float())
+    again, alone = teacher(images), teacher(images[:1])
+    same = torch.equal(logits, again) and torch.allclose(logits[:1].float(), alone.float(), rtol=1e-3, atol=1e-3)
+    answers = "an image has the same logits in every call, also alone" if same else "an image has other logits in another call, or alone"
+    yield Check("evaluation mode", answers, "good" if same else "wrong")
+    norms = [layer for layer in teacher.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    needed = recipe.objective.bn_moments > 0
+    asked = "objective.bn_moments needs them" if needed else "the objective needs none"
+    yield Check("batch norms", f"{len(norms)} with running statistics; {asked}", "wrong" if needed and not norms else "good")
+    if norms:
+        yield _folding(teacher, images)
+        yield _normalisation(recipe, teacher, images, seen)
+    if labelled is not None:
+        accuracy = evaluate({"teacher": teacher}, labelled, images.device).networks["teacher"].top1
+        chance = 100 / classes
+        yield Check("accuracy", f"{accuracy:.2f} % top-1, chance is {chance:.2f} %", "wrong" if accuracy < 2 * chance else "good")
+
+
+def _scores(logits: Tensor) -> Check:
+    if not logits.isfinite().all():
+        return Check("scores", "NaN or infinite", "wrong")
+    sums = logits.sum(1)
+    if (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        return Check("scores", "probabilities, but logits are wanted: take the softmax off", "wrong")
+    if logits.logsumexp(1).abs().max() < 1e-3:
+        return Check("scores", "log-probabilities: an L1 discrepancy wants logits, take the log-softmax off", "wrong")
+    if logits.std() < 1e-6:
+        return Check("scores", "the same for all classes", "wrong")
+    return Check("scores", f"logits between {logits.min():.1f} and {logits.max():.1f}", "good")
+
+
+def _folding(teacher: nn.Module, images: Tensor) -> Check:
+    try:
+        folded_and_checked(teacher, images[:4])
+    except FoldingError as error:
+        return Check("folding", f"not possible: {error}", "note")
+    return Check("folding", "batch norms fold into convolutions, the logits stay", "good")
+
+
+def _normalisation(recipe: Recipe, teacher: nn.Module, images: Tensor, seen: str) -> Check:
+    """Under which normalisation the first batch norm is given what it was in training."""
+    mean, std = (torch.tensor(constants, device=images.device)[:, None, None] for constants in (recipe.data.mean, recipe.data.std))
+    pixels = images * std + mean
+    observer = Observer(teacher, statistics=True, features=False)
+
+    def mismatch(view: Callable[[Tensor], Tensor]) -> float:
+        found = observer(view(pixels))
+        alive = found.running[1] > 1e-6 * found.running[1].amax()
+        mean, variance, expected, spread = (each[alive] for each in (*found.statistics[:2], *found.running[:2]))
+        return float(((mean - expected).abs() / spread.sqrt() + (variance / spread).clamp(min=1e-6).log().abs()).median())
+
+    views: dict[str, Callable[[Tensor], Tensor]] = {
+        "the recipe's mean and std": lambda x: (x - mean) / std,
+        "pixels in [0, 1]": lambda x: x,
+        "pixels in [-1, 1]": lambda x: 2 * x - 1,
+        "pixels in [0, 255]": lambda x: 255 * x,
+    }
+    found = {name: mismatch(view) for name, view in views.items()}
+    ours, (best, least) = found["the recipe's mean and std"], min(found.items(), key=lambda item: item[1])
+    text = f"{seen} miss the first batch norm's statistics by {ours:.2f}"
+    if least < 0.5 * ours:
+        return Check("normalisation", f"{text}, as {best} by {least:.2f}", "wrong")
+    return Check("normalisation", f"{text}; no other usual one fits better by half", "good")

@@ -1,0 +1,256 @@
+"""Several processes over gloo: together they are one process with their batches in one."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from dfkd_fast import Method, Objective, Optimizer, Replay, Trainer, Update, distributed
+from dfkd_fast.engine import steps
+from dfkd_fast.kernels import channel_moments
+from dfkd_fast.methods.objective import bn_moments, entropy
+from tests.small import small_method, small_networks
+
+BATCH = 12
+
+
+class Plain(nn.Module):
+    """A generator without batch norm: with one, every process would normalise by its own batch."""
+
+    latent_dim = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 3 * 64), nn.Tanh(), nn.Unflatten(1, (3, 8, 8)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.body(z)
+
+
+def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A teacher with batch norms, and a student and a generator without."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4)
+    )
+    for layer in teacher:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()  # type: ignore[union-attr]
+            layer.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+    student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 4))
+    return teacher, student, Plain()
+
+
+METHODS: dict[str, Method] = {
+    "plain": small_method(batch_size=BATCH),
+    "every term": Method(
+        loop=small_method(batch_size=BATCH).loop,
+        objective=Objective(adversary="log_l1", one_hot=0.5, entropy=2.0, activation=0.1, bn_moments=0.3, adversarial_cap=0.4),
+        replay=Replay(kind="ema_generator", ema_decay=0.8),
+    ),
+    **{
+        kind: Method(
+            loop=small_method(batch_size=BATCH).loop,
+            replay=Replay(kind="ema_generator"),
+            update=Update(kind=kind, inner_lr=0.3),
+            student_optimizer=Optimizer(lr=0.01),
+        )
+        for kind in ("pooled", "first-order", "second-order")
+    },
+}
+
+
+def play(method: Method, latents: list[Tensor]) -> tuple[Trainer, list[dict[str, Tensor]]]:
+    """A student and a generator step twice, on this process's share of given latents."""
+    world, rank = distributed.world_size(), distributed.rank()
+    share = dataclasses.replace(method.loop, batch_size=BATCH // world)
+    trainer = Trainer(*networks(), dataclasses.replace(method, loop=share))
+    given = iter(latents)
+
+    def draw(game: Any) -> Tensor:
+        return game.latents.copy_(next(given)[rank::world])
+
+    original, steps._draw_latents = steps._draw_latents, draw
+    if trainer.memory is not None:
+        trainer.memory.latents = lambda stream: next(given)[rank::world]  # type: ignore[method-assign]
+    try:
+        losses = [terms for _ in range(2) for terms in (trainer._steps.student(0), trainer._steps.generator())]
+    finally:
+        steps._draw_latents = original
+    for terms in losses:
+        distributed.average_(list(terms.values()))
+    return trainer, losses
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def as_rank(rank: int, world: int, port: int, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with distributed.process_group(torch.device("cpu")):
+        work(*arguments)
+
+
+def together(world: int, work: Callable[..., object], *arguments: Any) -> None:
+    spawn(as_rank, (world, free_port(), work, arguments), nprocs=world)
+
+
+def check_equal(latents: list[Tensor], expected: dict[str, Any]) -> None:
+    for name, method in METHODS.items():
+        trainer, losses = play(method, latents)
+        for ours, theirs in zip(losses, expected[name]["losses"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for term, value in ours.items():
+                where = f"{name}, {term}"
+                torch.testing.assert_close(value, theirs[term], rtol=1e-5, atol=1e-6, msg=where)
+        for player in ("student", "generator"):
+            network = getattr(trainer, player)
+            for (path, ours), theirs in zip(network.named_parameters(), expected[name][player], strict=True):
+                torch.testing.assert_close(ours, theirs["value"], rtol=1e-5, atol=1e-6, msg=f"{name}, {player} {path}")
+                torch.testing.assert_close(ours.grad, theirs["gradient"], rtol=1e-4, atol=1e-6, msg=f"{name}, {player} {path}")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_together_take_the_steps_of_one(world: int) -> None:
+    torch.manual_seed(1)
+    latents = [torch.randn(BATCH, 6) for _ in range(12)]
+    expected: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        trainer, losses = play(method, latents)
+        expected[name] = {"losses": losses}
+        for player in ("student", "generator"):
+            network = getattr(trainer, player)
+            expected[name][player] = [{"value": p.detach(), "gradient": p.grad} for p in network.parameters()]
+    together(world, check_equal, latents, expected)
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad.double()
+
+
+def check_terms(world: int) -> None:
+    torch.manual_seed(2)
+    whole = torch.randn(6 * world, 5, 3, 3) * 3 + 7
+    running = (torch.full((5,), 6.5), torch.full((5,), 8.0))
+    mine = whole[distributed.rank() :: world].clone().requires_grad_()
+    loss = bn_moments(channel_moments(mine), running)
+    loss.backward()
+    oracle = whole.double().requires_grad_()
+    expected = (oracle.mean((0, 2, 3)) - 6.5).norm() + (oracle.var((0, 2, 3), correction=0) - 8.0).norm()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    # Gradients are averaged over the processes, so each one's is that of its share times their number.
+    torch.testing.assert_close(gradient(mine) / world, gradient(oracle)[distributed.rank() :: world], rtol=1e-4, atol=1e-7)
+
+    logits = torch.randn(4 * world, 7)
+    own = logits[distributed.rank() :: world].clone().requires_grad_()
+    found = entropy(own)
+    found.backward()
+    oracle = logits.double().requires_grad_()
+    p = oracle.softmax(1).mean(0)
+    expected = (p * p.log()).sum()
+    expected.backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient(own) / world, gradient(oracle)[distributed.rank() :: world], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_terms_that_are_no_means_are_those_of_the_global_batch(world: int) -> None:
+    together(world, check_terms, world)
+
+
+def check_draws() -> None:
+    trainer = Trainer(*networks(), METHODS["every term"], seed=5)
+    drawn = [steps._draw_latents(trainer._game).clone(), trainer.memory.latents(trainer.replay_stream).clone()]  # type: ignore[union-attr]
+    everyone = distributed.gathered(drawn)
+    assert all(not torch.equal(one, other) for index, one in enumerate(everyone) for other in everyone[:index])
+    again = Trainer(*networks(), METHODS["every term"], seed=5)
+    assert torch.equal(steps._draw_latents(again._game), drawn[0])
+
+
+def check_average() -> None:
+    torch.manual_seed(distributed.rank())  # other networks, other random numbers
+    trainer = Trainer(*small_networks(distributed.rank()), small_method(replay=Replay(kind="ema_generator"), epochs=1))
+    for _ in trainer:
+        pass
+    assert trainer.memory is not None
+    players = {"student": trainer.student, "generator": trainer.generator, "average": trainer.memory.generator}
+    own = {f"{player} {name}": tensor for player, network in players.items() for name, tensor in network.state_dict().items()}  # type: ignore[union-attr]
+    states = distributed.gathered([own])
+    for name, tensor in states[0].items():
+        for other in states[1:]:
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, msg=name)
+    losses = distributed.gathered([trainer.history[0].losses])
+    assert all(one == losses[0] for one in losses)
+
+
+def test_every_process_draws_its_own_latents_the_same_for_the_same_seed() -> None:
+    together(2, check_draws)
+
+
+def test_whatever_they_begin_with_all_processes_end_with_the_same_networks() -> None:
+    together(2, check_average)
+
+
+TINY = ["--set", "loop.epochs=4", "--set", "loop.iterations_per_epoch=6", "--set", "loop.batch_size=8", "--set", "teacher.epochs=1"]
+
+
+def torchrun(folder: Path, *arguments: str, processes: int = 2) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--max-restarts", "1"]
+    command += ["-m", "dfkd_fast", "distill", "digits", *TINY, *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def worker_of(launcher: int, rank: str) -> int | None:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            if parent == launcher and f"RANK={rank}".encode() in environment:
+                return int(entry.name)
+    return None
+
+
+def test_a_killed_process_is_restarted_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole = torchrun(tmp_path, "--out", "whole")
+    said, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+    assert said.count("student, last epoch") == 1
+    broken = torchrun(tmp_path, "--out", "broken")
+    deadline = time.monotonic() + 200
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim = worker_of(broken.pid, "1")
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    said, _ = broken.communicate(timeout=300)
+    assert broken.returncode == 0, said
+    ours, theirs = (load_file(tmp_path / name / "student.safetensors") for name in ("broken", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("broken", "whole")]
+    broken_losses, whole_losses = ([json.loads(line)["losses"] for line in log] for log in logs)
+    assert broken_losses == whole_losses

@@ -1,0 +1,121 @@
+"""A batch in pieces has the gradient of the whole one."""
+
+import dataclasses
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from dfkd_fast import Loop, Method, Objective, Replay, Trainer, Update
+from dfkd_fast.methods import Batch, Part
+from dfkd_fast.models import LeNet5, build_generator
+from dfkd_fast.models.generators import GeneratorSettings
+from tests.small import small_networks
+
+
+class Conditional(nn.Module):
+    """A generator without batch norm, whose class embedding is shared by the pieces."""
+
+    latent_dim = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 6)
+        self.body = nn.Sequential(nn.Linear(6, 32 * 32), nn.Tanh(), nn.Unflatten(1, (1, 32, 32)))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.body(z)
+
+
+def method(pieces: int, update: str = "plain", replay: str = "ema_generator") -> Method:
+    return Method(
+        loop=Loop(batch_size=7, micro_batches=pieces),
+        objective=Objective(one_hot=0.5, class_nll=1.0, embedding_norm=0.3),
+        replay=Replay(kind=replay, rows=5, weight=0.7),  # type: ignore[arg-type]
+        update=Update(kind=update),  # type: ignore[arg-type]
+    )
+
+
+def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return LeNet5(10), LeNet5(10, widths=(3, 8, 60, 42)), Conditional()
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 5])
+@pytest.mark.parametrize("update", ["plain", "pooled"])
+def test_pieces_give_the_losses_and_gradients_of_the_whole(pieces: int, update: str) -> None:
+    whole, cut = (Trainer(*networks(), method(count, update), seed=1) for count in (1, pieces))
+    assert cut.remarks == []
+    for player in ("student", "generator"):
+        theirs, ours = (trainer._steps.student(0) if player == "student" else trainer._steps.generator() for trainer in (whole, cut))
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+    for player in ("student", "generator"):
+        for (name, one), other in zip(getattr(cut, player).named_parameters(), getattr(whole, player).parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7, msg=f"{player} {name}")
+
+
+def test_no_piece_holds_more_rows_than_its_share() -> None:
+    seen: list[int] = []
+    trainer = Trainer(*networks(), method(3), seed=1)
+    trainer.student.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    trainer._steps.student(0)
+    trainer._steps.generator()
+    assert seen[:3] == [3, 4, 5]  # 7 fresh and 5 replayed rows, in 3
+    assert max(seen[3:]) == 3
+
+
+def test_the_pieces_of_a_batch_are_its_rows_and_its_weight() -> None:
+    images, logits = torch.arange(12.0).view(12, 1, 1, 1), torch.arange(24.0).view(12, 2)
+    pieces = list(Batch(images, logits, [Part(7, 1.0), Part(5, 0.7)]).chunks(3))
+    assert sorted(torch.cat([piece.images for piece in pieces]).flatten().tolist()) == list(range(12))
+    for piece in pieces:
+        assert torch.equal(piece.teacher_logits[:, 0], 2 * piece.images.flatten())
+        assert all(row < 7 for row in piece.images.flatten()[: piece.parts[0].rows])
+    for part in (0, 1):
+        assert sum(piece.parts[part].weight for piece in pieces) == pytest.approx((1.0, 0.7)[part])
+
+
+def test_batch_norms_in_training_are_said_to_make_it_inexact() -> None:
+    inexact = dataclasses.replace(method(2), objective=Objective())
+    assert "batch norms in training see a piece" in Trainer(*small_networks(), inexact).remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pieces": 6}, "fresh or replayed samples are 5 only"),
+        ({"pieces": 2, "update": "second-order"}, "not with update.kind 'second-order'"),
+        ({"pieces": 0}, "micro_batches"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        method(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("batch_size", "classes"), [(30, 10), (7, 10), (25, 10), (4, 1)])
+def test_labels_are_drawn_as_evenly_as_a_batch_allows(batch_size: int, classes: int) -> None:
+    from dfkd_fast.models import draw_labels
+
+    stream = torch.Generator().manual_seed(0)
+    drawn = [draw_labels(torch.empty(batch_size, dtype=torch.long), classes, stream).clone() for _ in range(200)]
+    for labels in drawn:
+        counts = labels.bincount(minlength=classes)
+        assert counts.max() - counts.min() <= 1
+    assert torch.stack(drawn).float().mean(0).sub((classes - 1) / 2).abs().max() < 1.1  # no place prefers a class
+    assert classes == 1 or len({tuple(labels.tolist()) for labels in drawn}) > 190
+
+
+def test_a_conditional_generator_is_called_with_the_labels_that_were_drawn() -> None:
+    generator = build_generator(GeneratorSettings(conditional=True, width=4, latent_dim=8), 1, 32, num_classes=10)
+    torch.manual_seed(0)
+    trainer = Trainer(LeNet5(10), LeNet5(10), generator, Method(loop=Loop(batch_size=20), objective=Objective(class_nll=1.0)))
+    seen: list[torch.Tensor] = []
+    trainer.generator.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))  # type: ignore[union-attr]
+    embedding = generator.embedding.weight.detach().clone()  # type: ignore[union-attr]
+    trainer._steps.student(0)
+    torch.testing.assert_close(seen[0], trainer._game.latents + embedding[trainer._game.labels])
+    assert trainer._game.labels.bincount(minlength=10).tolist() == 10 * [2]
