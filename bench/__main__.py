@@ -150,12 +150,12 @@ def run_end_to_end(
     if json_file is not None:
         with replacing(json_file) as part:
             part.write_text(json.dumps({row.contender: asdict(row) for row in found}, indent=2) + "\n")
-    header = ("contender", "s an iteration", "student", "generator", "images/s", "× plain", "× plain compiled", "peak MiB")
+    header = ("contender", "s", "student", "generator", "images/s", "× plain", "× compiled", "MiB", "student MiB")
     cells = [
         (
             *(row.contender, f"{row.seconds_per_iteration:.4f}", f"{row.student_seconds:.4f}", f"{row.generator_seconds:.4f}"),
             *(f"{row.images_per_second:.1f}", f"{row.speedup_over_plain:.2f}", f"{row.speedup_over_plain_compiled:.2f}"),
-            "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f}",
+            *("" if memory is None else f"{memory:.0f}" for memory in (row.peak_memory_mib, row.imitation_memory_mib)),
         )
         for row in found
     ]

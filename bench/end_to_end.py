@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,8 +32,14 @@ __all__ = ["Row", "draw", "measure", "networks", "write"]
 WARM_UP = 2
 M_MMAP_THRESHOLD = -3  # of malloc.h
 Precision = Literal["fp32", "bf16", "fp16"]
-Run = Callable[[], tuple[float, float]]
-"""One whole iteration; returns the seconds of the student's steps and of all."""
+
+
+class Contender(NamedTuple):
+    """Someone who can be timed."""
+
+    run: Callable[[], tuple[float, float]]
+    """One whole iteration; returns the seconds of the student's steps and of all."""
+    student_optimizer: torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Row:
     speedup_over_plain_compiled: float
     peak_memory_mib: float | None
     """Of an iteration, beyond what is held between iterations; in a process of its own, so not of what must be compiled."""
+    imitation_memory_mib: float | None
+    """The same of its student steps only."""
     turns: int
     device: str
     load: float
@@ -74,7 +82,7 @@ def measure(
     """
     _check(recipe)
     contenders = _contenders(recipe, device, precision, compiled_engine)
-    runs = {name: build() for name, build in contenders.items()}
+    runs = {name: build().run for name, build in contenders.items()}
     for run in runs.values():
         for _ in range(WARM_UP):
             run()
@@ -93,7 +101,7 @@ def measure(
     for name, measured in times.items():
         seconds = statistics.median(all_ for _, all_ in measured)
         student = statistics.median(student for student, _ in measured)
-        memory = None if "compiled" in name else round(_in_its_own_process(recipe, device, precision, name), 1)
+        memory = (None, None) if "compiled" in name else _in_its_own_process(recipe, device, precision, name)
         rows.append(
             Row(
                 recipe=recipe.name,
@@ -107,7 +115,8 @@ def measure(
                 images_per_second=round(images / seconds, 2),
                 speedup_over_plain=round(ratio(name, "plain"), 3),
                 speedup_over_plain_compiled=round(ratio(name, "plain_compiled"), 3),
-                peak_memory_mib=memory,
+                peak_memory_mib=memory[0],
+                imitation_memory_mib=memory[1],
                 turns=turns,
                 device=device_name(device),
                 load=round(load, 2),
@@ -130,8 +139,10 @@ def _check(recipe: Recipe) -> None:
         raise DfkdError(f"--recipe {recipe.name!r}: the plain loop knows L1 or KL, with or without BN moments and an averaged generator")
 
 
-def _contenders(recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool = False) -> dict[str, Callable[[], Run]]:
-    contenders: dict[str, Callable[[], Run]] = {
+def _contenders(
+    recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool = False
+) -> dict[str, Callable[[], Contender]]:
+    contenders: dict[str, Callable[[], Contender]] = {
         "plain": lambda: _plain(recipe, device, "fp32", compiled=False),
         "plain_compiled": lambda: _plain(recipe, device, precision, compiled=True),
     }
@@ -168,7 +179,7 @@ def networks(recipe: Recipe) -> tuple[Any, Any, Any]:
     return teacher, student, generator
 
 
-def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Run:
+def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Contender:
     teacher, student, generator = networks(recipe)
     if changes["textbook"]:
         plain.textbook(generator)
@@ -183,10 +194,10 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Ru
             phases = trainer.clock.read()
         return phases["student"] - student, time.perf_counter() - begin
 
-    return run
+    return Contender(run, trainer.student_optimizer)
 
 
-def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compiled: bool) -> Run:
+def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compiled: bool) -> Contender:
     teacher, student, generator = (network.to(device) for network in networks(recipe))
     plain.textbook(generator)
     teacher.requires_grad_(True)
@@ -227,7 +238,7 @@ def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compil
             torch.cuda.synchronize()
         return done.student_seconds, time.perf_counter() - begin
 
-    return run
+    return Contender(run, student_optimizer)
 
 
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -239,36 +250,42 @@ def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in sections.items()})
 
 
-def _in_its_own_process(recipe: Recipe, device: torch.device, precision: Precision, name: str) -> float:
+def _in_its_own_process(recipe: Recipe, device: torch.device, precision: Precision, name: str) -> tuple[float, float]:
     arguments = (recipe, device, precision, name, torch.get_num_threads())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory_mib, arguments)
 
 
-def _peak_memory_mib(recipe: Recipe, device: torch.device, precision: Precision, name: str, threads: int) -> float:
-    """Of an iteration after the first ones, beyond what is held between iterations."""
+def _peak_memory_mib(recipe: Recipe, device: torch.device, precision: Precision, name: str, threads: int) -> tuple[float, float]:
+    """Of an iteration after the first ones, beyond what is held between iterations, and of its student steps, which come first."""
     torch.set_num_threads(threads)
     if device.type == "cpu":
         # Give large blocks back to the system when they are freed, so that what is resident is what is used.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    run = _contenders(recipe, device, precision)[name]()
+    run, student_optimizer = _contenders(recipe, device, precision)[name]()
     for _ in range(WARM_UP):
         run()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to what it holds
-    held = _resident("VmRSS")
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to what it holds
+        held = _resident("VmRSS")
+
+    def peak(*_: object) -> float:
+        bytes_ = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
+        return round((bytes_ - held) / 2**20, 1)
+
+    imitation: list[float] = []
+    student_optimizer.register_step_post_hook(lambda *_: imitation.append(peak()))
     run()
-    return (_resident("VmHWM") - held) / 1024
+    return peak(), imitation[-1]
 
 
 def _resident(field: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
+    return 1024 * int(line.split()[1])
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

@@ -136,13 +136,25 @@ def end_to_end_table(rows: list[dict[str, str]]) -> str:
     """A row a contender."""
     if not rows:
         return NOT_MEASURED
-    titles = ("recipe", "batch", "precision", "contender", "s an iteration", "× plain", "× plain compiled", "peak MiB", "device")
+    titles = (
+        "recipe",
+        "batch",
+        "precision",
+        "contender",
+        "s an iteration",
+        "× plain",
+        "× plain compiled",
+        "peak MiB",
+        "student's",
+        "device",
+    )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [
             *(f"`{row['recipe']}`", row["batch_size"], row["precision"], row["contender"].replace("_", " ")),
             *(f"{float(row['seconds_per_iteration']):.3f}", f"{float(row['speedup_over_plain']):.2f}"),
-            *(f"{float(row['speedup_over_plain_compiled']):.2f}", row["peak_memory_mib"].partition(".")[0], row["device"]),
+            *(f"{float(row['speedup_over_plain_compiled']):.2f}", row["peak_memory_mib"].partition(".")[0]),
+            *(row["imitation_memory_mib"].partition(".")[0], row["device"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

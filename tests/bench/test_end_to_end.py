@@ -42,7 +42,7 @@ def test_every_uncompiled_contender_plays_whole_iterations_and_says_how_long(rep
     assert list(contenders)[-2:] == ["engine", "engine, compiled"]
     for name, build in contenders.items():
         if "compiled" not in name:
-            student, whole = build()()
+            student, whole = build().run()
             assert 0 < student < whole, name
 
 
@@ -61,6 +61,13 @@ def test_the_features_are_switched_on_one_after_another(monkeypatch: pytest.Monk
         {"loop.precision"},
         {"loop.compile"},
     ]
+
+
+def test_the_memory_of_an_iteration_is_at_least_that_of_its_student_steps() -> None:
+    recipe = tiny(generator__width=32)
+    for name in ("plain", "engine"):
+        whole, imitation = end_to_end._in_its_own_process(recipe, CPU, "fp32", name)
+        assert 0 <= imitation <= whole < 1000
 
 
 def test_what_the_plain_loop_does_not_know_is_refused() -> None:
