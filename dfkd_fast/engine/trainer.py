@@ -41,6 +41,8 @@ class Epoch:
     """Means over the epoch: the student's loss, and the generator's terms by name."""
     student_accuracy: float | None
     """What ``evaluate`` returned, in percent; None where it was not asked."""
+    unaveraged_accuracy: float | None = None
+    """The same of the student itself, where ``loop.student_ema_decay`` makes its average what is kept."""
     drift: dict[str, float] = field(default_factory=dict)
     """How far the student's predictions moved with the generators since the epoch before, where ``loop.drift_samples`` asks."""
 
@@ -396,15 +398,16 @@ class Trainer:
         losses = self.mean_losses()
         if self.memory is not None:
             self.memory.end_epoch(number, self._game.fresh)
-        accuracy = None
+        accuracy = unaveraged = None
         with self.clock.phase("evaluation"):
             if self.evaluate is not None and (number % self.method.loop.evaluate_every == 0 or number == self.method.loop.epochs):
                 accuracy = self.evaluate(self.result)
+                unaveraged = None if self.average is None else self.evaluate(self.student)
             drift = self._measure_drift()
         for schedule in self.schedules:
             schedule.step()
         seconds = math.fsum(self.clock.read().values()) - math.fsum(epoch.seconds for epoch in self.history)
-        epoch = Epoch(number, seconds, losses, accuracy, drift)
+        epoch = Epoch(number, seconds, losses, accuracy, unaveraged, drift)
         self.history.append(epoch)
         self.iteration = 0
         return epoch

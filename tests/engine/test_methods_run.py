@@ -272,18 +272,19 @@ def test_the_first_of_several_losses_that_are_not_finite_is_named(make_trainer: 
         trainer.fit()
 
 
-def test_the_result_is_the_students_average_which_is_what_is_evaluated(make_trainer: MakeTrainer) -> None:
+def test_the_result_is_the_students_average_which_is_evaluated_beside_it(make_trainer: MakeTrainer) -> None:
     evaluated: list[nn.Module] = []
     trainer = make_trainer(
         method(student_steps=1, student_ema_decay=0.8, student_in_generator_step="eval"),
         networks=normalised_networks(),
-        evaluate=lambda network: evaluated.append(network) or 0.0,  # type: ignore[func-returns-value]
+        evaluate=lambda network: evaluated.append(network) or float(len(evaluated)),  # type: ignore[func-returns-value]
     )
     past = [weights(trainer.student)]
     trainer.on_iteration = lambda trainer: past.append(weights(trainer.student))
     result = trainer.fit()
     assert result is trainer.result is not trainer.student
-    assert evaluated == [result, result]
+    assert evaluated == [result, trainer.student, result, trainer.student]
+    assert [(epoch.student_accuracy, epoch.unaveraged_accuracy) for epoch in trainer.history] == [(1.0, 2.0), (3.0, 4.0)]
     shares = [0.8**4, *(0.2 * 0.8 ** (3 - age) for age in range(4))]
     for name, tensor in result.state_dict().items():
         if tensor.is_floating_point():
