@@ -259,6 +259,7 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Pat
         (["distill", "mnist-cpu", "--data-root", "."], "does not hold MNIST in torchvision's layout"),
         (["distill", "digits", "--set", "data.name=none"], "this recipe has no images"),
         (["distill"], "Missing argument"),
+        (["distill", "digits", "--set", "student_optimizer.kind=apex_sgd"], "needs NVIDIA's apex"),
         (["evaluate", "nowhere"], "weights nowhere not found"),
         (["evaluate", "."], "holds neither student.safetensors nor teacher.safetensors"),
         (["show", "nothing.toml"], "cannot be read"),
@@ -283,7 +284,8 @@ def test_a_run_in_a_taken_folder_is_refused_and_nothing_lost(run: Run, tiny_run:
 
 
 def test_what_fails_before_it_begins_leaves_no_folder_behind(run: Run) -> None:
-    for wrong in (["--teacher", "nowhere"], ["--set", "student.model=nothing"], ["--set", "data.image_size=36"]):
+    apex = ["--set", "generator_optimizer.kind=apex_adam"]
+    for wrong in (["--teacher", "nowhere"], ["--set", "student.model=nothing"], ["--set", "data.image_size=36"], apex):
         assert run("distill", "digits", "--out", "mine", *TINY, *wrong).code == 2
         assert not Path("mine").exists()
 

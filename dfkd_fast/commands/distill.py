@@ -15,6 +15,7 @@ from dfkd_fast.data import batches, open_split
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.device import device_name, peak_memory_bytes
 from dfkd_fast.engine.fit import check_classifier, check_networks
+from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.evaluation import retention
 from dfkd_fast.models import build_generator, load_weights, read_metadata
@@ -54,6 +55,8 @@ def distill(run: Run) -> dict[str, Any]:
         recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
     ).to(device)
     check_networks(teacher, student, generator, device)
+    for optimizer in (recipe.teacher_optimizer, recipe.student_optimizer, recipe.generator_optimizer):
+        build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1, device=device))], device)  # now, not after the teacher's training
     evaluate = None if recipe.data.name == "none" else evaluator(recipe.data, device, run.say)
     teacher_seconds = _obtain_teacher(run, teacher)
     teacher_accuracy = evaluate(teacher) if evaluate else None
