@@ -55,12 +55,15 @@ def distill(
     data_root: DataRoot = None,
     device: Device = "auto",
     seed: Seed = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Set loop.batch_size to the largest that fits into the GPU.")] = False,
     resume: Resume = False,
 ) -> None:
     """Distil the recipe's student from its teacher."""
     overrides = _overrides(changes, teacher=teacher, data_root=data_root, seed=seed)
     place = distributed.local(pick_device(device))
     with distributed.process_group(place):
+        if fit:
+            overrides["loop.batch_size"] = commands.fitted(load_recipe(recipe, overrides), place, _console()).loop.batch_size
         commands.distill(open_run("distill", recipe, overrides, out, resume, place, _console()))
 
 

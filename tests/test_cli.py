@@ -72,7 +72,7 @@ def test_distill_leaves_everything_in_its_folder(tiny_run: Path) -> None:
     metrics = lines(tiny_run / "metrics.jsonl")
     assert [line["epoch"] for line in metrics] == [1, 2, 3]
     for line in metrics:
-        assert set(line) == {"epoch", "seconds", "losses", "student_accuracy", "drift"}
+        assert set(line) == {"epoch", "seconds", "losses", "student_accuracy", "unaveraged_accuracy", "drift"}
         assert set(line["losses"]) == {"student", "adversarial"}
         assert line["seconds"] > 0
 
@@ -260,6 +260,7 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Pat
         (["distill", "digits", "--set", "data.name=none"], "this recipe has no images"),
         (["distill"], "Missing argument"),
         (["distill", "digits", "--set", "student_optimizer.kind=apex_sgd"], "needs NVIDIA's apex"),
+        (["distill", "digits", "--fit"], "--fit: finds what fits into a GPU's memory, and the device is 'cpu'"),
         (["evaluate", "nowhere"], "weights nowhere not found"),
         (["evaluate", "."], "holds neither student.safetensors nor teacher.safetensors"),
         (["show", "nothing.toml"], "cannot be read"),

@@ -1,7 +1,7 @@
 """Distilling, and teaching what is distilled."""
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
@@ -13,20 +13,22 @@ from torch import nn
 import dfkd_fast
 from dfkd_fast.data import batches, open_split
 from dfkd_fast.engine import Epoch, Trainer
+from dfkd_fast.engine.batch_size import largest_batch_size
 from dfkd_fast.engine.device import device_name, peak_memory_bytes
-from dfkd_fast.engine.fit import check_classifier, check_networks
+from dfkd_fast.engine.fit import check_classifier
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
+from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import retention
-from dfkd_fast.models import build_generator, load_weights, read_metadata
+from dfkd_fast.models import load_weights, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder, print_table
 from dfkd_fast.run import Run
 
 from .evaluate import evaluator
-from .networks import build_network, load_given_teacher
+from .networks import build_network, build_players, load_given_teacher
 
-__all__ = ["distill", "teach"]
+__all__ = ["distill", "fitted", "teach"]
 
 
 def teach(run: Run) -> float:
@@ -49,12 +51,7 @@ def distill(run: Run) -> dict[str, Any]:
     Of the data, only ``evaluate`` reaches the trainer, and only to report.
     """
     recipe, folder, device = run.recipe, run.folder, run.device
-    teacher, student = build_network(recipe, "teacher").to(device), build_network(recipe, "student").to(device)
-    data = recipe.data
-    generator = build_generator(
-        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
-    ).to(device)
-    check_networks(teacher, student, generator, device)
+    teacher, student, generator = build_players(recipe, device)
     for optimizer in (recipe.teacher_optimizer, recipe.student_optimizer, recipe.generator_optimizer):
         build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1, device=device))], device)  # now, not after the teacher's training
     evaluate = None if recipe.data.name == "none" else evaluator(recipe.data, device, run.say)
@@ -73,6 +70,29 @@ def distill(run: Run) -> dict[str, Any]:
     folder.write_summary(summary)
     _print_summary(run.console, summary, folder)
     return summary
+
+
+def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
+    """The recipe with the largest batch that fits into the GPU.
+
+    Raises:
+        DfkdError: there is no GPU, or not even the smallest batch fits.
+    """
+    if device.type != "cuda":
+        raise DfkdError(f"--fit: finds what fits into a GPU's memory, and the device is {device.type!r}")
+
+    def with_batch(size: int) -> Recipe:
+        return replace(recipe, loop=replace(recipe.loop, batch_size=size, generator_pretraining=0))
+
+    def attempt(size: int) -> None:
+        trainer = Trainer(*build_players(recipe, device), with_batch(size), device=device)
+        trainer.warm_up()
+
+    size = largest_batch_size(attempt)
+    if size == 0:
+        raise DfkdError("--fit: not even a batch of 2 fits: choose smaller networks, loop.micro_batches or generator.checkpointing")
+    console.print(f"--fit: loop.batch_size = {size} (the recipe has {recipe.loop.batch_size})", highlight=False)
+    return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 
 
 def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
@@ -162,7 +182,8 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
             "student": phases.get("student", 0.0),
             "evaluation": phases.get("evaluation", 0.0),
         },
-        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "peak_memory_bytes": max(peak_memory_bytes(run.device), *trainer.clock.peak_bytes.values(), 0),
+        "peak_memory_bytes_by_phase": trainer.clock.peak_bytes or None,
     }
 
 

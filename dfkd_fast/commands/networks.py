@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dfkd_fast.engine.fit import check_networks
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import build_classifier, load_pretrained, load_weights
+from dfkd_fast.models import build_classifier, build_generator, load_pretrained, load_weights
 from dfkd_fast.recipe import Recipe
 
-__all__ = ["build_network", "load_given_teacher", "model_of"]
+__all__ = ["build_network", "build_players", "load_given_teacher", "model_of"]
 
 
 def model_of(recipe: Recipe, role: str) -> str:
@@ -22,6 +23,21 @@ def build_network(recipe: Recipe, role: str) -> nn.Module:
     """A freshly initialised teacher or student, the same for the same seed whatever was built before."""
     torch.manual_seed(recipe.seed)
     return build_classifier(model_of(recipe, role), recipe.data.num_classes, recipe.data.channels)
+
+
+def build_players(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The recipe's teacher, student and generator, untrained, that fit each other.
+
+    Raises:
+        DfkdError: they do not.
+    """
+    data = recipe.data
+    teacher, student = (build_network(recipe, role).to(device) for role in ("teacher", "student"))
+    generator = build_generator(
+        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+    ).to(device)
+    check_networks(teacher, student, generator, device)
+    return teacher, student, generator
 
 
 def load_given_teacher(recipe: Recipe, teacher: nn.Module) -> None:

@@ -38,17 +38,19 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: by PyTorch's allocator on a GPU, by the whole process on a CPU."""
+    """Most memory held: by PyTorch's allocator since its peak was last reset on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Clock:
-    """Seconds by phase. On a GPU the phases are timed by events, so that the host never waits inside one."""
+    """Seconds and, on a GPU, peak memory by phase. There the phases are timed by events, so that the host never waits inside one."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
+        self.peak_bytes: dict[str, int] = {}
+        """Most memory that PyTorch's allocator held in each phase; the steps of a captured graph are in that of its capture."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -57,10 +59,12 @@ class Clock:
         """Add the time spent inside to a phase."""
         if self.on_gpu:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.reset_peak_memory_stats()
             start.record()
             yield
             end.record()
             self.pending.append((name, start, end))
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), torch.cuda.max_memory_allocated())
         else:
             begin = time.perf_counter()
             yield

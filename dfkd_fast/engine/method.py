@@ -34,6 +34,8 @@ class Loop:
     """Mode of the student while the generator learns: DFAD trains through its batch statistics."""
     channels_last: Flag = True
     """Memory layout of networks and images. The function is the same, the rounding is not."""
+    sync_batch_norm: Flag = False
+    """On several GPUs, batch norms in training see the batch of all processes (torch.nn.SyncBatchNorm)."""
     precision: PrecisionName = "fp32"
     """What networks compute in, under autocast; weights and averages are float32 always. ``fp16`` scales the losses."""
     fold_teacher: Flag = True

@@ -17,7 +17,7 @@ from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import build_memory
 from dfkd_fast.models import FoldingError, Generator, Observer, conditioned, evaluating, folded_and_checked, freeze, lower_precision
 
-from .capture import Steps
+from .capture import Steps, preserved
 from .device import Clock
 from .fit import check_networks
 from .method import Method
@@ -89,6 +89,11 @@ class Trainer:
         self.student = self._place(student).train()
         self.generator = self._place(generator).train()
         distributed.broadcast_([tensor for network in (teacher, student, generator) for tensor in network.state_dict().values()])
+        if method.loop.sync_batch_norm and distributed.world_size() > 1:
+            if self.device.type != "cuda":
+                raise DfkdError("loop.sync_batch_norm = true: PyTorch's SyncBatchNorm works on GPUs only")
+            self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
+            self.generator = nn.SyncBatchNorm.convert_sync_batchnorm(self.generator)
         self.average = FusedEMA(self.student, method.loop.student_ema_decay) if method.loop.student_ema_decay else None
         self.student_optimizer = build_optimizer(method.student_optimizer, self.student.parameters(), self.device)
         self.generator_optimizer = build_optimizer(method.generator_optimizer, self.generator.parameters(), self.device)
@@ -159,6 +164,12 @@ class Trainer:
                 if self.on_iteration is not None:
                     self.on_iteration(self)
             yield self._close_epoch()
+
+    def warm_up(self) -> None:
+        """Take the steps of an iteration, as the first ones are that need all the memory, and take them back."""
+        with preserved(self._game):
+            self._steps.student(0)
+            self._steps.generator()
 
     def sample(self, count: int) -> Tensor:
         """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from dfkd_fast.engine.batch_size import largest_batch_size
+
+
+@pytest.mark.parametrize(("fits", "expected"), [(1, 0), (2, 2), (100, 64), (64, 64), (10**9, 1 << 14)])
+def test_the_largest_power_of_2_that_fits_is_found(fits: int, expected: int) -> None:
+    tried: list[int] = []
+
+    def attempt(size: int) -> None:
+        tried.append(size)
+        if size > fits:
+            raise torch.OutOfMemoryError
+
+    assert largest_batch_size(attempt) == expected
+    assert len(tried) == len(set(tried))
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
+    def attempt(size: int) -> None:
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        largest_batch_size(attempt)
