@@ -31,8 +31,9 @@ KERNELS_BEGIN = "<!-- made by python -m bench.report from bench/results/micro-*.
 
 def main(folders: Iterable[Path]) -> None:
     """Take in the runs in these folders and write the README's tables."""
+    made_at = commit()  # once: what is taken in makes the checkout differ from it
     for folder in folders:
-        take_in(folder)
+        take_in(folder, made_at)
     for begin, text in tables().items():
         before, found, rest = README.read_text().partition(begin)
         if not found:
@@ -51,12 +52,12 @@ def tables() -> dict[str, str]:
     }
 
 
-def take_in(folder: Path) -> None:
+def take_in(folder: Path, made_at: str) -> None:
     """Append a run's summary, with what was run and at which commit; it replaces one of the same recipe, seed and device."""
     summary = json.loads((folder / "summary.json").read_text())
     recipe = tomllib.loads((folder / "recipe.toml").read_text())
     root = " --data-root DIR" if recipe["data"]["root"] else ""
-    entry = {"command": f"dfkd-fast distill {summary['recipe']} --seed {summary['seed']}{root}", "commit": commit(), **summary}
+    entry = {"command": f"dfkd-fast distill {summary['recipe']} --seed {summary['seed']}{root}", "commit": made_at, **summary}
     kept = [old for old in results() if key(old) != key(entry)]
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in sorted([*kept, entry], key=key)))
 
