@@ -56,7 +56,7 @@ def take_in(folder: Path, made_at: str) -> None:
     """Append a run's summary, with what was run and at which commit; it replaces one of the same recipe, seed and device."""
     summary = json.loads((folder / "summary.json").read_text())
     recipe = tomllib.loads((folder / "recipe.toml").read_text())
-    root = " --data-root DIR" if recipe["data"]["root"] else ""
+    root = " --data-root DIR" if recipe["data"]["root"] and recipe["data"]["name"] != "digits" else ""
     entry = {"command": f"dfkd-fast distill {summary['recipe']} --seed {summary['seed']}{root}", "commit": made_at, **summary}
     kept = [old for old in results() if key(old) != key(entry)]
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in sorted([*kept, entry], key=key)))
