@@ -15,10 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def commit() -> str:
-    """The commit checked out, with ``-dirty`` if files differ from it; "unknown" where this is no git checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit checked out, with ``-dirty`` if files differ from it, other than results; "unknown" where this is no git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md")
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
