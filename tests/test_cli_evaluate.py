@@ -197,7 +197,7 @@ def test_dali_and_torchvision_agree_on_real_images_with_a_real_network(tmp_path:
         archive.extractall(tmp_path)
     listing, view = read_listing("imagenet", tmp_path), view_of("efficientnet_lite0")
     torch.set_num_threads(os.cpu_count() or 1)  # 2,000 images, and no bits are compared
-    network = build_classifier("efficientnet_lite0", 1000, 3).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = build_classifier("efficientnet_lite0", 1000, 3).eval().to(memory_format=torch.channels_last)
     load_pretrained(network, "efficientnet_lite0")
     loaders: dict[str, Batches] = {
         "torchvision": FolderBatches(listing, view, 50, 0),
