@@ -10,6 +10,7 @@ __all__ = ["print_table"]
 
 NAME = 30
 """Characters of a name that is printed in one piece however narrow the terminal."""
+WIDEST = 1000
 
 
 def print_table(
@@ -23,4 +24,8 @@ def print_table(
         table.add_column(name, overflow="fold", no_wrap=whole, justify="right" if figures and index else "left")
     for row in cells:
         table.add_row(*map(Text, row))
+    # Figures that a narrow terminal crops are lost; a line that it wraps is not.
+    whole_width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum if figures else 0
+    width, console.width = console.width, max(console.width, whole_width)
     console.print(table)
+    console.width = width

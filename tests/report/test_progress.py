@@ -30,3 +30,11 @@ def test_table_cells_are_printed_as_they_are() -> None:
     out = io.StringIO()
     print_table(Console(file=out, width=80), ("a", "b"), [("[red]x[/red]", "1")])
     assert "[red]x[/red]" in out.getvalue()
+
+
+def test_figures_are_whole_however_narrow_the_terminal() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=20)
+    print_table(console, ("contender", "seconds", "memory"), [("plain compiled", "1.2345678", "1234.5")], figures=True)
+    assert "plain compiled  1.2345678  1234.5" in out.getvalue()
+    assert console.width == 20
