@@ -27,25 +27,28 @@ def draw_samples(images: Tensor, mean: Sequence[float], std: Sequence[float], pa
 
 
 def draw_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, path: Path) -> None:
-    """Accuracy over epochs with the teacher as a line, and the losses below."""
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    accuracy, losses = figure.subplots(2, 1, sharex=True)
+    """Accuracy over epochs with the teacher as a line, where there is any, and the losses below."""
     evaluated = [(epoch.number, epoch.student_accuracy) for epoch in epochs if epoch.student_accuracy is not None]
-    if evaluated:
-        accuracy.plot(*zip(*evaluated, strict=True), marker=".", label="student")
-    if teacher_accuracy is not None:
-        accuracy.axhline(teacher_accuracy, color="black", linestyle="--", linewidth=1, label="teacher")
-    accuracy.set(title=title, ylabel="top-1 accuracy (%)")
-    if accuracy.get_legend_handles_labels()[0]:
-        accuracy.legend(loc="lower right")
+    tested = bool(evaluated) or teacher_accuracy is not None
+    figure = Figure(figsize=(7, 6 if tested else 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2 if tested else 1, 1, sharex=True, squeeze=False)[:, 0]
+    losses = panels[-1]
+    panels[0].set_title(title)
+    if tested:
+        panels[0].set_ylabel("top-1 accuracy (%)")
+        if evaluated:
+            panels[0].plot(*zip(*evaluated, strict=True), marker=".", label="student")
+        if teacher_accuracy is not None:
+            panels[0].axhline(teacher_accuracy, color="black", linestyle="--", linewidth=1, label="teacher")
+        panels[0].legend(loc="lower right")
     for name in epochs[-1].losses if epochs else ():
         losses.plot([epoch.number for epoch in epochs], [epoch.losses[name] for epoch in epochs], marker=".", label=name)
     losses.set(xlabel="epoch", ylabel="loss (mean over the epoch)")
     if epochs:
         losses.legend(loc="upper right")
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (accuracy, losses):
+    for axes in panels:
         axes.grid(alpha=0.3)
     with replacing(path) as part:
         figure.savefig(part, dpi=120)
