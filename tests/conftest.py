@@ -1,10 +1,14 @@
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from dfkd_fast import Method, Trainer
+from dfkd_fast.cli import main
+from tests.command_line import Run, Said
 from tests.small import Networks, small_networks
 
 
@@ -19,6 +23,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     """Sums over threads are grouped by their number, and these tests compare bits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """The command line in this process and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["dfkd-fast", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        said = capsys.readouterr()
+        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err)
+
+    return call
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,40 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dfkd_fast import Trainer, __version__
-from dfkd_fast.cli import main
 from dfkd_fast.recipe import recipe_from_toml
+from tests.command_line import Run, Said
 
 TINY = [
     *("--set", "loop.epochs=3", "--set", "loop.iterations_per_epoch=2", "--set", "loop.batch_size=8", "--set", "loop.student_steps=2"),
     *("--set", "teacher.epochs=2", "--set", "generator.width=2", "--set", "report.samples=9", "--set", "report.samples_every=2"),
 ]
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Said]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """The command line in this process and in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["dfkd-fast", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        said = capsys.readouterr()
-        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err)
-
-    return call
 
 
 @pytest.fixture

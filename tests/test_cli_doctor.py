@@ -1,7 +1,6 @@
 """``dfkd-fast doctor --teacher``: what is wrong with a teacher is found before hours are spent on it."""
 
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dfkd_fast.commands import examine_teacher
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import LeNet5
 from dfkd_fast.recipe import load_recipe
+from tests.command_line import Run
 
 TEACHERS = """
 import torch
@@ -139,16 +139,9 @@ def test_a_file_with_another_checksum_is_refused(tmp_path: Path) -> None:
         examine_teacher(load_recipe("digits", {"teacher.weights": str(path), "teacher.sha256": "1234"}), torch.device("cpu"))
 
 
-def test_the_command_prints_a_table_and_fails_where_something_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from dfkd_fast.cli import main
-
+def test_the_command_prints_a_table_and_fails_where_something_is_wrong(run: Run, tmp_path: Path) -> None:
     torch.save(LeNet5(10).state_dict(), tmp_path / "teacher.pt")
-    monkeypatch.setattr(sys, "argv", ["dfkd-fast", "doctor", "--teacher", "digits", "--weights", str(tmp_path / "teacher.pt")])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    assert ended.value.code == 2
+    said = run("doctor", "--teacher", "digits", "--weights", tmp_path / "teacher.pt")
+    assert said.code == 2
     assert "evaluation mode" in said.out
     assert said.err == "dfkd-fast: --teacher digits: wrong are accuracy\n"

@@ -6,20 +6,19 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from dfkd_fast.cli import main
 from dfkd_fast.commands import Wanted, evaluate_weights
 from dfkd_fast.data import Batches, DaliBatches, FolderBatches, read_listing, view_of
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_classifier, load_pretrained, save_weights
 from dfkd_fast.recipe import load_recipe, recipe_to_toml
+from tests.command_line import Run
 from tests.pictures import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample" / "val.zip"
@@ -40,31 +39,6 @@ needs_weights = pytest.mark.skipif(
 LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Said]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """The command line in this process and in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["dfkd-fast", "evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said, code = capsys.readouterr(), ended.value.code
-        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err)
-
-    return call
-
-
 def save(path: Path, role: str, seed: int = 0, **data: Any) -> None:
     """Weights of a LeNet for two classes, as a run leaves them."""
     changes = {f"data.{name}": value for name, value in (COLOUR | {"num_classes": 2} | data).items()}
@@ -80,7 +54,7 @@ def test_a_run_is_evaluated_on_image_files_in_one_pass_and_compared_with_its_tea
     save(tmp_path / "r/student.safetensors", "student")
     save(tmp_path / "r/teacher.safetensors", "teacher", 1)
     write_folder(tmp_path, PLAIN | ODD)
-    said = run("r", "--data", "folder", "--data-root", ".", "--loader", loader, "--json", "f.json", "--workers", "0")
+    said = run("evaluate", "r", "--data", "folder", "--data-root", ".", "--loader", loader, "--json", "f.json", "--workers", "0")
     assert said.code == 0, said.err
     student, teacher = json.loads(Path("f.json").read_text())
     assert (student["role"], teacher["role"]) == ("student", "teacher")
@@ -96,7 +70,7 @@ def test_a_run_is_evaluated_on_image_files_in_one_pass_and_compared_with_its_tea
 def test_one_network_is_one_object(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "w.safetensors", "student")
     write_folder(tmp_path, PLAIN)
-    assert run("w.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--json", "f.json").code == 0
+    assert run("evaluate", "w.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--json", "f.json").code == 0
     assert json.loads(Path("f.json").read_text()).keys() >= {"top1", "top5", "count", "images_per_second"}
 
 
@@ -104,7 +78,7 @@ def test_networks_that_see_images_otherwise_get_a_pass_each(run: Run, tmp_path: 
     save(tmp_path / "a.safetensors", "student")
     save(tmp_path / "b.safetensors", "teacher", mean=[0.1, 0.1, 0.1])
     write_folder(tmp_path, PLAIN)
-    said = run("a.safetensors", "b.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--json", "f.json")
+    said = run("evaluate", "a.safetensors", "b.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--json", "f.json")
     assert said.code == 0, said.err
     assert "no agreement between them" in said.out
     assert [entry["agreement"] for entry in json.loads(Path("f.json").read_text())] == [None, None]
@@ -115,17 +89,25 @@ def test_broken_files_are_an_error_that_names_and_counts_them_unless_left_out(ru
     save(tmp_path / "w.safetensors", "student")
     write_folder(tmp_path, PLAIN | BROKEN | {"more": b"", "most": b""})
     arguments = ["w.safetensors", "--data", "folder", "--data-root", ".", "--loader", loader, "--workers", "0", "--json", "f.json"]
-    said = run(*arguments)
+    said = run("evaluate", *arguments)
     assert (said.code, said.err.count("\n")) == (2, 1)
     assert f"7 of {len(PLAIN) + 7} images cannot be decoded" in said.err
     assert "empty.jpg (is empty)" in said.err
-    assert "and 2 more; --no-strict leaves them out" in said.err
+    assert "and 2 more; data.strict = false (--no-strict) leaves them out" in said.err
     assert not Path("f.json").exists()
-    said = run(*arguments, "--no-strict")
+    said = run("evaluate", *arguments, "--no-strict")
     assert said.code == 0, said.err
     assert "7 files left out" in said.out
     figures = json.loads(Path("f.json").read_text())
     assert (figures["count"], len(figures["unreadable"])) == (len(PLAIN), 7)
+
+
+def test_a_folder_of_nothing_but_broken_files_is_one_line(run: Run, tmp_path: Path) -> None:
+    save(tmp_path / "w.safetensors", "student")
+    write_folder(tmp_path, BROKEN)
+    said = run("evaluate", "w.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--no-strict")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert f"no images to evaluate on: none of {len(BROKEN)} can be decoded" in said.err
 
 
 @pytest.mark.parametrize(
@@ -150,7 +132,7 @@ def test_broken_files_are_an_error_that_names_and_counts_them_unless_left_out(ru
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     save(tmp_path / "w.safetensors", "student")
     write_folder(tmp_path, {"a": PLAIN["jpeg"], "b": PLAIN["jpeg"]})
-    said = run(*arguments)
+    said = run("evaluate", *arguments)
     assert (said.code, said.err.count("\n")) == (2, 1), said.err
     assert message in said.err
     assert "Traceback" not in said.err

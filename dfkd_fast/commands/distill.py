@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import dfkd_fast
+from dfkd_fast import distributed
 from dfkd_fast.data import batches, open_split
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.batch_size import largest_batch_size
@@ -80,6 +81,8 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
     """
     if device.type != "cuda":
         raise DfkdError(f"--fit: finds what fits into a GPU's memory, and the device is {device.type!r}")
+    if distributed.world_size() > 1:
+        raise DfkdError("--fit: finds what fits into one GPU; run it in a single process, then set loop.batch_size")
 
     def with_batch(size: int) -> Recipe:
         return replace(recipe, loop=replace(recipe.loop, batch_size=size, generator_pretraining=0))
@@ -88,9 +91,13 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
         trainer = Trainer(*build_players(recipe, device), with_batch(size), device=device)
         trainer.warm_up()
 
-    size = largest_batch_size(attempt)
+    # What a recipe may ask of a batch of its own.
+    smallest = max(2, recipe.loop.micro_batches, recipe.replay.rows, recipe.replay.vae.fresh_rows)
+    size = largest_batch_size(attempt, smallest)
     if size == 0:
-        raise DfkdError("--fit: not even a batch of 2 fits: choose smaller networks, loop.micro_batches or generator.checkpointing")
+        raise DfkdError(
+            f"--fit: not even a batch of {smallest} fits: choose smaller networks, loop.micro_batches or generator.checkpointing"
+        )
     console.print(f"--fit: loop.batch_size = {size} (the recipe has {recipe.loop.batch_size})", highlight=False)
     return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 

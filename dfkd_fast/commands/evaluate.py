@@ -22,7 +22,7 @@ from dfkd_fast.report import RunFolder
 
 from .networks import build_network, model_of
 
-__all__ = ["Evaluated", "Wanted", "evaluate_weights", "evaluator"]
+__all__ = ["Evaluated", "Wanted", "check_readable", "evaluate_weights", "evaluator"]
 
 NAMED = 5
 """Unreadable files that an error names."""
@@ -107,7 +107,7 @@ def evaluator(data: DataSettings, device: torch.device, say: Callable[[str], Non
 
     def accuracy(network: nn.Module) -> float:
         found = evaluate({"network": network}, batches, device)
-        _check_readable(found, data)
+        check_readable(found, data)
         return found.networks["network"].top1
 
     return accuracy
@@ -135,7 +135,7 @@ def _one_pass(
             autocast=Precision(precision, device).autocast,
             on_batch=lambda count: progress.advance(bar, count),
         )
-    _check_readable(done, data)
+    check_readable(done, data)
     agreements = {one.network: {name: value for name, value in asdict(one).items() if name != "network"} for one in done.agreements}
     return {
         one.name: Evaluated(
@@ -154,11 +154,14 @@ def _one_pass(
     }
 
 
-def _check_readable(done: Evaluation, data: DataSettings) -> None:
+def check_readable(done: Evaluation, data: DataSettings) -> None:
+    """Raise a :class:`DfkdError` for files that could not be decoded, where that is an error."""
     bad = done.unreadable
     if bad and data.strict:
         named = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
-        raise DfkdError(f"{len(bad)} of {done.count + len(bad)} images cannot be decoded: {named}; --no-strict leaves them out")
+        raise DfkdError(
+            f"{len(bad)} of {done.count + len(bad)} images cannot be decoded: {named}; data.strict = false (--no-strict) leaves them out"
+        )
 
 
 def _candidates(wanted: Wanted, say: Callable[[str], None]) -> Iterator[_Candidate]:

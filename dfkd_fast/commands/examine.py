@@ -15,6 +15,7 @@ from dfkd_fast.evaluation import evaluate
 from dfkd_fast.models import FoldingError, Observer, evaluating, folded_and_checked
 from dfkd_fast.recipe import Recipe
 
+from .evaluate import check_readable
 from .networks import build_network, load_given_teacher
 
 __all__ = ["Check", "examine_teacher"]
@@ -55,7 +56,9 @@ def examine_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
 def _images(recipe: Recipe, labelled: Batches | None) -> Tensor:
     """Some of the data set's, normalised, or noise whose spectrum is that of natural images."""
     if labelled is not None:
-        return next(iter(labelled))[0][:IMAGES].float().clone()
+        for images, _ in labelled:
+            return images[:IMAGES].float().clone()
+        raise DfkdError(f"data.root {recipe.data.root}: none of its {labelled.count} images can be decoded")
     data, stream = recipe.data, torch.Generator().manual_seed(0)
     frequencies = torch.fft.fftfreq(data.image_size)
     radius = (frequencies[:, None].square() + frequencies.square()).sqrt()
@@ -86,7 +89,9 @@ def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, labelled: Batche
         yield _folding(teacher, images)
         yield _normalisation(recipe, teacher, images, seen)
     if labelled is not None:
-        accuracy = evaluate({"teacher": teacher}, labelled, images.device).networks["teacher"].top1
+        done = evaluate({"teacher": teacher}, labelled, images.device)
+        check_readable(done, recipe.data)
+        accuracy = done.networks["teacher"].top1
         chance = 100 / classes
         yield Check("accuracy", f"{accuracy:.2f} % top-1, chance is {chance:.2f} %", "wrong" if accuracy < 2 * chance else "good")
 

@@ -8,14 +8,15 @@ import torch
 __all__ = ["largest_batch_size"]
 
 
-def largest_batch_size(attempt: Callable[[int], object], limit: int = 1 << 14) -> int:
-    """The largest power of 2 with which an attempt does not run out of memory; 0 if even a batch of 2 does.
+def largest_batch_size(attempt: Callable[[int], object], smallest: int = 2, limit: int = 1 << 14) -> int:
+    """The largest power of 2 with which an attempt does not run out of memory; 0 if even the smallest does.
 
     Args:
         attempt: takes the steps of an iteration with such a batch; every other error passes through.
-        limit: no larger one is tried.
+        smallest: no smaller one is tried.
+        limit: nor a larger one.
     """
-    best, size = 0, 2
+    best, size = 0, 1 << (smallest - 1).bit_length()
     while size <= limit:
         try:
             attempt(size)

@@ -360,6 +360,7 @@ class Trainer:
             with self.clock.phase("generator"):
                 terms = self._steps.generator(adversarial=False)
             self.pretrained += 1
+        distributed.average_(list(terms.values()))  # so that all processes stop
         for name, term in terms.items():
             if not term.isfinite():
                 raise NonFiniteLossError(

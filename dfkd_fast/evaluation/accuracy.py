@@ -85,8 +85,7 @@ def evaluate(
         on_batch: told how many images a batch had.
 
     Raises:
-        ValueError: no images at all, in any process.
-        DfkdError: a network's output is no number, or a label none of its classes.
+        DfkdError: there are no images at all, in any process, a network's output is no number, or a label none of its classes.
     """
     device = torch.device(device)
     # Of each network: right, right among five, outputs that are no numbers, labels beyond its classes, agreement and divergence.
@@ -108,8 +107,9 @@ def evaluate(
     totals = {name: distributed.summed(found).tolist() for name, found in sums.items()}
     total = time.perf_counter() - clock
     count = int(distributed.summed(torch.tensor(count, device=device)))
+    unreadable = sorted(distributed.gathered(list(getattr(batches, "unreadable", []))))
     if count == 0:
-        raise ValueError("no images to evaluate on")
+        raise DfkdError("no images to evaluate on" + (f": none of {len(unreadable)} can be decoded, {unreadable[0]}" if unreadable else ""))
     for name, found in totals.items():
         if found[2]:
             raise DfkdError(f"network {name}: its output is NaN or infinite on {int(found[2])} of {count} images")
@@ -123,7 +123,7 @@ def evaluate(
             if reference is not None and name != reference
         ],
         count=count,
-        unreadable=sorted(distributed.gathered(list(getattr(batches, "unreadable", [])))),
+        unreadable=unreadable,
         seconds={"total": total, "decode": waiting, "network": total - waiting},
     )
 

@@ -17,6 +17,13 @@ def test_the_largest_power_of_2_that_fits_is_found(fits: int, expected: int) -> 
     assert len(tried) == len(set(tried))
 
 
+@pytest.mark.parametrize(("smallest", "first"), [(2, 2), (3, 4), (48, 64), (64, 64)])
+def test_nothing_smaller_than_the_smallest_is_tried(smallest: int, first: int) -> None:
+    tried: list[int] = []
+    largest_batch_size(tried.append, smallest)
+    assert tried[0] == first
+
+
 def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
     def attempt(size: int) -> None:
         raise RuntimeError("shapes")

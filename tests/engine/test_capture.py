@@ -12,7 +12,8 @@ from dfkd_fast import Loop, Method, Optimizer, Replay, Trainer
 from dfkd_fast.engine.capture import preserved
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.methods import VaeReplay
-from tests.small import small_networks
+from tests.small import small_method, small_networks
+from tests.states import assert_equal
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -101,3 +102,12 @@ def test_a_learning_rate_from_a_checkpoint_of_a_gpu_is_a_number_on_a_cpu(make_tr
     trainer.load_state_dict(state)
     assert [group["lr"] for group in trainer.student_optimizer.param_groups] == [0.25]
     trainer.fit()
+
+
+def test_warming_up_takes_steps_and_leaves_no_trace(make_trainer: Callable[..., Trainer]) -> None:
+    untouched, warmed = (make_trainer(small_method(replay=Replay(kind="ema_generator"))) for _ in range(2))
+    calls: list[int] = []
+    warmed.student.register_forward_hook(lambda *_: calls.append(1))
+    warmed.warm_up()
+    assert len(calls) == 2
+    assert_equal(*(fitted.fit().state_dict() for fitted in (untouched, warmed)))
