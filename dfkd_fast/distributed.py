@@ -1,18 +1,23 @@
 """The processes that torchrun started, and what they tell each other; for a single process everything here is nothing."""
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = [
     "any_of",
     "average_",
     "barrier",
     "broadcast_",
+    "fresh_part",
     "gathered",
     "local",
     "mean",
@@ -54,11 +59,35 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, rank, world_size = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=fresh_part(store, rank, world_size), rank=rank, world_size=world_size)
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def fresh_part(store: Store, rank: int, world_size: int) -> Store:
+    """A part of the store that no earlier attempt wrote into, the same for all processes.
+
+    torchrun keeps one store over its restarts, and the addresses of processes that are gone lie in it under the names that
+    the new ones look up. Nothing that a process is told counts the attempts the same on every machine, so process 0 names a
+    new part to whoever asks, and asks on until each of this attempt's processes has it: an older question may lie there too.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"dfkd_fast/question/{rank}", question)
+        part = store.get(f"dfkd_fast/answer/{question}").decode()
+        store.set(f"dfkd_fast/known/{part}/{rank}", "")
+        return PrefixStore(part, store)
+    part = uuid.uuid4().hex
+    for other in range(1, world_size):
+        while not store.check([f"dfkd_fast/known/{part}/{other}"]):
+            question = store.get(f"dfkd_fast/question/{other}").decode()
+            store.set(f"dfkd_fast/answer/{question}", part)
+            time.sleep(0.01)
+    return PrefixStore(part, store)
 
 
 def summed(tensor: Tensor) -> Tensor:

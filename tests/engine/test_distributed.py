@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.multiprocessing.spawn import spawn
 
 from dfkd_fast import Method, Objective, Optimizer, Replay, Trainer, Update, distributed
@@ -208,6 +210,20 @@ def test_every_process_draws_its_own_latents_the_same_for_the_same_seed() -> Non
 
 def test_whatever_they_begin_with_all_processes_end_with_the_same_networks() -> None:
     together(2, check_average)
+
+
+def test_a_restarted_group_looks_at_nothing_that_the_one_before_it_left_in_the_store() -> None:
+    store = HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        for attempt in ("first", "second"):
+            parts = []
+            for rank in (2, 1, 0):
+                parts.append(pool.submit(distributed.fresh_part, store, rank, 3))
+                time.sleep(0.05)
+            last, middle, first = (part.result(30) for part in parts)
+            assert not last.check(["address"])
+            first.set("address", attempt)
+            assert last.get("address") == middle.get("address") == attempt.encode()
 
 
 TINY = ["--set", "loop.epochs=4", "--set", "loop.iterations_per_epoch=6", "--set", "loop.batch_size=8", "--set", "teacher.epochs=1"]
