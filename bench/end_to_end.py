@@ -22,7 +22,7 @@ from dfkd_fast.engine.device import device_name
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.files import replacing
 from dfkd_fast.kernels import use_backend
-from dfkd_fast.models import build_classifier, build_generator
+from dfkd_fast.models import build_generator, build_model
 
 from . import provenance, table
 from .baselines import plain
@@ -172,7 +172,7 @@ def networks(recipe: Recipe) -> tuple[Any, Any, Any]:
     """The recipe's teacher, student and generator, untrained, always the same."""
     torch.manual_seed(0)
     data = recipe.data
-    teacher, student = (build_classifier(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
+    teacher, student = (build_model(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
     generator = build_generator(
         recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
     )

@@ -15,7 +15,7 @@ from dfkd_fast.data import Batches, DaliBatches, FolderBatches, Listing, read_li
 from dfkd_fast.engine.device import device_name
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import evaluate
-from dfkd_fast.models import build_classifier
+from dfkd_fast.models import build_model
 
 from . import provenance
 
@@ -63,7 +63,7 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
         "dali": DaliBatches(listing, view, BATCH, workers, CPU, torch.float32),
     }
     _check_same(loaders, view.std[0])
-    network = build_classifier(MODEL, 1000, 3).to(memory_format=torch.channels_last)
+    network = build_model(MODEL, 1000, 3).to(memory_format=torch.channels_last)
     stages: dict[str, Callable[[Batches], object]] = {
         "decode": lambda batches: sum(len(labels) for _, labels in batches),
         "end to end": lambda batches: evaluate({MODEL: network}, batches),

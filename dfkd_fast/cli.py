@@ -122,15 +122,20 @@ def evaluate(
         results = commands.evaluate_weights(wanted, place, _console())
         if distributed.rank() > 0:
             return
-    rows = [
-        (result.weights, result.role, result.model, f"{result.top1:.2f} %", f"{result.top5:.2f} %", str(result.count)) for result in results
-    ]
-    print_table(Console(), ("weights", "role", "model", "top-1", "top-5", "images"), rows)
+    classified = [result for result in results if isinstance(result, commands.EvaluatedClassifier)]
+    segmented = [result for result in results if isinstance(result, commands.EvaluatedSegmenter)]
+    if classified:
+        rows = [(*_which(one), f"{one.top1:.2f} %", f"{one.top5:.2f} %", str(one.count)) for one in classified]
+        print_table(Console(), ("weights", "role", "model", "top-1", "top-5", "images"), rows)
+    if segmented:
+        rows = [(*_which(one), f"{one.miou:.2f} %", f"{one.pixel_accuracy:.2f} %", str(one.count)) for one in segmented]
+        print_table(Console(), ("weights", "role", "model", "mIoU", "pixels right", "images"), rows)
+        commands.print_iou(Console(), {one.weights: one.iou for one in segmented})
     for result in results:
         if result.agreement is not None:
-            agreement = result.agreement
+            agreement, what = result.agreement, "pixels" if result in segmented else "images"
             typer.echo(
-                f"{result.weights} predicts as {agreement['reference']} on {agreement['top1']:.2f} % of the images;"
+                f"{result.weights} predicts as {agreement['reference']} on {agreement['top1']:.2f} % of the {what};"
                 f" mean KL {agreement['mean_kl']:.4f} nats"
             )
     for speed in dict.fromkeys(_speed(result) for result in results):
@@ -139,6 +144,10 @@ def evaluate(
         figures = [asdict(result) for result in results]
         with replacing(json_file) as part:
             part.write_text(json.dumps(figures if len(figures) > 1 else figures[0], indent=2) + "\n")
+
+
+def _which(result: commands.Evaluated) -> tuple[str, str, str]:
+    return result.weights, result.role, result.model
 
 
 def _speed(result: commands.Evaluated) -> str:

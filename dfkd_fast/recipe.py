@@ -43,10 +43,15 @@ class Teacher:
     the teacher."""
     sha256: str = ""
     """Of the file, or how it begins; it is refused if it has another. Empty for no check."""
+    encoder_weights: str = ""
+    """Of a segmenter that is trained: a classifier's file, or ``efficientnet_lite0``, to begin its encoder with."""
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 256
     augment: Augment = "none"
-    """Of the training images: moved by up to 4 pixels (``folder``: a random resized crop), and half of them mirrored."""
+    """Of the training images: moved by up to 4 pixels (``folder``: a random resized crop; with a label a pixel: a random
+    crop), and half of them mirrored."""
+    focal_gamma: NonNegative = 0.0
+    """Of the focal loss that it is trained by; 0 for cross-entropy."""
 
 
 @settings
@@ -54,6 +59,8 @@ class Student:
     """Recipe section ``[student]``."""
 
     model: str = "lenet5_half"
+    encoder_weights: str = ""
+    """Of a segmenter: what its encoder begins with, as in ``[teacher]``."""
 
 
 @settings

@@ -1,4 +1,4 @@
-"""The decorator and the bounded types that every section of a recipe is declared with.
+"""The decorator and the bounded types that every section of a recipe is declared with, and the label that stands for none.
 
 A section is a frozen dataclass that lives beside the code that reads it; its annotations are its
 validation, in Python as in TOML.
@@ -10,7 +10,10 @@ from typing import Annotated, TypeVar, dataclass_transform
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-__all__ = ["Count", "Flag", "Fraction", "NonNegative", "Number", "Positive", "PositiveInt", "settings"]
+__all__ = ["VOID", "Count", "Flag", "Fraction", "NonNegative", "Number", "Positive", "PositiveInt", "settings"]
+
+VOID = -100
+"""The label of a pixel that has none: what PyTorch's losses leave out unless told otherwise."""
 
 Section = TypeVar("Section")
 

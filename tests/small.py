@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dfkd_fast import GeneratorA, Loop, Method, Optimizer, Replay
-from dfkd_fast.models import build_classifier
+from dfkd_fast.models import build_model
 
 Networks = tuple[nn.Module, nn.Module, nn.Module]
 
@@ -12,7 +12,7 @@ Networks = tuple[nn.Module, nn.Module, nn.Module]
 def small_networks(seed: int = 0, *, teacher: str = "lenet5", student: str = "lenet5_half", channels: int = 1) -> Networks:
     torch.manual_seed(seed)
     size = 32 if "lenet5" in (teacher, student) else 16
-    return build_classifier(teacher, 10, channels), build_classifier(student, 10, channels), GeneratorA(20, channels, size, width=4)
+    return build_model(teacher, 10, channels), build_model(student, 10, channels), GeneratorA(20, channels, size, width=4)
 
 
 def small_method(

@@ -13,10 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from dfkd_fast.commands import Wanted, evaluate_weights
+from dfkd_fast.commands import EvaluatedClassifier, Wanted, evaluate_weights
 from dfkd_fast.data import Batches, DaliBatches, FolderBatches, read_listing, view_of
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import build_classifier, load_pretrained, save_weights
+from dfkd_fast.models import build_model, load_pretrained, save_weights
 from dfkd_fast.recipe import load_recipe, recipe_to_toml
 from tests.command_line import Run
 from tests.pictures import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
@@ -45,7 +45,7 @@ def save(path: Path, role: str, seed: int = 0, **data: Any) -> None:
     recipe = load_recipe("digits", changes)
     torch.manual_seed(seed)
     model = recipe.teacher.model if role == "teacher" else recipe.student.model
-    save_weights(build_classifier(model, 2, 3), path, {"role": role, "recipe": recipe_to_toml(recipe)})
+    save_weights(build_model(model, 2, 3), path, {"role": role, "recipe": recipe_to_toml(recipe)})
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -167,6 +167,7 @@ def test_1003_images_are_1003_images_on_any_number_of_processes(tmp_path: Path, 
     assert done.stdout.count("1003 images in") == 1
     wanted = Wanted([tmp_path / "w.safetensors"], "folder", overrides={"data.root": str(tmp_path)})
     (alone,) = evaluate_weights(wanted, torch.device("cpu"), Console(quiet=True))
+    assert isinstance(alone, EvaluatedClassifier)
     assert figures["top1"] == pytest.approx(alone.top1, rel=1e-12)
     assert figures["top5"] == 100.0
 
@@ -179,7 +180,7 @@ def test_dali_and_torchvision_agree_on_real_images_with_a_real_network(tmp_path:
         archive.extractall(tmp_path)
     listing, view = read_listing("imagenet", tmp_path), view_of("efficientnet_lite0")
     torch.set_num_threads(os.cpu_count() or 1)  # 2,000 images, and no bits are compared
-    network = build_classifier("efficientnet_lite0", 1000, 3).eval().to(memory_format=torch.channels_last)
+    network = build_model("efficientnet_lite0", 1000, 3).eval().to(memory_format=torch.channels_last)
     load_pretrained(network, "efficientnet_lite0")
     loaders: dict[str, Batches] = {
         "torchvision": FolderBatches(listing, view, 50, 0),

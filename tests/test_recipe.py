@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dfkd_fast import DfkdError, Loop, Trainer, load_recipe
-from dfkd_fast.models import build_classifier, build_generator
+from dfkd_fast.models import build_generator, build_model
 from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml, shipped_recipes
 
 
@@ -132,7 +132,7 @@ def test_the_networks_of_a_shipped_recipe_play_an_iteration(name: str) -> None:
     data = recipe.data
     names = {"cifar_resnet34": "wrn10_1", "cifar_resnet18": "wrn10_1", "wrn40_2": "wrn10_1"}  # as deep as a test can wait for
     teacher, student = (
-        build_classifier(names.get(model, model), data.num_classes, data.channels) for model in (recipe.teacher.model, recipe.student.model)
+        build_model(names.get(model, model), data.num_classes, data.channels) for model in (recipe.teacher.model, recipe.student.model)
     )
     generator = build_generator(
         recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes

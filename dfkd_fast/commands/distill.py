@@ -12,7 +12,7 @@ from torch import nn
 
 import dfkd_fast
 from dfkd_fast import distributed
-from dfkd_fast.data import batches, open_split
+from dfkd_fast.data import batches, open_split, palette
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.batch_size import largest_batch_size
 from dfkd_fast.engine.device import device_name, peak_memory_bytes
@@ -21,28 +21,30 @@ from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import retention
-from dfkd_fast.models import load_weights, read_metadata
+from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder, print_table
 from dfkd_fast.run import Run
 
-from .evaluate import evaluator
+from .evaluate import Evaluator, metric_of
 from .networks import build_network, build_players, load_given_teacher
+from .segmentation import label_maps, print_iou
 
 __all__ = ["distill", "fitted", "teach"]
 
 
 def teach(run: Run) -> float:
-    """Train the recipe's teacher and store it in the run's folder; returns its test accuracy in percent."""
+    """Train the recipe's teacher and store it in the run's folder; returns its test accuracy, or mIoU, in percent."""
     recipe = run.recipe
     teacher = build_network(recipe, "teacher").to(run.device)
     images = torch.zeros(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size, device=run.device)
     check_classifier("teacher", teacher, images, "data.image_size's")
-    evaluate = evaluator(recipe.data, run.device, run.say)
+    evaluate = Evaluator(recipe.data, run.device, run.say)
     _obtain_teacher(run, teacher)
     accuracy = evaluate(teacher)
-    rows = [("teacher", recipe.teacher.model), ("top-1", f"{accuracy:.2f} %"), ("weights", str(run.folder.teacher))]
+    rows = [("teacher", recipe.teacher.model), (evaluate.metric, f"{accuracy:.2f} %"), ("weights", str(run.folder.teacher))]
     print_table(run.console, (recipe.name, f"seed {recipe.seed}, {run.device.type}"), rows)
+    print_iou(run.console, evaluate.iou({"teacher": teacher}))
     return accuracy
 
 
@@ -55,21 +57,25 @@ def distill(run: Run) -> dict[str, Any]:
     teacher, student, generator = build_players(recipe, device)
     for optimizer in (recipe.teacher_optimizer, recipe.student_optimizer, recipe.generator_optimizer):
         build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1, device=device))], device)  # now, not after the teacher's training
-    evaluate = None if recipe.data.name == "none" else evaluator(recipe.data, device, run.say)
+    evaluate = None if recipe.data.name == "none" else Evaluator(recipe.data, device, run.say)
     teacher_seconds = _obtain_teacher(run, teacher)
     teacher_accuracy = evaluate(teacher) if evaluate else None
+    if recipe.student.encoder_weights:
+        load_encoder(student, recipe.student.encoder_weights)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
     for remark in trainer.remarks:
         run.say(remark)
     run.go_on(trainer, folder.checkpoints)
     _train_student(run, trainer, teacher_accuracy)
+    iou = evaluate.iou({"teacher": teacher, "student": trainer.result}) if evaluate else {}
 
     folder.save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
-    folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}")
-    summary = _summarise(run, trainer, teacher_accuracy, teacher_seconds)
+    folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", metric_of(recipe.data))
+    summary = _summarise(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {})
     folder.write_summary(summary)
     _print_summary(run.console, summary, folder)
+    print_iou(run.console, iou)
     return summary
 
 
@@ -126,7 +132,10 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     split = open_split(recipe.data, "train", augment=recipe.teacher.augment)
     loader = batches(split, recipe.teacher.batch_size, shuffle=True, workers=recipe.data.workers, generator=stream)
     run.begin()
-    training = TeacherTrainer(teacher, loader, recipe.teacher_optimizer, recipe.teacher.epochs, stream, run.device)
+    if recipe.teacher.encoder_weights:
+        load_encoder(teacher, recipe.teacher.encoder_weights)
+    wanted = recipe.teacher
+    training = TeacherTrainer(teacher, loader, recipe.teacher_optimizer, wanted.epochs, stream, run.device, focal_gamma=wanted.focal_gamma)
     run.go_on(training, run.folder.teacher_checkpoints)
     with Progress(run.console, "teacher", recipe.teacher.epochs, done=training.done) as progress:
         run.drive(training, run.folder.teacher_checkpoints, progress.epoch)
@@ -144,12 +153,16 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
             folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
         if epoch.number % recipe.report.samples_every == 0 or trainer.finished:
-            folder.draw_samples(trainer.sample(recipe.report.samples), recipe.data.mean, recipe.data.std, epoch.number)
-            folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}")
+            images = trainer.sample(recipe.report.samples)
+            dense = recipe.data.task == "segmentation"
+            seen = label_maps([trainer.teacher, trainer.result], images, palette(recipe.data)) if dense else []
+            folder.draw_samples(images, recipe.data.mean, recipe.data.std, epoch.number, seen)
+            folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", metric_of(recipe.data))
 
     folder.begin_log(trainer.history)
     try:
-        with Progress(run.console, "student", recipe.loop.epochs, recipe.loop.iterations_per_epoch, trainer.iterations_done) as progress:
+        loop, metric = recipe.loop, metric_of(recipe.data)
+        with Progress(run.console, "student", loop.epochs, loop.iterations_per_epoch, trainer.iterations_done, metric) as progress:
             trainer.on_iteration = lambda trainer: progress.iteration(trainer.iterations_done)
             run.drive(trainer, folder.checkpoints, report)
     finally:
@@ -177,6 +190,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "device_name": device_name(run.device),
         "versions": _versions(),
         "seed": run.recipe.seed,
+        "metric": metric_of(run.recipe.data),
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
         "retention": found,

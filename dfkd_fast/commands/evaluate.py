@@ -1,6 +1,6 @@
 """Evaluating weights on labelled images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,26 @@ from rich.progress import Progress
 from torch import nn
 
 from dfkd_fast import distributed
-from dfkd_fast.data import CLASSES, DataSettings, evaluation_batches, read_listing, view_of
+from dfkd_fast.data import CLASSES, DataSettings, evaluation_batches, label_names, read_listing, view_of
 from dfkd_fast.engine.precision import Precision, PrecisionName
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.evaluation import Evaluation, evaluate
+from dfkd_fast.evaluation import Evaluation, Figures, SegmentationFigures, evaluate, evaluate_segmentation
 from dfkd_fast.models import load_pretrained, load_weights, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_from_toml
 from dfkd_fast.report import RunFolder
 
 from .networks import build_network, model_of
 
-__all__ = ["Evaluated", "Wanted", "check_readable", "evaluate_weights", "evaluator"]
+__all__ = [
+    "Evaluated",
+    "EvaluatedClassifier",
+    "EvaluatedSegmenter",
+    "Evaluator",
+    "Wanted",
+    "check_readable",
+    "evaluate_weights",
+    "metric_of",
+]
 
 NAMED = 5
 """Unreadable files that an error names."""
@@ -54,9 +63,6 @@ class Evaluated:
     weights: str
     role: str
     model: str
-    top1: float
-    """In percent."""
-    top5: float
     count: int
     """Images it was tested on."""
     images_per_second: float
@@ -67,6 +73,24 @@ class Evaluated:
     """With the first teacher, or the first network: ``reference``, ``top1`` in percent, ``mean_kl`` in nats."""
     unreadable: list[str]
     """Files left out, and why."""
+
+
+@dataclass(frozen=True)
+class EvaluatedClassifier(Evaluated):
+    """The same of a classifier, in percent."""
+
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class EvaluatedSegmenter(Evaluated):
+    """The same of a segmenter, in percent."""
+
+    miou: float
+    pixel_accuracy: float
+    iou: dict[str, float | None]
+    """By class, None of one that occurs nowhere."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +125,47 @@ def evaluate_weights(wanted: Wanted, device: torch.device, console: Console) -> 
     return [found[candidate.name] for candidate in candidates]
 
 
-def evaluator(data: DataSettings, device: torch.device, say: Callable[[str], None]) -> Callable[[nn.Module], float]:
-    """What a training calls for a network's top-1 accuracy in percent."""
-    batches = evaluation_batches(data, device, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
+def metric_of(data: DataSettings) -> str:
+    """The figure that networks are judged by on a data set; in percent."""
+    return "mIoU" if data.task == "segmentation" else "top-1 accuracy"
 
-    def accuracy(network: nn.Module) -> float:
-        found = evaluate({"network": network}, batches, device)
-        check_readable(found, data)
+
+class Evaluator:
+    """What a training calls for a network's accuracy, or mIoU, in percent.
+
+    Args:
+        data: what it is tested on.
+        device: where networks are.
+        say: told, in a line each, what a reader of the figures must know.
+    """
+
+    def __init__(self, data: DataSettings, device: torch.device, say: Callable[[str], None] = lambda remark: None) -> None:
+        self.data = data
+        self.metric = metric_of(data)
+        self.device = device
+        self.batches = evaluation_batches(data, device, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
+
+    def __call__(self, network: nn.Module) -> float:
+        """Test a network on all images."""
+        if self.data.task == "segmentation":
+            return self._segmented({"network": network}).networks["network"].miou
+        found = evaluate({"network": network}, self.batches, self.device)
+        check_readable(found, self.data)
         return found.networks["network"].top1
 
-    return accuracy
+    def iou(self, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, float | None]]:
+        """IoU in percent by network and class, None of a class that occurs nowhere; nothing for classifiers."""
+        if self.data.task != "segmentation":
+            return {}
+        return {name: named_iou(self.data, found) for name, found in self._segmented(networks).networks.items()}
+
+    def _segmented(self, networks: Mapping[str, nn.Module]) -> Evaluation[SegmentationFigures]:
+        return evaluate_segmentation(networks, self.batches, self.device, num_classes=self.data.num_classes)
+
+
+def named_iou(data: DataSettings, figures: SegmentationFigures) -> dict[str, float | None]:
+    """A network's IoU in percent by the names of the data set's classes."""
+    return dict(zip(label_names(data), figures.iou, strict=True))
 
 
 def _one_pass(
@@ -127,34 +182,39 @@ def _one_pass(
     batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
     with Progress(console=console, transient=True, disable=not console.is_terminal or console.quiet) as progress:
         bar = progress.add_task("images", total=batches.count)
-        done = evaluate(
-            networks,
-            batches,
-            device,
-            reference=reference,
-            autocast=Precision(precision, device).autocast,
-            on_batch=lambda count: progress.advance(bar, count),
-        )
+        options: dict[str, Any] = {
+            "reference": reference,
+            "autocast": Precision(precision, device).autocast,
+            "on_batch": lambda count: progress.advance(bar, count),
+        }
+        done: Evaluation[Figures] | Evaluation[SegmentationFigures]
+        if data.task == "segmentation":
+            done = evaluate_segmentation(networks, batches, device, num_classes=data.num_classes, **options)
+        else:
+            done = evaluate(networks, batches, device, **options)
     check_readable(done, data)
     agreements = {one.network: {name: value for name, value in asdict(one).items() if name != "network"} for one in done.agreements}
-    return {
-        one.name: Evaluated(
-            weights=one.name,
-            role=one.role,
-            model=one.model,
-            top1=done.networks[one.name].top1,
-            top5=done.networks[one.name].top5,
-            count=done.count,
-            images_per_second=done.images_per_second,
-            seconds=done.seconds,
-            agreement=agreements.get(one.name),
-            unreadable=done.unreadable,
-        )
-        for one in candidates
-    }
+
+    def described(one: _Candidate, figures: Figures | SegmentationFigures) -> Evaluated:
+        common: dict[str, Any] = {
+            "weights": one.name,
+            "role": one.role,
+            "model": one.model,
+            "count": done.count,
+            "images_per_second": done.images_per_second,
+            "seconds": done.seconds,
+            "agreement": agreements.get(one.name),
+            "unreadable": done.unreadable,
+        }
+        if isinstance(figures, SegmentationFigures):
+            iou = named_iou(data, figures)
+            return EvaluatedSegmenter(**common, miou=figures.miou, pixel_accuracy=figures.pixel_accuracy, iou=iou)
+        return EvaluatedClassifier(**common, top1=figures.top1, top5=figures.top5)
+
+    return {one.name: described(one, done.networks[one.name]) for one in candidates}
 
 
-def check_readable(done: Evaluation, data: DataSettings) -> None:
+def check_readable(done: Evaluation[Any], data: DataSettings) -> None:
     """Raise a :class:`DfkdError` for files that could not be decoded, where that is an error."""
     bad = done.unreadable
     if bad and data.strict:

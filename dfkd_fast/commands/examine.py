@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd_fast.data import Batches, evaluation_batches
+from dfkd_fast.data import Batches
 from dfkd_fast.engine.fit import check_classifier
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.evaluation import evaluate
-from dfkd_fast.models import FoldingError, Observer, evaluating, folded_and_checked
+from dfkd_fast.models import FoldingError, Observer, evaluating, folded_and_checked, logits_only
 from dfkd_fast.recipe import Recipe
 
-from .evaluate import check_readable
+from .evaluate import Evaluator
 from .networks import build_network, load_given_teacher
 
 __all__ = ["Check", "examine_teacher"]
@@ -45,12 +44,13 @@ def examine_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
         raise DfkdError(f"recipe {recipe.name!r} trains its teacher: name one with --weights FILE")
     teacher = build_network(recipe, "teacher").to(device)
     load_given_teacher(recipe, teacher)
-    has_images = recipe.data.name == "digits" or (recipe.data.name != "none" and recipe.data.root != "")
-    labelled = evaluation_batches(recipe.data, device) if has_images else None
-    images = _images(recipe, labelled).to(device)
+    has_images = recipe.data.name in ("digits", "shapes") or (recipe.data.name != "none" and recipe.data.root != "")
+    evaluate = Evaluator(recipe.data, device) if has_images else None
+    images = _images(recipe, evaluate.batches if evaluate else None).to(device)
     check_classifier("teacher", teacher, images, "data.image_size's")
+    teacher = logits_only(teacher, images)
     with evaluating(teacher):
-        return list(_checks(recipe, teacher, images, labelled))
+        return list(_checks(recipe, teacher, images, evaluate))
 
 
 def _images(recipe: Recipe, labelled: Batches | None) -> Tensor:
@@ -70,8 +70,8 @@ def _images(recipe: Recipe, labelled: Batches | None) -> Tensor:
     return (pixels - mean) / std
 
 
-def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, labelled: Batches | None) -> Iterator[Check]:
-    wanted, seen = recipe.teacher, "images of the data set" if labelled else "noise like natural images"
+def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, evaluate: Evaluator | None) -> Iterator[Check]:
+    wanted, seen = recipe.teacher, "images of the data set" if evaluate else "noise like natural images"
     yield Check("weights", wanted.weights + (f", sha256 {wanted.sha256}…" if wanted.sha256 else ""), "good")
     logits = teacher(images)
     classes = recipe.data.num_classes
@@ -88,12 +88,11 @@ def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, labelled: Batche
     if norms:
         yield _folding(teacher, images)
         yield _normalisation(recipe, teacher, images, seen)
-    if labelled is not None:
-        done = evaluate({"teacher": teacher}, labelled, images.device)
-        check_readable(done, recipe.data)
-        accuracy = done.networks["teacher"].top1
-        chance = 100 / classes
-        yield Check("accuracy", f"{accuracy:.2f} % top-1, chance is {chance:.2f} %", "wrong" if accuracy < 2 * chance else "good")
+    if evaluate is not None:
+        accuracy, chance = evaluate(teacher), 100 / classes
+        yield Check(
+            "accuracy", f"{accuracy:.2f} % {evaluate.metric}, chance is {chance:.2f} %", "wrong" if accuracy < 2 * chance else "good"
+        )
 
 
 def _scores(logits: Tensor) -> Check:

@@ -8,7 +8,7 @@ from torch import nn
 
 from dfkd_fast.engine.fit import check_networks
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import build_classifier, build_generator, load_pretrained, load_weights
+from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights
 from dfkd_fast.recipe import Recipe
 
 __all__ = ["build_network", "build_players", "load_given_teacher", "model_of"]
@@ -22,7 +22,7 @@ def model_of(recipe: Recipe, role: str) -> str:
 def build_network(recipe: Recipe, role: str) -> nn.Module:
     """A freshly initialised teacher or student, the same for the same seed whatever was built before."""
     torch.manual_seed(recipe.seed)
-    return build_classifier(model_of(recipe, role), recipe.data.num_classes, recipe.data.channels)
+    return build_model(model_of(recipe, role), recipe.data.num_classes, recipe.data.channels)
 
 
 def build_players(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:

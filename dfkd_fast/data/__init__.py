@@ -4,8 +4,8 @@ from .dali import DaliBatches
 from .folder import FolderBatches
 from .listing import CLASSES, Listing, read_listing
 from .preprocessing import view_of
-from .sets import Batches, DataSettings, Loader, evaluation_batches, open_split
-from .splits import ArraySplit, Augment, batches
+from .sets import Batches, DataSettings, Loader, evaluation_batches, label_names, open_split, palette
+from .splits import ArraySplit, Augment, PixelSplit, batches
 from .view import Interpolation, View
 
 __all__ = [
@@ -19,10 +19,13 @@ __all__ = [
     "Interpolation",
     "Listing",
     "Loader",
+    "PixelSplit",
     "View",
     "batches",
     "evaluation_batches",
+    "label_names",
     "open_split",
+    "palette",
     "read_listing",
     "view_of",
 ]

@@ -22,15 +22,16 @@ class Unreadable(Exception):  # noqa: N818  # it is found, not raised at anyone
     """A file that PIL cannot decode; the message names it and says why."""
 
 
-def open_image(path: Path) -> Image.Image:
-    """Decode a file of any format, mode and number of frames as PIL does: its first frame, in RGB, unrotated.
+def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
+    """Decode a file of any format, mode and number of frames as PIL does: its first frame, unrotated, in its own mode if in none.
 
     Raises:
         Unreadable: it cannot be decoded.
     """
     try:
         with path.open("rb") as file:
-            return Image.open(file).convert("RGB")
+            image = Image.open(file)
+            return image.convert(mode) if mode else image.copy()
     except Exception as error:  # PIL's plugins let through whatever a broken file makes of them
         reason = "is empty" if path.is_file() and not path.stat().st_size else first_line(error)
         raise Unreadable(f"{path} ({reason})") from error

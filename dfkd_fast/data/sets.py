@@ -15,15 +15,17 @@ from torch.utils.data import Dataset
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.settings import Count, Flag, Number, Positive, PositiveInt, settings
 
+from .classes import classes_of
 from .dali import DaliBatches, why_not_dali
 from .folder import FolderBatches
 from .listing import READERS, Listing, class_folders, read_listing
-from .splits import ArrayBatches, ArraySplit, Augment
+from .pairs import PUBLISHED, find_pairs, read_pairs
+from .shapes import draw_shapes
+from .splits import ArrayBatches, ArraySplit, Augment, PixelBatches, PixelSplit, Split
 from .view import Interpolation, View
 
-__all__ = ["Batches", "DataSettings", "Loader", "Split", "evaluation_batches", "open_split"]
+__all__ = ["Batches", "DataSettings", "Loader", "Split", "evaluation_batches", "label_names", "open_split", "palette"]
 
-Split = Literal["train", "test"]
 Loader = Literal["auto", "dali", "torchvision"]
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -32,23 +34,39 @@ Arrays = tuple[np.ndarray, np.ndarray]
 class DataSettings:
     """Recipe section ``[data]``: what images the teacher takes, and where labelled ones are for testing."""
 
-    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder", "list", "imagenet", "places365", "none"] = (
-        "digits"
-    )
+    name: Literal[
+        "digits",
+        "mnist",
+        "fashion-mnist",
+        "cifar10",
+        "cifar100",
+        "npz",
+        "folder",
+        "list",
+        "imagenet",
+        "places365",
+        "shapes",
+        "camvid",
+        "nyuv2",
+        "pairs",
+        "none",
+    ] = "digits"
     """``npz``: a file with x_train, y_train, x_test, y_test, uint8 NHWC. ``folder``: train/ and val/ (or test/)
     with one folder a class. ``list``: a text file of paths and classes, for testing only. ``none``: no data at all, nothing
-    is evaluated."""
+    is evaluated. With a label a pixel: ``shapes``, a toy that needs no files; ``camvid`` (11 classes) and ``nyuv2`` (13);
+    ``pairs``: folders of images and of label files, 0 to C − 1 or 255 for no label."""
     root: str = ""
-    """Folder (or .npz file) with the data, in torchvision's layout; not needed for ``digits`` and ``none``."""
+    """Folder (or .npz file) with the data, in torchvision's layout; not needed for ``digits``, ``shapes`` and ``none``."""
     num_classes: Annotated[int, Field(strict=True, ge=2)] = 10
     channels: PositiveInt = 1
     image_size: Annotated[int, Field(strict=True, ge=8)] = 32
-    """Side of the teacher's input in pixels."""
+    """Side of the teacher's input in pixels; with a label a pixel, of what it is trained on: tests show whole images."""
     mean: tuple[Number, ...] = (0.5,)
     std: tuple[Positive, ...] = (0.5,)
     """Normalisation of images in [0, 1], one number a channel."""
     resize: Count = 0
-    """Of image files: pixels of the shorter side before the crop to ``image_size``; 0 for 256/224 of that."""
+    """Of image files: pixels of the shorter side before the crop to ``image_size``; 0 for 256/224 of that, or for just that
+    with a label a pixel."""
     interpolation: Interpolation = "bilinear"
     """Of image files, when they are resized."""
     batch_size: PositiveInt = 1000
@@ -70,14 +88,29 @@ class DataSettings:
             raise ValueError(f"resize = {self.resize}: must be at least image_size, {self.image_size}")
 
     @property
+    def task(self) -> Literal["classification", "segmentation"]:
+        """Whether an image has one label, or a label a pixel."""
+        return "segmentation" if self.name in ("shapes", "camvid", "nyuv2", "pairs") else "classification"
+
+    @property
     def view(self) -> View:
         """What an image file becomes in a test."""
         resize = self.resize or round(self.image_size * 256 / 224)
         return View(resize, self.image_size, self.interpolation, self.mean, self.std)
 
 
+def label_names(wanted: DataSettings) -> list[str]:
+    """What the classes of a data set are called; numbers, where it does not say."""
+    return list(classes_of(wanted.name, wanted.num_classes).colours)
+
+
+def palette(wanted: DataSettings) -> Tensor:
+    """The usual colours of a data set's classes: uint8 RGB (num_classes, 3)."""
+    return torch.tensor(list(classes_of(wanted.name, wanted.num_classes).colours.values()), dtype=torch.uint8)
+
+
 class Batches(Protocol):
-    """Test images in batches, pass after pass: (B, C, H, W) as the teacher expects them, and labels (B,)."""
+    """Test images in batches, pass after pass: (B, C, H, W) as the teacher expects them, and labels (B,) or (B, H, W)."""
 
     count: int
     """Images of a pass, here: this process's share."""
@@ -109,6 +142,9 @@ def evaluation_batches(
     Raises:
         DfkdError: the data is not where ``data.root`` says, or is not what its name promises.
     """
+    if wanted.task == "segmentation":
+        whole, unreadable = _pixels(wanted, "test", lambda count: _share(count, wanted.subset, rank, world_size), say=say)
+        return PixelBatches(whole, wanted.batch_size, unreadable)
     if wanted.name not in READERS:
         split = _arrays(wanted, "test", "none")
         return ArrayBatches(split.take(_share(len(split), wanted.subset, rank, world_size)), wanted.batch_size)
@@ -142,13 +178,19 @@ def _image_batches(listing: Listing, wanted: DataSettings, device: torch.device,
 
 
 def open_split(wanted: DataSettings, split: Split, *, augment: Augment = "none") -> Dataset[Any]:
-    """One split, giving images (C, H, W) normalised as the teacher expects them, and labels.
+    """One split, giving images (C, H, W) normalised as the teacher expects them, and labels, () or (H, W).
 
-    Image files are there to train on; :func:`evaluation_batches` has those to test on.
+    Image files are there to train on; :func:`evaluation_batches` has those to test on. With a label a pixel, images are
+    squares of ``image_size`` pixels.
 
     Raises:
         DfkdError: the data is not where ``data.root`` says, or is not what its name promises.
     """
+    if wanted.task == "segmentation":
+        squares, unreadable = _pixels(wanted, split, range, crop=wanted.image_size, augment=augment)
+        if unreadable and (wanted.strict or not len(squares)):
+            raise DfkdError(f"{len(unreadable)} files cannot be decoded, the first {unreadable[0]}; data.strict = false leaves them out")
+        return squares
     return _folder(wanted, augment) if wanted.name in READERS else _arrays(wanted, split, augment)
 
 
@@ -158,6 +200,36 @@ def _arrays(wanted: DataSettings, split: Split, augment: Augment) -> ArraySplit:
     images, labels = ARRAYS[wanted.name](wanted, split)
     _check(images, labels, wanted, split)
     return ArraySplit(images, labels, wanted.image_size, wanted.mean, wanted.std, augment=augment)
+
+
+def _pixels(
+    wanted: DataSettings,
+    split: Split,
+    choose: Callable[[int], list[int] | range],
+    *,
+    crop: int | None = None,
+    augment: Augment = "none",
+    say: Callable[[str], None] = lambda remark: None,
+) -> tuple[PixelSplit, list[str]]:
+    """Chosen ones of a split's images with a label a pixel, and the files that cannot be decoded."""
+    classes = classes_of(wanted.name, wanted.num_classes)
+    if wanted.channels != 3:
+        raise DfkdError(f"data.channels is {wanted.channels}: the images of {wanted.name!r} have 3")
+    if wanted.num_classes != len(classes.colours):
+        raise DfkdError(f"data.num_classes is {wanted.num_classes}, but {wanted.name!r} has {len(classes.colours)} classes")
+    if wanted.num_classes > 255:
+        raise DfkdError(f"data.num_classes is {wanted.num_classes}: label files have room for at most 255")
+    if wanted.name == "shapes":
+        drawn, truth = draw_shapes(split, wanted.image_size)
+        chosen = list(choose(len(drawn)))
+        images, labels, unreadable = list(drawn[chosen]), list(truth[chosen]), list[str]()
+    else:
+        pairs = find_pairs(_root(wanted), split)
+        if (whole := PUBLISHED.get(wanted.name)) not in (None, len(pairs)):
+            say(f"{wanted.root} has {len(pairs):,} of the {whole} test images of {wanted.name}: what is measured is no {wanted.name} mIoU")
+        shorter = wanted.resize or wanted.image_size
+        images, labels, unreadable = read_pairs([pairs[i] for i in choose(len(pairs))], classes, shorter, wanted.interpolation)
+    return PixelSplit(images, labels, wanted.mean, wanted.std, crop=crop, augment=augment), unreadable
 
 
 def _digits(_: DataSettings, split: Split) -> Arrays:

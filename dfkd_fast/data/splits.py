@@ -1,5 +1,6 @@
 """One split of a data set, as batches in the teacher's normalised space."""
 
+import abc
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
@@ -10,14 +11,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resize
 
-__all__ = ["ArrayBatches", "ArraySplit", "Augment", "batches"]
+__all__ = ["ArrayBatches", "ArraySplit", "Augment", "PixelBatches", "PixelSplit", "Split", "batches"]
 
+Split = Literal["train", "test"]
 Augment = Literal["none", "shift", "shift_flip"]
 Batch = tuple[Tensor, Tensor]
 
 
-class ArraySplit(Dataset[Batch]):
-    """Images that fit in memory, served a whole batch at a time.
+class InMemory(Dataset[Batch], abc.ABC):
+    """Images that fit in memory, served a whole batch at a time."""
+
+    @abc.abstractmethod
+    def __getitems__(self, indices: list[int]) -> Batch: ...
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+
+class ArraySplit(InMemory):
+    """Images with a label each.
 
     Args:
         images: uint8 (N, H, W, C).
@@ -55,10 +68,6 @@ class ArraySplit(Dataset[Batch]):
         taken.pixels, taken.labels = self.pixels[list(indices)], self.labels[list(indices)]
         return taken
 
-    def __getitem__(self, index: int) -> Batch:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
     def __getitems__(self, indices: list[int]) -> Batch:
         images = self.pixels[indices].float() / 255
         if self.augment != "none":
@@ -81,6 +90,54 @@ def shift(images: Tensor, *, flip: bool, pixels: int = 4) -> Tensor:
     return padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows, columns].permute(0, 3, 1, 2)
 
 
+class PixelSplit(InMemory):
+    """Images with a label a pixel.
+
+    Args:
+        images: uint8 (C, H, W) each, of any sizes.
+        labels: integers (H, W) each.
+        mean, std: constants of the normalisation, one a channel, of images in [0, 1].
+        crop: side in pixels of the squares that are served, at most the shortest side of an image; None for whole images,
+            which one batch must have of one size.
+        augment: "none" crops in the middle, "shift" anywhere, "shift_flip" also mirrors half of the images.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        crop: int | None = None,
+        augment: Augment = "none",
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.mean = torch.tensor(mean)[:, None, None]
+        self.std = torch.tensor(std)[:, None, None]
+        self.crop, self.augment = crop, augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        windows = self._windows(indices)
+        images = torch.stack([self.images[index][:, rows, columns] for index, (rows, columns) in zip(indices, windows, strict=True)])
+        labels = torch.stack([self.labels[index][rows, columns] for index, (rows, columns) in zip(indices, windows, strict=True)])
+        if self.augment == "shift_flip":
+            mirrored = torch.rand(len(indices)) < 0.5
+            images[mirrored], labels[mirrored] = images[mirrored].flip(-1), labels[mirrored].flip(-1)
+        return (images.float() / 255 - self.mean) / self.std, labels.long()
+
+    def _windows(self, indices: list[int]) -> list[tuple[slice, slice]]:
+        """The rows and columns of each image that are served."""
+        if self.crop is None:
+            return [(slice(None), slice(None))] * len(indices)
+        spare = torch.tensor([self.labels[index].shape for index in indices]) - self.crop
+        corners = spare // 2 if self.augment == "none" else (torch.rand(spare.shape) * (spare + 1)).long()
+        return [(slice(top, top + self.crop), slice(left, left + self.crop)) for top, left in corners.tolist()]
+
+
 def batches(
     split: Dataset[Any],
     batch_size: int,
@@ -89,7 +146,7 @@ def batches(
     workers: int = 0,
     generator: torch.Generator | None = None,
 ) -> DataLoader[Any]:
-    """A loader of (images (B, C, H, W) float32, labels (B,)); the last batch may be smaller.
+    """A loader of (images (B, C, H, W) float32, labels (B,) or (B, H, W)); the last batch may be smaller.
 
     It draws from ``generator`` alone, so that evaluating never moves another random stream.
     """
@@ -97,8 +154,8 @@ def batches(
         split,
         batch_size,
         shuffle=shuffle,
-        num_workers=0 if isinstance(split, ArraySplit) else workers,
-        collate_fn=_as_is if isinstance(split, ArraySplit) else None,
+        num_workers=0 if isinstance(split, InMemory) else workers,
+        collate_fn=_as_is if isinstance(split, InMemory) else None,
         generator=generator if generator is not None else torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
@@ -111,6 +168,36 @@ class ArrayBatches:
         self.count = len(split)
         self.unreadable: list[str] = []
         self.loader = batches(split, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)
+
+
+class PixelBatches:
+    """Whole images in batches of one size each: those of a size as they come, sizes as they first come.
+
+    Args:
+        split: serves whole images.
+        batch_size: images at a time; the last of a size may be fewer.
+        unreadable: files that could not be decoded, and why.
+    """
+
+    def __init__(self, split: PixelSplit, batch_size: int, unreadable: list[str]) -> None:
+        self.count = len(split) + len(unreadable)
+        self.unreadable = unreadable
+        sizes: dict[torch.Size, list[int]] = {}
+        for index, labels in enumerate(split.labels):
+            sizes.setdefault(labels.shape, []).append(index)
+        self.loader = DataLoader(
+            split,
+            batch_sampler=[alike[start : start + batch_size] for alike in sizes.values() for start in range(0, len(alike), batch_size)],
+            collate_fn=_as_is,
+            generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, first_line
-from dfkd_fast.models import evaluating
+from dfkd_fast.models import evaluating, logits_of
 
 __all__ = ["check_classifier", "check_networks"]
 
 
 def check_classifier(name: str, network: nn.Module, images: Tensor, source: str) -> torch.Size:
-    """Shape of a network's logits for one image.
+    """Shape of a network's logits for one image: (classes,), or (classes, H, W) of a segmenter.
 
     Args:
         name: what to call it in errors.
@@ -23,13 +23,14 @@ def check_classifier(name: str, network: nn.Module, images: Tensor, source: str)
     """
     try:
         with evaluating(network):
-            logits = network(images)
+            output = network(images)
     except (RuntimeError, ValueError) as error:
         size = "×".join(map(str, images.shape[1:]))
         raise DfkdError(f"the {name} cannot take {source} {size} images: {first_line(error)}") from error
-    if not isinstance(logits, Tensor):
-        raise DfkdError(f"the {name} must return a tensor of logits, not {type(logits).__name__}")
-    return logits.shape[1:]
+    try:
+        return logits_of(output).shape[1:]
+    except DfkdError as error:
+        raise DfkdError(f"the {name} {error}") from error
 
 
 def check_networks(teacher: nn.Module, student: nn.Module, generator: nn.Module, device: torch.device) -> tuple[torch.Size, torch.Size]:

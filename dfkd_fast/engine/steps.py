@@ -43,7 +43,7 @@ class Game:
     images: Tensor
     """(ΣB_i, C, H, W): the batch of the student step, fresh rows first."""
     logits: Tensor
-    """(ΣB_i, classes): the teacher's for them."""
+    """(ΣB_i, classes) or (ΣB_i, classes, H, W): the teacher's for them."""
     fresh_stream: torch.Generator
     replay_stream: torch.Generator
 

@@ -9,24 +9,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
+from dfkd_fast.models import logits_of
+from dfkd_fast.settings import VOID
 
 from .device import Clock
 from .optim import Optimizer, build_optimizer, build_schedule, settle_rates
 from .trainer import Epoch
 
-__all__ = ["TeacherTrainer"]
+__all__ = ["TeacherTrainer", "focal_loss"]
+
+
+def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """−(1 − p)^γ log p of the label's probability p, the mean over what has a label (Lin et al. 2017, arXiv 1708.02002); 0-d.
+
+    Args:
+        logits: (N, C) or (N, C, H, W).
+        labels: classes (N,) or (N, H, W); ``VOID`` where there is none.
+        gamma: γ; 0 is cross-entropy.
+    """
+    if not gamma:
+        return F.cross_entropy(logits, labels)
+    surprise = F.cross_entropy(logits, labels, reduction="none")  # −log p, and 0 where there is no label
+    # Not 1 − p: at p near 1 all of its digits would be lost, and its power's gradient at 0 is infinite for γ < 1.
+    missed = -torch.expm1(-surprise)
+    return (missed.clamp(min=torch.finfo(missed.dtype).tiny).pow(gamma) * surprise).sum() / (labels != VOID).sum()
 
 
 class TeacherTrainer:
-    """Trains a classifier by cross-entropy. Iterate over it for one :class:`Epoch` at a time.
+    """Trains a network by cross-entropy or the focal loss. Iterate over it for one :class:`Epoch` at a time.
 
     Args:
-        network: images → logits; trained in place.
-        batches: (images, labels), iterated anew each epoch; it must draw its order from ``stream``.
+        network: images → logits, or a dict with them under ``out``; trained in place.
+        batches: (images (B, C, H, W), labels (B,) or (B, H, W)), iterated anew each epoch; it must draw its order from ``stream``.
         optimizer: settings of the optimiser and its schedule.
         epochs: how many there are in all.
         stream: the random stream of ``batches``, kept in the state.
         device: where the network is moved.
+        focal_gamma: of :func:`focal_loss`.
     """
 
     def __init__(
@@ -37,12 +56,15 @@ class TeacherTrainer:
         epochs: int,
         stream: torch.Generator,
         device: torch.device,
+        *,
+        focal_gamma: float = 0.0,
     ) -> None:
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.batches = batches
         self.epochs = epochs
         self.stream = stream
         self.device = device
+        self.focal_gamma = focal_gamma
         self.optimizer = build_optimizer(optimizer, network.parameters(), device)
         self.schedule = build_schedule(optimizer, self.optimizer, epochs)
         self.clock = Clock(device)
@@ -84,7 +106,7 @@ class TeacherTrainer:
         total, count = torch.zeros((), device=self.device), 0
         for images, labels in self.batches:
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            loss = F.cross_entropy(self.network(images), labels.to(self.device, non_blocking=True))
+            loss = focal_loss(logits_of(self.network(images)), labels.to(self.device, non_blocking=True), self.focal_gamma)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

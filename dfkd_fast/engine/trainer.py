@@ -15,7 +15,17 @@ from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.evaluation import Drift
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import build_memory
-from dfkd_fast.models import FoldingError, Generator, Observer, conditioned, evaluating, folded_and_checked, freeze, lower_precision
+from dfkd_fast.models import (
+    FoldingError,
+    Generator,
+    Observer,
+    conditioned,
+    evaluating,
+    folded_and_checked,
+    freeze,
+    logits_only,
+    lower_precision,
+)
 
 from .capture import Steps, preserved
 from .device import Clock
@@ -53,8 +63,8 @@ class Trainer:
     Iterate over it for one :class:`Epoch` at a time, or call :meth:`fit`. Both go on from where it stands.
 
     Args:
-        teacher: images (B, C, H, W) → logits (B, classes). Put in evaluation mode and frozen, in place; its weights are
-            read here, once, where they are folded or cast.
+        teacher: images (B, C, H, W) → logits (B, classes) or (B, classes, H, W), or a dict with them under ``out``. Put in
+            evaluation mode and frozen, in place; its weights are read here, once, where they are folded or cast.
         student: the same signature; trained in place.
         generator: one of :mod:`dfkd_fast.models`, or any module with an attribute ``latent_dim`` that maps
             z (B, latent_dim) to images (B, C, H, W); trained in place.
@@ -294,6 +304,8 @@ class Trainer:
     def _set_up(self, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:
         loop, objective = self.method.loop, self.method.objective
         embedding = getattr(self.generator, "embedding", None)
+        if objective.class_nll and len(logits_shape) > 1:
+            raise DfkdError(f"objective.class_nll = {objective.class_nll}: is of one class an image, and the teacher gives logits a pixel")
         if objective.conditional and embedding is None:
             raise DfkdError("objective.class_nll and objective.embedding_norm need a conditional generator (generator.conditional = true)")
         if embedding is not None and embedding.num_embeddings > logits_shape[0]:
@@ -303,6 +315,8 @@ class Trainer:
         images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
         teacher = self._working_teacher()
         logits = torch.empty(rows, *logits_shape, device=self.device)
+        if logits.ndim == 4:
+            logits = logits.to(memory_format=layout)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
             fresh = slice(loop.batch_size)
@@ -310,7 +324,7 @@ class Trainer:
         return Game(
             teacher=teacher,
             observer=Observer(teacher, statistics=objective.bn_moments > 0, features=objective.activation > 0),
-            student=self.student,
+            student=logits_only(self.student, images[:2].float()),
             generator=self.generator,
             memory=memory,
             average=self.average,
@@ -328,10 +342,11 @@ class Trainer:
 
     def _working_teacher(self) -> nn.Module:
         """The teacher as the steps call it: folded where that changes nothing, its weights in the run's precision."""
-        teacher, loop = self.teacher, self.method.loop
+        images, loop = self.sample(4), self.method.loop
+        teacher = logits_only(self.teacher, images)
         if loop.fold_teacher and any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()):
             try:
-                teacher = self._place(folded_and_checked(teacher, self.sample(4)))
+                teacher = self._place(folded_and_checked(teacher, images))
             except FoldingError as error:
                 self.remarks.append(f"the teacher's batch norms are not folded: {error}")
         if self.precision.dtype is not None:
@@ -430,4 +445,4 @@ class Trainer:
         generators = {"generator": self.generator}
         if self.memory is not None and self.memory.generator is not None:
             generators["replay"] = self.memory.generator
-        return self.drift.measure(self.student, generators)
+        return self.drift.measure(self._game.student, generators)

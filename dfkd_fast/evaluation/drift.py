@@ -23,8 +23,9 @@ class Drift:
         self._before: dict[str, Tensor] = {}
 
     def measure(self, student: nn.Module, generators: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Mean Jensen–Shannon divergence in nats, by generator, between the student's predictions on images of this version and
-        of that at the last call; nothing at a generator's first. All networks are in evaluation mode; waits for the device.
+        """Mean Jensen–Shannon divergence in nats, a sample or a pixel, by generator, between the student's predictions on images of
+        this version and of that at the last call; nothing at a generator's first. All networks are in evaluation mode; waits
+        for the device.
 
         Args:
             student: images → logits, as it stands now, for both versions.
@@ -35,14 +36,15 @@ class Drift:
             now = self._images(generator)
             if name in self._before:
                 with evaluating(student):
+                    logits = student(now)
                     moved = js_discrepancy(
-                        student(now),
+                        logits,
                         student(self._before[name]),
                         temperature=1.0,
-                        reduction="batchmean",
+                        reduction="sum",
                         scale_by_temperature_squared=False,
                     )
-                found[name] = moved.item()
+                found[name] = moved.item() / logits[:, 0].numel()
             self._before[name] = now
         return found
 

@@ -24,7 +24,7 @@ class Batch:
     images: Tensor
     """(ΣB_i, C, H, W), without a graph."""
     teacher_logits: Tensor
-    """(ΣB_i, classes), without a graph."""
+    """(ΣB_i, classes) or (ΣB_i, classes, H, W), without a graph."""
     parts: Sequence[Part]
     """The fresh rows first, then the replayed ones, if there are any."""
 

@@ -22,7 +22,7 @@ class Objective:
     """
 
     discrepancy: Literal["l1", "kl", "js"] = "l1"
-    """Of the student: mean |s − t| over all logits (DFAD), KL(teacher ‖ student) a sample (MAD), or Jensen–Shannon."""
+    """Of the student: mean |s − t| over all logits (DFAD), KL(teacher ‖ student) a sample, or a pixel (MAD), or Jensen–Shannon."""
     temperature: Positive = 1.0
     """Of the softmax in ``kl``, whose value is multiplied by temperature², and in ``js``, whose value is not."""
     adversary: Literal["l1", "log_l1", "kl", "js", "js_clamped"] = "l1"
@@ -104,7 +104,9 @@ class Objective:
         if kind == "l1":
             return l1_discrepancy(student, teacher, reduction="mean")
         divergence = kl_discrepancy if kind == "kl" else js_discrepancy
-        return divergence(student, teacher, temperature=self.temperature, reduction="batchmean", scale_by_temperature_squared=kind == "kl")
+        scaled = kind == "kl"
+        total = divergence(student, teacher, temperature=self.temperature, reduction="batchmean", scale_by_temperature_squared=scaled)
+        return total if student.ndim == 2 else total / student[0, 0].numel()
 
 
 def one_hot(logits: Tensor) -> Tensor:

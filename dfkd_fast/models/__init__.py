@@ -1,6 +1,6 @@
-"""Networks: generators, classifiers by name, the frozen teacher, and their weights on disk."""
+"""Networks: generators, classifiers and segmenters by name, the frozen teacher, and their weights on disk."""
 
-from .catalogue import build_classifier
+from .catalogue import build_model
 from .classifiers import CifarResNet, LeNet5, WideResNet
 from .frozen import FoldingError, Observation, Observer, fold, folded_and_checked, freeze, lower_precision
 from .generators import (
@@ -17,8 +17,9 @@ from .generators import (
     draw_labels,
     generate,
 )
-from .modes import evaluating
-from .pretrained import PRETRAINED, load_pretrained
+from .modes import evaluating, logits_of, logits_only
+from .pretrained import PRETRAINED, load_encoder, load_pretrained
+from .segmenters import Segmenter
 from .vae import Vae
 from .weights import load_weights, read_metadata, save_weights
 
@@ -35,12 +36,13 @@ __all__ = [
     "LeNet5",
     "Observation",
     "Observer",
+    "Segmenter",
     "Standardize",
     "UpsampleConv2d",
     "Vae",
     "WideResNet",
-    "build_classifier",
     "build_generator",
+    "build_model",
     "conditioned",
     "draw_labels",
     "evaluating",
@@ -48,8 +50,11 @@ __all__ = [
     "folded_and_checked",
     "freeze",
     "generate",
+    "load_encoder",
     "load_pretrained",
     "load_weights",
+    "logits_of",
+    "logits_only",
     "lower_precision",
     "read_metadata",
     "save_weights",

@@ -1,4 +1,4 @@
-"""Classifiers by name: the papers' own, any of torchvision or timm, or a user's ``module:function``."""
+"""Networks by name: the papers' own, any of torchvision or timm, or a user's ``module:function``."""
 
 import difflib
 import importlib
@@ -14,8 +14,9 @@ from dfkd_fast.errors import DfkdError, first_line, unknown
 
 from .classifiers import LENET5_HALF, CifarResNet, LeNet5, WideResNet
 from .pretrained import PRETRAINED
+from .segmenters import HEADS, SEGMENTERS, build_segmenter
 
-__all__ = ["build_classifier"]
+__all__ = ["build_model"]
 
 SMALL: dict[str, Callable[[int, int], nn.Module]] = {
     "lenet5": lambda classes, channels: LeNet5(classes, channels),
@@ -25,14 +26,15 @@ SMALL: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def build_classifier(name: str, num_classes: int, channels: int) -> nn.Module:
-    """A freshly initialised network from images to logits (N, num_classes).
+def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
+    """A freshly initialised network from images to logits, (N, num_classes) or, of a segmenter, (N, num_classes, H, W).
 
     Args:
         name: ``lenet5``, ``lenet5_half``, ``cifar_resnet18``, ``cifar_resnet34``, ``wrn<depth>_<width>``
             (``wrn40_2``), ``efficientnet_lite0`` (see :func:`~dfkd_fast.models.load_pretrained`), a
             torchvision or timm name (``torchvision:`` or ``timm:`` in front picks the library), or
-            ``module:function``, called as ``function(num_classes=...)``.
+            ``module:function``, called as ``function(num_classes=...)``. Segmenters are torchvision's
+            (``deeplabv3_resnet50``), ``deeplabv3_mobilenet_v2``, and ``deeplabv3:`` or ``lraspp:`` with an encoder of timm.
         num_classes: number of logits.
         channels: of the input images.
 
@@ -53,6 +55,8 @@ def build_classifier(name: str, num_classes: int, channels: int) -> nn.Module:
         return timm.create_model(PRETRAINED[name].timm_name, num_classes=num_classes, in_chans=channels)
 
     library, _, rest = name.rpartition(":")
+    if library in HEADS or (library in ("", "torchvision") and rest in SEGMENTERS):
+        return build_segmenter(name.removeprefix("torchvision:"), num_classes, channels)
     if library not in ("", "torchvision", "timm"):
         return _users_own(library, rest, num_classes)
     if library != "timm" and rest in torchvision.models.list_models(torchvision.models):
@@ -64,7 +68,7 @@ def build_classifier(name: str, num_classes: int, channels: int) -> nn.Module:
             return timm.create_model(rest, num_classes=num_classes, in_chans=channels)
         except (RuntimeError, TypeError, ValueError) as error:
             raise DfkdError(f"model {name!r}: {first_line(error)}") from error
-    nearest = difflib.get_close_matches(rest, [*torchvision.models.list_models(torchvision.models), *timm.list_models()], n=4)
+    nearest = difflib.get_close_matches(rest, [*torchvision.models.list_models(torchvision.models), *SEGMENTERS, *timm.list_models()], n=4)
     raise unknown("model", name, [*SMALL, *PRETRAINED, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
 
 

@@ -88,10 +88,10 @@ def fold(network: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Takes every convolution as a whole: timm's, which pads as TensorFlow does, looks at its input's size."""
+    """Takes every convolution and pooling as a whole: timm's, which pad as TensorFlow does, look at their input's size."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _is_ordinary(layer: nn.Conv2d) -> bool:

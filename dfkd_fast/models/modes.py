@@ -1,12 +1,15 @@
-"""Training and evaluation mode."""
+"""How a network is called: its mode, and where its logits are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["evaluating"]
+from dfkd_fast.errors import DfkdError
+
+__all__ = ["evaluating", "logits_of", "logits_only"]
 
 
 @contextmanager
@@ -20,3 +23,32 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a network's output: a tensor, or a dict that has them under ``out``, as torchvision's segmenters return.
+
+    Raises:
+        DfkdError: it is neither.
+    """
+    logits = output.get("out") if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor):
+        raise DfkdError(f"must return a tensor of logits, or a dict with one under 'out', not {type(output).__name__}")
+    return logits
+
+
+def logits_only(network: nn.Module, images: Tensor) -> nn.Module:
+    """The network itself where it returns a tensor for images (B, C, H, W), else one that shares its parameters and does."""
+    with evaluating(network):
+        return network if isinstance(network(images), Tensor) else _LogitsOnly(network)
+
+
+class _LogitsOnly(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.network(images)
+        return output["out"] if isinstance(output, Mapping) else output

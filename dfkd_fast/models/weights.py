@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
-__all__ = ["load_weights", "read_metadata", "save_weights"]
+__all__ = ["load_weights", "read_metadata", "read_weights", "save_weights"]
 
 HEADER = "dfkd_fast"
 
@@ -36,7 +36,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Raises:
         DfkdError: no such file, not readable as weights, or weights of another network.
     """
-    state = _read(path)
+    state = read_weights(path)
     if not any(name.startswith("module.") for name in network.state_dict()):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     try:
@@ -57,7 +57,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise DfkdError(f"weights {path} cannot be read: {first_line(error)}") from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a file; see :func:`load_weights`.
+
+    Raises:
+        DfkdError: no such file, or not readable as weights.
+    """
     if not path.is_file():
         raise DfkdError(f"weights {path} not found")
     try:

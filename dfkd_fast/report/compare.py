@@ -39,6 +39,8 @@ class Finished:
     recipe: str
     seed: int
     teacher_accuracy: float
+    metric: str
+    """What its accuracies are."""
     retention: dict[str, float]
     curve: list[tuple[int, float]]
     """Epochs and the student's accuracy in percent."""
@@ -64,7 +66,8 @@ def read_run(path: Path) -> Finished:
         curve = [(epoch["epoch"], epoch["student_accuracy"]) for epoch in epochs if epoch["student_accuracy"] is not None]
         if summary["retention"] is None:
             raise DfkdError(f"{path} was never evaluated: there is nothing to compare")
-        return Finished(path, summary["recipe"], summary["seed"], summary["teacher_accuracy"], summary["retention"], curve)
+        metric = summary.get("metric", "top-1 accuracy")
+        return Finished(path, summary["recipe"], summary["seed"], summary["teacher_accuracy"], metric, summary["retention"], curve)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DfkdError(f"{path} holds no run that can be read: {type(error).__name__} {first_line(error)}") from error
 
@@ -99,7 +102,7 @@ def draw_comparison(runs: Sequence[Finished], path: Path) -> None:
             axes[name].barh(index, fmean(values), color=f"C{index}", alpha=0.4)
             axes[name].plot(values, [index] * len(values), "o", color=f"C{index}", markersize=3)
             axes[name].set(title=title, yticks=[])
-    axes["curves"].set(xlabel="epoch", ylabel="top-1 accuracy (%)")
+    axes["curves"].set(xlabel="epoch", ylabel=f"{', '.join(dict.fromkeys(run.metric for run in runs))} (%)")
     axes["curves"].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes["curves"].legend(loc="lower right")
     axes["settled_variance"].set(xlabel="percent², last ¾ of the epochs", yticks=range(len(groups)))

@@ -74,18 +74,18 @@ class RunFolder:
             self._events.close()
             self._events = None
 
-    def draw_samples(self, images: Tensor, mean: Sequence[float], std: Sequence[float], epoch: int) -> None:
-        """A grid of generated images after an epoch."""
+    def draw_samples(self, images: Tensor, mean: Sequence[float], std: Sequence[float], epoch: int, beside: Sequence[Tensor] = ()) -> None:
+        """A grid of generated images after an epoch, and of pictures that belong beside them."""
         if not self.writes:
             return
         self.samples.mkdir(exist_ok=True)
-        draw_samples(images, mean, std, self.samples / f"epoch-{epoch:04d}.png")
+        draw_samples(images, mean, std, self.samples / f"epoch-{epoch:04d}.png", beside)
 
-    def draw_curves(self, epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str) -> None:
+    def draw_curves(self, epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, metric: str) -> None:
         """Accuracy and losses over the epochs so far."""
         if not self.writes:
             return
-        draw_curves(epochs, teacher_accuracy, title, self.curves)
+        draw_curves(epochs, teacher_accuracy, title, self.curves, metric)
 
     def save_weights(self, network: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
         """A network's weights, with what says which network they are."""

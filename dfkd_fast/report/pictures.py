@@ -18,16 +18,27 @@ from dfkd_fast.files import replacing
 __all__ = ["draw_curves", "draw_samples"]
 
 
-def draw_samples(images: Tensor, mean: Sequence[float], std: Sequence[float], path: Path) -> None:
-    """A square grid of generated images (N, C, H, W), taken back from the teacher's normalised space."""
+def draw_samples(images: Tensor, mean: Sequence[float], std: Sequence[float], path: Path, beside: Sequence[Tensor] = ()) -> None:
+    """A square grid of generated images (N, C, H, W), taken back from the teacher's normalised space.
+
+    Args:
+        images: normalised by ``mean`` and ``std``.
+        mean, std: a number a channel.
+        path: of the PNG.
+        beside: pictures that belong to them, uint8 (N, 3, H, W) each, put to the right of each image.
+    """
     pixels = images.detach().cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    grid = make_grid(pixels.clamp(0, 1), nrow=math.isqrt(len(images)), padding=1, pad_value=0.5)
+    pixels = pixels.clamp(0, 1)
+    if beside:
+        pixels = torch.cat([pixels.expand(-1, 3, -1, -1), *(picture.cpu().float() / 255 for picture in beside)], dim=3)
+    columns = max(1, math.isqrt(len(images)) // (1 + len(beside)))
+    grid = make_grid(pixels, nrow=columns, padding=1 + len(beside), pad_value=0.5)
     with replacing(path) as part:
         to_pil_image(grid).save(part)
 
 
-def draw_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, path: Path) -> None:
-    """Accuracy over epochs with the teacher as a line, where there is any, and the losses below."""
+def draw_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, path: Path, metric: str = "top-1 accuracy") -> None:
+    """Accuracy, or what ``metric`` says, over epochs with the teacher as a line, where there is any, and the losses below."""
     evaluated = [(epoch.number, epoch.student_accuracy) for epoch in epochs if epoch.student_accuracy is not None]
     tested = bool(evaluated) or teacher_accuracy is not None
     figure = Figure(figsize=(7, 6 if tested else 3.5), layout="constrained")
@@ -36,7 +47,7 @@ def draw_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: 
     losses = panels[-1]
     panels[0].set_title(title)
     if tested:
-        panels[0].set_ylabel("top-1 accuracy (%)")
+        panels[0].set_ylabel(f"{metric} (%)")
         if evaluated:
             panels[0].plot(*zip(*evaluated, strict=True), marker=".", label="student")
         if teacher_accuracy is not None:

@@ -20,13 +20,17 @@ class Progress:
         epochs: how many there are.
         iterations_per_epoch: how often :meth:`iteration` will be called an epoch.
         done: iterations done before, in an interrupted run.
+        metric: what the accuracy is.
     """
 
-    def __init__(self, console: Console, name: str, epochs: int, iterations_per_epoch: int = 1, done: int = 0) -> None:
+    def __init__(
+        self, console: Console, name: str, epochs: int, iterations_per_epoch: int = 1, done: int = 0, metric: str = "top-1 accuracy"
+    ) -> None:
         self.console = console
         self.name = name
         self.epochs = epochs
         self.iterations_per_epoch = iterations_per_epoch
+        self.metric = metric
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=None),
@@ -52,7 +56,7 @@ class Progress:
         """An epoch is done."""
         figures = "  ".join(f"{name} {value:.4g}" for name, value in epoch.losses.items())
         if epoch.student_accuracy is not None:
-            figures += f"  accuracy {epoch.student_accuracy:.2f} %"
+            figures += f"  {self.metric} {epoch.student_accuracy:.2f} %"
         self.bar.update(self.task, completed=epoch.number * self.iterations_per_epoch, figures=f"{epoch.number}/{self.epochs}  {figures}")
         if not self.console.is_terminal and (epoch.number % max(1, self.epochs // 10) == 0 or epoch.number == self.epochs):
             self.console.print(f"{self.name} {epoch.number}/{self.epochs}  {figures}", highlight=False, soft_wrap=True)

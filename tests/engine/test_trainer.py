@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import DfkdError, GeneratorA, Method, NonFiniteLossError, Replay, Trainer
-from dfkd_fast.models import build_classifier
+from dfkd_fast.models import build_model
 from tests.small import small_method, small_networks
 from tests.states import assert_equal, through_a_file, without_times
 
@@ -122,7 +122,7 @@ def test_nan_is_found_before_a_stopped_run_could_be_saved(make_trainer: MakeTrai
 @pytest.mark.parametrize(
     ("networks", "message"),
     [
-        (lambda t, s, g: (t, build_classifier("lenet5_half", 7, 1), g), r"disagree on the classes.*\(10,\).*\(7,\)"),
+        (lambda t, s, g: (t, build_model("lenet5_half", 7, 1), g), r"disagree on the classes.*\(10,\).*\(7,\)"),
         (lambda t, s, g: (t, s, GeneratorA(20, 1, 28, width=4)), r"teacher cannot take the generator's 1×28×28 images"),
         (lambda t, s, g: (t, s, GeneratorA(20, 3, 32, width=4)), r"teacher cannot take the generator's 3×32×32 images"),
         (lambda t, s, g: (t, nn.Sequential(nn.Flatten(), nn.Linear(3, 10)), g), r"student cannot take"),

@@ -29,15 +29,15 @@ def log_l1(student: Array, teacher: Array, _: float) -> float:
 
 
 def kl(student: Array, teacher: Array, temperature: float) -> float:
-    """KL(teacher ‖ student) a sample, times temperature²."""
+    """KL(teacher ‖ student) a sample or a pixel, times temperature²."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (teacher, student))
-    return float(temperature**2 * rel_entr(p, q).sum() / len(p))
+    return float(temperature**2 * rel_entr(p, q).sum() / p[:, 0].size)
 
 
 def js(student: Array, teacher: Array, temperature: float) -> float:
-    """Jensen–Shannon a sample; scipy has its square root."""
+    """Jensen–Shannon a sample or a pixel; scipy has its square root."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (teacher, student))
-    return float((jensenshannon(p, q, axis=1) ** 2).sum() / len(p))
+    return float((jensenshannon(p, q, axis=1) ** 2).sum() / p[:, 0].size)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 11, 3, 5)])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_classifier
+from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_model
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_classifier
 )
 def test_a_papers_network_is_built_by_its_name(name: str, kind: type[nn.Module]) -> None:
     with torch.device("meta"):
-        assert type(build_classifier(name, 10, 1)) is kind
+        assert type(build_model(name, 10, 1)) is kind
 
 
 @pytest.mark.parametrize(
@@ -37,27 +37,27 @@ def test_a_papers_network_is_built_by_its_name(name: str, kind: type[nn.Module])
 )
 def test_other_names_come_from_torchvision_first_unless_a_library_is_named(name: str, library: str) -> None:
     with torch.device("meta"):
-        network = build_classifier(name, 7, 3)
+        network = build_model(name, 7, 3)
     assert type(network).__module__.split(".")[0] == library
     assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
 
 
 def test_a_network_of_timm_takes_any_number_of_channels() -> None:
     with torch.device("meta"):
-        network = build_classifier("timm:resnet10t", 7, 1)
+        network = build_model("timm:resnet10t", 7, 1)
     assert network(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
 def test_a_network_of_torchvision_refuses_other_than_3_channels_and_names_the_alternative(name: str) -> None:
     with pytest.raises(DfkdError, match=rf"{name}.* take 3 channels, not 1; .*timm:resnet18"):
-        build_classifier(name, 10, 1)
+        build_model(name, 10, 1)
 
 
 @pytest.mark.parametrize("name", ["wrn39_2", "wrn4_2", "wrn16_0", "wrn0_1"])
 def test_a_wide_resnet_that_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(DfkdError, match=rf"model '{name}': .*depth is 6n \+ 4"):
-        build_classifier(name, 10, 3)
+        build_model(name, 10, 3)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_a_wide_resnet_that_cannot_be_is_refused(name: str) -> None:
 )
 def test_an_unknown_name_suggests_the_nearest(name: str, suggestion: str) -> None:
     with pytest.raises(DfkdError, match=rf"unknown model '{name}': did you mean '{suggestion}'\?"):
-        build_classifier(name, 10, 3)
+        build_model(name, 10, 3)
 
 
 def test_an_unknown_name_lists_each_choice_once() -> None:
     with pytest.raises(DfkdError) as caught:
-        build_classifier("resnet18_", 10, 3)
+        build_model("resnet18_", 10, 3)
     choices = str(caught.value).partition("there are ")[2].split(", ")
     assert set(choices) >= {"lenet5", "lenet5_half", "cifar_resnet18", "cifar_resnet34", "resnet18"}
     assert len(choices) == len(set(choices))
@@ -97,7 +97,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_users_own_function_is_found_in_the_working_folder(own_module: str) -> None:
-    network = build_classifier(f"{own_module}:tiny", 7, 1)
+    network = build_model(f"{own_module}:tiny", 7, 1)
     assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
 
 
@@ -106,7 +106,7 @@ def test_a_users_own_function_is_found_in_the_working_folder(own_module: str) ->
 )
 def test_a_users_own_function_that_gives_no_network_is_named(own_module: str, function: str, message: str) -> None:
     with pytest.raises(DfkdError, match=f"model '{own_module}:{function}'.* {message}"):
-        build_classifier(f"{own_module}:{function}", 7, 1)
+        build_model(f"{own_module}:{function}", 7, 1)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +114,4 @@ def test_a_users_own_function_that_gives_no_network_is_named(own_module: str, fu
 )
 def test_a_name_that_leads_nowhere_is_one_line_for_the_user(name: str) -> None:
     with pytest.raises(DfkdError, match=name):
-        build_classifier(name, 7, 3)
+        build_model(name, 7, 3)

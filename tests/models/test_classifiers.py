@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet34
 
-from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_classifier
+from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_model
 
 
 def parameters(network: nn.Module) -> int:
@@ -43,7 +43,7 @@ def wide_resnet_parameters(depth: int, width: int, classes: int, channels: int) 
 )
 def test_parameters_of_the_papers_networks(name: str, classes: int, channels: int, expected: int) -> None:
     with torch.device("meta"):
-        network = build_classifier(name, classes, channels)
+        network = build_model(name, classes, channels)
     assert parameters(network) == expected
     assert network(torch.empty(2, channels, 32, 32, device="meta")).shape == (2, classes)
 

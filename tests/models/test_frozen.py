@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import DfkdError
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import Observer, build_classifier, freeze
+from dfkd_fast.models import Observer, build_model, freeze
 
 
 class Sequences(nn.Module):
@@ -120,7 +120,7 @@ def test_the_statistics_term_and_its_gradient_to_the_images_are_the_equations(bu
 @pytest.mark.parametrize(("statistics", "features"), [(True, True), (True, False), (False, True), (False, False)])
 def test_an_observer_answers_to_the_bit_as_its_teacher_and_shares_every_tensor_with_it(statistics: bool, features: bool) -> None:
     torch.manual_seed(0)
-    teacher = build_classifier("wrn10_1", 10, 3)
+    teacher = build_model("wrn10_1", 10, 3)
     teacher(torch.randn(8, 3, 16, 16))
     freeze(teacher)
     observer, x = Observer(teacher, statistics=statistics, features=features), torch.randn(5, 3, 16, 16)

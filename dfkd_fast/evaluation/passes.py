@@ -1,0 +1,164 @@
+"""One pass of networks over labelled images: what each is worth is added up, and how far they agree."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_fast import distributed
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.kernels import kl_discrepancy
+from dfkd_fast.models import evaluating, logits_of
+from dfkd_fast.settings import VOID
+
+__all__ = ["Agreement", "Evaluation", "run_pass"]
+
+Element = TypeVar("Element")
+Worth = TypeVar("Worth")
+NO_TIME = 1e-9  # seconds
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a network follows another one."""
+
+    network: str
+    reference: str
+    top1: float
+    """Images, or pixels, on which both predict the same class, in percent."""
+    mean_kl: float
+    """Of KL(reference ‖ network) over the images, or pixels, in nats."""
+
+
+@dataclass(frozen=True)
+class Evaluation(Generic[Worth]):
+    """One pass of networks over labelled images, of all processes together."""
+
+    networks: dict[str, Worth]
+    """The figures of each."""
+    agreements: list[Agreement]
+    """Of every network with the reference."""
+    count: int
+    """Images that were seen."""
+    unreadable: list[str]
+    """Files that could not be decoded, and why."""
+    seconds: dict[str, float]
+    """``total``, of which ``decode`` was spent waiting for images, and ``network`` on everything else; here."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the whole pass."""
+        return self.count / max(self.seconds["total"], NO_TIME)
+
+
+def run_pass(
+    networks: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    measured: int,
+    figures: Callable[[Tensor, int], Worth],
+    *,
+    classes: int | None,
+    reference: str | None,
+    autocast: Callable[[], AbstractContextManager[object]],
+    on_batch: Callable[[int], None],
+) -> Evaluation[Worth]:
+    """What :func:`~dfkd_fast.evaluation.evaluate` does, whatever is measured; so are the other arguments and the errors.
+
+    Args:
+        batches: (images (B, C, H, W), labels (B,) or (B, H, W)).
+        measure: float32 logits (B, classes, …) of the labels' size, and labels, each VOID or a class → numbers to add up.
+        measured: how many numbers.
+        figures: their sums, float64 (measured,) on the CPU, and of how many images or pixels → what the network is worth.
+        classes: how many every network must have; any number if None.
+    """
+    device = torch.device(device)
+    # Of each network: outputs that are no numbers, labels that are none of its classes, agreement, divergence; what is measured.
+    sums = {name: torch.zeros(4 + measured, dtype=torch.float64, device=device) for name in networks}
+    clock, waiting = time.perf_counter(), 0.0
+    count = total = 0  # images, and labels
+    with ExitStack() as modes:
+        for network in networks.values():
+            modes.enter_context(evaluating(network))
+        for waited, (images, labels) in _timed(batches):
+            waiting += waited
+            seen = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            labels = labels.to(device, non_blocking=True)
+            with autocast():
+                outputs = {name: network(seen) for name, network in networks.items()}
+            logits = {name: _fitted(name, output, labels, classes) for name, output in outputs.items()}
+            for name, found in logits.items():
+                strange = (labels >= found.shape[1]) | (labels < 0) & (labels != VOID)
+                known = labels.masked_fill(strange, 0)  # others are counted, and would end a GPU's process here
+                counts = (~found.isfinite()).any(dim=1).sum(), strange.sum(), *_agreeing(found, logits.get(reference or name, found))
+                sums[name] += torch.cat([torch.stack([number.double() for number in counts]), measure(found, known)])
+            count += len(labels)
+            total += labels.numel()
+            on_batch(len(labels))
+    sums = {name: distributed.summed(found).cpu() for name, found in sums.items()}
+    seconds = time.perf_counter() - clock
+    count, total = distributed.summed(torch.tensor([count, total], device=device)).tolist()
+    unreadable = sorted(distributed.gathered(list(getattr(batches, "unreadable", []))))
+    if count == 0:
+        raise DfkdError("no images to evaluate on" + (f": none of {len(unreadable)} can be decoded, {unreadable[0]}" if unreadable else ""))
+    for name, found in sums.items():
+        no_numbers, strangers = found[:2].long().tolist()
+        if no_numbers:
+            what = "images" if total == count else "pixels"
+            raise DfkdError(f"network {name}: its output is NaN or infinite on {no_numbers} of {total} {what}")
+        if strangers:
+            raise DfkdError(f"network {name}: {strangers} of {total} labels are none of its classes")
+    return Evaluation(
+        networks={name: figures(found[4:], total) for name, found in sums.items()},
+        agreements=[
+            Agreement(name, reference, 100 * found[2].item() / total, found[3].item() / total)
+            for name, found in sums.items()
+            if reference is not None and name != reference
+        ],
+        count=count,
+        unreadable=unreadable,
+        seconds={"total": seconds, "decode": waiting, "network": seconds - waiting},
+    )
+
+
+def _timed(elements: Iterable[Element]) -> Iterator[tuple[float, Element]]:
+    """The elements, and for how many seconds each was waited for."""
+    iterator = iter(elements)
+    for _ in itertools.count():
+        begin = time.perf_counter()
+        try:
+            element = next(iterator)
+        except StopIteration:
+            return
+        yield time.perf_counter() - begin, element
+
+
+def _fitted(name: str, output: Any, labels: Tensor, classes: int | None) -> Tensor:
+    """The logits in an output, float32 and of the labels' size."""
+    try:
+        logits = logits_of(output).float()
+    except DfkdError as error:
+        raise DfkdError(f"network {name} {error}") from error
+    if logits.ndim != labels.ndim + 1 or logits.shape[1] != (classes or logits.shape[1]):
+        wanted = ", ".join(["B", str(classes or "classes"), *("H", "W")[: 2 * (labels.ndim > 1)]])
+        raise DfkdError(f"network {name} must return logits ({wanted}), not {tuple(logits.shape)}")
+    if logits.shape[2:] == labels.shape[1:]:
+        return logits
+    return F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+
+
+def _agreeing(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """On how many images or pixels the largest logits are the same, and the sum of KL(reference ‖ network)."""
+    if logits is reference:
+        return logits.new_zeros(()), logits.new_zeros(())
+    divergence, agreement = kl_discrepancy(
+        logits, reference, temperature=1.0, reduction="sum", scale_by_temperature_squared=False, agreement=True
+    )
+    return agreement, divergence

