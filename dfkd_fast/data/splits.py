@@ -148,12 +148,15 @@ def batches(
 ) -> DataLoader[Any]:
     """A loader of (images (B, C, H, W) float32, labels (B,) or (B, H, W)); the last batch may be smaller.
 
-    It draws from ``generator`` alone, so that evaluating never moves another random stream.
+    It draws from ``generator`` alone, so that evaluating never moves another random stream. Shuffled batches are to train on:
+    a last one of a single image, whose batch norms would have nothing to normalise by, is left out.
     """
+    alone = shuffle and len(split) % batch_size == 1  # type: ignore[arg-type]
     return DataLoader(
         split,
         batch_size,
         shuffle=shuffle,
+        drop_last=alone,
         num_workers=0 if isinstance(split, InMemory) else workers,
         collate_fn=_as_is if isinstance(split, InMemory) else None,
         generator=generator if generator is not None else torch.Generator(),

@@ -19,7 +19,7 @@ from .generators import (
 )
 from .modes import evaluating, logits_of, logits_only
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
-from .segmenters import Segmenter
+from .segmenters import Segmenter, SmallFcn
 from .vae import Vae
 from .weights import load_weights, read_metadata, save_weights
 
@@ -37,6 +37,7 @@ __all__ = [
     "Observation",
     "Observer",
     "Segmenter",
+    "SmallFcn",
     "Standardize",
     "UpsampleConv2d",
     "Vae",

@@ -14,7 +14,7 @@ from dfkd_fast.errors import DfkdError, first_line, unknown
 
 from .classifiers import LENET5_HALF, CifarResNet, LeNet5, WideResNet
 from .pretrained import PRETRAINED
-from .segmenters import HEADS, SEGMENTERS, build_segmenter
+from .segmenters import SEGMENTERS, build_segmenter, is_segmenter
 
 __all__ = ["build_model"]
 
@@ -34,7 +34,8 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
             (``wrn40_2``), ``efficientnet_lite0`` (see :func:`~dfkd_fast.models.load_pretrained`), a
             torchvision or timm name (``torchvision:`` or ``timm:`` in front picks the library), or
             ``module:function``, called as ``function(num_classes=...)``. Segmenters are torchvision's
-            (``deeplabv3_resnet50``), ``deeplabv3_mobilenet_v2``, and ``deeplabv3:`` or ``lraspp:`` with an encoder of timm.
+            (``deeplabv3_resnet50``), ``deeplabv3_mobilenet_v2``, ``small_fcn<width>`` (``small_fcn16``), and ``deeplabv3:`` or
+            ``lraspp:`` with an encoder of timm.
         num_classes: number of logits.
         channels: of the input images.
 
@@ -55,7 +56,7 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
         return timm.create_model(PRETRAINED[name].timm_name, num_classes=num_classes, in_chans=channels)
 
     library, _, rest = name.rpartition(":")
-    if library in HEADS or (library in ("", "torchvision") and rest in SEGMENTERS):
+    if is_segmenter(name):
         return build_segmenter(name.removeprefix("torchvision:"), num_classes, channels)
     if library not in ("", "torchvision", "timm"):
         return _users_own(library, rest, num_classes)

@@ -31,7 +31,7 @@ def draw_samples(images: Tensor, mean: Sequence[float], std: Sequence[float], pa
     pixels = pixels.clamp(0, 1)
     if beside:
         pixels = torch.cat([pixels.expand(-1, 3, -1, -1), *(picture.cpu().float() / 255 for picture in beside)], dim=3)
-    columns = max(1, math.isqrt(len(images)) // (1 + len(beside)))
+    columns = max(1, math.isqrt(len(images) // (1 + len(beside))))
     grid = make_grid(pixels, nrow=columns, padding=1 + len(beside), pad_value=0.5)
     with replacing(path) as part:
         to_pil_image(grid).save(part)

@@ -177,3 +177,24 @@ def test_weights_of_another_encoder_are_refused_by_the_first_name_that_differs(n
         save_weights(timm.create_model("mobilenetv3_small_050"), tmp_path / "classifier.safetensors", {})
     with pytest.raises(DfkdError, match=message):
         load_encoder(build_model(name, 5, 1 if name == "lenet5" else 3), str(tmp_path / "classifier.safetensors"))
+
+
+@pytest.mark.parametrize(("encoder", "fewer"), [("mobilenetv2_035", 0.7), ("resnet10t", 0.7), ("mobilenetv3_small_050", 0.7)])
+def test_an_encoder_of_which_only_the_first_stages_are_wanted_has_no_others(encoder: str, fewer: float) -> None:
+    whole, cut = (build_model(f"lraspp:{name}", 5, 3) for name in (encoder, f"{encoder}/4"))
+    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in (cut, whole)]
+    assert counts[0] < fewer * counts[1]
+    cut(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in cut.parameters())
+
+
+@pytest.mark.parametrize("stages", ["0", "1", "x", "", "9"])
+def test_stages_that_an_encoder_does_not_have_are_refused(stages: str) -> None:
+    with pytest.raises(DfkdError, match="stages"):
+        build_model(f"lraspp:resnet10t/{stages}", 5, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 1, 10, 14)])
+def test_the_small_network_labels_every_pixel_of_images_with_even_sides(shape: tuple[int, ...]) -> None:
+    network = build_model("small_fcn4", 3, shape[1]).eval()
+    assert network(torch.randn(shape)).shape == (shape[0], 3, *shape[2:])

@@ -1,0 +1,117 @@
+"""Distilling and evaluating segmenters from the command line, on the toy that needs no files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from dfkd_fast.data import DataSettings, label_names, palette
+from tests.command_line import Run
+
+TINY = [
+    *("--set", "loop.epochs=2", "--set", "loop.iterations_per_epoch=1", "--set", "loop.student_steps=1", "--set", "loop.batch_size=4"),
+    *("--set", "teacher.epochs=1", "--set", "report.samples=4", "--set", "report.samples_every=1"),
+]
+SHAPES = DataSettings(name="shapes", num_classes=4, channels=3, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def test_a_student_that_saw_no_data_labels_nine_tenths_as_well_as_its_teacher(run: Run, tmp_path: Path) -> None:
+    said = run("distill", "shapes", "--out", tmp_path / "run", "--set", "loop.epochs=6")
+    assert said.code == 0, said.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metric"] == "mIoU"
+    assert summary["teacher_accuracy"] > 85
+    assert summary["student_accuracy"]["last"] > 0.9 * summary["teacher_accuracy"]
+
+
+@pytest.fixture
+def tiny_run(run: Run, tmp_path: Path) -> Path:
+    said = run("distill", "shapes", "--out", tmp_path / "tiny", *TINY)
+    assert said.code == 0, said.err
+    assert "mIoU" in said.out
+    assert all(name in said.out for name in label_names(SHAPES))
+    return tmp_path / "tiny"
+
+
+def test_the_summary_has_the_iou_of_each_class_of_teacher_and_student(tiny_run: Path) -> None:
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    for player, miou in (("teacher", summary["teacher_accuracy"]), ("student", summary["student_accuracy"]["last"])):
+        found = summary["iou"][player]
+        assert list(found) == label_names(SHAPES)
+        assert sum(found.values()) / 4 == pytest.approx(miou)
+
+
+def test_pictures_show_each_image_with_the_label_maps_of_both_in_the_sets_colours(tiny_run: Path) -> None:
+    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0001.png", "epoch-0002.png"]
+    pixels = pil_to_tensor(Image.open(tiny_run / "samples" / "epoch-0002.png"))
+    side, gap = 32, 3
+    assert pixels.shape == (3, 4 * (side + gap) + gap, 3 * side + 2 * gap)
+    colours = palette(SHAPES).tolist()
+    maps = pixels[:, gap : gap + side, gap + side : -gap].flatten(1).T.unique(dim=0).tolist()
+    assert all(colour in colours for colour in maps)
+
+
+def test_evaluating_a_run_gives_both_networks_figures_again(tiny_run: Path, run: Run, tmp_path: Path) -> None:
+    said = run("evaluate", tiny_run, "--json", tmp_path / "figures.json")
+    assert said.code == 0, said.err
+    assert "of the pixels" in said.out
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    student, teacher = json.loads((tmp_path / "figures.json").read_text())
+    assert student["miou"] == pytest.approx(summary["student_accuracy"]["last"])
+    assert teacher["miou"] == pytest.approx(summary["teacher_accuracy"])
+    assert student["iou"] == pytest.approx(summary["iou"]["student"])
+    assert (student["count"], teacher["agreement"]) == (128, None)
+    assert student["agreement"]["reference"].endswith("teacher.safetensors")
+    assert 0 < student["pixel_accuracy"] <= 100
+
+
+def test_teaching_alone_tells_the_iou_of_each_class(run: Run, tmp_path: Path) -> None:
+    said = run("teach", "shapes", "--out", tmp_path / "teacher", *TINY)
+    assert said.code == 0, said.err
+    assert all(name in said.out for name in label_names(SHAPES))
+
+
+def test_a_segmenter_taught_beforehand_by_the_focal_loss_gives_the_very_same_student(run: Run, tmp_path: Path) -> None:
+    options = [*TINY, "--set", "teacher.focal_gamma=2.0"]
+    assert run("distill", "shapes", "--out", tmp_path / "whole", *options).code == 0
+    assert run("teach", "shapes", "--out", tmp_path / "teacher", *options).code == 0
+    assert (
+        run("distill", "shapes", "--out", tmp_path / "other", "--teacher", tmp_path / "teacher" / "teacher.safetensors", *options).code == 0
+    )
+    whole, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "other"))
+    assert whole["iou"] == other["iou"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.num_classes=5", "num_classes"),
+        ("student.model=lenet5_half", "lenet5_half|student"),
+        ("teacher.encoder_weights=efficientnet_lite0", "has no encoder"),
+        ("objective.class_nll=1.0", "objective.class_nll = 1.0"),
+        ("teacher.focal_gamma=-1", "teacher.focal_gamma = -1: must be a number ≥ 0"),
+    ],
+)
+def test_what_does_not_fit_a_segmentation_is_one_line(run: Run, tmp_path: Path, change: str, message: str) -> None:
+    conditional = ["--set", "generator.conditional=true"] if "class_nll" in change else []
+    said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, "--set", change, *conditional)
+    assert said.code == 2
+    assert len(said.err.splitlines()) == 1
+    assert re.search(message, said.err)
+
+
+def test_compared_runs_are_labelled_by_their_figure(tiny_run: Path, run: Run, tmp_path: Path) -> None:
+    said = run("compare", tiny_run, tiny_run, "--out", tmp_path / "picture.png")
+    assert said.code == 0, said.err
+    assert "shapes" in said.out
+
+
+def test_doctor_looks_a_segmenter_over(tiny_run: Path, run: Run) -> None:
+    said = run("doctor", "--teacher", "shapes", "--weights", tiny_run / "teacher.safetensors")
+    assert "mIoU" in said.out
+    assert "folding" in said.out
+    assert torch.get_num_threads() == 1
