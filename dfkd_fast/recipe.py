@@ -60,7 +60,7 @@ class Student:
 
     model: str = "lenet5_half"
     encoder_weights: str = ""
-    """Of a segmenter: what its encoder begins with, as in ``[teacher]``."""
+    """Of a segmenter: what its encoder begins with, as in ``[teacher]``, or ``teacher`` for the teacher's own first layers."""
 
 
 @settings

@@ -60,8 +60,8 @@ def distill(run: Run) -> dict[str, Any]:
     evaluate = None if recipe.data.name == "none" else Evaluator(recipe.data, device, run.say)
     teacher_seconds = _obtain_teacher(run, teacher)
     teacher_accuracy = evaluate(teacher) if evaluate else None
-    if recipe.student.encoder_weights:
-        load_encoder(student, recipe.student.encoder_weights)
+    if initial := recipe.student.encoder_weights:
+        load_encoder(student, teacher if initial == "teacher" else initial)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
     for remark in trainer.remarks:

@@ -48,28 +48,37 @@ def load_pretrained(network: nn.Module, name: str) -> None:
         raise DfkdError(f"model {name!r}: the weights of its package do not fit: {first_line(error)}") from error
 
 
-def load_encoder(segmenter: nn.Module, weights: str) -> None:
-    """Give a segmenter's encoder, its ``backbone``, the weights of a classifier; what the encoder lacks is left out.
+def load_encoder(segmenter: nn.Module, weights: str | nn.Module) -> None:
+    """Give a segmenter's encoder, its ``backbone``, weights that were learnt elsewhere; what it lacks is left out.
 
     Args:
         segmenter: one of :mod:`~dfkd_fast.models.segmenters`, or any network with a ``backbone``.
-        weights: a file of the classifier, or a name of :data:`PRETRAINED`.
+        weights: a file of a classifier, a name of :data:`PRETRAINED`, or another segmenter.
 
     Raises:
-        DfkdError: the network has no encoder, or the weights are of another one.
+        DfkdError: one of the networks has no encoder, or the weights are of another one.
     """
-    encoder = getattr(segmenter, "backbone", None)
-    if not isinstance(encoder, nn.Module):
-        raise DfkdError(f"encoder_weights = {weights!r}: the network {type(segmenter).__name__} has no encoder")
-    state = _of_classifier(weights) if weights in PRETRAINED else read_weights(Path(weights).expanduser())
-    # torchvision's mobile networks have their encoder under this name.
-    state = {name.removeprefix("features."): tensor for name, tensor in state.items()}
+    encoder = _encoder(segmenter)
+    if isinstance(weights, nn.Module):
+        named, state = "the teacher's", _encoder(weights).state_dict()
+    else:
+        named = repr(weights)
+        found = _of_classifier(weights) if weights in PRETRAINED else read_weights(Path(weights).expanduser())
+        # torchvision's mobile networks have their encoder under this name.
+        state = {name.removeprefix("features."): tensor for name, tensor in found.items()}
     own = encoder.state_dict()
     for name, tensor in own.items():
         if name not in state or state[name].shape != tensor.shape:
-            found = f"is {tuple(state[name].shape)} there, {tuple(tensor.shape)} here" if name in state else "is not there"
-            raise DfkdError(f"encoder_weights = {weights!r}: are of another encoder: {name} {found}")
+            missed = f"is {tuple(state[name].shape)} there, {tuple(tensor.shape)} here" if name in state else "is not there"
+            raise DfkdError(f"encoder_weights: {named} are of another encoder: {name} {missed}")
     encoder.load_state_dict({name: state[name] for name in own})
+
+
+def _encoder(network: nn.Module) -> nn.Module:
+    encoder = getattr(network, "backbone", None)
+    if not isinstance(encoder, nn.Module):
+        raise DfkdError(f"encoder_weights: the network {type(network).__name__} has no encoder")
+    return encoder
 
 
 def _of_classifier(name: str) -> Mapping[str, Tensor]:

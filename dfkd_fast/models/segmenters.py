@@ -1,7 +1,6 @@
 """Semantic segmenters: torchvision's by name, its DeepLabv3 and LR-ASPP heads on any encoder of timm, and a small one for toys."""
 
 import re
-
 from typing import Any
 
 import torch.nn.functional as F
@@ -48,7 +47,7 @@ class Segmenter(nn.Module):
             raise unknown("encoder", encoder, timm.list_models(f"*{encoder}*")[:20] or [*PRETRAINED, "mobilenetv2_100", "resnet50"])
         name = PRETRAINED[encoder].timm_name if encoder in PRETRAINED else encoder
         try:
-            wanted = {"out_indices": tuple(range(int(stages)))} if stages else {}
+            wanted: dict[str, Any] = {"out_indices": tuple(range(int(stages)))} if stages else {}
             self.backbone = timm.create_model(name, features_only=True, in_chans=channels, output_stride=HEADS[head], **wanted)
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, AssertionError, IndexError) as error:
             stage = f" with {stages} stages" if stages else ""
@@ -82,7 +81,7 @@ class SmallFcn(nn.Sequential):
     """
 
     def __init__(self, width: int, num_classes: int, channels: int = 3) -> None:
-        def convolution(before: int, after: int, **how: int) -> list[nn.Module]:
+        def convolution(before: int, after: int, **how: Any) -> list[nn.Module]:
             return [nn.Conv2d(before, after, kernel_size=3, bias=False, **how), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
 
         super().__init__(
