@@ -17,11 +17,12 @@ from dfkd_fast.errors import DfkdError
 from . import table as table_files
 from .provenance import ROOT, commit
 
-__all__ = ["end_to_end_table", "evaluation_table", "kernel_table", "main", "methods_table", "table", "tables"]
+__all__ = ["end_to_end_table", "evaluation_table", "kernel_table", "main", "methods_table", "segmentation_table", "table", "tables"]
 
 RESULTS = ROOT / "bench" / "results" / "distill.jsonl"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by python -m bench.report from bench/results/distill.jsonl -->", "<!-- end of the table -->"
+SEGMENTATION_BEGIN = "<!-- made by python -m bench.report from the segmenters in bench/results/distill.jsonl -->"
 NOT_MEASURED = "Not measured yet."
 METHODS_BEGIN = "<!-- made by python -m bench.report from bench/results/methods-*.csv -->"
 END_TO_END_BEGIN = "<!-- made by python -m bench.report from bench/results/end-to-end-*.csv -->"
@@ -44,7 +45,8 @@ def main(folders: Iterable[Path]) -> None:
 def tables() -> dict[str, str]:
     """Every table by the line it stands under in the README."""
     return {
-        BEGIN: table(results()),
+        BEGIN: table([entry for entry in results() if not _segments(entry)]),
+        SEGMENTATION_BEGIN: segmentation_table([entry for entry in results() if _segments(entry)]),
         METHODS_BEGIN: methods_table(methods_results()),
         END_TO_END_BEGIN: end_to_end_table(end_to_end_results()),
         EVALUATION_BEGIN: evaluation_table(evaluation_results()),
@@ -56,7 +58,7 @@ def take_in(folder: Path, made_at: str) -> None:
     """Append a run's summary, with what was run and at which commit; it replaces one of the same recipe, seed and device."""
     summary = json.loads((folder / "summary.json").read_text())
     recipe = tomllib.loads((folder / "recipe.toml").read_text())
-    root = " --data-root DIR" if recipe["data"]["root"] and recipe["data"]["name"] != "digits" else ""
+    root = " --data-root DIR" if recipe["data"]["root"] and recipe["data"]["name"] not in ("digits", "shapes") else ""
     entry = {"command": f"dfkd-fast distill {summary['recipe']} --seed {summary['seed']}{root}", "commit": made_at, **summary}
     kept = [old for old in results() if key(old) != key(entry)]
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in sorted([*kept, entry], key=key)))
@@ -79,7 +81,7 @@ def table(entries: list[dict[str, Any]]) -> str:
     for alike in _grouped(entries):
         found = [entry["retention"] for entry in alike]
         cells = [
-            f"`{alike[0]['command'].replace(' --seed ' + str(alike[0]['seed']), ' --seed N')}`",
+            _command(alike[0]),
             ", ".join(str(entry["seed"]) for entry in alike),
             _each([entry["teacher_accuracy"] for entry in alike]),
             _each([one["last"] for one in found]),
@@ -91,6 +93,49 @@ def table(entries: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def segmentation_table(entries: list[dict[str, Any]]) -> str:
+    """A row a recipe and device of runs with a label a pixel: means over the seeds."""
+    if not entries:
+        return NOT_MEASURED
+    titles = (
+        "command",
+        "seeds",
+        "teacher",
+        "last",
+        "best",
+        "last of the teacher's",
+        "largest drop",
+        "seconds, teacher's",
+        "student's",
+        "device",
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for alike in _grouped(entries):
+        shares = [entry["retention"]["last"] / entry["teacher_accuracy"] for entry in alike]
+        cells = [
+            _command(alike[0]),
+            ", ".join(str(entry["seed"]) for entry in alike),
+            _each([entry["teacher_accuracy"] for entry in alike]),
+            _each([entry["retention"]["last"] for entry in alike]),
+            _each([entry["retention"]["best"] for entry in alike]),
+            f"{100 * fmean(shares):.1f} %",
+            _each([entry["retention"]["largest_drop"] for entry in alike]),
+            f"{fmean(entry['seconds']['teacher'] for entry in alike):.0f}",
+            f"{fmean(sum(entry['seconds'][phase] for phase in ('generator', 'student', 'evaluation')) for entry in alike):.0f}",
+            alike[0]["device_name"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _segments(entry: dict[str, Any]) -> bool:
+    return entry.get("metric") == "mIoU"
+
+
+def _command(entry: dict[str, Any]) -> str:
+    return f"`{entry['command'].replace(' --seed ' + str(entry['seed']), ' --seed N')}`"
 
 
 def _grouped(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -159,6 +159,8 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             folder.draw_samples(images, recipe.data.mean, recipe.data.std, epoch.number, seen)
             folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", metric_of(recipe.data))
 
+    if trainer.pretrained < recipe.loop.generator_pretraining:
+        run.say(f"the generator learns alone for {recipe.loop.generator_pretraining - trainer.pretrained} steps")
     folder.begin_log(trainer.history)
     try:
         loop, metric = recipe.loop, metric_of(recipe.data)

@@ -1,12 +1,16 @@
 import io
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_fast import NonFiniteLossError, Optimizer
-from dfkd_fast.engine.teach import TeacherTrainer
+from dfkd_fast.engine.teach import TeacherTrainer, focal_loss
+from dfkd_fast.settings import VOID
 
 
 def blobs() -> TensorDataset:
@@ -59,3 +63,57 @@ def test_a_loss_that_is_not_finite_stops_it() -> None:
     broken = [(torch.full((4, 1, 2, 2), float("inf")), torch.zeros(4, dtype=torch.long))]
     with pytest.raises(NonFiniteLossError, match="teacher's loss is nan in epoch 1"):
         list(make(batches=broken))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 5, 4, 6)])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.7])
+def test_the_focal_loss_is_its_equation_over_what_has_a_label(shape: tuple[int, ...], gamma: float) -> None:
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(shape).double(), torch.randint(5, (shape[0], *shape[2:]))
+    labels[torch.rand(labels.shape) < 0.3] = VOID
+    log_p = np.take_along_axis(log_softmax(logits.numpy(), axis=1), labels.clamp(min=0).numpy()[:, None], axis=1)[:, 0]
+    terms = -((1 - np.exp(log_p)) ** gamma) * log_p
+    assert focal_loss(logits, labels, gamma).item() == pytest.approx(terms[labels.numpy() != VOID].mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_the_focal_losss_gradient_is_that_of_finite_differences(gamma: float) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True), torch.randint(3, (2, 2, 2))
+    labels[0, 0, 0] = VOID
+    assert torch.autograd.gradcheck(lambda x: focal_loss(x, labels, gamma), logits)
+
+
+def test_without_focus_it_is_cross_entropy_to_the_bit() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 3, 5, 5), torch.randint(3, (4, 5, 5))
+    labels[0] = VOID
+    assert torch.equal(focal_loss(logits, labels, 0.0), F.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("gamma", [0.3, 2.0])
+def test_a_label_that_is_certain_gives_a_gradient_of_numbers(gamma: float) -> None:
+    logits = torch.tensor([[200.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    focal_loss(logits, torch.tensor([0, 0]), gamma).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad[1].any()
+
+
+class OutAndMore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"aux": images, "out": self.layer(images)}
+
+
+def test_a_segmenter_that_returns_a_dict_is_taught_too() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 1, 4, 4)
+    stream = torch.Generator()
+    data = [(images, (images[:, 0] > 0).long())]
+    trainer = TeacherTrainer(OutAndMore(), data, Optimizer(lr=1.0), 20, stream, torch.device("cpu"), focal_gamma=2.0)
+    losses = [epoch.losses["teacher"] for epoch in trainer]
+    assert losses[-1] < losses[0] / 4

@@ -44,7 +44,8 @@ def weighted_sum(logits: Tensor, targets: Tensor, parts: Sequence[Part], discrep
         if discrepancy == "l1":
             loss = loss + weight * F.l1_loss(student, teacher)
         else:
-            loss = loss + weight * F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+            divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
+            loss = loss + weight * divergence / teacher[:, 0].numel()
         start += rows
     return loss
 
@@ -105,16 +106,19 @@ def gradients(network: nn.Module) -> list[Tensor | None]:
     return [parameter.grad for parameter in network.parameters()]
 
 
-def smooth(normalised: bool) -> nn.Module:
-    """A student with curvature everywhere, of 2×3×3 images."""
+def smooth(normalised: bool, dense: bool = False) -> nn.Module:
+    """A student with curvature everywhere, of 2×3×3 images; a dense one labels 2×2 pixels."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(3) if normalised else nn.Identity()
+    if dense:
+        return nn.Sequential(nn.Conv2d(2, 3, 2), norm, nn.Tanh(), nn.Conv2d(3, 4, 1), nn.Softplus(), nn.Conv2d(4, 3, 1)).double()
     return nn.Sequential(nn.Conv2d(2, 3, 2), norm, nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Softplus(), nn.Linear(4, 3)).double()
 
 
-def fresh_and_replayed(fresh: float = 1.0, replayed: float = 1.0) -> Batch:
+def fresh_and_replayed(fresh: float = 1.0, replayed: float = 1.0, dense: bool = False) -> Batch:
     torch.manual_seed(1)
-    return Batch(torch.randn(8, 2, 3, 3).double(), 2 * torch.randn(8, 3).double(), [Part(5, fresh), Part(3, replayed)])
+    logits = 2 * torch.randn(8, 3, *([2, 2] if dense else [])).double()
+    return Batch(torch.randn(8, 2, 3, 3).double(), logits, [Part(5, fresh), Part(3, replayed)])
 
 
 def discrepancies(network: nn.Module, given: Batch, discrepancy: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
@@ -161,10 +165,11 @@ UPDATES = [{"inner_lr": 0.9}, {"inner_lr": 0.3, "inner_weight_decay": 0.2}]
 @pytest.mark.parametrize("options", UPDATES)
 @pytest.mark.parametrize(("discrepancy", "normalised"), [("kl", False), ("kl", True), ("l1", True)])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.4, 2.5)])
+@pytest.mark.parametrize("dense", [False, True])
 def test_second_order_is_the_gradient_of_acquiring_and_of_retaining_after_the_inner_step(
-    options: dict[str, float], discrepancy: Any, normalised: bool, weights: tuple[float, float]
+    options: dict[str, float], discrepancy: Any, normalised: bool, weights: tuple[float, float], dense: bool
 ) -> None:
-    student, given = smooth(normalised), fresh_and_replayed(*weights)
+    student, given = smooth(normalised, dense), fresh_and_replayed(*weights, dense)
     update = Update(kind="second-order", **options)
     expected = by_finite_differences(student, given, update, discrepancy)
     update.backward(student, given, Objective(discrepancy=discrepancy))
