@@ -324,7 +324,7 @@ class Trainer:
         return Game(
             teacher=teacher,
             observer=Observer(teacher, statistics=objective.bn_moments > 0, features=objective.activation > 0),
-            student=logits_only(self.student, images[:2].float()),
+            student=logits_only(self.student, self.sample(2)),
             generator=self.generator,
             memory=memory,
             average=self.average,

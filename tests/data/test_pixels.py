@@ -102,12 +102,19 @@ def test_crops_repeat_with_the_seed_and_change_from_draw_to_draw() -> None:
 
 def test_a_loader_serves_crops_of_every_image_once_an_epoch_in_the_generators_order() -> None:
     def numbers(seed: int) -> list[int]:
-        loader = batches(split(6, "shift"), 2, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        loader = batches(split(6, "shift"), 3, shuffle=True, generator=torch.Generator().manual_seed(seed))
         return [int(number) for images, _ in loader for number in places(images)[:, 2, 0, 0]]
 
     assert numbers(0) == numbers(0)
     assert len({tuple(numbers(seed)) for seed in range(5)}) > 1
     assert sorted(numbers(3)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(2, [2, 2]), (3, [3, 2]), (5, [5]), (4, [4])])
+def test_a_last_batch_of_one_image_is_not_trained_on_but_tested_on(batch_size: int, sizes: list[int]) -> None:
+    images = split(6, "shift")
+    assert [len(labels) for _, labels in batches(images, batch_size, shuffle=True)] == sizes
+    assert sum(len(labels) for _, labels in batches(images, batch_size)) == len(images)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def test_without_a_terminal_about_ten_plain_lines_are_printed() -> None:
             progress.epoch(Epoch(number, 1.0, {"student": 0.5}, 97.25))
     said = out.getvalue().splitlines()
     assert len(said) == 10
-    assert said[-1] == "student 40/40  student 0.5  accuracy 97.25 %"
+    assert said[-1] == "student 40/40  student 0.5  top-1 accuracy 97.25 %"
 
 
 def test_on_a_terminal_losses_accuracy_and_time_left_are_shown() -> None:
@@ -22,7 +22,7 @@ def test_on_a_terminal_losses_accuracy_and_time_left_are_shown() -> None:
     with Progress(Console(file=out, force_terminal=True, width=120), "student", epochs=4, iterations_per_epoch=2) as progress:
         progress.epoch(Epoch(2, 1.0, {"student": 0.5, "adversarial": -0.25}, 97.25))
         progress.bar.refresh()
-    assert "2/4  student 0.5  adversarial -0.25  accuracy 97.25 %" in out.getvalue()
+    assert "2/4  student 0.5  adversarial -0.25  top-1 accuracy 97.25 %" in out.getvalue()
     assert ":" in out.getvalue()
 
 
