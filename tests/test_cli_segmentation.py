@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from dfkd_fast.data import DataSettings, label_names, palette
@@ -102,6 +103,25 @@ def test_what_does_not_fit_a_segmentation_is_one_line(run: Run, tmp_path: Path, 
     assert said.code == 2
     assert len(said.err.splitlines()) == 1
     assert re.search(message, said.err)
+
+
+@pytest.mark.parametrize("player", ["teacher", "student"])
+def test_weights_that_no_encoder_can_begin_with_are_refused_before_there_is_a_folder(run: Run, tmp_path: Path, player: str) -> None:
+    said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, "--set", f"{player}.encoder_weights=missing.pth")
+    assert (said.code, len(said.err.splitlines())) == (2, 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_can_begin_with_its_teachers_first_layers(run: Run, tmp_path: Path) -> None:
+    models = ["--set", "teacher.model=lraspp:mobilenetv3_small_050", "--set", "student.model=lraspp:mobilenetv3_small_050/4"]
+    options = [*models, "--set", "student.encoder_weights=teacher", "--set", "student_optimizer.lr=1e-12", "--set", "loop.precision=fp32"]
+    said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *options)
+    assert said.code == 0, said.err
+    student, teacher = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("student", "teacher"))
+    weights = [name for name in student if name.startswith("backbone") and name.endswith("weight")]
+    assert len(weights) > 10
+    for name in weights:
+        torch.testing.assert_close(student[name], teacher[name])
 
 
 def test_compared_runs_are_labelled_by_their_figure(tiny_run: Path, run: Run, tmp_path: Path) -> None:

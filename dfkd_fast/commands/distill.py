@@ -57,11 +57,11 @@ def distill(run: Run) -> dict[str, Any]:
     teacher, student, generator = build_players(recipe, device)
     for optimizer in (recipe.teacher_optimizer, recipe.student_optimizer, recipe.generator_optimizer):
         build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1, device=device))], device)  # now, not after the teacher's training
+    _begin_encoder(recipe, student, teacher)  # now, too, so that what does not fit is said before the teacher's training
     evaluate = None if recipe.data.name == "none" else Evaluator(recipe.data, device, run.say)
     teacher_seconds = _obtain_teacher(run, teacher)
     teacher_accuracy = evaluate(teacher) if evaluate else None
-    if initial := recipe.student.encoder_weights:
-        load_encoder(student, teacher if initial == "teacher" else initial)
+    _begin_encoder(recipe, student, teacher)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
     for remark in trainer.remarks:
@@ -77,6 +77,11 @@ def distill(run: Run) -> dict[str, Any]:
     _print_summary(run.console, summary, folder)
     print_iou(run.console, iou)
     return summary
+
+
+def _begin_encoder(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
+    if initial := recipe.student.encoder_weights:
+        load_encoder(student, teacher if initial == "teacher" else initial)
 
 
 def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
@@ -131,9 +136,9 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     stream = torch.Generator().manual_seed(recipe.seed)
     split = open_split(recipe.data, "train", augment=recipe.teacher.augment)
     loader = batches(split, recipe.teacher.batch_size, shuffle=True, workers=recipe.data.workers, generator=stream)
-    run.begin()
     if recipe.teacher.encoder_weights:
         load_encoder(teacher, recipe.teacher.encoder_weights)
+    run.begin()
     wanted = recipe.teacher
     training = TeacherTrainer(teacher, loader, recipe.teacher_optimizer, wanted.epochs, stream, run.device, focal_gamma=wanted.focal_gamma)
     run.go_on(training, run.folder.teacher_checkpoints)
