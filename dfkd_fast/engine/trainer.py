@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -431,8 +432,11 @@ class Trainer:
                 accuracy = self.evaluate(self.result)
                 unaveraged = None if self.average is None else self.evaluate(self.student)
             drift = self._measure_drift()
-        for schedule in self.schedules:
-            schedule.step()
+        with warnings.catch_warnings():
+            # Resumed at an epoch's end, the optimisers have taken their steps in another process.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for schedule in self.schedules:
+                schedule.step()
         seconds = math.fsum(self.clock.read().values()) - math.fsum(epoch.seconds for epoch in self.history)
         epoch = Epoch(number, seconds, losses, accuracy, unaveraged, drift)
         self.history.append(epoch)

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,9 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer: MakeT
     other = small_networks(seed=7, teacher="wrn10_1", student="wrn10_1", channels=3)
     resumed = make_trainer(method, seed=50, networks=(networks[0], nn.Sequential(other[1], nn.Dropout(0.2)), other[2]))
     resumed.load_state_dict(state)
-    resumed.fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.fit()
     assert resumed.finished
     assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
 

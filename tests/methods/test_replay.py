@@ -117,6 +117,24 @@ def conditional(num_classes: int) -> Generator:
     return build_generator(GeneratorSettings(latent_dim=5, width=4, conditional=True), 3, 8, num_classes=num_classes)
 
 
+def test_singular_vectors_of_a_spectral_norm_are_copied_so_that_the_average_is_normalised() -> None:
+    torch.manual_seed(0)
+    player = build_generator(GeneratorSettings(model="B", latent_dim=6, width=2, spectral_norm=True), 3, 16).train()
+    memory = EmaGenerator(player, 0.5)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in player.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for _ in range(20):
+            player(torch.randn(4, 6))  # the power iteration goes on in every forward
+        memory.follow(player)
+    averaged = dict(memory.generator.named_buffers())
+    vectors = [(averaged[name], vector) for name, vector in player.named_buffers() if name.endswith(("._u", "._v"))]
+    assert len(vectors) == 10
+    for ours, theirs in vectors:
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("num_classes", [1, 6])
 def test_replayed_latents_are_conditioned_on_random_classes_by_the_averaged_embedding(num_classes: int) -> None:
     original = conditional(num_classes)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 from typing_extensions import override
 
 from dfkd_fast.kernels import ema_update_
@@ -18,9 +19,9 @@ __all__ = ["EmaGenerator"]
 class EmaGenerator(Memory):
     """MAD's slowly moving copy of the generator, θ̃ ← αθ̃ + (1 − α)θ (arXiv 2209.10359). It is never trained.
 
-    Floating buffers are averaged with the same α and integer ones copied; being in evaluation mode, it
-    normalises with the averaged statistics and leaves them alone. The class embeddings of a conditional generator
-    are averaged with it.
+    Floating buffers are averaged with the same α, integer ones and the singular vectors of a spectral norm copied; being in
+    evaluation mode, it normalises with the averaged statistics and leaves them alone. The class embeddings of a conditional
+    generator are averaged with it.
 
     Args:
         generator: what it starts as a copy of.
@@ -52,6 +53,11 @@ class EmaGenerator(Memory):
     def follow(self, generator: nn.Module) -> None:
         """Move towards the generator's parameters and buffers."""
         ema_update_(_state(self.generator), _state(generator), self.decay)
+        # The mean of unit vectors that turn is shorter than 1, and what is divided by it too large.
+        for ours, theirs in zip(self.generator.modules(), generator.modules(), strict=True):
+            if isinstance(ours, _SpectralNorm) and isinstance(theirs, _SpectralNorm):
+                ours._u.copy_(theirs._u)
+                ours._v.copy_(theirs._v)
 
     @override
     def start(self, generator: nn.Module) -> None:
