@@ -90,9 +90,9 @@ def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, evaluate: Evalua
         yield _normalisation(recipe, teacher, images, seen)
     if evaluate is not None:
         accuracy, chance = evaluate(teacher), 100 / classes
-        yield Check(
-            "accuracy", f"{accuracy:.2f} % {evaluate.metric}, chance is {chance:.2f} %", "wrong" if accuracy < 2 * chance else "good"
-        )
+        below = "below " if recipe.data.task == "segmentation" else ""
+        text = f"{accuracy:.2f} % {evaluate.metric}, chance is {below}{chance:.2f} %"
+        yield Check("accuracy", text, "wrong" if accuracy < 2 * chance else "good")
 
 
 def _scores(logits: Tensor) -> Check:
