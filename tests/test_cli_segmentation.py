@@ -124,6 +124,46 @@ def test_a_student_can_begin_with_its_teachers_first_layers(run: Run, tmp_path: 
         torch.testing.assert_close(student[name], teacher[name])
 
 
+@pytest.fixture
+def camvid(tmp_path: Path) -> Path:
+    """A set in SegNet's layout: dark images are sky, bright ones buildings."""
+    for split, count in (("train", 4), ("test", 3)):
+        for number in range(count):
+            image = Image.new("RGB", (40, 32), (40 + 150 * (number % 2),) * 3)
+            label = Image.new("L", (40, 32), number % 2)
+            label.paste(11, (0, 0, 5, 5))
+            for folder, picture in ((split, image), (f"{split}annot", label)):
+                (tmp_path / "camvid" / folder).mkdir(parents=True, exist_ok=True)
+                picture.save(tmp_path / "camvid" / folder / f"{number}.png")
+    return tmp_path / "camvid"
+
+
+CAMVID = [
+    *("--set", "data.name=camvid", "--set", "data.num_classes=11", "--set", "data.resize=32", "--set", "teacher.batch_size=2"),
+    *("--set", "teacher.focal_gamma=2.0", "--set", "teacher.augment=shift_flip"),
+]
+
+
+def test_files_on_disk_are_taught_distilled_and_evaluated(camvid: Path, run: Run, tmp_path: Path) -> None:
+    said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *CAMVID, "--data-root", camvid)
+    assert said.code == 0, said.err
+    assert "what is measured is no camvid mIoU" in said.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["iou"]["teacher"])[:2] == ["sky", "building"]
+    assert run("evaluate", tmp_path / "run", "--data-root", camvid).code == 0
+
+
+@pytest.mark.parametrize("command", ["distill", "teach"])
+def test_a_broken_test_image_is_an_error_unless_it_may_be_left_out(camvid: Path, run: Run, tmp_path: Path, command: str) -> None:
+    (camvid / "test" / "1.png").write_bytes(b"no image")
+    said = run(command, "shapes", "--out", tmp_path / "strict", *TINY, *CAMVID, "--data-root", camvid)
+    assert (said.code, len(said.err.splitlines())) == (2, 1)
+    assert "1 of 3 images cannot be decoded" in said.err
+    assert not (tmp_path / "strict").exists()  # nothing was taught yet
+    options = ["--set", "data.strict=false", "--data-root", camvid]
+    assert run(command, "shapes", "--out", tmp_path / "lenient", *TINY, *CAMVID, *options).code == 0
+
+
 def test_compared_runs_are_labelled_by_their_figure(tiny_run: Path, run: Run, tmp_path: Path) -> None:
     said = run("compare", tiny_run, tiny_run, "--out", tmp_path / "picture.png")
     assert said.code == 0, said.err

@@ -28,7 +28,6 @@ __all__ = [
     "EvaluatedSegmenter",
     "Evaluator",
     "Wanted",
-    "check_readable",
     "evaluate_weights",
     "metric_of",
 ]
@@ -137,6 +136,9 @@ class Evaluator:
         data: what it is tested on.
         device: where networks are.
         say: told, in a line each, what a reader of the figures must know.
+
+    Raises:
+        DfkdError: files that cannot be decoded, where that is an error and already known.
     """
 
     def __init__(self, data: DataSettings, device: torch.device, say: Callable[[str], None] = lambda remark: None) -> None:
@@ -144,13 +146,16 @@ class Evaluator:
         self.metric = metric_of(data)
         self.device = device
         self.batches = evaluation_batches(data, device, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
+        # Images with a label a pixel are read by now; others tell in the pass.
+        bad = distributed.gathered(list(self.batches.unreadable))
+        _check_readable(bad, int(distributed.summed(torch.tensor(self.batches.count))) - len(bad), data)
 
     def __call__(self, network: nn.Module) -> float:
         """Test a network on all images."""
         if self.data.task == "segmentation":
             return self._segmented({"network": network}).networks["network"].miou
         found = evaluate({"network": network}, self.batches, self.device)
-        check_readable(found, self.data)
+        _check_readable(found.unreadable, found.count, self.data)
         return found.networks["network"].top1
 
     def iou(self, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, float | None]]:
@@ -192,7 +197,7 @@ def _one_pass(
             done = evaluate_segmentation(networks, batches, device, num_classes=data.num_classes, **options)
         else:
             done = evaluate(networks, batches, device, **options)
-    check_readable(done, data)
+    _check_readable(done.unreadable, done.count, data)
     agreements = {one.network: {name: value for name, value in asdict(one).items() if name != "network"} for one in done.agreements}
 
     def described(one: _Candidate, figures: Figures | SegmentationFigures) -> Evaluated:
@@ -214,13 +219,12 @@ def _one_pass(
     return {one.name: described(one, done.networks[one.name]) for one in candidates}
 
 
-def check_readable(done: Evaluation[Any], data: DataSettings) -> None:
-    """Raise a :class:`DfkdError` for files that could not be decoded, where that is an error."""
-    bad = done.unreadable
+def _check_readable(bad: Sequence[str], count: int, data: DataSettings) -> None:
+    """Raise a :class:`DfkdError` for files that could not be decoded, beside so many that could, where that is an error."""
     if bad and data.strict:
         named = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
         raise DfkdError(
-            f"{len(bad)} of {done.count + len(bad)} images cannot be decoded: {named}; data.strict = false (--no-strict) leaves them out"
+            f"{len(bad)} of {count + len(bad)} images cannot be decoded: {named}; data.strict = false (--no-strict) leaves them out"
         )
 
 

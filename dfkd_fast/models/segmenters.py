@@ -18,7 +18,7 @@ __all__ = ["HEADS", "SEGMENTERS", "Segmenter", "SmallFcn", "build_segmenter", "i
 HEADS = {"deeplabv3": 8, "lraspp": 16}
 """Heads by name, and the stride of the encoder's last map that their papers give them."""
 DEEPLAB_ON_MOBILENET = "deeplabv3_mobilenet_v2"
-SMALL = re.compile(r"small_fcn(\d+)")
+SMALL = re.compile(r"small_fcn([1-9]\d*)")
 SEGMENTERS: list[str] = ["small_fcn16", DEEPLAB_ON_MOBILENET, *torchvision.models.list_models(torchvision.models.segmentation)]
 
 
