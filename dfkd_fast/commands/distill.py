@@ -26,7 +26,7 @@ from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder, print_table
 from dfkd_fast.run import Run
 
-from .evaluate import Evaluator, metric_of
+from .evaluate import Evaluator
 from .networks import build_network, build_players, load_given_teacher
 from .segmentation import label_maps, print_iou
 
@@ -42,7 +42,7 @@ def teach(run: Run) -> float:
     evaluate = Evaluator(recipe.data, run.device, run.say)
     _obtain_teacher(run, teacher)
     accuracy = evaluate(teacher)
-    rows = [("teacher", recipe.teacher.model), (evaluate.metric, f"{accuracy:.2f} %"), ("weights", str(run.folder.teacher))]
+    rows = [("teacher", recipe.teacher.model), (recipe.data.metric, f"{accuracy:.2f} %"), ("weights", str(run.folder.teacher))]
     print_table(run.console, (recipe.name, f"seed {recipe.seed}, {run.device.type}"), rows)
     print_iou(run.console, evaluate.iou({"teacher": teacher}))
     return accuracy
@@ -71,7 +71,7 @@ def distill(run: Run) -> dict[str, Any]:
     iou = evaluate.iou({"teacher": teacher, "student": trainer.result}) if evaluate else {}
 
     folder.save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
-    folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", metric_of(recipe.data))
+    folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
     summary = _summarise(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {})
     folder.write_summary(summary)
     _print_summary(run.console, summary, folder)
@@ -162,13 +162,13 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             dense = recipe.data.task == "segmentation"
             seen = label_maps([trainer.teacher, trainer.result], images, palette(recipe.data)) if dense else []
             folder.draw_samples(images, recipe.data.mean, recipe.data.std, epoch.number, seen)
-            folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", metric_of(recipe.data))
+            folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
 
     if trainer.pretrained < recipe.loop.generator_pretraining:
         run.say(f"the generator learns alone for {recipe.loop.generator_pretraining - trainer.pretrained} steps")
     folder.begin_log(trainer.history)
     try:
-        loop, metric = recipe.loop, metric_of(recipe.data)
+        loop, metric = recipe.loop, recipe.data.metric
         with Progress(run.console, "student", loop.epochs, loop.iterations_per_epoch, trainer.iterations_done, metric) as progress:
             trainer.on_iteration = lambda trainer: progress.iteration(trainer.iterations_done)
             run.drive(trainer, folder.checkpoints, report)
@@ -197,7 +197,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "device_name": device_name(run.device),
         "versions": _versions(),
         "seed": run.recipe.seed,
-        "metric": metric_of(run.recipe.data),
+        "metric": run.recipe.data.metric,
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
         "retention": found,

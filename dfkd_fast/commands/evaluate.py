@@ -29,7 +29,6 @@ __all__ = [
     "Evaluator",
     "Wanted",
     "evaluate_weights",
-    "metric_of",
 ]
 
 NAMED = 5
@@ -124,11 +123,6 @@ def evaluate_weights(wanted: Wanted, device: torch.device, console: Console) -> 
     return [found[candidate.name] for candidate in candidates]
 
 
-def metric_of(data: DataSettings) -> str:
-    """The figure that networks are judged by on a data set; in percent."""
-    return "mIoU" if data.task == "segmentation" else "top-1 accuracy"
-
-
 class Evaluator:
     """What a training calls for a network's accuracy, or mIoU, in percent.
 
@@ -143,7 +137,6 @@ class Evaluator:
 
     def __init__(self, data: DataSettings, device: torch.device, say: Callable[[str], None] = lambda remark: None) -> None:
         self.data = data
-        self.metric = metric_of(data)
         self.device = device
         self.batches = evaluation_batches(data, device, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
         # Images with a label a pixel are read by now; others tell in the pass.

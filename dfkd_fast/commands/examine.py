@@ -91,7 +91,7 @@ def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, evaluate: Evalua
     if evaluate is not None:
         accuracy, chance = evaluate(teacher), 100 / classes
         below = "below " if recipe.data.task == "segmentation" else ""
-        text = f"{accuracy:.2f} % {evaluate.metric}, chance is {below}{chance:.2f} %"
+        text = f"{accuracy:.2f} % {recipe.data.metric}, chance is {below}{chance:.2f} %"
         yield Check("accuracy", text, "wrong" if accuracy < 2 * chance else "good")
 
 

@@ -93,6 +93,11 @@ class DataSettings:
         return "segmentation" if self.name in ("shapes", "camvid", "nyuv2", "pairs") else "classification"
 
     @property
+    def metric(self) -> str:
+        """The figure that networks are judged by; in percent."""
+        return "mIoU" if self.task == "segmentation" else "top-1 accuracy"
+
+    @property
     def view(self) -> View:
         """What an image file becomes in a test."""
         resize = self.resize or round(self.image_size * 256 / 224)

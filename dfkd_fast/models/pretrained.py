@@ -60,7 +60,7 @@ def load_encoder(segmenter: nn.Module, weights: str | nn.Module) -> None:
     """
     encoder = _encoder(segmenter)
     if isinstance(weights, nn.Module):
-        named, state = "the teacher's", _encoder(weights).state_dict()
+        named, state = f"those of a {type(weights).__name__}", _encoder(weights).state_dict()
     else:
         named = repr(weights)
         found = _of_classifier(weights) if weights in PRETRAINED else read_weights(Path(weights).expanduser())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from dfkd_fast.data import ArraySplit, Augment, batches
+from tests.data.draws import check_draws
 
 MEAN, STD = (0.1, 0.5, 0.9), (0.2, 0.5, 3.0)
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -102,14 +103,7 @@ def test_what_comes_in_at_the_edges_is_black_before_normalisation() -> None:
 
 
 def test_augmentation_repeats_with_the_seed_and_changes_from_draw_to_draw() -> None:
-    data, draws = split(augment="shift_flip"), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        draws.append([data.__getitems__([0, 1, 2])[0] for _ in range(2)])
-    assert torch.equal(draws[0][0], draws[1][0])
-    assert torch.equal(draws[0][1], draws[1][1])
-    assert not torch.equal(draws[0][0], draws[0][1])
-    assert not torch.equal(draws[0][0], draws[2][0])
+    check_draws(split(augment="shift_flip"))
 
 
 def test_a_loader_serves_every_image_once_in_order_and_a_smaller_last_batch() -> None:

@@ -208,6 +208,20 @@ def test_every_process_draws_its_own_latents_the_same_for_the_same_seed() -> Non
     together(2, check_draws)
 
 
+def check_repetition() -> None:
+    torch.manual_seed(distributed.rank())
+    network = nn.Sequential(nn.Linear(300, 700), nn.ReLU(), nn.Linear(700, 100))
+    gradients = [torch.randn_like(parameter) for parameter in network.parameters()]
+    repeated = [[gradient.clone() for gradient in gradients] for _ in range(3)]
+    for once in repeated:
+        distributed.average_(once)
+    assert all(torch.equal(one, other) for later in repeated[1:] for one, other in zip(repeated[0], later, strict=True))
+
+
+def test_equal_gradients_have_equal_means_to_the_bit_however_often_they_are_averaged() -> None:
+    together(3, check_repetition)
+
+
 def test_whatever_they_begin_with_all_processes_end_with_the_same_networks() -> None:
     together(2, check_average)
 
