@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfkd_fast import distributed
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import Batch, Memory, Part
-from dfkd_fast.models import Observer, conditioned, draw_labels, generate
+from dfkd_fast.models import Observer, conditioned, draw_labels, generate, untaught
 
 from .method import Method
 from .precision import Precision
@@ -100,7 +100,7 @@ def generator_step(game: Game, *, adversarial: bool = True) -> dict[str, Tensor]
     totals: dict[str, Tensor] = {}
     for piece, labels in zip(z.tensor_split(pieces), game.labels.tensor_split(pieces), strict=True):
         terms = {name: len(piece) / len(z) * term for name, term in _generator_terms(game, piece, labels, adversarial).items()}
-        precision.scale("generator", torch.stack(list(terms.values())).sum()).backward(inputs=weights)
+        precision.scale("generator", torch.stack(list(terms.values())).sum()).backward()
         for name, term in terms.items():
             totals[name] = totals.get(name, 0) + term.detach()
     distributed.average_([weight.grad for weight in weights if weight.grad is not None])
@@ -118,7 +118,8 @@ def _generator_terms(game: Game, z: Tensor, labels: Tensor, adversarial: bool) -
         images = generate([game.generator], [conditioned(game.generator, z, labels)], memory_format=_layout(game.method))
         if adversarial and objective.adversarial:
             game.student.train(game.method.loop.student_in_generator_step == "train")
-            answers = game.student(images)
+            with untaught(game.student):
+                answers = game.student(images)
             game.student.train()
         observed = game.observer(images)
     embeddings = game.generator.embedding(labels) if objective.embedding_norm else None  # type: ignore[operator]

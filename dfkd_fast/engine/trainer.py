@@ -26,6 +26,7 @@ from dfkd_fast.models import (
     freeze,
     logits_only,
     lower_precision,
+    use_im2col,
 )
 
 from .capture import Steps, preserved
@@ -300,7 +301,11 @@ class Trainer:
 
     def _place(self, network: nn.Module) -> nn.Module:
         network.to(self.device)
-        return network.to(memory_format=torch.channels_last) if self.method.loop.channels_last else network
+        if self.method.loop.channels_last:
+            network.to(memory_format=torch.channels_last)
+            if self.device.type == "cpu":
+                use_im2col(network)
+        return network
 
     def _set_up(self, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:
         loop, objective = self.method.loop, self.method.objective

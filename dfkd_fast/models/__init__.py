@@ -17,7 +17,8 @@ from .generators import (
     draw_labels,
     generate,
 )
-from .modes import evaluating, logits_of, logits_only
+from .im2col import Im2colConv2d, use_im2col
+from .modes import evaluating, logits_of, logits_only, untaught
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
 from .vae import Vae
@@ -33,6 +34,7 @@ __all__ = [
     "GeneratorC",
     "GeneratorD",
     "GeneratorSettings",
+    "Im2colConv2d",
     "LeNet5",
     "Observation",
     "Observer",
@@ -59,4 +61,6 @@ __all__ = [
     "lower_precision",
     "read_metadata",
     "save_weights",
+    "untaught",
+    "use_im2col",
 ]

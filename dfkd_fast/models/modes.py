@@ -1,4 +1,4 @@
-"""How a network is called: its mode, and where its logits are."""
+"""How a network is called: its mode, whether its weights are to learn, and where its logits are."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
 
-__all__ = ["evaluating", "logits_of", "logits_only"]
+__all__ = ["evaluating", "logits_of", "logits_only", "untaught"]
 
 
 @contextmanager
@@ -23,6 +23,19 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def untaught(network: nn.Module) -> Iterator[None]:
+    """What is called within passes gradients on to its input, and computes none of the weights: not even what they would need is kept."""
+    taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in taught:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in taught:
+            parameter.requires_grad_(True)
 
 
 def logits_of(output: Any) -> Tensor:
