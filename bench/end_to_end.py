@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import nn
 
 from dfkd_fast import DfkdError, Recipe, Trainer
-from dfkd_fast.engine.device import device_name
+from dfkd_fast.engine.device import device_name, keep_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.files import replacing
 from dfkd_fast.kernels import use_backend
-from dfkd_fast.models import build_generator, build_model
+from dfkd_fast.models import GemmConv2d, build_generator, build_model
 
 from . import provenance, table
 from .baselines import plain
@@ -30,7 +31,7 @@ from .baselines import plain
 __all__ = ["Row", "draw", "measure", "networks", "write"]
 
 WARM_UP = 2
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -81,16 +82,16 @@ def measure(
         DfkdError: the plain loop does not know the recipe's method.
     """
     _check(recipe)
-    contenders = _contenders(recipe, device, precision, compiled_engine)
-    runs = {name: build().run for name, build in contenders.items()}
-    for run in runs.values():
-        for _ in range(WARM_UP):
-            run()
-    load = os.getloadavg()[0]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(turns):
-        for name, run in runs.items():
-            times[name].append(run())
+    with ExitStack() as stack:
+        runs = _runs(stack, recipe, device, precision, compiled_engine)
+        for run in runs.values():
+            for _ in range(WARM_UP):
+                run()
+        load = os.getloadavg()[0]
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for _ in range(turns):
+            for name, run in runs.items():
+                times[name].append(run())
     replayed = recipe.replay.rows_of(recipe.loop.batch_size) if recipe.replay.replays else 0
     images = recipe.loop.student_steps * (recipe.loop.batch_size + replayed) + recipe.loop.generator_steps * recipe.loop.batch_size
 
@@ -128,6 +129,34 @@ def measure(
     return rows
 
 
+def _runs(
+    stack: ExitStack, recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool
+) -> dict[str, Callable[[], tuple[float, float]]]:
+    """What runs an iteration of each contender. On a CPU each has a process of its own: malloc is told what to do for all of one."""
+    contenders = _contenders(recipe, device, precision, compiled_engine)
+    if device.type == "cuda":
+        return {name: build().run for name, build in contenders.items()}
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    pools = {name: context.Pool(1) for name in contenders}
+    for pool in pools.values():
+        stack.callback(pool.join)
+        stack.callback(pool.close)
+    return {name: partial(pool.apply, _turn, (recipe, device, precision, compiled_engine, name, threads)) for name, pool in pools.items()}
+
+
+_playing: list[Contender] = []
+
+
+def _turn(
+    recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool, name: str, threads: int
+) -> tuple[float, float]:
+    """An iteration of the one contender of this process."""
+    if not _playing:
+        torch.set_num_threads(threads)
+        _playing.append(_contenders(recipe, device, precision, compiled_engine)[name]())
+    return _playing[0].run()
+
+
 def _check(recipe: Recipe) -> None:
     objective = recipe.objective
     known = objective.discrepancy == objective.adversary and objective.discrepancy in ("l1", "kl") and objective.temperature == 1.0
@@ -146,19 +175,23 @@ def _contenders(
         "plain": lambda: _plain(recipe, device, "fp32", compiled=False),
         "plain_compiled": lambda: _plain(recipe, device, precision, compiled=True),
     }
+    if device.type == "cpu":
+        contenders["plain, memory kept"] = lambda: _plain(recipe, device, "fp32", compiled=False, keep_memory=True)
     # What each switches on beside all that stand above it.
     features: list[tuple[str, dict[str, Any]]] = [
-        ("no wasted work", {"loop.channels_last": False, "loop.fold_teacher": False, "loop.capture": False, "loop.precision": "fp32"}),
+        ("no wasted work", dict.fromkeys(("loop.channels_last", "loop.fold_teacher", "loop.capture"), False) | {"loop.precision": "fp32"}),
         ("channels-last", {"loop.channels_last": True}),
         ("transposed convolution", {"textbook": False}),
         ("fused kernels", {"kernels": True}),
         ("folded teacher", {"loop.fold_teacher": True}),
     ]
+    if device.type == "cpu":
+        features[2:2] = [("matrix products", {"gemm": True}), ("kept memory", {"loop.keep_memory": True})]
     if precision != "fp32":
         features.append(("precision", {"loop.precision": precision}))
     if device.type == "cuda":
         features.append(("CUDA graphs", {"loop.capture": True}))
-    changes: dict[str, Any] = {"textbook": True, "kernels": False}
+    changes: dict[str, Any] = {"textbook": True, "kernels": False, "gemm": False, "loop.keep_memory": False}
     for name, switched in features:
         changes = changes | switched
         contenders[f"+ {name}"] = partial(_engine, recipe, device, changes)
@@ -186,6 +219,9 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     kernels: bool = changes["kernels"]
     endless = {"loop.epochs": 1, "loop.iterations_per_epoch": 100_000, "loop.generator_pretraining": 0}
     trainer = Trainer(teacher, student, generator, _changed(recipe, changes | endless), device=device)
+    if not changes["gemm"]:
+        for network in (trainer._game.teacher, trainer._game.observer.network, student, generator):
+            _convolve(network)
 
     def run() -> tuple[float, float]:
         with nullcontext() if kernels else use_backend("reference"):
@@ -197,7 +233,15 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     return Contender(run, trainer.student_optimizer)
 
 
-def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compiled: bool) -> Contender:
+def _convolve(network: nn.Module) -> None:
+    for layer in network.modules():
+        if type(layer) is GemmConv2d:
+            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+
+
+def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compiled: bool, keep_memory: bool = False) -> Contender:
+    if keep_memory:
+        keep_freed_memory()
     teacher, student, generator = (network.to(device) for network in networks(recipe))
     plain.textbook(generator)
     teacher.requires_grad_(True)
@@ -259,10 +303,11 @@ def _in_its_own_process(recipe: Recipe, device: torch.device, precision: Precisi
 def _peak_memory_mib(recipe: Recipe, device: torch.device, precision: Precision, name: str, threads: int) -> tuple[float, float]:
     """Of an iteration after the first ones, beyond what is held between iterations, and of its student steps, which come first."""
     torch.set_num_threads(threads)
+    run, student_optimizer = _contenders(recipe, device, precision)[name]()
     if device.type == "cpu":
         # Give large blocks back to the system when they are freed, so that what is resident is what is used.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    run, student_optimizer = _contenders(recipe, device, precision)[name]()
+        for option, value in ((M_MMAP_MAX, 1 << 16), (M_MMAP_THRESHOLD, 1 << 16), (M_TRIM_THRESHOLD, 1 << 17)):
+            ctypes.CDLL(None).mallopt(option, value)
     for _ in range(WARM_UP):
         run()
     if device.type == "cuda":

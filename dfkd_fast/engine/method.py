@@ -42,6 +42,8 @@ class Loop:
     """Fold the teacher's batch norms into its convolutions. The function is the same, the rounding is not."""
     compile: Flag = False
     """Compile teacher, student and generator with torch.compile."""
+    keep_memory: Flag = True
+    """On a CPU, let the process keep the memory it frees: the system clears every page of a large block anew at every step."""
     capture: Flag = True
     """On a GPU, replay steps as CUDA graphs."""
     student_ema_decay: Fraction = 0.0

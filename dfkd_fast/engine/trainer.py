@@ -26,11 +26,11 @@ from dfkd_fast.models import (
     freeze,
     logits_only,
     lower_precision,
-    use_im2col,
+    use_gemm,
 )
 
 from .capture import Steps, preserved
-from .device import Clock
+from .device import Clock, keep_freed_memory
 from .fit import check_networks
 from .method import Method
 from .optim import build_optimizer, build_schedule, settle_rates
@@ -95,6 +95,8 @@ class Trainer:
     ) -> None:
         self.method = method = method or Method()
         self.device = torch.device(device)
+        if method.loop.keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
         self.evaluate = evaluate
         self.on_iteration = on_iteration
         self.teacher = self._place(freeze(teacher))
@@ -304,7 +306,7 @@ class Trainer:
         if self.method.loop.channels_last:
             network.to(memory_format=torch.channels_last)
             if self.device.type == "cpu":
-                use_im2col(network)
+                use_gemm(network)
         return network
 
     def _set_up(self, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:

@@ -3,6 +3,7 @@
 from .catalogue import build_model
 from .classifiers import CifarResNet, LeNet5, WideResNet
 from .frozen import FoldingError, Observation, Observer, fold, folded_and_checked, freeze, lower_precision
+from .gemm import GemmConv2d, use_gemm
 from .generators import (
     Generator,
     GeneratorA,
@@ -17,7 +18,6 @@ from .generators import (
     draw_labels,
     generate,
 )
-from .im2col import Im2colConv2d, use_im2col
 from .modes import evaluating, logits_of, logits_only, untaught
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
@@ -28,13 +28,13 @@ __all__ = [
     "PRETRAINED",
     "CifarResNet",
     "FoldingError",
+    "GemmConv2d",
     "Generator",
     "GeneratorA",
     "GeneratorB",
     "GeneratorC",
     "GeneratorD",
     "GeneratorSettings",
-    "Im2colConv2d",
     "LeNet5",
     "Observation",
     "Observer",
@@ -62,5 +62,5 @@ __all__ = [
     "read_metadata",
     "save_weights",
     "untaught",
-    "use_im2col",
+    "use_gemm",
 ]

@@ -1,0 +1,165 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.models import GemmConv2d, fold, freeze, gemm, untaught, use_gemm
+
+FEW_PIXELS: list[dict[str, Any]] = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 1, "stride": 2},
+    {"kernel_size": 1},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": (1, 4), "padding": (0, 2)},
+    {"kernel_size": (3, 2), "padding": (2, 0), "stride": (2, 1), "dilation": (1, 3)},
+    {"kernel_size": 5, "bias": False},
+]
+FEW_CHANNELS: list[dict[str, Any]] = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3},
+    {"kernel_size": (2, 4), "padding": (0, 3)},
+    {"kernel_size": (1, 3), "padding": (0, 1), "bias": False},
+]
+CASES = [{"out_channels": 40, **case} for case in FEW_PIXELS] + [
+    {"in_channels": 27, "out_channels": channels, **case} for channels in (1, 3) for case in FEW_CHANNELS
+]
+
+
+def layer_and_images(case: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[nn.Conv2d, Tensor]:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(**{"in_channels": 3, "out_channels": 40} | case).to(dtype).to(memory_format=torch.channels_last)
+    images = torch.randn(2, layer.in_channels, 5, 6, dtype=dtype)
+    return layer, images.to(memory_format=torch.channels_last).requires_grad_()
+
+
+def forbid_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise AssertionError("a convolution ran")
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", fail)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_values_and_gradients_are_those_of_a_convolution(case: dict[str, Any], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, images = layer_and_images(case)
+    if layout != "channels_last":
+        images = images.detach().contiguous() if layout == "contiguous" else images.detach().repeat(1, 1, 1, 2)[..., ::2]
+        images.requires_grad_()
+    expected = layer(images)
+    weights = torch.randn_like(expected)
+    inputs = [images, *layer.parameters()]
+    gradients = torch.autograd.grad((weights * expected).sum(), inputs)
+    use_gemm(layer)
+    forbid_convolutions(monkeypatch)
+    output = layer(images)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad((weights * output).sum(), inputs), gradients)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("case", FEW_PIXELS, ids=str)
+def test_few_pixels_have_the_second_derivatives_of_finite_differences(case: dict[str, Any]) -> None:
+    layer, images = layer_and_images({"out_channels": 2, **case})
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return gemm._FewPixels.apply(x, weight, layer.stride, layer.padding, layer.dilation)
+
+    assert torch.autograd.gradcheck(product, (images, layer.weight))
+    assert torch.autograd.gradgradcheck(product, (images, layer.weight))
+
+
+@pytest.mark.parametrize("case", FEW_CHANNELS, ids=str)
+def test_few_channels_have_the_second_derivatives_of_finite_differences(case: dict[str, Any]) -> None:
+    layer, images = layer_and_images({"out_channels": 2, **case})
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return gemm._FewChannels.apply(x, weight, layer.padding)
+
+    assert torch.autograd.gradcheck(product, (images, layer.weight))
+    assert torch.autograd.gradgradcheck(product, (images, layer.weight))
+
+
+@pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}], ids=["few pixels", "few channels"])
+def test_the_gradient_of_channels_last_weights_lies_as_they_do(channels: dict[str, int]) -> None:
+    layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
+    use_gemm(layer)(images).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.stride() == layer.weight.stride()
+
+
+def test_many_pixels_are_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = use_gemm(nn.Conv2d(3, 8, 3, padding=1).to(memory_format=torch.channels_last))
+    forbid_convolutions(monkeypatch)
+    layer(torch.randn(1, 3, 4, 4))
+    with pytest.raises(AssertionError, match="a convolution ran"):
+        layer(torch.randn(2, 3, 4, 4))
+
+
+def test_few_channels_are_convolved_in_bfloat16_whose_partial_sums_would_be_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, images = layer_and_images({"kernel_size": 3, "padding": 1, "in_channels": 27, "out_channels": 3}, torch.float32)
+    use_gemm(layer)
+    forbid_convolutions(monkeypatch)
+    layer(images)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="a convolution ran"):
+        layer(images)
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["float32 weights", "bfloat16 weights"])
+def test_autocast_computes_in_its_dtype_as_a_convolution_does(lowered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, images = layer_and_images({"kernel_size": 3, "padding": 1}, torch.float32)
+    if lowered:
+        layer.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(images)
+        use_gemm(layer)
+        forbid_convolutions(monkeypatch)
+        output = layer(images)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
+    output.sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == layer.weight.dtype
+
+
+@pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}], ids=["few pixels", "few channels"])
+def test_frozen_weights_cost_no_gradient(channels: dict[str, int]) -> None:
+    layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
+    use_gemm(layer)
+    with untaught(layer):
+        output = layer(images)
+    assert layer.weight.requires_grad
+    assert output.grad_fn is not None
+    output.sum().backward()
+    assert images.grad is not None
+    assert layer.weight.grad is None
+
+
+def test_only_ordinary_convolutions_change() -> None:
+    class Other(nn.Conv2d):
+        pass
+
+    network = nn.Sequential(
+        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        Other(4, 4, 3),
+    )
+    before = copy.deepcopy(network)
+    use_gemm(network)
+    assert [type(layer) is GemmConv2d for layer in network] == [True, False, False, True, False]
+    assert network.state_dict().keys() == before.state_dict().keys()
+    images = torch.randn(3, 4, 9, 8)
+    torch.testing.assert_close(network(images), before(images))
+
+
+def test_batch_norms_behind_them_fold() -> None:
+    network = freeze(use_gemm(nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40)).to(memory_format=torch.channels_last)))
+    images = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(fold(network)(images), network(images))
+
+
+def test_an_empty_batch_passes() -> None:
+    assert use_gemm(nn.Conv2d(3, 40, 3))(torch.empty(0, 3, 5, 5)).shape == (0, 40, 3, 3)
