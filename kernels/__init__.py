@@ -2,8 +2,8 @@
 
 One folder an operation: ``__init__.py`` is the public function, checks its arguments and registers its operators;
 ``reference.py`` is the mathematics in plain PyTorch; ``cpu.py`` (numba) and ``gpu.py`` (Triton) are its kernels, and
-csrc/ has them in CUDA. ``dispatch.py`` says which of them serves a call. Nothing here knows the rest of the project,
-only tensors.
+csrc/ has them in CUDA. ``dispatch.py`` says which of them serves a call. ``norm`` alone has kernels for a CPU only.
+Nothing here knows the rest of the project, only tensors.
 """
 
 from .concat import concat_generated
@@ -12,11 +12,13 @@ from .dispatch import Backend, BackendError, use_backend
 from .ema import ema_multi_avg_fn, ema_update_
 from .ema.fused import FusedEMA
 from .moments import channel_moments, channel_sums
+from .norm import batch_norm_leaky_relu
 
 __all__ = [
     "Backend",
     "BackendError",
     "FusedEMA",
+    "batch_norm_leaky_relu",
     "channel_moments",
     "channel_sums",
     "concat_generated",

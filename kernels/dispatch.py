@@ -31,6 +31,7 @@ WORTHWHILE = {
     "js_discrepancy": 1 << 11,
     "concat_generated": 1 << 17,
     "channel_moments": 1 << 14,
+    "batch_norm_leaky_relu": 1 << 20,
 }
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write
 

@@ -24,6 +24,7 @@ from dfkd_fast.models import (
     evaluating,
     folded_and_checked,
     freeze,
+    fuse_leaky_relus,
     logits_only,
     lower_precision,
     use_gemm,
@@ -102,6 +103,8 @@ class Trainer:
         self.teacher = self._place(freeze(teacher))
         self.student = self._place(student).train()
         self.generator = self._place(generator).train()
+        if self.device.type == "cpu":
+            fuse_leaky_relus(self.generator)
         distributed.broadcast_([tensor for network in (teacher, student, generator) for tensor in network.state_dict().values()])
         if method.loop.sync_batch_norm and distributed.world_size() > 1:
             if self.device.type != "cuda":

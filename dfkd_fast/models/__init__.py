@@ -19,6 +19,7 @@ from .generators import (
     generate,
 )
 from .modes import evaluating, logits_of, logits_only, untaught
+from .norms import BatchNormLeakyReLU2d, fuse_leaky_relus
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
 from .vae import Vae
@@ -26,6 +27,7 @@ from .weights import load_weights, read_metadata, save_weights
 
 __all__ = [
     "PRETRAINED",
+    "BatchNormLeakyReLU2d",
     "CifarResNet",
     "FoldingError",
     "GemmConv2d",
@@ -52,6 +54,7 @@ __all__ = [
     "fold",
     "folded_and_checked",
     "freeze",
+    "fuse_leaky_relus",
     "generate",
     "load_encoder",
     "load_pretrained",

@@ -1,0 +1,49 @@
+"""A batch norm and the leaky ReLU behind it as one operation."""
+
+import itertools
+
+from torch import Tensor, nn
+
+from dfkd_fast.kernels import batch_norm_leaky_relu
+
+__all__ = ["BatchNormLeakyReLU2d", "fuse_leaky_relus"]
+
+
+class BatchNormLeakyReLU2d(nn.BatchNorm2d):
+    """What :func:`fuse_leaky_relus` makes of a batch norm; the same parameters and buffers."""
+
+    negative_slope: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return batch_norm_leaky_relu(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            negative_slope=self.negative_slope,
+        )
+
+
+def fuse_leaky_relus(network: nn.Module) -> nn.Module:
+    """Fuse every batch norm with the leaky ReLU that follows it in a Sequential, in place; returns the network.
+
+    State dicts stay as they are: the ReLU's place is kept by an Identity.
+    """
+    for sequence in network.modules():
+        if not isinstance(sequence, nn.Sequential):
+            continue
+        for norm, relu in itertools.pairwise(list(sequence)):
+            ordinary = type(norm) is nn.BatchNorm2d and norm.running_mean is not None and norm.momentum is not None
+            if ordinary and type(relu) is nn.LeakyReLU and relu.negative_slope >= 0:
+                norm.__class__ = BatchNormLeakyReLU2d
+                setattr(norm, "negative_slope", relu.negative_slope)  # noqa: B010  # of the class it now has
+                relu.__class__ = nn.Identity  # type: ignore[assignment]
+    return network

@@ -1,0 +1,105 @@
+"""The normalisation and its gradient on a CPU, in numba, over channels-last tensors.
+
+Whatever batch normalisation does to a channel once its moments are known is x · scale + shift.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .. import simd
+from ..simd import Place
+
+__all__ = ["backward", "backward_sums", "forward"]
+
+
+def forward(x: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
+    """``leaky_relu(x · scale + shift)``, a scale and a shift a channel."""
+    y = torch.empty_like(x)
+    with simd.threads:
+        _forward(*map(simd.place, (x, y, scale, shift)), np.float32(slope), x.numel(), x.shape[1])
+    return y
+
+
+def backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """Σ g and Σ g · x of each channel, g being the gradient before the leaky ReLU."""
+    sums = torch.empty(2, x.shape[1])
+    with simd.threads:
+        _backward_sums(*map(simd.place, (gradient, x, scale, shift, sums)), np.float32(slope), x.numel(), x.shape[1])
+    return sums[0], sums[1]
+
+
+def backward(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, by_x: Tensor, offset: Tensor, slope: float) -> Tensor:
+    """g · scale + x · by_x + offset, g being the gradient before the leaky ReLU."""
+    result = torch.empty_like(x)
+    with simd.threads:
+        _backward(*map(simd.place, (gradient, x, result, scale, shift, by_x, offset)), np.float32(slope), x.numel(), x.shape[1])
+    return result
+
+
+@simd.helper
+def _repeated(values: Place, channels: int) -> Any:
+    """A value a channel, as often as fills the vectors."""
+    given = simd.pointer(values)
+    result = np.empty(-(-64 // channels) * channels, np.float32)
+    for i in range(len(result)):
+        result[i] = given[i % channels]
+    return result
+
+
+@simd.parallel
+def _forward(x: Place, y: Place, scale: Place, shift: Place, slope: float, size: int, channels: int) -> None:
+    given, out = simd.pointer(x), simd.pointer(y)
+    a, b = _repeated(scale, channels), _repeated(shift, channels)
+    period = len(a)
+    for group in prange(-(-size // period)):
+        start = group * period
+        for i in range(min(period, size - start)):
+            value = simd.widen(given[start + i]) * a[i] + b[i]
+            out[start + i] = simd.narrow(value if value > simd.ZERO else value * slope, y)
+
+
+@simd.parallel
+def _backward_sums(gradient: Place, x: Place, scale: Place, shift: Place, sums: Place, slope: float, size: int, channels: int) -> None:
+    incoming, given, out = simd.pointer(gradient), simd.pointer(x), simd.pointer(sums)
+    a, b = _repeated(scale, channels), _repeated(shift, channels)
+    period = len(a)
+    block = max(1, simd.BLOCK // period) * period
+    partial = np.zeros((-(-size // block), 2, channels))
+    for part in prange(len(partial)):
+        total, with_x = np.zeros(period, np.float32), np.zeros(period, np.float32)
+        for start in range(part * block, min((part + 1) * block, size), period):
+            for i in range(min(period, size - start)):
+                value = simd.widen(given[start + i])
+                g = simd.widen(incoming[start + i])
+                g = g if value * a[i] + b[i] > simd.ZERO else g * slope
+                total[i] += g
+                with_x[i] += g * value
+        for i in range(period):
+            partial[part, 0, i % channels] += total[i]
+            partial[part, 1, i % channels] += with_x[i]
+    for channel in range(channels):
+        total_, with_x_ = 0.0, 0.0
+        for part in range(len(partial)):
+            total_ += partial[part, 0, channel]
+            with_x_ += partial[part, 1, channel]
+        out[channel], out[channels + channel] = np.float32(total_), np.float32(with_x_)
+
+
+@simd.parallel
+def _backward(
+    gradient: Place, x: Place, result: Place, scale: Place, shift: Place, by_x: Place, offset: Place, slope: float, size: int, channels: int
+) -> None:
+    incoming, given, out = simd.pointer(gradient), simd.pointer(x), simd.pointer(result)
+    a, b, c, d = _repeated(scale, channels), _repeated(shift, channels), _repeated(by_x, channels), _repeated(offset, channels)
+    period = len(a)
+    for group in prange(-(-size // period)):
+        start = group * period
+        for i in range(min(period, size - start)):
+            value = simd.widen(given[start + i])
+            g = simd.widen(incoming[start + i])
+            g = g if value * a[i] + b[i] > simd.ZERO else g * slope
+            out[start + i] = simd.narrow(g * a[i] + value * c[i] + d[i], result)

@@ -1,0 +1,47 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd_fast.kernels import dispatch
+from dfkd_fast.models import BatchNormLeakyReLU2d, GeneratorA, fuse_leaky_relus
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_generator_with_fused_relus_is_the_same_function_with_the_same_state(training: bool) -> None:
+    torch.manual_seed(0)
+    ours = GeneratorA(5, 3, 16, width=8).to(memory_format=torch.channels_last).train(training)
+    other = copy.deepcopy(ours)
+    fuse_leaky_relus(ours)
+    assert sum(isinstance(layer, BatchNormLeakyReLU2d) for layer in ours.modules()) == 2
+    z = torch.randn(6, 5)
+    images, expected = ours(z), other(z)
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    gradient = torch.randn_like(images)
+    images.backward(gradient)
+    expected.backward(gradient)
+    assert ours.state_dict().keys() == other.state_dict().keys()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(ours.parameters(), other.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        # Biases in front of a batch norm have no gradient but rounding.
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=2e-3)
+
+
+def test_only_a_leaky_relu_right_behind_a_batch_norm_is_fused() -> None:
+    network = nn.Sequential(
+        *(nn.LeakyReLU(), nn.BatchNorm2d(2), nn.ReLU()),
+        *(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.LeakyReLU()),
+        *(nn.BatchNorm2d(2, momentum=None), nn.LeakyReLU(-0.5)),
+        *(nn.BatchNorm2d(2, track_running_stats=False), nn.LeakyReLU()),
+    )
+    before = [type(layer) for layer in network]
+    fuse_leaky_relus(network)
+    assert [type(layer) for layer in network] == before
