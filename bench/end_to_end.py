@@ -23,7 +23,7 @@ from dfkd_fast.engine.device import device_name, keep_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.files import replacing
 from dfkd_fast.kernels import use_backend
-from dfkd_fast.models import GemmConv2d, build_generator, build_model
+from dfkd_fast.models import CpuConv2d, build_generator, build_model
 
 from . import provenance, table
 from .baselines import plain
@@ -186,12 +186,12 @@ def _contenders(
         ("folded teacher", {"loop.fold_teacher": True}),
     ]
     if device.type == "cpu":
-        features[2:2] = [("matrix products", {"gemm": True}), ("kept memory", {"loop.keep_memory": True})]
+        features[2:2] = [("chosen algorithms", {"algorithms": True}), ("kept memory", {"loop.keep_memory": True})]
     if precision != "fp32":
         features.append(("precision", {"loop.precision": precision}))
     if device.type == "cuda":
         features.append(("CUDA graphs", {"loop.capture": True}))
-    changes: dict[str, Any] = {"textbook": True, "kernels": False, "gemm": False, "loop.keep_memory": False}
+    changes: dict[str, Any] = {"textbook": True, "kernels": False, "algorithms": False, "loop.keep_memory": False}
     for name, switched in features:
         changes = changes | switched
         contenders[f"+ {name}"] = partial(_engine, recipe, device, changes)
@@ -219,7 +219,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     kernels: bool = changes["kernels"]
     endless = {"loop.epochs": 1, "loop.iterations_per_epoch": 100_000, "loop.generator_pretraining": 0}
     trainer = Trainer(teacher, student, generator, _changed(recipe, changes | endless), device=device)
-    if not changes["gemm"]:
+    if not changes["algorithms"]:
         for network in (trainer._game.teacher, trainer._game.observer.network, student, generator):
             _convolve(network)
 
@@ -235,7 +235,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
 
 def _convolve(network: nn.Module) -> None:
     for layer in network.modules():
-        if type(layer) is GemmConv2d:
+        if type(layer) is CpuConv2d:
             layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 

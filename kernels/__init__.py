@@ -2,7 +2,8 @@
 
 One folder an operation: ``__init__.py`` is the public function, checks its arguments and registers its operators;
 ``reference.py`` is the mathematics in plain PyTorch; ``cpu.py`` (numba) and ``gpu.py`` (Triton) are its kernels, and
-csrc/ has them in CUDA. ``dispatch.py`` says which of them serves a call. ``norm`` alone has kernels for a CPU only.
+csrc/ has them in CUDA. ``dispatch.py`` says which of them serves a call. ``norm`` and ``winograd``
+have kernels for a CPU only.
 Nothing here knows the rest of the project, only tensors.
 """
 
@@ -13,6 +14,7 @@ from .ema import ema_multi_avg_fn, ema_update_
 from .ema.fused import FusedEMA
 from .moments import channel_moments, channel_sums
 from .norm import batch_norm_leaky_relu
+from .winograd import winograd_conv2d, winograd_pays
 
 __all__ = [
     "Backend",
@@ -28,4 +30,6 @@ __all__ = [
     "kl_discrepancy",
     "l1_discrepancy",
     "use_backend",
+    "winograd_conv2d",
+    "winograd_pays",
 ]

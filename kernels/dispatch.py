@@ -32,6 +32,7 @@ WORTHWHILE = {
     "concat_generated": 1 << 17,
     "channel_moments": 1 << 14,
     "batch_norm_leaky_relu": 1 << 20,
+    "winograd_conv2d": 1 << 15,
 }
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write
 

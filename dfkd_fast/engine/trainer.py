@@ -27,7 +27,7 @@ from dfkd_fast.models import (
     fuse_leaky_relus,
     logits_only,
     lower_precision,
-    use_gemm,
+    use_cpu_convolutions,
 )
 
 from .capture import Steps, preserved
@@ -309,7 +309,7 @@ class Trainer:
         if self.method.loop.channels_last:
             network.to(memory_format=torch.channels_last)
             if self.device.type == "cpu":
-                use_gemm(network)
+                use_cpu_convolutions(network)
         return network
 
     def _set_up(self, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:

@@ -2,8 +2,8 @@
 
 from .catalogue import build_model
 from .classifiers import CifarResNet, LeNet5, WideResNet
+from .convolution import CpuConv2d, use_cpu_convolutions
 from .frozen import FoldingError, Observation, Observer, fold, folded_and_checked, freeze, lower_precision
-from .gemm import GemmConv2d, use_gemm
 from .generators import (
     Generator,
     GeneratorA,
@@ -29,8 +29,8 @@ __all__ = [
     "PRETRAINED",
     "BatchNormLeakyReLU2d",
     "CifarResNet",
+    "CpuConv2d",
     "FoldingError",
-    "GemmConv2d",
     "Generator",
     "GeneratorA",
     "GeneratorB",
@@ -65,5 +65,5 @@ __all__ = [
     "read_metadata",
     "save_weights",
     "untaught",
-    "use_gemm",
+    "use_cpu_convolutions",
 ]

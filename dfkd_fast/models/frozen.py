@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.kernels import channel_moments
 
-from .gemm import GemmConv2d
+from .convolution import CpuConv2d
 
 __all__ = ["FoldingError", "Observation", "Observer", "fold", "folded_and_checked", "freeze", "lower_precision"]
 
@@ -98,7 +98,7 @@ class _Tracer(fx.Tracer):
 
 def _is_ordinary(layer: nn.Conv2d) -> bool:
     """Whether it convolves with its weight as it is, so that a factor on its output is one on the weight."""
-    return type(layer) in (nn.Conv2d, GemmConv2d) or type(layer).__name__ == "Conv2dSame"
+    return type(layer) in (nn.Conv2d, CpuConv2d) or type(layer).__name__ == "Conv2dSame"
 
 
 def folded_and_checked(network: nn.Module, images: Tensor) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Convolutions as matrix products, where a CPU is faster with them."""
+"""Convolutions by the algorithm that is fastest on a CPU."""
 
 import math
 from typing import Any
@@ -7,23 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GemmConv2d", "use_gemm"]
+from dfkd_fast.kernels import winograd_conv2d, winograd_pays
+
+__all__ = ["CpuConv2d", "use_cpu_convolutions"]
 
 FEW = 2
 """Output pixels of a batch for each output channel, up to which the product was no slower (with AVX-512 and AMX, both precisions)."""
 Pair = tuple[int, ...]
 
 
-class GemmConv2d(nn.Conv2d):
-    """A convolution that multiplies matrices where it has few output pixels or few output channels.
+class CpuConv2d(nn.Conv2d):
+    """A convolution that looks at its tensors and chooses how it is computed on a CPU.
 
-    On a CPU PyTorch's convolutions rearrange the weights at every call, and their gradient. Deep in a network on small images that
-    takes longer than the arithmetic; there the windows of the input are copied into a matrix instead (im2col). And they
-    compute many output channels at once, of which an image has one or three; there the products of all input
-    pixels with the kernel are added up shifted (col2im), in float32. Channels-last weights and images are matrices as they lie.
+    - 3×3 kernels in float32: :func:`~dfkd_fast.kernels.winograd_conv2d`, a quarter of the multiplications.
+    - Few output pixels, deep in a network on small images: PyTorch's convolutions rearrange the weights at every call, and their
+      gradient, which takes longer than the arithmetic. The windows of the input are copied into a matrix instead (im2col).
+    - Few output channels in float32, an image's one or three, where PyTorch's compute many at once: the products of all input
+      pixels with the kernel are added up shifted (col2im).
+    - Everything else, and whatever is not channels-last: its base class.
 
-    Everywhere else this is its base class. Parameters are the same, and so is the function; the rounding is not.
+    Parameters are the same, and so is the function; the rounding is not.
     """
+
+    fixed: bool
+    """Whether the weights are a frozen network's, so that what is computed from them is worth keeping."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = None
@@ -31,13 +38,18 @@ class GemmConv2d(nn.Conv2d):
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
             geometry = self.stride, self.padding, self.dilation
             pixels = len(input) * math.prod(max(size, 0) for size in _output_size(input, weight, *geometry))
-            if 0 < pixels <= FEW * self.out_channels:
+            if self._is_winograds() and winograd_pays(input, weight, self.padding, keep=self.fixed):
+                output = winograd_conv2d(input, weight, self.padding, keep=self.fixed)
+            elif 0 < pixels <= FEW * self.out_channels:
                 output = _FewPixels.apply(input.to(dtype), weight.to(dtype), *geometry)
             elif pixels and self._has_few_channels(dtype, self.padding):
                 output = _FewChannels.apply(input, weight, self.padding)
         if output is None:
             return super()._conv_forward(input, weight, bias)
         return output if bias is None else output + bias.to(output.dtype)[:, None, None]
+
+    def _is_winograds(self) -> bool:
+        return self.kernel_size == (3, 3) and self.stride == self.dilation == (1, 1)
 
     def _has_few_channels(self, dtype: torch.dtype, padding: Pair) -> bool:
         # The terms of a sum would be rounded to bfloat16 one by one.
@@ -48,11 +60,12 @@ class GemmConv2d(nn.Conv2d):
         return exact and seeing and few and self.stride == self.dilation == (1, 1) and self.kernel_size != (1, 1)
 
 
-def use_gemm(network: nn.Module) -> nn.Module:
-    """Make every ordinary convolution of a network a :class:`GemmConv2d`, in place; returns the network."""
+def use_cpu_convolutions(network: nn.Module) -> nn.Module:
+    """Make every ordinary convolution of a network a :class:`CpuConv2d`, in place; returns the network."""
     for layer in network.modules():
         if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
-            layer.__class__ = GemmConv2d
+            layer.__class__ = CpuConv2d
+            setattr(layer, "fixed", not layer.weight.requires_grad)  # noqa: B010  # of the class it now has
     return network
 
 

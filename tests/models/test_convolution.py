@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.models import GemmConv2d, fold, freeze, gemm, untaught, use_gemm
+from dfkd_fast.models import CpuConv2d, convolution, fold, freeze, untaught, use_cpu_convolutions
 
 FEW_PIXELS: list[dict[str, Any]] = [
     {"kernel_size": 3, "padding": 1},
@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_a_convolution(case: dict[str, Any], l
     weights = torch.randn_like(expected)
     inputs = [images, *layer.parameters()]
     gradients = torch.autograd.grad((weights * expected).sum(), inputs)
-    use_gemm(layer)
+    use_cpu_convolutions(layer)
     forbid_convolutions(monkeypatch)
     output = layer(images)
     torch.testing.assert_close(output, expected)
@@ -65,7 +65,7 @@ def test_few_pixels_have_the_second_derivatives_of_finite_differences(case: dict
     layer, images = layer_and_images({"out_channels": 2, **case})
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        return gemm._FewPixels.apply(x, weight, layer.stride, layer.padding, layer.dilation)
+        return convolution._FewPixels.apply(x, weight, layer.stride, layer.padding, layer.dilation)
 
     assert torch.autograd.gradcheck(product, (images, layer.weight))
     assert torch.autograd.gradgradcheck(product, (images, layer.weight))
@@ -76,7 +76,7 @@ def test_few_channels_have_the_second_derivatives_of_finite_differences(case: di
     layer, images = layer_and_images({"out_channels": 2, **case})
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        return gemm._FewChannels.apply(x, weight, layer.padding)
+        return convolution._FewChannels.apply(x, weight, layer.padding)
 
     assert torch.autograd.gradcheck(product, (images, layer.weight))
     assert torch.autograd.gradgradcheck(product, (images, layer.weight))
@@ -85,13 +85,13 @@ def test_few_channels_have_the_second_derivatives_of_finite_differences(case: di
 @pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}], ids=["few pixels", "few channels"])
 def test_the_gradient_of_channels_last_weights_lies_as_they_do(channels: dict[str, int]) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
-    use_gemm(layer)(images).sum().backward()
+    use_cpu_convolutions(layer)(images).sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 
 def test_many_pixels_are_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = use_gemm(nn.Conv2d(3, 8, 3, padding=1).to(memory_format=torch.channels_last))
+    layer = use_cpu_convolutions(nn.Conv2d(3, 8, 3, padding=1).to(memory_format=torch.channels_last))
     forbid_convolutions(monkeypatch)
     layer(torch.randn(1, 3, 4, 4))
     with pytest.raises(AssertionError, match="a convolution ran"):
@@ -100,7 +100,7 @@ def test_many_pixels_are_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_few_channels_are_convolved_in_bfloat16_whose_partial_sums_would_be_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1, "in_channels": 27, "out_channels": 3}, torch.float32)
-    use_gemm(layer)
+    use_cpu_convolutions(layer)
     forbid_convolutions(monkeypatch)
     layer(images)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="a convolution ran"):
@@ -114,7 +114,7 @@ def test_autocast_computes_in_its_dtype_as_a_convolution_does(lowered: bool, mon
         layer.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(images)
-        use_gemm(layer)
+        use_cpu_convolutions(layer)
         forbid_convolutions(monkeypatch)
         output = layer(images)
     assert output.dtype == expected.dtype == torch.bfloat16
@@ -126,7 +126,7 @@ def test_autocast_computes_in_its_dtype_as_a_convolution_does(lowered: bool, mon
 @pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}], ids=["few pixels", "few channels"])
 def test_frozen_weights_cost_no_gradient(channels: dict[str, int]) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
-    use_gemm(layer)
+    use_cpu_convolutions(layer)
     with untaught(layer):
         output = layer(images)
     assert layer.weight.requires_grad
@@ -148,18 +148,18 @@ def test_only_ordinary_convolutions_change() -> None:
         Other(4, 4, 3),
     )
     before = copy.deepcopy(network)
-    use_gemm(network)
-    assert [type(layer) is GemmConv2d for layer in network] == [True, False, False, True, False]
+    use_cpu_convolutions(network)
+    assert [type(layer) is CpuConv2d for layer in network] == [True, False, False, True, False]
     assert network.state_dict().keys() == before.state_dict().keys()
     images = torch.randn(3, 4, 9, 8)
     torch.testing.assert_close(network(images), before(images))
 
 
 def test_batch_norms_behind_them_fold() -> None:
-    network = freeze(use_gemm(nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40)).to(memory_format=torch.channels_last)))
+    network = freeze(use_cpu_convolutions(nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40)).to(memory_format=torch.channels_last)))
     images = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(fold(network)(images), network(images))
 
 
 def test_an_empty_batch_passes() -> None:
-    assert use_gemm(nn.Conv2d(3, 40, 3))(torch.empty(0, 3, 5, 5)).shape == (0, 40, 3, 3)
+    assert use_cpu_convolutions(nn.Conv2d(3, 40, 3))(torch.empty(0, 3, 5, 5)).shape == (0, 40, 3, 3)

@@ -1,0 +1,144 @@
+"""3×3 convolutions with a quarter of the multiplications, for float32 on a CPU."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import dispatch
+
+__all__ = ["winograd_conv2d", "winograd_pays"]
+
+CHUNK = 1 << 21  # elements of the transformed images that are in work at a time: both sides of the product should stay in cache
+G = (
+    *((1 / 4, 0.0, 0.0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6)),
+    *((1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0.0, 0.0, 1.0)),
+)
+FEWEST_CHANNELS = 64  # with fewer, the transforms take what the products save
+FEWEST_PIXELS = 512  # with fewer output pixels in a batch, the transforms of the weights do, unless they are kept
+_kept = WeakTensorKeyDictionary()
+
+
+def winograd_conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> Tensor:
+    """``conv2d(x, weight, padding=padding)`` of stride 1 as Winograd's F(4×4, 3×3) (Lavin & Gray, arXiv 1509.09308).
+
+    36 multiplications stand for 144, and transforms of images and weights surround them. Errors are some six times those
+    of the direct sum in float32. Gradients are computed the same way, the gradient's own gradient by PyTorch's convolution.
+    What it does not serve goes to PyTorch's convolution: other devices and dtypes, images that are not channels-last.
+
+    Args:
+        x: (N, C_in, H, W).
+        weight: (C_out, C_in, 3, 3).
+        padding: rows and columns of zeros on each side.
+        keep: keep the transformed weights, four times as many, until these change: for those of a frozen network.
+
+    Returns:
+        (N, C_out, H + 2 · padding[0] − 2, W + 2 · padding[1] − 2).
+    """
+    if not _served(x, weight):
+        return F.conv2d(x, weight, padding=padding)
+    return _Winograd.apply(x, weight, padding, keep)
+
+
+def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> bool:
+    """Whether :func:`winograd_conv2d` serves these tensors and is faster than PyTorch's convolution (with AVX-512)."""
+    height, width = _output_size(x, padding)
+    pixels = len(x) * max(height, 0) * max(width, 0)
+    return (
+        _served(x, weight)
+        and weight.shape[2:] == (3, 3)
+        and x.numel() >= dispatch.WORTHWHILE["winograd_conv2d"]
+        and min(weight.shape[:2]) >= FEWEST_CHANNELS
+        and pixels >= (1 if keep else FEWEST_PIXELS)
+    )
+
+
+def _output_size(x: Tensor, padding: tuple[int, ...]) -> tuple[int, int]:
+    return x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2
+
+
+def _served(x: Tensor, weight: Tensor) -> bool:
+    """What is compiled is left to the compiler."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and dispatch.forced() in (None, "numba")
+        and dispatch.why_not("numba") is None
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, padding: tuple[int, ...], keep: bool) -> Tensor:
+        from . import cpu
+
+        ctx.save_for_backward(x, weight)
+        ctx.padding, ctx.keep = padding, keep
+        height, width = _output_size(x, padding)
+        y = x.new_empty(len(x), height, width, len(weight)).permute(0, 3, 1, 2)
+        grid = cpu.tiles_of(height, width)
+        transformed = _transformed(weight, keep)
+        for part in _chunks(x, weight, grid):
+            cpu.from_tiles(torch.bmm(cpu.to_tiles(x[part], padding, grid), transformed.transpose(1, 2)), y[part], grid)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            wanted = [*ctx.needs_input_grad[:2], False]
+            by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+                gradient, x, weight, None, [1, 1], list(ctx.padding), [1, 1], False, [0, 0], 1, wanted
+            )
+            return by_x, by_weight, None, None
+        from . import cpu
+
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        grid = cpu.tiles_of(*gradient.shape[2:])
+        by_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        by_transformed = x.new_zeros(36, *weight.shape[:2]) if ctx.needs_input_grad[1] else None
+        transformed = _transformed(weight, ctx.keep) if by_x is not None else None
+        for part in _chunks(x, weight, grid):
+            by_product = cpu.from_tiles_adjoint(gradient[part], grid)
+            if by_x is not None and transformed is not None:
+                cpu.add_tiles(torch.bmm(by_product, transformed), by_x[part], ctx.padding, grid)
+            if by_transformed is not None:
+                by_transformed.baddbmm_(by_product.transpose(1, 2), cpu.to_tiles(x[part], ctx.padding, grid))
+        by_weight = None
+        if by_transformed is not None:
+            by_places = (_kernel_transform(weight).t() @ by_transformed.flatten(1)).unflatten(1, weight.shape[:2])
+            by_weight = by_places.permute(1, 2, 0).unflatten(2, (3, 3)).contiguous(memory_format=torch.channels_last)
+        return by_x, by_weight, None, None
+
+
+def _chunks(x: Tensor, weight: Tensor, grid: tuple[int, int]) -> Iterator[slice]:
+    images = max(1, CHUNK // (36 * math.prod(grid) * max(weight.shape[:2])))
+    for start in range(0, len(x), images):
+        yield slice(start, start + images)
+
+
+def _transformed(weight: Tensor, keep: bool) -> Tensor:
+    """G w Gᵀ of every pair of channels: (36, C_out, C_in)."""
+    version, known = _kept.get(weight, (None, None))
+    if known is not None and version == (weight._version, weight.data_ptr()):
+        return known
+    with torch.no_grad():
+        places = weight.permute(2, 3, 0, 1).reshape(9, -1)
+        transformed = (_kernel_transform(weight) @ places).unflatten(1, weight.shape[:2])
+    if keep:
+        _kept[weight] = (weight._version, weight.data_ptr()), transformed
+    return transformed
+
+
+def _kernel_transform(like: Tensor) -> Tensor:
+    """w ↦ G w Gᵀ as one matrix, (36, 9)."""
+    g = like.new_tensor(G)
+    return torch.kron(g, g)

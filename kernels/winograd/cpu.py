@@ -1,0 +1,219 @@
+"""Winograd's transforms on a CPU, in numba, over channels-last float32 tensors; the products between them are PyTorch's.
+
+A tile is 6×6 input pixels, which overlap those of the next tile by two, and 4×4 output pixels. Every transform is a small
+matrix from both sides, applied to all channels at once.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+from torch import Tensor
+
+from .. import simd
+from ..simd import Place
+
+__all__ = ["add_tiles", "from_tiles", "from_tiles_adjoint", "tiles_of", "to_tiles"]
+
+TWO, FOUR, FIVE, EIGHT = (np.float32(value) for value in (2, 4, 5, 8))
+ZERO = np.float32(0)
+
+
+def tiles_of(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tiles that cover so many output pixels."""
+    return -(-height // 4), -(-width // 4)
+
+
+def to_tiles(x: Tensor, padding: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+    """Bᵀ d B of every tile d of the input: (36, tiles, C)."""
+    batch, channels, height, width = x.shape
+    tiles = x.new_empty(36, batch * grid[0] * grid[1], channels)
+    with simd.threads:
+        _to_tiles(simd.place(x), simd.place(tiles), batch, height, width, channels, *padding, *grid)
+    return tiles
+
+
+def add_tiles(tiles: Tensor, x: Tensor, padding: tuple[int, ...], grid: tuple[int, int]) -> None:
+    """The adjoint of :func:`to_tiles`: add B v Bᵀ of every tile v to x, in place."""
+    batch, channels, height, width = x.shape
+    with simd.threads:
+        _add_tiles(simd.place(tiles), simd.place(x), batch, height, width, channels, *padding, *grid)
+
+
+def from_tiles(tiles: Tensor, y: Tensor, grid: tuple[int, int]) -> None:
+    """Aᵀ m A of every tile m, into the output y (N, C, H, W)."""
+    batch, channels, height, width = y.shape
+    with simd.threads:
+        _from_tiles(simd.place(tiles), simd.place(y), batch, height, width, channels, *grid)
+
+
+def from_tiles_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A g Aᵀ of every tile g of the output's gradient: (36, tiles, C)."""
+    batch, channels, height, width = gradient.shape
+    tiles = gradient.new_empty(36, batch * grid[0] * grid[1], channels)
+    with simd.threads:
+        _from_tiles_adjoint(simd.place(gradient), simd.place(tiles), batch, height, width, channels, *grid)
+    return tiles
+
+
+@simd.inline
+def _b_transposed(d0: Any, d1: Any, d2: Any, d3: Any, d4: Any, d5: Any) -> Any:
+    even, odd = d4 - FOUR * d2, d3 - FOUR * d1
+    near, far = d4 - d2, TWO * (d3 - d1)
+    return FOUR * d0 - FIVE * d2 + d4, even + odd, even - odd, near + far, near - far, FOUR * d1 - FIVE * d3 + d5
+
+
+@simd.inline
+def _b(v0: Any, v1: Any, v2: Any, v3: Any, v4: Any, v5: Any) -> Any:
+    near, near_odd, far, far_odd = v1 + v2, v1 - v2, v3 + v4, TWO * (v3 - v4)
+    return (
+        FOUR * v0,
+        FOUR * (v5 - near_odd) - far_odd,
+        -(FIVE * v0 + FOUR * near + far),
+        near_odd + far_odd - FIVE * v5,
+        v0 + near + far,
+        v5,
+    )
+
+
+@simd.inline
+def _a_transposed(m0: Any, m1: Any, m2: Any, m3: Any, m4: Any, m5: Any) -> Any:
+    near, near_odd, far, far_odd = m1 + m2, m1 - m2, m3 + m4, m3 - m4
+    return m0 + near + far, near_odd + TWO * far_odd, near + FOUR * far, near_odd + EIGHT * far_odd + m5
+
+
+@simd.inline
+def _a(g0: Any, g1: Any, g2: Any, g3: Any) -> Any:
+    near, near_odd = g0 + g2, g1 + g3
+    far, far_odd = g0 + FOUR * g2, TWO * g1 + EIGHT * g3
+    return g0, near + near_odd, near - near_odd, far + far_odd, far - far_odd, g3
+
+
+@simd.parallel
+def _to_tiles(
+    x: Place, tiles: Place, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
+) -> None:
+    given, out = simd.pointer(x), simd.pointer(tiles)
+    count = batch * rows * columns
+    plane = count * channels
+    for tile in prange(count):
+        image, first_row, first_column = tile // (rows * columns), tile // columns % rows * 4 - top, tile % columns * 4 - left
+        d, half = np.empty((6, 6, channels), np.float32), np.empty((6, 6, channels), np.float32)
+        for i in range(6):
+            for j in range(6):
+                row, column = first_row + i, first_column + j
+                if 0 <= row < height and 0 <= column < width:
+                    at = ((image * height + row) * width + column) * channels
+                    for k in range(channels):
+                        d[i, j, k] = given[at + k]
+                else:
+                    for k in range(channels):
+                        d[i, j, k] = ZERO
+        for j in range(6):
+            for k in range(channels):
+                v = _b_transposed(d[0, j, k], d[1, j, k], d[2, j, k], d[3, j, k], d[4, j, k], d[5, j, k])
+                half[0, j, k], half[1, j, k], half[2, j, k] = v[0], v[1], v[2]
+                half[3, j, k], half[4, j, k], half[5, j, k] = v[3], v[4], v[5]
+        for i in range(6):
+            at = 6 * i * plane + tile * channels
+            for k in range(channels):
+                v = _b_transposed(half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k], half[i, 4, k], half[i, 5, k])
+                out[at + k], out[at + plane + k], out[at + 2 * plane + k] = v[0], v[1], v[2]
+                out[at + 3 * plane + k], out[at + 4 * plane + k], out[at + 5 * plane + k] = v[3], v[4], v[5]
+
+
+@simd.parallel
+def _add_tiles(
+    tiles: Place, x: Place, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
+) -> None:
+    given, out = simd.pointer(tiles), simd.pointer(x)
+    plane = batch * rows * columns * channels
+    # A task an image: neighbouring tiles add to the same pixels.
+    for image in prange(batch):
+        half = np.empty((6, 6, channels), np.float32)
+        for tile in range(image * rows * columns, (image + 1) * rows * columns):
+            first_row, first_column = tile // columns % rows * 4 - top, tile % columns * 4 - left
+            for j in range(6):
+                at = j * plane + tile * channels
+                for k in range(channels):
+                    d = _b(
+                        given[at + k],
+                        given[at + 6 * plane + k],
+                        given[at + 12 * plane + k],
+                        given[at + 18 * plane + k],
+                        given[at + 24 * plane + k],
+                        given[at + 30 * plane + k],
+                    )
+                    half[0, j, k], half[1, j, k], half[2, j, k] = d[0], d[1], d[2]
+                    half[3, j, k], half[4, j, k], half[5, j, k] = d[3], d[4], d[5]
+            for i in range(6):
+                for k in range(channels):
+                    d = _b(half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k], half[i, 4, k], half[i, 5, k])
+                    half[i, 0, k], half[i, 1, k], half[i, 2, k] = d[0], d[1], d[2]
+                    half[i, 3, k], half[i, 4, k], half[i, 5, k] = d[3], d[4], d[5]
+                for j in range(6):
+                    row, column = first_row + i, first_column + j
+                    if 0 <= row < height and 0 <= column < width:
+                        at = ((image * height + row) * width + column) * channels
+                        for k in range(channels):
+                            out[at + k] += half[i, j, k]
+
+
+@simd.parallel
+def _from_tiles(tiles: Place, y: Place, batch: int, height: int, width: int, channels: int, rows: int, columns: int) -> None:
+    given, out = simd.pointer(tiles), simd.pointer(y)
+    count = batch * rows * columns
+    plane = count * channels
+    for tile in prange(count):
+        image, first_row, first_column = tile // (rows * columns), tile // columns % rows * 4, tile % columns * 4
+        half = np.empty((4, 6, channels), np.float32)
+        for j in range(6):
+            at = j * plane + tile * channels
+            for k in range(channels):
+                m = _a_transposed(
+                    given[at + k],
+                    given[at + 6 * plane + k],
+                    given[at + 12 * plane + k],
+                    given[at + 18 * plane + k],
+                    given[at + 24 * plane + k],
+                    given[at + 30 * plane + k],
+                )
+                half[0, j, k], half[1, j, k], half[2, j, k], half[3, j, k] = m[0], m[1], m[2], m[3]
+        for i in range(min(4, height - first_row)):
+            for k in range(channels):
+                m = _a_transposed(half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k], half[i, 4, k], half[i, 5, k])
+                half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k] = m[0], m[1], m[2], m[3]
+            for j in range(min(4, width - first_column)):
+                at = ((image * height + first_row + i) * width + first_column + j) * channels
+                for k in range(channels):
+                    out[at + k] = half[i, j, k]
+
+
+@simd.parallel
+def _from_tiles_adjoint(gradient: Place, tiles: Place, batch: int, height: int, width: int, channels: int, rows: int, columns: int) -> None:
+    given, out = simd.pointer(gradient), simd.pointer(tiles)
+    count = batch * rows * columns
+    plane = count * channels
+    for tile in prange(count):
+        image, first_row, first_column = tile // (rows * columns), tile // columns % rows * 4, tile % columns * 4
+        g, half = np.empty((4, 4, channels), np.float32), np.empty((6, 4, channels), np.float32)
+        for i in range(4):
+            for j in range(4):
+                if first_row + i < height and first_column + j < width:
+                    at = ((image * height + first_row + i) * width + first_column + j) * channels
+                    for k in range(channels):
+                        g[i, j, k] = given[at + k]
+                else:
+                    for k in range(channels):
+                        g[i, j, k] = ZERO
+        for j in range(4):
+            for k in range(channels):
+                m = _a(g[0, j, k], g[1, j, k], g[2, j, k], g[3, j, k])
+                half[0, j, k], half[1, j, k], half[2, j, k] = m[0], m[1], m[2]
+                half[3, j, k], half[4, j, k], half[5, j, k] = m[3], m[4], m[5]
+        for i in range(6):
+            at = 6 * i * plane + tile * channels
+            for k in range(channels):
+                m = _a(half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k])
+                out[at + k], out[at + plane + k], out[at + 2 * plane + k] = m[0], m[1], m[2]
+                out[at + 3 * plane + k], out[at + 4 * plane + k], out[at + 5 * plane + k] = m[3], m[4], m[5]
