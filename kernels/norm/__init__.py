@@ -62,7 +62,8 @@ def batch_norm_leaky_relu(
 def _served(x: Tensor, training: bool) -> bool:
     """Whether the kernels are for this call; what is compiled is better fused by the compiler."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and type(x) is Tensor
         and x.dtype in dispatch.STORAGE
         and x.numel() >= dispatch.WORTHWHILE["batch_norm_leaky_relu"]
@@ -70,7 +71,6 @@ def _served(x: Tensor, training: bool) -> bool:
         and (training or not torch.is_grad_enabled())
         and dispatch.forced() in (None, "numba")
         and dispatch.why_not("numba") is None
-        and not torch.compiler.is_compiling()
     )
 
 

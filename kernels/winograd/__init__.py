@@ -64,14 +64,14 @@ def _output_size(x: Tensor, padding: tuple[int, ...]) -> tuple[int, int]:
 def _served(x: Tensor, weight: Tensor) -> bool:
     """What is compiled is left to the compiler."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and type(x) is Tensor
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x.is_contiguous(memory_format=torch.channels_last)
         and dispatch.forced() in (None, "numba")
         and dispatch.why_not("numba") is None
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -104,14 +104,15 @@ class _Winograd(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         grid = cpu.tiles_of(*gradient.shape[2:])
         by_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        by_transformed = x.new_zeros(36, *weight.shape[:2]) if ctx.needs_input_grad[1] else None
+        by_transformed = None
         transformed = _transformed(weight, ctx.keep) if by_x is not None else None
         for part in _chunks(x, weight, grid):
             by_product = cpu.from_tiles_adjoint(gradient[part], grid)
             if by_x is not None and transformed is not None:
                 cpu.add_tiles(torch.bmm(by_product, transformed), by_x[part], ctx.padding, grid)
-            if by_transformed is not None:
-                by_transformed.baddbmm_(by_product.transpose(1, 2), cpu.to_tiles(x[part], ctx.padding, grid))
+            if ctx.needs_input_grad[1]:
+                factors = by_product.transpose(1, 2), cpu.to_tiles(x[part], ctx.padding, grid)
+                by_transformed = torch.bmm(*factors) if by_transformed is None else by_transformed.baddbmm_(*factors)
         by_weight = None
         if by_transformed is not None:
             by_places = (_kernel_transform(weight).t() @ by_transformed.flatten(1)).unflatten(1, weight.shape[:2])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.kernels import winograd_conv2d
 from dfkd_fast.models import CpuConv2d, convolution, fold, freeze, untaught, use_cpu_convolutions
 
 FEW_PIXELS: list[dict[str, Any]] = [
@@ -163,3 +164,30 @@ def test_batch_norms_behind_them_fold() -> None:
 
 def test_an_empty_batch_passes() -> None:
     assert use_cpu_convolutions(nn.Conv2d(3, 40, 3))(torch.empty(0, 3, 5, 5)).shape == (0, 40, 3, 3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_kernels_of_three_by_three_are_winograds(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(not frozen)
+    images = torch.randn(8 if frozen else 16, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    expected = layer(images)
+    use_cpu_convolutions(layer)
+    forbid_convolutions(monkeypatch)
+    asked: list[bool] = []
+
+    def ask(x: Tensor, weight: Tensor, padding: tuple[int, ...], *, keep: bool) -> Tensor:
+        asked.append(keep)
+        return winograd_conv2d(x, weight, padding, keep=keep)
+
+    monkeypatch.setattr(convolution, "winograd_conv2d", ask)
+    output = layer(images)
+    assert asked == [frozen]
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"stride": 2}, {"dilation": 2}, {"kernel_size": 5}], ids=str)
+def test_other_kernels_are_not_winograds(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = use_cpu_convolutions(nn.Conv2d(64, 64, **{"kernel_size": 3} | change).to(memory_format=torch.channels_last))
+    monkeypatch.setattr(convolution, "winograd_conv2d", None)
+    assert layer(torch.randn(16, 64, 12, 12).to(memory_format=torch.channels_last)).shape[1] == 64

@@ -1,0 +1,123 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd_fast.kernels import dispatch, use_backend, winograd, winograd_conv2d, winograd_pays
+
+
+def case(batch: int, channels: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels[0], *size).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(channels[1], channels[0], 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    return x, weight
+
+
+def oracle(x: Tensor, weight: Tensor, padding: tuple[int, int], gradient: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Output and, of a random gradient, those of x and the weights, in float64."""
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    output = F.conv2d(wide[0], wide[1], padding=padding)
+    return output, *([] if gradient is None else torch.autograd.grad(output, wide, gradient.double()))
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 0), (2, 0), (0, 1)], ids=str)
+@pytest.mark.parametrize("size", [(4, 4), (8, 12), (7, 9), (3, 3), (5, 18)], ids=str)
+@pytest.mark.parametrize("channels", [(1, 1), (5, 3), (64, 70)], ids=str)
+def test_values_and_gradients_are_those_of_a_convolution(
+    padding: tuple[int, int], size: tuple[int, int], channels: tuple[int, int]
+) -> None:
+    x, weight = case(3, channels, size)
+    output = winograd_conv2d(x, weight, padding)
+    gradient = torch.randn_like(output)
+    expected, *gradients = oracle(x, weight, padding, gradient)
+    assert type(output.grad_fn).__name__ == "_WinogradBackward"
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    # Sums of some 9 · 70 products of numbers near 1, whose transforms are up to 100 times larger.
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=2e-3)
+    for ours, theirs in zip(torch.autograd.grad(output, (x, weight), gradient), gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-3)
+
+
+def test_a_batch_in_several_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = case(7, (6, 5), (9, 6))
+    whole = winograd_conv2d(x, weight)
+    gradient = torch.randn_like(whole)
+    gradients = torch.autograd.grad(whole, (x, weight), gradient)
+    monkeypatch.setattr(winograd, "CHUNK", 2 * 36 * 6 * 6)
+    assert len(list(winograd._chunks(x, weight, (3, 2)))) == 4
+    pieces = winograd_conv2d(x, weight)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(torch.autograd.grad(pieces, (x, weight), gradient), gradients, rtol=1e-4, atol=1e-3)
+
+
+def test_errors_are_a_few_times_those_of_the_direct_sum() -> None:
+    x, weight = case(4, (64, 64), (16, 16))
+    (expected,) = oracle(x, weight, (1, 1))
+    direct = (F.conv2d(x, weight, padding=1) - expected).abs().max()
+    assert (winograd_conv2d(x, weight) - expected).abs().max() < 20 * direct
+
+
+def test_kept_transforms_follow_the_weights() -> None:
+    x, weight = case(2, (4, 4), (8, 8))
+    weight.requires_grad_(False)
+    for _ in range(3):
+        output = winograd_conv2d(x, weight, keep=True)
+        torch.testing.assert_close(output, F.conv2d(x, weight, padding=1), rtol=1e-3, atol=1e-3)
+        assert winograd._kept[weight][1] is winograd._transformed(weight, keep=True)
+        weight.mul_(2)
+    weight.data = torch.randn_like(weight)
+    torch.testing.assert_close(winograd_conv2d(x, weight, keep=True), F.conv2d(x, weight, padding=1), rtol=1e-3, atol=1e-3)
+
+
+def test_kept_transforms_go_with_the_weights() -> None:
+    x, weight = case(2, (4, 4), (8, 8))
+    frozen = weight.detach().clone()
+    before = len(winograd._kept)
+    winograd_conv2d(x.detach(), frozen, keep=True)
+    assert len(winograd._kept) == before + 1
+    del frozen
+    assert len(winograd._kept) == before
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    x, weight = case(2, (4, 4), (8, 8))
+    winograd_conv2d(x, weight.detach()).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is None
+
+
+def test_second_derivatives_are_the_convolutions() -> None:
+    x, weight = case(2, (3, 4), (6, 5))
+    products = []
+    for function in (winograd_conv2d, lambda x, w: F.conv2d(x, w, padding=1)):
+        gradients = torch.autograd.grad(function(x, weight).square().sum(), (x, weight), create_graph=True)
+        products.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), (x, weight)))  # type: ignore[arg-type]
+    for ours, theirs in zip(*products, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("other", ["float64", "bfloat16", "contiguous", "forced", "autocast"])
+def test_what_it_does_not_serve_is_convolved(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd._Winograd, "apply", None)
+    x, weight = (tensor.detach() for tensor in case(16, (64, 64), (8, 8)))
+    assert winograd_pays(x, weight)
+    if other == "contiguous":
+        x = x.contiguous()
+    elif other in ("float64", "bfloat16"):
+        x, weight = (tensor.to(getattr(torch, other)) for tensor in (x, weight))
+    with use_backend("reference" if other == "forced" else None), torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"):
+        assert not winograd_pays(x, weight)
+        torch.testing.assert_close(winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1))
+
+
+def test_it_pays_with_many_channels_and_pixels_and_for_frozen_weights_with_fewer_pixels() -> None:
+    def pays(batch: int, channels: tuple[int, int], size: int, *, keep: bool = False) -> bool:
+        return winograd_pays(*case(batch, channels, (size, size)), keep=keep)
+
+    assert pays(8, (64, 64), 8)
+    assert not pays(8, (64, 32), 8)
+    assert not pays(7, (128, 64), 8)
+    assert pays(7, (128, 64), 8, keep=True)
+    assert not pays(1, (64, 64), 8, keep=True), "too little work to be worth the call"
+    assert not winograd_pays(torch.zeros(512, 64, 1, 1), torch.zeros(64, 64, 3, 3), (0, 0), keep=True)
+    assert dispatch.WORTHWHILE["winograd_conv2d"] == 1 << 15
