@@ -33,20 +33,21 @@ class CpuConv2d(nn.Conv2d):
     """Whether the weights are a frozen network's, so that what is computed from them is worth keeping."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        output = None
-        if not isinstance(self.padding, str) and _laid_out(input, weight):
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-            geometry = self.stride, self.padding, self.dilation
-            pixels = len(input) * math.prod(max(size, 0) for size in _output_size(input, weight, *geometry))
-            if self._is_winograds() and winograd_pays(input, weight, self.padding, keep=self.fixed):
-                output = winograd_conv2d(input, weight, self.padding, keep=self.fixed)
-            elif 0 < pixels <= FEW * self.out_channels:
-                output = _FewPixels.apply(input.to(dtype), weight.to(dtype), *geometry)
-            elif pixels and self._has_few_channels(dtype, self.padding):
-                output = _FewChannels.apply(input, weight, self.padding)
-        if output is None:
+        # What is compiled stays in one graph, and is the compiler's.
+        if torch.compiler.is_compiling() or isinstance(self.padding, str) or not _laid_out(input, weight):
             return super()._conv_forward(input, weight, bias)
-        return output if bias is None else output + bias.to(output.dtype)[:, None, None]
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        geometry = self.stride, self.padding, self.dilation
+        pixels = len(input) * math.prod(max(size, 0) for size in _output_size(input, weight, *geometry))
+        if self._is_winograds() and winograd_pays(input, weight, self.padding, keep=self.fixed):
+            return winograd_conv2d(input, weight, bias, self.padding, keep=self.fixed)
+        if 0 < pixels <= FEW * self.out_channels:
+            output = _FewPixels.apply(input.to(dtype), weight.to(dtype), *geometry)
+        elif pixels and self._has_few_channels(dtype, self.padding):
+            output = _FewChannels.apply(input, weight, self.padding)
+        else:
+            return super()._conv_forward(input, weight, bias)
+        return output if bias is None else output + bias.to(dtype)[:, None, None]
 
     def _is_winograds(self) -> bool:
         return self.kernel_size == (3, 3) and self.stride == self.dilation == (1, 1)

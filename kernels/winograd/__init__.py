@@ -23,8 +23,10 @@ FEWEST_PIXELS = 512  # with fewer output pixels in a batch, the transforms of th
 _kept = WeakTensorKeyDictionary()
 
 
-def winograd_conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> Tensor:
-    """``conv2d(x, weight, padding=padding)`` of stride 1 as Winograd's F(4×4, 3×3) (Lavin & Gray, arXiv 1509.09308).
+def winograd_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: tuple[int, ...] = (1, 1), *, keep: bool = False
+) -> Tensor:
+    """``conv2d(x, weight, bias, padding=padding)`` of stride 1 as Winograd's F(4×4, 3×3) (Lavin & Gray, arXiv 1509.09308).
 
     36 multiplications stand for 144, and transforms of images and weights surround them. Errors are some six times those
     of the direct sum in float32. Gradients are computed the same way, the gradient's own gradient by PyTorch's convolution.
@@ -33,6 +35,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1)
     Args:
         x: (N, C_in, H, W).
         weight: (C_out, C_in, 3, 3).
+        bias: (C_out,), or none.
         padding: rows and columns of zeros on each side.
         keep: keep the transformed weights, four times as many, until these change: for those of a frozen network.
 
@@ -40,8 +43,8 @@ def winograd_conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1)
         (N, C_out, H + 2 · padding[0] − 2, W + 2 · padding[1] − 2).
     """
     if not _served(x, weight):
-        return F.conv2d(x, weight, padding=padding)
-    return _Winograd.apply(x, weight, padding, keep)
+        return F.conv2d(x, weight, bias, padding=padding)
+    return _Winograd.apply(x, weight, bias, padding, keep)
 
 
 def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> bool:
@@ -77,7 +80,7 @@ def _served(x: Tensor, weight: Tensor) -> bool:
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, padding: tuple[int, ...], keep: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], keep: bool) -> Tensor:
         from . import cpu
 
         ctx.save_for_backward(x, weight)
@@ -86,19 +89,21 @@ class _Winograd(torch.autograd.Function):
         y = x.new_empty(len(x), height, width, len(weight)).permute(0, 3, 1, 2)
         grid = cpu.tiles_of(height, width)
         transformed = _transformed(weight, keep)
+        offset = x.new_zeros(len(weight)) if bias is None else bias
         for part in _chunks(x, weight, grid):
-            cpu.from_tiles(torch.bmm(cpu.to_tiles(x[part], padding, grid), transformed.transpose(1, 2)), y[part], grid)
+            cpu.from_tiles(torch.bmm(cpu.to_tiles(x[part], padding, grid), transformed.transpose(1, 2)), offset, y[part], grid)
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
+        by_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         if torch.is_grad_enabled():  # to be differentiated again
             wanted = [*ctx.needs_input_grad[:2], False]
             by_x, by_weight, _ = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, [1, 1], list(ctx.padding), [1, 1], False, [0, 0], 1, wanted
             )
-            return by_x, by_weight, None, None
+            return by_x, by_weight, by_bias, None, None
         from . import cpu
 
         gradient = gradient.contiguous(memory_format=torch.channels_last)
@@ -117,7 +122,7 @@ class _Winograd(torch.autograd.Function):
         if by_transformed is not None:
             by_places = (_kernel_transform(weight).t() @ by_transformed.flatten(1)).unflatten(1, weight.shape[:2])
             by_weight = by_places.permute(1, 2, 0).unflatten(2, (3, 3)).contiguous(memory_format=torch.channels_last)
-        return by_x, by_weight, None, None
+        return by_x, by_weight, by_bias, None, None
 
 
 def _chunks(x: Tensor, weight: Tensor, grid: tuple[int, int]) -> Iterator[slice]:

@@ -40,11 +40,11 @@ def add_tiles(tiles: Tensor, x: Tensor, padding: tuple[int, ...], grid: tuple[in
         _add_tiles(simd.place(tiles), simd.place(x), batch, height, width, channels, *padding, *grid)
 
 
-def from_tiles(tiles: Tensor, y: Tensor, grid: tuple[int, int]) -> None:
-    """Aᵀ m A of every tile m, into the output y (N, C, H, W)."""
+def from_tiles(tiles: Tensor, bias: Tensor, y: Tensor, grid: tuple[int, int]) -> None:
+    """Aᵀ m A + bias of every tile m, into the output y (N, C, H, W)."""
     batch, channels, height, width = y.shape
     with simd.threads:
-        _from_tiles(simd.place(tiles), simd.place(y), batch, height, width, channels, *grid)
+        _from_tiles(simd.place(tiles), simd.place(bias), simd.place(y), batch, height, width, channels, *grid)
 
 
 def from_tiles_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -160,8 +160,8 @@ def _add_tiles(
 
 
 @simd.parallel
-def _from_tiles(tiles: Place, y: Place, batch: int, height: int, width: int, channels: int, rows: int, columns: int) -> None:
-    given, out = simd.pointer(tiles), simd.pointer(y)
+def _from_tiles(tiles: Place, bias: Place, y: Place, batch: int, height: int, width: int, channels: int, rows: int, columns: int) -> None:
+    given, offset, out = simd.pointer(tiles), simd.pointer(bias), simd.pointer(y)
     count = batch * rows * columns
     plane = count * channels
     for tile in prange(count):
@@ -186,7 +186,7 @@ def _from_tiles(tiles: Place, y: Place, batch: int, height: int, width: int, cha
             for j in range(min(4, width - first_column)):
                 at = ((image * height + first_row + i) * width + first_column + j) * channels
                 for k in range(channels):
-                    out[at + k] = half[i, j, k]
+                    out[at + k] = half[i, j, k] + offset[k]
 
 
 @simd.parallel

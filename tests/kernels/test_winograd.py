@@ -13,28 +13,31 @@ def case(batch: int, channels: tuple[int, int], size: tuple[int, int]) -> tuple[
     return x, weight
 
 
-def oracle(x: Tensor, weight: Tensor, padding: tuple[int, int], gradient: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Output and, of a random gradient, those of x and the weights, in float64."""
-    wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
-    output = F.conv2d(wide[0], wide[1], padding=padding)
+def oracle(inputs: list[Tensor], padding: tuple[int, int], gradient: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Output and, of a gradient, those of the inputs (x, weight and perhaps a bias), in float64."""
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    output = F.conv2d(wide[0], wide[1], wide[2] if len(wide) > 2 else None, padding=padding)
     return output, *([] if gradient is None else torch.autograd.grad(output, wide, gradient.double()))
 
 
 @pytest.mark.parametrize("padding", [(1, 1), (0, 0), (2, 0), (0, 1)], ids=str)
 @pytest.mark.parametrize("size", [(4, 4), (8, 12), (7, 9), (3, 3), (5, 18)], ids=str)
 @pytest.mark.parametrize("channels", [(1, 1), (5, 3), (64, 70)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
 def test_values_and_gradients_are_those_of_a_convolution(
-    padding: tuple[int, int], size: tuple[int, int], channels: tuple[int, int]
+    padding: tuple[int, int], size: tuple[int, int], channels: tuple[int, int], biased: bool
 ) -> None:
     x, weight = case(3, channels, size)
-    output = winograd_conv2d(x, weight, padding)
+    bias = torch.randn(channels[1]).requires_grad_() if biased else None
+    output = winograd_conv2d(x, weight, bias, padding)
     gradient = torch.randn_like(output)
-    expected, *gradients = oracle(x, weight, padding, gradient)
+    inputs = [x, weight, *([] if bias is None else [bias])]
+    expected, *gradients = oracle(inputs, padding, gradient)
     assert type(output.grad_fn).__name__ == "_WinogradBackward"
     assert output.is_contiguous(memory_format=torch.channels_last)
     # Sums of some 9 · 70 products of numbers near 1, whose transforms are up to 100 times larger.
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=2e-3)
-    for ours, theirs in zip(torch.autograd.grad(output, (x, weight), gradient), gradients, strict=True):
+    for ours, theirs in zip(torch.autograd.grad(output, inputs, gradient), gradients, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-3)
 
 
@@ -52,7 +55,7 @@ def test_a_batch_in_several_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 def test_errors_are_a_few_times_those_of_the_direct_sum() -> None:
     x, weight = case(4, (64, 64), (16, 16))
-    (expected,) = oracle(x, weight, (1, 1))
+    (expected,) = oracle([x, weight], (1, 1))
     direct = (F.conv2d(x, weight, padding=1) - expected).abs().max()
     assert (winograd_conv2d(x, weight) - expected).abs().max() < 20 * direct
 

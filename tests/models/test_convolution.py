@@ -176,9 +176,9 @@ def test_kernels_of_three_by_three_are_winograds(frozen: bool, monkeypatch: pyte
     forbid_convolutions(monkeypatch)
     asked: list[bool] = []
 
-    def ask(x: Tensor, weight: Tensor, padding: tuple[int, ...], *, keep: bool) -> Tensor:
+    def ask(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, keep: bool) -> Tensor:
         asked.append(keep)
-        return winograd_conv2d(x, weight, padding, keep=keep)
+        return winograd_conv2d(x, weight, bias, padding, keep=keep)
 
     monkeypatch.setattr(convolution, "winograd_conv2d", ask)
     output = layer(images)
@@ -191,3 +191,11 @@ def test_other_kernels_are_not_winograds(change: dict[str, Any], monkeypatch: py
     layer = use_cpu_convolutions(nn.Conv2d(64, 64, **{"kernel_size": 3} | change).to(memory_format=torch.channels_last))
     monkeypatch.setattr(convolution, "winograd_conv2d", None)
     assert layer(torch.randn(16, 64, 12, 12).to(memory_format=torch.channels_last)).shape[1] == 64
+
+
+@pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}, {"in_channels": 64, "out_channels": 64}], ids=str)
+def test_a_compiler_sees_one_graph_with_an_ordinary_convolution(channels: dict[str, int]) -> None:
+    layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels, torch.float32)
+    expected = layer(images)
+    compiled = torch.compile(use_cpu_convolutions(layer), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images), expected)
