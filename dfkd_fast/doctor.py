@@ -59,9 +59,12 @@ def choices() -> list[Choice]:
     name = dispatch.forced()
     rows = []
     for operation, elements in dispatch.WORTHWHILE.items():
-        cpu, gpu = (dispatch.backends(torch.device(kind))[0] for kind in ("cpu", "cuda"))
-        small = "" if cpu == "reference" else f", from {elements} elements"
-        rows.append(Choice(operation, name or f"{cpu}{small}", name or (gpu if torch.cuda.is_available() else f"{gpu}, were there one")))
+        cpu, gpu = (name or dispatch.backends(torch.device(kind))[0] for kind in ("cpu", "cuda"))
+        if operation in dispatch.ON_CPU_ONLY:
+            cpu, gpu = "numba" if cpu == "numba" else "reference", "reference"
+        small = "" if name or cpu == "reference" else f", from {elements} elements"
+        absent = "" if name or torch.cuda.is_available() else ", were there one"
+        rows.append(Choice(operation, f"{cpu}{small}", f"{gpu}{absent}"))
     return rows
 
 

@@ -34,6 +34,7 @@ WORTHWHILE = {
     "batch_norm_leaky_relu": 1 << 20,
     "winograd_conv2d": 1 << 15,
 }
+ON_CPU_ONLY = {"batch_norm_leaky_relu", "winograd_conv2d"}
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write
 
 

@@ -1,6 +1,6 @@
 """Micro-benchmarks of the kernels: ours against plain PyTorch, torch.compile and the field's.
 
-``workload.py`` says what a case is; ``ema.py``, ``discrepancy.py``, ``concat.py`` and ``moments.py`` have the cases of each
+``workload.py`` says what a case is; ``ema.py``, ``discrepancy.py``, ``concat.py``, ``moments.py`` and ``layers.py`` have the cases of each
 kernel, their textbook forms and their peers; ``check.py`` compares results with a float64 oracle, ``timing.py`` takes the
 times, ``runner.py`` puts them together, ``rows.py`` writes and prints them.
 """
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dfkd_fast.errors import DfkdError
 
-from . import concat, discrepancy, ema, moments
+from . import concat, discrepancy, ema, layers, moments
 from .workload import Workload
 
 __all__ = ["KERNELS", "PROVIDERS", "select"]
@@ -41,6 +41,8 @@ KERNELS = {
     "js": _kernel(discrepancy),
     "concat": _kernel(concat),
     "moments": _kernel(moments),
+    "conv": _kernel(layers),
+    "norm": _kernel(layers),
 }
 
 

@@ -123,6 +123,8 @@ class FunctionWorkload(Workload):
     mutated: tuple[str, ...] = ()
     """Inputs that change, and are results as well."""
     peers: tuple[Provider, ...] = ()
+    on_cpu_only: bool = False
+    """Whether a GPU has no kernel of ours for it."""
 
     def floor_bytes(self, mode: Mode) -> int:
         """As of Workload; each kernel's file says how it is counted."""
@@ -130,7 +132,10 @@ class FunctionWorkload(Workload):
 
     def providers(self, device: torch.device) -> list[Provider]:
         """As of Workload."""
-        return [*usual_providers(self.textbook, self.ours, device), *self.peers]
+        usual = usual_providers(self.textbook, self.ours, device)
+        if self.on_cpu_only and device.type == "cuda":
+            usual = [provider for provider in usual if provider.backend in (None, "reference")]
+        return [*usual, *self.peers]
 
     def expected(self, mode: Mode, device: torch.device) -> Results:
         """As of Workload."""

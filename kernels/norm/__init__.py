@@ -66,7 +66,7 @@ def _served(x: Tensor, training: bool) -> bool:
         and x.device.type == "cpu"
         and type(x) is Tensor
         and x.dtype in dispatch.STORAGE
-        and x.numel() >= dispatch.WORTHWHILE["batch_norm_leaky_relu"]
+        and (x.numel() >= dispatch.WORTHWHILE["batch_norm_leaky_relu"] or dispatch.forced() == "numba")
         and x.is_contiguous(memory_format=torch.channels_last)
         and (training or not torch.is_grad_enabled())
         and dispatch.forced() in (None, "numba")

@@ -15,7 +15,8 @@ from bench.__main__ import main
 from bench.micro import KERNELS, PROVIDERS, check, discrepancy, rows, select, timing
 from bench.micro.workload import Trial
 
-TINY = {"ema": "generator-a", "l1": "4x5", "kl": "4x5", "js": "2x3x4x5", "concat": "2x4x3x4x4", "moments": "3x4x5x5"}
+TINY = {"ema": "generator-a", "l1": "4x5", "kl": "4x5", "js": "2x3x4x5", "concat": "2x4x3x4x4"}
+TINY |= dict.fromkeys(("moments", "conv", "norm"), "3x4x5x5")
 PLAIN = ["--provider", "eager", "--provider", "reference"]  # numba would compile for seconds, and has tests of its own
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -53,7 +54,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def test_every_kernel_gives_a_row_a_mode_and_provider(run: Run, kernel: str) -> None:
     said = run("micro", "--kernel", kernel, "--size", TINY[kernel], *PLAIN)
     assert said.code == 0, said.err
-    found = [row for row in said.rows if row["dtype"] == "float32" and row["layout"] == "contiguous"]
+    found = [row for row in said.rows if row["dtype"] == "float32" and row["layout"] == said.rows[0]["layout"]]
     modes = {"update"} if kernel == "ema" else {"forward", "backward", "full"}
     assert {(row["mode"], row["provider"]) for row in found} == {(mode, name) for mode in modes for name in ("eager", "reference")}
     for row in said.rows:
@@ -154,7 +155,7 @@ def test_rows_of_the_same_case_are_replaced_and_others_kept(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "l2"], "--kernel 'l2': must be one of ema, l1, kl, js, concat, moments"),
+        (["--kernel", "l2"], "--kernel 'l2': must be one of ema, l1, kl, js, concat, moments, conv, norm"),
         (["--mode", "both"], "--mode 'both': must be one of forward, backward, full, update"),
         (["--provider", "jax"], "--provider 'jax': must be one of eager, compile, reference, numba"),
         (["--kernel", "kl", "--size", "4x5x6"], "--size '4x5x6': must be a size of a chosen kernel (kl: NxC or NxCxHxW"),

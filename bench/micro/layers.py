@@ -1,0 +1,97 @@
+"""The layers that have kernels of ours on a CPU: 3×3 convolution in float32, and batch norm with a leaky ReLU. Channels-last.
+
+Floor, in bytes: forward reads its inputs and writes the result. Backward reads the gradient and what forward read, and writes a
+gradient of each; full is the sum of both. A convolution is bound by its multiplications instead: it is far from this floor.
+"""
+
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd_fast.kernels import batch_norm_leaky_relu, winograd_conv2d
+
+from .workload import DTYPES, FunctionWorkload, parse_shape
+
+__all__ = ["EXAMPLE", "SIZES", "workloads"]
+
+SIZES = ("16x64x32x32", "16x128x16x16", "16x256x8x8", "128x64x32x32")
+QUICK = {"conv": "16x128x16x16", "norm": "128x64x32x32"}
+EXAMPLE = "NxCxHxW, such as 16x128x16x16"
+
+
+def workloads(kernel: str, size: str) -> list[FunctionWorkload]:
+    """All cases of a size (N, C, H, W), of a convolution from C to C channels; none if it is none."""
+    shape = parse_shape(size, 4)
+    if shape is None:
+        return []
+    if kernel == "conv":
+        return [_convolution(size, shape)]
+    return [_norm(size, shape, dtype) for dtype in DTYPES]
+
+
+def _convolution(size: str, shape: tuple[int, ...]) -> FunctionWorkload:
+    images, weights = 4 * torch.Size(shape).numel(), 4 * 9 * shape[1] ** 2
+    return FunctionWorkload(
+        kernel="conv",
+        variant="",
+        size=size,
+        dtype=torch.float32,
+        layout="channels_last",
+        modes=("forward", "backward", "full"),
+        quick=size == QUICK["conv"],
+        inputs=partial(_images_and_weights, shape),
+        outputs=("output",),
+        floors={"forward": 2 * images + weights, "backward": 3 * images + 2 * weights, "full": 5 * images + 3 * weights},
+        textbook=partial(F.conv2d, padding=1),
+        ours=winograd_conv2d,
+        oracle=partial(F.conv2d, padding=1),
+        differentiable=("images", "weights"),
+        on_cpu_only=True,
+    )
+
+
+def _norm(size: str, shape: tuple[int, ...], dtype: torch.dtype) -> FunctionWorkload:
+    activation = torch.Size(shape).numel() * dtype.itemsize
+    return FunctionWorkload(
+        kernel="norm",
+        variant="",
+        size=size,
+        dtype=dtype,
+        layout="channels_last",
+        modes=("forward", "backward", "full"),
+        quick=size == QUICK["norm"] and dtype == torch.float32,
+        inputs=partial(_activation, shape, dtype),
+        outputs=("output",),
+        floors={"forward": 2 * activation, "backward": 3 * activation, "full": 5 * activation},
+        textbook=_textbook_norm,
+        ours=_our_norm,
+        oracle=_textbook_norm,
+        differentiable=("activation", "gain", "offset"),
+        mutated=("mean", "variance"),
+        on_cpu_only=True,
+    )
+
+
+@lru_cache(maxsize=1)
+def _images_and_weights(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    stream = torch.Generator().manual_seed(0)
+    images, weights = (torch.randn(size, generator=stream) for size in (shape, (shape[1], shape[1], 3, 3)))
+    return {name: tensor.to(memory_format=torch.channels_last) for name, tensor in (("images", images), ("weights", weights))}
+
+
+@lru_cache(maxsize=1)
+def _activation(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    stream = torch.Generator().manual_seed(0)
+    values, gain, offset = (torch.randn(size, generator=stream) for size in (shape, shape[1], shape[1]))
+    moments = {"mean": torch.zeros(shape[1]), "variance": torch.ones(shape[1])}
+    return {"activation": values.to(dtype, memory_format=torch.channels_last), "gain": gain, "offset": offset, **moments}
+
+
+def _textbook_norm(x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return F.leaky_relu(F.batch_norm(x, mean, variance, gain, offset, training=True), 0.2)
+
+
+def _our_norm(x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return batch_norm_leaky_relu(x, mean, variance, gain, offset, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2)
