@@ -31,7 +31,7 @@ from .baselines import plain
 __all__ = ["Row", "draw", "measure", "networks", "write"]
 
 WARM_UP = 2
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
+M_MMAP_THRESHOLD = -3  # of malloc.h
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -169,14 +169,14 @@ def _check(recipe: Recipe) -> None:
 
 
 def _contenders(
-    recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool = False
+    recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool = False, *, keep_memory: bool = True
 ) -> dict[str, Callable[[], Contender]]:
     contenders: dict[str, Callable[[], Contender]] = {
         "plain": lambda: _plain(recipe, device, "fp32", compiled=False),
         "plain_compiled": lambda: _plain(recipe, device, precision, compiled=True),
     }
     if device.type == "cpu":
-        contenders["plain, memory kept"] = lambda: _plain(recipe, device, "fp32", compiled=False, keep_memory=True)
+        contenders["plain, memory kept"] = lambda: _plain(recipe, device, "fp32", compiled=False, keep_memory=keep_memory)
     # What each switches on beside all that stand above it.
     features: list[tuple[str, dict[str, Any]]] = [
         ("no wasted work", dict.fromkeys(("loop.channels_last", "loop.fold_teacher", "loop.capture"), False) | {"loop.precision": "fp32"}),
@@ -186,7 +186,7 @@ def _contenders(
         ("folded teacher", {"loop.fold_teacher": True}),
     ]
     if device.type == "cpu":
-        features[2:2] = [("chosen algorithms", {"algorithms": True}), ("kept memory", {"loop.keep_memory": True})]
+        features[2:2] = [("chosen algorithms", {"algorithms": True}), ("kept memory", {"loop.keep_memory": keep_memory})]
     if precision != "fp32":
         features.append(("precision", {"loop.precision": precision}))
     if device.type == "cuda":
@@ -303,11 +303,10 @@ def _in_its_own_process(recipe: Recipe, device: torch.device, precision: Precisi
 def _peak_memory_mib(recipe: Recipe, device: torch.device, precision: Precision, name: str, threads: int) -> tuple[float, float]:
     """Of an iteration after the first ones, beyond what is held between iterations, and of its student steps, which come first."""
     torch.set_num_threads(threads)
-    run, student_optimizer = _contenders(recipe, device, precision)[name]()
     if device.type == "cpu":
         # Give large blocks back to the system when they are freed, so that what is resident is what is used.
-        for option, value in ((M_MMAP_MAX, 1 << 16), (M_MMAP_THRESHOLD, 1 << 16), (M_TRIM_THRESHOLD, 1 << 17)):
-            ctypes.CDLL(None).mallopt(option, value)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    run, student_optimizer = _contenders(recipe, device, precision, keep_memory=False)[name]()
     for _ in range(WARM_UP):
         run()
     if device.type == "cuda":

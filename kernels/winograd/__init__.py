@@ -13,7 +13,7 @@ from .. import dispatch
 
 __all__ = ["winograd_conv2d", "winograd_pays"]
 
-CHUNK = 1 << 21  # elements of the transformed images that are in work at a time: both sides of the product should stay in cache
+CHUNK = 1 << 20  # elements of the transformed images that are in work at a time: both sides of the product should stay in cache
 G = (
     *((1 / 4, 0.0, 0.0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6)),
     *((1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0.0, 0.0, 1.0)),
@@ -104,29 +104,40 @@ class _Winograd(torch.autograd.Function):
                 gradient, x, weight, None, [1, 1], list(ctx.padding), [1, 1], False, [0, 0], 1, wanted
             )
             return by_x, by_weight, by_bias, None, None
-        from . import cpu
-
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        grid = cpu.tiles_of(*gradient.shape[2:])
-        by_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        by_transformed = None
-        transformed = _transformed(weight, ctx.keep) if by_x is not None else None
-        for part in _chunks(x, weight, grid):
-            by_product = cpu.from_tiles_adjoint(gradient[part], grid)
-            if by_x is not None and transformed is not None:
-                cpu.add_tiles(torch.bmm(by_product, transformed), by_x[part], ctx.padding, grid)
-            if ctx.needs_input_grad[1]:
-                factors = by_product.transpose(1, 2), cpu.to_tiles(x[part], ctx.padding, grid)
-                by_transformed = torch.bmm(*factors) if by_transformed is None else by_transformed.baddbmm_(*factors)
-        by_weight = None
-        if by_transformed is not None:
-            by_places = (_kernel_transform(weight).t() @ by_transformed.flatten(1)).unflatten(1, weight.shape[:2])
-            by_weight = by_places.permute(1, 2, 0).unflatten(2, (3, 3)).contiguous(memory_format=torch.channels_last)
+        # One after the other: the transforms of large weights and of their gradient need not be there together.
+        by_x = _by_images(x, weight, gradient, ctx.padding, ctx.keep) if ctx.needs_input_grad[0] else None
+        by_weight = _by_weight(x, weight, gradient, ctx.padding) if ctx.needs_input_grad[1] else None
         return by_x, by_weight, by_bias, None, None
 
 
+def _by_images(x: Tensor, weight: Tensor, gradient: Tensor, padding: tuple[int, ...], keep: bool) -> Tensor:
+    from . import cpu
+
+    grid = cpu.tiles_of(*gradient.shape[2:])
+    result, transformed = torch.zeros_like(x), _transformed(weight, keep)
+    for part in _chunks(x, weight, grid):
+        cpu.add_tiles(torch.bmm(cpu.from_tiles_adjoint(gradient[part], grid), transformed), result[part], padding, grid)
+    return result
+
+
+def _by_weight(x: Tensor, weight: Tensor, gradient: Tensor, padding: tuple[int, ...]) -> Tensor:
+    from . import cpu
+
+    grid = cpu.tiles_of(*gradient.shape[2:])
+    total = None
+    for part in _chunks(x, weight, grid):
+        factors = cpu.from_tiles_adjoint(gradient[part], grid).transpose(1, 2), cpu.to_tiles(x[part], padding, grid)
+        total = torch.bmm(*factors) if total is None else total.baddbmm_(*factors)
+    if total is None:  # no images
+        return torch.zeros_like(weight)
+    places = (_kernel_transform(weight).t() @ total.flatten(1)).unflatten(1, weight.shape[:2])
+    return places.permute(1, 2, 0).unflatten(2, (3, 3)).contiguous(memory_format=torch.channels_last)
+
+
 def _chunks(x: Tensor, weight: Tensor, grid: tuple[int, int]) -> Iterator[slice]:
-    images = max(1, CHUNK // (36 * math.prod(grid) * max(weight.shape[:2])))
+    pieces = -(-len(x) * 36 * math.prod(grid) * max(weight.shape[:2]) // CHUNK)
+    images = max(1, -(-len(x) // max(pieces, 1)))
     for start in range(0, len(x), images):
         yield slice(start, start + images)
 
