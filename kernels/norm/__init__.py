@@ -40,7 +40,15 @@ def batch_norm_leaky_relu(
 
     Returns:
         A tensor like x.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
+    if x.ndim != 4:
+        raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != x.shape[1:2]:  # the kernels read where they are told
+            raise ValueError(f"{name} must be ({x.shape[1]},), not {tuple(tensor.shape)}")
     if not _served(x, training):
         normalised = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return F.leaky_relu(normalised, negative_slope, inplace=True)

@@ -41,7 +41,11 @@ def winograd_conv2d(
 
     Returns:
         (N, C_out, H + 2 · padding[0] − 2, W + 2 · padding[1] − 2).
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
+    _check(x, weight, bias, padding)
     if not _served(x, weight):
         return F.conv2d(x, weight, bias, padding=padding)
     return _Winograd.apply(x, weight, bias, padding, keep)
@@ -58,6 +62,16 @@ def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), 
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
         and pixels >= (1 if keep else FEWEST_PIXELS)
     )
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> None:
+    # The kernels read where they are told.
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(f"x must be (N, C_in, H, W) and weight (C_out, C_in, 3, 3), not {tuple(x.shape)} and {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+    if len(padding) != 2 or min(padding) < 0 or min(_output_size(x, padding)) < 1:
+        raise ValueError(f"padding must be two counts that leave an output of {tuple(x.shape[2:])}, not {padding}")
 
 
 def _output_size(x: Tensor, padding: tuple[int, ...]) -> tuple[int, int]:
@@ -89,7 +103,7 @@ class _Winograd(torch.autograd.Function):
         y = x.new_empty(len(x), height, width, len(weight)).permute(0, 3, 1, 2)
         grid = cpu.tiles_of(height, width)
         transformed = _transformed(weight, keep)
-        offset = x.new_zeros(len(weight)) if bias is None else bias
+        offset = x.new_zeros(len(weight)) if bias is None else bias.contiguous()
         for part in _chunks(x, weight, grid):
             cpu.from_tiles(torch.bmm(cpu.to_tiles(x[part], padding, grid), transformed.transpose(1, 2)), offset, y[part], grid)
         return y

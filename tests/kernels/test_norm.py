@@ -121,3 +121,13 @@ def test_frozen_generators_in_evaluation_still_pass_gradients_on() -> None:
     call(x, dict(parameters), training=False).backward(gradient)
     assert x.grad is not None and exact.grad is not None
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_shapes_that_do_not_fit_are_named(name: str) -> None:
+    x, _, parameters = case((2, 6, 3, 3))
+    wrong: dict[str, Tensor | None] = {**parameters, name: torch.ones(1)}
+    with pytest.raises(ValueError, match=name):
+        call(x, wrong)
+    with pytest.raises(ValueError, match="x must be"):
+        call(x[0], dict(parameters))

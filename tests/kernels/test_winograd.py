@@ -124,3 +124,26 @@ def test_it_pays_with_many_channels_and_pixels_and_for_frozen_weights_with_fewer
     assert not pays(1, (64, 64), 8, keep=True), "too little work to be worth the call"
     assert not winograd_pays(torch.zeros(512, 64, 1, 1), torch.zeros(64, 64, 3, 3), (0, 0), keep=True)
     assert dispatch.WORTHWHILE["winograd_conv2d"] == 1 << 15
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "padding", "named"),
+    [
+        ((4, 3, 5, 5), (4,), (1, 1), "weight"),
+        ((4, 2, 3, 3), (4,), (1, 1), "weight"),
+        ((4, 3, 3, 3), (3,), (1, 1), "bias"),
+        ((4, 3, 3, 3), (4,), (1, -1), "padding"),
+        ((4, 3, 3, 3), (4,), (0, 0), "padding"),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_named(weight: tuple[int, ...], bias: tuple[int, ...], padding: tuple[int, int], named: str) -> None:
+    x = torch.zeros(1, 3, 2, 8).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=named):
+        winograd_conv2d(x, torch.zeros(weight), torch.zeros(bias), padding)
+
+
+def test_a_strided_bias_is_read_as_it_is() -> None:
+    x, weight = case(2, (4, 4), (8, 8))
+    bias = torch.randn(8)[::2]
+    torch.testing.assert_close(winograd_conv2d(x, weight, bias), F.conv2d(x, weight, bias, padding=1), rtol=1e-3, atol=1e-3)
