@@ -68,7 +68,8 @@ class Trainer:
     Args:
         teacher: images (B, C, H, W) → logits (B, classes) or (B, classes, H, W), or a dict with them under ``out``. Put in
             evaluation mode and frozen, in place; its weights are read here, once, where they are folded or cast.
-        student: the same signature; trained in place.
+        student: the same signature; trained in place. On a CPU the convolutions of all networks become
+            :class:`~dfkd_fast.models.CpuConv2d`, and batch norms of the generator take in the leaky ReLUs behind them, in place, too.
         generator: one of :mod:`dfkd_fast.models`, or any module with an attribute ``latent_dim`` that maps
             z (B, latent_dim) to images (B, C, H, W); trained in place.
         method: the point on the three axes and the schedule; a :class:`~dfkd_fast.Recipe` is one.

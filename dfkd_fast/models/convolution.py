@@ -36,7 +36,10 @@ class CpuConv2d(nn.Conv2d):
         # What is compiled stays in one graph, and is the compiler's.
         if torch.compiler.is_compiling() or isinstance(self.padding, str) or not _laid_out(input, weight):
             return super()._conv_forward(input, weight, bias)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
+        if not autocast and input.dtype != weight.dtype:  # an error, and PyTorch's to say
+            return super()._conv_forward(input, weight, bias)
         geometry = self.stride, self.padding, self.dilation
         pixels = len(input) * math.prod(max(size, 0) for size in _output_size(input, weight, *geometry))
         if self._is_winograds() and winograd_pays(input, weight, self.padding, keep=self.fixed):
@@ -64,7 +67,8 @@ class CpuConv2d(nn.Conv2d):
 def use_cpu_convolutions(network: nn.Module) -> nn.Module:
     """Make every ordinary convolution of a network a :class:`CpuConv2d`, in place; returns the network."""
     for layer in network.modules():
-        if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
+        # Once more for one that already is: what was trained may be a teacher now.
+        if type(layer) in (nn.Conv2d, CpuConv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
             layer.__class__ = CpuConv2d
             setattr(layer, "fixed", not layer.weight.requires_grad)  # noqa: B010  # of the class it now has
     return network

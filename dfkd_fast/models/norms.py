@@ -1,6 +1,7 @@
 """A batch norm and the leaky ReLU behind it as one operation."""
 
 import itertools
+from collections import Counter
 
 from torch import Tensor, nn
 
@@ -35,14 +36,21 @@ class BatchNormLeakyReLU2d(nn.BatchNorm2d):
 def fuse_leaky_relus(network: nn.Module) -> nn.Module:
     """Fuse every batch norm with the leaky ReLU that follows it in a Sequential, in place; returns the network.
 
-    State dicts stay as they are: the ReLU's place is kept by an Identity.
+    State dicts stay as they are: the ReLU's place is kept by an Identity. A layer that stands in several places is left alone, for
+    what follows it in one need not follow it in another, and so is one that somebody watches by a hook.
     """
-    for sequence in network.modules():
-        if not isinstance(sequence, nn.Sequential):
-            continue
+    places = Counter(id(child) for parent in network.modules() for child in parent._modules.values())
+    for sequence in [module for module in network.modules() if type(module) is nn.Sequential]:
         for norm, relu in itertools.pairwise(list(sequence)):
             ordinary = type(norm) is nn.BatchNorm2d and norm.running_mean is not None and norm.momentum is not None
-            if ordinary and type(relu) is nn.LeakyReLU and relu.negative_slope >= 0:
+            watched = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in (norm, relu))
+            if (
+                ordinary
+                and not watched
+                and places[id(norm)] == places[id(relu)] == 1
+                and type(relu) is nn.LeakyReLU
+                and relu.negative_slope >= 0
+            ):
                 norm.__class__ = BatchNormLeakyReLU2d
                 setattr(norm, "negative_slope", relu.negative_slope)  # noqa: B010  # of the class it now has
                 relu.__class__ = nn.Identity  # type: ignore[assignment]

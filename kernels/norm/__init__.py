@@ -76,6 +76,7 @@ def _served(x: Tensor, training: bool) -> bool:
         and x.dtype in dispatch.STORAGE
         and (x.numel() >= dispatch.WORTHWHILE["batch_norm_leaky_relu"] or dispatch.forced() == "numba")
         and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > x.shape[1]  # of one value a channel there are no moments, and PyTorch says so
         and (training or not torch.is_grad_enabled())
         and dispatch.forced() in (None, "numba")
         and dispatch.why_not("numba") is None

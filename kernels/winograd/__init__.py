@@ -28,7 +28,7 @@ def winograd_conv2d(
 ) -> Tensor:
     """``conv2d(x, weight, bias, padding=padding)`` of stride 1 as Winograd's F(4×4, 3×3) (Lavin & Gray, arXiv 1509.09308).
 
-    36 multiplications stand for 144, and transforms of images and weights surround them. Errors are some six times those
+    36 multiplications stand for 144, and transforms of images and weights surround them. Errors are four to nine times those
     of the direct sum in float32. Gradients are computed the same way, the gradient's own gradient by PyTorch's convolution.
     What it does not serve goes to PyTorch's convolution: other devices and dtypes, images that are not channels-last.
 
@@ -37,7 +37,7 @@ def winograd_conv2d(
         weight: (C_out, C_in, 3, 3).
         bias: (C_out,), or none.
         padding: rows and columns of zeros on each side.
-        keep: keep the transformed weights, four times as many, until these change: for those of a frozen network.
+        keep: keep the transformed weights, four times as many, until these change (not through ``.data``): for those of a frozen network.
 
     Returns:
         (N, C_out, H + 2 · padding[0] − 2, W + 2 · padding[1] − 2).

@@ -89,6 +89,12 @@ def _a(g0: Any, g1: Any, g2: Any, g3: Any) -> Any:
     return g0, near + near_odd, near - near_odd, far + far_odd, far - far_odd, g3
 
 
+@simd.inline
+def _column(tiles: Any, at: int, stride: int) -> Any:
+    """A column of a tile, whose rows lie a stride apart."""
+    return tiles[at], tiles[at + stride], tiles[at + 2 * stride], tiles[at + 3 * stride], tiles[at + 4 * stride], tiles[at + 5 * stride]
+
+
 @simd.parallel
 def _to_tiles(
     x: Place, tiles: Place, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
@@ -136,14 +142,8 @@ def _add_tiles(
             for j in range(6):
                 at = j * plane + tile * channels
                 for k in range(channels):
-                    d = _b(
-                        given[at + k],
-                        given[at + 6 * plane + k],
-                        given[at + 12 * plane + k],
-                        given[at + 18 * plane + k],
-                        given[at + 24 * plane + k],
-                        given[at + 30 * plane + k],
-                    )
+                    v = _column(given, at + k, 6 * plane)
+                    d = _b(v[0], v[1], v[2], v[3], v[4], v[5])
                     half[0, j, k], half[1, j, k], half[2, j, k] = d[0], d[1], d[2]
                     half[3, j, k], half[4, j, k], half[5, j, k] = d[3], d[4], d[5]
             for i in range(6):
@@ -170,14 +170,8 @@ def _from_tiles(tiles: Place, bias: Place, y: Place, batch: int, height: int, wi
         for j in range(6):
             at = j * plane + tile * channels
             for k in range(channels):
-                m = _a_transposed(
-                    given[at + k],
-                    given[at + 6 * plane + k],
-                    given[at + 12 * plane + k],
-                    given[at + 18 * plane + k],
-                    given[at + 24 * plane + k],
-                    given[at + 30 * plane + k],
-                )
+                v = _column(given, at + k, 6 * plane)
+                m = _a_transposed(v[0], v[1], v[2], v[3], v[4], v[5])
                 half[0, j, k], half[1, j, k], half[2, j, k], half[3, j, k] = m[0], m[1], m[2], m[3]
         for i in range(min(4, height - first_row)):
             for k in range(channels):

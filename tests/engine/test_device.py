@@ -1,9 +1,13 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from dfkd_fast import Loop, Method, Trainer
+from dfkd_fast.engine import trainer as trainers
 from dfkd_fast.engine.device import peak_memory_bytes
+from tests.small import small_networks
 
 ASK = "import torch; from dfkd_fast.engine.device import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
 GIB = 1 << 30
@@ -26,3 +30,31 @@ def test_the_peak_stays_when_memory_is_given_back() -> None:
     peak = peak_memory_bytes(torch.device("cpu"))
     del ballast
     assert peak_memory_bytes(torch.device("cpu")) >= peak > GIB // 2
+
+
+FREE = """
+import sys, torch
+from pathlib import Path
+from dfkd_fast.engine.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+before = resident()
+large = torch.ones(1 << 28, dtype=torch.uint8)
+del large
+print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize(("how", "kept"), [("leave", False), ("keep", True)])
+def test_freed_memory_stays_with_a_process_that_asked_for_it(how: str, kept: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", FREE, how], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 1 << 27) is kept
+
+
+@pytest.mark.parametrize("keep_memory", [True, False])
+def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(keep_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(trainers, "keep_freed_memory", lambda: asked.append(True))
+    Trainer(*small_networks(), Method(loop=Loop(batch_size=2, keep_memory=keep_memory)))
+    assert asked == [True] * keep_memory

@@ -131,3 +131,9 @@ def test_shapes_that_do_not_fit_are_named(name: str) -> None:
         call(x, wrong)
     with pytest.raises(ValueError, match="x must be"):
         call(x[0], dict(parameters))
+
+
+def test_one_value_a_channel_has_no_moments() -> None:
+    x, _, parameters = case((1, 6, 1, 1))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        call(x, dict(parameters))

@@ -199,3 +199,16 @@ def test_a_compiler_sees_one_graph_with_an_ordinary_convolution(channels: dict[s
     expected = layer(images)
     compiled = torch.compile(use_cpu_convolutions(layer), fullgraph=True, backend="eager")
     assert torch.equal(compiled(images), expected)
+
+
+def test_what_is_frozen_later_is_fixed_at_the_next_look() -> None:
+    layer = use_cpu_convolutions(nn.Conv2d(3, 8, 3))
+    assert isinstance(layer, CpuConv2d) and not layer.fixed
+    use_cpu_convolutions(freeze(layer))
+    assert layer.fixed
+
+
+def test_a_wrong_dtype_is_still_an_error() -> None:
+    layer = use_cpu_convolutions(nn.Conv2d(3, 40, 3).to(memory_format=torch.channels_last))
+    with pytest.raises(RuntimeError, match="type"):
+        layer(torch.randn(1, 3, 5, 5).double())

@@ -45,3 +45,14 @@ def test_only_a_leaky_relu_right_behind_a_batch_norm_is_fused() -> None:
     before = [type(layer) for layer in network]
     fuse_leaky_relus(network)
     assert [type(layer) for layer in network] == before
+
+
+def test_a_relu_that_stands_in_several_places_or_is_watched_is_left_alone() -> None:
+    shared, watched = nn.LeakyReLU(), nn.LeakyReLU()
+    watched.register_forward_hook(lambda *_: None)
+    network = nn.Sequential(nn.BatchNorm2d(2), shared, nn.Conv2d(2, 2, 1), shared, nn.BatchNorm2d(2), watched).eval()
+    images = torch.randn(2, 2, 3, 3)
+    expected = network(images)
+    fuse_leaky_relus(network)
+    assert type(shared) is type(watched) is nn.LeakyReLU
+    assert torch.equal(network(images), expected)
