@@ -248,3 +248,37 @@ def test_a_learning_rate_that_a_graph_would_not_see_change_is_not_captured(make_
     steps = Steps(dataclasses.replace(game, method=apex, images=on_gpu), True, remarks.append)
     assert not steps.capturing
     assert "learning rate" in remarks[0]
+
+
+def rehearsal(kind: str) -> Method:
+    options: dict[str, Any] = {"memory_bank": {"every": 1}, "vae": {"latent_dim": 8, "width": 4, "steps": 2}}
+    return Method(
+        loop=Loop(batch_size=8, epochs=2, iterations_per_epoch=1, student_steps=3, generator_pretraining=1, channels_last=False),
+        objective={"one_hot": 1.0},  # type: ignore[arg-type]
+        replay={"kind": kind} | options,  # type: ignore[arg-type]
+        student_optimizer=Optimizer(lr=0.01),
+        generator_optimizer=Optimizer(lr=0.01),
+    )
+
+
+KINDS = ["none", "ema_generator", "memory_bank", "vae"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warming_up_takes_every_kind_of_step_that_the_run_takes(make_trainer: MakeTrainer, cuda: FakeCuda, kind: str) -> None:
+    warmed, run = (captured(make_trainer(rehearsal(kind))) for _ in range(2))
+    warmed.warm_up()
+    run.fit()
+    assert list(warmed._steps._recorded) == list(run._steps._recorded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warming_up_is_taken_back_whatever_is_replayed(make_trainer: MakeTrainer, kind: str) -> None:
+    warmed, untouched = (make_trainer(rehearsal(kind)) for _ in range(2))
+    seen: list[int] = []
+    warmed.student.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    warmed.warm_up()
+    assert max(seen) == 8 + (0 if kind == "none" else 8 if kind == "ema_generator" else 1)
+    for trainer in (warmed, untouched):
+        trainer.fit()
+    assert_equal(*(without_times(trainer.state_dict()) for trainer in (warmed, untouched)))
