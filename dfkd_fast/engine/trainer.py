@@ -184,10 +184,25 @@ class Trainer:
             yield self._close_epoch()
 
     def warm_up(self) -> None:
-        """Take the steps of an iteration, as the first ones are that need all the memory, and take them back."""
+        """Take every kind of step that the run has, in its order, and take them back: after that, none needs more GPU memory.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough.
+        """
+        loop, memory = self.method.loop, self.memory
         with preserved(self._game):
-            self._steps.student(0)
-            self._steps.generator()
+            if loop.generator_pretraining:
+                self._steps.generator(adversarial=False)
+            self._take_each_step()
+            if memory is not None and not memory.ready:
+                with memory.assumed_ready():
+                    self._take_each_step()
+
+    def _take_each_step(self) -> None:
+        learning = 0 if self.memory is None else self.memory.steps
+        for step in dict.fromkeys((0, min(learning, self.method.loop.student_steps - 1))):
+            self._steps.student(step)
+        self._steps.generator()
 
     def sample(self, count: int) -> Tensor:
         """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""

@@ -6,7 +6,7 @@ import torch
 
 from dfkd_fast import Loop, Method, Trainer
 from dfkd_fast.engine import trainer as trainers
-from dfkd_fast.engine.device import peak_memory_bytes
+from dfkd_fast.engine.device import Clock, cudnn_benchmark, peak_memory_bytes
 from tests.small import small_networks
 
 ASK = "import torch; from dfkd_fast.engine.device import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
@@ -58,3 +58,47 @@ def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(keep_memory: bool, m
     monkeypatch.setattr(trainers, "keep_freed_memory", lambda: asked.append(True))
     Trainer(*small_networks(), Method(loop=Loop(batch_size=2, keep_memory=keep_memory)))
     assert asked == [True] * keep_memory
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("told", ["nothing", "cudnn.deterministic", "deterministic algorithms"])
+def test_cudnn_tries_its_algorithms_on_a_gpu_unless_told_to_be_deterministic(monkeypatch: pytest.MonkeyPatch, name: str, told: str) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", told == "cudnn.deterministic")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: told == "deterministic algorithms")
+    before = torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError, match="a step"), cudnn_benchmark(torch.device(name)):
+        assert torch.backends.cudnn.benchmark is (name == "cuda" and told == "nothing")
+        raise RuntimeError("a step")
+    assert torch.backends.cudnn.benchmark is before
+
+
+def test_the_clock_reads_the_gpu_it_was_given_and_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.device("cuda", 1)
+    asked: dict[str, object] = {}
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object = "the current device's") -> None:
+            asked["record"] = stream
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000.0
+
+    def note(name: str, result: object = None) -> None:
+        def called(device: object = "the current one") -> object:
+            asked[name] = device
+            return device if result is None else result
+
+        monkeypatch.setattr(torch.cuda, name, called)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("current_stream", "synchronize", "reset_peak_memory_stats"):
+        note(name)
+    note("max_memory_allocated", 7)
+    clock = Clock(given)
+    with clock.phase("student"):
+        pass
+    assert clock.read() == {"student": 1.0}
+    assert set(asked.values()) == {given}
