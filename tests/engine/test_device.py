@@ -6,8 +6,8 @@ import torch
 
 from dfkd_fast import Loop, Method, Trainer
 from dfkd_fast.engine import trainer as trainers
-from dfkd_fast.engine.device import peak_memory_bytes
-from tests.small import small_networks
+from dfkd_fast.engine.device import Clock, peak_memory_bytes
+from tests.small import small_method, small_networks
 
 ASK = "import torch; from dfkd_fast.engine.device import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
 GIB = 1 << 30
@@ -58,3 +58,81 @@ def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(keep_memory: bool, m
     monkeypatch.setattr(trainers, "keep_freed_memory", lambda: asked.append(True))
     Trainer(*small_networks(), Method(loop=Loop(batch_size=2, keep_memory=keep_memory)))
     assert asked == [True] * keep_memory
+
+
+class Allocator:
+    """PyTorch's statistics of a GPU's memory."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = self.asked = 0
+
+    def hold(self, held: int) -> None:
+        self.held, self.peak = held, max(self.peak, held)
+
+    def max_memory_allocated(self, _: object = None) -> int:
+        self.asked += 1
+        return self.peak
+
+    def reset_peak_memory_stats(self, _: object = None) -> None:
+        self.peak = self.held
+
+
+class Event:
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, _: "Event") -> float:
+        return 1.0
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    """A stand-in for the GPU's, and for its events."""
+    stand_in = Allocator()
+    for name in ("max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return stand_in
+
+
+def test_memory_statistics_are_asked_for_a_few_times_an_epoch_and_not_in_every_phase(allocator: Allocator) -> None:
+    asked = []
+    for iterations in (2, 5):
+        trainer = Trainer(*small_networks(), small_method(epochs=2, iterations=iterations, batch_size=2))
+        trainer.clock = Clock(torch.device("cuda"))
+        allocator.asked = 0
+        trainer.fit()
+        asked.append(allocator.asked)
+        assert set(trainer.clock.peak_bytes) == {"student", "generator", "evaluation"}
+        assert trainer.clock.read() == pytest.approx({"student": iterations * 2e-3, "generator": iterations * 2e-3, "evaluation": 2e-3})
+    assert asked[0] == asked[1] == 2 * 3 * 2  # before and after three phases of two epochs
+
+
+def test_peaks_are_those_of_measured_phases_and_overall_those_of_all(allocator: Allocator) -> None:
+    clock = Clock(torch.device("cuda"))
+    allocator.hold(10)
+    allocator.hold(1)
+    assert clock.overall_peak_bytes() == 10
+
+    def phase(name: str, most: int, *, memory: bool = True) -> None:
+        with clock.phase(name, memory=memory):
+            allocator.hold(most)
+            allocator.hold(1)
+
+    phase("student", 5, memory=False)  # the first one is measured
+    phase("generator", 7)
+    assert clock.peak_bytes == {"student": 5, "generator": 7}
+    assert clock.overall_peak_bytes() == 10, "of the time before"
+    phase("student", 30, memory=False)
+    allocator.hold(40)  # between phases
+    allocator.hold(1)
+    phase("generator", 6)
+    assert clock.peak_bytes == {"student": 5, "generator": 7}
+    assert clock.overall_peak_bytes() == 40
+    phase("student", 8)
+    assert clock.peak_bytes == {"student": 8, "generator": 7}
+    assert clock.overall_peak_bytes() == 40
