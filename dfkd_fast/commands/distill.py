@@ -15,7 +15,7 @@ from dfkd_fast import distributed
 from dfkd_fast.data import batches, open_split, palette
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.batch_size import largest_batch_size
-from dfkd_fast.engine.device import device_name, peak_memory_bytes
+from dfkd_fast.engine.device import device_name
 from dfkd_fast.engine.fit import check_classifier
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
@@ -216,7 +216,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
             "student": phases.get("student", 0.0),
             "evaluation": phases.get("evaluation", 0.0),
         },
-        "peak_memory_bytes": max(peak_memory_bytes(run.device), *trainer.clock.peak_bytes.values(), 0),
+        "peak_memory_bytes": trainer.clock.overall_peak_bytes(),
         "peak_memory_bytes_by_phase": trainer.clock.peak_bytes or None,
     }
 

@@ -399,7 +399,7 @@ class Trainer:
         wanted = self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
         while self.pretrained < wanted and not distributed.any_of(self._stopping):
-            with self.clock.phase("generator"):
+            with self.clock.phase("generator", memory=False):
                 terms = self._steps.generator(adversarial=False)
             self.pretrained += 1
         distributed.average_(list(terms.values()))  # so that all processes stop
@@ -418,13 +418,13 @@ class Trainer:
         self.iteration += 1
 
     def _student_steps(self) -> None:
-        with self.clock.phase("student"):
+        with self.clock.phase("student", memory=self.iteration == 0):
             for step in range(self.method.loop.student_steps):
                 for name, loss in self._steps.student(step).items():
                     self._record(name, step, self._student_columns[name], loss)
 
     def _generator_steps(self) -> None:
-        with self.clock.phase("generator"):
+        with self.clock.phase("generator", memory=self.iteration == 0):
             for step in range(self.method.loop.generator_steps):
                 for name, term in self._steps.generator().items():
                     self._record(name, step, self.method.loop.generator_steps, term)
