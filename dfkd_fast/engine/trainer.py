@@ -25,6 +25,7 @@ from dfkd_fast.models import (
     folded_and_checked,
     freeze,
     fuse_leaky_relus,
+    keep_spectral_norms_in_float32,
     logits_only,
     lower_precision,
     use_cpu_convolutions,
@@ -306,7 +307,7 @@ class Trainer:
         distributed.average_([buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()])
 
     def _place(self, network: nn.Module) -> nn.Module:
-        network.to(self.device)
+        keep_spectral_norms_in_float32(network.to(self.device))
         if self.method.loop.channels_last:
             network.to(memory_format=torch.channels_last)
             if self.device.type == "cpu":

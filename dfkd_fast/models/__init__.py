@@ -19,7 +19,7 @@ from .generators import (
     generate,
 )
 from .modes import evaluating, logits_of, logits_only, untaught
-from .norms import BatchNormLeakyReLU2d, fuse_leaky_relus
+from .norms import BatchNormLeakyReLU2d, fuse_leaky_relus, keep_spectral_norms_in_float32
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
 from .vae import Vae
@@ -56,6 +56,7 @@ __all__ = [
     "freeze",
     "fuse_leaky_relus",
     "generate",
+    "keep_spectral_norms_in_float32",
     "load_encoder",
     "load_pretrained",
     "load_weights",
