@@ -104,13 +104,20 @@ def _is_ordinary(layer: nn.Conv2d) -> bool:
 def folded_and_checked(network: nn.Module, images: Tensor) -> nn.Module:
     """:func:`fold`, and a look at whether the copy answers some images (B, C, H, W) as the network does.
 
+    Both answer in float64: on a GPU, float32 convolutions in TF32 differ by more than a wrong fold may.
+
     Raises:
-        FoldingError: it cannot be folded, or the copy answers something else.
+        FoldingError: it cannot be folded, the copy answers something else, or the network does not run in float64.
     """
     folded = fold(network)
     with torch.no_grad():
-        expected = network(images)
-        difference = (folded(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        try:
+            expected, answer = (copy.deepcopy(each).double()(images.double()) for each in (network, folded))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise FoldingError(f"{type(network).__name__} does not run in float64, to be compared there: {first_line(error)}") from error
+        difference = (answer - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     if not difference < FOLDED_WITHIN:
         raise FoldingError(f"{type(network).__name__} answers otherwise once folded, by {difference.item():.1g} of its largest logit")
     return folded
