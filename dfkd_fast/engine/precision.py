@@ -1,11 +1,13 @@
 """Automatic mixed precision: which dtype networks compute in, and what keeps small gradients from vanishing in it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dfkd_fast.models import evaluating, find_heads, in_float32, logits_of
 
 __all__ = ["Precision", "PrecisionName"]
 
@@ -16,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """Autocast of forward passes over float32 weights, and, for fp16, a scaler an optimiser.
 
-    Weights, their averages and the optimisers' state are float32 always.
+    Weights, their averages and the optimisers' state are float32 always, and so are logits (:meth:`keep_logits`).
 
     Args:
         name: ``bf16`` needs no scaler; ``fp16`` does.
@@ -24,6 +26,7 @@ class Precision:
     """
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        self.name = name
         self.dtype = DTYPES.get(name)
         self.device = device
         scaled = name == "fp16"
@@ -31,6 +34,7 @@ class Precision:
         self.scalers = {role: torch.amp.GradScaler(device.type, enabled=scaled) for role in ("student", "generator")}
         for scaler in self.scalers.values():
             scaler.scale(torch.zeros((), device=device))  # makes the scale now, not in the first step
+        self._heads: list[nn.Module] = []
 
     @property
     def images(self) -> torch.dtype:
@@ -40,9 +44,29 @@ class Precision:
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
         """Makes the context for a forward pass; nothing in float32."""
+        return nullcontext if self.dtype is None else self._lowered
+
+    @contextmanager
+    def _lowered(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, self.dtype), in_float32(self._heads):
+            yield
+
+    def keep_logits(self, network: nn.Module, images: Tensor) -> None:
+        """Let the layers that a network's logits come out of compute in float32 within :attr:`autocast`, and be as they were outside.
+
+        Args:
+            network: images → logits, or a dict with them under ``out``.
+            images: some for it, (B, C, H, W), on its device.
+        """
+        if self.dtype is not None:
+            self._heads += find_heads(network, images)
+
+    def rounds_logits(self, network: nn.Module, images: Tensor) -> bool:
+        """Whether logits are rounded all the same, since no layer makes them but an operation in the network's ``forward``."""
         if self.dtype is None:
-            return nullcontext
-        return lambda: torch.autocast(self.device.type, self.dtype)
+            return False
+        with evaluating(network), self.autocast():
+            return logits_of(network(images)).dtype == self.dtype
 
     def scale(self, role: str, loss: Tensor) -> Tensor:
         """The loss to differentiate."""

@@ -326,7 +326,14 @@ class Trainer:
         layout = torch.channels_last if loop.channels_last else torch.contiguous_format
         rows = loop.batch_size + (self.method.replay.rows_of(loop.batch_size) if self.method.replay.replays else 0)
         images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
-        teacher = self._working_teacher()
+        sample = self.sample(4)
+        teacher, student = self._working_teacher(sample), logits_only(self.student, sample)
+        self.precision.keep_logits(student, sample)
+        for role, network in (("teacher", teacher), ("student", student)):
+            if self.precision.rounds_logits(network, sample):
+                self.remarks.append(
+                    f"loop.precision: the {role}'s logits are rounded to {self.precision.name}: its forward makes them, not a layer"
+                )
         logits = torch.empty(rows, *logits_shape, device=self.device)
         if logits.ndim == 4:
             logits = logits.to(memory_format=layout)
@@ -337,7 +344,7 @@ class Trainer:
         return Game(
             teacher=teacher,
             observer=Observer(teacher, statistics=objective.bn_moments > 0, features=objective.activation > 0),
-            student=logits_only(self.student, self.sample(2)),
+            student=student,
             generator=self.generator,
             memory=memory,
             average=self.average,
@@ -353,17 +360,16 @@ class Trainer:
             replay_stream=self.replay_stream,
         )
 
-    def _working_teacher(self) -> nn.Module:
+    def _working_teacher(self, images: Tensor) -> nn.Module:
         """The teacher as the steps call it: folded where that changes nothing, its weights in the run's precision."""
-        images, loop = self.sample(4), self.method.loop
         teacher = logits_only(self.teacher, images)
-        if loop.fold_teacher and any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()):
+        if self.method.loop.fold_teacher and any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()):
             try:
                 teacher = self._place(folded_and_checked(teacher, images))
             except FoldingError as error:
                 self.remarks.append(f"the teacher's batch norms are not folded: {error}")
         if self.precision.dtype is not None:
-            teacher = lower_precision(copy.deepcopy(teacher), self.precision.dtype)
+            teacher = lower_precision(copy.deepcopy(teacher), self.precision.dtype, images)
         return teacher
 
     def _compile(self) -> None:
