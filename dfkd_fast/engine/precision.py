@@ -2,17 +2,28 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import evaluating, find_heads, in_float32, logits_of
 
-__all__ = ["Precision", "PrecisionName"]
+__all__ = ["Precision", "PrecisionName", "PrecisionSetting", "resolve_precision"]
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_FROM = 8
+"""Compute capability from which on NVIDIA's GPUs multiply bfloat16; PyTorch emulates it on older ones."""
+
+
+def resolve_precision(setting: PrecisionSetting, device: torch.device) -> PrecisionName:
+    """What ``auto`` is on a device: bfloat16 on a GPU that computes in it, else float32."""
+    if setting != "auto":
+        return setting
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= BF16_FROM else "fp32"
 
 
 class Precision:
@@ -21,15 +32,15 @@ class Precision:
     Weights, their averages and the optimisers' state are float32 always, and so are logits (:meth:`keep_logits`).
 
     Args:
-        name: ``bf16`` needs no scaler; ``fp16`` does.
+        setting: ``bf16`` needs no scaler; ``fp16`` does.
         device: where the networks are.
     """
 
-    def __init__(self, name: PrecisionName, device: torch.device) -> None:
-        self.name = name
-        self.dtype = DTYPES.get(name)
+    def __init__(self, setting: PrecisionSetting, device: torch.device) -> None:
+        self.name = resolve_precision(setting, device)
+        self.dtype = DTYPES.get(self.name)
         self.device = device
-        scaled = name == "fp16"
+        scaled = self.name == "fp16"
         # A scaler an optimiser: an overflow in one player's gradients is no reason for the other to step back.
         self.scalers = {role: torch.amp.GradScaler(device.type, enabled=scaled) for role in ("student", "generator")}
         for scaler in self.scalers.values():
@@ -83,11 +94,18 @@ class Precision:
             if scaler.is_enabled():
                 yield from (tensor for tensor in (scaler._scale, scaler._growth_tracker) if tensor is not None)
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Of the scalers."""
-        return {role: scaler.state_dict() for role, scaler in self.scalers.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """Of the scalers, and the precision's name."""
+        return {"name": self.name} | {role: scaler.state_dict() for role, scaler in self.scalers.items()}
 
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Go on from a state that :meth:`state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state_dict` gave.
+
+        Raises:
+            DfkdError: it is of another precision.
+        """
+        # Not in checkpoints of before "auto", whose recipe beside them names it.
+        if (name := state.get("name", self.name)) != self.name:
+            raise DfkdError(f"loop.precision = {self.name!r}: the state is of a run in {name!r}, and goes on in that")
         for role, scaler in self.scalers.items():
             scaler.load_state_dict(state[role])

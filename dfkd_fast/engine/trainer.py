@@ -34,7 +34,7 @@ from dfkd_fast.models import (
 from .capture import Steps, preserved
 from .device import Clock, keep_freed_memory
 from .fit import check_networks
-from .method import Method
+from .method import Method, resolved
 from .optim import build_optimizer, build_schedule, settle_rates
 from .precision import Precision
 from .steps import Game
@@ -96,8 +96,8 @@ class Trainer:
         device: torch.device | str = "cpu",
         on_iteration: Callable[["Trainer"], None] | None = None,
     ) -> None:
-        self.method = method = method or Method()
         self.device = torch.device(device)
+        self.method = method = resolved(method or Method(), self.device)
         if method.loop.keep_memory and self.device.type == "cpu":
             keep_freed_memory()
         self.evaluate = evaluate
@@ -253,6 +253,7 @@ class Trainer:
             DfkdError: it is the state of something else.
         """
         try:
+            self.precision.load_state_dict(state["precision"])
             self.student.load_state_dict(state["networks"]["student"])
             self.generator.load_state_dict(state["networks"]["generator"])
             if self.average is not None:
@@ -267,7 +268,6 @@ class Trainer:
                 settle_rates(optimizer, self.device)
             for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
                 schedule.load_state_dict(saved)
-            self.precision.load_state_dict(state["precision"])
             for stream, saved in zip((self.fresh_stream, self.replay_stream), own["streams"], strict=True):
                 stream.set_state(saved)
             torch.set_rng_state(own["torch_random_state"])

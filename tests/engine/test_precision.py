@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
 from dfkd_fast import DfkdError, Loop, Method, Objective, Optimizer, Replay, Trainer
+from dfkd_fast.engine.method import resolved
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.kernels import use_backend
@@ -213,6 +214,30 @@ def test_every_replay_and_update_runs_in_bf16_near_its_float32_loss(make_trainer
     assert losses[0].keys() == losses[1].keys()
     for name, loss in losses[0].items():
         assert losses[1][name] == pytest.approx(loss, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("setting", "capability", "expected"),
+    [("auto", None, "fp32"), ("auto", (7, 5), "fp32"), ("auto", (8, 0), "bf16"), ("auto", (9, 0), "bf16"), ("fp32", (9, 0), "fp32")],
+)
+def test_auto_is_bf16_on_a_gpu_that_computes_in_it_and_float32_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, setting: Any, capability: tuple[int, int] | None, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cpu" if capability is None else "cuda")
+    assert Method().loop.precision == "auto"
+    assert resolved(method(setting), device) == method(expected)
+
+
+def test_a_trainer_says_what_auto_is_and_a_state_of_another_precision_is_refused(make_trainer: MakeTrainer) -> None:
+    automatic = make_trainer(method("auto"))
+    assert automatic.method.loop.precision == "fp32"
+    assert automatic.precision.dtype is None
+    state = make_trainer(method("bf16")).state_dict()
+    before = copy.deepcopy(automatic.student.state_dict())
+    with pytest.raises(DfkdError, match=r"loop\.precision = 'fp32': the state is of a run in 'bf16', and goes on in that"):
+        automatic.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in automatic.student.state_dict().items())
 
 
 @pytest.mark.parametrize("changes", [{"replay": {"kind": "vae"}}, {"replay": {"kind": "memory_bank"}, "update": {"kind": "first-order"}}])
