@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import Backend, concat_generated
 from dfkd_fast.kernels.concat import Activation
-from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, activated, assert_as_exact_as_plain, laid_out, layouts, random
+from tests.kernels.oracles import HALVES, INF, LAYOUTS, NAN, PROPERTY, activated, assert_as_exact_as_plain, laid_out, layouts, random
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -146,6 +146,17 @@ def test_a_generator_may_give_nothing(backend: Backend, device: torch.device, no
     inputs = [random(count, CHANNELS, 5, 7, device=device) for count in rows]
     result = compare(inputs, "tanh", settings(normalize, len(inputs), CHANNELS, device))
     assert result.shape == (sum(rows), CHANNELS, 5, 7)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(0, CHANNELS, 5, 7), (2, CHANNELS, 0, 7)], ids=str)
+@pytest.mark.parametrize("normalize", ["none", "dataset", "running"])
+def test_all_generators_may_give_nothing_in_half_precision(
+    backend: Backend, device: torch.device, normalize: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    inputs = [random(*shape, dtype=dtype, device=device) for _ in range(2)]
+    result = compare(inputs, "tanh", settings(normalize, len(inputs), CHANNELS, device))
+    assert (result.shape, result.dtype) == ((2 * shape[0], *shape[1:]), dtype)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, False, True), (True, False, True)], ids=str)

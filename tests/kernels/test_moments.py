@@ -113,8 +113,11 @@ def test_sums_of_the_parts_of_a_batch_give_the_moments_of_the_whole(backend: Bac
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
-def test_over_no_elements_sums_are_0_and_moments_nan(backend: Backend, device: torch.device, shape: tuple[int, ...]) -> None:
-    x = random(*shape, device=device)
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_over_no_elements_sums_are_0_and_moments_nan(
+    backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = random(*shape, dtype=dtype, device=device)
     mean, variance = channel_moments(x)
     assert mean.isnan().all()
     assert variance.isnan().all()
@@ -124,7 +127,7 @@ def test_over_no_elements_sums_are_0_and_moments_nan(backend: Backend, device: t
     assert count == 0
     for first, second in ((mean, variance), (total, square_total)):
         (gradient,) = torch.autograd.grad(first.sum() + second.sum(), x)
-        assert gradient.shape == shape
+        assert (gradient.shape, gradient.dtype) == (shape, dtype)
 
 
 def test_of_no_channels_there_are_no_moments(backend: Backend, device: torch.device) -> None:
