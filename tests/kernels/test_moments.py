@@ -8,7 +8,19 @@ from torch import Tensor
 
 from dfkd_fast.kernels import Backend, channel_moments, channel_sums
 from tests.kernels import oracles
-from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, STORAGE, assert_as_exact_as_plain, laid_out, layouts, random
+from tests.kernels.oracles import (
+    INF,
+    LAYOUTS,
+    NAN,
+    PROPERTY,
+    RUNS,
+    SANITIZED_STORAGE,
+    STORAGE,
+    assert_as_exact_as_plain,
+    laid_out,
+    layouts,
+    random,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -61,6 +73,17 @@ def test_every_layout_and_precision_is_read_in_float32(
     assert mean.dtype == variance.dtype == torch.float32
     assert total.dtype == square_total.dtype == torch.float64
     assert count == x.numel() // x.shape[1]
+
+
+@pytest.mark.parametrize("shape", RUNS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("dtype", SANITIZED_STORAGE, ids=str)
+def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
+    backend: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
+) -> None:
+    x = random(*shape, dtype=dtype, layout=layout, device=device)
+    compare(channel_moments, oracles.moments, x)
+    compare(lambda x: channel_sums(x)[:2], sums, x)
 
 
 @PROPERTY
