@@ -131,13 +131,14 @@ using Word = std::conditional_t<
     uint4,
     std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
-// nvcc splits the assignment of a pack, even as a uint4, into stores of its elements; the intrinsic stays one instruction.
-// It passes the first-level cache by, from which nobody would read: no kernel reads what it has stored, and that cache
-// does not outlive a kernel.
+// nvcc splits the assignment of a pack, even of a uint4, into stores of its elements; the intrinsic stays one instruction.
+// It bypasses L1, where no one would find what is stored: no kernel reads what it has written, and L1 is not kept from one
+// kernel to the next.
 template <typename T, int kCount>
 __device__ __forceinline__ void store(T* target, const float (&values)[kCount]) {
   constexpr int kWidth = pack_width<T, kCount>();
   using AnyWord = Word<sizeof(Pack<T, kWidth>)>;
+  static_assert(sizeof(AnyWord) == sizeof(Pack<T, kWidth>));
 #pragma unroll
   for (int i = 0; i < kCount / kWidth; ++i) {
     Pack<T, kWidth> pack;
