@@ -28,7 +28,7 @@ def train_a_step(model: nn.Module) -> None:
 
 def follow(ema: FusedEMA, model: nn.Module, decay_of: Callable[[int], float], steps: int = STEPS) -> dict[str, Tensor]:
     """Train, update, and average by hand in float64."""
-    expected = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    expected = {name: tensor.to(torch.float64, copy=True) for name, tensor in model.state_dict().items()}
     for step in range(steps):
         train_a_step(model)
         ema.update(model)
