@@ -10,6 +10,7 @@ from torch import Tensor
 from dfkd_fast import distributed
 from dfkd_fast.errors import first_line
 
+from .compilation import Compiled
 from .steps import Game, generator_step, student_step
 
 __all__ = ["Steps", "preserved"]
@@ -36,11 +37,13 @@ class Steps:
     Args:
         game: who plays.
         capture: False to run everything eagerly.
+        compiled: the networks that are compiled inside a step.
         remark: told in a line what is not captured, and why.
     """
 
-    def __init__(self, game: Game, capture: bool, remark: Callable[[str], None]) -> None:
+    def __init__(self, game: Game, capture: bool, compiled: Compiled, remark: Callable[[str], None]) -> None:
         self.game = game
+        self.compiled = compiled
         self.remark = remark
         self.capturing = capture and game.images.device.type == "cuda"
         self._recorded: dict[tuple[str, bool, bool], Recorded] = {}
@@ -56,11 +59,13 @@ class Steps:
         # Steps that do something else are other graphs: an empty memory replays nothing, an autoencoder learns in some.
         ready = memory is not None and memory.ready
         learns = memory is not None and step < memory.steps
-        return self._run(("student", ready, learns), lambda: student_step(self.game, step))
+        with self.compiled:
+            return self._run(("student", ready, learns), lambda: student_step(self.game, step))
 
     def generator(self, *, adversarial: bool = True) -> Losses:
         """A generator step; without the adversary's term in pretraining."""
-        return self._run(("generator", adversarial, True), lambda: generator_step(self.game, adversarial=adversarial))
+        with self.compiled:
+            return self._run(("generator", adversarial, True), lambda: generator_step(self.game, adversarial=adversarial))
 
     def forget(self) -> None:
         """Capture anew: tensors were replaced."""

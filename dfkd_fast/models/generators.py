@@ -251,6 +251,9 @@ class _Stage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if not self.checkpointing or not torch.is_grad_enabled():
             return self._run(x)
+        if torch.compiler.is_compiling():
+            # Dynamo takes no context_fn, and needs none: a compiled batch norm hands its statistics out of the graph, once.
+            return checkpoint(self._run, x, use_reentrant=False)
         return checkpoint(self._run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self._statistics_kept()))
 
     def _run(self, x: Tensor) -> Tensor:
