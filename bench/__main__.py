@@ -1,4 +1,4 @@
-"""The benchmarks' command line: ``python -m bench micro``, ``end-to-end``, ``methods``, ``evaluation``, ``plot`` and ``report``."""
+"""The command line ``python -m bench``: ``micro``, ``host``, ``end-to-end``, ``methods``, ``evaluation``, ``plot`` and ``report``."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from dfkd_fast.files import replacing
 from dfkd_fast.recipe import load_recipe
 from dfkd_fast.report import print_table
 
-from . import end_to_end, evaluation, provenance, report, table
+from . import end_to_end, evaluation, host, provenance, report, table
 from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
@@ -86,6 +86,24 @@ def micro(
     console.print(f"\n{target}", highlight=False, soft_wrap=True)
     if red:
         _fail(f"{red} of {count} rows have no time: they are wrong or failed", 1)
+
+
+@app.command(name="host")
+def run_host(
+    network: Annotated[Names, typer.Option(help=f"Of {', '.join(cases.ema.NETWORKS)}; may be repeated. The ResNets by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="By default bench/results/host-DEVICE.csv.")] = None,
+) -> None:
+    """Time what the update of an average costs the host, its kernel replaced by nothing."""
+    place = pick_device(device)
+    chosen = _known("--network", network or list(host.NETWORKS), list(cases.ema.NETWORKS))
+    measured = host.measure(chosen, place, f"python -m bench {' '.join(sys.argv[1:])}")
+    target = out or RESULTS / f"host-{provenance.file_name(place)}.csv"
+    host.write(target, measured)
+    header = ("network", "tensors", "call", "median µs", "20–80 %")
+    cells = [(row.network, str(row.tensors), row.call, f"{row.median_us:.1f}", f"{row.q20_us:.1f}–{row.q80_us:.1f}") for row in measured]
+    print_table(Console(), header, cells)
+    typer.echo(target)
 
 
 @app.command()

@@ -136,7 +136,7 @@ class Trainer:
         self._stopping = False
         self._game = self._set_up(*check_networks(self.teacher, self.student, self.generator, self.device), seed)
         self.memory = self._game.memory
-        self._steps = Steps(self._game, method.loop.capture, Compiled(self._called_networks()), self.remarks.append)
+        self._steps = Steps(self._game, method.loop.capture, self.remarks.append, Compiled(self._called_networks()))
         if method.loop.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
             self.remarks.append(
                 "loop.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
@@ -183,10 +183,25 @@ class Trainer:
             yield self._close_epoch()
 
     def warm_up(self) -> None:
-        """Take the steps of an iteration, as the first ones are that need all the memory, and take them back."""
+        """Take every kind of step that the run has, in its order, and take them back: after that, none needs more GPU memory.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough.
+        """
+        loop, memory = self.method.loop, self.memory
         with preserved(self._game):
-            self._steps.student(0)
-            self._steps.generator()
+            if loop.generator_pretraining:
+                self._steps.generator(adversarial=False)
+            self._take_each_step()
+            if memory is not None and not memory.ready:
+                with memory.assumed_ready():
+                    self._take_each_step()
+
+    def _take_each_step(self) -> None:
+        learning = 0 if self.memory is None else self.memory.steps
+        for step in dict.fromkeys((0, min(learning, self.method.loop.student_steps - 1))):
+            self._steps.student(step)
+        self._steps.generator()
 
     def sample(self, count: int) -> Tensor:
         """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""
@@ -383,7 +398,7 @@ class Trainer:
         wanted = self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
         while self.pretrained < wanted and not distributed.any_of(self._stopping):
-            with self.clock.phase("generator"):
+            with self.clock.phase("generator", memory=False):
                 terms = self._steps.generator(adversarial=False)
             self.pretrained += 1
         distributed.average_(list(terms.values()))  # so that all processes stop
@@ -402,13 +417,13 @@ class Trainer:
         self.iteration += 1
 
     def _student_steps(self) -> None:
-        with self.clock.phase("student"):
+        with self.clock.phase("student", memory=self.iteration == 0):
             for step in range(self.method.loop.student_steps):
                 for name, loss in self._steps.student(step).items():
                     self._record(name, step, self._student_columns[name], loss)
 
     def _generator_steps(self) -> None:
-        with self.clock.phase("generator"):
+        with self.clock.phase("generator", memory=self.iteration == 0):
             for step in range(self.method.loop.generator_steps):
                 for name, term in self._steps.generator().items():
                     self._record(name, step, self.method.loop.generator_steps, term)
