@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from dfkd_fast.engine.device import device_name, pick_device
+from dfkd_fast.engine.precision import PrecisionSetting, resolve_precision
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import replacing
 from dfkd_fast.recipe import load_recipe
@@ -137,7 +138,9 @@ def methods(
 def run_end_to_end(
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a TOML file.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Of the engine and of the compiled plain loop: fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Of the engine and of the compiled plain loop: fp32, bf16, fp16, or auto, as a run has it on the device.")
+    ] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Fresh samples a step; the recipe's by default.")] = None,
     data_root: Annotated[Path | None, typer.Option(help="Not read: the networks are untrained.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch and numba; PyTorch's choice by default.")] = None,
@@ -150,14 +153,15 @@ def run_end_to_end(
     place = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = _known("--precision", [precision], get_args(end_to_end.Precision))[0]
+    setting = _known("--precision", [precision], get_args(PrecisionSetting))[0]
+    chosen = resolve_precision(cast(PrecisionSetting, setting), place)
     overrides: dict[str, object] = {"data.root": str(data_root)} if data_root else {}
     if batch_size is not None:
         overrides["loop.batch_size"] = batch_size
     found = end_to_end.measure(
         load_recipe(recipe, overrides),
         place,
-        cast(end_to_end.Precision, chosen),
+        chosen,
         turns,
         f"python -m bench {' '.join(sys.argv[1:])}",
         compiled_engine=compiled_engine,

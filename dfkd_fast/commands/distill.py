@@ -203,6 +203,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "device_name": device_name(run.device),
         "versions": _versions(),
         "seed": run.recipe.seed,
+        "precision": run.recipe.loop.precision,
         "metric": run.recipe.data.metric,
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from dfkd_fast import Loop, Method, Objective, Optimizer, Trainer
 from dfkd_fast.engine.compilation import Compiled
-from dfkd_fast.models import GeneratorA, GeneratorB, GeneratorD, GeneratorSettings, build_generator, build_model, fold, freeze
+from dfkd_fast.models import GeneratorA, GeneratorB, GeneratorSettings, build_generator, build_model, fold, freeze
 from tests.small import Networks
 
 MakeTrainer = Callable[..., Trainer]
@@ -59,8 +59,8 @@ def generator_b() -> tuple[nn.Module, Tensor]:
     return GeneratorB(10, 3, 256, width=4).body, torch.randn(3, 10)
 
 
-def generator_d(checkpointing: bool) -> tuple[nn.Module, Tensor]:
-    return GeneratorD(10, 128, [0.0] * 3, [1.0] * 3, width=1, checkpointing=checkpointing).body, torch.randn(3, 10)
+def generator_d(**changes: Any) -> tuple[nn.Module, Tensor]:
+    return build_generator(GeneratorSettings(model="D", width=1, latent_dim=10, **changes), 3, 128).body, torch.randn(3, 10)
 
 
 def folded() -> tuple[nn.Module, Tensor]:
@@ -74,16 +74,16 @@ def folded() -> tuple[nn.Module, Tensor]:
         generator_a,
         partial(generator_a, spectral_norm=True),
         generator_b,
-        partial(generator_d, False),
-        partial(generator_d, True),
+        generator_d,
+        partial(generator_d, checkpointing=True),
+        partial(generator_d, checkpointing=True, spectral_norm=True),
         folded,
     ],
-    ids=["LeNet5", "A", "A with spectral norm", "B", "D", "D with checkpointing", "folded teacher"],
+    ids=["LeNet5", "A", "A with spectral norm", "B", "D", "D with checkpointing", "D with both", "folded teacher"],
 )
 def test_a_network_is_one_graph_of_all_its_layers(compiler: Compiler, build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     network, x = build()
-    network.eval()
-    expected = network(x)
+    expected = copy.deepcopy(network)(x)
     with Compiled([network]):
         torch.testing.assert_close(network(x), expected)
         network(x)
@@ -209,11 +209,15 @@ def test_every_call_of_a_step_is_compiled_that_of_the_averaged_generator_too(
     assert compiler.runs == 4 + 3, "generator, student, teacher"
 
 
-def test_checkpointed_stages_learn_the_same_and_move_statistics_once_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_checkpointed_stages_learn_the_same_and_move_their_state_once_when_compiled(
+    monkeypatch: pytest.MonkeyPatch, spectral_norm: bool
+) -> None:
     # Differentiated ahead of time, as by every real compiler: its backward pass computes the activations again.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
-    body, z = generator_d(checkpointing=True)
+    settings = GeneratorSettings(model="D", width=2, latent_dim=10, checkpointing=True, spectral_norm=spectral_norm)
+    body, z = build_generator(settings, 3, 32).body.double(), torch.randn(3, 10, dtype=torch.float64)
     plain = copy.deepcopy(body)
     for network, context in ((plain, Compiled()), (body, Compiled([body]))):
         with context:
