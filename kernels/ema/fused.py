@@ -29,7 +29,7 @@ _checked: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Checked]] =
 class FusedEMA(nn.Module):
     """An exponential moving average of a module's parameters and buffers.
 
-    ``ema.module`` is the averaged copy: float32 whatever the source's precision, in evaluation mode, without gradients.
+    ``ema.module`` is the averaged copy: float32, or float64 where the source is, in evaluation mode, without gradients.
     Calling ``ema`` calls it. ``state_dict`` and ``load_state_dict`` are those of ``nn.Module``. With a warm-up the decay
     is computed on the device, so that updates can be captured in a CUDA graph and replayed.
 
@@ -51,7 +51,7 @@ class FusedEMA(nn.Module):
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], not {decay}")
         self.decay, self.warm_up = decay, warm_up
-        self.module = _frozen_copy(model, torch.float32)
+        self.module = _frozen_copy(model, None)
         self.shadow = None if shadow_dtype is None else _frozen_copy(model, shadow_dtype)
         device = next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
@@ -89,8 +89,13 @@ class FusedEMA(nn.Module):
         return self
 
 
-def _frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+def _frozen_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """With floating tensors in a dtype, or else in float32 at least: a half would drop the increments of an average."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+    return copy.deepcopy(model)._apply(cast).eval().requires_grad_(False)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

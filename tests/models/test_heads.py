@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dfkd_fast.models import build_model, find_heads, freeze, in_float32, lower_precision
@@ -145,6 +146,25 @@ def test_nothing_is_left_of_it_in_a_users_network(build: Callable[[], nn.Module]
     assert [(name, type(module), set(vars(module))) for name, module in network.named_modules()] == before
     if "parametrizations" not in str(network):  # those PyTorch cannot pickle
         torch.save(network, io.BytesIO())
+
+
+@pytest.mark.parametrize("name", ["wrn10_1", "small_fcn4"])
+def test_heads_compute_in_float32_under_a_gpus_autocast(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        student, teacher, x = build_model(name, 5, 3), freeze(build_model(name, 5, 3)), torch.randn(2, 3, SIZE, SIZE)
+        heads, dtypes = find_heads(student, x), list[torch.dtype]()
+        for head in [*heads, *find_heads(teacher, x)]:
+            head.register_forward_hook(lambda _, given, logits: dtypes.append(logits.dtype))
+        lower_precision(teacher, torch.bfloat16, x)
+        dtypes.clear()
+        for question in ("is_available", "is_bf16_supported"):  # or autocast would switch itself off
+            monkeypatch.setattr(torch.cuda, question, lambda: True)
+        with torch.autocast("cuda", torch.bfloat16):
+            student(x)
+            with in_float32(heads):
+                logits = [student(x), teacher(x)]
+    assert dtypes == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(each.dtype == torch.float32 and each.device.type == "cuda" for each in logits)
 
 
 def test_a_head_in_float32_is_one_graph_and_compiled_once() -> None:
