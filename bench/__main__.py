@@ -144,7 +144,7 @@ def run_end_to_end(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Fresh samples a step; the recipe's by default.")] = None,
     data_root: Annotated[Path | None, typer.Option(help="Not read: the networks are untrained.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch and numba; PyTorch's choice by default.")] = None,
-    turns: Annotated[int, typer.Option(min=1, help="Measured iterations of each contender, interleaved.")] = 7,
+    turns: Annotated[int, typer.Option(min=1, help="Measured iterations of each contender, interleaved on a CPU.")] = 7,
     compiled_engine: Annotated[bool, typer.Option("--compiled-engine", help="Time the engine under torch.compile, too.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a section a contender to this file, too.")] = None,
     out: Annotated[Path | None, typer.Option(help="CSV that takes the rows in; by default bench/results/end-to-end-DEVICE.csv.")] = None,
@@ -158,16 +158,21 @@ def run_end_to_end(
     overrides: dict[str, object] = {"data.root": str(data_root)} if data_root else {}
     if batch_size is not None:
         overrides["loop.batch_size"] = batch_size
-    found = end_to_end.measure(
+    target = out or RESULTS / f"end-to-end-{provenance.file_name(place)}.csv"
+    found: list[end_to_end.Row] = []
+    failures: list[str] = []
+    for found in end_to_end.measure(
         load_recipe(recipe, overrides),
         place,
         chosen,
         turns,
         f"python -m bench {' '.join(sys.argv[1:])}",
         compiled_engine=compiled_engine,
-    )
-    target = out or RESULTS / f"end-to-end-{provenance.file_name(place)}.csv"
-    end_to_end.write(target, found)
+        failed=failures.append,
+    ):
+        end_to_end.write(target, found)  # a later contender's failure must not cost what is known
+    if not found:
+        _fail("; ".join(failures), 1)
     end_to_end.draw(table.read(target), target.with_suffix(".png"))
     if json_file is not None:
         with replacing(json_file) as part:
@@ -176,7 +181,8 @@ def run_end_to_end(
     cells = [
         (
             *(row.contender, f"{row.seconds_per_iteration:.4f}", f"{row.student_seconds:.4f}", f"{row.generator_seconds:.4f}"),
-            *(f"{row.images_per_second:.1f}", f"{row.speedup_over_plain:.2f}", f"{row.speedup_over_plain_compiled:.2f}"),
+            f"{row.images_per_second:.1f}",
+            *("" if speedup is None else f"{speedup:.2f}" for speedup in (row.speedup_over_plain, row.speedup_over_plain_compiled)),
             *("" if memory is None else f"{memory:.0f}" for memory in (row.peak_memory_mib, row.imitation_memory_mib)),
         )
         for row in found
@@ -185,6 +191,8 @@ def run_end_to_end(
         Console(), header, cells, figures=True, title=f"{found[0].recipe}, batch {found[0].batch_size}, {chosen}, {found[0].device}"
     )
     typer.echo(target)
+    if failures:
+        _fail("; ".join(failures), 1)
 
 
 @app.command(name="evaluation")

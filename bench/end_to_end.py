@@ -1,17 +1,17 @@
 """Whole iterations of a recipe: the plain loop, the plain loop compiled, and the engine with one feature after another."""
 
-import ctypes
 import dataclasses
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,18 +21,24 @@ from torch import nn
 from dfkd_fast import DfkdError, Recipe, Trainer
 from dfkd_fast.engine.device import device_name, keep_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
+from dfkd_fast.errors import first_line
 from dfkd_fast.files import replacing
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.models import CpuConv2d, build_generator, build_model
 
 from . import provenance, table
 from .baselines import plain
+from .memory import PeakMemory, give_freed_memory_back
 
 __all__ = ["Row", "draw", "measure", "networks", "write"]
 
 WARM_UP = 2
-M_MMAP_THRESHOLD = -3  # of malloc.h
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+Times = list[tuple[float, float]]
+"""Of each turn, the seconds of the student's steps and of all."""
+Result = TypeVar("Result")
 
 
 class Contender(NamedTuple):
@@ -58,13 +64,13 @@ class Row:
     iterations_per_second: float
     images_per_second: float
     """Generated for the student and for the generator."""
-    speedup_over_plain: float
-    """The median of the turns' ratios."""
-    speedup_over_plain_compiled: float
+    speedup_over_plain: float | None
+    """The median of the turns' ratios; None while the other has none, or where it failed."""
+    speedup_over_plain_compiled: float | None
     peak_memory_mib: float | None
-    """Of an iteration, beyond what is held between iterations; in a process of its own, so not of what must be compiled."""
+    """Of an iteration, beyond what is held between iterations; on a CPU not of what must be compiled, which needs more than it runs in."""
     imitation_memory_mib: float | None
-    """The same of its student steps only."""
+    """The same of its student steps only; None where they are replayed as a CUDA graph."""
     turns: int
     device: str
     load: float
@@ -74,87 +80,147 @@ class Row:
 
 
 def measure(
-    recipe: Recipe, device: torch.device, precision: Precision, turns: int, command: str, *, compiled_engine: bool = False
-) -> list[Row]:
-    """Time all contenders in turns, with untrained networks; the memory of those not compiled in processes of their own.
+    recipe: Recipe,
+    device: torch.device,
+    precision: Precision,
+    turns: int,
+    command: str,
+    *,
+    compiled_engine: bool = False,
+    failed: Callable[[str], None] = lambda line: None,
+) -> Iterator[list[Row]]:
+    """Time all contenders, with untrained networks; yields the rows so far whenever there are more figures.
+
+    On a CPU they take turns, and the memory of those not compiled is measured afterwards. On a GPU one comes after the other, alone
+    on the device. Each has a process of its own: malloc is told what to do for all of one, and memory that is kept on a GPU, too.
+
+    Args:
+        failed: told in a line of a contender that failed on a GPU; the others go on.
 
     Raises:
         DfkdError: the plain loop does not know the recipe's method.
     """
     _check(recipe)
-    with ExitStack() as stack:
-        runs = _runs(stack, recipe, device, precision, compiled_engine)
-        for run in runs.values():
-            for _ in range(WARM_UP):
-                run()
-        load = os.getloadavg()[0]
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        for _ in range(turns):
-            for name, run in runs.items():
-                times[name].append(run())
+    case = {
+        "recipe": recipe.name,
+        "batch_size": recipe.loop.batch_size,
+        "precision": precision,
+        "turns": turns,
+        "device": device_name(device),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": str(torch.__version__),
+        "commit": provenance.commit(),
+        "command": command,
+    }
+    times: dict[str, Times] = {}
+    memory: dict[str, tuple[float, float | None]] = {}
+    names, arguments = list(_contenders(recipe, device, precision, compiled_engine)), (recipe, device, precision, compiled_engine)
+    if device.type == "cuda":
+        for name in names:
+            try:
+                times[name], memory[name] = _in_its_own_process(_times_and_memory, *arguments, name, turns)
+            except Exception as error:
+                failed(f"{name}: {first_line(error)}")
+            else:
+                yield _rows(recipe, case, times, memory)
+        return
+    times = _times_in_turns({name: partial(_turn, *arguments, name) for name in names}, turns)
+    yield _rows(recipe, case, times, memory)
+    for name in names:
+        if "compiled" not in name:
+            memory[name] = _in_its_own_process(_memory_alone, *arguments, name)
+            yield _rows(recipe, case, times, memory)
+
+
+def _rows(recipe: Recipe, case: dict[str, Any], times: dict[str, Times], memory: dict[str, tuple[float, float | None]]) -> list[Row]:
     replayed = recipe.replay.rows_of(recipe.loop.batch_size) if recipe.replay.replays else 0
     images = recipe.loop.student_steps * (recipe.loop.batch_size + replayed) + recipe.loop.generator_steps * recipe.loop.batch_size
 
-    def ratio(name: str, other: str) -> float:
-        return statistics.median(theirs[1] / ours[1] for ours, theirs in zip(times[name], times[other], strict=True))
+    def ratio(name: str, other: str) -> float | None:
+        if other not in times:
+            return None
+        return round(statistics.median(theirs[1] / ours[1] for ours, theirs in zip(times[name], times[other], strict=True)), 3)
 
     rows = []
     for name, measured in times.items():
-        seconds = statistics.median(all_ for _, all_ in measured)
-        student = statistics.median(student for student, _ in measured)
-        memory = (None, None) if "compiled" in name else _in_its_own_process(recipe, device, precision, name)
+        student, seconds = (statistics.median(column) for column in zip(*measured, strict=True))
+        peak, imitation = memory.get(name, (None, None))
         rows.append(
             Row(
-                recipe=recipe.name,
-                batch_size=recipe.loop.batch_size,
-                precision=precision,
                 contender=name,
                 seconds_per_iteration=round(seconds, 6),
                 student_seconds=round(student, 6),
                 generator_seconds=round(seconds - student, 6),
                 iterations_per_second=round(1 / seconds, 4),
                 images_per_second=round(images / seconds, 2),
-                speedup_over_plain=round(ratio(name, "plain"), 3),
-                speedup_over_plain_compiled=round(ratio(name, "plain_compiled"), 3),
-                peak_memory_mib=memory[0],
-                imitation_memory_mib=memory[1],
-                turns=turns,
-                device=device_name(device),
-                load=round(load, 2),
-                torch=str(torch.__version__),
-                commit=provenance.commit(),
-                command=command,
+                speedup_over_plain=ratio(name, "plain"),
+                speedup_over_plain_compiled=ratio(name, "plain_compiled"),
+                peak_memory_mib=peak,
+                imitation_memory_mib=imitation,
+                **case,
             )
         )
     return rows
 
 
-def _runs(
-    stack: ExitStack, recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool
-) -> dict[str, Callable[[], tuple[float, float]]]:
-    """What runs an iteration of each contender. On a CPU each has a process of its own: malloc is told what to do for all of one."""
-    contenders = _contenders(recipe, device, precision, compiled_engine)
-    if device.type == "cuda":
-        return {name: build().run for name, build in contenders.items()}
-    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
-    pools = {name: context.Pool(1) for name in contenders}
-    for pool in pools.values():
-        stack.callback(pool.join)
-        stack.callback(pool.close)
-    return {name: partial(pool.apply, _turn, (recipe, device, precision, compiled_engine, name, threads)) for name, pool in pools.items()}
+def _times_in_turns(contenders: dict[str, Callable[[], tuple[float, float]]], turns: int) -> dict[str, Times]:
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(_process()) for name in contenders}
+        times: dict[str, Times] = {name: [] for name in contenders}
+        for turn in range(WARM_UP + turns):
+            for name, run in contenders.items():
+                seconds = processes[name].submit(run).result()
+                if turn >= WARM_UP:
+                    times[name].append(seconds)
+    return times
+
+
+def _in_its_own_process(function: Callable[..., Result], *arguments: object) -> Result:
+    with _process() as process:
+        return process.submit(function, *arguments).result()
+
+
+def _process() -> ProcessPoolExecutor:
+    # Not a Pool: it would wait for ever for a process that the system killed.
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),))
 
 
 _playing: list[Contender] = []
 
 
-def _turn(
-    recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool, name: str, threads: int
-) -> tuple[float, float]:
+def _turn(recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool, name: str) -> tuple[float, float]:
     """An iteration of the one contender of this process."""
     if not _playing:
-        torch.set_num_threads(threads)
         _playing.append(_contenders(recipe, device, precision, compiled_engine)[name]())
     return _playing[0].run()
+
+
+def _times_and_memory(
+    recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool, name: str, turns: int
+) -> tuple[Times, tuple[float, float | None]]:
+    contender = _contenders(recipe, device, precision, compiled_engine)[name]()
+    times = [contender.run() for _ in range(WARM_UP + turns)]
+    return times[WARM_UP:], _memory(contender, device)
+
+
+def _memory_alone(
+    recipe: Recipe, device: torch.device, precision: Precision, compiled_engine: bool, name: str
+) -> tuple[float, float | None]:
+    give_freed_memory_back()
+    contender = _contenders(recipe, device, precision, compiled_engine, keep_memory=False)[name]()
+    for _ in range(WARM_UP):
+        contender.run()
+    return _memory(contender, device)
+
+
+def _memory(contender: Contender, device: torch.device) -> tuple[float, float | None]:
+    """Of an iteration, beyond what is held between iterations, and of its student steps, which come first."""
+    peak = PeakMemory(device)
+    imitation: list[float] = []
+    contender.student_optimizer.register_step_post_hook(lambda *_: imitation.append(peak.mib()))
+    contender.run()
+    # A replayed graph calls no hook, and the student's shares its memory with the generator's: what is its own cannot be told.
+    return peak.mib(), imitation[-1] if imitation else None
 
 
 def _check(recipe: Recipe) -> None:
@@ -246,8 +312,10 @@ def _plain(recipe: Recipe, device: torch.device, precision: Precision, *, compil
     plain.textbook(generator)
     teacher.requires_grad_(True)
     if compiled:
-        for network in (teacher, student, generator):
-            network.to(memory_format=torch.channels_last).compile()
+        # Not network.compile(): it compiles nothing of a Sequential, nor of the copy of the generator that MAD averages.
+        teacher, student, generator = (
+            torch.compile(network.to(memory_format=torch.channels_last), dynamic=False) for network in (teacher, student, generator)
+        )
     # For a CPU: PyTorch's plain ones, not fused, wherever they run.
     student_optimizer = build_optimizer(recipe.student_optimizer, student.parameters(), torch.device("cpu"))
     generator_optimizer = build_optimizer(recipe.generator_optimizer, generator.parameters(), torch.device("cpu"))
@@ -294,44 +362,6 @@ def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, **{name: dataclasses.replace(getattr(recipe, name), **values) for name, values in sections.items()})
 
 
-def _in_its_own_process(recipe: Recipe, device: torch.device, precision: Precision, name: str) -> tuple[float, float]:
-    arguments = (recipe, device, precision, name, torch.get_num_threads())
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory_mib, arguments)
-
-
-def _peak_memory_mib(recipe: Recipe, device: torch.device, precision: Precision, name: str, threads: int) -> tuple[float, float]:
-    """Of an iteration after the first ones, beyond what is held between iterations, and of its student steps, which come first."""
-    torch.set_num_threads(threads)
-    if device.type == "cpu":
-        # Give large blocks back to the system when they are freed, so that what is resident is what is used.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    run, student_optimizer = _contenders(recipe, device, precision, keep_memory=False)[name]()
-    for _ in range(WARM_UP):
-        run()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to what it holds
-        held = _resident("VmRSS")
-
-    def peak(*_: object) -> float:
-        bytes_ = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
-        return round((bytes_ - held) / 2**20, 1)
-
-    imitation: list[float] = []
-    student_optimizer.register_step_post_hook(lambda *_: imitation.append(peak()))
-    run()
-    return peak(), imitation[-1]
-
-
-def _resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Take rows into a file: they replace those of the same recipe, batch, precision and device."""
     kept = [row for row in (table.read(path) if path.exists() else []) if _case(row) != _case(dataclasses.asdict(rows[0]))]
@@ -355,7 +385,8 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         axes.barh(names, student, label="student's steps")
         axes.barh(names, generator, left=student, label="generator's step")
         for row, total in zip(bars, map(sum, zip(student, generator, strict=True)), strict=True):
-            axes.text(total, row["contender"], f" {float(row['speedup_over_plain']):.1f} ×", va="center", fontsize=8)
+            if row["speedup_over_plain"]:
+                axes.text(total, row["contender"], f" {float(row['speedup_over_plain']):.1f} ×", va="center", fontsize=8)
         axes.set(title=f"{case[0]}, batch {case[1]}, {case[2]}, {case[3]}", xlabel="seconds an iteration")
         axes.set_xlim(0, 1.15 * max(map(sum, zip(student, generator, strict=True))))
         axes.grid(axis="x", alpha=0.3)

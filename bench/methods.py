@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dfkd_fast import Recipe, Trainer, load_recipe
-from dfkd_fast.engine.device import device_name, peak_memory_bytes
+from dfkd_fast.engine.device import device_name
 from dfkd_fast.errors import DfkdError
 
 from . import provenance, table
@@ -108,4 +108,4 @@ def _peak_memory(name: str, device_type: str, threads: int) -> int:
     trainer = _trainer(load_recipe(name), device)
     for _ in range(WARM_UP):
         _seconds(trainer)
-    return peak_memory_bytes(device)
+    return trainer.clock.overall_peak_bytes()  # the clock resets the allocator's peak

@@ -198,8 +198,9 @@ def end_to_end_table(rows: list[dict[str, str]]) -> str:
     for row in rows:
         cells = [
             *(f"`{row['recipe']}`", row["batch_size"], row["precision"], row["contender"].replace("_", " ")),
-            *(f"{float(row['seconds_per_iteration']):.3f}", f"{float(row['speedup_over_plain']):.2f}"),
-            *(f"{float(row['speedup_over_plain_compiled']):.2f}", row["peak_memory_mib"].partition(".")[0]),
+            f"{float(row['seconds_per_iteration']):.3f}",
+            *(f"{float(row[f'speedup_over_{peer}']):.2f}" if row[f"speedup_over_{peer}"] else "" for peer in ("plain", "plain_compiled")),
+            row["peak_memory_mib"].partition(".")[0],
             *(row["imitation_memory_mib"].partition(".")[0], row["device"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -123,9 +123,11 @@ def _normalisation(recipe: Recipe, teacher: nn.Module, images: Tensor, seen: str
     observer = Observer(teacher, statistics=True, features=False)
 
     def mismatch(view: Callable[[Tensor], Tensor]) -> float:
-        found = observer(view(pixels))
-        alive = found.running[1] > 1e-6 * found.running[1].amax()
-        mean, variance, expected, spread = (each[alive] for each in (*found.statistics[:2], *found.running[:2]))
+        _, _, statistics, running = observer(view(pixels))
+        assert statistics is not None and running is not None
+        (mean, variance), (expected, spread) = statistics[:, 0], running[:, 0]
+        alive = spread > 1e-6 * spread.amax()
+        mean, variance, expected, spread = (each[alive] for each in (mean, variance, expected, spread))
         return float(((mean - expected).abs() / spread.sqrt() + (variance / spread).clamp(min=1e-6).log().abs()).median())
 
     views: dict[str, Callable[[Tensor], Tensor]] = {

@@ -16,6 +16,7 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import first_line
 
 from .batch_size import is_out_of_memory
+from .compilation import Compiled
 from .device import cudnn_benchmark
 from .steps import Game, generator_step, student_step
 
@@ -50,11 +51,13 @@ class Steps:
         game: who plays.
         capture: False to run everything eagerly.
         remark: told in a line what is not captured, and why.
+        compiled: the networks that are compiled inside a step.
     """
 
-    def __init__(self, game: Game, capture: bool, remark: Callable[[str], None]) -> None:
+    def __init__(self, game: Game, capture: bool, remark: Callable[[str], None], compiled: Compiled | None = None) -> None:
         self.game = game
         self.remark = remark
+        self.compiled = compiled or Compiled()
         self.capturing = capture and game.images.device.type == "cuda"
         self._recorded: dict[tuple[str, bool, bool], Recorded] = {}
         self._pool: Any = None
@@ -75,11 +78,13 @@ class Steps:
         # Steps that do something else are other graphs: an empty memory replays nothing, an autoencoder learns in some.
         ready = memory is not None and memory.ready
         learns = memory is not None and step < memory.steps
-        return self._run(("student", ready, learns), lambda: student_step(self.game, step))
+        with self.compiled:
+            return self._run(("student", ready, learns), lambda: student_step(self.game, step))
 
     def generator(self, *, adversarial: bool = True) -> Losses:
         """A generator step; without the adversary's term in pretraining."""
-        return self._run(("generator", adversarial, True), lambda: generator_step(self.game, adversarial=adversarial))
+        with self.compiled:
+            return self._run(("generator", adversarial, True), lambda: generator_step(self.game, adversarial=adversarial))
 
     def forget(self) -> None:
         """Capture anew: tensors were replaced."""

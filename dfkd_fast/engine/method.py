@@ -46,7 +46,7 @@ class Loop:
     fold_teacher: Flag = True
     """Fold the teacher's batch norms into its convolutions. The function is the same, the rounding is not."""
     compile: Flag = False
-    """Compile teacher, student and generator with torch.compile."""
+    """Compile teacher, student and generators with torch.compile, for the steps; evaluation runs them as they are."""
     keep_memory: Flag = True
     """On a CPU, let the process keep the memory it frees: the system clears every page of a large block anew at every step."""
     capture: Flag = True

@@ -32,6 +32,7 @@ from dfkd_fast.models import (
 )
 
 from .capture import Steps, preserved
+from .compilation import Compiled
 from .device import Clock, keep_freed_memory
 from .fit import check_networks
 from .method import Method, resolved
@@ -136,13 +137,11 @@ class Trainer:
         self._stopping = False
         self._game = self._set_up(*check_networks(self.teacher, self.student, self.generator, self.device), seed)
         self.memory = self._game.memory
-        self._steps = Steps(self._game, method.loop.capture, self.remarks.append)
+        self._steps = Steps(self._game, method.loop.capture, self.remarks.append, Compiled(self._called_networks()))
         if method.loop.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
             self.remarks.append(
                 "loop.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
             )
-        if method.loop.compile:
-            self._compile()
         self.drift = Drift(method.loop.drift_samples)
 
     @property
@@ -387,20 +386,20 @@ class Trainer:
             teacher = lower_precision(copy.deepcopy(teacher), self.precision.dtype, images)
         return teacher
 
-    def _compile(self) -> None:
-        """Compile what the steps call, in place: parameters and state keep their names."""
+    def _called_networks(self) -> Iterator[nn.Module]:
+        """What the steps call and ``loop.compile`` asks to compile."""
+        if not self.method.loop.compile:
+            return
         game = self._game
-        networks = [game.teacher, game.generator.body if isinstance(game.generator, Generator) else game.generator]
-        if game.observer.network is not game.teacher:
-            networks.append(game.observer.network)
+        yield from (game.teacher, game.observer.network)
         if self.method.update.retains:
             self.remarks.append(f"the student is not compiled: update.kind {self.method.update.kind!r} differentiates it twice")
         else:
-            networks.append(game.student)
-        if isinstance(replayed := game.memory and game.memory.generator, Generator):
-            networks.append(replayed.body)
-        for network in networks:
-            network.compile()
+            yield game.student
+        for generator in (game.generator, None if game.memory is None else game.memory.generator):
+            if generator is not None:
+                # The steps call the body of ours, and make its end a kernel of its own.
+                yield generator.body if isinstance(generator, Generator) else generator
 
     def _pretrain(self) -> None:
         wanted = self.method.loop.generator_pretraining

@@ -83,7 +83,7 @@ class Objective:
             terms["entropy"] = self.entropy * entropy(teacher.logits)
         if self.activation and teacher.features is not None:
             terms["activation"] = self.activation * activation(teacher.features)
-        if self.bn_moments:
+        if self.bn_moments and teacher.statistics is not None and teacher.running is not None:
             terms["bn_moments"] = self.bn_moments * bn_moments(teacher.statistics, teacher.running)
         if self.class_nll and labels is not None:
             terms["class_nll"] = self.class_nll * class_nll(teacher.logits, labels)
@@ -126,30 +126,26 @@ def activation(features: Tensor) -> Tensor:
     return -features.float().abs().mean()
 
 
-def bn_moments(statistics: tuple[Tensor, ...], running: tuple[Tensor, ...]) -> Tensor:
+def bn_moments(statistics: Tensor, running: Tensor) -> Tensor:
     """Σ ‖mean − running mean‖₂ + ‖var − running var‖₂ over the teacher's batch norms (MAD; DeepInversion, arXiv 1912.08795, eq. 4).
 
     Unsquared norms and biased variances, as in the CMI benchmark.
 
     Args:
-        statistics: of the batch, (C,) each.
-        running: what they should be, in the same order.
+        statistics: means and variances of the batch, (2, layers, C), zero where a layer has fewer channels.
+        running: what they should be, likewise.
     """
-    return torch.stack(torch._foreach_norm(torch._foreach_sub(_of_all_processes(statistics, running), running))).sum()
+    return (_of_all_processes(statistics, running) - running).norm(dim=2).sum()
 
 
-def _of_all_processes(statistics: tuple[Tensor, ...], running: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Means and variances, in turn, of the batches of all processes together, in one message."""
+def _of_all_processes(statistics: Tensor, running: Tensor) -> Tensor:
+    """Means and variances of the batches of all processes together, in one message."""
     if distributed.world_size() == 1:
         return statistics
     # Second moments about the running means, which are the same everywhere and near: about 0 they would cancel.
-    offsets = torch._foreach_sub(statistics[::2], running[::2])
-    squares = torch._foreach_add(statistics[1::2], torch._foreach_mul(offsets, offsets))
-    sizes = [offset.numel() for offset in offsets]
-    offset, square = distributed.mean(torch.cat([*offsets, *squares])).chunk(2)
-    means = torch._foreach_add(offset.split(sizes), running[::2])
-    variances = (square - offset.square()).split(sizes)
-    return tuple(statistic for pair in zip(means, variances, strict=True) for statistic in pair)
+    offset = statistics[0] - running[0]
+    offset, square = distributed.mean(torch.stack([offset, statistics[1] + offset.square()])).unbind()
+    return torch.stack([running[0] + offset, square - offset.square()])
 
 
 def class_nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -254,6 +254,11 @@ class _Stage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if not self.checkpointing or not torch.is_grad_enabled():
             return self._run(x)
+        if torch.compiler.is_compiling():
+            # Dynamo takes no context_fn. Batch norms need none: their statistics leave the compiled graph once. Spectral norms replace
+            # their vectors, which it does not trace inside a checkpoint: such a stage keeps its activations.
+            spectral = any(isinstance(module, SpectralNorm) for module in self.modules())
+            return self._run(x) if spectral else checkpoint(self._run, x, use_reentrant=False)
         return checkpoint(self._run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self._second_run()))
 
     def _run(self, x: Tensor) -> Tensor:

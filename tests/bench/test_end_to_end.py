@@ -1,16 +1,22 @@
 import copy
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 
-from bench import end_to_end, methods, table
+from bench import end_to_end, methods, report, table
+from bench.__main__ import main
 from bench.baselines.plain import textbook
 from bench.end_to_end import Row
 from dfkd_fast import DfkdError, GeneratorA, Recipe, load_recipe
+from dfkd_fast.engine.device import Clock
 
 CPU = torch.device("cpu")
 
@@ -68,8 +74,129 @@ def test_the_features_are_switched_on_one_after_another(monkeypatch: pytest.Monk
 def test_the_memory_of_an_iteration_is_at_least_that_of_its_student_steps() -> None:
     recipe = tiny(generator__width=32)
     for name in ("plain", "engine"):
-        whole, imitation = end_to_end._in_its_own_process(recipe, CPU, "fp32", name)
+        whole, imitation = end_to_end._in_its_own_process(end_to_end._memory_alone, recipe, CPU, "fp32", False, name)
+        assert imitation is not None
         assert 0 <= imitation <= whole < 1000
+
+
+def test_a_contender_is_timed_for_some_turns_in_a_process_of_its_own() -> None:
+    times = end_to_end._times_in_turns({"plain": partial(end_to_end._turn, tiny(), CPU, "fp32", False, "plain")}, turns=2)
+    assert list(times) == ["plain"]
+    assert len(times["plain"]) == 2
+    assert all(0 < student < whole for student, whole in times["plain"])
+    assert not end_to_end._playing
+
+
+def test_every_call_of_the_compiled_peer_is_compiled_and_it_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        def run(*arguments: torch.Tensor) -> Any:
+            runs.append(1)
+            return graph.forward(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    counters.clear()
+    parameters = []
+    for compiled in (False, True):
+        contender = end_to_end._plain(tiny(replay__kind="ema_generator"), CPU, "fp32", compiled=compiled)
+        torch.manual_seed(0)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            for _ in range(3):
+                contender.run()
+        parameters.append(contender.student_optimizer.param_groups[0]["params"])
+    assert len(runs) == 3 * (4 + 3), "generator, averaged generator, student, teacher; generator, student, teacher"
+    assert not counters["graph_break"]
+    for ours, theirs in zip(*parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    torch._dynamo.reset()
+
+
+class FakeAllocator:
+    """PyTorch's, in MiB: what is freed stays reserved until the cache is emptied, but for the pools of graphs."""
+
+    def __init__(self, patched: pytest.MonkeyPatch, held: int, pool: int) -> None:
+        self.held, self.pool, self.cached = held, pool, 0
+        self.peak_allocated = self.peak_reserved = held + pool
+        for name, value in {
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: setattr(self, "cached", 0),
+            "reset_peak_memory_stats": lambda device=None: self.reset(),
+            "memory_allocated": lambda device=None: self.held << 20,
+            "max_memory_allocated": lambda device=None: self.peak_allocated << 20,
+            "max_memory_reserved": lambda device=None: self.peak_reserved << 20,
+        }.items():
+            patched.setattr(torch.cuda, name, value)
+
+    def reset(self) -> None:
+        self.peak_allocated, self.peak_reserved = self.held, self.held + self.pool + self.cached
+
+    def take(self, size: int) -> None:
+        """Allocate and free again."""
+        self.cached = max(self.cached, size)
+        self.peak_allocated = max(self.peak_allocated, self.held + size)
+        self.peak_reserved = max(self.peak_reserved, self.held + self.pool + self.cached)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_the_memory_of_an_iteration_on_a_gpu_counts_that_of_replayed_graphs(monkeypatch: pytest.MonkeyPatch, replayed: bool) -> None:
+    allocator = FakeAllocator(monkeypatch, held=100, pool=450 if replayed else 0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+    def run() -> tuple[float, float]:
+        if not replayed:
+            allocator.take(300)
+            optimizer.step()
+            allocator.reset()  # as the engine's clock does between its phases
+            allocator.take(500)
+        return 0.0, 0.0
+
+    allocator.take(2000)  # of a warm-up
+    measured = end_to_end._memory(end_to_end.Contender(run, optimizer), torch.device("cuda"))
+    assert measured == ((450.0, None) if replayed else (500.0, 300.0))
+
+
+def test_on_a_gpu_contenders_are_alone_and_one_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "device_name", lambda device: "a GPU")
+    alone: list[str] = []
+
+    def in_its_own_process(function: object, *arguments: Any) -> Any:
+        *_, name, turns = arguments
+        alone.append(name)
+        if name == "plain_compiled":
+            raise RuntimeError("out of memory\nat length")
+        return [(1.0, 8.0 / len(alone))] * turns, (5.0, None)
+
+    monkeypatch.setattr(end_to_end, "_in_its_own_process", in_its_own_process)
+    failures: list[str] = []
+    found = list(end_to_end.measure(tiny(), torch.device("cuda"), "bf16", 3, "", failed=failures.append))
+    assert alone == list(end_to_end._contenders(tiny(), torch.device("cuda"), "bf16"))
+    assert failures == ["plain_compiled: out of memory"]
+    assert [len(rows) for rows in found] == list(range(1, len(alone)))
+    assert [row.contender for row in found[-1]] == [name for name in alone if name != "plain_compiled"]
+    assert {row.speedup_over_plain_compiled for row in found[-1]} == {None}
+    assert found[-1][1].speedup_over_plain == 3.0
+
+
+def test_rows_are_in_the_file_when_a_later_contender_breaks_the_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measure(*_: object, **__: object) -> Iterator[list[Row]]:
+        rows = [replace(row("plain", 4.0), speedup_over_plain_compiled=None, peak_memory_mib=None, imitation_memory_mib=None)]
+        yield rows
+        yield [*rows, row("engine", 1.0)]
+        raise RuntimeError("the driver is gone")
+
+    monkeypatch.setattr(end_to_end, "measure", measure)
+    monkeypatch.setattr("sys.argv", ["bench", "end-to-end", "--recipe", "digits", "--device", "cpu", "--out", str(tmp_path / "rows.csv")])
+    with pytest.raises(RuntimeError, match="driver"):
+        main()
+    rows = table.read(tmp_path / "rows.csv")
+    assert [found["contender"] for found in rows] == ["plain", "engine"]
+    # What is missing is left out of the picture and of the table.
+    end_to_end.draw(rows, tmp_path / "rows.png")
+    assert "| plain | 4.000 | 4.00 |  |  |  | d |" in report.end_to_end_table(rows)
 
 
 def test_what_the_plain_loop_does_not_know_is_refused() -> None:
@@ -94,6 +221,11 @@ def test_the_picture_has_a_panel_a_case(tmp_path: Path) -> None:
     end_to_end.draw(rows, tmp_path / "one.png")
     end_to_end.draw([*rows, *({**found, "precision": "bf16"} for found in rows)], tmp_path / "two.png")
     assert Image.open(tmp_path / "two.png").height > Image.open(tmp_path / "one.png").height
+
+
+def test_the_memory_of_a_method_is_its_trainers_whole_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clock, "overall_peak_bytes", lambda clock: 12345)
+    assert methods._peak_memory("digits-dfad", "cpu", 1) == 12345
 
 
 def test_the_cost_of_a_method_is_relative_to_the_first() -> None:

@@ -1,13 +1,14 @@
 """The engine follows bench/baselines/plain.py step for step."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from bench.baselines import plain
-from dfkd_fast import Method, Replay, Trainer
+from dfkd_fast import Method, Objective, Replay, Trainer
 from dfkd_fast.engine.streams import random_stream
 from dfkd_fast.kernels import Backend, use_backend
 from tests.small import Networks, small_method, small_networks
@@ -35,6 +36,7 @@ def run_both(
             latent_dim=20,
             student_steps=method.loop.student_steps,
             ema_decay=ema_decay,
+            bn_moments=method.objective.bn_moments,
             latents=torch.Generator().manual_seed(3),
             replay_latents=random_stream(3, "replay", torch.device("cpu")),
         )
@@ -94,6 +96,26 @@ def test_trajectory_equals_the_plain_loop(
     assert max(abs(a - b) for ours, theirs in zip(losses, flat, strict=True) for a, b in zip(ours, theirs, strict=True)) <= tolerance
     assert largest_difference(trainer.student, student) <= tolerance
     assert largest_difference(trainer.generator, generator) <= tolerance
+
+
+@pytest.mark.parametrize("fold_teacher", [False, True])
+def test_trajectory_with_the_bn_objective_follows_the_plain_loop(fold_teacher: bool) -> None:
+    # Norms are summed in another order.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
+        replay = Replay(kind="ema_generator", ema_decay=0.9)
+        method = small_method(replay=replay, epochs=EPOCHS, iterations=ITERATIONS // EPOCHS, fold_teacher=fold_teacher)
+        method = replace(method, objective=Objective(bn_moments=0.5))
+        trainer, (_, student, generator), expected, _ = run_both(networks, method, ema_decay=0.9)
+    finally:
+        torch.set_default_dtype(before)
+    losses = [epoch.losses["adversarial"] + epoch.losses["bn_moments"] for epoch in trainer.history]
+    plain_losses = torch.tensor([iteration.generator for iteration in expected], dtype=torch.float64).view(EPOCHS, -1).mean(1).tolist()
+    assert losses == pytest.approx(plain_losses, rel=1e-9)
+    assert largest_difference(trainer.student, student) <= 1e-9
+    assert largest_difference(trainer.generator, generator) <= 1e-9
 
 
 def test_the_largest_difference_sees_one_changed_bit() -> None:

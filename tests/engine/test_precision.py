@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -258,8 +259,7 @@ def test_scaled_losses_give_the_same_student(make_trainer: MakeTrainer) -> None:
 
 def test_compiled_networks_take_the_same_steps(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced and run by PyTorch's own operators: what a compiler does with the trace is its own business.
-    compile_ = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda network: compile_(network, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     eager, compiled = (make_trainer(method("fp32", compile=wanted), networks=networks()) for wanted in (False, True))
     for trainer in (eager, compiled):
         trainer.fit()

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from scipy.spatial.distance import jensenshannon
 from scipy.special import entr, log_softmax, rel_entr, softmax
@@ -176,14 +177,18 @@ def test_a_term_is_its_equation_times_its_weight_and_so_is_its_gradient(
 
 def test_bn_moments_is_the_sum_of_unsquared_norms_and_has_a_gradient_where_they_vanish() -> None:
     generator = np.random.default_rng(0)
-    found, wanted = ([generator.standard_normal(size) for size in (3, 3, 5, 5)] for _ in range(2))
-    observation = Observation(torch.zeros(1, 1), None, tuple(map(torch.from_numpy, found)), tuple(map(torch.from_numpy, wanted)))
-    term = Objective(bn_moments=0.7).generator_terms(None, observation)["bn_moments"]
-    assert term.item() == pytest.approx(0.7 * sum(np.linalg.norm(a - b) for a, b in zip(found, wanted, strict=True)), rel=1e-12)
+    found, wanted = ([generator.standard_normal((2, size)) for size in (3, 5)] for _ in range(2))
+    padded = [torch.stack([F.pad(torch.from_numpy(layer), (0, 5 - layer.shape[1])) for layer in each], dim=1) for each in (found, wanted)]
+    term = Objective(bn_moments=0.7).generator_terms(None, Observation(torch.zeros(1, 1), None, *padded))["bn_moments"]
+    norms = [np.linalg.norm(ours - theirs, axis=1).sum() for ours, theirs in zip(found, wanted, strict=True)]
+    assert term.item() == pytest.approx(0.7 * sum(norms), rel=1e-12)
 
-    reached = torch.ones(3, requires_grad=True)
-    term = Objective(bn_moments=0.7).generator_terms(None, Observation(torch.zeros(1, 1), None, (reached,), (torch.ones(3),)))["bn_moments"]
-    assert torch.equal(torch.autograd.grad(term, reached)[0], torch.zeros(3))
+    # One layer is where it should be, the other is not.
+    reached = torch.ones(2, 2, 3).index_fill(1, torch.tensor(1), 2.0).requires_grad_()
+    term = Objective(bn_moments=0.7).generator_terms(None, Observation(torch.zeros(1, 1), None, reached, torch.ones(2, 2, 3)))["bn_moments"]
+    (gradient,) = torch.autograd.grad(term, reached)
+    assert torch.equal(gradient[:, 0], torch.zeros(2, 3))
+    torch.testing.assert_close(gradient[:, 1], torch.full((2, 3), 0.7 / 3**0.5))
 
 
 def entropy_of(logits: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ def test_entropy_has_a_finite_gradient_where_no_sample_is_of_some_class() -> Non
 def test_terms_of_weight_zero_are_absent_and_the_others_come_together() -> None:
     torch.manual_seed(0)
     student, logits = torch.randn(2, 5, 7)
-    observation = Observation(logits, torch.randn(5, 3), (torch.ones(2),), (torch.zeros(2),))
+    observation = Observation(logits, torch.randn(5, 3), torch.ones(2, 1, 2), torch.zeros(2, 1, 2))
     labels, embeddings = torch.tensor(LABELS), 3 * torch.randn(5, 4)
     names = ["adversarial", "one_hot", "entropy", "activation", "bn_moments", "class_nll", "embedding_norm"]
     every = Objective(**dict.fromkeys(names, 0.5))  # type: ignore[arg-type]

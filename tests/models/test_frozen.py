@@ -1,13 +1,18 @@
 import copy
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfkd_fast import DfkdError
+from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import Objective
 from dfkd_fast.models import CifarResNet, FoldingError, Observer, build_model, fold, folded_and_checked, freeze, frozen
 from dfkd_fast.models.frozen import FOLDED_WITHIN
@@ -75,13 +80,17 @@ def test_statistics_are_the_moments_of_each_batch_norms_input_beside_its_running
     teacher, x = trained(build), images()
     observation = Observer(teacher, statistics=True, features=False)(x)
     seen = inputs_of(teacher, (nn.BatchNorm1d, nn.BatchNorm2d), x)
-    assert len(observation.statistics) == len(observation.running) == 2 * len(seen) == 6
+    assert observation.statistics is not None and observation.running is not None
+    assert observation.statistics.shape == observation.running.shape == (2, 3, max(given.shape[1] for _, given in seen))
     for index, (layer, given) in enumerate(seen):
-        rows = np.moveaxis(given.numpy(), 1, -1).reshape(-1, given.shape[1])
-        for offset, moment in enumerate((rows.mean(0), rows.var(0))):
-            np.testing.assert_allclose(observation.statistics[2 * index + offset].numpy(), moment, rtol=1e-12, atol=1e-14)
-        assert torch.equal(observation.running[2 * index], layer.running_mean)  # type: ignore[arg-type]
-        assert torch.equal(observation.running[2 * index + 1], layer.running_var)  # type: ignore[arg-type]
+        channels = given.shape[1]
+        rows = np.moveaxis(given.numpy(), 1, -1).reshape(-1, channels)
+        for found, moment in zip(observation.statistics[:, index], (rows.mean(0), rows.var(0)), strict=True):
+            np.testing.assert_allclose(found[:channels].numpy(), moment, rtol=1e-12, atol=1e-14)
+        for found, expected in zip(observation.running[:, index], (layer.running_mean, layer.running_var), strict=True):
+            assert torch.equal(found[:channels], expected)  # type: ignore[arg-type]
+        for padded in (observation.statistics, observation.running):
+            assert not padded[:, index, channels:].any()
     assert observation.features is None
 
 
@@ -91,7 +100,7 @@ def test_features_are_what_the_classifier_is_given(build: Callable[[], nn.Module
     observation = Observer(teacher, statistics=False, features=True)(x)
     assert observation.features is not None
     assert torch.equal(observation.features, inputs_of(teacher, (nn.Linear,), x)[-1][1])
-    assert observation.statistics == observation.running == ()
+    assert observation.statistics is observation.running is None
 
 
 def bn_moments(teacher: nn.Module, x: Tensor) -> float:
@@ -147,9 +156,64 @@ def test_an_observer_holds_no_activation_between_calls() -> None:
     observer = Observer(trained(images_network), statistics=True, features=True)
     first = observer(images())
     second = observer(images())
-    assert len(second.statistics) == len(first.statistics)
+    assert first.statistics is not None and second.statistics is not None
+    assert torch.equal(second.statistics, first.statistics)
     held = [value for module in observer.network.modules() for value in vars(module).get("inputs", [])]
     assert held == []
+
+
+def test_moments_before_a_folded_batch_norm_are_recovered_but_where_its_gain_is_nothing() -> None:
+    teacher = trained(images_network)
+    norm: Any = next(layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d))
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.5, -0.3, 0.0, 1e-5]))
+        norm.bias.uniform_(-3, 3)
+    whole, folded = (Observer(one, statistics=True, features=False)(images()) for one in (teacher, fold(teacher)))
+    assert whole.statistics is not None and folded.statistics is not None and folded.running is not None
+    # The layers that stay come first: here the 1-d one.
+    ours, expected = folded.statistics[:, [1, 2, 0]], whole.statistics.clone()
+    expected[:, 0, 2:4] = torch.stack([norm.running_mean, norm.running_var])[:, 2:]
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel on a GPU, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
+        if func.namespace in ("aten", "dfkd_fast") and not views and "empty" not in str(func):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(teacher: nn.Module, statistics: bool) -> Counter[str]:
+    """Of the generator's way through a teacher and back, with the BN objective or without, after a first time."""
+    observer = Observer(teacher, statistics=statistics, features=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), use_backend("numba"):
+        for _ in range(1 + statistics):
+            with Launches() as counted:
+                observed = observer(torch.empty(4, 3, 32, 32, requires_grad=True))
+                loss = observed.logits.sum()
+                if statistics:
+                    loss = loss + Objective(bn_moments=1.0).generator_terms(None, observed)["bn_moments"]
+                loss.backward()
+    return counted.counts
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_beside_the_moments_themselves_the_statistics_term_takes_few_launches(folded: bool) -> None:
+    pytest.importorskip("numba", reason="the moments are one operator only in a backend of ours")
+    teacher = freeze(build_model("resnet34", 10, 3))  # cifar10-mad's
+    if folded:
+        teacher = fold(teacher)
+    added = launches(teacher, True) - launches(teacher, False)
+    moments = [name for name in added if "moments" in name]
+    assert [added.pop(name) for name in moments] == [36, 36]
+    assert added.total() <= 100, added
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,14 @@ def test_the_statistics_of_a_folded_segmenter_are_those_of_the_whole_one() -> No
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
             layer.running_mean.normal_(std=0.1)  # by which the layers are told apart
+    observations = [Observer(one, statistics=True, features=False)(images) for one in (network, folded_and_checked(network, images))]
     of_whole, of_folded = (
-        {float(running.sum()): statistic for running, statistic in zip(found.running[::2], found.statistics[::2], strict=True)}
-        for found in (Observer(one, statistics=True, features=False)(images) for one in (network, folded_and_checked(network, images)))
+        {
+            round(float(running.sum()), 4): statistics
+            for running, statistics in zip(found.running[0], found.statistics.unbind(1), strict=True)
+        }
+        for found in observations
+        if found.running is not None and found.statistics is not None
     )
     assert len(of_whole) > 20
     assert of_whole.keys() == of_folded.keys()

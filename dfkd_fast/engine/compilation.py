@@ -1,0 +1,43 @@
+"""torch.compile of the networks, inside the steps and nowhere else."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Compiled"]
+
+
+class Compiled:
+    """Inside this context, calls of some networks are compiled; outside, as in evaluation with its other batch sizes, they are not.
+
+    The networks are not replaced: parameters, hooks, state dicts, copies and pickles stay theirs.
+
+    Args:
+        networks: each may be called with any number of shapes and modes, of which every one is compiled.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module] = ()) -> None:
+        # Outside, whoever compiled a network before keeps that.
+        self._calls = [(network, _compiled_call(network), network._compiled_call_impl) for network in dict.fromkeys(networks)]
+
+    def __enter__(self) -> None:
+        for network, inside, _ in self._calls:
+            network._compiled_call_impl = inside
+
+    def __exit__(self, *error: object) -> None:
+        for network, _, outside in self._calls:
+            network._compiled_call_impl = outside
+
+
+def _compiled_call(network: nn.Module) -> Callable[..., Any]:
+    """What ``network.compile()`` sets, but with a frame of ours outermost: Dynamo skips those of torch's own containers."""
+
+    def call(*arguments: Any) -> Any:
+        return network._call_impl(*arguments)
+
+    # Dynamo limits recompilations by code object, and closures share theirs: each network has a limit of its own.
+    call.__code__ = call.__code__.replace()
+    # Batches come in a few sizes that never change, so that general shapes would only make slower kernels.
+    return torch.compile(call, dynamic=False)

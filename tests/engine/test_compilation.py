@@ -1,0 +1,229 @@
+"""What torch.compile sees of the networks: one graph each, in the steps, and nothing in between."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from dfkd_fast import Loop, Method, Objective, Optimizer, Trainer
+from dfkd_fast.engine.compilation import Compiled
+from dfkd_fast.models import GeneratorA, GeneratorB, GeneratorSettings, build_generator, build_model, fold, freeze
+from tests.small import Networks
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Compiler:
+    """Keeps the graphs it is given, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+        self.runs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs.append(graph)
+
+        def run(*arguments: Any) -> Any:
+            self.runs += 1
+            return graph.forward(*arguments)
+
+        return run
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+    compiler = Compiler()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield compiler
+    torch._dynamo.reset()
+
+
+def lenet5() -> tuple[nn.Module, Tensor]:
+    return build_model("lenet5", 10, 1), torch.randn(3, 1, 32, 32)
+
+
+def generator_a(**changes: Any) -> tuple[nn.Module, Tensor]:
+    return build_generator(GeneratorSettings(width=4, latent_dim=10, **changes), 3, 16).body, torch.randn(3, 10)
+
+
+def generator_b() -> tuple[nn.Module, Tensor]:
+    return GeneratorB(10, 3, 256, width=4).body, torch.randn(3, 10)
+
+
+def generator_d(**changes: Any) -> tuple[nn.Module, Tensor]:
+    return build_generator(GeneratorSettings(model="D", width=1, latent_dim=10, **changes), 3, 128).body, torch.randn(3, 10)
+
+
+def folded() -> tuple[nn.Module, Tensor]:
+    return fold(freeze(build_model("wrn10_1", 10, 3))), torch.randn(3, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lenet5,
+        generator_a,
+        partial(generator_a, spectral_norm=True),
+        generator_b,
+        generator_d,
+        partial(generator_d, checkpointing=True),
+        partial(generator_d, checkpointing=True, spectral_norm=True),
+        folded,
+    ],
+    ids=["LeNet5", "A", "A with spectral norm", "B", "D", "D with checkpointing", "D with both", "folded teacher"],
+)
+def test_a_network_is_one_graph_of_all_its_layers(compiler: Compiler, build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    network, x = build()
+    expected = copy.deepcopy(network)(x)
+    with Compiled([network]):
+        torch.testing.assert_close(network(x), expected)
+        network(x)
+    assert (len(compiler.graphs), compiler.runs) == (1, 2)
+    assert not counters["graph_break"]
+    weights = sum(isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) for layer in network.modules())
+    modules = [module for module in compiler.graphs[0].modules() if isinstance(module, torch.fx.GraphModule)]
+    called = [getattr(node.target, "__name__", "") for module in modules for node in module.graph.nodes]
+    assert sum(name in ("conv2d", "conv_transpose2d", "linear") for name in called) == weights
+
+
+def test_networks_of_one_class_do_not_share_the_limit_of_recompilations(compiler: Compiler) -> None:
+    networks = [nn.Sequential(nn.Linear(2, 1)) for _ in range(3)]
+    with Compiled(networks), torch._dynamo.config.patch(recompile_limit=2):
+        for rows in (1, 2):
+            for network in networks:
+                network(torch.randn(rows, 2))
+    assert len(compiler.graphs) == 3 * 2
+
+
+def test_outside_the_context_a_network_is_not_compiled_and_is_copied_and_pickled_as_ever(compiler: Compiler) -> None:
+    network, x = lenet5()
+    names, attributes = network.state_dict().keys(), set(vars(network))
+    compiled = Compiled([network])
+    with compiled:
+        network(x)
+        inside = copy.deepcopy(network)
+    runs = compiler.runs
+    for other in (network, inside, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(other(x), network(x))
+        assert other.state_dict().keys() == names
+        assert set(vars(other)) - {"_compiled_call_impl"} == attributes
+    assert (compiler.runs, len(compiler.graphs)) == (runs, 1)
+
+
+def test_a_network_that_its_owner_compiled_stays_so(compiler: Compiler) -> None:
+    network, x = lenet5()
+    network.compile(backend="eager")
+    before = network._compiled_call_impl
+    with Compiled([network]):
+        network(x)
+    assert network._compiled_call_impl is before
+    assert compiler.runs == 1
+
+
+class Unfused(nn.Module):
+    """A user's generator."""
+
+    latent_dim = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(10, 3 * 16 * 16), nn.Unflatten(1, (3, 16, 16)), nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+def networks(generator: nn.Module) -> Networks:
+    torch.manual_seed(0)
+    teacher, student = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+        for _ in range(2)
+    )
+    return teacher, student, generator
+
+
+def method(replay: dict[str, Any], **changes: Any) -> Method:
+    loop = {"batch_size": 8, "epochs": 2, "iterations_per_epoch": 2, "student_steps": 1, "compile": True, "generator_pretraining": 2}
+    return Method(
+        loop=Loop(**loop | changes),
+        objective=Objective(bn_moments=1.0, activation=0.1),
+        replay=replay,  # type: ignore[arg-type]
+        student_optimizer=Optimizer(lr=0.01),
+        generator_optimizer=Optimizer(kind="adam", lr=1e-3),
+    )
+
+
+REPLAYS: list[dict[str, Any]] = [
+    {"kind": "none"},
+    {"kind": "ema_generator", "rows": 5},
+    {"kind": "memory_bank", "rows": 3, "memory_bank": {"every": 1}},
+    {"kind": "vae", "rows": 3, "vae": {"latent_dim": 8, "width": 4}},
+]
+
+
+@pytest.mark.parametrize("replay", REPLAYS, ids=lambda replay: str(replay["kind"]))
+def test_a_run_compiles_in_its_first_steps_and_evaluates_what_is_not_compiled(
+    make_trainer: MakeTrainer, compiler: Compiler, replay: dict[str, Any]
+) -> None:
+    evaluated: list[int] = []
+
+    def evaluate(network: nn.Module) -> float:
+        before = compiler.runs
+        for rows in (2, 5, 9):
+            network(torch.zeros(rows, 3, 16, 16))
+        evaluated.append(compiler.runs - before)
+        return 0.0
+
+    generator = build_generator(GeneratorSettings(model="C", width=4, latent_dim=10), 3, 16)
+    chosen = method(replay, epochs=3, micro_batches=3, drift_samples=6, student_ema_decay=0.9, student_in_generator_step="eval")
+    trainer = make_trainer(chosen, networks=networks(generator), evaluate=evaluate)
+    graphs: list[int] = []
+    trainer.on_iteration = lambda trainer: graphs.append(len(compiler.graphs))
+    trainer.fit()
+    trainer.sample(3)
+    assert evaluated == [0] * 6
+    assert not counters["graph_break"]
+    # A memory bank is empty in the first epoch.
+    settled = 2 if replay["kind"] == "memory_bank" else 0
+    assert graphs[0] > 0
+    assert set(graphs[settled:]) == {graphs[settled]} == {len(compiler.graphs)}
+
+
+@pytest.mark.parametrize("build", [lambda: GeneratorA(10, 3, 16, width=4), Unfused], ids=["ours", "a user's"])
+def test_every_call_of_a_step_is_compiled_that_of_the_averaged_generator_too(
+    make_trainer: MakeTrainer, compiler: Compiler, build: Callable[[], nn.Module]
+) -> None:
+    trainer = make_trainer(method({"kind": "ema_generator"}, generator_pretraining=0), networks=networks(build()))
+    trainer._student_steps()
+    assert compiler.runs == 4, "generator, averaged generator, teacher, student"
+    trainer._generator_steps()
+    assert compiler.runs == 4 + 3, "generator, student, teacher"
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_checkpointed_stages_learn_the_same_and_move_their_state_once_when_compiled(
+    monkeypatch: pytest.MonkeyPatch, spectral_norm: bool
+) -> None:
+    # Differentiated ahead of time, as by every real compiler: its backward pass computes the activations again.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    settings = GeneratorSettings(model="D", width=2, latent_dim=10, checkpointing=True, spectral_norm=spectral_norm)
+    body, z = build_generator(settings, 3, 32).body.double(), torch.randn(3, 10, dtype=torch.float64)
+    plain = copy.deepcopy(body)
+    for network, context in ((plain, Compiled()), (body, Compiled([body]))):
+        with context:
+            for _ in range(2):
+                network(z).square().sum().backward()
+    for ours, theirs in zip((*body.buffers(), *body.parameters()), (*plain.buffers(), *plain.parameters()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
