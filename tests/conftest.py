@@ -8,6 +8,7 @@ import torch
 
 from dfkd_fast import Method, Trainer
 from dfkd_fast.cli import main
+from tests.alone import _in_turn as _in_turn
 from tests.command_line import Run, Said
 from tests.small import Networks, small_networks
 
