@@ -1,4 +1,4 @@
-"""The benchmarks' command line: ``python -m bench micro``, ``end-to-end``, ``methods``, ``evaluation``, ``plot`` and ``report``."""
+"""The command line ``python -m bench``: ``micro``, ``host``, ``end-to-end``, ``methods``, ``evaluation``, ``plot`` and ``report``."""
 
 import json
 import os
@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 
 from dfkd_fast.engine.device import device_name, pick_device
+from dfkd_fast.engine.precision import PrecisionSetting, resolve_precision
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import replacing
 from dfkd_fast.recipe import load_recipe
 from dfkd_fast.report import print_table
 
-from . import end_to_end, evaluation, provenance, report, table
+from . import end_to_end, evaluation, host, provenance, report, table
 from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
@@ -88,6 +89,24 @@ def micro(
         _fail(f"{red} of {count} rows have no time: they are wrong or failed", 1)
 
 
+@app.command(name="host")
+def run_host(
+    network: Annotated[Names, typer.Option(help=f"Of {', '.join(cases.ema.NETWORKS)}; may be repeated. The ResNets by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="By default bench/results/host-DEVICE.csv.")] = None,
+) -> None:
+    """Time what the update of an average costs the host, its kernel replaced by nothing."""
+    place = pick_device(device)
+    chosen = _known("--network", network or list(host.NETWORKS), list(cases.ema.NETWORKS))
+    measured = host.measure(chosen, place, f"python -m bench {' '.join(sys.argv[1:])}")
+    target = out or RESULTS / f"host-{provenance.file_name(place)}.csv"
+    host.write(target, measured)
+    header = ("network", "tensors", "call", "median µs", "20–80 %")
+    cells = [(row.network, str(row.tensors), row.call, f"{row.median_us:.1f}", f"{row.q20_us:.1f}–{row.q80_us:.1f}") for row in measured]
+    print_table(Console(), header, cells)
+    typer.echo(target)
+
+
 @app.command()
 def methods(
     recipe: Annotated[Names, typer.Option(help="The first is what the others are set against; repeated. The digits' by default.")] = None,
@@ -119,7 +138,9 @@ def methods(
 def run_end_to_end(
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a TOML file.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Of the engine and of the compiled plain loop: fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Of the engine and of the compiled plain loop: fp32, bf16, fp16, or auto, as a run has it on the device.")
+    ] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Fresh samples a step; the recipe's by default.")] = None,
     data_root: Annotated[Path | None, typer.Option(help="Not read: the networks are untrained.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch and numba; PyTorch's choice by default.")] = None,
@@ -132,14 +153,15 @@ def run_end_to_end(
     place = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = _known("--precision", [precision], get_args(end_to_end.Precision))[0]
+    setting = _known("--precision", [precision], get_args(PrecisionSetting))[0]
+    chosen = resolve_precision(cast(PrecisionSetting, setting), place)
     overrides: dict[str, object] = {"data.root": str(data_root)} if data_root else {}
     if batch_size is not None:
         overrides["loop.batch_size"] = batch_size
     found = end_to_end.measure(
         load_recipe(recipe, overrides),
         place,
-        cast(end_to_end.Precision, chosen),
+        chosen,
         turns,
         f"python -m bench {' '.join(sys.argv[1:])}",
         compiled_engine=compiled_engine,

@@ -59,6 +59,9 @@ def choices() -> list[Choice]:
     name = dispatch.forced()
     rows = []
     for operation, elements in dispatch.WORTHWHILE.items():
+        if name and not dispatch.has_kernel(operation, name):
+            rows.append(Choice(operation, "an error", "an error"))
+            continue
         cpu, gpu = (name or dispatch.backends(torch.device(kind))[0] for kind in ("cpu", "cuda"))
         if operation in dispatch.ON_CPU_ONLY:
             cpu, gpu = "numba" if cpu == "numba" else "reference", "reference"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from . import distributed
 from .engine import Epoch
 from .engine.checkpoint import latest_checkpoint, load_checkpoint
+from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError
 from .interrupt import Interrupted, stopping_on_signals
 from .recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
@@ -113,8 +115,8 @@ def open_run(
 ) -> Run:
     """A new run, or one that goes on; nothing is written yet.
 
-    A run that goes on keeps the recipe in its folder; overrides may only move its data and its teacher, and
-    change what is reported.
+    Its recipe has the precision that ``auto`` is on the device. A run that goes on keeps the recipe in its folder; overrides may
+    only move its data and its teacher, and change what is reported.
 
     Args:
         command: "distill" or "teach".
@@ -137,7 +139,7 @@ def open_run(
         recipe = _stored_recipe(folder, recipe.name, overrides)
     elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         raise DfkdError(f"--out {folder.path} already exists: choose another folder, or go on with that run by --resume")
-    return Run(recipe, folder, device, console, f"dfkd-fast {command} {recipe_name}")
+    return Run(resolved(recipe, device), folder, device, console, f"dfkd-fast {command} {recipe_name}")
 
 
 def _stored_recipe(folder: RunFolder, name: str, overrides: dict[str, Any]) -> Recipe:
@@ -147,6 +149,8 @@ def _stored_recipe(folder: RunFolder, name: str, overrides: dict[str, Any]) -> R
     if stored.name != name:
         raise DfkdError(f"--resume: {folder.path} holds a run of recipe {stored.name!r}, not {name!r}")
     moved = load_recipe(str(folder.recipe), overrides)
+    if moved.loop.precision == "auto":  # the run's own, wherever it began
+        moved = replace(moved, loop=replace(moved.loop, precision=stored.loop.precision))
     for path, before, after in _differences(recipe_to_dict(stored), recipe_to_dict(moved)):
         if not any(path == free or path.startswith(f"{free}.") for free in MOVABLE):
             raise DfkdError(f"--resume: {path} is {before!r} in {folder.recipe}, and cannot become {after!r} in the middle of a run")

@@ -18,7 +18,19 @@ import torch
 
 from . import extension
 
-__all__ = ["WORTHWHILE", "Backend", "BackendError", "backends", "choose", "forced", "interpreting", "use_backend", "why_not"]
+__all__ = [
+    "WORTHWHILE",
+    "Backend",
+    "BackendError",
+    "backends",
+    "check_forced",
+    "choose",
+    "forced",
+    "has_kernel",
+    "interpreting",
+    "use_backend",
+    "why_not",
+]
 
 Backend = Literal["reference", "numba", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -34,7 +46,7 @@ WORTHWHILE = {
     "batch_norm_leaky_relu": 1 << 20,
     "winograd_conv2d": 1 << 15,
 }
-ON_CPU_ONLY = {"batch_norm_leaky_relu", "winograd_conv2d"}
+ON_CPU_ONLY = {"batch_norm_leaky_relu", "winograd_conv2d"}  # numba serves some calls, PyTorch all others
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write
 
 
@@ -109,6 +121,22 @@ def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype]
         if others:
             raise BackendError(f"the backend {name} is forced, but serves float32, bfloat16 and float16, not {others[0]}")
     return name
+
+
+def has_kernel(operation: str, backend: Backend) -> bool:
+    """Whether a backend has the operation at all; the reference always has."""
+    return backend not in ("triton", "cuda") or operation not in ON_CPU_ONLY
+
+
+def check_forced(operation: str) -> None:
+    """Check an operation that does not ask ``choose``, because it leaves single calls to PyTorch.
+
+    Raises:
+        BackendError: a backend is forced that has no kernel for it.
+    """
+    name = forced()
+    if name is not None and not has_kernel(operation, name):
+        raise BackendError(f"the backend {name} is forced, but has no kernel for {operation}")
 
 
 def _check_known(backend: str, where: str) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dfkd_fast import Trainer, __version__
+from dfkd_fast.models import read_metadata
 from dfkd_fast.recipe import recipe_from_toml
 from tests.command_line import Run, Said
 
@@ -140,6 +141,41 @@ def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkey
     assert Path("b/student.safetensors").read_bytes() == (tiny_run / "student.safetensors").read_bytes()
     untimed = [[{**line, "seconds": 0} for line in lines(folder / "metrics.jsonl")] for folder in (Path("b"), tiny_run)]
     assert untimed[0] == untimed[1]
+
+
+def precisions_written(folder: Path) -> set[Any]:
+    """In the recipe, the weights' headers, the summary and the checkpoints."""
+    recipes = [(folder / "recipe.toml").read_text(), *(read_metadata(path)["recipe"] for path in folder.glob("*.safetensors"))]
+    checkpoints = [torch.load(path, weights_only=True)["training"] for path in (folder / "checkpoints").glob("*.pt")]
+    return {
+        *(tomllib.loads(recipe)["loop"]["precision"] for recipe in recipes),
+        *(training["precision"]["name"] for training in checkpoints),
+        *(json.loads(path.read_text())["precision"] for path in folder.glob("summary.json")),
+    }
+
+
+def test_what_a_cpu_computes_in_is_written_down(tiny_run: Path) -> None:
+    assert precisions_written(tiny_run) == {"fp32"}
+
+
+def test_a_run_keeps_the_precision_of_the_gpu_it_began_on(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = Trainer._iterate
+
+    def interrupted(trainer: Trainer) -> None:
+        iterate(trainer)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_iterate", interrupted)
+        patch.setattr("dfkd_fast.engine.method.resolve_precision", lambda setting, device: "bf16" if setting == "auto" else setting)
+        assert run("distill", "digits", "--out", "b", *TINY).code == 130
+    assert precisions_written(Path("b")) == {"bf16"}
+
+    assert run("distill", "digits", "--out", "b", "--resume", "--set", "loop.precision=auto").code == 0
+    assert precisions_written(Path("b")) == {"bf16"}
+    said = run("distill", "digits", "--out", "b", "--resume", "--set", "loop.precision=fp32")
+    assert said.code == 2
+    assert "loop.precision is 'bf16'" in said.err
 
 
 def test_a_finished_run_can_be_resumed_without_harm(run: Run, tiny_run: Path) -> None:

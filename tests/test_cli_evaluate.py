@@ -67,6 +67,32 @@ def test_a_run_is_evaluated_on_image_files_in_one_pass_and_compared_with_its_tea
     assert f"{len(PLAIN | ODD)} images in" in said.out
 
 
+def test_networks_that_nearly_agree_diverge_in_bf16_as_in_float32(tmp_path: Path) -> None:
+    write_folder(tmp_path, PLAIN | ODD)
+    changes: dict[str, Any] = {f"data.{name}": value for name, value in (COLOUR | {"num_classes": 2}).items()}
+    recipe = load_recipe("digits", changes | {"student.model": "lenet5"})
+    torch.manual_seed(0)
+    network = build_model("lenet5", 2, 3)
+    weights, biases = [list(network.parameters())[-2:][index] for index in range(2)]
+    with torch.no_grad():
+        weights.mul_(100)  # logits of which bfloat16 keeps few digits
+        for role, gap in (("teacher", 0.0), ("student", 0.05)):
+            biases[0].add_(gap)
+            save_weights(network, tmp_path / f"{role}.safetensors", {"role": role, "recipe": recipe_to_toml(recipe)})
+    divergences = []
+    for precision in ("fp32", "bf16"):
+        wanted = Wanted(
+            [tmp_path / f"{role}.safetensors" for role in ("teacher", "student")],
+            data="folder",
+            overrides={"data.root": str(tmp_path), "data.workers": 0},
+            precision=precision,
+        )
+        _, student = evaluate_weights(wanted, torch.device("cpu"), Console(quiet=True))
+        assert student.agreement is not None
+        divergences.append(student.agreement["mean_kl"])
+    assert divergences[1] == pytest.approx(divergences[0], rel=0.03)
+
+
 def test_one_network_is_one_object(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "w.safetensors", "student")
     write_folder(tmp_path, PLAIN)

@@ -1,8 +1,8 @@
 """Exponential moving average of a network's parameters and buffers.
 
 Variants: "plain"; "shadow" also writes the new averages to a bfloat16 copy. Some providers take lists of tensors, gathered
-beforehand; AveragedModel, ModelEmaV3 and our FusedEMA take modules, and gather the lists at every update: compare like
-with like.
+beforehand; AveragedModel and ModelEmaV3 take modules and gather the lists at every update, our FusedEMA when they have changed:
+compare like with like.
 
 Floor: the averages are read and written, the sources read: 12 bytes a float32 parameter, and 2 more for its shadow.
 Integer buffers are copied: 16 bytes.

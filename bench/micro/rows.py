@@ -27,8 +27,9 @@ class Row:
     median_us: float | None = None
     q20_us: float | None = None
     q80_us: float | None = None
-    graph_us: float | None = None
-    """Median of replays of a CUDA graph."""
+    timed: str = ""
+    """"wall clock" on a CPU. On a GPU the device's time: "graph replay", or "behind a sleep" that hides the host's time, with the reason
+    why there is no graph; or "with the host's time", where the host cannot be hidden."""
     calls: int | None = None
     """How many were measured."""
     gb_per_s: float | None = None
@@ -68,7 +69,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     table.write(path, COLUMNS, [*kept, *new])
 
 
-HEADER = ("mode", "provider", "median µs", "20–80 %", "graph µs", "GB/s", "of copy", "× eager", "× compile", "memory", "error", "")
+HEADER = ("mode", "provider", "median µs", "20–80 %", "timed", "GB/s", "of copy", "× eager", "× compile", "memory", "error", "")
 
 
 def printed(measured: Sequence[Row]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
@@ -83,7 +84,7 @@ def _cells(row: Row) -> Sequence[str]:
         row.provider,
         _figure(row.median_us),
         f"{_figure(row.q20_us)}–{_figure(row.q80_us)}" if row.median_us else "",
-        _figure(row.graph_us),
+        "" if row.timed == "wall clock" else row.timed,
         _figure(row.gb_per_s),
         "" if row.share_of_copy is None else f"{row.share_of_copy:.1%}",
         _figure(row.speedup_over_eager),

@@ -67,9 +67,12 @@ class Run:
         expected = workload.expected(mode, self.device)
         of_eager = check.errors(workload.trial(providers[0], mode, self.device).results(), expected)
         examined = {provider.name: self._examine(workload, mode, provider, expected, of_eager) for provider in chosen}
-        trials = {name: found.trial for name, found in examined.items() if found.trial is not None}
-        seconds = timing.measure(trials, self.turn, self.repeats)
-        rows = [self._row(workload, mode, name, found, seconds.get(name)) for name, found in examined.items()]
+        ready = {name: timing.ready(found.trial, self.device) for name, found in examined.items() if found.trial is not None}
+        seconds = timing.measure({name: timed.trial for name, timed in ready.items()}, self.turn, self.repeats)
+        rows = [
+            self._row(workload, mode, name, found, ready[name].timed if name in ready else "", seconds.get(name))
+            for name, found in examined.items()
+        ]
         medians = {row.provider: row.median_us for row in rows}
         return [
             replace(
@@ -94,7 +97,7 @@ class Run:
             return Examined(f"wrong: {wrong}", largest)
         return Examined(f"ok, without {' and '.join(provider.lacks)}" if provider.lacks else "ok", largest, trial)
 
-    def _row(self, workload: Workload, mode: Mode, provider: str, examined: Examined, seconds: list[float] | None) -> Row:
+    def _row(self, workload: Workload, mode: Mode, provider: str, examined: Examined, timed: str, seconds: list[float] | None) -> Row:
         row = Row(
             kernel=workload.kernel,
             variant=workload.variant,
@@ -112,18 +115,12 @@ class Run:
             return row
         q20, median, q80 = np.quantile(seconds, (0.2, 0.5, 0.8))
         bandwidth = workload.floor_bytes(mode) / median
-        status, replays = examined.status, list[float]()
-        try:
-            replays = timing.replay_seconds(examined.trial, self.turn, self.device, self.repeats)
-        except RuntimeError as error:  # what cannot be captured has its ordinary times all the same
-            status = f"{status}, no graph: {first_line(error)}"
         return replace(
             row,
-            status=status,
+            timed=timed,
             median_us=float(median * 1e6),
             q20_us=float(q20 * 1e6),
             q80_us=float(q80 * 1e6),
-            graph_us=float(np.median(replays) * 1e6) if replays else None,
             calls=len(seconds),
             gb_per_s=float(bandwidth / 1e9),
             share_of_copy=float(bandwidth / self.copy_bandwidth),

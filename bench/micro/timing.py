@@ -4,9 +4,9 @@ A turn is some measured calls of one provider. Where calls are short, an unmeasu
 caches and thread pools that the provider before left otherwise. Turns are drawn in random order, round after round.
 
 On a CPU the clock is ``time.perf_counter`` around a call; what it works on may be in the caches, as it is in a
-training step. On a GPU a pair of events surrounds each call, behind a write that empties the second-level cache; the
-host issues calls without waiting, so that the time of issuing them is hidden as far as that write lasts. ``replay_seconds`` has
-none of it.
+training step. On a GPU a pair of events surrounds each call, behind a write that empties the second-level cache. They give the
+device's time only where the host has issued the call before the device reaches it: ``ready`` makes a call the replay of a CUDA
+graph, and lets the device sleep in front of it for as long as the host needs.
 """
 
 import gc
@@ -14,24 +14,37 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
+from dfkd_fast.errors import first_line
+
 from .workload import Trial
 
-__all__ = ["copy_bandwidth", "measure", "peak_memory_bytes", "replay_seconds", "turn_on"]
+__all__ = ["Ready", "copy_bandwidth", "measure", "peak_memory_bytes", "ready", "turn_on"]
 
 CASE_SECONDS = 1.0
 TURN_SECONDS = 0.005
 ROUNDS = (5, 30)
 CALLS = (1, 100)
-REPLAYS = 100
+WARM_UP = 3
+FEWEST_CYCLES, MOST_CYCLES = 1 << 17, 1 << 27  # of a clock of 1 to 2 GHz
 FLUSHED_BYTES = 256 << 20  # several times any GPU's second-level cache
 COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 Turn = Callable[[Trial, int, bool], list[float]]
 """Seconds of so many calls, behind an unmeasured one if that is wanted."""
+
+
+class Ready(NamedTuple):
+    """A trial to be measured."""
+
+    trial: Trial
+    timed: str
+    """How: see ``Row.timed``."""
 
 
 def turn_on(device: torch.device) -> Turn:
@@ -59,23 +72,22 @@ def measure(trials: Mapping[str, Trial], turn: Turn, repeats: int | None) -> dic
     return seconds
 
 
-def replay_seconds(trial: Trial, turn: Turn, device: torch.device, repeats: int | None) -> list[float]:
-    """Seconds of replaying a CUDA graph of one call; none where it cannot be captured."""
-    if device.type != "cuda" or not trial.capturable:
-        return []
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    with trial.context():
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                trial.run(trial.prepare())
-        torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph, stream=stream):
-            kept = trial.run(trial.prepare())
-    replay = Trial(lambda _: graph.replay(), dict, trial.context)
-    seconds = turn(replay, repeats or REPLAYS, True)
-    del kept
-    return seconds
+def ready(trial: Trial, device: torch.device) -> Ready:
+    """Prepare a trial so that on a GPU none of the host's time is measured."""
+    if device.type != "cuda":
+        return Ready(trial, "wall clock")
+    timed = "behind a sleep"
+    if trial.capturable:
+        try:
+            trial, timed = _captured(trial, device), "graph replay"
+        except RuntimeError as error:
+            timed += f", no graph: {first_line(error)}"
+    cycles = FEWEST_CYCLES
+    while not all(_hidden(trial, cycles, device) for _ in range(3)):
+        cycles *= 2
+        if cycles > MOST_CYCLES:
+            return Ready(trial, "with the host's time, which no sleep hides")
+    return Ready(replace(trial, sleep_cycles=2 * cycles), timed)  # twice, for a host that is slower now and then
 
 
 def peak_memory_bytes(trial: Trial, device: torch.device) -> int | None:
@@ -114,6 +126,55 @@ def _cpu_turn(trial: Trial, calls: int, settle: bool) -> list[float]:
     return seconds
 
 
+def _captured(trial: Trial, device: torch.device) -> Trial:
+    """The trial as a replay of a CUDA graph of one call.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # All of it under the stream: a capture that fails leaves its own current.
+    with trial.context(), torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            trial.run(trial.prepare())
+        with _waiting_is_an_error():  # found while capturing, it would leave random generators unusable
+            trial.run(trial.prepare())
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph, stream=stream):
+            results = trial.run(trial.prepare())
+
+    def replay(_: object) -> object:
+        graph.replay()
+        return results  # where a replay writes: it must not be given to others
+
+    return replace(trial, run=replay, prepare=lambda: None)
+
+
+def _hidden(trial: Trial, cycles: int, device: torch.device) -> bool:
+    """Whether the host has issued a whole call before the device, asleep for so many cycles, reaches it."""
+    begin = torch.cuda.Event()
+    with trial.context():
+        prepared = trial.prepare()
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(cycles)
+        begin.record()
+        trial.run(prepared)
+        hidden = not begin.query()
+        torch.cuda.synchronize(device)
+    return hidden
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def _gpu_turn(flushed: torch.Tensor, trial: Trial, calls: int, settle: bool) -> list[float]:
     begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(calls)] for _ in range(2))
     with trial.context():
@@ -122,6 +183,8 @@ def _gpu_turn(flushed: torch.Tensor, trial: Trial, calls: int, settle: bool) -> 
         for begin, end in zip(begins, ends, strict=True):
             prepared = trial.prepare()
             flushed.zero_()
+            if trial.sleep_cycles:
+                torch.cuda._sleep(trial.sleep_cycles)
             begin.record()
             trial.run(prepared)
             end.record()

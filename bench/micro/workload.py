@@ -74,6 +74,8 @@ class Trial:
     """Entered around prepare and run, before the clock starts."""
     prepare: Callable[[], Any] = lambda: None
     capturable: bool = False
+    sleep_cycles: int = 0
+    """How long a GPU sleeps before a call that is measured, so that the host is ahead of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from dfkd_fast import distributed
 from dfkd_fast.data import batches, open_split, palette
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.batch_size import largest_batch_size
-from dfkd_fast.engine.device import device_name, peak_memory_bytes
+from dfkd_fast.engine.device import device_name
 from dfkd_fast.engine.fit import check_classifier
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import retention
-from dfkd_fast.models import load_encoder, load_weights, read_metadata
+from dfkd_fast.models import evaluating, load_encoder, load_weights, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder, print_table
 from dfkd_fast.run import Run
@@ -95,12 +95,18 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
     if distributed.world_size() > 1:
         raise DfkdError("--fit: finds what fits into one GPU; run it in a single process, then set loop.batch_size")
 
+    data = recipe.data
+
     def with_batch(size: int) -> Recipe:
-        return replace(recipe, loop=replace(recipe.loop, batch_size=size, generator_pretraining=0))
+        return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 
     def attempt(size: int) -> None:
         trainer = Trainer(*build_players(recipe, device), with_batch(size), device=device)
         trainer.warm_up()
+        if data.name != "none":  # the evaluation between two epochs, beside what the steps keep
+            images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)
+            with evaluating(trainer.result):
+                trainer.result(images.to(memory_format=torch.channels_last))
 
     # What a recipe may ask of a batch of its own.
     smallest = max(2, recipe.loop.micro_batches, recipe.replay.rows, recipe.replay.vae.fresh_rows)
@@ -197,6 +203,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "device_name": device_name(run.device),
         "versions": _versions(),
         "seed": run.recipe.seed,
+        "precision": run.recipe.loop.precision,
         "metric": run.recipe.data.metric,
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
@@ -210,7 +217,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
             "student": phases.get("student", 0.0),
             "evaluation": phases.get("evaluation", 0.0),
         },
-        "peak_memory_bytes": max(peak_memory_bytes(run.device), *trainer.clock.peak_bytes.values(), 0),
+        "peak_memory_bytes": trainer.clock.overall_peak_bytes(),
         "peak_memory_bytes_by_phase": trainer.clock.peak_bytes or None,
     }
 

@@ -175,6 +175,9 @@ def _one_pass(
     say: Callable[[str], None],
 ) -> dict[str, Evaluated]:
     networks = {one.name: one.network.to(device, memory_format=torch.channels_last) for one in candidates}  # type: ignore[call-overload]
+    lowered = Precision(precision, device)
+    for network in networks.values():
+        lowered.keep_logits(network, torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
     reference = next((one.name for one in candidates if one.role == "teacher"), candidates[0].name)
     images = torch.float16 if precision == "fp16" else torch.float32
     batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
@@ -182,7 +185,7 @@ def _one_pass(
         bar = progress.add_task("images", total=batches.count)
         options: dict[str, Any] = {
             "reference": reference,
-            "autocast": Precision(precision, device).autocast,
+            "autocast": lowered.autocast,
             "on_batch": lambda count: progress.advance(bar, count),
         }
         done: Evaluation[Figures] | Evaluation[SegmentationFigures]

@@ -1,15 +1,22 @@
 """Steps as CUDA graphs: recorded once, replayed with one launch, on the same buffers."""
 
+import gc
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfkd_fast import distributed
 from dfkd_fast.errors import first_line
 
+from .batch_size import is_out_of_memory
+from .device import cudnn_benchmark
 from .steps import Game, generator_step, student_step
 
 __all__ = ["Steps", "preserved"]
@@ -18,6 +25,9 @@ WARM_UP = 3
 """Steps before a capture: cuDNN chooses its algorithms, the optimisers allocate their state."""
 
 Losses = dict[str, Tensor]
+
+INVALID: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture could not be ended. They are never freed: the allocator of pinned memory keeps pointers to them."""
 
 
 class Recorded(NamedTuple):
@@ -32,6 +42,9 @@ class Steps:
 
     A replay draws new latents (the random streams are registered with the graph), and sees new learning rates, which
     are tensors. What cannot be captured runs eagerly, and is said once.
+
+    The graphs share one memory pool and are captured on one stream, as the blocks of a pool belong to a stream. So losses are
+    valid until the next step only.
 
     Args:
         game: who plays.
@@ -49,6 +62,12 @@ class Steps:
             self._give_up("several processes average their gradients")
         if self.capturing and game.memory is not None and not game.memory.capturable:
             self._give_up("the memory's steps depend on each other's gradients")
+        if self.capturing and "apex_sgd" in (game.method.student_optimizer.kind, game.method.generator_optimizer.kind):
+            self._give_up("apex's SGD has its learning rate on the host, and a graph would never see it change")
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.game.images.device)
 
     def student(self, step: int) -> Losses:
         """A student step, number ``step`` of its iteration."""
@@ -65,46 +84,124 @@ class Steps:
     def forget(self) -> None:
         """Capture anew: tensors were replaced."""
         self._recorded.clear()
+        self._pool = None  # its last graph is gone, and PyTorch refuses to capture into a pool without one
 
     def _run(self, kind: tuple[str, bool, bool], step: Callable[[], Losses]) -> Losses:
-        if not self.capturing:
-            return step()
-        if kind not in self._recorded:
+        device = self.game.images.device
+        if self.capturing and kind not in self._recorded:
             try:
-                self._recorded[kind] = self._capture(step)
+                with torch.cuda.device(device), cudnn_benchmark(device):
+                    self._recorded[kind] = self._capture(step)
             except RuntimeError as error:  # whatever a user's network does that a graph cannot hold
-                self._give_up(f"the {kind[0]} step: {first_line(error)}")
+                chain = list(_chain(error))
+                for link in chain:
+                    if is_out_of_memory(link):
+                        raise link from None
+                self._give_up(f"the {kind[0]} step: {first_line(chain[-1])}{_where(chain[-1])}")
+        if not self.capturing:
+            with cudnn_benchmark(device):
                 return step()
         graph, losses = self._recorded[kind]
         graph.replay()
         return losses
 
     def _capture(self, step: Callable[[], Losses]) -> Recorded:
-        side = torch.cuda.Stream()
+        self._warm_up(step)
+        gc.collect()  # frees memory for the graph; during the capture a collection could destroy another graph, and fail it
+        graph = self._new_graph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            # torch.cuda.graph alone would leave its stream current if the capture cannot be ended.
+            # Not the default mode: a loader's thread that pins memory would break it.
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                losses = step()
+        except BaseException:
+            self._end_failed_capture(graph)
+            raise
+        finally:
+            _drop_gradients(self.game)  # they lie in the pool, where the next graph can use their memory
+        return Recorded(graph, losses)
+
+    def _warm_up(self, step: Callable[[], Losses]) -> None:
+        current = torch.cuda.current_stream()
         with preserved(self.game):
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    step()
-            torch.cuda.current_stream().wait_stream(side)
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(WARM_UP - 1):
+                        step()
+                    # An operation that waits for the device is found here: this error names it, and leaves no invalid capture.
+                    with _synchronizing_is_an_error():
+                        step()
+            finally:
+                current.wait_stream(self._stream)
+
+    def _new_graph(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         for stream in (self.game.fresh_stream, self.game.replay_stream):
             graph.register_generator_state(stream)
-        # Not the default mode: a loader's thread that pins memory would break it.
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            losses = step()
-        self._pool = graph.pool()
-        return Recorded(graph, losses)
+        return graph
+
+    def _end_failed_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Finish what ``CUDAGraph.capture_end`` of PyTorch 2.11 skips when CUDA reports an invalid capture.
+
+        Otherwise the allocator believes that a capture is under way, and raises when its cache is emptied; and every registered
+        generator, the default one among them, raises when it draws.
+        """
+        device, pool, self._pool = self.game.images.device.index, self._pool, None
+        with suppress(RuntimeError):
+            graph.pool()
+            return  # the capture was ended: only the step failed
+        INVALID.append(graph)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        # Only the end of a capture resets the generators: of this one, which is never replayed.
+        with torch.cuda.graph(self._new_graph(), stream=torch.cuda.Stream(self.game.images.device), capture_error_mode="thread_local"):
+            self.game.labels.zero_()
 
     def _give_up(self, why: str) -> None:
         self.capturing = False
-        self._recorded.clear()
+        self.forget()
         self.remark(f"steps run eagerly, not as CUDA graphs: {why}")
+
+
+def _chain(error: BaseException) -> Iterator[RuntimeError]:
+    """An error and those it was raised during, the first one last: once something in a capture has failed, its end fails as well."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, RuntimeError):
+            yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+@contextmanager
+def _synchronizing_is_an_error() -> Iterator[None]:
+    """Inside, an operation that waits for the device is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager
 def preserved(game: Game) -> Iterator[None]:
-    """Whatever steps are taken inside, even one that fails, afterwards the game's tensors and random streams are as they were, in place."""
+    """Whatever steps are taken inside, even one that fails, afterwards the game's tensors and random streams are as they were, in place.
+
+    Gradients are dropped.
+    """
     before = [(tensor, tensor.detach().clone()) for tensor in _state(game)]
     streams = [(stream, stream.get_state()) for stream in (game.fresh_stream, game.replay_stream)]
     device = game.images.device
@@ -121,20 +218,31 @@ def preserved(game: Game) -> Iterator[None]:
                     tensor.zero_()  # an optimiser's state, which its first step makes, and which begins at 0
         for stream, state in streams:
             stream.set_state(state)
+        _drop_gradients(game)
+
+
+def _drop_gradients(game: Game) -> None:
+    for optimizer in _optimizers(game):
+        optimizer.zero_grad()
+
+
+def _optimizers(game: Game) -> list[torch.optim.Optimizer]:
+    return [game.student_optimizer, game.generator_optimizer, *([] if game.memory is None else game.memory.optimizers)]
+
+
+def _networks(game: Game) -> list[nn.Module]:
+    networks: list[nn.Module] = [game.student, game.generator]
+    if game.average is not None:
+        networks.append(game.average)
+    return [*networks, *([] if game.memory is None else game.memory.networks)]
 
 
 def _state(game: Game) -> Iterator[Tensor]:
-    networks = [game.student, game.generator]
-    optimizers = [game.student_optimizer, game.generator_optimizer]
-    if game.average is not None:
-        networks.append(game.average)
-    if game.memory is not None:
-        networks += game.memory.networks
-        optimizers += game.memory.optimizers
-    for network in networks:
+    for network in _networks(game):
         yield from network.parameters()
         yield from network.buffers()
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
+    for optimizer in _optimizers(game):
+        # Not all of it is a parameter's: apex's Adam counts its steps in the group.
+        for values in (*optimizer.state.values(), *optimizer.param_groups):
+            yield from (value for value in values.values() if isinstance(value, Tensor))
     yield from game.precision.tensors()

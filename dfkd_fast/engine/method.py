@@ -1,15 +1,19 @@
 """A point on the three axes with everything else the loop is told: all of a recipe but its networks and data."""
 
-from dataclasses import field
-from typing import Literal
+from dataclasses import field, replace
+from typing import Literal, TypeVar
+
+import torch
 
 from dfkd_fast.methods import Objective, Replay, Update
 from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
 
 from .optim import Optimizer
-from .precision import PrecisionName
+from .precision import PrecisionSetting, resolve_precision
 
-__all__ = ["Loop", "Method"]
+__all__ = ["Loop", "Method", "resolved"]
+
+AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 
 @settings
@@ -36,8 +40,9 @@ class Loop:
     """Memory layout of networks and images. The function is the same, the rounding is not."""
     sync_batch_norm: Flag = False
     """On several GPUs, batch norms in training see the batch of all processes (torch.nn.SyncBatchNorm)."""
-    precision: PrecisionName = "fp32"
-    """What networks compute in, under autocast; weights and averages are float32 always. ``fp16`` scales the losses."""
+    precision: PrecisionSetting = "auto"
+    """What networks compute in, under autocast; weights, averages and logits are float32 always. ``auto`` is ``bf16`` on a GPU
+    that computes in it, else ``fp32``; a run keeps what it was when it began. ``fp16`` scales the losses."""
     fold_teacher: Flag = True
     """Fold the teacher's batch norms into its convolutions. The function is the same, the rounding is not."""
     compile: Flag = False
@@ -87,3 +92,8 @@ class Method:
             raise ValueError(
                 f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a term of the objective beside the adversary's"
             )
+
+
+def resolved(method: AnyMethod, device: torch.device) -> AnyMethod:
+    """The method, or recipe, with ``loop.precision`` as it is on a device."""
+    return replace(method, loop=replace(method.loop, precision=resolve_precision(method.loop.precision, device)))

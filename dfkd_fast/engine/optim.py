@@ -49,15 +49,38 @@ def build_optimizer(wanted: Optimizer, parameters: Iterable[nn.Parameter], devic
         return apex.FusedSGD(parameters, **options) if sgd else apex.FusedAdam(parameters, adam_w_mode=False, capturable=True, **options)
     if device.type == "cuda":
         options |= {"lr": torch.tensor(wanted.lr, device=device), "fused": True} | ({} if sgd else {"capturable": True})
-    return torch.optim.SGD(parameters, **options) if sgd else torch.optim.Adam(parameters, **options)
+    if not sgd:
+        return torch.optim.Adam(parameters, **options)
+    optimizer = torch.optim.SGD(parameters, **options)
+    _start_momentum(optimizer)
+    return optimizer
+
+
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give every parameter a momentum of 0: its first update is the gradient, as PyTorch's is, which has a first step of its own.
+
+    That one, fused, makes the momentum without a value, and leaves it so where fp16's gradients overflow and it is skipped;
+    captured in a graph, it would begin the momentum anew at every replay.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def settle_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Put learning rates that were loaded from a checkpoint where :func:`build_optimizer` has them."""
-    on_gpu = device.type == "cuda" and type(optimizer).__module__.startswith("torch.")
+    """Put what was loaded from a checkpoint, whatever device it is of, where :func:`build_optimizer` has it."""
+    on_gpu = device.type == "cuda" and (type(optimizer).__module__.startswith("torch.") or getattr(optimizer, "capturable", False))
     for group in optimizer.param_groups:
         rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         group["lr"] = rate.clone() if on_gpu else float(group["lr"])
+        group |= {name: value for name, value in optimizer.defaults.items() if name in ("fused", "capturable")}
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = state["step"].to(device)
+    if isinstance(optimizer, torch.optim.SGD):
+        _start_momentum(optimizer)
 
 
 def _apex(kind: str, device: torch.device) -> Any:

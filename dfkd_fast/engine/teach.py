@@ -12,7 +12,7 @@ from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.models import logits_of
 from dfkd_fast.settings import VOID
 
-from .device import Clock
+from .device import Clock, cudnn_benchmark
 from .optim import Optimizer, build_optimizer, build_schedule, settle_rates
 from .trainer import Epoch
 
@@ -90,7 +90,7 @@ class TeacherTrainer:
         while not self.finished:
             start = copy.deepcopy(self.state_dict())
             before = self.clock.read().get("teacher", 0.0)
-            with self.clock.phase("teacher"):
+            with self.clock.phase("teacher"), cudnn_benchmark(self.device):
                 loss = self._run_epoch()
             if loss is None:
                 self.load_state_dict(start)

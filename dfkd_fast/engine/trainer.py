@@ -25,6 +25,7 @@ from dfkd_fast.models import (
     folded_and_checked,
     freeze,
     fuse_leaky_relus,
+    keep_spectral_norms_in_float32,
     logits_only,
     lower_precision,
     use_cpu_convolutions,
@@ -33,7 +34,7 @@ from dfkd_fast.models import (
 from .capture import Steps, preserved
 from .device import Clock, keep_freed_memory
 from .fit import check_networks
-from .method import Method
+from .method import Method, resolved
 from .optim import build_optimizer, build_schedule, settle_rates
 from .precision import Precision
 from .steps import Game
@@ -95,8 +96,8 @@ class Trainer:
         device: torch.device | str = "cpu",
         on_iteration: Callable[["Trainer"], None] | None = None,
     ) -> None:
-        self.method = method = method or Method()
         self.device = torch.device(device)
+        self.method = method = resolved(method or Method(), self.device)
         if method.loop.keep_memory and self.device.type == "cpu":
             keep_freed_memory()
         self.evaluate = evaluate
@@ -184,10 +185,25 @@ class Trainer:
             yield self._close_epoch()
 
     def warm_up(self) -> None:
-        """Take the steps of an iteration, as the first ones are that need all the memory, and take them back."""
+        """Take every kind of step that the run has, in its order, and take them back: after that, none needs more GPU memory.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough.
+        """
+        loop, memory = self.method.loop, self.memory
         with preserved(self._game):
-            self._steps.student(0)
-            self._steps.generator()
+            if loop.generator_pretraining:
+                self._steps.generator(adversarial=False)
+            self._take_each_step()
+            if memory is not None and not memory.ready:
+                with memory.assumed_ready():
+                    self._take_each_step()
+
+    def _take_each_step(self) -> None:
+        learning = 0 if self.memory is None else self.memory.steps
+        for step in dict.fromkeys((0, min(learning, self.method.loop.student_steps - 1))):
+            self._steps.student(step)
+        self._steps.generator()
 
     def sample(self, count: int) -> Tensor:
         """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""
@@ -252,6 +268,7 @@ class Trainer:
             DfkdError: it is the state of something else.
         """
         try:
+            self.precision.load_state_dict(state["precision"])
             self.student.load_state_dict(state["networks"]["student"])
             self.generator.load_state_dict(state["networks"]["generator"])
             if self.average is not None:
@@ -266,7 +283,6 @@ class Trainer:
                 settle_rates(optimizer, self.device)
             for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
                 schedule.load_state_dict(saved)
-            self.precision.load_state_dict(state["precision"])
             for stream, saved in zip((self.fresh_stream, self.replay_stream), own["streams"], strict=True):
                 stream.set_state(saved)
             torch.set_rng_state(own["torch_random_state"])
@@ -306,7 +322,7 @@ class Trainer:
         distributed.average_([buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()])
 
     def _place(self, network: nn.Module) -> nn.Module:
-        network.to(self.device)
+        keep_spectral_norms_in_float32(network.to(self.device))
         if self.method.loop.channels_last:
             network.to(memory_format=torch.channels_last)
             if self.device.type == "cpu":
@@ -325,7 +341,14 @@ class Trainer:
         layout = torch.channels_last if loop.channels_last else torch.contiguous_format
         rows = loop.batch_size + (self.method.replay.rows_of(loop.batch_size) if self.method.replay.replays else 0)
         images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
-        teacher = self._working_teacher()
+        sample = self.sample(4)
+        teacher, student = self._working_teacher(sample), logits_only(self.student, sample)
+        self.precision.keep_logits(student, sample)
+        for role, network in (("teacher", teacher), ("student", student)):
+            if self.precision.rounds_logits(network, sample):
+                self.remarks.append(
+                    f"loop.precision: the {role}'s logits are rounded to {self.precision.name}: its forward makes them, not a layer"
+                )
         logits = torch.empty(rows, *logits_shape, device=self.device)
         if logits.ndim == 4:
             logits = logits.to(memory_format=layout)
@@ -336,7 +359,7 @@ class Trainer:
         return Game(
             teacher=teacher,
             observer=Observer(teacher, statistics=objective.bn_moments > 0, features=objective.activation > 0),
-            student=logits_only(self.student, self.sample(2)),
+            student=student,
             generator=self.generator,
             memory=memory,
             average=self.average,
@@ -352,17 +375,16 @@ class Trainer:
             replay_stream=self.replay_stream,
         )
 
-    def _working_teacher(self) -> nn.Module:
+    def _working_teacher(self, images: Tensor) -> nn.Module:
         """The teacher as the steps call it: folded where that changes nothing, its weights in the run's precision."""
-        images, loop = self.sample(4), self.method.loop
         teacher = logits_only(self.teacher, images)
-        if loop.fold_teacher and any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()):
+        if self.method.loop.fold_teacher and any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()):
             try:
                 teacher = self._place(folded_and_checked(teacher, images))
             except FoldingError as error:
                 self.remarks.append(f"the teacher's batch norms are not folded: {error}")
         if self.precision.dtype is not None:
-            teacher = lower_precision(copy.deepcopy(teacher), self.precision.dtype)
+            teacher = lower_precision(copy.deepcopy(teacher), self.precision.dtype, images)
         return teacher
 
     def _compile(self) -> None:
@@ -384,7 +406,7 @@ class Trainer:
         wanted = self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
         while self.pretrained < wanted and not distributed.any_of(self._stopping):
-            with self.clock.phase("generator"):
+            with self.clock.phase("generator", memory=False):
                 terms = self._steps.generator(adversarial=False)
             self.pretrained += 1
         distributed.average_(list(terms.values()))  # so that all processes stop
@@ -403,13 +425,13 @@ class Trainer:
         self.iteration += 1
 
     def _student_steps(self) -> None:
-        with self.clock.phase("student"):
+        with self.clock.phase("student", memory=self.iteration == 0):
             for step in range(self.method.loop.student_steps):
                 for name, loss in self._steps.student(step).items():
                     self._record(name, step, self._student_columns[name], loss)
 
     def _generator_steps(self) -> None:
-        with self.clock.phase("generator"):
+        with self.clock.phase("generator", memory=self.iteration == 0):
             for step in range(self.method.loop.generator_steps):
                 for name, term in self._steps.generator().items():
                     self._record(name, step, self.method.loop.generator_steps, term)

@@ -18,8 +18,9 @@ from .generators import (
     draw_labels,
     generate,
 )
+from .heads import compute_in_float32, find_heads, in_float32
 from .modes import evaluating, logits_of, logits_only, untaught
-from .norms import BatchNormLeakyReLU2d, fuse_leaky_relus
+from .norms import BatchNormLeakyReLU2d, fuse_leaky_relus, keep_spectral_norms_in_float32
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
 from .vae import Vae
@@ -48,14 +49,18 @@ __all__ = [
     "WideResNet",
     "build_generator",
     "build_model",
+    "compute_in_float32",
     "conditioned",
     "draw_labels",
     "evaluating",
+    "find_heads",
     "fold",
     "folded_and_checked",
     "freeze",
     "fuse_leaky_relus",
     "generate",
+    "in_float32",
+    "keep_spectral_norms_in_float32",
     "load_encoder",
     "load_pretrained",
     "load_weights",

@@ -15,6 +15,7 @@ from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.kernels import channel_moments
 
 from .convolution import CpuConv2d
+from .heads import compute_in_float32, find_heads
 
 __all__ = ["FoldingError", "Observation", "Observer", "fold", "folded_and_checked", "freeze", "lower_precision"]
 
@@ -104,13 +105,20 @@ def _is_ordinary(layer: nn.Conv2d) -> bool:
 def folded_and_checked(network: nn.Module, images: Tensor) -> nn.Module:
     """:func:`fold`, and a look at whether the copy answers some images (B, C, H, W) as the network does.
 
+    Both answer in float64: on a GPU, float32 convolutions in TF32 differ by more than a wrong fold may.
+
     Raises:
-        FoldingError: it cannot be folded, or the copy answers something else.
+        FoldingError: it cannot be folded, the copy answers something else, or the network does not run in float64.
     """
     folded = fold(network)
     with torch.no_grad():
-        expected = network(images)
-        difference = (folded(images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        try:
+            expected, answer = (copy.deepcopy(each).double()(images.double()) for each in (network, folded))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise FoldingError(f"{type(network).__name__} does not run in float64, to be compared there: {first_line(error)}") from error
+        difference = (answer - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     if not difference < FOLDED_WITHIN:
         raise FoldingError(f"{type(network).__name__} answers otherwise once folded, by {difference.item():.1g} of its largest logit")
     return folded
@@ -128,15 +136,24 @@ def _without_timms_pairs(network: nn.Module) -> nn.Module:
     return network
 
 
-def lower_precision(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def lower_precision(network: nn.Module, dtype: torch.dtype, images: Tensor) -> nn.Module:
     """Cast the weights of a frozen network's convolutions and linear layers, in place; returns it.
 
-    Autocast would cast them at every call. The other layers keep float32, as autocast has it.
+    Autocast would cast them at every call. The other layers keep float32, as autocast has it, and so do the layers that its
+    logits come out of (:func:`find_heads`), which compute in float32, too.
+
+    Args:
+        network: images → logits, with weights in float32.
+        dtype: of autocast.
+        images: some for it, (B, C, H, W).
     """
+    heads = find_heads(network, images)
     for layer in network.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and layer not in heads:
             for parameter in layer.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
+    for head in heads:
+        compute_in_float32(head)
     return network
 
 

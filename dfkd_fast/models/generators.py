@@ -14,6 +14,8 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import concat_generated
 from dfkd_fast.settings import Flag, NonNegative, Positive, PositiveInt, settings
 
+from .norms import SpectralNorm, keep_spectral_norms_in_float32
+
 __all__ = [
     "Generator",
     "GeneratorA",
@@ -113,10 +115,11 @@ class UpsampleConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        padded = F.pad(self.weight, (1, 1, 1, 1))
+        weight = self.weight  # once: every look at it is a power iteration of a spectral norm
+        padded = F.pad(weight, (1, 1, 1, 1))
         summed = padded[:, :, :-1] + padded[:, :, 1:]
         kernel = (summed[..., :-1] + summed[..., 1:]).flip(2, 3).transpose(0, 1)
-        if self.weight.is_contiguous(memory_format=torch.channels_last):
+        if weight.is_contiguous(memory_format=torch.channels_last):
             # The layout of a convolution is that of its kernel; without this everything behind it would run in NCHW.
             kernel = kernel.contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
@@ -251,7 +254,7 @@ class _Stage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if not self.checkpointing or not torch.is_grad_enabled():
             return self._run(x)
-        return checkpoint(self._run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self._statistics_kept()))
+        return checkpoint(self._run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self._second_run()))
 
     def _run(self, x: Tensor) -> Tensor:
         for layer in self:
@@ -259,13 +262,19 @@ class _Stage(nn.Sequential):
         return x
 
     @contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
+    def _second_run(self) -> Iterator[None]:
         buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        # Another power iteration would give other weights than the first run had.
+        norms = [module for module in self.modules() if isinstance(module, SpectralNorm) and module.training]
+        for norm in norms:
+            norm.training = False
         try:
             yield
         finally:
             for buffer, value in buffers:
                 buffer.copy_(value)
+            for norm in norms:
+                norm.training = True
 
 
 def _draw_weights(module: nn.Module) -> None:
@@ -314,6 +323,7 @@ def build_generator(
                 nn.init.uniform_(layer.weight, -wanted.uniform_init, wanted.uniform_init)
             if wanted.spectral_norm and not isinstance(layer, nn.Linear):
                 nn.utils.parametrizations.spectral_norm(layer)
+    keep_spectral_norms_in_float32(generator)
     if wanted.conditional:
         if num_classes is None:
             raise DfkdError("a conditional generator needs the number of classes")

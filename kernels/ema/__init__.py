@@ -1,12 +1,13 @@
 """Exponential moving average of a list of tensors, in place."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import operators
-from ..dispatch import BackendError, choose, forced
+from ..dispatch import Backend, BackendError, choose, forced
 from . import reference
 
 __all__ = ["ema_multi_avg_fn", "ema_update_"]
@@ -35,24 +36,50 @@ def ema_update_(
             dtype; the message names the index.
         BackendError: a forced backend does not serve the tensors' device, dtypes or strides.
     """
-    _check(averages, sources, decay, shadows)
-    if not averages:
-        return
-    dtypes = {tensor.dtype for tensors in (averages, sources, shadows or ()) for tensor in tensors}
-    elements = sum([average.numel() for average in averages])
-    backend = choose("ema_update_", averages[0].device, [dtype for dtype in dtypes if dtype.is_floating_point], elements)
+    pairs(averages, sources, shadows).update_(decay)
+
+
+class Pairs(NamedTuple):
+    """Lists of tensors that fit each other, and the backend that serves them."""
+
+    averages: Sequence[Tensor]
+    sources: Sequence[Tensor]
+    shadows: Sequence[Tensor] | None
+    backend: Backend
+    versioned: Sequence[Tensor]
+    """Those that change and that autograd watches."""
+
+    def update_(self, decay: float | Tensor) -> None:
+        """As ``ema_update_``, without looking at the lists again."""
+        _check_decay(decay, self.averages)
+        with torch.no_grad():
+            if self.backend == "reference":
+                reference.ema_update_(self.averages, self.sources, decay, self.shadows)
+                return
+            number, tensor = (0.0, decay) if isinstance(decay, Tensor) else (decay, None)
+            update = operators.operator("ema_update_", self.backend, self.averages[0])
+            update(self.averages, self.sources, self.shadows or [], number, tensor)
+        # What a graph has saved must not change behind its back.
+        torch.autograd.graph.increment_version(self.versioned)
+
+
+def pairs(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> Pairs:
+    """Check the lists of ``ema_update_`` and choose its backend.
+
+    Raises:
+        ValueError, BackendError: as ``ema_update_``.
+    """
+    _check(averages, sources, shadows)
+    backend: Backend = "reference"
+    if averages:
+        dtypes = {tensor.dtype for tensors in (averages, sources, shadows or ()) for tensor in tensors}
+        elements = sum([average.numel() for average in averages])
+        backend = choose("ema_update_", averages[0].device, [dtype for dtype in dtypes if dtype.is_floating_point], elements)
     if backend != "reference" and not all(map(_dense, averages)):
         if forced():
             raise BackendError(f"the backend {backend} is forced, but averages only tensors without gaps")
         backend = "reference"
-    with torch.no_grad():
-        if backend == "reference":
-            reference.ema_update_(averages, sources, decay, shadows)
-            return
-        number, tensor = (0.0, decay) if isinstance(decay, Tensor) else (decay, None)
-        operators.operator("ema_update_", backend, averages[0])(averages, sources, shadows or [], number, tensor)
-    # What a graph has saved must not change behind its back.
-    torch.autograd.graph.increment_version([changed for changed in (*averages, *(shadows or ())) if not changed.is_inference()])
+    return Pairs(averages, sources, shadows, backend, [changed for changed in (*averages, *(shadows or ())) if not changed.is_inference()])
 
 
 def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
@@ -68,11 +95,7 @@ def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Seque
     return update
 
 
-def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor, shadows: Sequence[Tensor] | None) -> None:
-    if len(averages) != len(sources):
-        raise ValueError(f"averages and sources differ in length: {len(averages)} and {len(sources)}")
-    if shadows is not None and len(shadows) != len(averages):
-        raise ValueError(f"averages and shadows differ in length: {len(averages)} and {len(shadows)}")
+def _check_decay(decay: float | Tensor, averages: Sequence[Tensor]) -> None:
     if isinstance(decay, Tensor):
         if decay.ndim != 0 or decay.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"decay must be a float or a 0-d float32 or float64 tensor, not a {tuple(decay.shape)} one of {decay.dtype}")
@@ -80,6 +103,13 @@ def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float |
             raise ValueError(f"decay is on {decay.device}, the averages on {averages[0].device}")
     elif not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must be in [0, 1], not {decay}")
+
+
+def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> None:
+    if len(averages) != len(sources):
+        raise ValueError(f"averages and sources differ in length: {len(averages)} and {len(sources)}")
+    if shadows is not None and len(shadows) != len(averages):
+        raise ValueError(f"averages and shadows differ in length: {len(averages)} and {len(shadows)}")
     for index, average in enumerate(averages):
         if average.is_floating_point() and average.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"pair {index}: an average must be float32 or float64, not {average.dtype}")

@@ -1,20 +1,35 @@
 """The averaged copy of a module, for users: one fused update a step."""
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from . import ema_update_
+from ..dispatch import Backend, forced
+from . import Pairs, pairs
+from .gathered import Gathered
 
 __all__ = ["FusedEMA"]
+
+
+class _Checked(NamedTuple):
+    """What an update of one module found, good for the next one as long as nothing changed."""
+
+    gathered: Gathered
+    forced: Backend | None
+    pairs: Pairs
+
+
+# Not an attribute: a copy or a pickle of an average must not take the module along, nor an average keep it alive.
+_checked: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Checked]] = WeakKeyDictionary()
 
 
 class FusedEMA(nn.Module):
     """An exponential moving average of a module's parameters and buffers.
 
-    ``ema.module`` is the averaged copy: float32 whatever the source's precision, in evaluation mode, without gradients.
+    ``ema.module`` is the averaged copy: float32, or float64 where the source is, in evaluation mode, without gradients.
     Calling ``ema`` calls it. ``state_dict`` and ``load_state_dict`` are those of ``nn.Module``. With a warm-up the decay
     is computed on the device, so that updates can be captured in a CUDA graph and replayed.
 
@@ -36,14 +51,16 @@ class FusedEMA(nn.Module):
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], not {decay}")
         self.decay, self.warm_up = decay, warm_up
-        self.module = _frozen_copy(model, torch.float32)
+        self.module = _frozen_copy(model, None)
         self.shadow = None if shadow_dtype is None else _frozen_copy(model, shadow_dtype)
         device = next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the module's values.
+
+        Modules and tensors are checked at the first update, and again after any of them was replaced or changed its shape, strides,
+        dtype or device.
 
         Raises:
             ValueError: the module's tensors differ in number, shape, strides or device from the average's.
@@ -51,9 +68,17 @@ class FusedEMA(nn.Module):
         decay: float | Tensor = self.decay
         if self.warm_up:
             decay = ((1.0 + self.updates) / (10.0 + self.updates)).clamp_(max=self.decay)
-        shadows = None if self.shadow is None else _tensors(self.shadow)
-        ema_update_(_tensors(self.module), _tensors(model), decay, shadows=shadows)
-        self.updates += 1
+        self._pairs(model).update_(decay)
+        self.updates.add_(1)
+
+    def _pairs(self, model: nn.Module) -> Pairs:
+        known = _checked.setdefault(self, WeakKeyDictionary())
+        checked = known.get(model)
+        if checked is None or checked.forced != forced() or not checked.gathered.unchanged():
+            shadows = None if self.shadow is None else _tensors(self.shadow)
+            found = pairs(_tensors(self.module), _tensors(model), shadows)
+            checked = known[model] = _Checked(Gathered(self, model), forced(), found)
+        return checked.pairs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the averaged module returns."""
@@ -64,8 +89,13 @@ class FusedEMA(nn.Module):
         return self
 
 
-def _frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+def _frozen_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """With floating tensors in a dtype, or else in float32 at least: a half would drop the increments of an average."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+    return copy.deepcopy(model)._apply(cast).eval().requires_grad_(False)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

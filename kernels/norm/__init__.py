@@ -43,7 +43,9 @@ def batch_norm_leaky_relu(
 
     Raises:
         ValueError: the shapes do not fit.
+        BackendError: the backend triton or cuda is forced, which has no kernel for this.
     """
+    dispatch.check_forced("batch_norm_leaky_relu")
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):

@@ -44,7 +44,9 @@ def winograd_conv2d(
 
     Raises:
         ValueError: the shapes do not fit.
+        BackendError: the backend triton or cuda is forced, which has no kernel for this.
     """
+    dispatch.check_forced("winograd_conv2d")
     _check(x, weight, bias, padding)
     if not _served(x, weight):
         return F.conv2d(x, weight, bias, padding=padding)
@@ -52,7 +54,10 @@ def winograd_conv2d(
 
 
 def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> bool:
-    """Whether :func:`winograd_conv2d` serves these tensors and is faster than PyTorch's convolution (with AVX-512)."""
+    """Whether :func:`winograd_conv2d` serves these tensors and is faster than PyTorch's convolution (with AVX-512).
+
+    False where a backend other than numba is forced.
+    """
     height, width = _output_size(x, padding)
     pixels = len(x) * max(height, 0) * max(width, 0)
     return (

@@ -62,6 +62,7 @@ def test_every_kernel_gives_a_row_a_mode_and_provider(run: Run, kernel: str) -> 
         assert (row["kernel"], row["size"], row["status"], row["calls"]) == (kernel, TINY[kernel], "ok", "1")
         for figure in ("median_us", "q20_us", "q80_us", "gb_per_s", "share_of_copy", "speedup_over_eager", "copy_gb_per_s"):
             assert float(row[figure]) > 0
+        assert row["timed"] == "wall clock"
         assert row["torch"] == torch.__version__
         assert row["device"]
         assert row["commit"]

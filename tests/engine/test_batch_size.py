@@ -30,3 +30,12 @@ def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         largest_batch_size(attempt)
+
+
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"])
+def test_what_lacks_memory_outside_of_the_allocator_ends_the_search(message: str) -> None:
+    def attempt(size: int) -> None:
+        if size > 8:
+            raise RuntimeError(message)
+
+    assert largest_batch_size(attempt) == 8

@@ -1,7 +1,11 @@
 """What of the captured steps a CPU can show; that a replay equals the eager run is in tests/engine/test_gpu.py."""
 
 import copy
-from collections.abc import Callable
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +13,13 @@ import torch
 from torch import Tensor
 
 from dfkd_fast import Loop, Method, Optimizer, Replay, Trainer
-from dfkd_fast.engine.capture import preserved
+from dfkd_fast.engine import capture as captures
+from dfkd_fast.engine.capture import Steps, preserved
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.methods import VaeReplay
+from tests.engine.fake_cuda import CAPTURE_FAILED, NOT_PERMITTED, SYNCHRONIZING, FakeCuda
 from tests.small import small_method, small_networks
-from tests.states import assert_equal
+from tests.states import assert_equal, without_times
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -111,3 +117,168 @@ def test_warming_up_takes_steps_and_leaves_no_trace(make_trainer: Callable[..., 
     warmed.warm_up()
     assert len(calls) == 2
     assert_equal(*(fitted.fit().state_dict() for fitted in (untouched, warmed)))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def captured(trainer: Trainer, during: Callable[[], None] = lambda: None) -> Trainer:
+    """The same on a GPU that is not there: ``during`` every forward pass of the student, what it does to the device."""
+    trainer._steps = Steps(trainer._game, True, trainer.remarks.append)
+    trainer._steps.capturing = True
+    trainer.student.register_forward_pre_hook(lambda *_: during())
+    return trainer
+
+
+def short() -> Method:
+    return small_method(replay=Replay(kind="ema_generator"), epochs=1)
+
+
+def test_a_step_that_waits_for_the_device_is_found_before_its_capture(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+    eager, trainer = make_trainer(short()), captured(make_trainer(short()), cuda.wait)
+    eager.fit()
+    trainer.fit()
+    assert "capture" not in cuda.events
+    assert cuda.unharmed
+    (remark,) = trainer.remarks
+    assert SYNCHRONIZING in remark
+    assert "(fake_cuda.py, line " in remark
+    assert_equal(without_times(trainer.state_dict()), without_times(eager.state_dict()))
+
+
+def test_a_capture_that_fails_leaves_the_process_as_it_was(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+    def during() -> None:
+        cuda.draw()
+        cuda.call_library()
+
+    trainer = captured(make_trainer(short()), during)
+    trainer.fit()
+    assert trainer.finished
+    assert cuda.unharmed
+    assert cuda.released == cuda.pools[:1]
+    (remark,) = trainer.remarks
+    assert NOT_PERMITTED in remark
+    assert CAPTURE_FAILED not in remark
+
+
+@pytest.mark.parametrize("when", ["warming up", "capturing", "capturing, and the capture cannot end"])
+def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer, cuda: FakeCuda, when: str) -> None:
+    def during() -> None:
+        if cuda.capturing or when == "warming up":
+            cuda.invalid = when.endswith("end")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer = captured(make_trainer(short()), during)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fit()
+    assert not trainer.remarks
+    assert cuda.unharmed
+
+
+def test_what_warming_up_computes_is_waited_for_even_where_it_fails(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+    def fail() -> None:
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        captured(make_trainer(short()), fail).fit()
+    assert cuda.events == ["wait", "wait"]
+
+
+def test_graphs_share_a_pool_and_the_stream_its_blocks_belong_to(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+    trainer = captured(make_trainer(short()))
+    trainer.fit()
+    assert not trainer.remarks
+    student, generator = cuda.captures
+    assert student.where[1:] == generator.where[1:]
+    assert student.where[0] == trainer._game.images.device
+
+
+def test_graphs_that_are_forgotten_take_their_pool_with_them(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+    trainer = captured(make_trainer(short()))
+    trainer._iterate()
+    trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    trainer._iterate()
+    pools = [graph.pool() for graph in cuda.captures]
+    assert len(pools) == 4
+    assert pools[0] == pools[1] != pools[2] == pools[3]
+
+
+def test_garbage_is_collected_between_warming_up_and_the_capture(
+    make_trainer: MakeTrainer, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = captured(make_trainer(short()))
+    monkeypatch.setattr(gc, "collect", lambda: cuda.events.append("collect"))
+    trainer._steps.generator()
+    assert cuda.events == ["wait", "wait", "collect", "capture"]
+
+
+def test_gradients_of_a_capture_are_left_to_the_next_one(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+    trainer = captured(make_trainer(short()))
+    trainer._steps.student(0)
+    assert all(parameter.grad is None for parameter in trainer.student.parameters())
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_cudnn_settles_in_the_steps_before_a_capture_and_in_eager_ones(
+    make_trainer: MakeTrainer, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, capture: bool
+) -> None:
+    inside: list[bool] = []
+    settling: list[torch.device] = []
+
+    @contextmanager
+    def benchmark(device: torch.device) -> Iterator[None]:
+        settling.append(device)
+        yield
+        settling.remove(device)
+
+    trainer = captured(make_trainer(short()), lambda: inside.append(bool(settling)))
+    trainer._steps.capturing = capture
+    monkeypatch.setattr(captures, "cudnn_benchmark", benchmark)
+    trainer._steps.student(0)
+    assert inside == [True] * (4 if capture else 1)
+
+
+def test_a_learning_rate_that_a_graph_would_not_see_change_is_not_captured(make_trainer: MakeTrainer) -> None:
+    game = make_trainer(short())._game
+    apex = dataclasses.replace(game.method, student_optimizer=Optimizer(kind="apex_sgd"))
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    remarks: list[str] = []
+    steps = Steps(dataclasses.replace(game, method=apex, images=on_gpu), True, remarks.append)
+    assert not steps.capturing
+    assert "learning rate" in remarks[0]
+
+
+def rehearsal(kind: str) -> Method:
+    options: dict[str, Any] = {"memory_bank": {"every": 1}, "vae": {"latent_dim": 8, "width": 4, "steps": 2}}
+    return Method(
+        loop=Loop(batch_size=8, epochs=2, iterations_per_epoch=1, student_steps=3, generator_pretraining=1, channels_last=False),
+        objective={"one_hot": 1.0},  # type: ignore[arg-type]
+        replay={"kind": kind} | options,  # type: ignore[arg-type]
+        student_optimizer=Optimizer(lr=0.01),
+        generator_optimizer=Optimizer(lr=0.01),
+    )
+
+
+KINDS = ["none", "ema_generator", "memory_bank", "vae"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warming_up_takes_every_kind_of_step_that_the_run_takes(make_trainer: MakeTrainer, cuda: FakeCuda, kind: str) -> None:
+    warmed, run = (captured(make_trainer(rehearsal(kind))) for _ in range(2))
+    warmed.warm_up()
+    run.fit()
+    assert list(warmed._steps._recorded) == list(run._steps._recorded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warming_up_is_taken_back_whatever_is_replayed(make_trainer: MakeTrainer, kind: str) -> None:
+    warmed, untouched = (make_trainer(rehearsal(kind)) for _ in range(2))
+    seen: list[int] = []
+    warmed.student.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    warmed.warm_up()
+    assert max(seen) == 8 + (0 if kind == "none" else 8 if kind == "ema_generator" else 1)
+    for trainer in (warmed, untouched):
+        trainer.fit()
+    assert_equal(*(without_times(trainer.state_dict()) for trainer in (warmed, untouched)))

@@ -6,8 +6,8 @@ import torch
 
 from dfkd_fast import Loop, Method, Trainer
 from dfkd_fast.engine import trainer as trainers
-from dfkd_fast.engine.device import peak_memory_bytes
-from tests.small import small_networks
+from dfkd_fast.engine.device import Clock, cudnn_benchmark, peak_memory_bytes
+from tests.small import small_method, small_networks
 
 ASK = "import torch; from dfkd_fast.engine.device import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
 GIB = 1 << 30
@@ -58,3 +58,105 @@ def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(keep_memory: bool, m
     monkeypatch.setattr(trainers, "keep_freed_memory", lambda: asked.append(True))
     Trainer(*small_networks(), Method(loop=Loop(batch_size=2, keep_memory=keep_memory)))
     assert asked == [True] * keep_memory
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("told", ["nothing", "cudnn.deterministic", "deterministic algorithms"])
+def test_cudnn_tries_its_algorithms_on_a_gpu_unless_told_to_be_deterministic(monkeypatch: pytest.MonkeyPatch, name: str, told: str) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", told == "cudnn.deterministic")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: told == "deterministic algorithms")
+    before = torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError, match="a step"), cudnn_benchmark(torch.device(name)):
+        assert torch.backends.cudnn.benchmark is (name == "cuda" and told == "nothing")
+        raise RuntimeError("a step")
+    assert torch.backends.cudnn.benchmark is before
+
+
+class Allocator:
+    """PyTorch's statistics of a GPU's memory, and the devices that were asked for something."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = self.asked = 0
+        self.devices: set[object] = set()
+
+    def hold(self, held: int) -> None:
+        self.held, self.peak = held, max(self.peak, held)
+
+    def max_memory_allocated(self, device: object = "the current one") -> int:
+        self.devices.add(device)
+        self.asked += 1
+        return self.peak
+
+    def reset_peak_memory_stats(self, device: object = "the current one") -> None:
+        self.devices.add(device)
+        self.peak = self.held
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    """A stand-in for the GPU's, and for its streams and events."""
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object = "the current one's") -> None:
+            stand_in.devices.add(stream)
+
+        def elapsed_time(self, _: "Event") -> float:
+            return 1.0
+
+    stand_in = Allocator()
+    for name in ("max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device="the current one's": device)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device="the current one": stand_in.devices.add(device))
+    return stand_in
+
+
+def test_the_clock_reads_the_gpu_it_was_given_and_not_the_current_one(allocator: Allocator) -> None:
+    clock = Clock(torch.device("cuda", 1))
+    with clock.phase("student"):
+        pass
+    assert clock.read() == {"student": 1e-3}
+    assert allocator.devices == {torch.device("cuda", 1)}
+
+
+def test_memory_statistics_are_asked_for_a_few_times_an_epoch_and_not_in_every_phase(allocator: Allocator) -> None:
+    asked = []
+    for iterations in (2, 5):
+        trainer = Trainer(*small_networks(), small_method(epochs=2, iterations=iterations, batch_size=2))
+        trainer.clock = Clock(torch.device("cuda"))
+        allocator.asked = 0
+        trainer.fit()
+        asked.append(allocator.asked)
+        assert set(trainer.clock.peak_bytes) == {"student", "generator", "evaluation"}
+        assert trainer.clock.read() == pytest.approx({"student": iterations * 2e-3, "generator": iterations * 2e-3, "evaluation": 2e-3})
+    assert asked[0] == asked[1] == 2 * 3 * 2  # before and after three phases of two epochs
+
+
+def test_peaks_are_those_of_measured_phases_and_overall_those_of_all(allocator: Allocator) -> None:
+    clock = Clock(torch.device("cuda"))
+    allocator.hold(10)
+    allocator.hold(1)
+    assert clock.overall_peak_bytes() == 10
+
+    def phase(name: str, most: int, *, memory: bool = True) -> None:
+        with clock.phase(name, memory=memory):
+            allocator.hold(most)
+            allocator.hold(1)
+
+    phase("student", 5, memory=False)  # the first one is measured
+    phase("generator", 7)
+    assert clock.peak_bytes == {"student": 5, "generator": 7}
+    assert clock.overall_peak_bytes() == 10, "of the time before"
+    phase("student", 30, memory=False)
+    allocator.hold(40)  # between phases
+    allocator.hold(1)
+    phase("generator", 6)
+    assert clock.peak_bytes == {"student": 5, "generator": 7}
+    assert clock.overall_peak_bytes() == 40
+    phase("student", 8)
+    assert clock.peak_bytes == {"student": 8, "generator": 7}
+    assert clock.overall_peak_bytes() == 40

@@ -99,18 +99,114 @@ def test_a_resumed_captured_run_equals_an_uninterrupted_one(make_trainer: MakeTr
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
 
 
-def test_what_cannot_be_captured_runs_eagerly_and_is_said(make_trainer: MakeTrainer) -> None:
-    class Waits(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+class Calling(nn.Module):
+    """A network that does something else, too, in each of its forward passes."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x * (2.0 if x.sum().item() > 1e9 else 1.0))
+    def __init__(self, inner: nn.Module, during: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.during = inner, during
 
+    def forward(self, x: Tensor) -> Tensor:
+        self.during(x)
+        return self.inner(x)
+
+
+def student_calling(make_trainer: MakeTrainer, during: Callable[[Tensor], object]) -> Trainer:
     teacher, student, generator = small_networks()
     chosen = Method(loop=Loop(batch_size=4, epochs=1, iterations_per_epoch=2, student_steps=1))
-    trainer = make_trainer(chosen, networks=(teacher, Waits(student), generator), device="cuda")
+    return make_trainer(chosen, networks=(teacher, Calling(student, during), generator), device="cuda")
+
+
+def query(_: Tensor) -> None:
+    """No capture permits it, and no look for what waits for the device finds it."""
+    torch.cuda.current_stream().query()
+
+
+def test_what_waits_for_the_gpu_runs_eagerly_and_is_said(make_trainer: MakeTrainer) -> None:
+    trainer = student_calling(make_trainer, lambda x: x.sum().item())
     trainer.fit()
     assert trainer.finished
-    assert any("run eagerly, not as CUDA graphs" in remark for remark in trainer.remarks)
+    (remark,) = trainer.remarks
+    assert "run eagerly, not as CUDA graphs" in remark
+    assert "synchronizing" in remark
+    assert "(test_gpu.py, line" in remark
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTrainer) -> None:
+    chosen = method({"kind": "ema_generator"}, "plain", capture=True)
+    earlier = make_trainer(chosen, device="cuda")
+    earlier._iterate()
+
+    failing = student_calling(make_trainer, query)
+    failing.fit()
+    assert failing.finished
+    (remark,) = failing.remarks
+    assert "captur" in remark
+    assert "(test_gpu.py, line" in remark
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    torch.randn(3, device="cuda")
+
+    for trainer in (earlier, make_trainer(chosen, device="cuda")):  # graphs from before, and new ones
+        trainer.fit()
+        assert trainer.finished
+        assert not trainer.remarks
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer, capturing: bool) -> None:
+    def allocate(x: Tensor) -> None:
+        if torch.cuda.is_current_stream_capturing() or (not capturing and x.requires_grad):
+            torch.empty(1 << 50, device="cuda")
+
+    trainer = student_calling(make_trainer, allocate)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fit()
+    assert not trainer.remarks
+    torch.cuda.empty_cache()
+    torch.randn(3, device="cuda")
+
+
+def test_graphs_share_memory(make_trainer: MakeTrainer) -> None:
+    large = Method(loop=Loop(batch_size=512), student_optimizer=Optimizer(lr=0.01))
+    trainer = make_trainer(large, networks=small_networks(teacher="wrn10_1", student="wrn10_1", channels=3), device="cuda")
+    steps = trainer._steps
+
+    def reserved() -> int:
+        pool = tuple(next(iter(steps._recorded.values())).graph.pool())
+        return sum(part["total_size"] for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == pool)
+
+    steps.student(0)
+    one = reserved()
+    kept = dict(steps._recorded)
+    steps._recorded.clear()
+    steps.student(0)  # the same graph again, while the first one lives
+    assert kept.keys() == steps._recorded.keys()
+    assert 0 < reserved() < 1.5 * one
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_first_step_that_overflows_leaves_no_momentum(make_trainer: MakeTrainer, capture: bool) -> None:
+    chosen = method({"kind": "none"}, "plain", capture=capture, precision="fp16")
+    trainer = make_trainer(chosen, networks=small_networks(teacher="wrn10_1", student="wrn10_1", channels=3), device="cuda")
+    scale = trainer.precision.scalers["student"]._scale
+    assert scale is not None
+    scale.fill_(2.0**120)
+    before = [parameter.clone() for parameter in trainer.student.parameters()]
+    garbage = torch.full((1 << 24,), torch.nan, device="cuda")  # what memory holds that nothing was written to
+    del garbage
+    trainer._student_steps()
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.student.parameters(), strict=True))
+    assert not any(state["momentum_buffer"].any() for state in trainer.student_optimizer.state.values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_trainer_captures_on_its_own_gpu_whatever_the_current_one(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(method({"kind": "ema_generator"}, "plain", capture=True), device="cuda:1")
+    with torch.cuda.device(0):
+        trainer.fit()
+        assert torch.cuda.current_device() == 0
+    assert trainer.finished
+    assert not trainer.remarks
+    assert {"student", "generator"} <= trainer.clock.seconds.keys()

@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
-from dfkd_fast import DfkdError, Loop, Method, Optimizer, Replay, Trainer
+from dfkd_fast import DfkdError, Loop, Method, Objective, Optimizer, Replay, Trainer
+from dfkd_fast.engine.method import resolved
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.kernels import use_backend
+from dfkd_fast.models.norms import SpectralNorm
 from tests.small import Networks, small_networks
 
 MakeTrainer = Callable[..., Trainer]
@@ -61,6 +64,18 @@ def test_a_step_in_bf16_errs_no_more_than_plain_autocast(make_trainer: MakeTrain
     assert 0 < relative(found, exact) <= 1.5 * relative(plain, exact)
 
 
+def test_spectral_norms_of_a_users_networks_are_left_alone_by_autocast(make_trainer: MakeTrainer) -> None:
+    teacher, student, generator = networks()
+    for network, name in ((teacher, "classifier"), (student, "classifier"), (generator, "body.0")):
+        spectral_norm(network.get_submodule(name))
+    names = student.state_dict().keys()
+    trainer = make_trainer(method("bf16"), networks=(teacher, student, generator))
+    for network in (trainer._game.teacher, trainer.student, trainer.generator):
+        assert [type(module) for module in network.modules() if isinstance(module, _SpectralNorm)] == [SpectralNorm]
+    trainer.fit()
+    assert trainer.student.state_dict().keys() == names
+
+
 def test_weights_averages_and_optimiser_states_stay_float32_in_bf16(make_trainer: MakeTrainer) -> None:
     chosen = method("bf16", student_ema_decay=0.9)
     chosen = Method(loop=chosen.loop, replay=Replay(kind="ema_generator"), student_optimizer=Optimizer(kind="adam", lr=1e-3))
@@ -71,9 +86,113 @@ def test_weights_averages_and_optimiser_states_stay_float32_in_bf16(make_trainer
         assert {tensor.dtype for tensor in network.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
     states = [value for state in trainer.student_optimizer.state.values() for value in state.values()]
     assert {value.dtype for value in states if value.ndim} == {torch.float32}
-    working = trainer._game.teacher
-    assert {layer.weight.dtype for layer in working.modules() if isinstance(layer, nn.Conv2d | nn.Linear)} == {torch.bfloat16}
+    dtypes = {name: layer.weight.dtype for name, layer in trainer._game.teacher.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    assert dtypes.pop("classifier") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
     assert trainer._game.images.dtype == torch.bfloat16
+
+
+def classifier() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=4, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+
+
+def segmenter() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 1), nn.Upsample(scale_factor=2, mode="bilinear")
+    )
+
+
+@pytest.mark.parametrize("gap", [0.5, 0.05])
+@pytest.mark.parametrize("discrepancy", ["kl", "l1", "js"])
+@pytest.mark.parametrize(("build", "head"), [(classifier, 3), (segmenter, 2)])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_students_gradient_in_bf16_is_that_of_float32_logits_of_the_same_features(
+    make_trainer: MakeTrainer, build: Callable[[], nn.Sequential], head: int, discrepancy: Any, gap: float, micro_batches: int
+) -> None:
+    # A student that is its teacher but for its logits, which are off by about the gap: what it is to learn is the difference.
+    torch.manual_seed(0)
+    teacher = build()
+    with torch.no_grad():
+        for weight in teacher[head].parameters():
+            weight.mul_(20)
+        student = copy.deepcopy(teacher)
+        bias = dict(student[head].named_parameters())["bias"]
+        bias.add_(gap * torch.randn(10))
+    chosen = method("bf16", micro_batches=micro_batches)
+    chosen = Method(loop=chosen.loop, objective=Objective(discrepancy=discrepancy), student_optimizer=chosen.student_optimizer)
+    trainer = make_trainer(chosen, networks=(teacher, student, small_networks()[2]))
+    features: list[Tensor] = []
+
+    def record(_: nn.Module, given: tuple[Tensor]) -> None:
+        if given[0].requires_grad:
+            given[0].retain_grad()
+            features.append(given[0])
+
+    trainer.student.get_submodule(str(head)).register_forward_pre_hook(record)
+    student_step(trainer._game)
+    assert {given.dtype for given in features} == {torch.bfloat16}
+
+    given = torch.cat([piece.detach() for piece in features]).double().requires_grad_()
+    answers, targets = (copy.deepcopy(network[head:]).double()(x) for network, x in ((student, given), (teacher, given.detach())))
+    assert answers.abs().max() > 4  # logits that bfloat16 keeps to 1/32 at best
+    if discrepancy == "l1":
+        loss = F.l1_loss(answers, targets)
+    else:
+        p, q = (logits.log_softmax(1) for logits in (answers, targets))
+        m = p if discrepancy == "kl" else ((p.exp() + q.exp()) / 2).log()
+        terms = [q.exp() * (q - m)] if discrepancy == "kl" else [p.exp() * (p - m) / 2, q.exp() * (q - m) / 2]
+        loss = sum(term.sum(1).mean() for term in terms)
+    (expected,) = torch.autograd.grad(loss, given)
+    found = torch.cat([piece.grad for piece in features if piece.grad is not None])
+    assert relative(found.double(), expected) < 0.01
+
+
+@pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank", "vae"])
+@pytest.mark.parametrize("update", ["plain", "second-order"])
+def test_no_logits_are_rounded_before_they_are_compared(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, replay: Any, update: Any
+) -> None:
+    if update == "second-order" and replay == "none":
+        pytest.skip("needs replayed samples")
+    compared: list[Tensor] = []
+    discrepancy = Objective._discrepancy
+
+    def record(self: Objective, kind: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        compared.extend([student, teacher])
+        return discrepancy(self, kind, student, teacher)
+
+    monkeypatch.setattr(Objective, "_discrepancy", record)
+    chosen = Method(
+        loop=Loop(batch_size=16, epochs=2, iterations_per_epoch=1, student_steps=1, precision="bf16"),
+        objective={"bn_moments": 1.0, "activation": 1.0},  # type: ignore[arg-type]
+        replay={"kind": replay, "vae": {"latent_dim": 8, "width": 4}, "memory_bank": {"every": 1}},  # type: ignore[arg-type]
+        update={"kind": update, "inner_lr": 0.01},  # type: ignore[arg-type]
+    )
+    trainer = make_trainer(chosen, networks=networks())
+    trainer.fit()
+    assert trainer.remarks == []
+    assert len(compared) >= 8
+    for logits in compared:
+        assert logits.dtype == torch.float32
+        assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_logits_that_no_layer_makes_are_rounded_and_that_is_said(make_trainer: MakeTrainer) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.classes = (
+                nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+                nn.Parameter(torch.randn(8, 10)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) @ self.classes
+
+    teacher, _, generator = networks()
+    trainer = make_trainer(method("bf16"), networks=(teacher, Product(), generator))
+    trainer.fit()
+    assert trainer.remarks == ["loop.precision: the student's logits are rounded to bf16: its forward makes them, not a layer"]
 
 
 @pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank", "vae"])
@@ -95,6 +214,30 @@ def test_every_replay_and_update_runs_in_bf16_near_its_float32_loss(make_trainer
     assert losses[0].keys() == losses[1].keys()
     for name, loss in losses[0].items():
         assert losses[1][name] == pytest.approx(loss, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("setting", "capability", "expected"),
+    [("auto", None, "fp32"), ("auto", (7, 5), "fp32"), ("auto", (8, 0), "bf16"), ("auto", (9, 0), "bf16"), ("fp32", (9, 0), "fp32")],
+)
+def test_auto_is_bf16_on_a_gpu_that_computes_in_it_and_float32_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, setting: Any, capability: tuple[int, int] | None, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cpu" if capability is None else "cuda")
+    assert Method().loop.precision == "auto"
+    assert resolved(method(setting), device) == method(expected)
+
+
+def test_a_trainer_says_what_auto_is_and_a_state_of_another_precision_is_refused(make_trainer: MakeTrainer) -> None:
+    automatic = make_trainer(method("auto"))
+    assert automatic.method.loop.precision == "fp32"
+    assert automatic.precision.dtype is None
+    state = make_trainer(method("bf16")).state_dict()
+    before = copy.deepcopy(automatic.student.state_dict())
+    with pytest.raises(DfkdError, match=r"loop\.precision = 'fp32': the state is of a run in 'bf16', and goes on in that"):
+        automatic.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in automatic.student.state_dict().items())
 
 
 @pytest.mark.parametrize("changes", [{"replay": {"kind": "vae"}}, {"replay": {"kind": "memory_bank"}, "update": {"kind": "first-order"}}])

@@ -1,4 +1,6 @@
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_fast import NonFiniteLossError, Optimizer
+from dfkd_fast.engine import teach
 from dfkd_fast.engine.teach import TeacherTrainer, focal_loss
 from dfkd_fast.settings import VOID
 
@@ -117,3 +120,20 @@ def test_a_segmenter_that_returns_a_dict_is_taught_too() -> None:
     trainer = TeacherTrainer(OutAndMore(), data, Optimizer(lr=1.0), 20, stream, torch.device("cpu"), focal_gamma=2.0)
     losses = [epoch.losses["teacher"] for epoch in trainer]
     assert losses[-1] < losses[0] / 4
+
+
+def test_cudnn_tries_its_algorithms_while_a_teacher_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[torch.device] = []
+    seen: list[list[torch.device]] = []
+
+    @contextmanager
+    def benchmark(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.remove(device)
+
+    monkeypatch.setattr(teach, "cudnn_benchmark", benchmark)
+    trainer = make(epochs=1)
+    trainer.network.register_forward_pre_hook(lambda *_: seen.append(inside[:]))
+    list(trainer)
+    assert seen == [[trainer.device]] * 8

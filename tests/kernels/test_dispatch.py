@@ -10,19 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from dfkd_fast.doctor import Choice, choices
 from dfkd_fast.kernels import (
     BackendError,
+    batch_norm_leaky_relu,
     channel_moments,
     channel_sums,
     concat_generated,
+    dispatch,
     ema_update_,
     js_discrepancy,
     kl_discrepancy,
     l1_discrepancy,
     operators,
     use_backend,
+    winograd_conv2d,
+    winograd_pays,
 )
-from dfkd_fast.kernels.dispatch import WORTHWHILE, backends, choose, forced, why_not
+from dfkd_fast.kernels.dispatch import ON_CPU_ONLY, WORTHWHILE, backends, choose, forced, why_not
 
 CPU = torch.device("cpu")
 CALL = "import torch; from dfkd_fast.kernels import channel_moments; print(channel_moments(torch.ones({size}, {dtype}))[0].dtype)"
@@ -114,6 +119,29 @@ def test_forced_backend_of_another_device_is_an_error() -> None:
     if why_not("numba") is None:
         with use_backend("numba"), pytest.raises(BackendError, match="numba is forced, but does not serve meta tensors"):
             l1_discrepancy(meta, meta, reduction="sum")
+
+
+CPU_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch_norm_leaky_relu": lambda x: batch_norm_leaky_relu(
+        x, x.new_zeros(64), x.new_ones(64), None, None, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2
+    ),
+    "winograd_conv2d": lambda x: winograd_conv2d(x, x.new_ones(64, 64, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("operation", sorted(ON_CPU_ONLY))
+def test_forced_backend_without_a_kernel_for_the_operation_is_an_error(
+    operation: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.ones(16, 64, 8, 8, device=device).to(memory_format=torch.channels_last)
+    monkeypatch.setattr(dispatch, "_forced", backend)
+    monkeypatch.setitem(dispatch._ABSENT, backend, None)  # as if installed
+    with pytest.raises(BackendError, match=f"{backend} is forced, but has no kernel for {operation}"):
+        CPU_ONLY[operation](x)
+    assert not winograd_pays(x, x.new_ones(64, 64, 3, 3))
+    assert Choice(operation, "an error", "an error") in choices()
 
 
 @pytest.mark.parametrize("name", ["cudnn", ""])

@@ -60,6 +60,13 @@ def test_the_average_is_that_of_float64_and_kept_in_float32(
     assert int(ema.updates) == STEPS
 
 
+def test_the_average_of_float64_is_kept_in_float64() -> None:
+    model = network(torch.device("cpu"), torch.float64)
+    ema = FusedEMA(model, DECAY)
+    check(ema.module, follow(ema, model, lambda _: DECAY), tolerance=1e-14)
+    assert all(tensor.dtype == torch.float64 for tensor in ema.module.parameters())
+
+
 def test_the_number_of_batches_is_the_models_own(backend: Backend, device: torch.device) -> None:
     model = network(device)
     ema = FusedEMA(model, 0.9999)

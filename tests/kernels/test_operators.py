@@ -88,9 +88,7 @@ def operator(name: str, backend: Backend) -> Any:
     return getattr(getattr(torch.ops.dfkd_fast, name), backend)
 
 
-@pytest.mark.parametrize(
-    ("layout", "make"), [*((layout, arguments) for layout in LAYOUTS), ("contiguous", lean_arguments)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("layout", "make"), [*((layout, arguments) for layout in LAYOUTS), ("contiguous", lean_arguments)])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_operator_keeps_what_its_schema_and_its_fake_promise(
     fused: Backend, device: torch.device, name: str, layout: str, make: Callable[..., tuple[Any, ...]]

@@ -263,7 +263,7 @@ def test_activations_keep_their_relative_precision(activation: str) -> None:
 
 
 @pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
-@pytest.mark.parametrize(("activation", "dtype"), zip(ACTIVATIONS, DTYPES, strict=True))
+@pytest.mark.parametrize(("activation", "dtype"), list(zip(ACTIVATIONS, DTYPES, strict=True)))
 def test_moments_of_any_images(shape: tuple[int, ...], layout: str, activation: str, dtype: torch.dtype) -> None:
     x = random(*shape, dtype=dtype, layout=layout)
     results = moments.moments_forward(x, activation)
@@ -335,7 +335,7 @@ def normalised(raw: Tensor, activation: str, mean: Tensor | None, std: Tensor | 
 
 
 @pytest.mark.parametrize("shape", IMAGES)
-@pytest.mark.parametrize(("activation", "form"), zip(ACTIVATIONS, ["transposed", "expanded", "none"], strict=True))
+@pytest.mark.parametrize(("activation", "form"), list(zip(ACTIVATIONS, ["transposed", "expanded", "none"], strict=True)))
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_concatenation(shape: tuple[int, ...], activation: str, form: str, channels_last: bool) -> None:
     layouts = ["contiguous", "contiguous", "channels_last", "expanded"]
@@ -356,7 +356,7 @@ def test_concatenation(shape: tuple[int, ...], activation: str, form: str, chann
 
 
 @pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
-@pytest.mark.parametrize(("activation", "form", "dtype"), zip(ACTIVATIONS, ["transposed", "none", "expanded"], DTYPES, strict=True))
+@pytest.mark.parametrize(("activation", "form", "dtype"), list(zip(ACTIVATIONS, ["transposed", "none", "expanded"], DTYPES, strict=True)))
 def test_gradient_of_the_concatenation(shape: tuple[int, ...], layout: str, activation: str, form: str, dtype: torch.dtype) -> None:
     raw, gradient = random(*shape, dtype=dtype, layout=layout), random(shape[0] + 2, *shape[1:], layout="channels_last")[1:-1]
     center, scale = of(*constants(2, shape[1], form), 1)
@@ -372,7 +372,7 @@ def test_gradient_of_the_concatenation(shape: tuple[int, ...], layout: str, acti
 
 
 @pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
-@pytest.mark.parametrize(("activation", "dtype"), zip(ACTIVATIONS, DTYPES, strict=True))
+@pytest.mark.parametrize(("activation", "dtype"), list(zip(ACTIVATIONS, DTYPES, strict=True)))
 def test_gradient_through_the_batchs_own_statistics(shape: tuple[int, ...], layout: str, activation: str, dtype: torch.dtype) -> None:
     raw, gradient = random(*shape, dtype=dtype, layout=layout), random(*shape, layout="channels_last")
     center, scale = of(*constants(2, shape[1], "transposed"), 1)

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dfkd_fast import DfkdError
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import Observer, build_model, freeze
+from dfkd_fast.models import CifarResNet, FoldingError, Observer, build_model, fold, folded_and_checked, freeze, frozen
+from dfkd_fast.models.frozen import FOLDED_WITHIN
 
 
 class Sequences(nn.Module):
@@ -167,3 +169,69 @@ def test_a_teacher_without_such_a_layer_is_refused_by_the_name_of_the_term(
 ) -> None:
     with pytest.raises(DfkdError, match=message):
         Observer(freeze(teacher), **wanted)
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """Float32 with the 10 explicit bits of mantissa that a GPU's tensor cores read in TF32; other dtypes as they are."""
+    if x.dtype != torch.float32:
+        return x
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions as a GPU computes them by PyTorch's default."""
+    convolve = nn.Conv2d._conv_forward
+    monkeypatch.setattr(
+        nn.Conv2d, "_conv_forward", lambda layer, x, weight, bias: convolve(layer, rounded_to_tf32(x), rounded_to_tf32(weight), bias)
+    )
+
+
+def small_resnet() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(1)
+    teacher = CifarResNet((1, 1, 1, 1))
+    for _ in range(2):
+        teacher(2 * torch.randn(4, 3, 16, 16))
+    return freeze(teacher), torch.randn(4, 3, 16, 16)
+
+
+def answer_apart(one: nn.Module, other: nn.Module, x: Tensor) -> float:
+    """The largest difference of logits, over the largest logit."""
+    with torch.no_grad():
+        expected = other(x)
+        return ((one(x) - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.usefixtures("in_tf32")
+def test_a_right_fold_is_recognised_where_convolutions_round_to_tf32() -> None:
+    teacher, x = small_resnet()
+    assert answer_apart(fold(teacher), teacher, x) > FOLDED_WITHIN  # in float32 it would not be
+    folded = folded_and_checked(teacher, x)
+    assert answer_apart(folded.double(), teacher.double(), x.double()) < 1e-5
+
+
+@pytest.mark.usefixtures("in_tf32")
+def test_a_wrong_fold_is_refused_where_convolutions_round_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+        fused = fuse_conv_bn_eval(conv, norm)
+        fused.weight.mul_(1.01)
+        return fused
+
+    monkeypatch.setattr(frozen, "fuse_conv_bn_eval", wrong)
+    with pytest.raises(FoldingError, match="CifarResNet answers otherwise once folded"):
+        folded_and_checked(*small_resnet())
+
+
+def test_a_network_that_computes_in_float32_only_is_not_folded_and_keeps_its_weights() -> None:
+    class Float32Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x.float())
+
+    teacher = freeze(Float32Only())
+    with pytest.raises(FoldingError, match="Float32Only does not run in float64"):
+        folded_and_checked(teacher, images().float())
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}

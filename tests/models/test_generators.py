@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import (
@@ -24,6 +27,7 @@ from dfkd_fast.models import (
     build_generator,
     conditioned,
     generate,
+    keep_spectral_norms_in_float32,
 )
 
 
@@ -239,6 +243,14 @@ class Own(nn.Module):
         return 4 * images
 
 
+class SpectralOwn(Own):
+    """A user's generator with PyTorch's spectral norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        spectral_norm(self.layers[0])
+
+
 class Cumulative(Generator):
     """Ours, with the average over all batches that ``momentum=None`` means in BatchNorm2d."""
 
@@ -338,6 +350,83 @@ def test_spectral_norm_makes_1_the_largest_singular_value_of_every_convolution_a
     assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-3)
     assert all(value > 1.1 for value in largest_singular_values(plain).values())
     assert not any(is_parametrized(layer) for layer in generator.modules() if isinstance(layer, nn.Linear))
+
+
+def singular_vectors(generator: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of every spectral norm: u, v and the weight it divides, as a matrix, in float64."""
+    found = {}
+    for name, layer in generator.named_modules():
+        if isinstance(layer, ParametrizationList):
+            norm: Any = layer[0]
+            weight = layer.original.transpose(0, norm.dim).flatten(1)
+            found[name] = (norm._u.double(), norm._v.double(), weight.detach().double())
+    return found
+
+
+def with_random_singular_vectors(model: Any, **options: Any) -> Generator:
+    """A generator whose power iterations are at their beginning, where another step makes a difference."""
+    torch.manual_seed(0)
+    generator = built(model, spectral_norm=True, **options)
+    for name, buffer in generator.named_buffers():
+        if name.endswith(("._u", "._v")):
+            buffer.copy_(F.normalize(torch.randn_like(buffer), dim=0))
+    return generator
+
+
+@pytest.mark.parametrize("model", ["A", "B", "C", "D"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_training_pass_is_one_step_of_every_power_iteration(model: Any, autocast: bool) -> None:
+    generator = with_random_singular_vectors(model)
+    before = singular_vectors(generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        generator(torch.randn(4, 5))
+    after = singular_vectors(generator)
+    assert len(after) == {"A": 3, "B": 5, "C": 3, "D": 3}[model]
+    for name, (_, v, weight) in before.items():
+        turned = F.normalize(weight @ v, dim=0)
+        close(after[name][0], turned, 1e-5)
+        close(after[name][1], F.normalize(weight.t() @ turned, dim=0), 1e-5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        generator.eval()(torch.randn(4, 5))
+    assert all(torch.equal(singular_vectors(generator)[name][0], u) for name, (u, *_) in after.items())
+
+
+class Products(TorchDispatchMode):
+    """The dtypes that matrices are multiplied with vectors in: nothing but power iterations does that here."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mv.default:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+# A CPU's autocast leaves such products alone, a GPU's does not.
+def test_a_gpus_autocast_leaves_power_iterations_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        for generator in (built("A", spectral_norm=True), keep_spectral_norms_in_float32(SpectralOwn())):
+            z = torch.randn(4, 5)
+            with Products() as products, monkeypatch.context() as patch:
+                for question in ("is_available", "is_bf16_supported"):  # or autocast would switch itself off
+                    patch.setattr(torch.cuda, question, lambda: True)
+                with torch.autocast("cuda", torch.bfloat16):
+                    images = generator(z)
+            assert images.device.type == "cuda"
+            assert len(products.dtypes) >= 3 and set(products.dtypes) == {torch.float32}
+
+
+def test_checkpointing_computes_again_with_the_weights_of_the_first_pass() -> None:
+    plain, checkpointed = (with_random_singular_vectors("D", checkpointing=wanted, hidden_eps=0.8) for wanted in (False, True))
+    z = torch.randn(4, 5)
+    # A batch norm with a small eps would divide what the weights are divided by out again.
+    for generator in (plain, checkpointed):
+        generator(z).square().mean().backward()
+    torch.testing.assert_close(gradients([checkpointed]), gradients([plain]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(states([checkpointed]), states([plain]), strict=True))
+    assert all(module.training for module in checkpointed.modules())
 
 
 @pytest.mark.parametrize("kind", ["S", "T"])

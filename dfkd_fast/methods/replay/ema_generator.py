@@ -1,6 +1,5 @@
 """MAD's replay: a slowly moving average of the generator."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from typing_extensions import override
 
-from dfkd_fast.kernels import ema_update_
-from dfkd_fast.models import conditioned, draw_labels, freeze
+from dfkd_fast.kernels import FusedEMA
+from dfkd_fast.models import conditioned, draw_labels
 
 from .memory import Memory
 
@@ -32,9 +31,9 @@ class EmaGenerator(Memory):
     generator: nn.Module
 
     def __init__(self, generator: nn.Module, decay: float, rows: int = 1) -> None:
-        self.generator = freeze(copy.deepcopy(generator))
+        self._average = FusedEMA(generator, decay)
+        self.generator = self._average.module
         self.networks = [self.generator]
-        self.decay = decay
         self.rows = rows
         place = next(generator.parameters())
         self._z = torch.empty(rows, int(generator.latent_dim), device=place.device)  # type: ignore[arg-type]
@@ -52,7 +51,7 @@ class EmaGenerator(Memory):
     @override
     def follow(self, generator: nn.Module) -> None:
         """Move towards the generator's parameters and buffers."""
-        ema_update_(_state(self.generator), _state(generator), self.decay)
+        self._average.update(generator)
         # The mean of unit vectors that turn is shorter than 1, and what is divided by it too large.
         for ours, theirs in zip(self.generator.modules(), generator.modules(), strict=True):
             if isinstance(ours, _SpectralNorm) and isinstance(theirs, _SpectralNorm):
@@ -71,7 +70,3 @@ class EmaGenerator(Memory):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
-
-
-def _state(network: nn.Module) -> list[Tensor]:
-    return [tensor.detach() for tensor in (*network.parameters(), *network.buffers())]

@@ -1,7 +1,7 @@
 """What every kind of replay answers to."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ class Memory:
     def ready(self) -> bool:
         """Whether there is anything to replay yet."""
         return True
+
+    @contextmanager
+    def assumed_ready(self) -> Iterator[None]:
+        """Inside, an empty memory replays zeros, so that the steps of later epochs can be tried; afterwards it is empty again."""
+        yield
 
     def latents(self, stream: torch.Generator) -> Tensor:
         """What ``generator`` is called with, (rows, latent_dim)."""

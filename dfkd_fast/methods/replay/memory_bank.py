@@ -1,5 +1,7 @@
 """MB-DFKD's replay: a ring of stored batches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -60,6 +62,16 @@ class MemoryBank(Memory):
         return self.stored > 0
 
     @override
+    @contextmanager
+    def assumed_ready(self) -> Iterator[None]:
+        stored = self.stored
+        self._count(max(stored, 1))
+        try:
+            yield
+        finally:
+            self._count(stored)
+
+    @override
     def recall(self, images: Tensor, stream: torch.Generator) -> Tensor | None:
         slot = self._slot.random_(generator=stream).remainder_(self._filled)
         stored = self.images.index_select(0, slot)[0]
@@ -85,8 +97,11 @@ class MemoryBank(Memory):
         self.images[slot] = images
         if self.logits is not None:
             self.logits[slot] = logits
-        self.stored += 1
-        self._filled.fill_(min(self.stored, len(self.images)))
+        self._count(self.stored + 1)
+
+    def _count(self, stored: int) -> None:
+        self.stored = stored
+        self._filled.fill_(min(stored, len(self.images)))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -101,5 +116,4 @@ class MemoryBank(Memory):
         self.step.copy_(state["step"])
         if self.logits is not None:
             self.logits.copy_(state["logits"])
-        self.stored = state["stored"]
-        self._filled.fill_(min(self.stored, len(self.images)))
+        self._count(state["stored"])

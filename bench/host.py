@@ -1,0 +1,93 @@
+"""What an average of a network costs the host: the time of a call whose kernel is replaced by nothing.
+
+A graph's replay has none of it; a step that is not captured waits for it wherever the GPU is faster than the host.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.kernels import FusedEMA, ema_update_, operators
+from dfkd_fast.kernels.ema import pairs
+
+from . import table
+from .micro import ema, runner
+
+__all__ = ["NETWORKS", "Row", "measure", "write"]
+
+NETWORKS = ("resnet18", "resnet50")
+CALLS, SAMPLES = 20, 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call on one network, and where its figures come from."""
+
+    network: str
+    tensors: int
+    """Parameters and buffers."""
+    call: str
+    median_us: float
+    """Of a call, over samples of several; in processor time of its thread, which other processes do not lengthen."""
+    q20_us: float
+    q80_us: float
+    device: str
+    threads: int
+    load: float
+    torch: str
+    triton: str
+    numba: str
+    commit: str
+    command: str
+
+
+def measure(networks: Sequence[str], device: torch.device, command: str) -> list[Row]:
+    """The host time of ``FusedEMA.update``, and of ``ema_update_`` on lists that the caller has gathered.
+
+    Raises:
+        DfkdError: plain PyTorch serves a network here, which is no kernel that could be left out.
+    """
+    origin = runner.origin(device, None, command)
+    rows = []
+    for name in networks:
+        network = ema.NETWORKS[name]().to(device)
+        averages, sources = ema.tensors(copy.deepcopy(network)), ema.tensors(network)
+        if pairs(averages, sources, None).backend == "reference":
+            raise DfkdError(f"{name}: its average is computed by the backend reference, which has no kernel to replace")
+        calls: dict[str, Callable[[], None]] = {
+            "FusedEMA.update": partial(FusedEMA(network, ema.DECAY).update, network),
+            "ema_update_": partial(ema_update_, averages, sources, ema.DECAY),
+        }
+        with mock.patch.object(operators, "operator", lambda *_: _nothing):
+            for call, function in calls.items():
+                q20, median, q80 = np.quantile(_microseconds(function), (0.2, 0.5, 0.8)).round(2).tolist()
+                rows.append(Row(name, len(sources), call, median, q20, q80, **origin))  # type: ignore[arg-type]
+    return rows
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write a file anew: times of different runs are not comparable."""
+    table.write(path, table.names(Row), map(asdict, rows))
+
+
+def _nothing(*_: object) -> None:
+    """In place of a kernel."""
+
+
+def _microseconds(call: Callable[[], None]) -> list[float]:
+    call()  # what is done once for a list is not what a call costs
+    samples = []
+    for _ in range(SAMPLES):
+        begin = time.thread_time_ns()
+        for _ in range(CALLS):
+            call()
+        samples.append((time.thread_time_ns() - begin) / CALLS / 1e3)
+    return samples

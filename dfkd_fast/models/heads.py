@@ -1,0 +1,93 @@
+"""The layers that a network's logits come out of: found by running it, and computed in float32 under autocast.
+
+Rounded to bfloat16, logits near 10 are multiples of 1/16, and the difference between a teacher and a student who nearly agree is noise.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.modules.conv import _ConvNd
+
+from .modes import evaluating, logits_of
+
+__all__ = ["compute_in_float32", "find_heads", "in_float32"]
+
+
+def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
+    """The layers with a weight matrix whose outputs reach the logits through no other such layer.
+
+    That is a classifier's last linear layer, a segmenter's last convolution before the upsampling, and several layers where
+    their outputs are added up, as LR-ASPP's are. The order in which layers are called decides, not that in which they are
+    registered: an auxiliary classifier is none of them.
+
+    Args:
+        network: images → logits, or a dict with them under ``out``; its mode and its buffers are left as they are.
+        images: (B, C, H, W), on its device; only the shape matters.
+    """
+    layers: dict[Node, nn.Module] = {}
+
+    def record(layer: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            layers.setdefault(output.grad_fn, layer)
+
+    hooks = [layer.register_forward_hook(record) for layer in network.modules() if _has_matrix(layer)]
+    try:
+        with evaluating(network), torch.enable_grad():
+            # Cloned, since a network may change its input in place, which a leaf of the graph forbids.
+            logits = logits_of(network(images.detach().requires_grad_().clone()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads: dict[nn.Module, None] = {}
+    pending, visited = [logits.grad_fn], set[Node]()
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if node in layers:
+            heads[layers[node]] = None
+        else:
+            pending += [before for before, _ in node.next_functions]
+    return list(heads)
+
+
+def compute_in_float32(layer: nn.Module) -> None:
+    """Let a layer compute in float32 under autocast from now on; its parameters and its state keep their names."""
+    layer.__class__ = _in_float32(type(layer))  # type: ignore[arg-type]  # mypy asks the class for its instances' hash
+
+
+@contextmanager
+def in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """The same while the context lasts, for layers that are a user's and must not be changed for good."""
+    classes = [(layer, type(layer)) for layer in layers]
+    for layer, _ in classes:
+        compute_in_float32(layer)
+    try:
+        yield
+    finally:
+        for layer, before in reversed(classes):
+            layer.__class__ = before
+
+
+class _Float32(nn.Module):
+    def forward(self, input: Tensor, *arguments: Any, **named: Any) -> Any:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float() if input.dtype.itemsize < 4 else input, *arguments, **named)
+
+
+@cache  # a compiled network checks the classes of its layers: a new one at every call would compile it anew
+def _in_float32(layer: type[nn.Module]) -> type[nn.Module]:
+    return layer if issubclass(layer, _Float32) else type(layer.__name__, (_Float32, layer), {})
+
+
+def _has_matrix(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Linear | _ConvNd):
+        return True
+    # A user's own layer. A module with others inside is no layer: a transformer has its position embedding beside them.
+    return not any(True for _ in layer.children()) and any(parameter.ndim > 1 for parameter in layer.parameters(recurse=False))

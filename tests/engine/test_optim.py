@@ -1,0 +1,83 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast import Optimizer, Trainer
+from dfkd_fast.engine.optim import build_optimizer, settle_rates
+from tests.small import small_method
+from tests.states import assert_equal, without_times
+
+CPU = torch.device("cpu")
+SGD = Optimizer(lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def weights() -> list[nn.Parameter]:
+    stream = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=stream)) for shape in ((4, 3, 3, 3), (7,), ())]
+
+
+def take_steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], count: int) -> None:
+    stream = torch.Generator().manual_seed(1)
+    for step in range(count):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=stream)
+        if step == 0:
+            parameters[-1].grad = None  # as of a layer that its first batch does not reach
+        optimizer.step()
+
+
+def test_momentum_from_the_beginning_changes_no_bit() -> None:
+    ours, theirs = weights(), weights()
+    take_steps(build_optimizer(SGD, ours, CPU), ours, 5)
+    take_steps(torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=0.01), theirs, 5)
+    assert_equal([*ours], [*theirs])
+
+
+def test_a_first_step_that_overflows_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch's fused SGD, as on a GPU, and memory that was never written.
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: torch.full_like(tensor, torch.nan, **options))
+    weight = nn.Parameter(torch.ones(5))
+    optimizer = build_optimizer(Optimizer(lr=0.5), [weight], CPU)
+    optimizer.param_groups[0]["fused"] = True
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    scaler = torch.amp.GradScaler("cpu")
+    for gradient in (torch.inf, 2.0):
+        optimizer.zero_grad()
+        scaler.scale(gradient * weight.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.state[weight]["momentum_buffer"].tolist() == [2.0] * 5
+    assert weight.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("buffer", ["absent", "none"])
+def test_a_checkpoint_without_momentum_gets_one(buffer: str) -> None:
+    parameters = weights()
+    optimizer = build_optimizer(SGD, parameters, CPU)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"] = {} if buffer == "absent" else {key: {"momentum_buffer": None} for key in state["state"]}
+    optimizer.load_state_dict(state)
+    settle_rates(optimizer, CPU)
+    for parameter in parameters:
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        assert isinstance(momentum, Tensor)
+        assert momentum.shape == parameter.shape and not momentum.any()
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(make_trainer: Callable[..., Trainer]) -> None:
+    whole, resumed = make_trainer(small_method()), make_trainer(small_method())
+    next(iter(whole))
+    state: dict[str, Any] = copy.deepcopy(whole.state_dict())
+    for optimizer in state["optimizers"]:
+        for group in optimizer["param_groups"]:
+            group |= {"lr": torch.tensor(group["lr"]), "fused": True} | ({"capturable": True} if "capturable" in group else {})
+    resumed.load_state_dict(state)
+    for trainer in (whole, resumed):
+        trainer.fit()
+    expected, found = (without_times(trainer.state_dict()) for trainer in (whole, resumed))
+    # What is left is that a rate that was a tensor has float32's digits.
+    torch.testing.assert_close(found["networks"], expected["networks"], rtol=1e-5, atol=1e-7)

@@ -1,0 +1,212 @@
+"""An average gathers and checks tensors once: what it notices afterwards, whatever changes."""
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.kernels import Backend, BackendError, FusedEMA, ema, use_backend
+from dfkd_fast.kernels.dispatch import why_not
+from dfkd_fast.kernels.ema import gathered
+from tests.kernels.oracles import lerp
+
+DECAY = 0.8
+CPU = torch.device("cpu")
+Change = Callable[[Any, Any], object]
+"""Of the model, and of the module that averages it."""
+
+
+def network() -> nn.Sequential:
+    """Submodules, parameters, buffers, and a layer that has none; weights whose transpose has their shape."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.BatchNorm1d(4), nn.Conv2d(4, 4, 3, padding=1))
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+
+
+def update_and_compare(average: FusedEMA, model: nn.Module) -> None:
+    """Update once from new values, and compare with the average by hand in float64."""
+    for tensor in (*tensors(model), *tensors(average.module)):
+        if tensor.is_floating_point():
+            tensor.normal_()
+        else:
+            tensor.random_(9)
+    expected = [
+        lerp(old, new, DECAY) if new.is_floating_point() else new.double()
+        for old, new in zip(tensors(average.module), tensors(model), strict=True)
+    ]
+    average.update(model)
+    for moved, exact in zip(tensors(average.module), expected, strict=True):
+        torch.testing.assert_close(moved.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def swap_data(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    for parameter in module.parameters():
+        parameter.data = change(parameter.data)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The index of every pair of tensors that is checked."""
+    indices: list[int] = []
+    check = ema._check_pair
+
+    def watched(index: int, *rest: Any) -> None:
+        indices.append(index)
+        check(index, *rest)
+
+    monkeypatch.setattr(ema, "_check_pair", watched)
+    return indices
+
+
+@pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_tensors_are_checked_once_and_not_at_every_update(
+    backend: Backend, device: torch.device, checked: list[int], shadow_dtype: torch.dtype | None, warm_up: bool
+) -> None:
+    model = network().to(device)
+    average = FusedEMA(model, DECAY, shadow_dtype=shadow_dtype, warm_up=warm_up)
+    average.update(model)
+    assert len(checked) == len(tensors(model)) * (1 if shadow_dtype is None else 2)
+    checked.clear()
+    for _ in range(3):
+        average.update(model)
+    assert not checked
+
+
+FITTING: dict[str, Change] = {
+    "a parameter is replaced": lambda model, _: setattr(model[1], "weight", nn.Parameter(torch.randn(4))),
+    "an average is replaced": lambda _, ema: setattr(ema.module[1], "bias", nn.Parameter(torch.randn(4), requires_grad=False)),
+    "a buffer is registered anew": lambda model, _: model[1].register_buffer("running_mean", torch.randn(4)),
+    "an equal number is registered anew": lambda model, _: model[1].register_buffer("num_batches_tracked", torch.tensor(0)),
+    "a submodule is replaced": lambda model, _: model.__setitem__(0, nn.Sequential(nn.Linear(4, 4), nn.ReLU())),
+    "a submodule of a submodule is replaced": lambda model, _: model[0].__setitem__(0, nn.Linear(4, 4)),
+    "a layer without tensors is added": lambda model, _: model[1].add_module("last", nn.ReLU()),
+    "the averaged module is replaced": lambda _, ema: setattr(ema, "module", copy.deepcopy(ema.module)),
+    "values are assigned": lambda model, _: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "averages are assigned": lambda _, ema: ema.load_state_dict(copy.deepcopy(ema.state_dict()), assign=True),
+    "the dtype changes": lambda model, _: model.to(torch.bfloat16),
+    "both are channels-last": lambda model, ema: [part.to(memory_format=torch.channels_last) for part in (model, ema)],
+    "both are transposed": lambda model, ema: [swap_data(part[0], lambda tensor: tensor.t()) for part in (model, ema.module)],  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_a_change_is_noticed_and_what_fits_is_averaged(backend: Backend, device: torch.device, checked: list[int], name: str) -> None:
+    model = network().to(device)
+    average = FusedEMA(model, DECAY)
+    average.update(model)
+    checked.clear()
+    FITTING[name](model, average)
+    model.to(device)
+    average.to(device)
+    update_and_compare(average, model)
+    assert checked == list(range(len(tensors(model))))
+    checked.clear()
+    update_and_compare(average, model)
+    assert not checked
+
+
+UNFIT: dict[str, tuple[Change, str]] = {
+    "a parameter is added": (lambda model, _: model[2].register_parameter("gain", nn.Parameter(torch.ones(1))), "differ in length"),
+    "a buffer is added to a layer without any": (lambda model, _: model[0][1].register_buffer("n", torch.ones(1)), "differ in length"),
+    "a submodule is added": (lambda model, _: model.append(nn.Linear(2, 2)), "differ in length"),
+    "a submodule is removed": (lambda model, _: model.__delitem__(2), "differ in length"),
+    "a parameter is removed": (lambda model, _: setattr(model[2], "bias", None), "differ in length"),
+    "the shape changes in place": (lambda model, _: swap_data(model[0], lambda tensor: tensor[:2]), "pair 0: .*shape"),
+    "the strides change in place": (lambda model, _: swap_data(model[0], lambda tensor: tensor.t()), "pair 0: .*strides"),
+    "the memory format changes": (lambda model, _: model.to(memory_format=torch.channels_last), "pair 4: .*strides"),
+    "an average is transposed": (lambda _, ema: swap_data(ema.module[0], lambda tensor: tensor.t()), "pair 0: .*strides"),
+    "the averages are halved": (lambda _, ema: ema.module.half(), "must be float32"),
+    "integers take the place": (lambda model, _: swap_data(model[0], lambda tensor: tensor.long()), "pair 0: .*dtype"),
+    "the device changes": (lambda model, _: model.to("meta"), "pair 0: .*device"),
+    "the averages' device changes": (lambda _, ema: ema.module.to("meta"), "pair 0: .*device"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_change_is_noticed_and_what_does_not_fit_is_refused(backend: Backend, device: torch.device, name: str) -> None:
+    model = network().requires_grad_(False).to(device)  # so that parameters may become integers
+    average = FusedEMA(model, DECAY)
+    average.update(model)
+    change, message = UNFIT[name]
+    change(model, average)
+    before = [tensor.clone() for tensor in tensors(average.module)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            average.update(model)
+    assert int(average.updates) == 1
+    if not before[0].is_meta:
+        assert all(map(torch.equal, tensors(average.module), before))
+
+
+def test_new_memory_of_the_same_layout_is_read_without_another_check(backend: Backend, device: torch.device, checked: list[int]) -> None:
+    model = network().to(device)
+    average = FusedEMA(model, DECAY)
+    average.update(model)
+    checked.clear()
+    for part in (model, average.module):
+        swap_data(part, torch.randn_like)
+    update_and_compare(average, model)
+    assert not checked
+
+
+@pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")
+def test_a_backend_that_is_forced_later_is_obeyed() -> None:
+    model = network().double()
+    average = FusedEMA(model, DECAY)
+    average.update(model)
+    with use_backend("numba"), pytest.raises(BackendError, match="numba is forced"):
+        average.update(model)
+
+
+def test_several_models_may_take_turns(backend: Backend, device: torch.device, checked: list[int]) -> None:
+    models = [network().to(device), network().to(device)]
+    average = FusedEMA(models[0], DECAY)
+    for model in models:
+        average.update(model)
+    checked.clear()
+    for model in models:
+        update_and_compare(average, model)
+    assert not checked
+
+
+def test_an_average_keeps_no_model_alive() -> None:
+    model = network()
+    average = FusedEMA(model, DECAY)
+    average.update(model)
+    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(parameter() is not None for parameter in parameters)
+
+
+def test_copies_and_pickles_of_an_average_leave_the_model_out_and_go_on() -> None:
+    model = nn.Linear(300, 100)
+    average = FusedEMA(model, DECAY)
+    average.update(model)
+    saved = io.BytesIO()
+    torch.save(copy.deepcopy(average), saved)
+    assert saved.tell() < 1.5 * model.weight.nbytes
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    for either in (average, loaded):
+        either.update(model)
+    assert all(map(torch.equal, tensors(average), tensors(loaded)))
+
+
+def test_without_pytorchs_guards_every_update_checks(monkeypatch: pytest.MonkeyPatch, checked: list[int]) -> None:
+    monkeypatch.setattr(gathered, "TensorGuards", None)
+    model = network()
+    average = FusedEMA(model, DECAY)
+    for _ in range(2):
+        update_and_compare(average, model)
+    assert len(checked) == 2 * len(tensors(model))
