@@ -13,7 +13,9 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <optional>
+#include <type_traits>
 
 namespace dfkd_fast {
 
@@ -71,7 +73,7 @@ inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{
       from(tensor), from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -122,9 +124,21 @@ __device__ __forceinline__ void load(const T* source, float (&values)[kCount]) {
   }
 }
 
+// The integer of as many bytes as a pack.
+template <int kBytes>
+using Word = std::conditional_t<
+    kBytes == 16,
+    uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
+
+// nvcc splits the assignment of a pack, even of a uint4, into stores of its elements; the intrinsic stays one instruction.
+// It bypasses L1, where no one would find what is stored: no kernel reads what it has written, and L1 is not kept from one
+// kernel to the next.
 template <typename T, int kCount>
 __device__ __forceinline__ void store(T* target, const float (&values)[kCount]) {
   constexpr int kWidth = pack_width<T, kCount>();
+  using AnyWord = Word<sizeof(Pack<T, kWidth>)>;
+  static_assert(sizeof(AnyWord) == sizeof(Pack<T, kWidth>));
 #pragma unroll
   for (int i = 0; i < kCount / kWidth; ++i) {
     Pack<T, kWidth> pack;
@@ -132,7 +146,9 @@ __device__ __forceinline__ void store(T* target, const float (&values)[kCount]) 
     for (int j = 0; j < kWidth; ++j) {
       narrow(values[i * kWidth + j], pack.values[j]);
     }
-    reinterpret_cast<Pack<T, kWidth>*>(target)[i] = pack;
+    AnyWord word;
+    memcpy(&word, &pack, sizeof(word));
+    __stcg(reinterpret_cast<AnyWord*>(target) + i, word);
   }
 }
 

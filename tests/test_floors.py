@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ MODULES = sorted(
     for name in names
     if name.endswith(".py") and Path(folder) / name != ROOT / "__init__.py"
 )
+# Of those that the stable headers of PyTorch 2.11 have. TORCH_TARGET_VERSION hides later functions, but not later macros.
+MACROS = {
+    "STABLE_TORCH_LIBRARY_FRAGMENT",
+    "STABLE_TORCH_LIBRARY_IMPL",
+    "STD_CUDA_KERNEL_LAUNCH_CHECK",
+    "STD_TORCH_CHECK",
+    "TORCH_ABI_VERSION",
+    "TORCH_BOX",
+    "TORCH_ERROR_CODE_CHECK",
+}
 
 
 def room(parts: tuple[str, ...]) -> str:
@@ -80,3 +91,12 @@ def test_kernels_know_nothing_of_the_project() -> None:
     for path in MODULES:
         if room(path.parts) == "kernels":
             assert imported_rooms(path) <= {"kernels"}
+
+
+def test_csrc_uses_only_macros_that_pytorch_2_11_has() -> None:
+    used = {
+        macro
+        for path in (ROOT / "csrc").iterdir()
+        for macro in re.findall(r"\b(?:STABLE|STD|TORCH|AOTI|C10|AT)_[A-Z0-9_]+\b", path.read_text())
+    }
+    assert not used - MACROS

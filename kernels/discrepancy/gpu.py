@@ -69,10 +69,8 @@ def scale_gradients(
     teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See kernels/discrepancy."""
-    student_gradient, teacher_gradient = (
-        torch.empty_like(unit, dtype=dtype) if unit.numel() else unit.new_empty(0, dtype=dtype)
-        for unit, dtype in ((student_unit, student_dtype), (teacher_unit, teacher_dtype))
-    )
+    student_gradient = torch.empty_like(student_unit, dtype=student_dtype)
+    teacher_gradient = torch.empty_like(teacher_unit, dtype=teacher_dtype)
     numel = max(student_unit.numel(), teacher_unit.numel())
     units = (unit if unit.numel() else None for unit in (student_unit, teacher_unit))
     scales = student_scale, teacher_scale

@@ -9,7 +9,20 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import Backend, concat_generated
 from dfkd_fast.kernels.concat import Activation
-from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, activated, assert_as_exact_as_plain, laid_out, layouts, random
+from tests.kernels.oracles import (
+    HALVES,
+    INF,
+    LAYOUTS,
+    NAN,
+    PROPERTY,
+    RUNS,
+    SANITIZED_STORAGE,
+    activated,
+    assert_as_exact_as_plain,
+    laid_out,
+    layouts,
+    random,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -78,7 +91,7 @@ def compare(inputs: list[Tensor], activation: Activation, arguments: dict[str, A
         for index, (mean, variance) in enumerate(zip(arguments["running_means"], arguments["running_vars"], strict=True)):
             for name, moved in (("running_mean", mean), ("running_var", variance)):
                 assert_as_exact_as_plain(moved, plain_norms[index].state_dict()[name], exact_norms[index].state_dict()[name], summed=1.0)
-    cotangent = torch.randn(result.shape).to(result)
+    cotangent = torch.empty_like(result).detach().copy_(torch.randn(result.shape))
     gradients = torch.autograd.grad(result, inputs, cotangent)
     usual = torch.autograd.grad(plain.to(result.dtype), plain_inputs, cotangent.contiguous())
     truth = torch.autograd.grad(exact, exact_inputs, cotangent.double().contiguous())
@@ -114,6 +127,24 @@ def test_half_precision_is_read_in_float32_and_rounded_once(
     inputs = [random(rows, CHANNELS, 5, 7, dtype=dtype, device=device) for rows, dtype in zip(ROWS, dtypes, strict=True)]
     result = compare(inputs, "tanh", settings(normalize, len(inputs), CHANNELS, device), out_dtype=out_dtype)
     assert result.dtype == (out_dtype or dtypes[0])
+
+
+@pytest.mark.parametrize("shape", RUNS, ids=str)
+@pytest.mark.parametrize(
+    "layouts", [("contiguous",), ("channels_last",), ("channels_last", "contiguous"), ("contiguous", "misaligned")], ids="-".join
+)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("dtype", SANITIZED_STORAGE, ids=str)
+def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    layouts: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> None:
+    inputs = [random(*shape, dtype=dtype, layout=layout, device=device) for layout in layouts]
+    compare(inputs, "tanh", settings("training", len(inputs), shape[1], device), memory_format=memory_format)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 10, 65, 1000])
@@ -152,6 +183,17 @@ def test_a_generator_may_give_nothing(backend: Backend, device: torch.device, no
     inputs = [random(count, CHANNELS, 5, 7, device=device) for count in rows]
     result = compare(inputs, "tanh", settings(normalize, len(inputs), CHANNELS, device))
     assert result.shape == (sum(rows), CHANNELS, 5, 7)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(0, CHANNELS, 5, 7), (2, CHANNELS, 0, 7)], ids=str)
+@pytest.mark.parametrize("normalize", ["none", "dataset", "running"])
+def test_all_generators_may_give_nothing_in_half_precision(
+    backend: Backend, device: torch.device, normalize: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    inputs = [random(*shape, dtype=dtype, device=device) for _ in range(2)]
+    result = compare(inputs, "tanh", settings(normalize, len(inputs), CHANNELS, device))
+    assert (result.shape, result.dtype) == ((2 * shape[0], *shape[1:]), dtype)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, False, True), (True, False, True)], ids=str)

@@ -21,6 +21,7 @@ from dfkd_fast.kernels.operators import SCHEMAS
 KERNELS = Path(build.__file__).resolve().parent
 HOPPER = ("-gencode=arch=compute_90,code=sm_90",)
 OTHER_PYTHON = os.environ.get("DFKD_FAST_OTHER_PYTHON")
+needs_other_python = pytest.mark.skipif(not OTHER_PYTHON, reason="DFKD_FAST_OTHER_PYTHON names no interpreter with another PyTorch")
 REASON = build.why_not_buildable()
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the extension cannot be built here: {REASON}")
@@ -90,17 +91,37 @@ def test_it_depends_on_torch_alone_and_is_no_python_module(binary: Path) -> None
     assert not any(symbol.startswith(("PyInit", "Py_", "_ZN3c10", "_ZN2at")) for symbol in symbols)
 
 
-@pytest.mark.skipif(not OTHER_PYTHON, reason="DFKD_FAST_OTHER_PYTHON names no interpreter with another PyTorch")
-def test_the_same_binary_serves_another_pytorch(binary: Path, tmp_path: Path) -> None:
+def registered_elsewhere(binary: Path, cwd: Path, interpreter: str) -> str:
+    """Load a binary in a process of its own, compare its schemas, and return the PyTorch that loaded it."""
     code = f"""
 import json, torch
 torch.ops.load_library({str(binary)!r})
 print(json.dumps([torch.__version__, *(str(getattr(torch.ops.dfkd_fast, name).cuda._schema) for name in {list(SCHEMAS)})]))
 """
-    version, *schemas = json.loads(python(code, tmp_path, str(OTHER_PYTHON)))
-    assert version != str(torch.__version__)
+    version, *schemas = json.loads(python(code, cwd, interpreter))
     for (name, schema), registered in zip(SCHEMAS.items(), schemas, strict=True):
         assert torch._C.parse_schema(registered) == torch._C.parse_schema(f"dfkd_fast::{name}.cuda{schema}"), name
+    return version
+
+
+@needs_other_python
+def test_the_same_binary_serves_another_pytorch(binary: Path, tmp_path: Path) -> None:
+    assert registered_elsewhere(binary, tmp_path, str(OTHER_PYTHON)) != str(torch.__version__)
+
+
+@needs_other_python
+def test_a_binary_built_against_another_pytorchs_headers_serves_this_one(tmp_path: Path) -> None:
+    binary = tmp_path / "extension.so"
+    # build.py by itself: that environment may lack what kernels/ imports
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(KERNELS)!r})
+import build
+build.compile_extension(Path({str(binary)!r}), architectures={HOPPER})
+"""
+    python(code, tmp_path, str(OTHER_PYTHON))
+    assert registered_elsewhere(binary, tmp_path, sys.executable) == str(torch.__version__)
 
 
 @pytest.mark.parametrize(

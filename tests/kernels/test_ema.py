@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfkd_fast.kernels import Backend, BackendError, ema_multi_avg_fn, ema_update_
-from tests.kernels.oracles import HALVES, INF, NAN, PROPERTY, STORAGE, assert_as_exact_as_plain, laid_out, layouts, lerp
+from tests.kernels.oracles import (
+    HALVES,
+    INF,
+    NAN,
+    PROPERTY,
+    SANITIZED_STORAGE,
+    STORAGE,
+    assert_as_exact_as_plain,
+    laid_out,
+    layouts,
+    lerp,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -83,7 +94,7 @@ def test_equal_tensors_stay_exactly_equal(backend: Backend, device: torch.device
     assert torch.equal(average, source.float())
 
 
-@pytest.mark.parametrize("shadow_dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("shadow_dtype", SANITIZED_STORAGE, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
 def test_shadows_receive_the_new_averages_rounded(backend: Backend, device: torch.device, shadow_dtype: torch.dtype, layout: str) -> None:
     averages = [values(shape, torch.float32, device, layout) for shape in SHAPES]
@@ -98,6 +109,17 @@ def test_shadows_receive_the_new_averages_rounded(backend: Backend, device: torc
             assert torch.equal(shadow, average.to(shadow_dtype))
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("tensors", [101, 801])
+def test_lists_may_be_longer_than_what_a_kernel_takes_at_once(backend: Backend, device: torch.device, tensors: int) -> None:
+    averages, sources = ([torch.randn(size % 7, device=device) for size in range(tensors)] for _ in range(2))
+    exact = [lerp(average, source, 0.75) for average, source in zip(averages, sources, strict=True)]
+    ema_update_(averages, sources, 0.75)
+    for average, expected in zip(averages, exact, strict=True):
+        torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("shadowed", [False, True])
 def test_a_list_may_mix_dtypes_shapes_and_kinds(backend: Backend, device: torch.device, shadowed: bool) -> None:
     kinds = [torch.float32, torch.bfloat16, torch.int64, torch.float16, torch.bool, torch.float32, torch.uint8]

@@ -8,7 +8,19 @@ from torch import Tensor
 
 from dfkd_fast.kernels import Backend, channel_moments, channel_sums
 from tests.kernels import oracles
-from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, STORAGE, assert_as_exact_as_plain, laid_out, layouts, random
+from tests.kernels.oracles import (
+    INF,
+    LAYOUTS,
+    NAN,
+    PROPERTY,
+    RUNS,
+    SANITIZED_STORAGE,
+    STORAGE,
+    assert_as_exact_as_plain,
+    laid_out,
+    layouts,
+    random,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -63,6 +75,17 @@ def test_every_layout_and_precision_is_read_in_float32(
     assert count == x.numel() // x.shape[1]
 
 
+@pytest.mark.parametrize("shape", RUNS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("dtype", SANITIZED_STORAGE, ids=str)
+def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
+    backend: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
+) -> None:
+    x = random(*shape, dtype=dtype, layout=layout, device=device)
+    compare(channel_moments, oracles.moments, x)
+    compare(lambda x: channel_sums(x)[:2], sums, x)
+
+
 @PROPERTY
 @given(data=st.data(), dtype=st.sampled_from(STORAGE), mean=st.floats(-10, 10))
 def test_any_shape_and_strides(fused: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, mean: float) -> None:
@@ -113,8 +136,11 @@ def test_sums_of_the_parts_of_a_batch_give_the_moments_of_the_whole(backend: Bac
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
-def test_over_no_elements_sums_are_0_and_moments_nan(backend: Backend, device: torch.device, shape: tuple[int, ...]) -> None:
-    x = random(*shape, device=device)
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_over_no_elements_sums_are_0_and_moments_nan(
+    backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = random(*shape, dtype=dtype, device=device)
     mean, variance = channel_moments(x)
     assert mean.isnan().all()
     assert variance.isnan().all()
@@ -124,7 +150,7 @@ def test_over_no_elements_sums_are_0_and_moments_nan(backend: Backend, device: t
     assert count == 0
     for first, second in ((mean, variance), (total, square_total)):
         (gradient,) = torch.autograd.grad(first.sum() + second.sum(), x)
-        assert gradient.shape == shape
+        assert (gradient.shape, gradient.dtype) == (shape, dtype)
 
 
 def test_of_no_channels_there_are_no_moments(backend: Backend, device: torch.device) -> None:

@@ -495,3 +495,11 @@ def test_offsets_beyond_31_bits() -> None:
         assert_as_exact(total, images.double().sum((0, 2, 3)), images.float().sum((0, 2, 3)))
         concat.concat_forward_out(out, [images], "none", None, None)
         assert torch.equal(out, images)
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("dtype", [torch.int8, *DTYPES])
+def test_gradients_of_nothing_have_the_shape_of_the_logits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    unit = torch.empty(shape, dtype=dtype, device=DEVICE)
+    gradients = discrepancy.scale_gradients(unit, unit, torch.ones((), device=DEVICE), 1.0, -1.0, torch.float16, torch.float32)
+    assert [(gradient.shape, gradient.dtype) for gradient in gradients] == [(shape, torch.float16), (shape, torch.float32)]

@@ -1,0 +1,76 @@
+"""The machine code of the CUDA kernels: consecutive elements are stored 16 bytes at a time.
+
+Neither the compiler nor the disassembler needs a GPU.
+"""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfkd_fast.kernels import build
+
+REASON = build.why_not_buildable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"csrc cannot be compiled here: {REASON}")
+
+Stores = Counter[str]  # of a kernel, by width in bits: "128", "64", "32", "U16", "U8"
+SIZES = (4, 2, 2)  # bytes of float32, bfloat16 and float16: a kernel has stores for each
+
+
+def cuobjdump() -> str:
+    """The toolkit's, or else Triton's."""
+    triton = find_spec("triton")
+    beside = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin") if triton and triton.origin else ""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
+    if found is None:
+        pytest.skip("no cuobjdump: it comes with the CUDA toolkit and with Triton")
+    return found
+
+
+def stores(source: str, folder: Path) -> dict[str, Stores]:
+    """The global stores of a source's kernels, by mangled name."""
+    cubin = folder / "kernels.cubin"
+    include = Path(torch.__file__).parent / "include"
+    command = [build._nvcc(), *build.FLAGS, "-cubin", "-arch=sm_90", "-isystem", include, build.SOURCES / source, "-o", cubin]
+    subprocess.run([str(word) for word in command], check=True)
+    code = subprocess.run([cuobjdump(), "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
+    _, *functions = re.split(r"Function : (\S+)", code)
+    return {
+        name: Counter(match[1] or "32" for match in re.finditer(r"\bSTG?\.E(?:\.(128|64|U16|U8)\b)?", body))
+        for name, body in zip(functions[::2], functions[1::2], strict=True)
+    }
+
+
+@pytest.mark.parametrize(("source", "kernels"), [("concat.cu", 6), ("moments.cu", 3)])
+def test_tiles_are_stored_16_bytes_at_a_time(source: str, kernels: int, tmp_path: Path) -> None:
+    checked = 0
+    for name, found in stores(source, tmp_path).items():
+        tile = re.search(r"tile_kernel.*?TileILi(\d)ELi(\d)E", name)
+        if tile is None or tile.groups() == ("1", "1"):
+            continue
+        pixels, channels = map(int, tile.groups())
+        layouts = 2 if pixels > 1 and channels > 1 else 1  # interleaved or planar, chosen at run time
+        assert found == {"128": layouts * sum(pixels * channels * size // 16 for size in SIZES)}, name
+        checked += 1
+    assert checked == kernels
+
+
+def test_gradients_are_stored_16_bytes_at_a_time_but_for_the_last(tmp_path: Path) -> None:
+    (found,) = stores("gradients.cu", tmp_path).values()
+    vector = 8  # elements of a thread, stored one by one only where the tensor ends or is not aligned
+    assert found == {"128": sum(vector * size // 16 for size in SIZES), "32": vector, "U16": 2 * vector}
+
+
+def test_averages_and_shadows_are_stored_whole_but_for_the_last(tmp_path: Path) -> None:
+    kernels = stores("ema.cu", tmp_path)
+    assert len(kernels) == 2  # for short lists and for long ones
+    for found in kernels.values():
+        del found["U8"]  # copies of integers that are not aligned
+        # Four vectors of four elements: 16 bytes of averages and float32 shadows, 8 of half-precision shadows, and
+        # as many single elements where a tensor ends or is not aligned. Two more of 16 bytes copy integers.
+        assert found == {"128": 4 + 4 + 2, "64": 4 + 4, "32": 4 + 4, "U16": 4 + 4}
