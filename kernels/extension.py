@@ -1,13 +1,17 @@
-"""The compiled CUDA extension: where it lies, and whether it could be loaded."""
+"""The compiled CUDA extension: where it lies, and whether it could be loaded.
+
+``DFKD_FAST_EXTENSION`` names another file than the one beside this.
+"""
 
 import functools
+import os
 from pathlib import Path
 
 import torch
 
 __all__ = ["BINARY", "loaded", "why_not_loaded"]
 
-BINARY = Path(__file__).parent / "dfkd_fast_cuda.so"
+BINARY = Path(os.environ.get("DFKD_FAST_EXTENSION") or Path(__file__).parent / "dfkd_fast_cuda.so")
 
 
 @functools.cache

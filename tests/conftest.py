@@ -8,15 +8,29 @@ import torch
 
 from dfkd_fast import Method, Trainer
 from dfkd_fast.cli import main
+from tests.alone import _in_turn as _in_turn
 from tests.command_line import Run, Said
 from tests.small import Networks, small_networks
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="PyTorch sees no GPU here"))
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run every case of what usually runs as a sample, and under sanitizers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    absent = {} if torch.cuda.is_available() else {"gpu": "PyTorch sees no GPU here"}
+    if not config.getoption("exhaustive"):
+        absent["exhaustive"] = "runs with --exhaustive only"
+    for item in items:
+        for marker, reason in absent.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def exhaustive(request: pytest.FixtureRequest) -> bool:
+    """Whether all cases are asked for of what runs as a sample."""
+    return bool(request.config.getoption("exhaustive"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dfkd_fast.kernels import Backend, use_backend
-from dfkd_fast.kernels.dispatch import why_not
+from dfkd_fast.kernels.dispatch import backends, why_not
 
-FUSED = ["numba", pytest.param("triton", marks=pytest.mark.gpu), pytest.param("cuda", marks=pytest.mark.gpu)]
+ON_CPU = backends(torch.device("cpu"))  # a GPU's backends, too, in the processes that on_cpu.py starts
+FUSED = ["numba", *(pytest.param(name, marks=[] if name in ON_CPU else pytest.mark.gpu) for name in ("triton", "cuda"))]
 
 
 def _forced(backend: Backend) -> Iterator[Backend]:
@@ -32,7 +33,7 @@ def fused(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A device that the test's backend serves."""
     name = next(request.getfixturevalue(fixture) for fixture in ("backend", "fused") if fixture in request.fixturenames)
-    return torch.device("cuda" if name in ("triton", "cuda") else "cpu")
+    return torch.device("cpu" if name in ON_CPU else "cuda")
 
 
 @pytest.fixture

@@ -76,8 +76,9 @@ def oracle(inputs: list[Tensor], activation: Activation, arguments: dict[str, An
 
 def compare(inputs: list[Tensor], activation: Activation, arguments: dict[str, Any], **options: Any) -> Tensor:
     """Batch, gradients and running statistics against float64, all through a cotangent that lies as the batch does."""
-    exact_inputs = [raw.detach().double().requires_grad_() for raw in inputs]
-    plain_inputs = [raw.detach().clone().requires_grad_() for raw in inputs]
+    # Contiguous, because some strides of one image of one row make the gradient of PyTorch's own batch normalisation wrong on a CPU.
+    exact_inputs = [raw.detach().double().contiguous().requires_grad_() for raw in inputs]
+    plain_inputs = [raw.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for raw in inputs]
     batch = arguments["normalize"] == "batch"
     exact_norms, plain_norms = (layers(arguments, dtype) if batch else [] for dtype in (torch.float64, torch.float32))
     exact = oracle(exact_inputs, activation, arguments, exact_norms)
@@ -92,10 +93,15 @@ def compare(inputs: list[Tensor], activation: Activation, arguments: dict[str, A
                 assert_as_exact_as_plain(moved, plain_norms[index].state_dict()[name], exact_norms[index].state_dict()[name], summed=1.0)
     cotangent = torch.empty_like(result).detach().copy_(torch.randn(result.shape))
     gradients = torch.autograd.grad(result, inputs, cotangent)
-    usual = torch.autograd.grad(plain.to(result.dtype), plain_inputs, cotangent)
-    truth = torch.autograd.grad(exact, exact_inputs, cotangent.double())
-    for gradient, plain_gradient, exact_gradient in zip(gradients, usual, truth, strict=True):
-        assert_as_exact_as_plain(gradient, plain_gradient, exact_gradient)
+    usual = torch.autograd.grad(plain.to(result.dtype), plain_inputs, cotangent.contiguous())
+    truth = torch.autograd.grad(exact, exact_inputs, cotangent.double().contiguous())
+    for index, (gradient, plain_gradient, exact_gradient) in enumerate(zip(gradients, usual, truth, strict=True)):
+        # Through the statistics of a batch goes the cotangent less its projections on 1 and y, over the deviation: on few pixels little.
+        summed = 0.0
+        if batch and arguments["training"][index]:
+            variance = activated(exact_inputs[index].detach(), activation).var(dim=(0, 2, 3), correction=0)
+            summed = size * cotangent.abs().max().item() / (variance + EPS).sqrt().min().item()
+        assert_as_exact_as_plain(gradient, plain_gradient, exact_gradient, summed=summed)
     return result
 
 
@@ -225,6 +231,12 @@ def test_grey_images_may_be_expanded_to_colours_with_the_batch_last(backend: Bac
     """The pixels of these images are evenly apart, those of torch.empty_like of them are not."""
     raw = torch.randn(1, 8, 6, 4).to(device).permute(3, 0, 1, 2).expand(4, 3, 8, 6).detach().requires_grad_()
     compare([raw], "tanh", settings("training", 1, 3, device))
+
+
+def test_a_gradient_that_cancels_on_two_pixels_is_as_exact_as_what_it_is_left_of(fused: Backend, device: torch.device) -> None:
+    for seed in range(13):
+        torch.manual_seed(seed)
+        compare([random(1, CHANNELS, 1, 2, size=1.0, device=device)], "none", settings("training", 1, CHANNELS, device))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -102,9 +102,9 @@ def compare(
     plain = factor * discrepancy(kind, plain_inputs[0].float(), plain_inputs[1].float(), temperature)
     assert loss.shape == ()
     assert loss.dtype == torch.float32
-    # A row's log p − log m and log q − log m are rounded at the size of log 2, and cancel.
-    log_twos = student.numel() // student.shape[1] * factor if kind == "js" else 0.0
-    assert_as_exact_as_plain(loss.detach(), plain.detach(), exact.detach(), summed=log_twos)
+    # A row's log p and log q are rounded at the size of the logarithm of C, their distances from log m at that of 2, and cancel.
+    logarithms = student.numel() // student.shape[1] * factor if kind != "l1" else 0.0
+    assert_as_exact_as_plain(loss.detach(), plain.detach(), exact.detach(), summed=logarithms)
     truth = gradients(exact, *exact_inputs)
     for side, gradient, usual, expected in zip(
         (student, teacher), gradients(loss, student, teacher), gradients(plain, *plain_inputs), truth, strict=True

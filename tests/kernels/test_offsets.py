@@ -1,5 +1,6 @@
-"""Elements that lie more than 2³¹ elements from the first are found. The memory between them is never written, so that it takes no room."""
+"""Elements more than 2³¹ elements from the first are found. On a CPU the memory between them is never written: it takes no room."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -7,13 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd_fast.kernels import channel_sums, concat_generated, kl_discrepancy, l1_discrepancy, use_backend
+from dfkd_fast.kernels import Backend, channel_sums, concat_generated, js_discrepancy, kl_discrepancy, l1_discrepancy, use_backend
 from dfkd_fast.kernels.dispatch import why_not
-
-pytestmark = pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")
+from tests.kernels.oracles import assert_as_exact_as_plain
 
 FAR = 1 << 31
 NUMBA: Any = "numba"
+SUM: dict[str, Any] = {"temperature": 2.0, "reduction": "sum", "scale_by_temperature_squared": True}
+DISCREPANCIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda s, t: l1_discrepancy(s, t, reduction="sum"),
+    "kl": lambda s, t: kl_discrepancy(s, t, **SUM),
+    "js": lambda s, t: js_discrepancy(s, t, **SUM),
+}
+NAMES = [*DISCREPANCIES, "moments", "concat"]
+
+
+def alone_with_numba(test: Callable[[], None]) -> Callable[[], None]:
+    return pytest.mark.alone(pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")(test))
 
 
 def zeros(elements: int) -> Tensor:
@@ -21,9 +32,10 @@ def zeros(elements: int) -> Tensor:
     try:
         return torch.from_numpy(np.zeros(elements, np.int16)).view(torch.bfloat16)
     except MemoryError:
-        pytest.skip("the operating system gives out no 4 GiB that are not used")
+        pytest.skip("the operating system gives out no 4 GiB, not even of memory that stays unused")
 
 
+@alone_with_numba
 def test_images_may_be_far_apart_in_inputs_batches_and_gradients() -> None:
     shape, strides = (2, 3, 4, 5), (FAR + 60, 20, 5, 1)
     raw, out, gradient = (zeros(FAR + 120).as_strided(shape, strides) for _ in range(3))
@@ -39,6 +51,7 @@ def test_images_may_be_far_apart_in_inputs_batches_and_gradients() -> None:
     torch.testing.assert_close(slope.float(), expected, rtol=0.01, atol=0.01)
 
 
+@alone_with_numba
 def test_channels_may_be_far_apart() -> None:
     raw = zeros(FAR + 120).as_strided((2, 2, 4, 5), (20, FAR, 5, 1))
     raw.copy_(torch.randn(raw.shape))
@@ -46,6 +59,7 @@ def test_channels_may_be_far_apart() -> None:
         assert torch.equal(concat_generated([raw], activation="none", normalize="none"), raw)
 
 
+@alone_with_numba
 def test_the_last_of_very_many_elements_count() -> None:
     classes = 1 << 16
     student, teacher = (zeros(FAR + classes).view(-1, classes) for _ in range(2))
@@ -59,3 +73,51 @@ def test_the_last_of_very_many_elements_count() -> None:
         divergence = kl_discrepancy(student, teacher, **alone)  # equal rows have none, exactly
         assert torch.equal(divergence, kl_discrepancy(student[-1:], teacher[-1:], **alone))
     assert divergence > 0
+
+
+def check_the_last_image(name: str, images: int, device: torch.device | str) -> None:
+    """What belongs to the last image is that of it alone, all others being 0."""
+    student, teacher = (torch.zeros(images, 256, 16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
+    for side in (student, teacher):
+        side[-1].copy_(torch.randn(side.shape[1:]))
+    last = [side[-1:].clone().requires_grad_() for side in (student, teacher)]
+    match name:
+        case "concat":
+            batch = concat_generated([student], activation="tanh", normalize="none", memory_format=torch.contiguous_format)
+            assert torch.equal(batch[-1:], concat_generated([last[0].detach()], activation="tanh", normalize="none"))
+        case "moments":
+            x, sums = last[0].detach(), channel_sums(student)[:2]
+            for index, power in enumerate((1, 2)):
+                exact, plain = ((x.to(dtype) ** power).sum(dim=(0, 2, 3)) for dtype in (torch.float64, torch.float32))
+                size = (x.float().abs() ** power).sum(dim=(0, 2, 3)).max().item()
+                assert_as_exact_as_plain(sums[index], plain.double(), exact, summed=size)
+            (gradient,) = torch.autograd.grad(channel_sums(student.requires_grad_())[1].sum(), student)
+            torch.testing.assert_close(gradient[-1:], 2 * x)
+        case _:
+            loss, alone = (DISCREPANCIES[name](*sides) for sides in ((student.requires_grad_(), teacher.requires_grad_()), last))
+            torch.testing.assert_close(loss, alone, rtol=1e-4, atol=0)
+            expected = torch.autograd.grad(alone, last)
+            for gradient, usual in zip(torch.autograd.grad(loss, (student, teacher)), expected, strict=True):
+                torch.testing.assert_close(gradient[-1:], usual)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_of_a_few_images_counts(fused: Backend, device: torch.device, name: str) -> None:
+    check_the_last_image(name, 3, device)
+
+
+@pytest.fixture
+def gpu_memory() -> Iterator[int]:
+    """In GiB, and freed for the processes of other tests afterwards."""
+    torch.cuda.empty_cache()
+    yield torch.cuda.mem_get_info()[0] >> 30
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_of_very_many_images_counts(gpu_backend: Backend, gpu_memory: int, name: str) -> None:
+    if gpu_memory < 48:
+        pytest.skip(f"takes 48 GiB of GPU memory, of which {gpu_memory} are free")
+    check_the_last_image(name, (FAR >> 16) + 1, "cuda")

@@ -1,0 +1,242 @@
+#include "device.h"
+
+#include <link.h>
+#include <ucontext.h>
+
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx;
+uint3 blockIdx;
+dim3 blockDim;
+dim3 gridDim;
+
+namespace device {
+namespace {
+
+[[noreturn]] void fail(const std::string& fault) {
+  std::fprintf(stderr, "CUDA on a CPU: block (%u, %u): %s\n", blockIdx.x, blockIdx.y, fault.c_str());
+  std::abort();
+}
+
+std::string text_of(const Location& location) {
+  const std::string_view path = location.file_name();
+  return std::string(path.substr(path.rfind('/') + 1)) + ":" + std::to_string(location.line());
+}
+
+// Where to go on: on a stack of its own, if it begins with a function. Switches by longjmp, because swapcontext makes a
+// system call each time.
+class Context {
+ public:
+  Context() = default;
+
+  explicit Context(void (*function)()) : stack_(new char[kStackSize]), bottom_(stack_.get()), size_(kStackSize) {
+    getcontext(&beginning_);
+    beginning_.uc_stack.ss_sp = stack_.get();
+    beginning_.uc_stack.ss_size = kStackSize;
+    makecontext(&beginning_, function, 0);
+  }
+
+  // Returns when another context switches to this one.
+  void switch_to(Context& next) {
+    left_ = this;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&fake_stack_, next.bottom_, next.size_);
+#endif
+    if (_setjmp(registers_) == 0) {
+      begun_ = true;
+      if (next.begun_) {
+        _longjmp(next.registers_, 1);
+      }
+      setcontext(&next.beginning_);
+    }
+    arrive();
+  }
+
+  // What its function calls first.
+  void arrive() {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fake_stack_, &left_->bottom_, &left_->size_);
+#endif
+  }
+
+ private:
+  static constexpr size_t kStackSize = 256 << 10;
+  static inline Context* left_ = nullptr;
+
+  std::unique_ptr<char[]> stack_;
+  const void* bottom_ = nullptr;
+  size_t size_ = 0;
+  void* fake_stack_ = nullptr;
+  bool begun_ = false;
+  ucontext_t beginning_{};
+  jmp_buf registers_{};
+};
+
+void run_current_thread();
+
+enum class State { kReady, kWaiting, kEnded };
+
+struct Thread {
+  Context context{run_current_thread};
+  State state = State::kReady;
+  unsigned group = 0;  // the size of the group that it waits for, and where
+  Location location;
+  unsigned exchanges = 0;
+  uint64_t brought[2] = {};  // to the last two exchanges: not every partner has read the older one yet
+};
+
+std::deque<Thread> threads;  // of a block, and then of the next
+Thread* current = nullptr;
+Context scheduler;
+const std::function<void()>* current_kernel = nullptr;
+
+void run_current_thread() {
+  current->context.arrive();
+  for (;;) {
+    (*current_kernel)();
+    current->state = State::kEnded;
+    current->context.switch_to(scheduler);
+  }
+}
+
+// The numbers below `count` in the order that the environment asks for.
+std::vector<unsigned> ordered(unsigned count) {
+  static const char* const variable = std::getenv("DFKD_FAST_THREAD_ORDER");
+  static const std::string_view order = variable == nullptr ? "forward" : variable;
+  static std::mt19937 generator;
+  std::vector<unsigned> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0u);
+  if (order == "reverse") {
+    std::reverse(numbers.begin(), numbers.end());
+  } else if (order == "random") {
+    std::shuffle(numbers.begin(), numbers.end(), generator);
+  } else if (order != "forward") {
+    fail("DFKD_FAST_THREAD_ORDER must be forward, reverse or random");
+  }
+  return numbers;
+}
+
+// All variables that are __shared__: the thread-local storage of this library.
+std::span<char> shared_memory() {
+  static thread_local char marker = 0;
+  std::span<char> memory(&marker, 1);  // there is no storage before someone has asked for an address in it
+  const auto search = [](dl_phdr_info* library, size_t, void* found) {
+    auto& memory = *static_cast<std::span<char>*>(found);
+    for (const auto& segment : std::span(library->dlpi_phdr, library->dlpi_phnum)) {
+      const std::span storage(static_cast<char*>(library->dlpi_tls_data), segment.p_memsz);
+      if (segment.p_type == PT_TLS && storage.data() <= memory.data() && memory.data() < storage.data() + storage.size()) {
+        memory = storage;
+        return 1;
+      }
+    }
+    return 0;
+  };
+  dl_iterate_phdr(search, &memory);
+  return memory;
+}
+
+bool wait_together(const Thread& one, const Thread& other) {
+  return one.state == State::kWaiting && other.state == State::kWaiting && one.group == other.group &&
+         one.location.line() == other.location.line() && std::strcmp(one.location.file_name(), other.location.file_name()) == 0;
+}
+
+// Lets the groups of this size go on of which all threads have come. Returns whether there are any.
+bool end_meetings(unsigned size) {
+  bool any = false;
+  for (unsigned first = 0; first + size <= blockDim.x; first += size) {
+    const auto begin = threads.begin() + first;
+    const auto has_come = [&](const Thread& thread) { return thread.group == size && wait_together(thread, *begin); };
+    if (std::all_of(begin, begin + size, has_come)) {
+      std::for_each(begin, begin + size, [](Thread& thread) { thread.state = State::kReady; });
+      any = true;
+    }
+  }
+  return any;
+}
+
+[[noreturn]] void fail_of_deadlock() {
+  std::map<std::string, int> counts;
+  for (unsigned i = 0; i < blockDim.x; ++i) {
+    ++counts[threads[i].state == State::kEnded ? "have ended" : "wait at " + text_of(threads[i].location)];
+  }
+  std::string fault = "a deadlock";
+  for (const auto& [what, count] : counts) {
+    fault += ", " + std::to_string(count) + " threads " + what;
+  }
+  fail(fault);
+}
+
+void run_block() {
+  std::for_each(threads.begin(), threads.begin() + blockDim.x, [](Thread& thread) { thread.state = State::kReady; });
+  for (unsigned ended = 0;;) {
+    for (const unsigned i : ordered(blockDim.x)) {
+      if (threads[i].state == State::kReady) {
+        current = &threads[i];
+        threadIdx = {i, 0, 0};
+        scheduler.switch_to(current->context);
+        ended += current->state == State::kEnded;
+      }
+    }
+    if (ended == blockDim.x) {
+      return;
+    }
+    if (!end_meetings(kWarp) && !end_meetings(blockDim.x)) {
+      fail_of_deadlock();
+    }
+  }
+}
+
+}  // namespace
+
+void launch(dim3 grid, unsigned block, const std::function<void()>& kernel) {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  current_kernel = &kernel;
+  gridDim = grid;
+  blockDim = dim3(block);
+  while (threads.size() < block) {
+    threads.emplace_back();
+  }
+  const std::span shared = shared_memory();
+  for (const unsigned i : ordered(grid.x * grid.y)) {
+    std::ranges::fill(shared, char(0xff));  // NaN: what a block reads there, it must have written
+    blockIdx = {i % grid.x, i / grid.x, 0};
+    run_block();
+  }
+}
+
+void meet(unsigned size, const Location& location) {
+  current->state = State::kWaiting;
+  current->group = size;
+  current->location = location;
+  current->context.switch_to(scheduler);
+}
+
+uint64_t exchange(uint64_t value, unsigned partner, const Location& location) {
+  const unsigned turn = current->exchanges++ % 2;
+  current->brought[turn] = value;
+  meet(kWarp, location);
+  return threads[partner].brought[turn];
+}
+
+void fail(const char* fault, const Location& location) {
+  fail(std::string(fault) + ", thread " + std::to_string(threadIdx.x) + " at " + text_of(location));
+}
+
+}  // namespace device

@@ -1,0 +1,88 @@
+"""Runs the tests of a GPU's backend on CPU tensors, in a process of its own: what a backend serves is settled by imports.
+
+``run_on_cpu`` starts the process. In there this file is a plugin, which chooses the cases.
+"""
+
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+HERE = Path(__file__).parent
+# The tests that all backends share, for two processes of about the same length.
+SHARED = {
+    "logits and averages": ("test_discrepancy.py", "test_ema.py", "test_fused_ema.py", "test_fused_ema_changes.py"),
+    "images": ("test_concat.py", "test_moments.py", "test_offsets.py", "test_operators.py"),
+}
+
+
+def run_pytest(files: Sequence[str], environment: Mapping[str, str], *options: str) -> None:
+    """Run all tests in files of this folder.
+
+    Raises:
+        AssertionError: a test failed or was skipped.
+    """
+    options = ("-q", "-p", "no:cacheprovider", "--capture=sys", *options)  # the last words of a process that dies are not captured
+    command = [sys.executable, "-m", "pytest", *options, *(str(HERE / file) for file in files)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    run = subprocess.run(command, cwd=HERE.parents[1], env=variables, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " skipped" not in run.stdout, run.stdout
+
+
+def run_on_cpu(backend: Literal["triton", "cuda"], files: Sequence[str], environment: Mapping[str, str], *, sample: bool) -> None:
+    """Run the backend's cases in files of this folder: all of them, or a sample that is always the same.
+
+    Raises:
+        AssertionError: a test failed or was skipped.
+    """
+    run_pytest(files, environment, "-p", "tests.kernels.on_cpu", f"--on-cpu={backend}", *(["--sample"] if sample else []))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--on-cpu", help="the backend whose cases run")
+    parser.addoption("--sample", action="store_true", help="run a sample of them")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    from hypothesis import Phase, settings
+
+    from dfkd_fast.kernels import dispatch
+    from tests.kernels import oracles
+
+    options = early_config.known_args_namespace
+    if options.on_cpu == "cuda":
+        dispatch._SERVING["cpu"].append("cuda")
+    if options.sample:
+        oracles.PROPERTY = settings(oracles.PROPERTY, max_examples=10, phases=[Phase.generate])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    backend = config.getoption("on_cpu")
+    cases = [item for item in items if backend in _parameters(item).values() and not item.get_closest_marker("gpu")]
+    chosen = _sample(cases) if config.getoption("sample") else cases
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+def _parameters(item: pytest.Item) -> Mapping[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _sample(cases: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Of every test function so many cases that every value of every parameter is among them."""
+    seen: set[tuple[str, str, str]] = set()
+    sample = []
+    for case in sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode())):  # mixes the values, and always in the same way
+        function = case.nodeid.partition("[")[0]
+        values = {(function, name, str(value)) for name, value in _parameters(case).items()}
+        if not values <= seen:
+            seen |= values
+            sample.append(case)
+    return sample
