@@ -15,7 +15,7 @@ class Compiled:
     The networks are not replaced: parameters, hooks, state dicts, copies and pickles stay theirs.
 
     Args:
-        networks: each may be called with any number of shapes and modes, of which every one is compiled.
+        networks: each is compiled for every shape and mode it is called with, up to Dynamo's ``recompile_limit``.
     """
 
     def __init__(self, networks: Iterable[nn.Module] = ()) -> None:

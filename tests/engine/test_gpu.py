@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,16 @@ def test_a_captured_run_equals_the_eager_run(make_trainer: MakeTrainer, replay: 
     assert captured.remarks == eager.remarks == []
     for ours, theirs in zip(captured.history, eager.history, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=2e-2 if precision == "bf16" else 1e-3)
+
+
+def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer) -> None:
+    torch.backends.cudnn.deterministic = True
+    eager = method({"kind": "ema_generator"}, "plain", capture=False)
+    compiled = replace(eager, loop=replace(eager.loop, capture=True, compile=True))
+    theirs, ours = (run(make_trainer, chosen) for chosen in (eager, compiled))
+    assert ours.remarks == theirs.remarks == []
+    for one, other in zip(ours.history, theirs.history, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=2e-2)
 
 
 def test_every_replay_draws_other_samples_and_sees_the_schedule(make_trainer: MakeTrainer) -> None:
