@@ -35,7 +35,7 @@ def run_pytest(files: Sequence[str], environment: Mapping[str, str], *options: s
     assert " skipped" not in run.stdout, run.stdout
 
 
-def run_on_cpu(backend: Literal["triton", "cuda"], files: Sequence[str], environment: Mapping[str, str], *, sample: bool) -> None:
+def run_on_cpu(backend: Literal["triton", "cuda"], files: Sequence[str], environment: Mapping[str, str], *, sample: bool = False) -> None:
     """Run the backend's cases in files of this folder: all of them, or a sample that is always the same.
 
     Raises:

@@ -17,7 +17,7 @@ CSRC = HERE.parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent
 COMPILER = "g++"
 FLAGS = (
-    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-include", "device.h"),
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-include", str(HERE / "device.h")),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     *("-Wno-unknown-pragmas", "-Wno-attributes"),  # nvcc's
     "-U_FORTIFY_SOURCE",  # its longjmp leaves a stack only upwards

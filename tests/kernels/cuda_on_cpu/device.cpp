@@ -151,23 +151,18 @@ std::span<char> shared_memory() {
   return memory;
 }
 
-bool wait_together(const Thread& one, const Thread& other) {
-  return one.state == State::kWaiting && other.state == State::kWaiting && one.group == other.group &&
-         one.location.line() == other.location.line() && std::strcmp(one.location.file_name(), other.location.file_name()) == 0;
-}
-
-// Lets the groups of this size go on of which all threads have come. Returns whether there are any.
-bool end_meetings(unsigned size) {
-  bool any = false;
-  for (unsigned first = 0; first + size <= blockDim.x; first += size) {
-    const auto begin = threads.begin() + first;
-    const auto has_come = [&](const Thread& thread) { return thread.group == size && wait_together(thread, *begin); };
-    if (std::all_of(begin, begin + size, has_come)) {
-      std::for_each(begin, begin + size, [](Thread& thread) { thread.state = State::kReady; });
-      any = true;
-    }
+// If all threads of a group wait for each other in the same place, lets them go on, and returns true.
+bool end_meeting(unsigned first, unsigned size) {
+  const auto group = threads.begin() + first;
+  const auto has_come = [&](const Thread& thread) {
+    return thread.state == State::kWaiting && thread.group == size && thread.location.line() == group->location.line() &&
+           std::strcmp(thread.location.file_name(), group->location.file_name()) == 0;
+  };
+  if (!std::all_of(group, group + size, has_come)) {
+    return false;
   }
-  return any;
+  std::for_each(group, group + size, [](Thread& thread) { thread.state = State::kReady; });
+  return true;
 }
 
 [[noreturn]] void fail_of_deadlock() {
@@ -182,23 +177,30 @@ bool end_meetings(unsigned size) {
   fail(fault);
 }
 
-void run_block() {
-  std::for_each(threads.begin(), threads.begin() + blockDim.x, [](Thread& thread) { thread.state = State::kReady; });
-  for (unsigned ended = 0;;) {
-    for (const unsigned i : ordered(blockDim.x)) {
-      if (threads[i].state == State::kReady) {
-        current = &threads[i];
-        threadIdx = {i, 0, 0};
+// Until every thread of it has ended or waits for the block: as far ahead of other warps as one can get on a GPU.
+void run_warp(unsigned first) {
+  const unsigned size = std::min(kWarp, blockDim.x - first);
+  do {
+    for (const unsigned lane : ordered(size)) {
+      if (threads[first + lane].state == State::kReady) {
+        current = &threads[first + lane];
+        threadIdx = {first + lane, 0, 0};
         scheduler.switch_to(current->context);
-        ended += current->state == State::kEnded;
       }
     }
-    if (ended == blockDim.x) {
-      return;
+  } while (end_meeting(first, size));
+}
+
+void run_block() {
+  const auto end = threads.begin() + blockDim.x;
+  std::for_each(threads.begin(), end, [](Thread& thread) { thread.state = State::kReady; });
+  do {
+    for (const unsigned warp : ordered((blockDim.x + kWarp - 1) / kWarp)) {
+      run_warp(warp * kWarp);
     }
-    if (!end_meetings(kWarp) && !end_meetings(blockDim.x)) {
-      fail_of_deadlock();
-    }
+  } while (end_meeting(0, blockDim.x));
+  if (std::any_of(threads.begin(), end, [](const Thread& thread) { return thread.state == State::kWaiting; })) {
+    fail_of_deadlock();
   }
 }
 

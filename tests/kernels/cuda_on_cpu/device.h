@@ -1,7 +1,8 @@
 // What a C++ compiler needs to compile CUDA kernels, and a device that runs them in one thread of a CPU.
 //
-// Each thread of a block is a fiber, which runs until it has to wait for others: at a barrier or in a shuffle. Both are
-// exact, and in which order threads and blocks run is for DFKD_FAST_THREAD_ORDER to say: forward, reverse or random.
+// Each thread of a block is a fiber, which runs until it has to wait for others: in a shuffle for its warp, at a barrier for
+// the block. Both are exact. Of what may run, a warp is run as far as it gets, then the next: DFKD_FAST_THREAD_ORDER says
+// in which order, forward, reverse or random, and so for the threads of a warp and for blocks.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -25,7 +25,7 @@ __global__ void reverse(std::string_view fault, const float* numbers, float* rev
     const Pack pack = *reinterpret_cast<const Pack*>(numbers + first + thread / 4 * 4 + 1);
     copies[thread] = pack.values[thread % 4];
   }
-  if (fault != "no barrier" && (fault != "barrier of some" || thread < 32)) {
+  if (fault != "no barrier before reading" && (fault != "barrier of some" || thread < 32)) {
     __syncthreads();
   }
   if (fault == "misaligned store") {
@@ -35,7 +35,10 @@ __global__ void reverse(std::string_view fault, const float* numbers, float* rev
   if (thread < 32) {  // no fault: the other warp waits at the barrier meanwhile
     number = __shfl_xor_sync(0xffffffffu, __shfl_xor_sync(0xffffffffu, number, 31), 31);
   }
-  __syncthreads();
+  if (fault != "no barrier before writing") {
+    __syncthreads();
+  }
+  copies[thread] = -1;
   reversed[first + thread] = number;
 }
 
