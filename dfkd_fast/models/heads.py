@@ -23,7 +23,7 @@ def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
 
     That is a classifier's last linear layer, a segmenter's last convolution before the upsampling, and several layers where
     their outputs are added up, as LR-ASPP's are. The order in which layers are called decides, not that in which they are
-    registered: an auxiliary classifier is none of them.
+    registered: an auxiliary classifier is not among them.
 
     Args:
         network: images → logits, or a dict with them under ``out``; its mode and its buffers are left as they are.

@@ -177,10 +177,10 @@ def test_a_term_is_its_equation_times_its_weight_and_so_is_its_gradient(
 
 def test_bn_moments_is_the_sum_of_unsquared_norms_and_has_a_gradient_where_they_vanish() -> None:
     generator = np.random.default_rng(0)
-    found, wanted = ([generator.standard_normal((2, size)) for size in (3, 5)] for _ in range(2))
-    padded = [torch.stack([F.pad(torch.from_numpy(layer), (0, 5 - layer.shape[1])) for layer in each], dim=1) for each in (found, wanted)]
+    seen, kept = ([generator.standard_normal((2, size)) for size in (3, 5)] for _ in range(2))
+    padded = [torch.stack([F.pad(torch.from_numpy(layer), (0, 5 - layer.shape[1])) for layer in each], dim=1) for each in (seen, kept)]
     term = Objective(bn_moments=0.7).generator_terms(None, Observation(torch.zeros(1, 1), None, *padded))["bn_moments"]
-    norms = [np.linalg.norm(ours - theirs, axis=1).sum() for ours, theirs in zip(found, wanted, strict=True)]
+    norms = [np.linalg.norm(ours - theirs, axis=1).sum() for ours, theirs in zip(seen, kept, strict=True)]
     assert term.item() == pytest.approx(0.7 * sum(norms), rel=1e-12)
 
     # One layer is where it should be, the other is not.

@@ -419,7 +419,7 @@ def test_a_gpus_autocast_leaves_power_iterations_in_float32(monkeypatch: pytest.
 
 
 def test_checkpointing_computes_again_with_the_weights_of_the_first_pass() -> None:
-    plain, checkpointed = (with_random_singular_vectors("D", checkpointing=wanted, hidden_eps=0.8) for wanted in (False, True))
+    plain, checkpointed = (with_random_singular_vectors("D", checkpointing=on, hidden_eps=0.8) for on in (False, True))
     z = torch.randn(4, 5)
     # A batch norm with a small eps would divide what the weights are divided by out again.
     for generator in (plain, checkpointed):

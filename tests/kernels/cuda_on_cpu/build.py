@@ -52,8 +52,8 @@ def compile_library(sources: Iterable[Path], *, sanitized: bool = False) -> Path
     for path in sorted([*CSRC.iterdir(), *HERE.iterdir()]):
         if path.is_file():
             digest.update(path.read_bytes())
-    cache = Path(tempfile.gettempdir()) / f"dfkd_fast-cuda-on-cpu-{os.getuid()}"
-    cache.mkdir(exist_ok=True)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfkd_fast" / "cuda-on-cpu"
+    cache.mkdir(parents=True, exist_ok=True)
     library = cache / f"{digest.hexdigest()[:16]}.so"
     with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
