@@ -59,16 +59,23 @@ def choices() -> list[Choice]:
     name = dispatch.forced()
     rows = []
     for operation, elements in dispatch.WORTHWHILE.items():
-        if name and not dispatch.has_kernel(operation, name):
-            rows.append(Choice(operation, "an error", "an error"))
-            continue
-        cpu, gpu = (name or dispatch.backends(torch.device(kind))[0] for kind in ("cpu", "cuda"))
-        if operation in dispatch.ON_CPU_ONLY:
-            cpu, gpu = "numba" if cpu == "numba" else "reference", "reference"
+        cpu, gpu = (_serving(operation, torch.device(kind)) for kind in ("cpu", "cuda"))
         small = "" if name or cpu == "reference" else f", from {elements} elements"
         absent = "" if name or torch.cuda.is_available() else ", were there one"
         rows.append(Choice(operation, f"{cpu}{small}", f"{gpu}{absent}"))
     return rows
+
+
+def _serving(operation: str, device: torch.device) -> str:
+    """The backend of an operation's larger calls on a device."""
+    name, serving = dispatch.forced(), dispatch.backends(device)
+    if operation in dispatch.ON_CPU_ONLY:  # left to PyTorch where numba does not serve them
+        serving = [backend for backend in serving if backend in ("numba", "reference")]
+        if name == "numba" and name not in serving:
+            return "reference"
+    if name is None:
+        return serving[0]
+    return name if name in serving else "an error"
 
 
 def _use(backend: dispatch.Backend, used: str) -> str:

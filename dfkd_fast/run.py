@@ -13,7 +13,7 @@ from . import distributed
 from .engine import Epoch
 from .engine.checkpoint import latest_checkpoint, load_checkpoint
 from .engine.method import resolved
-from .errors import DfkdError, NonFiniteLossError
+from .errors import DfkdError, NonFiniteLossError, first_line
 from .interrupt import Interrupted, stopping_on_signals
 from .recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from .report import RunFolder
@@ -85,7 +85,7 @@ class Run:
         """Run the epochs that are left, with a checkpoint every so many of them, and one when interrupted.
 
         Raises:
-            Interrupted: by a signal; everything is saved.
+            Interrupted: by a signal; everything is saved, unless a step failed meanwhile, as the message then says.
             NonFiniteLossError: a loss became NaN or infinite; the message names the last good checkpoint, too.
             DfkdError: something could not be written, likewise.
         """
@@ -106,6 +106,12 @@ class Run:
                 raise NonFiniteLossError(f"{error}; {_last_good(checkpoints)}") from error
             except OSError as error:
                 raise DfkdError(f"{error}; {_last_good(checkpoints)}") from error
+            except Exception as error:
+                if not caught or isinstance(error, DfkdError):
+                    raise
+                # A terminal's Ctrl-C reaches the C++ compiler, too, that torch.compile has started, and the step fails for want of it.
+                message = f"interrupted while a step failed: {first_line(error)}; {_last_good(checkpoints)}"
+                raise Interrupted(message, caught[0]) from error
         if caught and not training.finished:
             raise Interrupted(f"interrupted and saved; go on with: {self.command} --out {self.folder.path} --resume", caught[0])
 

@@ -11,7 +11,8 @@ import torch
 
 __all__ = ["BINARY", "loaded", "why_not_loaded"]
 
-BINARY = Path(os.environ.get("DFKD_FAST_EXTENSION") or Path(__file__).parent / "dfkd_fast_cuda.so")
+VARIABLE = "DFKD_FAST_EXTENSION"
+BINARY = Path(os.environ.get(VARIABLE) or Path(__file__).parent / "dfkd_fast_cuda.so")
 
 
 @functools.cache
@@ -20,7 +21,7 @@ def why_not_loaded() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if not BINARY.is_file():
-        return "not built: dfkd-fast build"
+        return f"{VARIABLE} is {BINARY}, which is not a file" if os.environ.get(VARIABLE) else "not built: dfkd-fast build"
     try:
         torch.ops.load_library(str(BINARY))
     except OSError as error:

@@ -143,6 +143,23 @@ def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkey
     assert untimed[0] == untimed[1]
 
 
+def test_ctrl_c_that_fails_the_step_under_way_is_an_interruption_all_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it reaches the C++ compiler, too, that torch.compile has started."""
+    iterate = Trainer._iterate
+
+    def interrupted(trainer: Trainer) -> None:
+        if trainer.iterations_done == 3:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("C++ compile error\nand pages of it")
+        iterate(trainer)
+
+    monkeypatch.setattr(Trainer, "_iterate", interrupted)
+    said = run("distill", "digits", "--out", "b", *TINY)
+    assert said.code == 130
+    assert said.err.startswith("dfkd-fast: interrupted while a step failed: C++ compile error; the last good checkpoint is b/checkpoints/")
+    assert said.err.count("\n") == 1
+
+
 def precisions_written(folder: Path) -> set[Any]:
     """In the recipe, the weights' headers, the summary and the checkpoints."""
     recipes = [(folder / "recipe.toml").read_text(), *(read_metadata(path)["recipe"] for path in folder.glob("*.safetensors"))]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
 
 from .modes import evaluating, logits_of
 
@@ -76,9 +77,14 @@ def in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class _Float32(nn.Module):
-    def forward(self, input: Tensor, *arguments: Any, **named: Any) -> Any:
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float() if input.dtype.itemsize < 4 else input, *arguments, **named)
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        arguments, named = tree_map_only(Tensor, _widened, (arguments, named))
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return super().forward(*arguments, **named)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 @cache  # a compiled network checks the classes of its layers: a new one at every call would compile it anew
@@ -87,6 +93,8 @@ def _in_float32(layer: type[nn.Module]) -> type[nn.Module]:
 
 
 def _has_matrix(layer: nn.Module) -> bool:
+    if isinstance(layer, torch.jit.ScriptModule):  # compiled with the precision that it has: no hook sees it, no class changes it
+        return False
     if isinstance(layer, nn.Linear | _ConvNd):
         return True
     # A user's own layer. A module with others inside is no layer: a transformer has its position embedding beside them.

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +145,16 @@ def test_forced_backend_without_a_kernel_for_the_operation_is_an_error(
     assert Choice(operation, "an error", "an error") in choices()
 
 
+@pytest.mark.parametrize(("backend", "cpu", "gpu"), [("numba", "numba", "an error"), ("triton", "an error", "triton"), ("reference",) * 3])
+def test_doctor_names_the_device_that_a_forced_backend_does_not_serve(
+    backend: dispatch.Backend, cpu: str, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_SERVING", {"cpu": ["numba", "reference"], "cuda": ["triton", "reference"]})
+    monkeypatch.setitem(dispatch._ABSENT, backend, None)  # as if installed
+    with use_backend(backend):
+        assert Choice("kl_discrepancy", cpu, gpu) in choices()
+
+
 @pytest.mark.parametrize("name", ["cudnn", ""])
 def test_unknown_backend_is_refused_with_those_that_exist(name: str) -> None:
     with pytest.raises(BackendError, match="must be one of reference, numba, triton, cuda"), use_backend(name):  # type: ignore[arg-type]
@@ -174,6 +185,12 @@ def test_environment_forces_a_backend() -> None:
     backend = "reference" if why_not("numba") else "numba"
     code = "from dfkd_fast.kernels import dispatch; print(dispatch.forced())"
     assert python(code, DFKD_FAST_BACKEND=backend).stdout == f"{backend}\n"
+
+
+def test_an_extension_that_the_environment_names_and_is_not_there_is_named(tmp_path: Path) -> None:
+    code = "from dfkd_fast.kernels import extension; extension.torch.version.cuda = '13.0'; print(extension.why_not_loaded())"
+    path = tmp_path / "extension.so"
+    assert python(code, DFKD_FAST_EXTENSION=str(path)).stdout == f"DFKD_FAST_EXTENSION is {path}, which is not a file\n"
 
 
 def test_without_numba_and_triton_everything_is_imported_and_served_by_the_reference() -> None:

@@ -178,3 +178,51 @@ def test_a_head_in_float32_is_one_graph_and_compiled_once() -> None:
         with lowered(), in_float32(layers):
             assert torch.equal(compiled(images()), expected)
     assert counter.frame_count == 1
+
+
+class Summing(nn.Module):
+    """A user's own layer, of the sum of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, *, features: list[Tensor]) -> Tensor:
+        return F.linear(torch.stack(features).sum(0), self.weight)
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "by keyword": (lambda: nn.Linear(8, 5), lambda head, x: head(input=x)),
+    "with a list": (Summing, lambda head, x: head(features=[x, 2 * x])),
+    "with two tensors": (lambda: nn.Bilinear(8, 8, 5), lambda head, x: head(x, 2 * x)),
+}
+
+
+@pytest.mark.parametrize("called", HEADS)
+def test_a_head_may_be_called_in_any_way(called: str) -> None:
+    build, call = HEADS[called]
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.head = build()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(self.head, self.body(x))
+
+    network = Network()
+    heads = find_heads(network, images())
+    assert heads == [network.head]
+    with torch.autocast("cpu", torch.bfloat16):
+        features = network.body(images())
+        with in_float32(heads):
+            logits = network(images())
+    assert features.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, call(network.head, features.float()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_a_compiled_script_has_no_heads() -> None:
+    network = torch.jit.trace(build_model("lenet5", 5, 3).eval(), images())
+    assert find_heads(network, images()) == []
