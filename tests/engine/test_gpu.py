@@ -48,22 +48,27 @@ def run(make_trainer: MakeTrainer, chosen: Method) -> Trainer:
     return trainer
 
 
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN may choose another algorithm for a captured convolution, and the game amplifies rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("replay", REPLAYS, ids=lambda replay: str(replay["kind"]))
 @pytest.mark.parametrize("update", ["plain", "second-order"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_captured_run_equals_the_eager_run(make_trainer: MakeTrainer, replay: dict[str, Any], update: str, precision: str) -> None:
     if update == "second-order" and replay["kind"] == "none":
         pytest.skip("needs replayed samples")
-    # cuDNN may choose another algorithm for a captured convolution, and the game amplifies rounding.
-    torch.backends.cudnn.deterministic = True
     eager, captured = (run(make_trainer, method(replay, update, capture=wanted, precision=precision)) for wanted in (False, True))
     assert captured.remarks == eager.remarks == []
     for ours, theirs in zip(captured.history, eager.history, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=2e-2 if precision == "bf16" else 1e-3)
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer) -> None:
-    torch.backends.cudnn.deterministic = True
     eager = method({"kind": "ema_generator"}, "plain", capture=False)
     compiled = replace(eager, loop=replace(eager.loop, capture=True, compile=True))
     theirs, ours = (run(make_trainer, chosen) for chosen in (eager, compiled))
@@ -95,8 +100,8 @@ def test_no_step_waits_for_the_gpu(make_trainer: MakeTrainer, replay: dict[str, 
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_a_resumed_captured_run_equals_an_uninterrupted_one(make_trainer: MakeTrainer) -> None:
-    torch.backends.cudnn.deterministic = True
     chosen = method({"kind": "ema_generator"}, "plain", capture=True)
     whole = make_trainer(chosen, device="cuda")
     whole.fit()
