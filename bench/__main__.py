@@ -1,4 +1,4 @@
-"""The command line ``python -m bench``: ``micro``, ``host``, ``end-to-end``, ``methods``, ``evaluation``, ``plot`` and ``report``."""
+"""The command line ``python -m bench``: everything on a GPU, single benchmarks, and the documents made from their results."""
 
 import json
 import os
@@ -23,6 +23,8 @@ from . import end_to_end, evaluation, host, provenance, report, table
 from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
+from .gpu import rehearsal, schedule
+from .gpu.stages import STAGES
 from .micro import rows, runner, timing
 from .micro.workload import Mode
 
@@ -33,6 +35,43 @@ RESULTS = provenance.ROOT / "bench" / "results"
 METHODS = ("digits-dfad", "digits-mad", "digits-bank", "digits-vae", "digits-retain-first-order", "digits-retain")
 
 Names = list[str] | None
+
+
+@app.command(name="gpu")
+def run_gpu(
+    stage: Annotated[
+        Names, typer.Option(help=f"Of {', '.join(one.name for one in STAGES)}; may be repeated. What is not done by default.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="For all of it; what does not fit is left for the next call.")] = 9.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; by default .bench-gpu/out.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder with MNIST, for the accuracy stage.")] = None,
+    commit: Annotated[str | None, typer.Option(help="What is measured, where git cannot tell.")] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="On a CPU, at toy size: Triton interpreted, the CUDA kernels compiled for it.")
+    ] = False,
+) -> None:
+    """Check and measure everything on a GPU in the minutes that one is there; a second call goes on."""
+    chosen = _known("--stage", stage, [one.name for one in STAGES])
+    if minutes <= 0:
+        raise DfkdError(f"--minutes {minutes:g}: must be above 0")
+    if data_root is not None and not data_root.is_dir():
+        raise DfkdError(f"--data-root {data_root}: is not a folder")
+    device = pick_device("cpu" if rehearse else "cuda")
+    campaign = schedule.Campaign(
+        stages=STAGES,
+        folder=schedule.folder_of("rehearsal" if rehearse else device_name(device)),
+        out=out or schedule.STATE / "out",
+        commit=commit or provenance.commit(),
+        command=f"python -m bench {' '.join(sys.argv[1:])}",
+        data_root=data_root,
+        rehearse=rehearse,
+        variables=rehearsal.environment() if rehearse else {},
+        log=lambda line: typer.echo(line),
+    )
+    for line in campaign.run(minutes, chosen):
+        typer.echo(line)
+    if campaign.failed:
+        sys.exit(1)
 
 
 @app.command()

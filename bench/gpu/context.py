@@ -1,0 +1,112 @@
+"""What a stage gets: where it runs, how much time is left, and where its records go."""
+
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dfkd_fast.engine.device import device_name
+from dfkd_fast.errors import first_line
+
+from .. import provenance
+from .records import Record, Status
+
+__all__ = ["Context"]
+
+Case = TypeVar("Case")
+DETAIL = 4000  # characters of a failure's detail that are kept: its end
+
+
+@dataclass
+class Context:
+    """One run of a stage.
+
+    Args:
+        stage: its name.
+        device: where it runs; a CPU in a rehearsal.
+        rehearse: toy sizes, on a CPU.
+        deadline: of ``time.monotonic()``; the process is killed soon after it.
+        send: takes the records; each has left the process when this returns.
+        done: cases that an earlier run of the stage settled on the same commit and device.
+        data_root: a folder of data sets, or None if there is none.
+        commit: what is measured.
+        command: the command line that started it.
+    """
+
+    stage: str
+    device: torch.device
+    rehearse: bool
+    deadline: float
+    send: Callable[[Record], None]
+    done: Collection[str] = ()
+    data_root: Path | None = None
+    commit: str = "unknown"
+    command: str = ""
+    left: list[str] = field(default_factory=list)
+    """Cases for which there was no time."""
+
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return self.deadline - time.monotonic()
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """Where the stage's figures come from: the columns that all tables share."""
+        return {
+            "device": device_name(self.device),
+            "torch": str(torch.__version__),
+            "triton": provenance.version("triton"),
+            "numba": provenance.version("numba"),
+            "commit": self.commit,
+            "command": self.command,
+            "rehearsal": self.rehearse,
+        }
+
+    def record(
+        self,
+        case: str,
+        status: Status = "ok",
+        text: str = "",
+        *,
+        detail: str = "",
+        seconds: float | None = None,
+        highlight: bool = False,
+        table: str = "",
+        row: dict[str, Any] | None = None,
+    ) -> None:
+        """Send a record; see :class:`~bench.gpu.records.Record`."""
+        one_line = " ".join(text.split())
+        self.send(Record(self.stage, case, status, one_line, detail[-DETAIL:], seconds, highlight, table, row or {}, self.origin))
+
+    def cases(self, cases: Iterable[Case], name: Callable[[Case], str] = str, *, needs: float = 0.0) -> Iterator[Case]:
+        """Of some cases, those that an earlier run did not settle, as long as there is time; the others are recorded as left.
+
+        Args:
+            cases: all of them.
+            name: of a case.
+            needs: seconds that a case takes; one that would not end before the deadline is not begun.
+        """
+        for case in cases:
+            if name(case) in self.done:
+                continue
+            if self.seconds_left() < needs:
+                self.left.append(name(case))
+                self.record(name(case), "left", "no time was left")
+                continue
+            yield case
+
+    @contextmanager
+    def attempt(self, case: str) -> Iterator[None]:
+        """Inside, an error is the case's failure, not the stage's."""
+        begin = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            text = f"{type(error).__name__}: {first_line(error)}"
+            self.record(case, "failed", text, detail=traceback.format_exc(), seconds=time.monotonic() - begin)
