@@ -12,7 +12,6 @@
 # The host is Linux on x86-64 with Python 3.12, a copy of the working tree and the packages of `installed`. The line goes to
 # stdout, everything else to stderr. The line writes its results to the folder $OUT.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 
 installed=(
     torch torchvision timm numpy numba scikit-learn torchmetrics safetensors typer rich matplotlib tensorboard
@@ -113,10 +112,13 @@ while (($#)); do
     esac
     shift
 done
-python=$(command -v "$python") || cannot "--python names no interpreter"
+program=$(command -v "$python") || cannot "--python $python: there is no such program"
+python=$(realpath -s "$program") # a virtual environment's interpreter is a link
 for name in "${mnist[@]}"; do
     [[ -z $data || -f $data/MNIST/raw/$name || -f $data/MNIST/raw/$name.gz ]] || cannot "--data $data: there is neither MNIST/raw/$name nor $name.gz"
 done
+[[ -z $data ]] || data=$(realpath "$data")
+cd "$(dirname "$0")/../.."
 
 required=$(requirements)
 if [[ -n $list ]]; then
