@@ -6,7 +6,8 @@
 #
 # --python    interpreter whose PyTorch the extension is compiled against; python3 by default
 # --data      folder with MNIST in torchvision's layout, its files gzipped or not; without it no data set is packed
-# --rehearse  run the line here as well: with --rehearse, by PYTHON, in a copy without .git and, where unshare may, without a network
+# --rehearse  run the line here as well: with --rehearse, by PYTHON, in a copy without .git and, where unshare is permitted,
+#             without a network; the results go to .bench-gpu/packed
 # --list      only print the requirements to pack
 #
 # The host is Linux on x86-64 with Python 3.12, a copy of the working tree and the packages of `installed`. The line goes to
@@ -84,7 +85,7 @@ commit() {
 
 rehearse() { # line
     local copy="$part/rehearsal" isolated=()
-    mkdir -p "$copy/tree" "$copy/out" "$copy/tmp"
+    mkdir -p "$copy/tree" "$copy/tmp"
     git ls-files -z --cached --others --exclude-standard -x "${part##*/}" |
         tar -c --null -T - --ignore-failed-read | tar -x -C "$copy/tree"
     cp -r .carry "$copy/tree"
@@ -93,9 +94,11 @@ rehearse() { # line
     else
         echo "rehearsing with a network: unshare is not permitted here" >&2
     fi
+    local out="$PWD/.bench-gpu/packed" # ignored, too
+    rm -rf "$out"
     (
         cd "$copy/tree"
-        PATH="$(dirname "$python"):$PATH" OUT="$copy/out" TMPDIR="$copy/tmp" "${isolated[@]}" bash -c "$1 --rehearse" >&2
+        PATH="$(dirname "$python"):$PATH" OUT="$out" TMPDIR="$copy/tmp" "${isolated[@]}" bash -c "$1 --rehearse" >&2
     )
 }
 
