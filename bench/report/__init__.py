@@ -17,9 +17,10 @@ from ..provenance import ROOT
 from . import gpu, readme
 from .figures import Figures
 from .markdown import fill
+from .readme import end_to_end_table
 from .taking import Intake
 
-__all__ = ["documents", "main"]
+__all__ = ["documents", "end_to_end_table", "main"]
 
 
 def main(sources: Iterable[Path] = (), root: Path = ROOT) -> list[str]:

@@ -88,7 +88,7 @@ def environment(summaries: Sequence[dict[str, Any]]) -> str:
             cells += [Cell((SETTINGS.get(name, name),), summary["device"], _plain(value)) for name, value in row.items() if name != "case"]
         for row in tables.get("ceilings", ()):
             cells += [
-                Cell((label,), summary["device"], f"{float(row[name]):.4g}")
+                Cell((label,), summary["device"], _figure(float(row[name])))
                 for name, label in CEILINGS.items()
                 if row.get(name) is not None
             ]
@@ -148,18 +148,12 @@ def profile(summaries: Sequence[dict[str, Any]]) -> str:
                 *(_plain(kernel.get(f"{unit}_per_iteration")) for unit in ("calls", "us")),
                 _percent(kernel.get("share")),
             )
-            for case in _grouped([kernel for row in rows for kernel in _kernels_of(row)], ("recipe", "batch_size"))
-            for kernel in _of_captured_engine(case)[:SHOWN_KERNELS]
+            for case in _grouped(rows, ("recipe", "batch_size"))
+            for kernel in _of_engine(case)[:SHOWN_KERNELS]
         ]
         if cells:
             parts.append(_section(f"### {summary['device']}\n\n{table(titles, cells)}", _stage_origins([summary], "end-to-end")))
     return "\n\n".join(parts) or NOT_MEASURED
-
-
-def _kernels_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The kernels of a profile, which has a list of them, or is one."""
-    shared = {name: value for name, value in row.items() if not isinstance(value, list)}
-    return [{**shared, **kernel} for value in row.values() if isinstance(value, list) for kernel in value] or [shared]
 
 
 def stages(summaries: Sequence[dict[str, Any]]) -> str:
@@ -270,14 +264,13 @@ def _factor(row: Mapping[str, str], peer: str, rows: Iterable[Mapping[str, str]]
 
 
 def _engine_cells(rows: Sequence[dict[str, str]]) -> Iterator[Cell]:
-    for case in _grouped(rows, ("recipe", "batch_size", "device")):
-        for row in _of_captured_engine(case)[:1]:
-            yield Cell((f"`{row['recipe']}`", row["batch_size"], row["precision"]), row["device"], _speed(row, case))
+    for row in _of_engine(rows):
+        yield Cell((f"`{row['recipe']}`", row["batch_size"], row["precision"]), row["device"], _speed(row, rows))
 
 
-def _of_captured_engine(rows: Sequence[Row]) -> list[Row]:
+def _of_engine(rows: Sequence[Row]) -> list[Row]:
     """Those of the engine with everything on, whose steps are captured on a GPU."""
-    return [row for row in rows if "captured" in row["contender"]] or [row for row in rows if row["contender"] == "engine"]
+    return [row for row in rows if row["contender"] == "engine"]
 
 
 def _method_cells(rows: Iterable[Mapping[str, str]]) -> Iterator[Cell]:
@@ -334,7 +327,7 @@ def _plain(value: object) -> str:
         return EMPTY
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return _figure(value) if isinstance(value, float) else str(value)
 
 
 def _percent(share: object) -> str:
@@ -342,4 +335,4 @@ def _percent(share: object) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"

@@ -70,6 +70,11 @@ class Device:
         row |= {"seconds_per_iteration": seconds * self.slowness, "device": self.origin["device"], "commit": self.origin["commit"]}
         return self.record("end-to-end", f"cifar10-dfad {name}", table="end-to-end", row=row | others)
 
+    def profiled(self, contender: str, rank: int) -> Record:
+        row: dict[str, Any] = {"recipe": "cifar10-dfad", "batch_size": 256, "contender": contender, "rank": rank, "share": 0.05}
+        row |= {"name": f"{contender}_{rank}<float>", "calls_per_iteration": 7.0, "us_per_iteration": (99 - rank) * self.slowness}
+        return self.record("end-to-end", f"cifar10-dfad {contender}: kernel {rank}", table="kernels", row=row)
+
     def run(self, seed: int, last: float) -> Record:
         retention = {"last": last, "best": last + 0.5, "largest_drop": 0.25}
         row: dict[str, Any] = {"recipe": "mnist-dfad", "seed": seed, "device": "cuda", "teacher_accuracy": 99.0, "retention": retention}
@@ -77,10 +82,6 @@ class Device:
         return self.record("accuracy", f"mnist-dfad seed {seed}", table="accuracy", row=row | {"device_name": self.origin["device"]})
 
     def everything(self) -> list[Record]:
-        kernels = [
-            {"name": f"kernel_{index}<float>", "us_per_iteration": (99 - index) * self.slowness, "calls_per_iteration": 7.0, "share": 0.05}
-            for index in range(25)
-        ]
         return [
             self.record("environment", "versions", table="host", row={"python": "3.12.3", "memory_gib": 80 * self.slowness}),
             self.record("environment", "copy bandwidth", table="ceilings", row={"gb_per_s": 4000 / self.slowness}),
@@ -97,12 +98,8 @@ class Device:
             self.kernel("triton", 0, status="wrong: averages differ"),
             self.contender("plain", 0.8),
             self.contender("engine", 0.2),
-            self.record(
-                "end-to-end",
-                "cifar10-dfad kernels",
-                table="kernels",
-                row={"recipe": "cifar10-dfad", "batch_size": 256, "contender": "engine", "seconds_per_iteration": 0.1, "dearest": kernels},
-            ),
+            *(self.profiled("plain", rank) for rank in range(25)),
+            *(self.profiled("engine", rank) for rank in range(25)),
             self.run(0, 98.0),
             self.run(1, 97.0),
         ]
@@ -181,10 +178,11 @@ def test_each_device_has_its_own_column(root: Path, tmp_path: Path, together: bo
 def test_the_ten_most_expensive_kernels_of_each_device_are_listed(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), *Device(H100, 2).everything()])], root)
     first, second = shown(root, gpu.PROFILE).split(f"### {H200}")
-    assert "| `cifar10-dfad` | 256 | `kernel_0<float>` | 7 | 198 | 5 % |" in first
-    assert "| `cifar10-dfad` | 256 | `kernel_0<float>` | 7 | 99 | 5 % |" in second
-    assert "kernel_9<" in second
-    assert "kernel_10<" not in second
+    assert "| `cifar10-dfad` | 256 | `engine_0<float>` | 7 | 198 | 5 % |" in first
+    assert "| `cifar10-dfad` | 256 | `engine_0<float>` | 7 | 99 | 5 % |" in second
+    assert "engine_9<" in second
+    assert "engine_10<" not in second
+    assert "plain_" not in second
 
 
 def test_failures_and_reasons_are_shown_for_the_device_that_has_them(root: Path, tmp_path: Path) -> None:
@@ -220,7 +218,7 @@ def test_the_same_device_again_replaces_its_figures_and_no_other_s(root: Path, t
     case = ("plain", "resnet50", "float32", "contiguous", "update")
     assert column(shown(root, gpu.KERNELS), H200)[case].startswith("cuda 30 µs")
     assert column(shown(root, gpu.KERNELS), H100)[case].startswith("cuda 20 µs")
-    assert [line.split(" | ")[4] for line in shown(root, gpu.PROFILE).splitlines() if "kernel_0<" in line] == ["198", "297"]
+    assert [line.split(" | ")[4] for line in shown(root, gpu.PROFILE).splitlines() if "engine_0<" in line] == ["198", "297"]
     assert column(shown(root, gpu.STAGES), H200)["tests",] == "7 passed, 2 failed, 1 skipped"
     report.main([write(tmp_path / "three.jsonl", Device(H200, 1).everything())], root)
     assert all_files(root) == before
@@ -319,6 +317,15 @@ def test_what_may_not_be_published_is_refused_in_a_line_and_changes_nothing(root
         report.main([good, bad], root)
     assert str(bad) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert all_files(root) == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/gpu.md"])
+def test_a_document_without_a_place_for_a_table_is_found_before_anything_is_written(root: Path, tmp_path: Path, name: str) -> None:
+    (root / name).write_text("nothing\n")
+    before = all_files(root)
+    with pytest.raises(DfkdError, match="has no line"):
+        report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     assert all_files(root) == before
 
 

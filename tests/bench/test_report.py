@@ -48,6 +48,16 @@ def test_every_result_says_how_it_was_got() -> None:
         assert entry["versions"]["torch"]
 
 
+def test_the_report_writes_every_table_of_every_document_and_nothing_else(tmp_path: Path) -> None:
+    documents = report.documents(Figures(tmp_path / "bench" / "results"))
+    for name, sections in documents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(f"before\n{begin}\nold\n{END}\nafter\n" for begin in sections))
+    assert report.main((), tmp_path) == []
+    for name, sections in documents.items():
+        assert (tmp_path / name).read_text() == "".join(f"before\n{begin}\n{text}\n{END}\nafter\n" for begin, text in sections.items())
+
+
 def test_a_document_without_a_place_for_a_table_is_an_error(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text(f"{readme.RUNS}\n")
