@@ -126,14 +126,15 @@ def iterations(rows: Sequence[dict[str, str]]) -> str:
 def accuracy(entries: Sequence[dict[str, Any]]) -> str:
     """A row for each command: means over the seeds."""
     cells = []
-    for alike in _grouped([{**entry, "line": command(entry)} for entry in entries], ("line", "device_name")):
+    for alike in _grouped([{**entry, "line": command(entry)} for entry in entries], ("recipe", "line", "device_name")):
         last, best, teacher = (fmean(values) for values in zip(*map(_accuracies, alike), strict=True))
         seeds = ", ".join(f"seed {entry['seed']}: {entry['retention']['last']:.2f}" for entry in alike)
         drop, seconds = max(entry["retention"]["largest_drop"] for entry in alike), fmean(entry["seconds"]["total"] for entry in alike)
         text = f"last {last:.2f} ({seeds}), best {best:.2f}, teacher {teacher:.2f}, largest drop {drop:.2f}, {seconds:.0f} s"
-        cells.append(Cell((alike[0]["line"], alike[0].get("metric", "top-1 accuracy")), alike[0]["device_name"], text))
+        labels = (alike[0]["recipe"], alike[0]["line"], alike[0].get("metric", "top-1 accuracy"))
+        cells.append(Cell(labels, alike[0]["device_name"], text))
     sources = [{**entry.get("versions", {}), **entry, "device": entry["device_name"], "command": ""} for entry in entries]
-    return _section(by_device(("command", "metric"), cells), sources) if cells else NOT_MEASURED
+    return _section(by_device(("recipe", "command", "metric"), cells), sources) if cells else NOT_MEASURED
 
 
 def profile(summaries: Sequence[dict[str, Any]]) -> str:
