@@ -274,10 +274,14 @@ def plot(
 
 @app.command(name="report")
 def write_report(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Folders of runs to take in first.")] = None,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN_OR_RESULTS]...", help="Folders of runs, and --out folders of python -m bench gpu, to take in first."),
+    ] = None,
 ) -> None:
-    """Write the README's table anew from the files in bench/results."""
-    report.main(runs or [])
+    """Write the tables of README.md and docs/gpu.md anew from the files in bench/results."""
+    for line in report.main(sources or []):
+        typer.echo(line)
 
 
 def main() -> NoReturn:
