@@ -221,7 +221,7 @@ def _compile_peers(context: Context, pool: Pool[Job], cases: Sequence[Case]) -> 
 
 def _run_jobs(context: Context, pool: Pool[Job], jobs: Sequence[Job], seconds: float) -> dict[Job, Outcome]:
     """Compile as much as is possible in some seconds, and record how long it took."""
-    if not jobs:
+    if not jobs or seconds <= 0:
         return {}
     begin = time.monotonic()
     outcomes = dict(pool.outcomes(jobs, begin + seconds))
