@@ -11,7 +11,8 @@ in the caches on disk:
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -121,7 +122,7 @@ def run(context: Context) -> None:
         repeats=None,
         turn=turn,
         copy_bandwidth=timing.copy_bandwidth(turn, context.device),
-        origin=runner.origin(context.device, context.commit, context.command),
+        origin=runner.origin(context.device, context.origin.get("commit"), context.origin.get("command", "")),
         backends=BACKENDS,
         seconds=plan.seconds,
     )
@@ -130,10 +131,12 @@ def run(context: Context) -> None:
     processes = max(1, len(os.sched_getaffinity(0)) - SPARE_CORES)
     with Pool(partial(compile_job, context.device), processes) as pool:
         _compile_triton(context, pool, plan.cases)
+        measured = {case for case in plan.cases if str(case) in context.done}
         for case in context.cases(plan.cases, needs=CASE_NEEDS):
-            with context.attempt(str(case)):
+            with context.attempt(str(case)), _not_again(context, case):
                 _measure(context, uncompiled, case, case in plan.highlights)
-        compiled = _compile_peers(context, pool, plan.compiled)
+                measured.add(case)
+        compiled = _compile_peers(context, pool, [case for case in plan.compiled if case in measured])
     for case in context.cases(compiled, _compiled_name, needs=CASE_NEEDS):
         with context.attempt(_compiled_name(case)):
             _measure(context, everyone, case, case in plan.highlights)
@@ -155,7 +158,20 @@ def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool
     for rows in replace(measured, modes=[case.mode]).rows(case.workload()):
         for row in rows:
             context.record(f"{case} / {row.provider}", _status(row), _described(row), table="micro", row=asdict(row))
+        # An error that a provider's row has taken may have cost this process the GPU: then the case fails here, and the stage goes on in
+        # another process.
+        torch.ones(1, device=context.device).sum().item()
         context.record(str(case), text=f"{case}: {_compared(rows)}", seconds=round(time.monotonic() - begin, 2), highlight=highlight)
+
+
+@contextmanager
+def _not_again(context: Context, case: Case) -> Iterator[None]:
+    """What fails without torch.compile is not tried with it, nor by a process that goes on after this one."""
+    try:
+        yield
+    except Exception:
+        context.record(_compiled_name(case), "skipped", "the case failed without it")
+        raise
 
 
 def _status(row: Row) -> Status:
@@ -213,8 +229,7 @@ def _compile_peers(context: Context, pool: Pool[Job], cases: Sequence[Case]) -> 
     for job in jobs:
         name, outcome = _compiled_name(job.case), outcomes.get(job)
         if outcome is None:
-            context.left.append(name)
-            context.record(name, "left", "there was no time to compile it")
+            context.leave(name)
         elif outcome.error is not None:
             context.record(name, "failed", outcome.error, detail=outcome.detail, seconds=outcome.seconds)
     return [job.case for job in jobs if job in outcomes and outcomes[job].error is None]

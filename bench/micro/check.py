@@ -26,20 +26,24 @@ def errors(found: Results, expected: Results) -> dict[str, float]:
 
 
 def mismatch(
-    found: Results, expected: Results, found_errors: dict[str, float], of_eager: dict[str, float], lacks: tuple[str, ...]
+    found: Results,
+    expected: Results,
+    of_eager: dict[str, float],
+    lacks: tuple[str, ...],
+    found_errors: dict[str, float] | None = None,
 ) -> str | None:
     """What is wrong with the results, or None.
 
     Args:
         found, expected: the provider's results, and the oracle's in float64.
-        found_errors: the :func:`errors` of what was found.
         of_eager: the errors of plain PyTorch in the case's dtype; twice as much is allowed, and a little.
         lacks: endings of the names of results that the provider does not compute.
+        found_errors: the :func:`errors` of what was found, if they are known.
     """
     missing = [name for name in expected if name not in found and not name.endswith(lacks)]
     if missing:
         return f"no {missing[0]}"
-    for name, off_by in found_errors.items():
+    for name, off_by in (errors(found, expected) if found_errors is None else found_errors).items():
         allowed = TIMES_EAGER * of_eager[name] + SLACK.get(found[name].dtype, 0.0)
         if not off_by <= allowed:  # true of NaN
             return f"{name} is off by {off_by:.1e}, allowed {allowed:.1e}"

@@ -98,7 +98,7 @@ class Run:
             return Examined(f"failed: {type(error).__name__}: {first_line(error)}")
         errors = check.errors(found, expected)
         largest = max(errors.values(), default=0.0)
-        wrong = check.mismatch(found, expected, errors, of_eager, provider.lacks)
+        wrong = check.mismatch(found, expected, of_eager, provider.lacks, errors)
         if wrong is not None:
             return Examined(f"wrong: {wrong}", largest)
         return Examined(f"ok, without {' and '.join(provider.lacks)}" if provider.lacks else "ok", largest, trial)
