@@ -17,10 +17,14 @@ from dfkd_fast.errors import first_line
 from .. import provenance
 from .records import Record, Status
 
-__all__ = ["Context"]
+__all__ = ["Context", "GpuLostError"]
 
 Case = TypeVar("Case")
 DETAIL = 4000  # characters of a failure's detail that are kept: its end
+
+
+class GpuLostError(BaseException):
+    """The process cannot use the GPU any more, as after an illegal address: the stage goes on in a new one."""
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Context:
         rehearse: toy sizes, on a CPU.
         deadline: of ``time.monotonic()``; the process is killed soon after it.
         send: takes the records; each has left the process when this returns.
+        announce: told a case's name before it begins, so that one that ends the process is known.
         done: cases that an earlier run of the stage settled on the same commit and device.
         data_root: a folder of data sets, or None if there is none.
         commit: what is measured.
@@ -44,6 +49,7 @@ class Context:
     rehearse: bool
     deadline: float
     send: Callable[[Record], None]
+    announce: Callable[[str], object] = lambda case: None
     done: Collection[str] = ()
     data_root: Path | None = None
     commit: str = "unknown"
@@ -103,10 +109,20 @@ class Context:
 
     @contextmanager
     def attempt(self, case: str) -> Iterator[None]:
-        """Inside, an error is the case's failure, not the stage's."""
+        """Inside, an error is the case's failure, not the stage's.
+
+        Raises:
+            GpuLostError: after the failure, nothing can run on the GPU in this process.
+        """
         begin = time.monotonic()
+        self.announce(case)
         try:
             yield
         except Exception as error:
             text = f"{type(error).__name__}: {first_line(error)}"
-            self.record(case, "failed", text, detail=traceback.format_exc(), seconds=time.monotonic() - begin)
+            self.record(case, "failed", text, detail=traceback.format_exc(), seconds=round(time.monotonic() - begin, 2))
+            if self.device.type == "cuda":
+                try:
+                    torch.cuda.synchronize(self.device)
+                except RuntimeError as lost:
+                    raise GpuLostError(first_line(lost)) from None

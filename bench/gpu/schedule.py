@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,15 @@ from ..provenance import ROOT
 from . import records, summary
 from .records import FAILURES, Record
 from .stages import Stage
+from .worker import RESTART
 
 __all__ = ["STATE", "Campaign", "folder_of", "source_digest"]
 
 STATE = ROOT / ".bench-gpu"
 FILE_LIMIT = 9_000_000  # bytes of a file in ``out``; of a longer one the end is kept
 RESERVE = 5.0  # seconds kept for the table
+OUT_OF_TIME = "out of time"
+PROCESSES = 5  # of one stage, where each ends before its work does
 GRACE = 2.0  # seconds between a stage's own deadline and its end by force
 SOURCES = ("bench", "csrc", "dfkd_fast", "kernels", "tests")
 
@@ -99,18 +102,24 @@ class Campaign:
             )
             return
         self.log(f"{stage.name}: at most {seconds:.0f} s")
-        begin = time.monotonic()
-        ended = self._process(stage, seconds)
-        taken = time.monotonic() - begin
-        last = next((record for record in reversed(self.records) if record.stage == stage.name), None)
-        if ended is not None or last is None or last.case:
-            text = ended or "its process ended without a word"
-            self._take(Record(stage.name, "", "failed", text, self._log_end, round(taken, 2)))
+        begin, deadline = time.monotonic(), time.monotonic() + seconds
+        earlier, self._ended = len(self.records), False
+        for _ in range(PROCESSES):
+            self._running = ""
+            settled = {record.case for record in self.records[earlier:]} | records.cases_done(self.records, stage.name)
+            reason = self._process(stage, deadline - time.monotonic(), settled)
+            if self._running:
+                self._take(Record(stage.name, self._running, "failed", reason or "the process ended here", self._log_end))
+            if self._ended or (reason is not None and reason.startswith(OUT_OF_TIME)) or deadline - time.monotonic() < stage.needs:
+                break
+        taken = round(time.monotonic() - begin, 2)
+        if not self._ended:
+            self._take(Record(stage.name, "", "failed", reason or "its process ended without a word", self._log_end, taken))
         self.log(f"{stage.name}: {summary.describe(self.records, stage.name)}, {taken:.0f} s")
         self._mirror()
 
-    def _process(self, stage: Stage, seconds: float) -> str | None:
-        """Run a stage until it ends, or until its time is over; None if it ended by itself and sent its last record."""
+    def _process(self, stage: Stage, seconds: float, settled: Collection[str]) -> str | None:
+        """Run a stage, but for its settled cases, until it ends or its time is over; why it was cut short, or None."""
         reading, writing = os.pipe()
         job = {
             "stage": stage.name,
@@ -118,7 +127,7 @@ class Campaign:
             "rehearse": self.rehearse,
             "seconds": seconds,
             "pipe": writing,
-            "done": sorted(records.cases_done(self.records, stage.name)),
+            "done": sorted(settled),
             "data_root": str(self.data_root) if self.data_root else "",
             "commit": self.commit,
             "command": self.command,
@@ -148,10 +157,12 @@ class Campaign:
             os.close(reading)
             process.stdout.close()
         if timed_out:
-            return f"out of time: stopped after {seconds:.0f} s"
+            return f"{OUT_OF_TIME}: stopped after {seconds:.0f} s"
         if process.returncode < 0:
-            return f"killed by {signal.Signals(-process.returncode).name}"
-        return None
+            return f"its process was killed by {signal.Signals(-process.returncode).name}"
+        if process.returncode == RESTART:
+            return "the GPU was lost to its process"
+        return None if process.returncode == 0 else f"its process ended with exit code {process.returncode}"
 
     def _listen(
         self, name: str, process: subprocess.Popen[bytes], handlers: dict[int, Callable[[str, bytes], None]], seconds: float
@@ -183,7 +194,13 @@ class Campaign:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in filter(None, lines):
             try:
-                self._take(records.parse(line.decode()))
+                if line.startswith(b'{"begun"'):
+                    self._running = json.loads(line)["begun"]
+                    continue
+                record = records.parse(line.decode())
+                self._running = "" if record.case == self._running else self._running
+                self._ended |= not record.case
+                self._take(record)
             except (TypeError, ValueError) as error:
                 self.troubles.append(f"{name} sent what is not a record: {error}")
 

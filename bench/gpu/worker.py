@@ -7,12 +7,16 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .records import Record
 
-__all__ = ["main"]
+__all__ = ["RESTART", "main"]
+
+RESTART = 75
+"""Exit code of a stage that cannot go on in this process, but in a new one."""
 
 
 def main() -> None:
@@ -24,18 +28,21 @@ def main() -> None:
     faulthandler.dump_traceback_later(max(0.5, job["seconds"] - 0.5))
     with os.fdopen(job["pipe"], "w", buffering=1) as pipe:
 
-        def send(record: Record) -> None:
-            pipe.write(record.line() + "\n")
+        def write(line: str) -> None:
+            pipe.write(line + "\n")
 
         try:
-            _run(job, deadline, send)
+            _run(job, deadline, write)
         except BaseException as error:
+            if type(error).__name__ == "GpuLostError":
+                print(f"the GPU is lost to this process: {error}", file=sys.stderr)
+                os._exit(RESTART)
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            send(Record(job["stage"], "", "failed", text, traceback.format_exc()[-4000:]))
+            write(Record(job["stage"], "", "failed", text, traceback.format_exc()[-4000:]).line())
             raise
 
 
-def _run(job: dict[str, Any], deadline: float, send: Any) -> None:
+def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> None:
     if job["rehearse"]:
         from . import rehearsal
 
@@ -49,7 +56,8 @@ def _run(job: dict[str, Any], deadline: float, send: Any) -> None:
         device=torch.device("cpu" if job["rehearse"] else "cuda"),
         rehearse=job["rehearse"],
         deadline=deadline,
-        send=send,
+        send=lambda record: write(record.line()),
+        announce=lambda case: write(json.dumps({"begun": case})),
         done=frozenset(job["done"]),
         data_root=Path(job["data_root"]) if job["data_root"] else None,
         commit=job["commit"],

@@ -149,6 +149,7 @@ def test_what_waits_for_the_gpu_runs_eagerly_and_is_said(make_trainer: MakeTrain
     assert torch.cuda.get_sync_debug_mode() == 0
 
 
+@pytest.mark.last
 def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTrainer) -> None:
     chosen = method({"kind": "ema_generator"}, "plain", capture=True)
     earlier = make_trainer(chosen, device="cuda")

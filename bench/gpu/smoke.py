@@ -1,0 +1,185 @@
+"""Stage 2: every operation of every backend is right, called and replayed; and the smallest recipes take captured steps."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfkd_fast import Trainer
+from dfkd_fast.kernels import (
+    Backend,
+    channel_moments,
+    channel_sums,
+    concat_generated,
+    ema_update_,
+    js_discrepancy,
+    kl_discrepancy,
+    l1_discrepancy,
+    use_backend,
+)
+from dfkd_fast.kernels.dispatch import backends, why_not
+from dfkd_fast.recipe import load_recipe
+
+from ..end_to_end import networks
+from ..micro.check import errors, mismatch
+from ..micro.workload import Results
+from .context import Context
+from .replay import replayed
+
+__all__ = ["run"]
+
+Tensors = Sequence[Tensor]
+BACKENDS: tuple[Backend, ...] = ("cuda", "triton")
+DTYPES = (torch.float32, torch.bfloat16)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SHAPE, TOY_SHAPE = (16, 100, 28, 28), (3, 10, 7, 5)
+RECIPES = ("digits", "digits-dfad", "digits-mad", "digits-bank", "digits-vae", "digits-retain-first-order", "digits-retain")
+ITERATIONS, TOY_ITERATIONS = 10, 2
+
+
+class Operation(NamedTuple):
+    """What is called: a function of two inputs."""
+
+    call: Callable[[Tensor, Tensor], Tensors]
+    differentiable: int = 2
+    """How many of the inputs get a gradient, from the first one on."""
+    first_dtype: torch.dtype | None = None
+    """Of the first input, where the operation does not leave it open."""
+
+
+def _ema(average: Tensor, source: Tensor) -> Tensors:
+    averages = [average.clone(), average[:1].clone()]
+    shadows = [torch.empty_like(tensor, dtype=torch.bfloat16) for tensor in averages]
+    ema_update_(averages, [source, source[:1]], 0.9, shadows=shadows)
+    return [*averages, *shadows]
+
+
+def _concat(normalize: Literal["none", "batch"], a: Tensor, b: Tensor) -> Tensors:
+    if normalize == "none":
+        return [concat_generated([a, b], activation="tanh", normalize="none")]
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    means, variances = ([torch.full(a.shape[1:2], value, dtype=dtype, device=a.device) for _ in range(2)] for value in (0.0, 1.0))
+    batch = concat_generated(
+        [a, b], activation="tanh", normalize="batch", running_means=means, running_vars=variances, training=[True, True]
+    )
+    return [batch, *means, *variances]
+
+
+def _sums(x: Tensor, _: Tensor) -> Tensors:
+    return [result.float() for result in channel_sums(x)[:2]]
+
+
+_SOFT: dict[str, Any] = {"temperature": 2.0, "reduction": "batchmean", "scale_by_temperature_squared": True}
+OPERATIONS = {
+    "ema_update_": Operation(_ema, differentiable=0, first_dtype=torch.float32),
+    "l1_discrepancy": Operation(lambda a, b: [l1_discrepancy(a, b, reduction="mean")]),
+    "kl_discrepancy": Operation(lambda a, b: [kl_discrepancy(a, b, **_SOFT)]),
+    "js_discrepancy": Operation(lambda a, b: [js_discrepancy(a, b, **_SOFT)]),
+    "concat_generated": Operation(partial(_concat, "none")),
+    "concat_generated, batch norm": Operation(partial(_concat, "batch")),
+    "channel_moments": Operation(lambda a, _: channel_moments(a), differentiable=1),
+    "channel_sums": Operation(_sums, differentiable=1),
+}
+
+
+class Case(NamedTuple):
+    """One operation on one kind of input."""
+
+    operation: str
+    backend: Backend
+    dtype: torch.dtype
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.backend} {str(self.dtype).removeprefix('torch.')} {self.layout}"
+
+
+def run(context: Context) -> None:
+    """Check values and gradients against float64, in a plain call and in a replay that finds other inputs; then the recipes."""
+    for case in context.cases([Case(*parts) for parts in product(OPERATIONS, BACKENDS, DTYPES, LAYOUTS)]):
+        if case.backend not in backends(context.device):
+            context.record(str(case), "skipped", why_not(case.backend) or f"does not serve {context.device.type} tensors")
+            continue
+        with context.attempt(str(case)):
+            wrong = _check(case, context)
+            context.record(str(case), "ok" if wrong is None else "wrong", wrong or "")
+    for name in context.cases(RECIPES, needs=1.0):
+        with context.attempt(name):
+            iterations = TOY_ITERATIONS if context.rehearse else ITERATIONS
+            remarks, seconds = _steps(name, iterations, context.device)
+            text = "; ".join(remarks) or f"{iterations} iterations, nothing remarked"
+            context.record(name, text=text, seconds=seconds, highlight=bool(remarks))
+
+
+def _check(case: Case, context: Context) -> str | None:
+    """What is wrong with a case, or None."""
+    operation, random = OPERATIONS[case.operation], torch.Generator().manual_seed(0)
+    shape = TOY_SHAPE if context.rehearse else SHAPE
+
+    def draw() -> list[Tensor]:
+        dtypes = operation.first_dtype or case.dtype, case.dtype
+        return [torch.randn(shape, generator=random).to(dtype) for dtype in dtypes]
+
+    inputs = [
+        tensor.to(context.device, memory_format=LAYOUTS[case.layout]).requires_grad_(index < operation.differentiable)
+        for index, tensor in enumerate(draw())
+    ]
+
+    def step() -> Tensors:
+        with use_backend(case.backend):
+            return _results(operation, inputs)
+
+    replay, replayed_results = replayed(step, context.device)
+    for how in ("called", "replayed"):
+        values = draw()
+        with torch.no_grad():
+            for tensor, value in zip(inputs, values, strict=True):
+                tensor.copy_(value)
+        if how == "replayed":
+            replay()
+        found = _named(step() if how == "called" else replayed_results)
+        with use_backend("reference"):
+            expected = _oracle(operation, values, torch.float64)
+            of_plain = errors(_oracle(operation, values), expected)
+        if (wrong := mismatch({name: tensor.cpu() for name, tensor in found.items()}, expected, of_plain, ())) is not None:
+            return f"{how}: {wrong}"
+    return None
+
+
+def _results(operation: Operation, inputs: Tensors) -> Tensors:
+    """The values of a call, and the gradients of their sum with different weights."""
+    values = list(operation.call(*inputs))
+    if not operation.differentiable:
+        return values
+    recorded = [value for value in values if value.requires_grad]
+    weights = [torch.arange(1, value.numel() + 1, device=value.device).cos().reshape(value.shape).to(value) for value in recorded]
+    return [*values, *torch.autograd.grad(recorded, inputs[: operation.differentiable], weights)]
+
+
+def _oracle(operation: Operation, values: Tensors, dtype: torch.dtype | None = None) -> Results:
+    inputs = [value.to(dtype, copy=True).requires_grad_(index < operation.differentiable) for index, value in enumerate(values)]
+    return _named(_results(operation, inputs))
+
+
+def _named(results: Tensors) -> Results:
+    return {f"result {index}": result.detach() for index, result in enumerate(results)}
+
+
+def _steps(name: str, iterations: int, device: torch.device) -> tuple[list[str], float]:
+    """Take a recipe's first iterations with untrained networks; what the trainer remarked, and the seconds that its steps took.
+
+    Raises:
+        ArithmeticError: a loss is not finite.
+    """
+    recipe = load_recipe(name, {"loop.epochs": 1, "loop.iterations_per_epoch": iterations, "loop.generator_pretraining": 0})
+    trainer = Trainer(*networks(recipe), recipe, device=device)
+    trainer.fit()
+    losses = trainer.history[-1].losses
+    if not all(map(math.isfinite, losses.values())):
+        raise ArithmeticError(f"losses are not finite: {losses}")
+    seconds = trainer.clock.read()
+    return trainer.remarks, round(sum(seconds.get(phase, 0.0) for phase in ("student", "generator")), 3)
