@@ -27,6 +27,8 @@ def prepare() -> None:
     for backend in ("triton", "cuda"):
         if unavailable_reason(backend) is None:
             dispatch._SERVING["cpu"].insert(0, backend)  # type: ignore[arg-type]
+    # A GPU's kernels serve tensors of any size; those of a toy are too small for a CPU's to pay.
+    dispatch.WORTHWHILE.update({operation: 0 for operation in dispatch.WORTHWHILE if operation not in dispatch.ON_CPU_ONLY})
 
 
 def unavailable_reason(backend: str) -> str | None:
