@@ -41,7 +41,7 @@ class Priority(NamedTuple):
     contenders: tuple[str, ...]
     """Their names; none for all others."""
     limit: float
-    """Seconds that one may take: a hang costs no more."""
+    """Seconds that one may take once its process has its imports done: a hang costs no more."""
     needs: float
     """Seconds below which one is not begun."""
 
@@ -147,8 +147,7 @@ def _cases(plan: Plan, device: torch.device) -> list[list[Case]]:
 
 
 def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standing: Standing) -> None:
-    begin = time.monotonic()
-    end = min(begin + case.priority.limit, context.deadline - MARGIN)
+    begin, end = time.monotonic(), context.deadline - MARGIN
     what = case.name
 
     def call(worker: Worker, function: Callable[..., Any], *arguments: object) -> Any:
@@ -156,6 +155,9 @@ def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standin
 
     try:
         worker = workers.take()
+        worker.wait_until_ready(max(end - time.monotonic(), 0.1))
+        begin = time.monotonic()
+        end = min(begin + case.priority.limit, end)
         start = call(worker, measuring.begin, case.build, context.device)
         workers.settle(max(end - time.monotonic(), 0.1))
         standing.times[case.contender] = call(worker, measuring.time_for, plan.seconds, plan.fewest)
@@ -164,7 +166,8 @@ def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standin
         )
         row_so_far = partial(row_of, case.recipe, case.contender, standing.times, shared=shared, in_turns=False, **start._asdict())
         _record(context, case, row_so_far(memory=None), begin)
-        _record_line(context, case.recipe, standing)
+        if case.contender in TITLES:
+            _record_line(context, case.recipe, standing)
         memory = call(worker, measuring.memory, context.device)
         row = row_so_far(memory=memory)
         _record(context, case, row, begin)
@@ -213,9 +216,8 @@ def _record_line(context: Context, recipe: Recipe, standing: Standing) -> None:
             ratios = [f"{medians[peer] / medians[name]:.2f} × {TITLES[peer]}" for peer in peers if peer in medians and name != peer]
             compared = f" ({', '.join(ratios)})" if ratios else ""
             facts.append(f"{title} {_ms(medians[name])} ms{compared}")
-    if facts:
-        case = f"{recipe.name}, resumed" if standing.resumed else recipe.name
-        context.record(case, text=f"{recipe.name} {recipe.loop.batch_size}: {', '.join(facts)}", highlight=True)
+    case = f"{recipe.name}, resumed" if standing.resumed else recipe.name
+    context.record(case, text=f"{recipe.name} {recipe.loop.batch_size}: {', '.join(facts)}", highlight=True)
 
 
 def _record_kernels(context: Context, case: Case, found: Profile) -> None:
