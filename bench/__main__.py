@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
 from .gpu import rehearsal, schedule
+from .gpu.folder import Folder
 from .gpu.stages import STAGES
 from .micro import rows, runner, timing
 from .micro.workload import Mode
@@ -57,12 +59,13 @@ def run_gpu(
     if data_root is not None and not data_root.is_dir():
         raise DfkdError(f"--data-root {data_root}: is not a folder")
     device = pick_device("cpu" if rehearse else "cuda")
+    kept = schedule.STATE / "rehearsal" if rehearse else schedule.folder_of(device_name(device))
+    if rehearse:
+        shutil.rmtree(kept, ignore_errors=True)
     campaign = schedule.Campaign(
         stages=STAGES,
-        folder=schedule.folder_of("rehearsal" if rehearse else device_name(device)),
-        out=out or schedule.STATE / "out",
-        commit=commit or provenance.commit(),
-        command=f"python -m bench {' '.join(sys.argv[1:])}",
+        files=Folder(kept, out or schedule.STATE / "out"),
+        origin=runner.origin(device, commit, f"python -m bench {' '.join(sys.argv[1:])}") | {"rehearsal": rehearse},
         data_root=data_root,
         rehearse=rehearse,
         variables=rehearsal.environment() if rehearse else {},
@@ -271,10 +274,14 @@ def plot(
 
 @app.command(name="report")
 def write_report(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Folders of runs to take in first.")] = None,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN_OR_RESULTS]...", help="Folders of runs, and --out folders of python -m bench gpu, to take in first."),
+    ] = None,
 ) -> None:
-    """Write the README's table anew from the files in bench/results."""
-    report.main(runs or [])
+    """Write the tables of README.md and docs/gpu.md anew from the files in bench/results."""
+    for line in report.main(sources or []):
+        typer.echo(line)
 
 
 def main() -> NoReturn:

@@ -15,21 +15,22 @@ ROOT = Path(__file__).parent.parent
 
 
 def commit() -> str:
-    """The commit checked out, with ``-dirty`` if files differ from it, other than results; "unknown" where this is no git checkout."""
+    """The commit checked out, with ``-dirty`` if other files than results and their documents differ; "unknown" outside a git checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md", ":!docs/gpu.md")
         return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def file_name(device: torch.device) -> str:
-    """The device's name as part of a file's name."""
-    return re.sub(r"[^a-z0-9_]+", "-", device_name(device).lower()).strip("-")
+def file_name(device: torch.device | str) -> str:
+    """The name of a device, which may be given instead of it, as part of a file's name."""
+    name = device if isinstance(device, str) else device_name(device)
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
 def version(distribution: str) -> str:

@@ -2,19 +2,14 @@
 
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from dfkd_fast.engine.device import device_name
-from dfkd_fast.errors import first_line
-
-from .. import provenance
 from .records import Record, Status
 
 __all__ = ["Context", "GpuLostError"]
@@ -40,8 +35,7 @@ class Context:
         announce: told a case's name before it begins, so that one that ends the process is known.
         done: cases that an earlier run of the stage settled on the same commit and device.
         data_root: a folder of data sets, or None if there is none.
-        commit: what is measured.
-        command: the command line that started it.
+        origin: device, versions, commit and command, for every record; see :class:`~bench.gpu.records.Record`.
     """
 
     stage: str
@@ -52,27 +46,13 @@ class Context:
     announce: Callable[[str], object] = lambda case: None
     done: Collection[str] = ()
     data_root: Path | None = None
-    commit: str = "unknown"
-    command: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     """Cases for which there was no time."""
 
     def seconds_left(self) -> float:
         """Until the deadline."""
         return self.deadline - time.monotonic()
-
-    @cached_property
-    def origin(self) -> dict[str, Any]:
-        """Where the stage's figures come from: the columns that all tables share."""
-        return {
-            "device": device_name(self.device),
-            "torch": str(torch.__version__),
-            "triton": provenance.version("triton"),
-            "numba": provenance.version("numba"),
-            "commit": self.commit,
-            "command": self.command,
-            "rehearsal": self.rehearse,
-        }
 
     def record(
         self,
@@ -88,7 +68,7 @@ class Context:
     ) -> None:
         """Send a record; see :class:`~bench.gpu.records.Record`."""
         one_line = " ".join(text.split())
-        self.send(Record(self.stage, case, status, one_line, detail[-DETAIL:], seconds, highlight, table, row or {}, self.origin))
+        self.send(Record(self.stage, case, status, one_line, detail[-DETAIL:], seconds, highlight, table, row or {}, dict(self.origin)))
 
     def cases(self, cases: Iterable[Case], name: Callable[[Case], str] = str, *, needs: float = 0.0) -> Iterator[Case]:
         """Of some cases, those that an earlier run did not settle, as long as there is time; the others are recorded as left.
@@ -102,10 +82,19 @@ class Context:
             if name(case) in self.done:
                 continue
             if self.seconds_left() < needs:
-                self.left.append(name(case))
-                self.record(name(case), "left", "no time was left")
+                self.leave(name(case))
                 continue
             yield case
+
+    def leave(self, case: str) -> None:
+        """Record a case for which there is no time."""
+        self.left.append(case)
+        self.record(case, "left", "no time was left")
+
+    def finish(self, seconds: float) -> None:
+        """Send the record of the stage itself, which is its last."""
+        text = f"{len(self.left)} cases are left for the next call" if self.left else ""
+        self.record("", "left" if self.left else "ok", text, seconds=round(seconds, 2), row={"complete": not self.left})
 
     @contextmanager
     def attempt(self, case: str) -> Iterator[None]:
@@ -119,10 +108,10 @@ class Context:
         try:
             yield
         except Exception as error:
-            text = f"{type(error).__name__}: {first_line(error)}"
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
             self.record(case, "failed", text, detail=traceback.format_exc(), seconds=round(time.monotonic() - begin, 2))
             if self.device.type == "cuda":
                 try:
                     torch.cuda.synchronize(self.device)
                 except RuntimeError as lost:
-                    raise GpuLostError(first_line(lost)) from None
+                    raise GpuLostError(str(lost).splitlines()[0]) from None

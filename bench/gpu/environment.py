@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from dfkd_fast.kernels import dispatch
+from dfkd_fast.kernels import Backend, dispatch
 from dfkd_fast.kernels.build import BuildError, compile_extension
 from dfkd_fast.kernels.extension import BINARY
 
@@ -27,7 +27,8 @@ def run(context: Context) -> None:
     versions = {name: provenance.version(name) for name in PACKAGES}
     host = {"python": platform.python_version(), "cores": os.cpu_count(), "cuda": torch.version.cuda, **versions, **_gpu(context.device)}
     context.record("versions", text=", ".join(f"{name} {value}" for name, value in host.items()), table="host", row=host, highlight=True)
-    for backend in ("triton", "cuda"):
+    backends: tuple[Backend, ...] = ("triton", "cuda")
+    for backend in backends:
         with context.attempt(backend):
             reason = _reason(context, backend)
             context.record(backend, "ok" if reason is None else "failed", reason or "available")
@@ -54,13 +55,13 @@ def _gpu(device: torch.device) -> dict[str, object]:
     }
 
 
-def _reason(context: Context, backend: str) -> str | None:
+def _reason(context: Context, backend: Backend) -> str | None:
     """Why a backend cannot serve the device, or None. The extension is compiled here if it was not brought."""
     if context.rehearse:
         from . import rehearsal
 
         return rehearsal.unavailable_reason(backend)
-    reason = dispatch.why_not(backend)  # type: ignore[arg-type]
+    reason = dispatch.why_not(backend)
     if backend == "cuda" and reason is not None and not BINARY.is_file():
         try:
             compile_extension(BINARY, architectures=[_gencode(context.device)])

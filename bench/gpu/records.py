@@ -59,7 +59,7 @@ def parse(line: str) -> Record:
 
 def read(path: Path) -> list[Record]:
     """The records of a file; a last line that was cut off by the end of its process is left out. No file, no records."""
-    if not path.exists():
+    if not path.is_file():
         return []
     *lines, rest = path.read_text().split("\n")
     if rest:

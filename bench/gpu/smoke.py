@@ -37,7 +37,7 @@ BACKENDS: tuple[Backend, ...] = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPE, TOY_SHAPE = (16, 100, 28, 28), (3, 10, 7, 5)
-RECIPES = ("digits", "digits-dfad", "digits-mad", "digits-bank", "digits-vae", "digits-retain-first-order", "digits-retain")
+RECIPES: Sequence[str] = ("digits", "digits-dfad", "digits-mad", "digits-bank", "digits-vae", "digits-retain-first-order", "digits-retain")
 ITERATIONS, TOY_ITERATIONS = 10, 2
 
 

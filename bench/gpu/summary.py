@@ -26,7 +26,8 @@ def lines(records: Sequence[Record], stages: Sequence[str], troubles: Sequence[s
     """
     now = latest(records)
     failed = [*(f"FAILED {text}" for text in troubles), *(_failure(record) for record in now if record.status in FAILURES)]
-    table = [_row(name, now) for name in stages]
+    width = 2 + max(map(len, ("stage", *stages)))
+    table = [_row(name, now, width) for name in stages]
     highlights = [f"{record.stage}: {record.text}" for record in now if record.highlight and record.status not in FAILURES]
     # What fails most often fails for one reason: a part of the failures is enough, and the results need some room, too.
     room = LINES - len(table) - 2
@@ -36,7 +37,7 @@ def lines(records: Sequence[Record], stages: Sequence[str], troubles: Sequence[s
     rest = LINES - len(shown) - len(table) - 1
     if len(highlights) > rest:
         highlights = [*highlights[: rest - 1], f"... and {len(highlights) - rest + 1} more: results.jsonl"]
-    heading = f"{'stage':<14}{'status':<10}{'seconds':>8}{'ok':>7}{'failed':>8}{'skipped':>9}{'left':>7}"
+    heading = f"{'stage':<{width}}{'status':<10}{'seconds':>8}{'ok':>7}{'failed':>8}{'skipped':>9}{'left':>7}"
     return [line[:WIDTH] for line in (*shown, heading, *table, *highlights)]
 
 
@@ -56,7 +57,7 @@ def describe(records: Iterable[Record], stage: str) -> str:
     return f"{whole.text or whole.status}{f' ({said})' if said else ''}"
 
 
-def _row(stage: str, records: Iterable[Record]) -> str:
+def _row(stage: str, records: Iterable[Record], width: int) -> str:
     of_stage = [record for record in records if record.stage == stage]
     whole = next((record for record in of_stage if not record.case), None)
     counts = Counter(record.status for record in of_stage if record.case)
@@ -64,7 +65,7 @@ def _row(stage: str, records: Iterable[Record]) -> str:
     status = "not run" if whole is None else "failed" if whole.status == "ok" and failed else whole.status
     seconds = "" if whole is None or whole.seconds is None else f"{whole.seconds:.1f}"
     numbers = f"{counts['ok']:>7}{failed:>8}{counts['skipped']:>9}{counts['left']:>7}"
-    return f"{stage:<14}{status:<10}{seconds:>8}{numbers}"
+    return f"{stage:<{width}}{status:<10}{seconds:>8}{numbers}"
 
 
 def _failure(record: Record) -> str:

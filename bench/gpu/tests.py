@@ -1,6 +1,10 @@
 """Stage 3: the tests that need a GPU, on all cores; those that need its memory or may break their process come last, one by one."""
 
+import os
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +14,9 @@ import pytest
 from .. import provenance
 from .context import Context
 
-__all__ = ["run"]
+__all__ = ["ON_CPU", "ON_GPU", "Part", "run"]
 
-SPARE = 3.0  # seconds before the deadline at which pytest is stopped
+SPARE = 2.0  # seconds before the deadline at which what has not ended is left
 
 
 class Part(NamedTuple):
@@ -22,72 +26,84 @@ class Part(NamedTuple):
     """Which tests."""
     workers: str
 
+    def __str__(self) -> str:
+        return " ".join(self.arguments)
 
-ON_GPU = (
+
+ON_GPU: Sequence[Part] = (
     Part(("-m", "gpu and not alone and not last"), "auto"),
     Part(("-m", "gpu and alone"), "1"),
     Part(("-m", "gpu and last"), "1"),
 )
 # The same calls with the tests of a backend that a CPU runs in the place of a GPU.
-ON_CPU = (
+ON_CPU: Sequence[Part] = (
     Part(("-p", "tests.kernels.on_cpu", "--on-cpu=cuda", "--sample", "tests/kernels/test_moments.py"), "2"),
     Part(("-p", "tests.kernels.on_cpu", "--on-cpu=triton", "--sample", "tests/kernels/test_moments.py"), "1"),
 )
 
 
 class _Reporter:
-    """Records each test as it ends, and stops pytest when the time is over."""
+    """Records each test as it ends."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.collected: set[str] = set()
         self.ended: set[str] = set()
-        self.out_of_time = False
 
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
         self.collected.update(ids)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self._record(report.nodeid, "failed", report)
+            self._record_failure(report, report.nodeid or "collection")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self._record(report.nodeid, "failed", report)
+            self._record_failure(report, report.nodeid)
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"
-            self.context.record(report.nodeid, "skipped", reason)
+            self.context.record(report.nodeid, "skipped", reason.removeprefix("Skipped: "))
         elif report.when == "call":
             self.context.record(report.nodeid, seconds=round(report.duration, 3))
         self.ended.add(report.nodeid)
-        if self.context.seconds_left() < SPARE and not self.out_of_time:
-            self.out_of_time = True
-            pytest.exit("no time is left", returncode=0)
 
-    def _record(self, case: str, status: Any, report: pytest.CollectReport | pytest.TestReport) -> None:
-        lines = [line for line in report.longreprtext.splitlines() if line.strip()]
-        # pytest marks the lines of the error itself with an E
-        reasons = [line[1:].strip() for line in lines if line.startswith("E ")] or lines or [f"failed in {report.when}"]
-        self.context.record(case, status, reasons[0], detail=report.longreprtext)
+    def leave(self) -> None:
+        """Record what was not run, or was running."""
+        for case in sorted(self.collected - self.ended):
+            self.context.leave(case)
+
+    def _record_failure(self, report: pytest.CollectReport | pytest.TestReport, case: str) -> None:
+        lines = [line for line in report.longreprtext.splitlines() if line.strip()] or ["no reason given"]
+        # pytest marks the lines of the error itself with an E; of a worker that crashed there are none
+        errors = [line[1:].strip() for line in lines if line.startswith("E ")]
+        self.context.record(case, "failed", errors[0] if errors else lines[-1], detail=report.longreprtext)
 
 
 def run(context: Context) -> None:
-    """Run the tests that no earlier call settled; every test is a case."""
+    """Run the tests that no earlier call settled; every test is a case, and so is every part of them."""
+    parts = [part for part in (ON_CPU if context.rehearse else ON_GPU) if str(part) not in context.done]
+    reporters = {part: _Reporter(context) for part in parts}
+    begin = time.monotonic()
+
+    def stop() -> None:
+        # pytest would wait for the test that is running, and xdist for its workers: the process ends here instead.
+        for part, reporter in reporters.items():
+            reporter.leave()
+            context.leave(str(part))
+        context.finish(time.monotonic() - begin)
+        sys.stdout.flush()
+        os._exit(0)
+
+    timer = threading.Timer(max(0.0, context.seconds_left() - SPARE), stop)
+    timer.daemon = True
+    timer.start()
     with tempfile.TemporaryDirectory() as folder:
         settled = Path(folder) / "settled.txt"
         settled.write_text("\n".join(context.done))
-        for part in ON_CPU if context.rehearse else ON_GPU:
-            reporter = _Reporter(context)
-            code = pytest.main(
-                [
-                    *("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_plugin", f"--settled={settled}"),
-                    *("-n", part.workers, f"--rootdir={provenance.ROOT}", *part.arguments),
-                ],
-                plugins=[reporter],
-            )
-            if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-                context.record(" ".join(part.arguments), "failed", f"pytest ended with exit code {int(code)}: see log.txt")
-            left = sorted(reporter.collected - reporter.ended)
-            context.left.extend(left)
-            for case in left:
-                context.record(case, "left", "no time was left")
+        options = ("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_plugin", f"--settled={settled}")
+        for part in parts:
+            code = pytest.main([*options, f"--rootdir={provenance.ROOT}", "-n", part.workers, *part.arguments], plugins=[reporters[part]])
+            failed = code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
+            reporters.pop(part)
+            context.record(str(part), "failed" if failed else "ok", f"pytest ended with exit code {int(code)}")
+    timer.cancel()

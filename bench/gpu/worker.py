@@ -1,10 +1,14 @@
-"""The process of one stage: ``python -m bench.gpu.worker``, which ``schedule.py`` starts. Records go to a pipe, line by line."""
+"""The process of one stage: ``python -m bench.gpu.worker DESCRIPTOR``, which ``schedule.py`` starts.
+
+What to run is read from standard input, in JSON. Records, and the names of cases that begin, go to the descriptor, line by line.
+"""
 
 import faulthandler
 import importlib
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -13,44 +17,47 @@ from typing import Any
 
 from .records import Record
 
-__all__ = ["RESTART", "main"]
+__all__ = ["GPU_LOST", "REHEARSAL", "main"]
 
-RESTART = 75
-"""Exit code of a stage that cannot go on in this process, but in a new one."""
+REHEARSAL = "DFKD_FAST_REHEARSAL"
+"""Variable that is set where the backends of a GPU shall serve CPU tensors."""
+GPU_LOST = 75
+"""Exit code where this process cannot use the GPU any more, but a new one may."""
 
 
 def main() -> None:
-    """Run the stage that the first argument describes, in JSON: see ``schedule.py``."""
-    job: dict[str, Any] = json.loads(sys.argv[1])
-    os.set_inheritable(job["pipe"], False)  # what the stage starts must not keep the pipe open
+    """Run the stage, and end with its own record."""
+    job: dict[str, Any] = json.load(sys.stdin)
     deadline = time.monotonic() + job["seconds"]
-    # Where it hangs, the log shows at which line, shortly before the process is killed.
-    faulthandler.dump_traceback_later(max(0.5, job["seconds"] - 0.5))
-    with os.fdopen(job["pipe"], "w", buffering=1) as pipe:
+    descriptor = int(sys.argv[1])
+    os.set_inheritable(descriptor, False)
+    # Where it hangs, the log shows at which line.
+    faulthandler.dump_traceback_later(max(0.5, job["seconds"]))
+    with os.fdopen(descriptor, "w", buffering=1) as records:
+        lock = threading.Lock()
 
         def write(line: str) -> None:
-            pipe.write(line + "\n")
+            with lock:
+                records.write(line + "\n")
 
         try:
             _run(job, deadline, write)
-        except BaseException as error:
-            if type(error).__name__ == "GpuLostError":
-                print(f"the GPU is lost to this process: {error}", file=sys.stderr)
-                os._exit(RESTART)
+        except Exception as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             write(Record(job["stage"], "", "failed", text, traceback.format_exc()[-4000:]).line())
-            raise
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> None:
-    if job["rehearse"]:
+    import torch
+
+    from .context import Context, GpuLostError
+
+    if os.environ.get(REHEARSAL):
         from . import rehearsal
 
         rehearsal.prepare()
-    import torch
-
-    from .context import Context
-
     context = Context(
         stage=job["stage"],
         device=torch.device("cpu" if job["rehearse"] else "cuda"),
@@ -60,15 +67,16 @@ def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> 
         announce=lambda case: write(json.dumps({"begun": case})),
         done=frozenset(job["done"]),
         data_root=Path(job["data_root"]) if job["data_root"] else None,
-        commit=job["commit"],
-        command=job["command"],
+        origin=job["origin"],
     )
     module, _, function = job["function"].partition(":")
     begin = time.monotonic()
-    getattr(importlib.import_module(module), function)(context)
-    text = f"{len(context.left)} cases are left for the next call" if context.left else ""
-    seconds = round(time.monotonic() - begin, 2)
-    context.record("", "left" if context.left else "ok", text, seconds=seconds, row={"complete": not context.left})
+    try:
+        getattr(importlib.import_module(module), function)(context)
+    except GpuLostError as error:
+        print(f"this process has lost the GPU: {error}", file=sys.stderr)
+        os._exit(GPU_LOST)  # what Python does at its end would wait for the GPU
+    context.finish(time.monotonic() - begin)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import report, table
+from bench import table
 from bench.__main__ import main
 from bench.micro import KERNELS, PROVIDERS, check, discrepancy, rows, select, timing
 from bench.micro.workload import Trial
@@ -220,22 +220,3 @@ def test_plot_refuses_what_is_no_result(run: Run, text: str) -> None:
     assert said.code == 2
     assert "mine.csv" in said.err
     assert said.err.count("\n") == 1
-
-
-def test_report_writes_every_table_between_its_lines(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readme, tables = tmp_path / "README.md", report.tables()
-    around = [(f"before\n{begin}\n", text, f"\n{report.END}\nafter\n") for begin, text in tables.items()]
-    readme.write_text("".join(f"{before}old{after}" for before, _, after in around))
-    monkeypatch.setattr(report, "README", readme)
-    assert run("report").code == 0
-    assert readme.read_text() == "".join(before + text + after for before, text, after in around)
-
-
-def test_report_refuses_a_readme_without_a_tables_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing\n")
-    monkeypatch.setattr(report, "README", readme)
-    said = run("report")
-    assert said.code == 2
-    assert report.BEGIN in said.err
-    assert readme.read_text() == "nothing\n"

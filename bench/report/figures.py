@@ -1,0 +1,40 @@
+"""What the files in bench/results hold."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import table
+
+__all__ = ["Figures", "is_gpu"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The files of a folder of results."""
+
+    folder: Path
+
+    @cached_property
+    def runs(self) -> list[dict[str, Any]]:
+        """Summaries of runs, on all devices."""
+        path = self.folder / "distill.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def rows(self, kind: str, on: Literal["cpu", "gpu"]) -> list[dict[str, str]]:
+        """The rows of the tables of a kind, such as "micro": of all CPUs or of all GPUs."""
+        paths = sorted(self.folder.glob(f"{kind}-*.csv"))
+        return [row for path in paths for row in table.read(path) if is_gpu(row["device"]) is (on == "gpu")]
+
+    @cached_property
+    def gpus(self) -> list[dict[str, Any]]:
+        """What ``python -m bench gpu`` found beside these tables, an entry a device: see ``taking.summarize``."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("gpu-*.json"))]
+
+
+def is_gpu(device: str) -> bool:
+    """Whether a device's name is a GPU's: a CPU's ends with the number of its threads (``engine.device.device_name``)."""
+    return re.search(r", \d+ threads$", device) is None

@@ -1,0 +1,115 @@
+"""Stages with a fault each, for faults.py. Imports little, because every stage is a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bench.gpu.context import Context, GpuLostError
+
+
+def sound(context: Context) -> None:
+    for case in context.cases(["first", "second"]):
+        with context.attempt(case):
+            context.record(
+                case, text=f"{case} of {context.origin['commit']}", row={"value": 1.5}, table="planted", highlight=case == "second"
+            )
+
+
+def raising(context: Context) -> None:
+    context.record("before")
+    raise ZeroDivisionError("planted\nwith a second line")
+
+
+def failing_case(context: Context) -> None:
+    for case in ("bad", "good"):
+        with context.attempt(case):
+            if case == "bad":
+                raise RuntimeError("planted")
+            context.record(case)
+
+
+def hanging(context: Context) -> None:
+    """Deaf to SIGTERM, with a child that holds its pipes and writes for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    context.record("before")
+    child = subprocess.Popen([sys.executable, "-c", "import time\nwhile True: print('child', flush=True); time.sleep(0.05)"])
+    context.record("child", text=str(child.pid))
+    with context.attempt("stuck"):
+        time.sleep(1000)
+
+
+def leaving_a_child(context: Context) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time\nwhile True: print('child', flush=True); time.sleep(0.05)"])
+    context.record("child", text=str(child.pid))
+
+
+def dying(context: Context) -> None:
+    for case in context.cases(["before", "deadly", "after"]):
+        with context.attempt(case):
+            if case == "deadly":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            context.record(case)
+
+
+def dying_at_once(context: Context) -> None:
+    os._exit(3)
+
+
+def losing_the_gpu(context: Context) -> None:
+    for case in context.cases(["before", "illegal", "after"]):
+        if case == "illegal":
+            context.record(case, "failed", "an illegal memory access was encountered")
+            raise GpuLostError("planted")
+        context.record(case)
+
+
+def wrong_kernel(context: Context) -> None:
+    """The smoke stage with a kernel of Triton that is off by a little."""
+    os.environ["TRITON_INTERPRET"] = "1"  # which is read when the kernels are imported
+    from bench.gpu import rehearsal, smoke
+    from dfkd_fast.kernels.moments import gpu
+
+    right: Callable[..., tuple[Tensor, ...]] = gpu.moments_forward
+
+    def wrong(*arguments: Any) -> tuple[Tensor, ...]:
+        results = right(*arguments)
+        results[-1].mul_(1.001)
+        return results
+
+    rehearsal.prepare()
+    gpu.moments_forward = wrong  # type: ignore[assignment]
+    for name in set(smoke.OPERATIONS) - {"channel_moments", "l1_discrepancy"}:
+        del smoke.OPERATIONS[name]
+    smoke.RECIPES = ()
+    smoke.run(context)
+
+
+def full_disk(context: Context) -> None:
+    with Path("/dev/full").open("w") as file:
+        file.write("something")
+
+
+def without_time(context: Context) -> None:
+    for case in context.cases(["short", "long"], needs=0.0 if context.done else 1000.0):
+        context.record(case)
+
+
+def flooding(context: Context) -> None:
+    for number in range(1000):
+        print(f"{number:0>1000}")
+
+
+def few_tests(context: Context) -> None:
+    """The tests stage, of the tests in a file that a variable names."""
+    from bench.gpu import tests
+
+    file = Path(os.environ["PLANTED_TESTS"])
+    tests.ON_CPU = (tests.Part((f"--rootdir={file.parent}", str(file)), "1"),)
+    tests.run(context)

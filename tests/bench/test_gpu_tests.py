@@ -1,0 +1,84 @@
+"""The stage of python -m bench gpu that runs tests: each is a case, what failed says why, and a second call runs what is left."""
+
+import itertools
+from pathlib import Path
+
+from _pytest.mark.expression import Expression
+
+from bench.gpu import tests
+from bench.gpu.records import Record
+from bench.gpu.summary import latest
+from tests.bench.faults import campaign, stage
+
+TESTS = """
+import os, time
+import pytest
+
+def test_passes(): pass
+
+def test_fails():
+    assert 1 == 2, "planted"
+
+@pytest.mark.skip(reason="no such thing here")
+def test_is_skipped(): pass
+
+@pytest.fixture
+def broken(): raise RuntimeError("planted fixture")
+
+def test_has_a_broken_fixture(broken): pass
+
+def test_crashes():
+    os._exit(7)
+
+def test_comes_after_the_crash(): pass
+"""
+
+
+def run(folder: Path, text: str, *, limit: float = 60.0) -> dict[str, Record]:
+    """The records of the tests in a file, by their functions' names."""
+    file = folder / "test_planted.py"
+    file.write_text(text)
+    ran = campaign(folder, stage("tests", "few_tests", limit=limit), variables={"PLANTED_TESTS": str(file)}, log=lambda line: None)
+    ran.run(5.0)
+    return {record.case.rpartition("::")[2]: record for record in latest(ran.records) if not record.case.startswith("--rootdir")}
+
+
+def test_every_test_is_a_case_and_a_failure_says_why(tmp_path: Path) -> None:
+    found = run(tmp_path, TESTS)
+    assert {name: record.status for name, record in found.items()} == {
+        "test_passes": "ok",
+        "test_fails": "failed",
+        "test_is_skipped": "skipped",
+        "test_has_a_broken_fixture": "failed",
+        "test_crashes": "failed",
+        "test_comes_after_the_crash": "ok",
+        "": "ok",
+    }
+    assert found["test_fails"].text == "AssertionError: planted"
+    assert "assert 1 == 2" in found["test_fails"].detail
+    assert found["test_has_a_broken_fixture"].text == "RuntimeError: planted fixture"
+    assert found["test_is_skipped"].text == "no such thing here"
+    assert "crashed" in found["test_crashes"].text
+
+
+def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
+    found = run(tmp_path, "import nothing_of_this_name\n")
+    assert any(record.status == "failed" and "nothing_of_this_name" in record.text for record in found.values())
+
+
+def test_what_there_is_no_time_for_is_left_and_a_second_call_runs_it(tmp_path: Path) -> None:
+    slow = "import time\n\ndef test_first(): pass\n\ndef test_slow(): time.sleep({seconds})\n\ndef test_last(): pass\n"
+    first = run(tmp_path, slow.format(seconds=25), limit=30.0)
+    assert first["test_first"].status == "ok"
+    assert first["test_last"].status == "left"
+    second = run(tmp_path, slow.format(seconds=0))
+    assert {second[name].status for name in ("test_first", "test_slow", "test_last", "")} == {"ok"}
+    assert second["test_first"] == first["test_first"]
+
+
+def test_every_test_that_needs_a_gpu_is_in_exactly_one_part() -> None:
+    expressions = [Expression.compile(part.arguments[1]) for part in tests.ON_GPU]
+    for markers in itertools.chain.from_iterable(itertools.combinations(("gpu", "alone", "last"), count) for count in range(4)):
+        parts = sum(expression.evaluate(lambda name, markers=markers, **_: name in markers) for expression in expressions)  # type: ignore[misc]
+        if not {"alone", "last"} <= set(markers):
+            assert parts == ("gpu" in markers)
