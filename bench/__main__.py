@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,20 +59,19 @@ def run_gpu(
     if data_root is not None and not data_root.is_dir():
         raise DfkdError(f"--data-root {data_root}: is not a folder")
     device = pick_device("cpu" if rehearse else "cuda")
-    kept = schedule.STATE / "rehearsal" if rehearse else schedule.folder_of(device_name(device))
-    if rehearse:
-        shutil.rmtree(kept, ignore_errors=True)
-    campaign = schedule.Campaign(
-        stages=STAGES,
-        files=Folder(kept, out or schedule.STATE / "out"),
-        origin=runner.origin(device, commit, f"python -m bench {' '.join(sys.argv[1:])}") | {"rehearsal": rehearse},
-        data_root=data_root,
-        rehearse=rehearse,
-        variables=rehearsal.environment() if rehearse else {},
-        log=lambda line: typer.echo(line),
-    )
-    for line in campaign.run(minutes, chosen):
-        typer.echo(line)
+    with tempfile.TemporaryDirectory() as temporary:  # a rehearsal has no next call
+        kept = Path(temporary) if rehearse else schedule.folder_of(device_name(device))
+        campaign = schedule.Campaign(
+            stages=STAGES,
+            files=Folder(kept, out or schedule.STATE / "out"),
+            origin=runner.origin(device, commit, f"python -m bench {' '.join(sys.argv[1:])}") | {"rehearsal": rehearse},
+            data_root=data_root,
+            rehearse=rehearse,
+            variables=rehearsal.environment() if rehearse else {},
+            log=lambda line: typer.echo(line),
+        )
+        for line in campaign.run(minutes, chosen):
+            typer.echo(line)
     if campaign.failed:
         sys.exit(1)
 

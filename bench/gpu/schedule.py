@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,8 @@ class Campaign:
         self.files.copy()
 
     def _take(self, record: Record) -> None:
+        """Keep a record; one that its stage could not send itself gets its origin here."""
+        record = record if record.origin else replace(record, origin=dict(self.origin))
         self.records.append(record)
         self.files.append(folder.RESULTS, record.line() + "\n")
 

@@ -5,7 +5,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ def _stage(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _by_device(path: Path) -> dict[str, list[Record]]:
-    """The last record of every case by the device it was recorded on, each with an origin."""
+    """The last record of every case, by the device it was recorded on."""
     try:
         records = read_records(path)
     except (TypeError, ValueError) as error:
@@ -181,33 +181,12 @@ def _by_device(path: Path) -> dict[str, list[Record]]:
         raise DfkdError(f"{path}: is not what python -m bench gpu writes (rows and origins are objects)")
     if any(record.origin.get("rehearsal") for record in records):
         raise DfkdError(f"{path}: is a rehearsal's: a CPU's figures are not a GPU's")
+    if not all(record.origin.get("device") for record in records):
+        raise DfkdError(f"{path}: has a record that does not say on which device it was measured")
     devices: dict[str, list[Record]] = {}
-    for record in _with_origin(path, records):
+    for record in records:
         devices.setdefault(record.origin["device"], []).append(record)
     return {device: latest(of_device) for device, of_device in devices.items()}
-
-
-def _with_origin(path: Path, records: Sequence[Record]) -> list[Record]:
-    """The records; one without an origin, of a stage that was killed, gets its neighbours', where these are of one device."""
-    origins = [record.origin if record.origin.get("device") else None for record in records]
-    completed = []
-    for number, (record, before, after) in enumerate(zip(records, _filled(origins), _filled(origins[::-1])[::-1], strict=True), 1):
-        origin = before or after
-        if origin is None:
-            raise DfkdError(f"{path}: no record says on which device it was measured")
-        if after is not None and after["device"] != origin["device"]:
-            raise DfkdError(f"{path}, record {number}: does not say on which of two devices it was measured; give a file a device")
-        completed.append(replace(record, origin=origin))
-    return completed
-
-
-def _filled(origins: Sequence[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
-    """Each, or else the last one before it."""
-    last, filled = None, []
-    for origin in origins:
-        last = origin or last
-        filled.append(last)
-    return filled
 
 
 def _run(folder: Path) -> dict[str, Any]:

@@ -199,16 +199,10 @@ def test_failures_and_reasons_are_shown_for_the_device_that_has_them(root: Path,
 
 
 def test_a_stage_that_was_killed_is_its_device_s_failure(root: Path, tmp_path: Path) -> None:
-    killed = Record("tests", "", "failed", "its process was killed by SIGSEGV", "Segmentation fault")
-    report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything()[:3], killed])], root)
+    device = Device(H200, 1)
+    killed = device.record("tests", "", "failed", "its process was killed by SIGSEGV")
+    report.main([write(tmp_path / "one.jsonl", [*device.everything()[:3], killed])], root)
     assert column(shown(root, gpu.STAGES), H200)["tests",] == "failed: `its process was killed by SIGSEGV`"
-
-
-def test_what_is_killed_between_two_devices_is_refused(root: Path, tmp_path: Path) -> None:
-    killed = Record("tests", "", "failed", "killed")
-    path = write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), killed, *Device(H100, 1).everything()])
-    with pytest.raises(DfkdError, match="which of two devices"):
-        report.main([path], root)
 
 
 def test_the_same_device_again_replaces_its_figures_and_no_other_s(root: Path, tmp_path: Path) -> None:
@@ -228,7 +222,7 @@ def test_the_same_device_again_replaces_its_figures_and_no_other_s(root: Path, t
 def test_a_later_call_adds_to_what_an_earlier_one_found(root: Path, tmp_path: Path) -> None:
     first, later = Device(H200, 1), Device(H200, 1, commit="def5678-dirty")
     report.main([write(tmp_path / "one.jsonl", first.everything())], root)
-    left = Record("tests", "", "left", "3 s are left, and it needs 30: the next call runs it")
+    left = later.record("tests", "", "left", "3 s are left, and it needs 30: the next call runs it")
     report.main([write(tmp_path / "two.jsonl", [later.kernel("apex", 40), later.contender("plain_compiled", 0.3), left])], root)
     rows = column(shown(root, gpu.END_TO_END), H200)
     assert (
@@ -302,7 +296,7 @@ def test_a_part_of_a_run_is_no_figure(root: Path, tmp_path: Path) -> None:
         ("seconds,device\n1,2\n", "is not what python -m bench gpu writes"),
         ('{"stage": "micro", "status": "fine"}\n', "is not what python -m bench gpu writes"),
         ('{"stage": "micro", "status": "ok", "row": [1]}\n', "is not what python -m bench gpu writes"),
-        (Record("micro", "", "failed", "killed").line() + "\n", "no record says on which device"),
+        (Record("micro", "", "failed", "killed").line() + "\n", "does not say on which device"),
         (Device(H200, 1, rehearsal=True).everything()[0].line() + "\n", "is a rehearsal's"),
         (Device("x86_64 AVX512, 2 threads", 1).everything()[0].line() + "\n", "is not a GPU"),
         (Device(H200, 1).kernel("cuda", 10, device=H100).line() + "\n", "a row of NVIDIA H100"),
