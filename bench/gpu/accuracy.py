@@ -197,7 +197,7 @@ def _row(context: Context, case: Case, summary: dict[str, Any], owner: str) -> d
         seconds["total"] += seconds["teacher"]
     return {
         "command": case.command,
-        "commit": context.commit,
+        "commit": context.origin["commit"],
         **summary,
         "recipe": case.title,
         "seconds": seconds,

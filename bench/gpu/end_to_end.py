@@ -161,9 +161,8 @@ def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standin
         start = call(worker, measuring.begin, case.build, context.device)
         workers.settle(max(end - time.monotonic(), 0.1))
         standing.times[case.contender] = call(worker, measuring.time_for, plan.seconds, plan.fewest)
-        shared = circumstances(
-            case.recipe, resolve_precision("auto", context.device), context.origin["device"], context.commit, context.command
-        )
+        origin = (context.origin[name] for name in ("device", "commit", "command"))
+        shared = circumstances(case.recipe, resolve_precision("auto", context.device), *origin)
         row_so_far = partial(row_of, case.recipe, case.contender, standing.times, shared=shared, in_turns=False, **start._asdict())
         _record(context, case, row_so_far(memory=None), begin)
         if case.contender in TITLES:
@@ -184,8 +183,7 @@ def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standin
         _record_kernels(context, case, found)
     except WorkerError as error:
         if isinstance(error, OutOfTime) and context.seconds_left() <= MARGIN:
-            context.left.append(what)
-            context.record(what, "left", "the stage's time was over")
+            context.leave(what)
         else:
             context.record(what, "failed", str(error), detail=error.detail, seconds=round(time.monotonic() - begin, 2))
 

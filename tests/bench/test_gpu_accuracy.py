@@ -17,7 +17,7 @@ SEED_0 = [f"{settings.name} seed 0" for settings in REHEARSAL.recipes]
 
 
 def context_of(records: list[Record], *, rehearse: bool = True, data_root: Path | None = None, **changes: Any) -> Context:
-    options: dict[str, Any] = {"commit": "abc", "deadline": time.monotonic() + 1000} | changes
+    options: dict[str, Any] = {"origin": {"commit": "abc"}, "deadline": time.monotonic() + 1000} | changes
     return Context("accuracy", torch.device("cpu"), rehearse, send=records.append, data_root=data_root, **options)
 
 

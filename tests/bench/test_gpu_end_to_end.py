@@ -25,7 +25,8 @@ RECIPE = load_recipe("digits-dfad", {"loop.batch_size": 4, "generator.width": 4,
 
 
 def context_of(records: list[Record], *, seconds: float = 1000.0, done: set[str] | None = None) -> Context:
-    return Context("end-to-end", CPU, True, time.monotonic() + seconds, records.append, done=done or set())
+    origin = {"device": "a CPU", "commit": "abc", "command": "python -m bench gpu"}
+    return Context("end-to-end", CPU, True, time.monotonic() + seconds, records.append, done=done or set(), origin=origin)
 
 
 def case(contender: str, build_it: Callable[[], Contender] | None = None, limit: float = 1000.0) -> Case:
@@ -125,8 +126,7 @@ def test_a_contender_that_fell_back_to_eager_steps_has_no_figures(monkeypatch: p
 @pytest.mark.usefixtures("inside")
 def test_the_rehearsal_records_whole_rows_kernels_and_a_line_a_recipe() -> None:
     records: list[Record] = []
-    context = context_of(records)
-    end_to_end.run(context)
+    end_to_end.run(context_of(records))
     now = latest(records)
     assert all(record.status == "ok" for record in now), [record.text for record in now if record.status != "ok"]
     rows = [record.row for record in now if record.table == "end-to-end"]
@@ -139,7 +139,7 @@ def test_the_rehearsal_records_whole_rows_kernels_and_a_line_a_recipe() -> None:
         assert row["kernels_per_step"] == pytest.approx(row["kernels_per_iteration"] / 3, abs=0.01)
         assert row["kernel_seconds"] > 0
         assert 0 <= row["peak_memory_mib"] < row["reserved_mib"]
-        assert row["device"] == context.origin["device"]
+        assert (row["device"], row["commit"], row["command"]) == ("a CPU", "abc", "python -m bench gpu")
     assert rows[0]["speedup_over_plain"] == 1.0
     assert rows[2]["speedup_over_plain"] == pytest.approx(rows[0]["seconds_per_iteration"] / rows[2]["seconds_per_iteration"], rel=0.01)
     for row in rows:
