@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch._C._autograd import DeviceType
@@ -156,7 +156,7 @@ def begin(build: Callable[[], Contender], device: torch.device) -> Start:
     remarks = "; ".join(contender.remarks)
     if not contender.holds():
         raise DfkdError(remarks or "its steps were not captured, and nothing says why")
-    return Start(contender.autocast, _tf32(device), contender.captured, remarks)
+    return Start(contender.autocast, _tf32(device, contender.autocast), contender.captured, remarks)
 
 
 def times(iterations: int) -> Times:
@@ -208,11 +208,12 @@ def kernels(device: torch.device, iterations: int, count: int) -> Profile:
     )
 
 
-def _tf32(device: torch.device) -> str:
+def _tf32(device: torch.device, autocast: str) -> str:
+    """What the GPU may round to TF32 on its way; under autocast only the last layers compute in float32, and these multiply matrices."""
     if device.type != "cuda":
         return ""
-    allowed: dict[str, Any] = {
-        "convolutions": torch.backends.cudnn.allow_tf32,
+    allowed: dict[str, bool] = {
+        "convolutions": torch.backends.cudnn.allow_tf32 and autocast == "fp32",
         "matrix products": torch.backends.cuda.matmul.allow_tf32,
     }
     return ", ".join(name for name, is_allowed in allowed.items() if is_allowed) or "nowhere"

@@ -195,7 +195,7 @@ def _record(context: Context, case: Case, row: Row, begin: float) -> None:
         f"{_ms(row.seconds_per_iteration)} ms/iteration ({' to '.join(map(_ms, filter(None, quartiles)))}; {row.turns} iterations)",
         f"student's {_ms(row.student_seconds)}",
         row.autocast,
-        f"TF32 in {row.tf32}" if row.tf32 else "",
+        f"TF32 {row.tf32}" if row.tf32 == "nowhere" else f"TF32 in {row.tf32}" if row.tf32 else "",
         f"{row.reserved_mib:.0f} MiB" if row.reserved_mib is not None else "",
         f"{row.kernels_per_iteration:.0f} kernels" if row.kernels_per_iteration is not None else "",
         row.remarks,

@@ -237,6 +237,16 @@ def test_a_contender_that_is_not_captured_as_it_should_be_is_refused(monkeypatch
         measuring.begin(build, CPU)
 
 
+def test_tf32_is_named_where_a_contender_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    gpu = torch.device("cuda")
+    assert [measuring._tf32(gpu, autocast) for autocast in ("fp32", "bf16")] == ["convolutions", "nowhere"]
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert [measuring._tf32(gpu, autocast) for autocast in ("fp32", "bf16")] == ["convolutions, matrix products", "matrix products"]
+    assert measuring._tf32(CPU, "fp32") == ""
+
+
 def test_short_iterations_are_timed_more_often_than_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
