@@ -239,10 +239,10 @@ def test_a_contender_that_is_not_captured_as_it_should_be_is_refused(monkeypatch
 
 def test_tf32_is_named_where_a_contender_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch._C, "_get_cublas_allow_tf32", lambda: False)
     gpu = torch.device("cuda")
     assert [measuring._tf32(gpu, autocast) for autocast in ("fp32", "bf16")] == ["convolutions", "nowhere"]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch._C, "_get_cublas_allow_tf32", lambda: True)
     assert [measuring._tf32(gpu, autocast) for autocast in ("fp32", "bf16")] == ["convolutions, matrix products", "matrix products"]
     assert measuring._tf32(CPU, "fp32") == ""
 
