@@ -8,12 +8,14 @@ times, ``runner.py`` puts them together, ``rows.py`` writes and prints them.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from dfkd_fast.errors import DfkdError
 
 from . import concat, discrepancy, ema, layers, moments
-from .workload import Workload
+from .workload import Mode, Workload
 
-__all__ = ["KERNELS", "PROVIDERS", "select"]
+__all__ = ["KERNELS", "PROVIDERS", "Case", "select"]
 
 PROVIDERS = (
     *("eager", "compile", "reference", "numba", "triton", "cuda"),
@@ -44,6 +46,32 @@ KERNELS = {
     "conv": _kernel(layers),
     "norm": _kernel(layers),
 }
+
+
+class Case(NamedTuple):
+    """A workload in a mode, by what tells it from all others: unlike a workload, it can be sent to another process."""
+
+    kernel: str
+    variant: str
+    size: str
+    dtype: torch.dtype
+    layout: str
+    mode: Mode
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return " ".join(filter(None, (self.kernel, self.variant, self.size, dtype, self.layout, self.mode)))
+
+    def workload(self) -> Workload:
+        """What is measured.
+
+        Raises:
+            DfkdError: there is no such case.
+        """
+        for one in KERNELS[self.kernel].workloads(self.kernel, self.size):
+            if (one.variant, one.dtype, one.layout) == (self.variant, self.dtype, self.layout) and self.mode in one.modes:
+                return one
+        raise DfkdError(f"{self} is not a case of {self.kernel}")
 
 
 def select(kernels: Sequence[str], sizes: Sequence[str], everything: bool) -> list[Workload]:

@@ -65,27 +65,34 @@ def _workload(kernel: str, variant: str, size: str, shape: tuple[int, ...], dtyp
         ours=partial(ours, OUT_DTYPE),
         oracle=partial(textbook, torch.float64),
         differentiable=("pre-activation 0",) if "full" in MODES[variant] else (),
-        mutated=tuple(name for name in _inputs(variant, (generators, 1, image[1], 1, 1), dtype, layout) if name.startswith("running")),
+        mutated=tuple(name for name, _ in _statistics(generators)) if variant == "batch" else (),
     )
 
 
 @lru_cache(maxsize=1)
-def _inputs(variant: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
+def _inputs(variant: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> dict[str, Tensor]:
     """The arguments behind the batch's dtype, for one variant: constants or statistics, then the pre-activations."""
     generators, batch, channels, height, width = shape
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(device).manual_seed(0)
     made = {
-        f"pre-activation {index}": (torch.randn(shape[1:], generator=random) + OFFSET).to(dtype, memory_format=LAYOUTS[layout])
+        f"pre-activation {index}": (torch.randn(shape[1:], generator=random, device=device) + OFFSET).to(
+            dtype, memory_format=LAYOUTS[layout]
+        )
         for index in range(generators)
     }
     if variant == "batch":
-        statistics = [(f"running {what} {index}", start) for index in range(generators) for what, start in (("mean", 0.0), ("var", 1.0))]
-        return {name: torch.full((channels,), start) for name, start in statistics} | made
-    constants = {"mean": torch.full((channels,), -0.05), "std": torch.full((channels,), 0.45)}
+        return {name: torch.full((channels,), start, device=device) for name, start in _statistics(generators)} | made
+    constants = {"mean": torch.full((channels,), -0.05, device=device), "std": torch.full((channels,), 0.45, device=device)}
     if variant == "dataset-out":
         rows = generators * batch
-        constants["out"] = torch.empty(rows, channels, height, width, dtype=OUT_DTYPE, memory_format=torch.channels_last).fill_(torch.nan)
+        out = torch.empty(rows, channels, height, width, dtype=OUT_DTYPE, memory_format=torch.channels_last, device=device)
+        constants["out"] = out.fill_(torch.nan)
     return constants | made
+
+
+def _statistics(generators: int) -> list[tuple[str, float]]:
+    """Names and first values of the running statistics."""
+    return [(f"running {what} {index}", start) for index in range(generators) for what, start in (("mean", 0.0), ("var", 1.0))]
 
 
 def _normalised(raws: Sequence[Tensor], mean: Tensor, std: Tensor) -> list[Tensor]:

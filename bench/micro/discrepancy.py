@@ -65,9 +65,9 @@ def _workload(kernel: str, variant: str, size: str, shape: tuple[int, ...], dtyp
 
 
 @lru_cache(maxsize=1)
-def _logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(0)
-    made = {side: torch.randn(shape, generator=random) * TEMPERATURE for side in ("student", "teacher")}
+def _logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> dict[str, Tensor]:
+    random = torch.Generator(device).manual_seed(0)
+    made = {side: torch.randn(shape, generator=random, device=device) * TEMPERATURE for side in ("student", "teacher")}
     return {side: logits.to(dtype, memory_format=LAYOUTS[layout] if len(shape) == 4 else None) for side, logits in made.items()}
 
 

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models import resnet18, resnet34, resnet50
 
 from dfkd_fast.kernels import FusedEMA, ema_update_
+from dfkd_fast.kernels.dispatch import Backend
 from dfkd_fast.models import GeneratorA, GeneratorB
 
 from .workload import LAYOUTS, Mode, Provider, Results, Trial, Workload, around, usual_providers
@@ -36,6 +37,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "generator-a": partial(GeneratorA, latent_dim=256, channels=3, image_size=32),
     "generator-b": partial(GeneratorB, latent_dim=256, channels=3, image_size=128),
 }
+TOYS: dict[str, Callable[[], nn.Module]] = {"toy": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))}
+BUILDERS = NETWORKS | TOYS
 SIZES = tuple(NETWORKS)
 QUICK = ("resnet18", "generator-a")
 EXAMPLE = " or ".join(NETWORKS)
@@ -59,7 +62,7 @@ Setup = Callable[[nn.Module, nn.Module], Step]
 
 def workloads(kernel: str, size: str) -> list["EmaWorkload"]:
     """All cases of a network; none if it is unknown."""
-    if size not in NETWORKS:
+    if size not in BUILDERS:
         return []
     return [
         EmaWorkload(
@@ -82,11 +85,11 @@ class EmaWorkload(Workload):
     def floor_bytes(self, mode: Mode) -> int:
         """As of Workload."""
         with torch.device("meta"):
-            held = tensors(NETWORKS[self.size]())
+            held = tensors(BUILDERS[self.size]())
         per_element = 3 * self.dtype.itemsize + (SHADOW.itemsize if self.variant == "shadow" else 0)
         return sum(tensor.numel() * (per_element if tensor.is_floating_point() else 2 * tensor.itemsize) for tensor in held)
 
-    def providers(self, device: torch.device) -> list[Provider]:
+    def providers(self, device: torch.device, backends: Sequence[Backend]) -> list[Provider]:
         """As of Workload."""
         shadowed = self.variant == "shadow"
         by_lists = [
@@ -96,7 +99,7 @@ class EmaWorkload(Workload):
                 provider.backend,
                 provider.absent,
             )
-            for provider in usual_providers(_textbook, _ours, device)
+            for provider in usual_providers(_textbook, _ours, device, backends)
         ]
         fused = Provider("fused_ema", partial(_fused_ema, shadowed))
         return [*by_lists, fused] if shadowed else [*by_lists, fused, *_peers(device)]
@@ -122,7 +125,7 @@ class EmaWorkload(Workload):
 
     def _networks(self, device: torch.device) -> list[nn.Module]:
         """One that holds the averages, and one to average."""
-        return [copy.deepcopy(_filled(self.size, self.layout, seed)).to(device) for seed in (0, 1)]
+        return [copy.deepcopy(_filled(self.size, self.layout, seed, device)) for seed in (0, 1)]
 
 
 def tensors(network: nn.Module) -> list[Tensor]:
@@ -136,15 +139,15 @@ def named(network: nn.Module) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=2)
-def _filled(size: str, layout: str, seed: int) -> nn.Module:
+def _filled(size: str, layout: str, seed: int, device: torch.device) -> nn.Module:
     """A network with random values, without drawing first what these overwrite."""
     with torch.device("meta"):
-        network = NETWORKS[size]()
-    network = network.to_empty(device="cpu").to(memory_format=LAYOUTS[layout])
-    random = torch.Generator().manual_seed(seed)
+        network = BUILDERS[size]()
+    network = network.to_empty(device=device).to(memory_format=LAYOUTS[layout])
+    random = torch.Generator(device).manual_seed(seed)
     for tensor in tensors(network):
         if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=random))
+            tensor.copy_(torch.randn(tensor.shape, generator=random, device=device))
         else:
             tensor.fill_(seed)
     return network

@@ -75,17 +75,17 @@ def _norm(size: str, shape: tuple[int, ...], dtype: torch.dtype) -> FunctionWork
 
 
 @lru_cache(maxsize=1)
-def _images_and_weights(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    stream = torch.Generator().manual_seed(0)
-    images, weights = (torch.randn(size, generator=stream) for size in (shape, (shape[1], shape[1], 3, 3)))
+def _images_and_weights(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    stream = torch.Generator(device).manual_seed(0)
+    images, weights = (torch.randn(size, generator=stream, device=device) for size in (shape, (shape[1], shape[1], 3, 3)))
     return {name: tensor.to(memory_format=torch.channels_last) for name, tensor in (("images", images), ("weights", weights))}
 
 
 @lru_cache(maxsize=1)
-def _activation(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    stream = torch.Generator().manual_seed(0)
-    values, gain, offset = (torch.randn(size, generator=stream) for size in (shape, shape[1], shape[1]))
-    moments = {"mean": torch.zeros(shape[1]), "variance": torch.ones(shape[1])}
+def _activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    stream = torch.Generator(device).manual_seed(0)
+    values, gain, offset = (torch.randn(size, generator=stream, device=device) for size in (shape, shape[1], shape[1]))
+    moments = {"mean": torch.zeros(shape[1], device=device), "variance": torch.ones(shape[1], device=device)}
     return {"activation": values.to(dtype, memory_format=torch.channels_last), "gain": gain, "offset": offset, **moments}
 
 

@@ -15,7 +15,7 @@ from .workload import DTYPES, LAYOUTS, FunctionWorkload, parse_shape
 
 __all__ = ["EXAMPLE", "SIZES", "workloads"]
 
-SIZES = ("128x64x32x32", "256x512x4x4", "32x256x56x56")
+SIZES = ("128x64x32x32", "256x512x4x4", "32x256x56x56", "128x256x56x56")
 QUICK = ("256x512x4x4",)
 EXAMPLE = "NxCxHxW, such as 128x64x32x32"
 
@@ -47,8 +47,8 @@ def _workload(kernel: str, size: str, shape: tuple[int, ...], dtype: torch.dtype
 
 
 @lru_cache(maxsize=1)
-def _activation(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 0.5
+def _activation(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> dict[str, Tensor]:
+    values = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device) * 2 + 0.5
     return {"activation": values.to(dtype, memory_format=LAYOUTS[layout])}
 
 

@@ -62,11 +62,10 @@ KEY = COLUMNS[: COLUMNS.index("status")]
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Take rows into a file; they replace those of the same case and provider."""
-    new = [{name: _text(getattr(row, name)) for name in COLUMNS} for row in rows]
-    replaced = {_key(row) for row in new}
-    kept = [row for row in table.read(path) if _key(row) not in replaced] if path.exists() else []
-    table.write(path, COLUMNS, [*kept, *new])
+    """Take rows into a file; they replace those of the same case and provider, also earlier ones among themselves."""
+    new = {_key(row): row for row in ({name: _text(getattr(row, name)) for name in COLUMNS} for row in rows)}
+    kept = [row for row in table.read(path) if _key(row) not in new] if path.exists() else []
+    table.write(path, COLUMNS, [*kept, *new.values()])
 
 
 HEADER = ("mode", "provider", "median µs", "20–80 %", "timed", "GB/s", "of copy", "× eager", "× compile", "memory", "error", "")

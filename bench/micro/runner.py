@@ -11,11 +11,12 @@ import torch._inductor.config
 
 from dfkd_fast.engine.device import device_name
 from dfkd_fast.errors import first_line
+from dfkd_fast.kernels import Backend
 
 from .. import provenance
 from . import check, timing
 from .rows import Row
-from .workload import Mode, Provider, Results, Trial, Workload
+from .workload import Mode, Provider, Results, Trial, Workload, usual_backends
 
 __all__ = ["Run", "origin"]
 
@@ -37,10 +38,12 @@ class Run:
         device: where.
         modes: which ones; all where there are none.
         providers: who, likewise; eager is always checked, because its error says what the others are allowed.
-        repeats: measured calls a provider; None for as many as fit into about a second a case.
+        repeats: measured calls a provider; None for as many as fit into ``seconds``.
         turn: the clock (``timing.turn_on``).
         copy_bandwidth: of the device, in bytes a second.
         origin: the columns that all rows share.
+        backends: ours that are measured; None for those that are made for the device.
+        seconds: for the measured calls of all providers of a case.
     """
 
     device: torch.device
@@ -50,13 +53,15 @@ class Run:
     turn: timing.Turn
     copy_bandwidth: float
     origin: dict[str, str | float]
+    backends: Sequence[Backend] | None = None
+    seconds: float = timing.CASE_SECONDS
 
     def rows(self, workload: Workload) -> Iterator[list[Row]]:
         """The rows of one workload, a list a case."""
         modes = [mode for mode in workload.modes if not self.modes or mode in self.modes]
         torch.compiler.reset()  # a function that was compiled for too many sizes is no longer compiled for the next
         torch._inductor.config.compile_threads = 1  # no pool of compilers that starts while others are timed
-        providers = workload.providers(self.device)
+        providers = workload.providers(self.device, usual_backends(self.device) if self.backends is None else self.backends)
         for mode in modes:
             yield self._case(workload, mode, providers)
 
@@ -68,7 +73,7 @@ class Run:
         of_eager = check.errors(workload.trial(providers[0], mode, self.device).results(), expected)
         examined = {provider.name: self._examine(workload, mode, provider, expected, of_eager) for provider in chosen}
         ready = {name: timing.ready(found.trial, self.device) for name, found in examined.items() if found.trial is not None}
-        seconds = timing.measure({name: timed.trial for name, timed in ready.items()}, self.turn, self.repeats)
+        seconds = timing.measure({name: timed.trial for name, timed in ready.items()}, self.turn, self.repeats, self.seconds)
         rows = [
             self._row(workload, mode, name, found, ready[name].timed if name in ready else "", seconds.get(name))
             for name, found in examined.items()
@@ -91,8 +96,9 @@ class Run:
             found = trial.results()
         except Exception as error:  # whatever a peer raises is its row's business, and ends nothing else
             return Examined(f"failed: {type(error).__name__}: {first_line(error)}")
-        largest = max(check.errors(found, expected).values(), default=0.0)
-        wrong = check.mismatch(found, expected, of_eager, provider.lacks)
+        errors = check.errors(found, expected)
+        largest = max(errors.values(), default=0.0)
+        wrong = check.mismatch(found, expected, of_eager, provider.lacks, errors)
         if wrong is not None:
             return Examined(f"wrong: {wrong}", largest)
         return Examined(f"ok, without {' and '.join(provider.lacks)}" if provider.lacks else "ok", largest, trial)

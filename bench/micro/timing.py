@@ -35,6 +35,7 @@ FEWEST_CYCLES, MOST_CYCLES = 1 << 17, 1 << 27  # of a clock of 1 to 2 GHz
 FLUSHED_BYTES = 256 << 20  # several times any GPU's second-level cache
 COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
+Clock = Callable[[], float]
 Turn = Callable[[Trial, int, bool], list[float]]
 """Seconds of so many calls, behind an unmeasured one if that is wanted."""
 
@@ -54,16 +55,19 @@ def turn_on(device: torch.device) -> Turn:
     return _cpu_turn
 
 
-def measure(trials: Mapping[str, Trial], turn: Turn, repeats: int | None) -> dict[str, list[float]]:
-    """Seconds of every measured call; ``repeats`` of them, or as many as fit into about a second a case."""
+def measure(
+    trials: Mapping[str, Trial], turn: Turn, repeats: int | None, case_seconds: float = CASE_SECONDS, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of every measured call: ``repeats`` of them, or as many as fit into ``case_seconds`` for all trials, within limits."""
     seconds: dict[str, list[float]] = {name: [] for name in trials}
     with _no_garbage_collection():
-        # the least of three: a call that another process interrupted would pass for a long one
-        estimates = {name: min(turn(trial, 3, True)) for name, trial in trials.items()}
+        estimates, costs = {}, {}
+        for name, trial in trials.items():
+            estimates[name], costs[name] = _estimate(trial, turn, clock)
         calls, rounds = dict.fromkeys(trials, 1), repeats
         if rounds is None:
-            calls = {name: _within(CALLS, TURN_SECONDS / estimate) for name, estimate in estimates.items()}
-            rounds = _within(ROUNDS, CASE_SECONDS / (sum(estimate * calls[name] for name, estimate in estimates.items()) or 1))
+            calls = {name: _within(CALLS, TURN_SECONDS / cost) for name, cost in costs.items()}
+            rounds = _within(ROUNDS, case_seconds / (sum(cost * calls[name] for name, cost in costs.items()) or 1))
         shuffle, order = random.Random(0).shuffle, list(trials)
         for _ in range(rounds):
             shuffle(order)
@@ -110,6 +114,19 @@ def copy_bandwidth(turn: Turn, device: torch.device) -> float:
     target = torch.empty_like(source)
     trial = Trial(lambda _: target.copy_(source), dict, torch.no_grad)
     return 2 * source.nbytes / sorted(turn(trial, 9, True))[4]
+
+
+def _estimate(trial: Trial, turn: Turn, clock: Clock) -> tuple[float, float]:
+    """Seconds of a call, and what it costs with all that surrounds it: what is prepared, flushed or slept before a short one takes longer.
+
+    The least of three: a call that another process interrupted would pass for a long one.
+    """
+    times, costs = [], []
+    for _ in range(3):
+        begin = clock()
+        times += turn(trial, 1, False)
+        costs.append(clock() - begin)
+    return min(times), min(costs)
 
 
 def _cpu_turn(trial: Trial, calls: int, settle: bool) -> list[float]:

@@ -14,7 +14,7 @@ in which a training step meets a kernel.
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dfkd_fast.kernels import dispatch
 from dfkd_fast.kernels.dispatch import Backend, interpreting, use_backend, why_not
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Workload",
     "around",
     "parse_shape",
+    "usual_backends",
     "usual_providers",
 ]
 
@@ -96,8 +98,8 @@ class Workload(ABC):
         """The fewest bytes a case must move: each input read once, each result written once."""
 
     @abstractmethod
-    def providers(self, device: torch.device) -> list[Provider]:
-        """Who does the task; the first is "eager"."""
+    def providers(self, device: torch.device, backends: Sequence[Backend]) -> list[Provider]:
+        """Who does the task, our ``backends`` among them; the first is "eager"."""
 
     @abstractmethod
     def trial(self, provider: Provider, mode: Mode, device: torch.device) -> Trial:
@@ -112,8 +114,8 @@ class Workload(ABC):
 class FunctionWorkload(Workload):
     """A differentiable function of tensors, some of which it may also change in place."""
 
-    inputs: Callable[[], dict[str, Tensor]]
-    """The inputs by name, in the order of the arguments; on the CPU, the same at every call."""
+    inputs: Callable[[torch.device], dict[str, Tensor]]
+    """The inputs by name, in the order of the arguments; the same at every call on a device."""
     outputs: tuple[str, ...]
     floors: Mapping[Mode, int]
     textbook: Callable[..., Any]
@@ -132,9 +134,9 @@ class FunctionWorkload(Workload):
         """As of Workload; each kernel's file says how it is counted."""
         return self.floors[mode]
 
-    def providers(self, device: torch.device) -> list[Provider]:
+    def providers(self, device: torch.device, backends: Sequence[Backend]) -> list[Provider]:
         """As of Workload."""
-        usual = usual_providers(self.textbook, self.ours, device)
+        usual = usual_providers(self.textbook, self.ours, device, backends)
         if self.on_cpu_only and device.type == "cuda":
             usual = [provider for provider in usual if provider.backend in (None, "reference")]
         return [*usual, *self.peers]
@@ -186,19 +188,26 @@ class FunctionWorkload(Workload):
 
     def _fresh(self, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {
-            name: tensor.to(device, dtype, copy=True).requires_grad_(name in self.differentiable) for name, tensor in self.inputs().items()
+            name: tensor.to(device, dtype, copy=True).requires_grad_(name in self.differentiable)
+            for name, tensor in self.inputs(device).items()
         }
 
 
-def usual_providers(textbook: Callable[..., Any], ours: Callable[..., Any], device: torch.device) -> list[Provider]:
-    """Plain PyTorch, the same compiled, and our backends for the device."""
+def usual_backends(device: torch.device) -> tuple[Backend, ...]:
+    """Ours that are made for a device."""
+    return ("reference", "triton", "cuda") if device.type == "cuda" else ("reference", "numba")
+
+
+def usual_providers(
+    textbook: Callable[..., Any], ours: Callable[..., Any], device: torch.device, backends: Sequence[Backend]
+) -> list[Provider]:
+    """Plain PyTorch, the same compiled, and our backends."""
     # static shapes: a size is a case, and dynamic ones would be slower; a graph break is an error, not a slower time
     compiled = torch.compile(textbook, fullgraph=True, dynamic=False)
-    backends: tuple[Backend, ...] = ("reference", "triton", "cuda") if device.type == "cuda" else ("reference", "numba")
     return [
         Provider("eager", textbook),
         Provider("compile", compiled, absent=_no_compiler(device)),
-        *(Provider(backend, ours, backend, absent=why_not(backend) or _interpreted(backend)) for backend in backends),
+        *(Provider(backend, ours, backend, absent=_unavailable_reason(backend, device)) for backend in backends),
     ]
 
 
@@ -217,8 +226,14 @@ def _no_compiler(device: torch.device) -> str | None:
     return None if found else "no C++ compiler"
 
 
-def _interpreted(backend: Backend) -> str | None:
-    return "Triton's interpreter runs it (TRITON_INTERPRET)" if backend == "triton" and interpreting() else None
+def _unavailable_reason(backend: Backend, device: torch.device) -> str | None:
+    if (reason := why_not(backend)) is not None:
+        return reason
+    if backend not in dispatch.backends(device):
+        return f"it does not serve {device.type} tensors here"
+    if backend == "triton" and device.type == "cuda" and interpreting():
+        return "Triton's interpreter runs it (TRITON_INTERPRET)"
+    return None
 
 
 @contextmanager
@@ -234,9 +249,9 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 def _cotangent(output: Tensor) -> Tensor:
     """A gradient to send back, laid out as the output; the same in every dtype."""
-    return torch.empty_like(output).copy_(_coarse(output.shape))
+    return torch.empty_like(output).copy_(_coarse(output.shape, output.device))
 
 
 @lru_cache(maxsize=2)
-def _coarse(shape: torch.Size) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+def _coarse(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device).bfloat16()

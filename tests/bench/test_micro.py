@@ -1,8 +1,10 @@
 """The micro-benchmarks: what they check, write and refuse. No test looks at a time."""
 
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from bench import table
 from bench.__main__ import main
-from bench.micro import KERNELS, PROVIDERS, check, discrepancy, rows, select, timing
-from bench.micro.workload import Trial
+from bench.micro import KERNELS, PROVIDERS, Case, check, discrepancy, rows, select, timing
+from bench.micro.workload import Trial, usual_backends
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.kernels import dispatch
 
 TINY = {"ema": "generator-a", "l1": "4x5", "kl": "4x5", "js": "2x3x4x5", "concat": "2x4x3x4x4"}
 TINY |= dict.fromkeys(("moments", "conv", "norm"), "3x4x5x5")
@@ -153,6 +157,12 @@ def test_rows_of_the_same_case_are_replaced_and_others_kept(run: Run) -> None:
     assert len(keys) == len(set(keys)) == 4  # two sizes, two dtypes
 
 
+def test_of_two_rows_of_a_case_the_later_one_is_written(tmp_path: Path) -> None:
+    early = rows.Row("l1", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", median_us=9.0)
+    rows.write(tmp_path / "out.csv", [early, replace(early, provider="eager"), replace(early, median_us=3.0)])
+    assert [(row["provider"], row["median_us"]) for row in table.read(tmp_path / "out.csv")] == [("cuda", "3"), ("eager", "9")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -190,19 +200,44 @@ def test_without_all_there_are_a_few_cases_of_every_kernel() -> None:
     assert all(workload.floor_bytes(mode) > 0 for workload in few for mode in workload.modes)
 
 
-def test_turns_are_shared_out_until_about_a_second_is_spent() -> None:
-    calls: dict[str, int] = {"short": 0, "long": 0}
+def test_turns_are_shared_out_until_the_seconds_of_the_case_are_spent() -> None:
+    """A call costs more than its own time: the inputs are prepared, a GPU's cache is flushed."""
+    calls, now, around = {"short": 0, "long": 0}, 0.0, 1e-4
 
     def turn(trial: Trial, count: int, settle: bool) -> list[float]:
+        nonlocal now
         name = "short" if trial is trials["short"] else "long"
         calls[name] += count
-        return [{"short": 1e-5, "long": 0.05}[name]] * count
+        seconds = {"short": 1e-5, "long": 0.05}[name]
+        now += count * (seconds + around)
+        return [seconds] * count
 
     trials = {name: Trial(lambda _: None, dict, torch.no_grad) for name in calls}
-    seconds = timing.measure(trials, turn, None)
-    assert calls["long"] - 3 == len(seconds["long"]) == 19
-    assert calls["short"] - 3 == len(seconds["short"]) == 1900
+    for case_seconds, rounds in ((1.0, 18), (0.5, 9), (0.0, 5)):
+        before = dict(calls)
+        seconds = timing.measure(trials, turn, None, case_seconds, lambda: now)
+        assert calls["long"] - before["long"] - 3 == len(seconds["long"]) == rounds
+        assert calls["short"] - before["short"] - 3 == len(seconds["short"]) == 45 * rounds
     assert [len(times) for times in timing.measure(trials, turn, 3).values()] == [3, 3]
+
+
+def test_a_case_is_found_again_by_what_tells_it_from_others() -> None:
+    case = Case("ema", "shadow", "resnet18", torch.float32, "channels_last", "update")
+    found = pickle.loads(pickle.dumps(case)).workload()
+    assert (found.kernel, found.variant, found.size, found.dtype, found.layout) == case[:5]
+    assert str(case) == "ema shadow resnet18 float32 channels_last update"
+    with pytest.raises(DfkdError, match="ema both resnet18 float32 channels_last update is not a case of ema"):
+        case._replace(variant="both").workload()
+
+
+def test_a_backend_that_does_not_serve_the_device_is_absent() -> None:
+    cpu = torch.device("cpu")
+    case = Case("l1", "both", "4x5", torch.float32, "contiguous", "full")
+    usual = {provider.name: provider.absent for provider in case.workload().providers(cpu, usual_backends(cpu))}
+    assert usual["reference"] is None
+    assert "triton" not in usual
+    [triton] = [provider for provider in case.workload().providers(cpu, ["triton"]) if provider.backend]
+    assert triton.absent in (dispatch.why_not("triton"), "it does not serve cpu tensors here")
 
 
 def test_plot_draws_a_picture_a_kernel_beside_the_csv(run: Run, tmp_path: Path) -> None:

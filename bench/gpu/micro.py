@@ -1,0 +1,273 @@
+"""Stage 4: the kernels against plain PyTorch, torch.compile and the field's, at the sizes that users have.
+
+What runs for microseconds takes seconds to compile. So processes compile in parallel, while nothing is timed, and leave the code
+in the caches on disk:
+
+1. they compile our Triton kernels;
+2. every case is measured with all providers but torch.compile;
+3. they compile torch.compile's code;
+4. the cases whose code is there are measured again with all providers: their rows replace those of before.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch._dynamo.utils
+import torch._inductor.config
+
+from dfkd_fast.kernels import Backend
+
+from ..micro import PROVIDERS, Case, discrepancy, runner, timing
+from ..micro.rows import Row
+from ..micro.workload import Mode, Provider
+from . import rehearsal
+from .context import Context
+from .processes import Outcome, Pool
+from .records import Status
+
+__all__ = ["Job", "Plan", "compile_job", "run"]
+
+COMPILE, TRITON = "compile", "triton"
+BACKENDS: tuple[Backend, ...] = ("reference", "triton", "cuda")
+OURS = ("numba", "triton", "cuda", "fused_ema")
+PEERS = tuple(name for name in PROVIDERS if name not in (*OURS, "reference"))
+CASE_NEEDS = 1.5  # seconds
+TRITON_SHARE, COMPILE_SHARE = 0.25, 0.5  # at most, of the time that is left
+SPARE_CORES = 2  # not for compiling
+FLOAT, HALF = torch.float32, torch.bfloat16
+LAYOUTS = ("contiguous", "channels_last")
+
+
+class Job(NamedTuple):
+    """What a process compiles."""
+
+    provider: str
+    case: Case
+
+
+class Plan(NamedTuple):
+    """What is measured."""
+
+    cases: Sequence[Case]
+    """The most important first: time may not suffice for all."""
+    highlights: Sequence[Case]
+    """Those whose result belongs in the final table."""
+    compiled: Sequence[Case]
+    """Those that are also compared with torch.compile."""
+    seconds: float
+    """For the measured calls of a case."""
+
+
+def _cases(
+    kernels: str, variants: str, sizes: str, dtypes: Sequence[torch.dtype], layouts: Sequence[str] = LAYOUTS[:1], mode: Mode = "full"
+) -> list[Case]:
+    """The product of all; words are separated by spaces."""
+    every = product(sizes.split(), dtypes, variants.split(" "), layouts, kernels.split())
+    return [Case(kernel, variant, size, dtype, layout, mode) for size, dtype, variant, layout, kernel in every]
+
+
+_AVERAGES = [
+    *_cases("ema", "plain", "resnet50 resnet18 generator-a generator-b", [FLOAT], mode="update"),
+    *_cases("ema", "shadow", "resnet50", [FLOAT], mode="update"),
+]
+_LOGITS = _cases("kl l1 js", "both", "256x1000 256x10", [FLOAT])
+_IMAGES = _cases("concat", "dataset batch", "2x256x3x32x32 2x128x3x224x224", [FLOAT])
+_MAPS = _cases("moments", "", "128x256x56x56 256x512x4x4", [FLOAT])
+COMPILED = [
+    *_AVERAGES,
+    *_LOGITS,
+    *_IMAGES,
+    *_MAPS,
+    *_cases("kl l1 js", "both", f"256x1000 {discrepancy.SEGMENTATION}", [HALF]),
+    *_cases("concat", "dataset batch", "2x256x3x32x32 2x128x3x224x224", [HALF]),
+    *_cases("moments", "", "128x256x56x56 256x512x4x4", [HALF], ["channels_last"]),
+    *_cases("kl l1 js", "student", "256x1000 256x10", [FLOAT]),
+    *_cases("kl l1 js", "both", f"512x10 {discrepancy.SEGMENTATION}", [FLOAT]),
+    *_cases("moments", "", "128x256x56x56 256x512x4x4", [FLOAT], ["channels_last"]),
+    *_cases("moments", "", "128x256x56x56 256x512x4x4", [HALF]),
+]
+ON_GPU = [
+    *COMPILED,
+    *_cases("kl l1 js", "student", f"256x1000 {discrepancy.SEGMENTATION}", [HALF]),
+    *_cases("kl l1 js", "both", "256x10 512x10", [HALF]),
+    *_cases("kl l1 js", "student", f"512x10 {discrepancy.SEGMENTATION}", [FLOAT]),
+    *_cases("kl l1 js", "student", "256x10 512x10", [HALF]),
+]
+IN_REHEARSAL = [
+    *_cases("ema", "plain shadow", "toy", [FLOAT], mode="update"),
+    *_cases("kl l1 js", "both", "4x5", [FLOAT]),
+    *_cases("concat", "dataset batch", "2x2x3x4x4", [FLOAT]),
+    *_cases("moments", "", "3x4x5x5", [FLOAT], LAYOUTS),
+    *_cases("kl l1 js", "student", "2x3x4x5", [HALF]),
+]
+GPU_PLAN = Plan(ON_GPU, [*_AVERAGES, *_LOGITS[:3], *_IMAGES, *_MAPS], COMPILED, seconds=0.25)
+REHEARSAL_PLAN = Plan(IN_REHEARSAL, IN_REHEARSAL[:3], _cases("l1", "both", "4x5", [FLOAT]), seconds=0.02)
+
+
+def run(context: Context) -> None:
+    """Measure, compile, measure again: a record a row, and one a case that says how ours compare."""
+    plan = REHEARSAL_PLAN if context.rehearse else GPU_PLAN
+    turn = timing.turn_on(context.device)
+    everyone = runner.Run(
+        device=context.device,
+        modes=(),
+        providers=PROVIDERS,
+        repeats=None,
+        turn=turn,
+        copy_bandwidth=timing.copy_bandwidth(turn, context.device),
+        origin=runner.origin(context.device, context.origin.get("commit"), context.origin.get("command", "")),
+        backends=BACKENDS,
+        seconds=plan.seconds,
+    )
+    uncompiled = replace(everyone, providers=[name for name in PROVIDERS if name != COMPILE])
+    _configure_inductor()
+    processes = max(1, len(os.sched_getaffinity(0)) - SPARE_CORES)
+    with Pool(partial(compile_job, context.device), processes) as pool:
+        _compile_triton(context, pool, plan.cases)
+        measured = {case for case in plan.cases if str(case) in context.done}
+        for case in context.cases(plan.cases, needs=CASE_NEEDS):
+            with context.attempt(str(case)), _not_again(context, case):
+                _measure(context, uncompiled, case, case in plan.highlights)
+                measured.add(case)
+        compiled = _compile_peers(context, pool, [case for case in plan.compiled if case in measured])
+    for case in context.cases(compiled, _compiled_name, needs=CASE_NEEDS):
+        with context.attempt(_compiled_name(case)):
+            _measure(context, everyone, case, case in plan.highlights)
+    if compiled:
+        _record_cache_hits(context)
+
+
+def compile_job(device: torch.device, job: Job) -> None:
+    """Compile what a provider needs for a case, gradients included, into the caches on disk. In a process of its own."""
+    if device.type == "cpu":
+        rehearsal.prepare()
+    _configure_inductor()
+    job.case.workload().trial(_provider(job, device), job.case.mode, device).results()
+    torch.cuda.empty_cache()  # all processes share one memory
+
+
+def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool) -> None:
+    begin = time.monotonic()
+    for rows in replace(measured, modes=[case.mode]).rows(case.workload()):
+        for row in rows:
+            context.record(f"{case} / {row.provider}", _status(row), _described(row), table="micro", row=asdict(row))
+        # An error that a provider's row has taken may have cost this process the GPU: then the case fails here, and the stage goes on in
+        # another process.
+        torch.ones(1, device=context.device).sum().item()
+        context.record(str(case), text=f"{case}: {_compared(rows)}", seconds=round(time.monotonic() - begin, 2), highlight=highlight)
+
+
+@contextmanager
+def _not_again(context: Context, case: Case) -> Iterator[None]:
+    """What fails without torch.compile is not tried with it, nor by a process that goes on after this one."""
+    try:
+        yield
+    except Exception:
+        context.record(_compiled_name(case), "skipped", "the case failed without it")
+        raise
+
+
+def _status(row: Row) -> Status:
+    beginnings: dict[str, Status] = {"ok": "ok", "not installed": "skipped", "wrong": "wrong", "failed": "failed"}
+    return next(status for beginning, status in beginnings.items() if row.status.startswith(beginning))
+
+
+def _described(row: Row) -> str:
+    if row.median_us is None:
+        return row.status
+    parts = [
+        f"{row.provider} {row.median_us:.4g} us",
+        "" if row.share_of_copy is None else f"{row.share_of_copy:.0%} of the copy bandwidth",
+        "" if row.speedup_over_eager is None or row.provider == "eager" else f"{row.speedup_over_eager:.3g} x eager",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _compared(rows: Sequence[Row]) -> str:
+    """Our fastest against the fastest of those that do all of the same work."""
+    ours, peer = (
+        min((row for row in rows if row.provider in names and row.status == "ok" and row.median_us), key=_median, default=None)
+        for names in (OURS, PEERS)
+    )
+    if ours is None:
+        return "none of ours was timed"
+    if peer is None:
+        return _described(ours)
+    ratio = "" if peer.provider == "eager" else f", {_median(peer) / _median(ours):.3g} x {peer.provider}"
+    return f"{_described(ours)}{ratio}, the fastest peer"
+
+
+def _median(row: Row) -> float:
+    return row.median_us or 0.0
+
+
+def _compile_triton(context: Context, pool: Pool[Job], cases: Sequence[Case]) -> None:
+    """Compile our Triton kernels. What does not compile here is compiled, or fails, where it is measured."""
+    jobs = [Job(TRITON, case) for case in cases if str(case) not in context.done]
+    if all(_provider(job, context.device).absent for job in jobs):
+        return
+    _run_jobs(context, pool, jobs, context.seconds_left() * TRITON_SHARE)
+
+
+def _compile_peers(context: Context, pool: Pool[Job], cases: Sequence[Case]) -> list[Case]:
+    """Compile torch.compile's code; return the cases whose code is there, in their order. The reason of each other is recorded."""
+    jobs = []
+    for case in context.cases(cases, _compiled_name, needs=CASE_NEEDS):
+        absent = _provider(Job(COMPILE, case), context.device).absent
+        if absent is None:
+            jobs.append(Job(COMPILE, case))
+        else:
+            context.record(_compiled_name(case), "skipped", absent)
+    outcomes = _run_jobs(context, pool, jobs, context.seconds_left() * COMPILE_SHARE)
+    for job in jobs:
+        name, outcome = _compiled_name(job.case), outcomes.get(job)
+        if outcome is None:
+            context.leave(name)
+        elif outcome.error is not None:
+            context.record(name, "failed", outcome.error, detail=outcome.detail, seconds=outcome.seconds)
+    return [job.case for job in jobs if job in outcomes and outcomes[job].error is None]
+
+
+def _run_jobs(context: Context, pool: Pool[Job], jobs: Sequence[Job], seconds: float) -> dict[Job, Outcome]:
+    """Compile as much as is possible in some seconds, and record how long it took."""
+    if not jobs or seconds <= 0:
+        return {}
+    begin = time.monotonic()
+    outcomes = dict(pool.outcomes(jobs, begin + seconds))
+    taken = round(time.monotonic() - begin, 2)
+    times = {str(job.case): round(outcome.seconds, 2) for job, outcome in outcomes.items() if outcome.error is None}
+    name = f"compiling for {jobs[0].provider}"
+    text = f"{name}: {len(times)} of {len(jobs)} cases in {taken:.0f} s, the slowest in {max(times.values(), default=0):.0f} s"
+    context.record(name, text=text, seconds=taken, table="compilation", row={"processes": pool.processes, **times})
+    return outcomes
+
+
+def _compiled_name(case: Case) -> str:
+    """Of the record of its row."""
+    return f"{case} / {COMPILE}"
+
+
+def _provider(job: Job, device: torch.device) -> Provider:
+    return next(provider for provider in job.case.workload().providers(device, BACKENDS) if provider.name == job.provider)
+
+
+def _configure_inductor() -> None:
+    """The same wherever something is compiled, as the caches' keys depend on it."""
+    torch._inductor.config.compile_threads = 1
+    # Where many processes share a GPU, the fastest configuration of a kernel cannot be told: it is chosen again where it is timed.
+    torch._inductor.config.autotune_local_cache = False
+    # Of a rehearsal's seconds the check of the CPU's vector instructions would take most: it starts a Python for each kind.
+    torch._inductor.config.cpp.vec_isa_ok = True
+
+
+def _record_cache_hits(context: Context) -> None:
+    counters = torch._dynamo.utils.counters["inductor"]
+    row = {name: counters[f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
+    context.record("compiler cache", text=", ".join(f"{name} {count}" for name, count in row.items()), table="compilation", row=row)

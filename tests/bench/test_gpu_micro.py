@@ -1,0 +1,269 @@
+"""The stage ``micro`` of ``python -m bench gpu``, in this process and on toy cases. No test looks at a time."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.gpu import micro, rehearsal
+from bench.gpu.context import Context
+from bench.gpu.processes import Outcome, Pool
+from bench.gpu.records import Record
+from bench.micro import Case, discrepancy, rows, timing
+from dfkd_fast.kernels import dispatch
+
+SOON = 60.0
+L1, KL = (Case(kernel, "both", "4x5", torch.float32, "contiguous", "full") for kernel in ("l1", "kl"))
+PLAN = micro.Plan([L1, KL], [KL], [L1, KL], seconds=0.0)
+Stage = Callable[..., list[Record]]
+
+
+class Compilers:
+    """Stands for the processes that compile: each job ends as it is told."""
+
+    processes = 2
+
+    def __init__(self, ends: dict[micro.Job, Outcome | None]) -> None:
+        self.ends = ends
+        self.asked: list[micro.Job] = []
+
+    def __call__(self, *_: object) -> "Compilers":
+        return self
+
+    def __enter__(self) -> "Compilers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def outcomes(self, jobs: Iterable[micro.Job], deadline: float) -> Iterator[tuple[micro.Job, Outcome]]:
+        for job in jobs:
+            self.asked.append(job)
+            if (outcome := self.ends.get(job, Outcome())) is not None:
+                yield job, outcome
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch) -> Compilers:
+    """All succeed, as long as nothing else is said; what torch.compile makes is the plain function."""
+    made = Compilers({})
+    monkeypatch.setattr(micro, "Pool", made)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return made
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """Run the stage on the CPU and return its records."""
+    monkeypatch.setattr(timing, "COPIED_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(micro, "REHEARSAL_PLAN", PLAN)
+    monkeypatch.setattr(micro, "BACKENDS", ("reference", "numba", "triton"))
+    monkeypatch.setitem(dispatch._SERVING, "cpu", ["numba", "reference"])
+
+    def run(seconds: float = SOON, done: Sequence[str] = ()) -> list[Record]:
+        records: list[Record] = []
+        micro.run(Context("micro", torch.device("cpu"), True, time.monotonic() + seconds, records.append, done=done))
+        return records
+
+    return run
+
+
+def statuses(records: Iterable[Record], *providers: str) -> dict[str, str]:
+    """The last of every case; of rows of some providers only, if any are named."""
+    endings = tuple(f"/ {provider}" for provider in providers)
+    return {record.case: record.status for record in records if record.case.endswith(endings or ("",))}
+
+
+def test_every_row_is_a_record_and_what_is_compared_with_the_compiler_comes_again(stage: Stage, compilers: Compilers) -> None:
+    records = stage()
+    of_rows = [record for record in records if record.table == "micro"]
+    assert {tuple(record.row) for record in of_rows} == {rows.COLUMNS}
+    first, again = ["eager", "reference", "numba", "triton"], ["eager", "compile", "reference", "numba", "triton"]
+    assert [record.case for record in of_rows] == [f"{case} / {name}" for names in (first, again) for case in (L1, KL) for name in names]
+    measured = [record for record in of_rows if record.row["provider"] != "triton"]
+    assert {record.status for record in of_rows if record not in measured} == {"skipped"}
+    assert {record.status for record in measured} == {"ok"}
+    assert all(record.row["median_us"] and record.row["speedup_over_eager"] for record in measured)
+    assert [bool(record.row["speedup_over_compile"]) for record in measured] == [False] * 6 + [True] * 8
+
+
+def test_nothing_is_compiled_while_something_is_measured(stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[str] = []
+    outcomes, measure = compilers.outcomes, micro._measure
+
+    def compiling(jobs: Sequence[micro.Job], deadline: float) -> Iterator[tuple[micro.Job, Outcome]]:
+        passes.extend(f"compile {job.provider}" for job in jobs)
+        return outcomes(jobs, deadline)
+
+    def measuring(*arguments: Any) -> None:
+        passes.append("measure")
+        measure(*arguments)
+
+    monkeypatch.setattr(compilers, "outcomes", compiling)
+    monkeypatch.setattr(micro, "_measure", measuring)
+    monkeypatch.setitem(dispatch._ABSENT, "triton", None)
+    monkeypatch.setitem(dispatch._SERVING, "cpu", ["triton", "reference"])
+    stage()
+    assert passes == [one for one in ("compile triton", "measure", "compile compile", "measure") for _ in (L1, KL)]
+
+
+def test_a_case_has_one_line_that_names_the_fastest_of_ours(stage: Stage, compilers: Compilers) -> None:
+    said = {record.case: record for record in stage()}
+    assert said[str(KL)].highlight
+    assert not said[str(L1)].highlight
+    assert said[str(KL)].text.startswith(f"{KL}: numba ")
+    assert said[str(KL)].text.endswith("the fastest peer")
+
+
+@pytest.mark.parametrize(
+    ("provider", "kind"), [("reference", "neither"), ("numba", "ours"), ("fused_ema", "ours"), ("eager", "peer"), ("liger", "peer")]
+)
+def test_who_is_compared_with_whom(provider: str, kind: str) -> None:
+    usual = rows.Row("ema", "plain", "update", "toy", "float32", "contiguous", "cuda", "ok", median_us=9.0)
+    slow = [usual, replace(usual, provider="foreach_lerp")]
+    fast = replace(usual, provider=provider, median_us=3.0)
+    said = micro._compared([*slow, fast])
+    assert (
+        said
+        == {
+            "neither": "cuda 9 us, 1 x foreach_lerp, the fastest peer",
+            "ours": f"{provider} 3 us, 3 x foreach_lerp, the fastest peer",
+            "peer": f"cuda 9 us, 0.333 x {provider}, the fastest peer".replace(", 0.333 x eager", ""),
+        }[kind]
+    )
+    lacking = replace(usual, provider="flat_lerp", status="ok, without num_batches_tracked", median_us=1.0)
+    assert micro._compared([*slow, fast, lacking]) == said
+
+
+def test_a_wrong_result_is_a_wrong_record_without_a_time(stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(student: Tensor, teacher: Tensor, *, reduction: str) -> Tensor:
+        return torch.nn.functional.l1_loss(student, teacher, reduction=reduction) * 1.001
+
+    monkeypatch.setattr(discrepancy, "l1_discrepancy", off)
+    records = stage()
+    wrong = [record for record in records if record.status == "wrong"]
+    assert {record.case for record in wrong} == {f"{L1} / reference", f"{L1} / numba"}
+    assert all(record.text.startswith("wrong: loss is off by") for record in wrong)
+    assert all(record.row["median_us"] is None for record in wrong)
+    assert set(statuses(records, "eager", "compile").values()) == {"ok"}
+    assert {record.case: record.text for record in records}[str(L1)] == f"{L1}: none of ours was timed"
+
+
+def test_a_case_that_raises_loses_no_other(stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("planted")
+
+    monkeypatch.setitem(discrepancy.FUNCTIONS, "l1", (broken, broken))
+    said = statuses(stage())
+    assert (said[str(L1)], said[f"{L1} / compile"]) == ("failed", "skipped")
+    assert compilers.asked == [micro.Job("compile", KL)]
+    assert said[str(KL)] == said[f"{KL} / compile"] == "ok"
+
+
+def test_a_case_after_which_the_device_does_not_work_has_failed(
+    stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the failure of one provider may be the end of its process: its row alone would not say so."""
+
+    def lost(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "ones", lost)
+    records = stage()
+    said = {record.case: record for record in records}
+    assert (said[str(KL)].status, said[f"{KL} / eager"].status) == ("failed", "ok")
+    assert said[str(KL)].text == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+def test_what_was_not_compiled_keeps_its_rows_of_the_first_pass(stage: Stage, compilers: Compilers) -> None:
+    compilers.ends = {micro.Job("compile", L1): Outcome("BackendCompilerFailed: planted", "traceback", 1.5), micro.Job("compile", KL): None}
+    records = stage()
+    last = {record.case: record for record in records}
+    assert (last[f"{L1} / compile"].status, last[f"{L1} / compile"].text) == ("failed", "BackendCompilerFailed: planted")
+    assert last[f"{L1} / compile"].detail == "traceback"
+    assert last[f"{KL} / compile"].status == "left"
+    assert set(statuses(records, "eager", "reference", "numba").values()) == {"ok"}
+    assert len([record for record in records if record.case == f"{L1} / eager"]) == 1
+
+
+def test_without_a_compiler_its_rows_are_skipped(stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.micro.workload._no_compiler", lambda _: "no C++ compiler")
+    records = stage()
+    assert statuses(records, "compile") == {f"{case} / compile": "skipped" for case in (L1, KL)}
+    assert not compilers.asked
+
+
+def test_without_time_all_cases_are_left(stage: Stage, compilers: Compilers) -> None:
+    assert [(record.case, record.status) for record in stage(seconds=-1.0)] == [(str(L1), "left"), (str(KL), "left")]
+    assert not compilers.asked
+
+
+def test_what_an_earlier_call_settled_is_not_measured_again(stage: Stage, compilers: Compilers) -> None:
+    records = stage(done=[str(L1), str(KL), f"{KL} / compile"])
+    assert compilers.asked == [micro.Job("compile", L1)]
+    assert {record.row["kernel"] for record in records if record.table == "micro"} == {"l1"}
+
+
+@pytest.mark.parametrize("plan", [micro.GPU_PLAN, micro.REHEARSAL_PLAN])
+def test_the_plans_name_cases_that_exist_once_each(plan: micro.Plan) -> None:
+    assert len(set(plan.cases)) == len(plan.cases)
+    assert {*plan.compiled, *plan.highlights} <= set(plan.cases)
+    assert 0 < len(plan.highlights) <= 14
+    for case in plan.cases:
+        assert case.workload().floor_bytes(case.mode) > 0
+
+
+def test_a_process_leaves_its_code_where_this_one_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a job runs is the compiled provider, in the mode that is measured."""
+    called: list[Callable[..., object]] = []
+
+    def compiled(function: Callable[..., object], **_: object) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            called.append(function)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(rehearsal, "prepare", lambda: None)
+    micro.compile_job(torch.device("cpu"), micro.Job("compile", KL))
+    assert called
+    assert set(called) == {discrepancy.FUNCTIONS["kl"][0]}
+
+
+def outcomes_of(pool: Pool[str], jobs: Sequence[str], seconds: float = SOON) -> dict[str, Outcome]:
+    return dict(pool.outcomes(jobs, time.monotonic() + seconds))
+
+
+def test_a_call_that_fails_or_crashes_loses_no_other() -> None:
+    jobs = ["pass", "raise ValueError('planted\\nsecond line')", "import os; os._exit(3)", "1 + 1"]
+    with Pool[str](exec, 1) as pool:
+        found = outcomes_of(pool, jobs)
+    assert list(found) == jobs
+    assert [outcome.error for outcome in found.values()] == [None, "ValueError: planted", "its process ended with exit code 3", None]
+    assert "second line" in found[jobs[1]].detail
+
+
+def test_at_the_deadline_a_call_is_stopped_and_the_next_jobs_get_new_processes() -> None:
+    with Pool[str](exec, 1) as pool:
+        assert list(outcomes_of(pool, ["pass"])) == ["pass"]
+        [process] = pool._started.values()
+        assert outcomes_of(pool, ["while True: pass", "pass"], seconds=0.2) == {}
+        assert not process.is_alive()
+        assert outcomes_of(pool, ["pass"])["pass"].error is None
+
+
+def test_a_process_serves_many_jobs_and_ends_with_its_pool() -> None:
+    with Pool[str](exec, 2) as pool:
+        assert len(outcomes_of(pool, [f"pass  # {number}" for number in range(5)])) == 5
+        assert len(outcomes_of(pool, ["pass"])) == 1
+        started = list(pool._started.values())
+        assert len(started) == 2
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid or 0, 0)

@@ -1,0 +1,244 @@
+"""What bench/gpu/pack.sh packs and prints, in a copy of its own, with stand-ins for the package index and the compiler."""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from bench import provenance
+
+ROOT = Path(__file__).parents[2]
+MNIST = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
+# In place of the interpreter: pip's downloads are empty files of WHEEL_BYTES, the extension is a text; the line's own commands are noted.
+PYTHON = """#!{executable}
+import json
+import os
+import sys
+from pathlib import Path
+
+arguments = sys.argv[1:]
+if arguments[:3] == ["-m", "pip", "download"]:
+    folder = Path(arguments[arguments.index("--dest") + 1])
+    folder.mkdir()
+    for requirement in arguments[arguments.index("--dest") + 2 :]:
+        name = requirement.partition(">")[0].replace("-", "_")
+        with (folder / f"{{name}}-1.0-py3-none-any.whl").open("wb") as wheel:
+            wheel.truncate(int(os.environ.get("WHEEL_BYTES", 1000)))
+elif arguments[-1].endswith("dfkd_fast_cuda.so"):
+    if os.environ.get("BROKEN_COMPILER"):
+        sys.exit("nvcc failed")
+    Path(arguments[-1]).write_text("extension")
+elif arguments[0] == "-m":
+    held = sorted(str(path) for path in Path(os.environ["TMPDIR"]).rglob("*-ubyte"))
+    environment = [os.environ.get("PYTHONPATH", ""), os.environ.get("DFKD_FAST_EXTENSION", "")]
+    with Path("{folder}/commands.txt").open("a") as file:
+        print(json.dumps([arguments, environment, held, Path(".git").exists()]), file=file)
+else:
+    os.execv("{executable}", ["{executable}", *arguments])
+"""
+
+
+class Said(NamedTuple):
+    """One call's exit code and output."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Copy:
+    """A repository of pack.sh and pyproject.toml in ``root``, and the programs in ``bin``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.bin = folder / "repository", folder / "bin"
+        (self.root / "bench" / "gpu").mkdir(parents=True)
+        self.bin.mkdir()
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        shutil.copy(ROOT / "bench" / "gpu" / "pack.sh", self.root / "bench" / "gpu")
+        self.program("python3", PYTHON.format(executable=sys.executable, folder=folder))
+        self.program("strip", "#!/bin/sh\n")
+        self.carry = self.root / ".carry"
+
+    def program(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def pack(self, *arguments: str | Path, **environment: str) -> Said:
+        command = ["bash", self.root / "bench" / "gpu" / "pack.sh", *arguments]
+        environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", **environment}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    def commit(self) -> None:
+        """Begin a history that ignores .carry."""
+        (self.root / ".gitignore").write_text("/.carry/\n")
+        identity = ("-c", "user.name=N", "-c", "user.email=n@example.org")
+        for command in (("init", "-q"), ("add", "-A"), (*identity, "commit", "-qm", "all")):
+            subprocess.run(["git", *command], cwd=self.root, check=True)
+
+    def contents(self) -> dict[str, bytes]:
+        return {str(path.relative_to(self.carry)): path.read_bytes() for path in self.carry.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    return Copy(tmp_path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """MNIST's files, two of them gzipped."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in MNIST[:2]:
+        (raw / name).write_text(name)
+    for name in MNIST[2:]:
+        (raw / f"{name}.gz").write_bytes(gzip.compress(name.encode()))
+    return tmp_path / "data"
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+def array(name: str) -> set[str]:
+    """A list of pack.sh."""
+    found = re.search(rf"^{name}=\(([^)]*)\)", (ROOT / "bench" / "gpu" / "pack.sh").read_text(), re.MULTILINE)
+    assert found is not None
+    return set(found[1].split())
+
+
+def with_dependencies(requirements: set[str]) -> set[str]:
+    """The names of installed packages, and of all that they need."""
+    reached: set[str] = set()
+    waiting = set(requirements)
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        needed = [Requirement(text) for text in metadata.requires(name) or []]
+        waiting |= {canonicalize_name(need.name) for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})} - reached
+    return reached
+
+
+def test_every_dependency_is_packed_or_on_the_host_or_left_out_on_purpose(copy: Copy) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["test"]
+    packed = copy.pack("--list").out.splitlines()
+    assert set(packed) <= set(declared)
+    assert names(packed) | array("installed") | array("omitted") == names(declared)
+    assert names(packed) == {"pydantic", "tomli-w"}
+    assert array("omitted").isdisjoint(names(project["dependencies"])), "the package does not import without its dependencies"
+
+
+def test_a_new_dependency_is_packed_unless_the_host_has_it(copy: Copy) -> None:
+    project = copy.root / "pyproject.toml"
+    project.write_text(project.read_text().replace("dependencies = [", 'dependencies = ["attrs>=25", "Numba>=1",', 1))
+    assert copy.pack("--list").out.splitlines() == ["attrs>=25", "pydantic>=2.9", "tomli-w>=1.1"]
+
+
+def test_no_wheel_takes_the_place_of_a_package_of_the_host(copy: Copy) -> None:
+    wheels = with_dependencies(names(copy.pack("--list").out.splitlines()))
+    assert wheels >= {"pydantic-core", "annotated-types", "typing-inspection"}
+    assert wheels.isdisjoint(array("installed"))
+
+
+def test_the_folder_holds_the_wheels_the_extension_and_the_data_gzipped(copy: Copy, data: Path) -> None:
+    said = copy.pack("--data", data)
+    assert said.code == 0, said.err
+    contents = copy.contents()
+    wheels = {f"wheels/{name}-1.0-py3-none-any.whl" for name in ("pydantic", "tomli_w")}
+    assert contents.keys() == wheels | {"dfkd_fast_cuda.so"} | {f"data/MNIST/raw/{name}.gz" for name in MNIST}
+    assert all(gzip.decompress(contents[f"data/MNIST/raw/{name}.gz"]).decode() == name for name in MNIST)
+    assert all(re.search(rf"^\d+\s+{part}$", said.err, re.MULTILINE) for part in ("wheels", "data", "dfkd_fast_cuda.so", "total"))
+
+
+def test_paths_are_relative_to_the_folder_of_the_call(copy: Copy, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data.parent)
+    said = copy.pack("--data", "data", "--python", "bin/python3")
+    assert said.code == 0, said.err
+    assert (copy.carry / "data").is_dir()
+
+
+def test_a_second_call_leaves_the_same_folder(copy: Copy, data: Path) -> None:
+    copy.pack("--data", data)
+    first = copy.contents()
+    (copy.carry / "stale").touch()
+    assert copy.pack("--data", data).code == 0
+    assert copy.contents() == first
+
+
+def test_the_line_is_all_of_the_output_and_names_the_commit(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "ROOT", copy.root)
+    assert "--commit unknown " in copy.pack().out
+    copy.commit()
+    for change in ("", "README.md", "pyproject.toml"):
+        if change:
+            (copy.root / change).write_text((copy.root / "pyproject.toml").read_text() + "# changed\n")
+        said = copy.pack()
+        assert len(said.out.splitlines()) == 1
+        assert len(said.out) <= 2000
+        assert f"--commit {provenance.commit()} " in said.out
+    assert provenance.commit().endswith("-dirty")
+
+
+@pytest.mark.parametrize("with_data", [False, True], ids=["no data", "data"])
+def test_the_line_installs_unpacks_and_starts_the_benchmark(copy: Copy, data: Path, with_data: bool) -> None:
+    copy.commit()
+    said = copy.pack("--rehearse", *(("--data", data) if with_data else ()))
+    assert said.code == 0, said.err
+    install, start = map(json.loads, (copy.bin.parent / "commands.txt").read_text().splitlines())
+    site = install[0][install[0].index("--target") + 1]
+    assert install[0][:3] == ["-m", "pip", "install"]
+    assert {"--no-index", "--no-deps"} < set(install[0])
+    assert {Path(name).name for name in install[0] if name.endswith(".whl")} == {path.name for path in (copy.carry / "wheels").iterdir()}
+
+    arguments, (python_path, extension), unpacked, has_git = start
+    assert arguments[:3] == ["-m", "bench", "gpu"]
+    assert arguments[-1] == "--rehearse"
+    assert python_path == site
+    assert extension.endswith("/tree/.carry/dfkd_fast_cuda.so")
+    assert not has_git
+    assert {Path(path).name for path in unpacked} == (set(MNIST) if with_data else set())
+    if with_data:
+        root = Path(arguments[arguments.index("--data-root") + 1])
+        assert {Path(path).parent for path in unpacked} == {root / "MNIST" / "raw"}
+    assert {path.name for path in copy.root.iterdir()} == {".carry", ".git", ".gitignore", "bench", "pyproject.toml"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "message"),
+    [({"WHEEL_BYTES": "31000000"}, 2, "are more than 60000000"), ({"BROKEN_COMPILER": "1"}, 1, "nvcc failed")],
+)
+def test_a_failure_leaves_the_folder_of_before(copy: Copy, environment: dict[str, str], code: int, message: str) -> None:
+    assert copy.pack().code == 0
+    before = copy.contents()
+    said = copy.pack(**environment)
+    assert (said.code, said.out) == (code, "")
+    assert message in said.err
+    assert copy.contents() == before
+    assert {path.name for path in copy.root.iterdir()} == {".carry", "bench", "pyproject.toml"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dta", "x"], "--dta: must be one of --python, --data, --rehearse, --list"),
+        (["--data"], "--data needs a value"),
+        (["--python", "no-such-python"], "--python no-such-python: there is no such program"),
+        (["--data", "nowhere"], "--data nowhere: there is neither MNIST/raw/train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(copy: Copy, arguments: list[str], message: str) -> None:
+    assert copy.pack(*arguments) == Said(2, "", f"bench/gpu/pack.sh: {message}\n")
+    assert not copy.carry.exists()
