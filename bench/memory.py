@@ -40,9 +40,23 @@ class PeakMemory:
             self._held = _resident("VmRSS")
 
     def mib(self) -> float:
-        """The peak so far, in MiB."""
-        peak = torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else _resident("VmHWM")
-        return round((peak - self._held) / 2**20, 1)
+        """The peak so far, in MiB, beyond what was held before."""
+        return _mib(self._reserved() - self._held)
+
+    def allocated_mib(self) -> float:
+        """The peak so far of all tensors together; of the whole process on a CPU. It misses what replayed graphs work on."""
+        return _mib(torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM"))
+
+    def reserved_mib(self) -> float:
+        """The peak so far of what PyTorch's allocator took from the GPU; of the whole process on a CPU."""
+        return _mib(self._reserved())
+
+    def _reserved(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else _resident("VmHWM")
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)
 
 
 def _resident(field: str) -> int:

@@ -1,20 +1,26 @@
 import copy
 import itertools
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch._C._autograd import DeviceType
 from torch._dynamo.utils import counters
 
 from bench import end_to_end, methods, report, table
 from bench.__main__ import main
 from bench.baselines.plain import textbook
-from bench.end_to_end import Row
+from bench.end_to_end import Row, contenders, measuring, rows
+from bench.end_to_end.process import OutOfTime, Worker, WorkerError, Workers
 from dfkd_fast import DfkdError, GeneratorA, Recipe, load_recipe
 from dfkd_fast.engine.device import Clock
 
@@ -43,19 +49,20 @@ def test_the_textbook_generator_is_the_same_function_with_the_same_parameters() 
 
 @pytest.mark.parametrize("replay", ["none", "ema_generator"])
 def test_every_uncompiled_contender_plays_whole_iterations_and_says_how_long(replay: str) -> None:
-    contenders = end_to_end._contenders(tiny(replay__kind=replay), CPU, "bf16", True)
-    assert list(contenders)[:2] == ["plain", "plain_compiled"]
-    assert list(contenders)[-2:] == ["engine", "engine, compiled"]
-    for name, build in contenders.items():
+    builds = contenders.contenders(tiny(replay__kind=replay), CPU, "bf16", compiled_engine=True)
+    assert list(builds)[:2] == ["plain", "plain_compiled"]
+    assert list(builds)[-2:] == ["engine", "engine, compiled"]
+    for name, build in builds.items():
         if "compiled" not in name:
-            student, whole = build().run()
-            assert 0 < student < whole, name
+            times = build().run(2)
+            assert len(times) == 2, name
+            assert all(0 < student < whole for student, whole in times), name
 
 
 def test_the_features_are_switched_on_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, object]] = []
-    monkeypatch.setattr(end_to_end, "_engine", lambda recipe, device, changes: seen.append(changes))
-    for name, build in end_to_end._contenders(tiny(), CPU, "bf16", True).items():
+    monkeypatch.setattr(contenders, "_engine", lambda recipe, device, changes: seen.append(changes))
+    for name, build in contenders.contenders(tiny(), CPU, "bf16", compiled_engine=True, graphs=True).items():
         if not name.startswith("plain"):
             build()
     differences = [{key for key in seen[-1] if before.get(key) != after.get(key)} for before, after in itertools.pairwise(seen)]
@@ -67,24 +74,60 @@ def test_the_features_are_switched_on_one_after_another(monkeypatch: pytest.Monk
         {"kernels"},
         {"loop.fold_teacher"},
         {"loop.precision"},
+        {"loop.capture"},
         {"loop.compile"},
     ]
+    names = list(contenders.contenders(tiny(), CPU, "bf16", graphs=True))
+    assert names[-3:] == ["+ folded teacher", "engine, eager", "engine"]
 
 
 def test_the_memory_of_an_iteration_is_at_least_that_of_its_student_steps() -> None:
     recipe = tiny(generator__width=32)
     for name in ("plain", "engine"):
-        whole, imitation = end_to_end._in_its_own_process(end_to_end._memory_alone, recipe, CPU, "fp32", False, name)
-        assert imitation is not None
-        assert 0 <= imitation <= whole < 1000
+        memory = measuring._memory_alone(partial(contenders.build, recipe, CPU, "fp32", name), CPU)
+        assert memory.student_steps is not None
+        assert 0 <= memory.student_steps <= memory.iteration < 1000
+        assert memory.iteration < memory.reserved
 
 
 def test_a_contender_is_timed_for_some_turns_in_a_process_of_its_own() -> None:
-    times = end_to_end._times_in_turns({"plain": partial(end_to_end._turn, tiny(), CPU, "fp32", False, "plain")}, turns=2)
-    assert list(times) == ["plain"]
+    starts, times = measuring._in_turns({"plain": partial(contenders.build, tiny(), CPU, "fp32", "plain")}, CPU, turns=2)
+    assert starts == {"plain": measuring.Start("fp32", "", False, "")}
     assert len(times["plain"]) == 2
     assert all(0 < student < whole for student, whole in times["plain"])
-    assert not end_to_end._playing
+    assert not measuring._contender
+
+
+def fail() -> None:
+    raise ValueError("a reason\nat length")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_call_in_another_process_that_fails_hangs_or_dies_says_so() -> None:
+    with Worker() as worker:
+        with pytest.raises(WorkerError, match=r"^ValueError: a reason$") as caught:
+            worker.call(fail)
+        assert "in fail" in caught.value.detail
+        assert worker.call(os.getpid) != os.getpid(), "and it can still be called"
+        with pytest.raises(OutOfTime, match="out of time"):
+            worker.call(time.sleep, 1e6, limit=0.1)
+        with pytest.raises(WorkerError, match="killed by SIGKILL"):
+            worker.call(os.getpid)
+    with Worker() as worker, pytest.raises(WorkerError, match="killed by SIGKILL"):
+        worker.call(die)
+
+
+def test_a_worker_that_cannot_be_prepared_fails_in_its_own_calls_only() -> None:
+    with Workers(2, fail) as workers:
+        for _ in range(2):
+            worker = workers.take()
+            workers.settle()
+            for _ in range(2):
+                with pytest.raises(WorkerError, match="a reason"):
+                    worker.call(os.getpid)
 
 
 def test_every_call_of_the_compiled_peer_is_compiled_and_it_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +145,10 @@ def test_every_call_of_the_compiled_peer_is_compiled_and_it_takes_the_same_steps
     counters.clear()
     parameters = []
     for compiled in (False, True):
-        contender = end_to_end._plain(tiny(replay__kind="ema_generator"), CPU, "fp32", compiled=compiled)
+        contender = contenders._plain(tiny(replay__kind="ema_generator"), CPU, "fp32", compiled=compiled)
         torch.manual_seed(0)
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-            for _ in range(3):
-                contender.run()
+            contender.run(3)
         parameters.append(contender.student_optimizer.param_groups[0]["params"])
     assert len(runs) == 3 * (4 + 3), "generator, averaged generator, student, teacher; generator, student, teacher"
     assert not counters["graph_break"]
@@ -146,39 +188,151 @@ def test_the_memory_of_an_iteration_on_a_gpu_counts_that_of_replayed_graphs(monk
     allocator = FakeAllocator(monkeypatch, held=100, pool=450 if replayed else 0)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 
-    def run() -> tuple[float, float]:
+    def run(_: int) -> list[tuple[float, float]]:
         if not replayed:
             allocator.take(300)
             optimizer.step()
             allocator.reset()  # as the engine's clock does between its phases
             allocator.take(500)
-        return 0.0, 0.0
+        return []
 
     allocator.take(2000)  # of a warm-up
-    measured = end_to_end._memory(end_to_end.Contender(run, optimizer), torch.device("cuda"))
-    assert measured == ((450.0, None) if replayed else (500.0, 300.0))
+    monkeypatch.setattr(measuring, "_contender", [contenders.Contender(run, optimizer)])
+    found = measuring.memory(torch.device("cuda"))
+    assert (found.iteration, found.student_steps) == ((450.0, None) if replayed else (500.0, 300.0))
+    assert found.reserved == (550.0 if replayed else 600.0)
 
 
 def test_on_a_gpu_contenders_are_alone_and_one_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(measuring, "device_name", lambda device: "a GPU")
+    names = list(contenders.contenders(tiny(), torch.device("cuda"), "bf16"))
     alone: list[str] = []
 
-    def in_its_own_process(function: object, *arguments: Any) -> Any:
-        *_, name, turns = arguments
-        alone.append(name)
-        if name == "plain_compiled":
-            raise RuntimeError("out of memory\nat length")
-        return [(1.0, 8.0 / len(alone))] * turns, (5.0, None)
+    def measure(build: Callable[[], Any], device: torch.device, turns: int) -> Any:
+        alone.append(names[len(alone)])
+        if alone[-1] == "plain_compiled":
+            raise WorkerError("RuntimeError: out of memory")
+        memory = rows.Memory(5.0, None, 6.0, 7.0)
+        return measuring.Start("bf16", "convolutions", False, ""), [(1.0, 8.0 / len(alone))] * turns, memory
 
-    monkeypatch.setattr(end_to_end, "_in_its_own_process", in_its_own_process)
+    monkeypatch.setattr(measuring, "_alone", measure)
     failures: list[str] = []
     found = list(end_to_end.measure(tiny(), torch.device("cuda"), "bf16", 3, "", failed=failures.append))
-    assert alone == list(end_to_end._contenders(tiny(), torch.device("cuda"), "bf16"))
-    assert failures == ["plain_compiled: out of memory"]
+    assert alone == names
+    assert failures == ["plain_compiled: RuntimeError: out of memory"]
     assert [len(rows) for rows in found] == list(range(1, len(alone)))
     assert [row.contender for row in found[-1]] == [name for name in alone if name != "plain_compiled"]
     assert {row.speedup_over_plain_compiled for row in found[-1]} == {None}
     assert found[-1][1].speedup_over_plain == 3.0
+
+
+def test_a_contender_that_is_not_captured_as_it_should_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_contender", [])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+    def build() -> contenders.Contender:
+        return contenders.Contender(lambda _: [], optimizer, remarks=["the student step: no"], captured=True, holds=lambda: False)
+
+    with pytest.raises(DfkdError, match=r"^the student step: no$"):
+        measuring.begin(build, CPU)
+
+
+def test_tf32_is_named_where_a_contender_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch._C, "_get_cublas_allow_tf32", lambda: False)
+    gpu = torch.device("cuda")
+    assert [measuring._tf32(gpu, autocast) for autocast in ("fp32", "bf16")] == ["convolutions", "nowhere"]
+    monkeypatch.setattr(torch._C, "_get_cublas_allow_tf32", lambda: True)
+    assert [measuring._tf32(gpu, autocast) for autocast in ("fp32", "bf16")] == ["convolutions, matrix products", "matrix products"]
+    assert measuring._tf32(CPU, "fp32") == ""
+
+
+def test_short_iterations_are_timed_more_often_than_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def run(seconds: float, iterations: int) -> list[tuple[float, float]]:
+        counts.append(iterations)
+        return [(0.0, seconds)] * iterations
+
+    for seconds in (1e-9, 0.1, 10.0):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        monkeypatch.setattr(measuring, "_contender", [contenders.Contender(partial(run, seconds), optimizer)])
+        measuring.time_for(2.0, fewest=3)
+    assert counts == [1, measuring.MOST, 1, 20, 1, 3]
+
+
+class FakeProfiler:
+    """torch.profiler's, of two iterations on a GPU."""
+
+    def __init__(self, activities: list[Any]) -> None:
+        self.activities = activities
+
+    def __enter__(self) -> "FakeProfiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def key_averages(self) -> list[SimpleNamespace]:
+        def event(key: str, device: DeviceType, count: int, us: float, annotation: bool = False) -> SimpleNamespace:
+            return SimpleNamespace(
+                key=key, device_type=device, count=count, self_device_time_total=us, self_cpu_time_total=1e9, is_user_annotation=annotation
+            )
+
+        return [
+            event("cheap", DeviceType.CUDA, 8, 20.0),
+            event("dear", DeviceType.CUDA, 2, 60.0),
+            event("Memset (Device)", DeviceType.CUDA, 2, 1.0),
+            event("Optimizer.step#SGD.step", DeviceType.CUDA, 2, 500.0, annotation=True),
+            event("cudaLaunchKernel", DeviceType.CPU, 10, 0.0),
+        ]
+
+
+def test_kernels_are_what_the_gpu_ran_without_the_hosts_calls_and_annotated_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "profile", FakeProfiler)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    monkeypatch.setattr(measuring, "_contender", [contenders.Contender(lambda _: [], optimizer)])
+    found = measuring.kernels(torch.device("cuda"), iterations=2, count=2)
+    assert found.calls_per_iteration == 6.0
+    assert found.seconds_per_iteration == pytest.approx(40.5e-6)
+    assert [(one.name, one.calls_per_iteration, one.us_per_iteration) for one in found.dearest] == [
+        ("dear", 1.0, 30.0),
+        ("cheap", 4.0, 10.0),
+    ]
+    assert [one.share for one in found.dearest] == [pytest.approx(60 / 81, abs=1e-4), pytest.approx(20 / 81, abs=1e-4)]
+    monkeypatch.setattr(FakeProfiler, "key_averages", lambda self: [])
+    with pytest.raises(DfkdError, match="no kernels"):
+        measuring.kernels(torch.device("cuda"), iterations=2, count=2)
+
+
+class FakeEvent:
+    """Of a GPU whose clock goes on by a second with every event, and whose work is done once it was waited for."""
+
+    clock = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: object) -> None:
+        FakeEvent.clock += 1
+        self.at = FakeEvent.clock
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return 1000.0 * (end.at - self.at)
+
+
+def test_marks_on_a_gpu_are_events_that_wait_at_the_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    marks = contenders.Marks(torch.device("cuda"))
+    for _ in range(3):
+        marks.set()
+    assert not waited
+    assert marks.seconds() == [1.0, 1.0]
+    assert len(waited) == 1
+    assert marks.seconds() == []
 
 
 def test_rows_are_in_the_file_when_a_later_contender_breaks_the_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -201,8 +355,8 @@ def test_rows_are_in_the_file_when_a_later_contender_breaks_the_bench(monkeypatc
 
 def test_what_the_plain_loop_does_not_know_is_refused() -> None:
     with pytest.raises(DfkdError, match="the plain loop knows"):
-        end_to_end._check(load_recipe("digits-vae"))
-    end_to_end._check(load_recipe("cifar10-mad"))
+        contenders.check(load_recipe("digits-vae"))
+    contenders.check(load_recipe("cifar10-mad"))
 
 
 def test_rows_replace_those_of_their_own_case_only(tmp_path: Path) -> None:

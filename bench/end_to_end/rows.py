@@ -1,0 +1,197 @@
+"""What comes of a contender: a row, a file of rows, and a picture of them."""
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dfkd_fast import Recipe
+from dfkd_fast.files import replacing
+
+from .. import table
+from .contenders import Times
+
+__all__ = ["Memory", "Row", "circumstances", "draw", "row_of", "write"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an iteration needs, in MiB."""
+
+    iteration: float
+    """At most, beyond what is held between iterations."""
+    student_steps: float | None
+    """The same of its student steps only; None where they are replayed as a CUDA graph."""
+    allocated: float
+    """All tensors together at most, those that are held between iterations included."""
+    reserved: float
+    """What PyTorch's allocator holds at most: with the pools of CUDA graphs, which ``allocated`` misses."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender."""
+
+    recipe: str
+    batch_size: int
+    precision: str
+    """Of the engine and of the compiled plain loop."""
+    contender: str
+    seconds_per_iteration: float
+    """Median over the turns: all the student's and the generator's steps."""
+    student_seconds: float
+    generator_seconds: float
+    iterations_per_second: float
+    images_per_second: float
+    """Generated for the student and for the generator."""
+    speedup_over_plain: float | None
+    """Of contenders that took turns, the median of the turns' ratios, else the ratio of the medians; None while the other has none, or
+    where it failed."""
+    speedup_over_plain_compiled: float | None
+    peak_memory_mib: float | None
+    """Of an iteration, beyond what is held between iterations; on a CPU not of what must be compiled, which needs more than it runs in."""
+    imitation_memory_mib: float | None
+    """The same of its student steps only; None where they are replayed as a CUDA graph."""
+    turns: int
+    """Timed iterations."""
+    device: str
+    load: float
+    torch: str
+    commit: str
+    command: str
+    lower_quartile_seconds: float | None = None
+    """Of the iterations; None of fewer than two."""
+    upper_quartile_seconds: float | None = None
+    allocated_mib: float | None = None
+    """All tensors at most; misses what replayed graphs work on."""
+    reserved_mib: float | None = None
+    """What PyTorch's allocator holds at most."""
+    autocast: str = ""
+    """What this contender's networks compute in."""
+    tf32: str = ""
+    """What NVIDIA's GPUs may round float32 factors to TF32 in, where this contender computes in float32; empty on a CPU."""
+    captured: bool = False
+    """Whether its steps are replayed as CUDA graphs."""
+    remarks: str = ""
+    """What the engine does in another way than it was asked."""
+    kernels_per_iteration: float | None = None
+    """Kernels that the device runs, memory copies among them; None where it was not profiled."""
+    kernels_per_step: float | None = None
+    """The same over the student's and generator's steps of an iteration."""
+    kernel_seconds: float | None = None
+    """Of an iteration, summed over its kernels."""
+
+
+def circumstances(recipe: Recipe, precision: str, device: str, commit: str, command: str) -> dict[str, Any]:
+    """What the rows of all contenders of a case share."""
+    return {
+        "recipe": recipe.name,
+        "batch_size": recipe.loop.batch_size,
+        "precision": precision,
+        "device": device,
+        "load": round(os.getloadavg()[0], 2),
+        "torch": str(torch.__version__),
+        "commit": commit,
+        "command": command,
+    }
+
+
+def row_of(
+    recipe: Recipe,
+    name: str,
+    times: Mapping[str, Times],
+    memory: Memory | None,
+    shared: Mapping[str, Any],
+    *,
+    in_turns: bool,
+    **others: Any,
+) -> Row:
+    """A contender's row.
+
+    Args:
+        recipe: what was run.
+        name: of the contender.
+        times: of all contenders so far, by name.
+        memory: of this one, if it was measured.
+        shared: see :func:`circumstances`.
+        in_turns: whether the contenders took turns, so that times with the same index were taken together.
+        others: fields of the row that the rest does not tell.
+    """
+    replayed = recipe.replay.rows_of(recipe.loop.batch_size) if recipe.replay.replays else 0
+    images = recipe.loop.student_steps * (recipe.loop.batch_size + replayed) + recipe.loop.generator_steps * recipe.loop.batch_size
+    student, seconds = (statistics.median(column) for column in zip(*times[name], strict=True))
+
+    def speedup(other: str) -> float | None:
+        if other not in times:
+            return None
+        ours, theirs = ([total for _, total in times[one]] for one in (name, other))
+        if in_turns:
+            return round(statistics.median(there / here for here, there in zip(ours, theirs, strict=True)), 3)
+        return round(statistics.median(theirs) / seconds, 3)
+
+    lower, upper = _quartiles([total for _, total in times[name]])
+    return Row(
+        contender=name,
+        seconds_per_iteration=round(seconds, 6),
+        student_seconds=round(student, 6),
+        generator_seconds=round(seconds - student, 6),
+        iterations_per_second=round(1 / seconds, 4),
+        images_per_second=round(images / seconds, 2),
+        speedup_over_plain=speedup("plain"),
+        speedup_over_plain_compiled=speedup("plain_compiled"),
+        peak_memory_mib=memory.iteration if memory else None,
+        imitation_memory_mib=memory.student_steps if memory else None,
+        turns=len(times[name]),
+        lower_quartile_seconds=lower,
+        upper_quartile_seconds=upper,
+        allocated_mib=memory.allocated if memory else None,
+        reserved_mib=memory.reserved if memory else None,
+        **{**shared, **others},
+    )
+
+
+def _quartiles(seconds: Sequence[float]) -> tuple[float | None, float | None]:
+    if len(seconds) < 2:
+        return None, None
+    lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    return round(lower, 6), round(upper, 6)
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Take rows into a file: they replace those of the same recipe, batch, precision and device."""
+    kept = [row for row in (table.read(path) if path.exists() else []) if _case(row) != _case(dataclasses.asdict(rows[0]))]
+    table.write(path, table.names(Row), [*kept, *map(dataclasses.asdict, rows)])
+
+
+def _case(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("recipe", "batch_size", "precision", "device"))
+
+
+def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """A stacked bar a contender and case: the student's and the generator's seconds of an iteration."""
+    cases = list(dict.fromkeys(_case(row) for row in rows))
+    figure = Figure(figsize=(9, 1 + 0.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
+    for axes, case in zip(panels, cases, strict=True):
+        bars = [row for row in rows if _case(row) == case][::-1]
+        names = [row["contender"] for row in bars]
+        student, generator = ([float(row[f"{player}_seconds"]) for row in bars] for player in ("student", "generator"))
+        axes.barh(names, student, label="student's steps")
+        axes.barh(names, generator, left=student, label="generator's step")
+        for row, total in zip(bars, map(sum, zip(student, generator, strict=True)), strict=True):
+            if row["speedup_over_plain"]:
+                axes.text(total, row["contender"], f" {float(row['speedup_over_plain']):.1f} ×", va="center", fontsize=8)
+        axes.set(title=f"{case[0]}, batch {case[1]}, {case[2]}, {case[3]}", xlabel="seconds an iteration")
+        axes.set_xlim(0, 1.15 * max(map(sum, zip(student, generator, strict=True))))
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].legend(loc="lower right")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)

@@ -1,0 +1,231 @@
+"""Stage 5: whole iterations of the recipes, by the plain loop and by the engine: their times, their memory and their kernels."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from dfkd_fast import Recipe, load_recipe
+from dfkd_fast.engine.precision import resolve_precision
+
+from ..end_to_end import measuring
+from ..end_to_end.contenders import Contender, Times, build, check, contenders
+from ..end_to_end.measuring import Profile
+from ..end_to_end.process import OutOfTime, Worker, WorkerError, Workers
+from ..end_to_end.rows import Row, circumstances, row_of
+from . import rehearsal
+from .context import Context
+
+__all__ = ["Case", "Plan", "Priority", "run"]
+
+UNCONDITIONAL = {
+    "name": "imagenet-mad, unconditional",
+    "generator.conditional": False,
+    "objective.class_nll": 0.0,
+    "objective.embedding_norm": 0.0,
+    "loop.generator_pretraining": 0,
+}
+"""What the plain loop does not know of the recipe: a small part of its work."""
+MARGIN = 1.0  # seconds before the stage's deadline at which a contender is stopped, so that this is still recorded
+TITLES = {"plain": "plain", "engine, eager": "engine eager", "engine": "captured", "plain_compiled": "plain compiled"}
+"""Whom the line of a recipe names, and how."""
+
+
+class Priority(NamedTuple):
+    """Contenders of all recipes that are measured before those of the next priority."""
+
+    contenders: tuple[str, ...]
+    """Their names; none for all others."""
+    limit: float
+    """Seconds that one may take once its process has its imports done: a hang costs no more."""
+    needs: float
+    """Seconds below which one is not begun."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and for how long."""
+
+    recipes: tuple[tuple[str, Mapping[str, object]], ...]
+    """With what differs from them."""
+    priorities: tuple[Priority, ...]
+    seconds: float
+    """Of timed iterations, for each contender."""
+    fewest: int
+    """Iterations that are timed at least."""
+    profiled: int
+    """Iterations whose kernels are counted."""
+
+
+KERNELS = 25
+PLAN = Plan(
+    recipes=(("mnist-dfad", {}), ("cifar10-dfad", {}), ("cifar10-mad", {}), ("imagenet-mad", UNCONDITIONAL)),
+    priorities=(
+        Priority(("plain", "engine, eager", "engine"), limit=45, needs=10),
+        Priority(("plain_compiled",), limit=90, needs=30),
+        Priority((), limit=45, needs=10),
+    ),
+    seconds=3.0,
+    fewest=5,
+    profiled=2,
+)
+REHEARSAL = Plan(
+    recipes=(("digits-mad", {"loop.batch_size": 8, "loop.student_steps": 2, "generator.width": 4}),),
+    priorities=(Priority(("plain", "engine, eager", "engine"), limit=60, needs=1), Priority(("+ fused kernels",), limit=60, needs=1)),
+    seconds=0.0,
+    fewest=2,
+    profiled=1,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One contender of a recipe."""
+
+    recipe: Recipe
+    contender: str
+    build: Callable[[], Contender]
+    """Called in a process of its own, so that it must be possible to pickle it."""
+    priority: Priority
+
+    @property
+    def name(self) -> str:
+        """Of its records."""
+        return f"{self.recipe.name} / {self.contender}"
+
+
+@dataclass
+class Standing:
+    """What is known of a recipe's contenders so far."""
+
+    resumed: bool
+    """Whether an earlier call measured some of them, whose figures are not known here."""
+    times: dict[str, Times] = field(default_factory=dict)
+
+
+def run(context: Context) -> None:
+    """Record a row a contender: seconds and kernels of an iteration, and its memory; of its dearest kernels a row each.
+
+    A contender has a process of its own, and the device for itself. One that fails, hangs, or could not be captured although it
+    should be, is a failed case, and the others go on.
+    """
+    plan = REHEARSAL if context.rehearse else PLAN
+    groups = _cases(plan, context.device)
+    cases = [case for group in groups for case in group]
+    standings = {
+        recipe: Standing(any(case.name in context.done for case in cases if case.recipe.name == recipe))
+        for recipe in dict.fromkeys(case.recipe.name for case in cases)
+    }
+    left = sum(case.name not in context.done for case in cases)
+    with Workers(left, rehearsal.prepare if context.rehearse else None) as workers:
+        for group in groups:
+            needs = max((case.priority.needs for case in group), default=0.0)
+            for case in context.cases(group, lambda case: case.name, needs=needs):
+                with context.attempt(case.name):
+                    _measure(context, plan, case, workers, standings[case.recipe.name])
+
+
+def _cases(plan: Plan, device: torch.device) -> list[list[Case]]:
+    """The cases by priority, most important first."""
+    precision = resolve_precision("auto", device)
+    recipes = [load_recipe(name, changes) for name, changes in plan.recipes]
+    for recipe in recipes:
+        check(recipe)
+    named = {name for priority in plan.priorities for name in priority.contenders}
+    return [
+        [
+            Case(recipe, name, partial(build, recipe, device, precision, name, graphs=True), priority)
+            for recipe in recipes
+            for name in priority.contenders or [name for name in contenders(recipe, device, precision, graphs=True) if name not in named]
+        ]
+        for priority in plan.priorities
+    ]
+
+
+def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standing: Standing) -> None:
+    begin, end = time.monotonic(), context.deadline - MARGIN
+    what = case.name
+
+    def call(worker: Worker, function: Callable[..., Any], *arguments: object) -> Any:
+        return worker.call(function, *arguments, limit=max(end - time.monotonic(), 0.1))
+
+    try:
+        worker = workers.take()
+        worker.wait_until_ready(max(end - time.monotonic(), 0.1))
+        begin = time.monotonic()
+        end = min(begin + case.priority.limit, end)
+        start = call(worker, measuring.begin, case.build, context.device)
+        workers.settle(max(end - time.monotonic(), 0.1))
+        standing.times[case.contender] = call(worker, measuring.time_for, plan.seconds, plan.fewest)
+        origin = (context.origin[name] for name in ("device", "commit", "command"))
+        shared = circumstances(case.recipe, resolve_precision("auto", context.device), *origin)
+        row_so_far = partial(row_of, case.recipe, case.contender, standing.times, shared=shared, in_turns=False, **start._asdict())
+        _record(context, case, row_so_far(memory=None), begin)
+        if case.contender in TITLES:
+            _record_line(context, case.recipe, standing)
+        memory = call(worker, measuring.memory, context.device)
+        row = row_so_far(memory=memory)
+        _record(context, case, row, begin)
+        what = f"{case.name}: kernels"
+        found: Profile = call(worker, measuring.kernels, context.device, plan.profiled, KERNELS)
+        steps = case.recipe.loop.student_steps + case.recipe.loop.generator_steps
+        row = replace(
+            row,
+            kernels_per_iteration=round(found.calls_per_iteration, 2),
+            kernels_per_step=round(found.calls_per_iteration / steps, 2),
+            kernel_seconds=round(found.seconds_per_iteration, 6),
+        )
+        _record(context, case, row, begin)
+        _record_kernels(context, case, found)
+    except WorkerError as error:
+        if isinstance(error, OutOfTime) and context.seconds_left() <= MARGIN:
+            context.leave(what)
+        else:
+            context.record(what, "failed", str(error), detail=error.detail, seconds=round(time.monotonic() - begin, 2))
+
+
+def _record(context: Context, case: Case, row: Row, begin: float) -> None:
+    """Record what is known of a contender; the last record counts."""
+    quartiles = (row.lower_quartile_seconds, row.upper_quartile_seconds)
+    facts = [
+        f"{_ms(row.seconds_per_iteration)} ms/iteration ({' to '.join(map(_ms, filter(None, quartiles)))}; {row.turns} iterations)",
+        f"student's {_ms(row.student_seconds)}",
+        row.autocast,
+        f"TF32 {row.tf32}" if row.tf32 == "nowhere" else f"TF32 in {row.tf32}" if row.tf32 else "",
+        f"{row.reserved_mib:.0f} MiB" if row.reserved_mib is not None else "",
+        f"{row.kernels_per_iteration:.0f} kernels" if row.kernels_per_iteration is not None else "",
+        row.remarks,
+    ]
+    seconds = round(time.monotonic() - begin, 2)
+    context.record(case.name, text=", ".join(filter(None, facts)), seconds=seconds, table="end-to-end", row=asdict(row))
+
+
+def _record_line(context: Context, recipe: Recipe, standing: Standing) -> None:
+    """One line for all that is known of a recipe; what an earlier call measured stands in a line of its own."""
+    medians = {name: statistics.median(seconds for _, seconds in times) for name, times in standing.times.items()}
+    facts = []
+    for name, title in TITLES.items():
+        if name in medians:
+            peers = ("plain",) if name == "plain_compiled" else ("plain", "plain_compiled")
+            ratios = [f"{medians[peer] / medians[name]:.2f} × {TITLES[peer]}" for peer in peers if peer in medians and name != peer]
+            compared = f" ({', '.join(ratios)})" if ratios else ""
+            facts.append(f"{title} {_ms(medians[name])} ms{compared}")
+    case = f"{recipe.name}, resumed" if standing.resumed else recipe.name
+    context.record(case, text=f"{recipe.name} {recipe.loop.batch_size}: {', '.join(facts)}", highlight=True)
+
+
+def _record_kernels(context: Context, case: Case, found: Profile) -> None:
+    for rank, kernel in enumerate(found.dearest, 1):
+        row = {"recipe": case.recipe.name, "batch_size": case.recipe.loop.batch_size, "contender": case.contender, "rank": rank}
+        text = (
+            f"{kernel.us_per_iteration:.1f} µs/iteration, {100 * kernel.share:.1f} %, {kernel.calls_per_iteration:g} calls: {kernel.name}"
+        )
+        context.record(f"{case.name}: kernel {rank}", text=text[:200], table="kernels", row=row | asdict(kernel))
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:.0f}"

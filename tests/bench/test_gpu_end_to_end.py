@@ -1,0 +1,220 @@
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from bench.end_to_end import Row, measuring
+from bench.end_to_end.contenders import Contender, build
+from bench.end_to_end.process import OutOfTime, WorkerError
+from bench.gpu import end_to_end
+from bench.gpu.context import Context
+from bench.gpu.end_to_end import PLAN, REHEARSAL, Case, Priority
+from bench.gpu.records import Record, cases_done
+from bench.gpu.summary import latest
+from bench.table import names
+from dfkd_fast import load_recipe
+
+CPU = torch.device("cpu")
+RECIPE = load_recipe("digits-dfad", {"loop.batch_size": 4, "generator.width": 4, "loop.student_steps": 1})
+
+
+def context_of(records: list[Record], *, seconds: float = 1000.0, done: set[str] | None = None) -> Context:
+    origin = {"device": "a CPU", "commit": "abc", "command": "python -m bench gpu"}
+    return Context("end-to-end", CPU, True, time.monotonic() + seconds, records.append, done=done or set(), origin=origin)
+
+
+def case(contender: str, build_it: Callable[[], Contender] | None = None, limit: float = 1000.0) -> Case:
+    usual = partial(build, RECIPE, CPU, "fp32", contender, graphs=True)
+    return Case(RECIPE, contender, build_it or usual, Priority((), limit, needs=0))
+
+
+def fails() -> Contender:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nat length")
+
+
+def hangs() -> Contender:
+    time.sleep(1e6)
+    raise AssertionError
+
+
+def dies() -> Contender:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def falls_back() -> Contender:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    remark = "steps run eagerly, not as CUDA graphs: the student step: an operation waits"
+    return Contender(lambda count: [(1.0, 2.0)] * count, optimizer, "bf16", [remark], captured=True, holds=lambda: False)
+
+
+class Inside:
+    """Calls functions in this process, as workers would in others."""
+
+    def __init__(self, count: int, prepare: object) -> None:
+        measuring._contender.clear()
+
+    def __enter__(self) -> "Inside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        measuring._contender.clear()
+
+    def take(self) -> "Inside":
+        return self
+
+    def settle(self, limit: float) -> None:
+        assert limit > 0
+
+    def wait_until_ready(self, limit: float) -> None:
+        assert limit > 0
+
+    def call(self, function: Callable[..., Any], *arguments: object, limit: float) -> Any:
+        assert limit > 0
+        try:
+            return function(*arguments)
+        except Exception as error:
+            raise WorkerError(f"{type(error).__name__}: {error}", "a traceback") from error
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "Workers", Inside)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, groups: list[list[Case]], context: Context) -> None:
+    monkeypatch.setattr(end_to_end, "_cases", lambda plan, device: groups)
+    end_to_end.run(context)
+
+
+def statuses(records: list[Record]) -> dict[str, str]:
+    return {record.case: record.status for record in latest(records) if ": kernel " not in record.case}
+
+
+def test_contenders_that_fail_hang_or_die_are_failures_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[Record] = []
+    run(monkeypatch, [[case("hanging", hangs, limit=0.2), case("dying", dies), case("failing", fails), case("plain")]], context_of(records))
+    assert statuses(records) == {
+        "digits-dfad / hanging": "failed",
+        "digits-dfad / dying": "failed",
+        "digits-dfad / failing": "failed",
+        "digits-dfad / plain": "ok",
+        "digits-dfad": "ok",
+    }
+    texts = [record.text for record in records if record.status == "failed"]
+    assert texts == ["out of time: stopped after 0 s", "killed by SIGKILL", "OutOfMemoryError: CUDA out of memory. Tried to allocate"]
+    assert "in fails" in next(record.detail for record in records if "failing" in record.case)
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_contender_that_fell_back_to_eager_steps_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[Record] = []
+    run(monkeypatch, [[case("engine", falls_back), case("plain")]], context_of(records))
+    failed = records[0]
+    assert (failed.case, failed.status, failed.row) == ("digits-dfad / engine", "failed", {})
+    assert "an operation waits" in failed.text
+    assert records[-1].status == "ok"
+    assert "captured" not in next(record.text for record in records if record.highlight)
+
+
+@pytest.mark.usefixtures("inside")
+def test_the_rehearsal_records_whole_rows_kernels_and_a_line_a_recipe() -> None:
+    records: list[Record] = []
+    end_to_end.run(context_of(records))
+    now = latest(records)
+    assert all(record.status == "ok" for record in now), [record.text for record in now if record.status != "ok"]
+    rows = [record.row for record in now if record.table == "end-to-end"]
+    assert [row["contender"] for row in rows] == ["plain", "engine, eager", "engine", "+ fused kernels"]
+    for row in rows:
+        assert tuple(row) == names(Row)
+        assert 0 < row["student_seconds"] < row["seconds_per_iteration"]
+        assert row["lower_quartile_seconds"] <= row["seconds_per_iteration"] <= row["upper_quartile_seconds"]
+        assert row["turns"] == REHEARSAL.fewest
+        assert row["kernels_per_step"] == pytest.approx(row["kernels_per_iteration"] / 3, abs=0.01)
+        assert row["kernel_seconds"] > 0
+        assert 0 <= row["peak_memory_mib"] < row["reserved_mib"]
+        assert (row["device"], row["commit"], row["command"]) == ("a CPU", "abc", "python -m bench gpu")
+    assert rows[0]["speedup_over_plain"] == 1.0
+    assert rows[2]["speedup_over_plain"] == pytest.approx(rows[0]["seconds_per_iteration"] / rows[2]["seconds_per_iteration"], rel=0.01)
+    for row in rows:
+        kernels = [record.row for record in now if record.table == "kernels" and record.row["contender"] == row["contender"]]
+        assert 0 < len(kernels) <= 25
+        assert [kernel["rank"] for kernel in kernels] == list(range(1, len(kernels) + 1))
+        assert math.fsum(kernel["share"] for kernel in kernels) <= 1.001
+        assert kernels[0]["us_per_iteration"] >= kernels[-1]["us_per_iteration"]
+    (line,) = [record for record in now if record.highlight]
+    assert line.text.startswith("digits-mad 8: plain ")
+    assert "engine eager " in line.text
+    assert "× plain)" in line.text.partition("captured ")[2]
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_figure_is_recorded_before_the_profile_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels(*_: object) -> None:
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(measuring, "kernels", kernels)
+    records: list[Record] = []
+    run(monkeypatch, [[case("plain")]], context_of(records))
+    assert statuses(records) == {"digits-dfad / plain": "ok", "digits-dfad": "ok", "digits-dfad / plain: kernels": "failed"}
+    row = next(record.row for record in latest(records) if record.case == "digits-dfad / plain")
+    assert row["seconds_per_iteration"] > 0
+    assert row["reserved_mib"] > 0
+    assert row["kernels_per_iteration"] is None
+
+
+@pytest.mark.usefixtures("inside")
+def test_without_time_every_case_is_left() -> None:
+    records: list[Record] = []
+    context = context_of(records, seconds=-1)
+    end_to_end.run(context)
+    assert [record.status for record in records] == ["left"] * 4
+    assert context.left == [record.case for record in records]
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_contender_that_the_stages_end_cuts_off_is_left_and_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*_: object, **__: object) -> None:
+        raise OutOfTime("out of time")
+
+    monkeypatch.setattr(Inside, "call", call)
+    for seconds, status in ((end_to_end.MARGIN, "left"), (1000.0, "failed")):
+        records: list[Record] = []
+        context = context_of(records, seconds=seconds)
+        run(monkeypatch, [[case("plain")]], context)
+        assert statuses(records) == {"digits-dfad / plain": status}
+        assert context.left == (["digits-dfad / plain"] if status == "left" else [])
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_later_call_measures_what_is_left_and_keeps_the_line_of_the_former(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[Record] = []
+    groups = [[case("plain"), case("engine", falls_back)]]
+    run(monkeypatch, groups, context_of(records))
+    done = cases_done(records, "end-to-end")
+    assert "digits-dfad / plain" in done
+    assert "digits-dfad / engine" not in done
+    later: list[Record] = []
+    run(monkeypatch, [[case("plain"), case("engine")]], context_of(later, done=done))
+    assert {record.row["contender"] for record in later if record.row} == {"engine"}
+    lines = [record.text for record in latest([*records, *later]) if record.highlight]
+    assert len(lines) == 2
+    assert "plain" in lines[0]
+    assert "captured" in lines[1]
+
+
+def test_the_plan_puts_the_engine_of_every_recipe_before_what_must_be_compiled_and_before_single_features() -> None:
+    first, compiled, features = end_to_end._cases(PLAN, CPU)
+    recipes = ["mnist-dfad", "cifar10-dfad", "cifar10-mad", "imagenet-mad, unconditional"]
+    assert [one.name for one in first] == [f"{recipe} / {name}" for recipe in recipes for name in ("plain", "engine, eager", "engine")]
+    assert [one.name for one in compiled] == [f"{recipe} / plain_compiled" for recipe in recipes]
+    assert {one.contender for one in features}.isdisjoint({"plain", "plain_compiled", "engine, eager", "engine"})
+    everything = [one.name for one in (*first, *compiled, *features)]
+    assert len(set(everything)) == len(everything)
+    assert [one.recipe.loop.batch_size for one in first[::3]] == [512, 256, 256, 128]
