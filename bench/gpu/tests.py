@@ -38,7 +38,10 @@ ON_GPU: Sequence[Part] = (
 # The same calls with the tests of a backend that a CPU runs in the place of a GPU.
 ON_CPU: Sequence[Part] = (
     Part(("-p", "tests.kernels.on_cpu", "--on-cpu=cuda", "--sample", "tests/kernels/test_moments.py"), "2"),
-    Part(("-p", "tests.kernels.on_cpu", "--on-cpu=triton", "--sample", "tests/kernels/test_moments.py", "-k", "not any_shape and not bits"), "1"),
+    Part(
+        ("-p", "tests.kernels.on_cpu", "--on-cpu=triton", "--sample", "tests/kernels/test_moments.py", "-k", "not any_shape and not bits"),
+        "1",
+    ),
 )
 
 
