@@ -25,7 +25,7 @@ PRODUCTS = 9
 def run(context: Context) -> None:
     """Record versions, backends, copy bandwidth (bytes read + written per second) and the rate of a bfloat16 product."""
     versions = {name: provenance.version(name) for name in PACKAGES}
-    host = {"python": platform.python_version(), "cores": os.cpu_count(), "cuda": torch.version.cuda, **versions, **_gpu(context.device)}
+    host = {**_gpu(context.device), "cores": os.cpu_count(), "python": platform.python_version(), "cuda": torch.version.cuda, **versions}
     context.record("versions", text=", ".join(f"{name} {value}" for name, value in host.items()), table="host", row=host, highlight=True)
     backends: tuple[Backend, ...] = ("triton", "cuda")
     for backend in backends:

@@ -16,6 +16,7 @@ from .context import Context
 
 __all__ = ["ON_CPU", "ON_GPU", "Part", "run"]
 
+CORES = len(os.sched_getaffinity(0))  # not pytest's auto, which counts a core's two threads as one: what takes time is compiling
 SPARE = 2.0  # seconds before the deadline at which what has not ended is left
 
 
@@ -24,23 +25,23 @@ class Part(NamedTuple):
 
     arguments: Sequence[str]
     """Which tests."""
-    workers: str
+    workers: int
 
     def __str__(self) -> str:
         return " ".join(self.arguments)
 
 
 ON_GPU: Sequence[Part] = (
-    Part(("-m", "gpu and not alone and not last"), "auto"),
-    Part(("-m", "gpu and alone"), "1"),
-    Part(("-m", "gpu and last"), "1"),
+    Part(("-m", "gpu and not alone and not last"), CORES),
+    Part(("-m", "gpu and alone"), 1),
+    Part(("-m", "gpu and last"), 1),
 )
 # The same calls with the tests of a backend that a CPU runs in the place of a GPU.
 ON_CPU: Sequence[Part] = (
-    Part(("-p", "tests.kernels.on_cpu", "--on-cpu=cuda", "--sample", "tests/kernels/test_moments.py"), "2"),
+    Part(("-p", "tests.kernels.on_cpu", "--on-cpu=cuda", "--sample", "tests/kernels/test_moments.py"), 2),
     Part(
         ("-p", "tests.kernels.on_cpu", "--on-cpu=triton", "--sample", "tests/kernels/test_moments.py", "-k", "not any_shape and not bits"),
-        "1",
+        1,
     ),
 )
 
@@ -105,7 +106,9 @@ def run(context: Context) -> None:
         settled.write_text("\n".join(context.done))
         options = ("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_plugin", f"--settled={settled}")
         for part in parts:
-            code = pytest.main([*options, f"--rootdir={provenance.ROOT}", "-n", part.workers, *part.arguments], plugins=[reporters[part]])
+            code = pytest.main(
+                [*options, f"--rootdir={provenance.ROOT}", "-n", str(part.workers), *part.arguments], plugins=[reporters[part]]
+            )
             failed = code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
             reporters.pop(part)
             context.record(str(part), "failed" if failed else "ok", f"pytest ended with exit code {int(code)}")

@@ -111,5 +111,5 @@ def few_tests(context: Context) -> None:
     from bench.gpu import tests
 
     file = Path(os.environ["PLANTED_TESTS"])
-    tests.ON_CPU = (tests.Part((f"--rootdir={file.parent}", str(file)), "1"),)
+    tests.ON_CPU = (tests.Part((f"--rootdir={file.parent}", str(file)), 1),)
     tests.run(context)
