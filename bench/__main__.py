@@ -58,6 +58,8 @@ def run_gpu(
         raise DfkdError(f"--minutes {minutes:g}: must be above 0")
     if data_root is not None and not data_root.is_dir():
         raise DfkdError(f"--data-root {data_root}: is not a folder")
+    if not rehearse and not torch.cuda.is_available():
+        raise DfkdError("PyTorch sees no GPU here; --rehearse runs everything at toy size on a CPU")
     device = pick_device("cpu" if rehearse else "cuda")
     with tempfile.TemporaryDirectory() as temporary:  # a rehearsal has no next call
         kept = Path(temporary) if rehearse else schedule.folder_of(device_name(device))

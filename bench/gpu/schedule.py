@@ -101,7 +101,11 @@ class Campaign:
             return
         self.log(f"{stage.name}: at most {deadline - begin:.0f} s")
         run = _StageRun(self, stage, deadline)
-        reason = run.to_its_end()
+        try:
+            reason = run.to_its_end()
+        except KeyboardInterrupt:
+            self._take(Record(stage.name, "", "left", "interrupted"))
+            raise
         seconds = round(time.monotonic() - begin, 2)
         if reason is not None:
             self._take(Record(stage.name, "", "failed", reason, run.log_end, seconds))

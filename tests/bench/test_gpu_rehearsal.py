@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.__main__ import main
 from bench.gpu.records import read
@@ -35,6 +36,11 @@ def test_every_stage_of_the_rehearsal_passes(tmp_path: Path) -> None:
     assert run.stdout.splitlines()[-len(table) :] == table
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_how_to_rehearse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused([], monkeypatch, capsys) == "bench: PyTorch sees no GPU here; --rehearse runs everything at toy size on a CPU"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,11 +53,15 @@ def test_every_stage_of_the_rehearsal_passes(tmp_path: Path) -> None:
 def test_bad_arguments_are_one_line_and_exit_code_2(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert message in refused(arguments, monkeypatch, capsys)
+
+
+def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command says, with exit code 2."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["bench", "gpu", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(said.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line

@@ -149,6 +149,7 @@ def test_sigterm_ends_the_stage_and_still_prints_the_table(tmp_path: Path) -> No
     assert lines[0] == "FAILED interrupted: what was recorded before is here"
     assert statuses(ran, "sound")[""] == "ok"
     assert statuses(ran, "hang")["before"] == "ok"
+    assert statuses(ran, "hang")[""] == "left"
 
 
 def test_a_copy_is_limited_and_keeps_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
