@@ -20,7 +20,7 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("environment", 30, 60, 5, "bench.gpu.environment:run"),
+    Stage("environment", 60, 60, 5, "bench.gpu.environment:run"),
     Stage("smoke", 60, 120, 15, "bench.gpu.smoke:run"),
     Stage("tests", 150, 120, 30, "bench.gpu.tests:run"),
     Stage("micro", 100, 120, 20, "bench.gpu.micro:run"),
