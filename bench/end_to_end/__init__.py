@@ -1,7 +1,7 @@
 """Whole iterations of a recipe: the plain loop, the plain loop compiled, and the engine with one feature after another.
 
-``contenders.py`` builds what can be timed, ``measuring.py`` times it, and measures its memory and its kernels, in processes of their own
-(``process.py``), and ``rows.py`` has what comes of it, as a row, a file and a picture.
+``contenders.py`` builds what can be timed, ``measuring.py`` measures its times, its memory and its kernels in a process of its own, and
+``rows.py`` has the results as rows, a file and a plot.
 """
 
 from .contenders import networks

@@ -1,4 +1,4 @@
-"""Who is timed: the plain loop, eager and compiled, and the engine with one feature after another."""
+"""What is timed: the plain loop, eager and compiled, and the engine with one feature after another."""
 
 import dataclasses
 import itertools
@@ -25,35 +25,31 @@ from ..baselines import plain
 __all__ = ["Contender", "Times", "build", "check", "contenders", "networks"]
 
 Times = list[tuple[float, float]]
-"""Of each iteration, the seconds of the student's steps and of all."""
+"""For each iteration, the seconds of the student's steps and of all steps."""
 MANY = 100_000
-"""Iterations of the one epoch that a contender has: more than are ever timed."""
+"""Iterations of a contender's one epoch: more than are ever timed."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _always() -> bool:
-    return True
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Someone who can be timed."""
+    """A way to run a recipe that can be timed."""
 
     run: Callable[[int], Times]
-    """So many whole iterations, one directly after the other; waits for the device only where the contender itself does."""
+    """Run so many whole iterations back to back; waits for the device only where the contender itself does."""
     student_optimizer: torch.optim.Optimizer
     autocast: PrecisionName = "fp32"
     """What its networks compute in."""
     remarks: list[str] = dataclasses.field(default_factory=list)
-    """What was asked of the engine and is done another way."""
+    """What the engine does differently from what was asked."""
     captured: bool = False
     """Whether its steps are to be replayed as CUDA graphs."""
-    holds: Callable[[], bool] = _always
-    """Whether it is still what it says: False where its steps could not be captured."""
+    holds: Callable[[], bool] = lambda: True
+    """Whether it runs as it should: False where its steps could not be captured."""
 
 
 class Marks:
-    """Moments in a device's work: events on a GPU, so that the host never waits to take one.
+    """Points in a device's work; on a GPU they are events, so that the host does not wait for them.
 
     Args:
         device: whose work it is.
@@ -64,7 +60,7 @@ class Marks:
         self._moments: list[Any] = []
 
     def set(self) -> None:
-        """Mark what the device was given until now."""
+        """Mark the end of the work that was submitted so far."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -73,7 +69,7 @@ class Marks:
             self._moments.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between each mark and the next; waits for the device, and forgets them."""
+        """Return the seconds between each mark and the next, and remove the marks; waits for the device."""
         moments, self._moments = self._moments, []
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -97,7 +93,7 @@ class _MarkingClock(Clock):
 
 
 def check(recipe: Recipe) -> None:
-    """Check that the plain loop knows a recipe's method.
+    """Check that the plain loop implements a recipe's method.
 
     Raises:
         DfkdError: it does not.
@@ -121,7 +117,7 @@ def contenders(
     keep_memory: bool = True,
     graphs: bool | None = None,
 ) -> dict[str, Callable[[], Contender]]:
-    """What builds each contender, by name: the plain ones, then the engine's features, each beside all before it.
+    """Return what builds each contender, by name: the plain ones, then the engine with one feature more each.
 
     Args:
         recipe: what is run; its networks are untrained.
@@ -129,17 +125,17 @@ def contenders(
         precision: of the engine and of the compiled plain loop.
         compiled_engine: whether the engine under torch.compile is one of them.
         keep_memory: on a CPU, whether those that let malloc keep freed memory really do.
-        graphs: whether CUDA graphs are one of the features, which on a CPU change nothing; as the device has them by default. The engine
-            without them is then called ``engine, eager``.
+        graphs: whether CUDA graphs are one of the features; by default on a GPU only. On a CPU they change nothing. The engine without them
+            is then called ``engine, eager``.
     """
-    found: dict[str, Callable[[], Contender]] = {
+    builders: dict[str, Callable[[], Contender]] = {
         "plain": lambda: _plain(recipe, device, "fp32", compiled=False),
         "plain_compiled": lambda: _plain(recipe, device, precision, compiled=True),
     }
     if device.type == "cpu":
-        found["plain, memory kept"] = lambda: _plain(recipe, device, "fp32", compiled=False, keep_memory=keep_memory)
+        builders["plain, memory kept"] = lambda: _plain(recipe, device, "fp32", compiled=False, keep_memory=keep_memory)
     textbook = dict.fromkeys(("loop.channels_last", "loop.fold_teacher", "loop.capture"), False) | {"loop.precision": "fp32"}
-    # What each switches on beside all that stand above it.
+    # What each adds to those before it.
     features: list[tuple[str, dict[str, Any]]] = [
         ("+ no wasted work", textbook),
         ("+ channels-last", {"loop.channels_last": True}),
@@ -160,17 +156,17 @@ def contenders(
     changes: dict[str, Any] = {"textbook": True, "kernels": False, "algorithms": False, "loop.keep_memory": False}
     for name, switched in features:
         changes = changes | switched
-        found[name] = partial(_engine, recipe, device, changes)
-    return found
+        builders[name] = partial(_engine, recipe, device, changes)
+    return builders
 
 
 def build(recipe: Recipe, device: torch.device, precision: PrecisionName, name: str, **options: Any) -> Contender:
-    """The contender of a name; for options see :func:`contenders`."""
+    """Build the contender of a name; for the options see :func:`contenders`."""
     return contenders(recipe, device, precision, **options)[name]()
 
 
 def networks(recipe: Recipe) -> tuple[Any, Any, Any]:
-    """The recipe's teacher, student and generator, untrained, always the same."""
+    """Return the recipe's teacher, student and generator, untrained and always with the same weights."""
     torch.manual_seed(0)
     data = recipe.data
     teacher, student = (build_model(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
@@ -189,7 +185,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     trainer = Trainer(teacher, student, generator, _changed(recipe, changes | endless), device=device)
     if not changes["algorithms"]:
         for network in (trainer._game.teacher, trainer._game.observer.network, student, generator):
-            _convolve(network)
+            _use_default_convolutions(network)
     marks = Marks(device)
     trainer.clock = _MarkingClock(device, marks)
     captured = device.type == "cuda" and trainer.method.loop.capture
@@ -200,7 +196,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
             for _ in range(iterations):
                 trainer._iterate()
         phases = marks.seconds()
-        trainer.clock.read()  # forgets its own events
+        trainer.clock.read()  # clears its own events
         return [(student, student + generator) for student, generator in zip(phases[::2], phases[1::2], strict=True)]
 
     return Contender(
@@ -213,7 +209,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     )
 
 
-def _convolve(network: nn.Module) -> None:
+def _use_default_convolutions(network: nn.Module) -> None:
     for layer in network.modules():
         if type(layer) is CpuConv2d:
             layer.__class__ = nn.Conv2d  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""How contenders are measured: their times, their memory and their kernels, each in a process of its own."""
+"""Measures contenders, each in a process of its own: times, memory and kernels."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -16,19 +16,19 @@ from dfkd_fast.engine.precision import PrecisionName
 
 from .. import provenance
 from ..memory import PeakMemory, give_freed_memory_back
+from ..processes import Worker, WorkerError
 from .contenders import Contender, Times, build, check, contenders
-from .process import Worker, WorkerError
 from .rows import Memory, Row, circumstances, row_of
 
 __all__ = ["Kernel", "Profile", "Start", "begin", "kernels", "measure", "memory", "time_for", "times"]
 
 WARM_UP = 2
 MOST = 2000
-"""Iterations that are timed at most, however short they are."""
+"""Timed iterations at most, however short they are."""
 
 
 class Start(NamedTuple):
-    """What a contender turned out to be: fields of a :class:`Row`."""
+    """What is known of a contender after its first iterations: fields of a :class:`Row`."""
 
     autocast: str
     tf32: str
@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of an iteration; on a CPU an operator of PyTorch."""
+    """A kernel that an iteration runs; on a CPU an operator of PyTorch."""
 
     name: str
     calls_per_iteration: float
@@ -53,9 +53,9 @@ class Profile:
 
     calls_per_iteration: float
     seconds_per_iteration: float
-    """Summed over the kernels, so that those that ran at once count twice."""
-    dearest: list[Kernel]
-    """The dearest first."""
+    """Summed over the kernels: the time in which two run at once counts twice."""
+    most_expensive: list[Kernel]
+    """The most expensive first."""
 
 
 def measure(
@@ -68,10 +68,10 @@ def measure(
     compiled_engine: bool = False,
     failed: Callable[[str], None] = lambda line: None,
 ) -> Iterator[list[Row]]:
-    """Time all contenders, with untrained networks; yields the rows so far whenever there are more figures.
+    """Time all contenders, with untrained networks; yield the rows so far whenever there are more figures.
 
-    On a CPU they take turns, and the memory of those not compiled is measured afterwards. On a GPU one comes after the other, alone
-    on the device. Each has a process of its own: malloc is told what to do for all of one, and memory that is kept on a GPU, too.
+    On a CPU they take turns, and the memory of those not compiled is measured afterwards. On a GPU they run one after the other, alone on
+    the device. Each has a process of its own, because malloc's settings and the memory that PyTorch keeps on a GPU are a process's.
 
     Args:
         recipe: what is run.
@@ -80,40 +80,40 @@ def measure(
         turns: timed iterations.
         command: the command line, for the rows.
         compiled_engine: whether the engine is timed under torch.compile, too.
-        failed: told in a line of a contender that failed on a GPU; the others go on.
+        failed: called with a line on a contender that failed on a GPU; the others are still measured.
 
     Raises:
         DfkdError: the plain loop does not know the recipe's method.
+        WorkerError: a contender failed on a CPU.
     """
     check(recipe)
     shared = circumstances(recipe, precision, device_name(device), provenance.commit(), command)
-    found: dict[str, Times] = {}
     starts: dict[str, Start] = {}
-    needed: dict[str, Memory] = {}
+    seconds: dict[str, Times] = {}
+    peaks: dict[str, Memory] = {}
 
     def rows() -> list[Row]:
-        return [
-            row_of(recipe, name, found, needed.get(name), shared, in_turns=device.type == "cpu", **starts[name]._asdict()) for name in found
-        ]
+        in_turns = device.type == "cpu"
+        return [row_of(recipe, name, seconds, peaks.get(name), shared, in_turns=in_turns, **starts[name]._asdict()) for name in seconds]
 
-    builds = {
+    builders = {
         name: partial(build, recipe, device, precision, name, compiled_engine=compiled_engine)
         for name in contenders(recipe, device, precision, compiled_engine=compiled_engine)
     }
     if device.type == "cuda":
-        for name, of_name in builds.items():
+        for name, builder in builders.items():
             try:
-                starts[name], found[name], needed[name] = _alone(of_name, device, turns)
+                starts[name], seconds[name], peaks[name] = _alone(builder, device, turns)
             except WorkerError as error:
                 failed(f"{name}: {error}")
             else:
                 yield rows()
         return
-    starts, found = _in_turns(builds, device, turns)
+    starts, seconds = _in_turns(builders, device, turns)
     yield rows()
-    for name, of_name in builds.items():
+    for name, builder in builders.items():
         if "compiled" not in name:
-            needed[name] = _memory_alone(partial(of_name, keep_memory=False), device)
+            peaks[name] = _memory_alone(partial(builder, keep_memory=False), device)
             yield rows()
 
 
@@ -122,15 +122,17 @@ def _alone(build: Callable[[], Contender], device: torch.device, turns: int) -> 
         return worker.call(begin, build, device), worker.call(times, turns), worker.call(memory, device)
 
 
-def _in_turns(builds: Mapping[str, Callable[[], Contender]], device: torch.device, turns: int) -> tuple[dict[str, Start], dict[str, Times]]:
+def _in_turns(
+    builders: Mapping[str, Callable[[], Contender]], device: torch.device, turns: int
+) -> tuple[dict[str, Start], dict[str, Times]]:
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker()) for name in builds}
-        starts = {name: worker.call(begin, builds[name], device) for name, worker in workers.items()}
-        found: dict[str, Times] = {name: [] for name in builds}
+        workers = {name: stack.enter_context(Worker()) for name in builders}
+        starts = {name: worker.call(begin, builders[name], device) for name, worker in workers.items()}
+        seconds: dict[str, Times] = {name: [] for name in builders}
         for _ in range(turns):
             for name, worker in workers.items():
-                found[name] += worker.call(times, 1)
-    return starts, found
+                seconds[name] += worker.call(times, 1)
+    return starts, seconds
 
 
 def _memory_alone(build: Callable[[], Contender], device: torch.device) -> Memory:
@@ -141,11 +143,11 @@ def _memory_alone(build: Callable[[], Contender], device: torch.device) -> Memor
 
 
 _contender: list[Contender] = []
-"""Of this process, once it has begun."""
+"""This process's, once :func:`begin` has built it."""
 
 
 def begin(build: Callable[[], Contender], device: torch.device) -> Start:
-    """Build the one contender of this process, and take its first iterations.
+    """Build this process's contender, and run its first iterations.
 
     Raises:
         DfkdError: its steps could not be captured as CUDA graphs, and run eagerly.
@@ -160,38 +162,38 @@ def begin(build: Callable[[], Contender], device: torch.device) -> Start:
 
 
 def times(iterations: int) -> Times:
-    """Of so many iterations of this process's contender."""
+    """Run and time so many iterations of this process's contender."""
     return _contender[0].run(iterations)
 
 
 def time_for(seconds: float, fewest: int) -> Times:
-    """Of as many iterations as fit into some seconds, but at least so many."""
+    """Run and time as many iterations as fit into some seconds, but not fewer than ``fewest``."""
     first = times(1)[0][1]
     return times(min(max(fewest, int(seconds / first)), MOST))
 
 
 def memory(device: torch.device) -> Memory:
-    """Of an iteration of this process's contender."""
+    """Run an iteration of this process's contender, and measure its memory."""
     contender, peak = _contender[0], PeakMemory(device)
     student: list[float] = []
     hook = contender.student_optimizer.register_step_post_hook(lambda *_: student.append(peak.mib()))
     contender.run(1)
     hook.remove()
-    # A replayed graph calls no hook, and the student's shares its memory with the generator's: what is its own cannot be told.
+    # A replayed graph calls no hook, and the student's and the generator's graphs share a pool: it is unknown what the student's needs.
     return Memory(peak.mib(), student[-1] if student else None, peak.allocated_mib(), peak.reserved_mib())
 
 
 def kernels(device: torch.device, iterations: int, count: int) -> Profile:
-    """Of so many iterations of this process's contender; the dearest ``count`` by name.
+    """Profile so many iterations of this process's contender, and list its ``count`` most expensive kernels.
 
     Raises:
-        DfkdError: the profiler saw none.
+        DfkdError: the profiler saw no kernels.
     """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         _contender[0].run(iterations)
     where = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    # A range that somebody annotated spans kernels, and is none.
+    # An annotated range spans kernels, and is not one itself.
     events = [event for event in profiler.key_averages() if event.device_type == where and not event.is_user_annotation]
     us = {event.key: float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in events}
     calls = {event.key: event.count for event in events}
@@ -209,7 +211,7 @@ def kernels(device: torch.device, iterations: int, count: int) -> Profile:
 
 
 def _tf32(device: torch.device, autocast: str) -> str:
-    """What the GPU may round to TF32 on its way; under autocast only the last layers compute in float32, and these multiply matrices."""
+    """Where the GPU may use TF32; under autocast only the last layers compute in float32: matrix products."""
     if device.type != "cuda":
         return ""
     allowed: dict[str, bool] = {

@@ -1,4 +1,4 @@
-"""What comes of a contender: a row, a file of rows, and a picture of them."""
+"""Results: a row for each contender, a file of rows, and a plot of them."""
 
 import dataclasses
 import os
@@ -23,16 +23,16 @@ __all__ = ["Memory", "Row", "circumstances", "draw", "row_of", "write"]
 
 @dataclass(frozen=True)
 class Memory:
-    """What an iteration needs, in MiB."""
+    """The peak memory of an iteration, in MiB."""
 
     iteration: float
-    """At most, beyond what is held between iterations."""
+    """Beyond what is held between iterations."""
     student_steps: float | None
     """The same of its student steps only; None where they are replayed as a CUDA graph."""
     allocated: float
-    """All tensors together at most, those that are held between iterations included."""
+    """Of all tensors, those that are held between iterations included."""
     reserved: float
-    """What PyTorch's allocator holds at most: with the pools of CUDA graphs, which ``allocated`` misses."""
+    """Of what PyTorch's allocator reserves: the pools of CUDA graphs included, which ``allocated`` misses."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,10 @@ class Row:
     images_per_second: float
     """Generated for the student and for the generator."""
     speedup_over_plain: float | None
-    """Of contenders that took turns, the median of the turns' ratios, else the ratio of the medians; None while the other has none, or
-    where it failed."""
+    """For contenders that took turns, the median of the turns' ratios, else the ratio of the medians; None if the other was not timed."""
     speedup_over_plain_compiled: float | None
     peak_memory_mib: float | None
-    """Of an iteration, beyond what is held between iterations; on a CPU not of what must be compiled, which needs more than it runs in."""
+    """Of an iteration, beyond what is held between iterations; None for compiled contenders on a CPU, where compiling takes the most."""
     imitation_memory_mib: float | None
     """The same of its student steps only; None where they are replayed as a CUDA graph."""
     turns: int
@@ -67,30 +66,30 @@ class Row:
     commit: str
     command: str
     lower_quartile_seconds: float | None = None
-    """Of the iterations; None of fewer than two."""
+    """Of the iterations; None for fewer than two."""
     upper_quartile_seconds: float | None = None
     allocated_mib: float | None = None
-    """All tensors at most; misses what replayed graphs work on."""
+    """Peak of all tensors; it misses the pools of CUDA graphs."""
     reserved_mib: float | None = None
-    """What PyTorch's allocator holds at most."""
+    """Peak of what PyTorch's allocator reserves."""
     autocast: str = ""
     """What this contender's networks compute in."""
     tf32: str = ""
-    """What NVIDIA's GPUs may round float32 factors to TF32 in, where this contender computes in float32; empty on a CPU."""
+    """Where an NVIDIA GPU may use TF32, of what this contender computes in float32; empty on a CPU."""
     captured: bool = False
     """Whether its steps are replayed as CUDA graphs."""
     remarks: str = ""
-    """What the engine does in another way than it was asked."""
+    """What the engine does differently from what was asked."""
     kernels_per_iteration: float | None = None
-    """Kernels that the device runs, memory copies among them; None where it was not profiled."""
+    """Kernels that the device runs, memory copies included; None if it was not profiled."""
     kernels_per_step: float | None = None
-    """The same over the student's and generator's steps of an iteration."""
+    """The same, divided by the number of the student's and generator's steps."""
     kernel_seconds: float | None = None
     """Of an iteration, summed over its kernels."""
 
 
 def circumstances(recipe: Recipe, precision: str, device: str, commit: str, command: str) -> dict[str, Any]:
-    """What the rows of all contenders of a case share."""
+    """The fields that the rows of all contenders of a case share."""
     return {
         "recipe": recipe.name,
         "batch_size": recipe.loop.batch_size,
@@ -113,7 +112,7 @@ def row_of(
     in_turns: bool,
     **others: Any,
 ) -> Row:
-    """A contender's row.
+    """Return a contender's row.
 
     Args:
         recipe: what was run.
@@ -122,7 +121,7 @@ def row_of(
         memory: of this one, if it was measured.
         shared: see :func:`circumstances`.
         in_turns: whether the contenders took turns, so that times with the same index were taken together.
-        others: fields of the row that the rest does not tell.
+        others: the remaining fields of the row.
     """
     replayed = recipe.replay.rows_of(recipe.loop.batch_size) if recipe.replay.replays else 0
     images = recipe.loop.student_steps * (recipe.loop.batch_size + replayed) + recipe.loop.generator_steps * recipe.loop.batch_size
@@ -165,7 +164,7 @@ def _quartiles(seconds: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Take rows into a file: they replace those of the same recipe, batch, precision and device."""
+    """Write rows to a file, where they replace those of the same recipe, batch size, precision and device."""
     kept = [row for row in (table.read(path) if path.exists() else []) if _case(row) != _case(dataclasses.asdict(rows[0]))]
     table.write(path, table.names(Row), [*kept, *map(dataclasses.asdict, rows)])
 
@@ -175,7 +174,7 @@ def _case(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """A stacked bar a contender and case: the student's and the generator's seconds of an iteration."""
+    """Plot a stacked bar for each contender of each case: the student's and the generator's seconds per iteration."""
     cases = list(dict.fromkeys(_case(row) for row in rows))
     figure = Figure(figsize=(9, 1 + 0.3 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -183,13 +182,13 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     for axes, case in zip(panels, cases, strict=True):
         bars = [row for row in rows if _case(row) == case][::-1]
         names = [row["contender"] for row in bars]
-        student, generator = ([float(row[f"{player}_seconds"]) for row in bars] for player in ("student", "generator"))
+        student, generator = ([float(row[f"{network}_seconds"]) for row in bars] for network in ("student", "generator"))
         axes.barh(names, student, label="student's steps")
         axes.barh(names, generator, left=student, label="generator's step")
         for row, total in zip(bars, map(sum, zip(student, generator, strict=True)), strict=True):
             if row["speedup_over_plain"]:
                 axes.text(total, row["contender"], f" {float(row['speedup_over_plain']):.1f} ×", va="center", fontsize=8)
-        axes.set(title=f"{case[0]}, batch {case[1]}, {case[2]}, {case[3]}", xlabel="seconds an iteration")
+        axes.set(title=f"{case[0]}, batch {case[1]}, {case[2]}, {case[3]}", xlabel="s/iteration")
         axes.set_xlim(0, 1.15 * max(map(sum, zip(student, generator, strict=True))))
         axes.grid(axis="x", alpha=0.3)
     panels[0].legend(loc="lower right")

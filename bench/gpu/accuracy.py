@@ -25,11 +25,11 @@ __all__ = ["Case", "Plan", "run"]
 
 MARGIN = 3.0  # seconds that a run takes after its last epoch
 UNWRITTEN = {"report.checkpoint_every": 1_000_000, "report.samples_every": 1_000_000}
-"""What nobody will look at; it changes nothing of the student."""
+"""Files that nobody would look at; the student is the same without them."""
 
 
 class RunSettings(NamedTuple):
-    """A recipe, and what is changed in it where it would not fit into the stage's time."""
+    """A recipe, and the changes with which it fits into the stage's time."""
 
     name: str
     changes: Mapping[str, object]
@@ -39,7 +39,7 @@ class RunSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: all recipes with seed 0, then all of them with seed 1, and so on."""
+    """What is run: all recipes with seed 0, then all with seed 1, and so on."""
 
     recipes: tuple[RunSettings, ...]
     seeds: int
@@ -72,13 +72,13 @@ class Case:
 
     recipe: Recipe
     changes: Mapping[str, object]
-    """What it differs by from the shipped recipe."""
+    """To the shipped recipe."""
     epochs: int
     """Of the shipped recipe."""
 
     @property
     def title(self) -> str:
-        """The recipe's name; of one that was cut short, not the recipe's alone."""
+        """The recipe's name, and its number of epochs if that was reduced."""
         epochs = self.recipe.loop.epochs
         return self.recipe.name if epochs == self.epochs else f"{self.recipe.name} ({epochs} of {self.epochs} epochs)"
 
@@ -89,7 +89,7 @@ class Case:
 
     @property
     def command(self) -> str:
-        """What does the same."""
+        """A command line that does the same."""
         changes = "".join(f" --set {path}={value}" for path, value in self.changes.items())
         root = " --data-root DIR" if self.recipe.data.root else ""
         return f"dfkd-fast distill {self.recipe.name} --seed {self.recipe.seed}{changes}{root}"
@@ -105,7 +105,7 @@ class _OutOfTime(Exception):  # noqa: N818  # nothing went wrong
 
 
 class _WatchedFolder(RunFolder):
-    """A run's folder that tells of every epoch once it is logged."""
+    """A run's folder that calls a function with every epoch that was logged."""
 
     def __init__(self, path: Path, watch: Callable[[Epoch], None]) -> None:
         super().__init__(path)
@@ -118,9 +118,9 @@ class _WatchedFolder(RunFolder):
 
 
 def run(context: Context) -> None:
-    """Record a row a run: its summary, as ``dfkd-fast distill`` writes it, with its command and commit.
+    """Record a row for each run: its summary, as ``dfkd-fast distill`` writes it, with its command and commit.
 
-    Recipes with the same teacher share it, seed by seed. A run that the deadline cuts short is left, with its last epoch's accuracy.
+    Recipes with the same teacher share it, for each seed. A run that the deadline stops is left, with its last epoch's accuracy.
     """
     plan = REHEARSAL if context.rehearse else PLAN
     if (reason := _missing_data(plan, context.data_root)) is not None:
@@ -153,12 +153,12 @@ def _case(settings: RunSettings, seed: int, data_root: Path | None) -> Case:
 
 
 def _run(context: Context, case: Case, path: Path, teachers: dict[str, tuple[str, Path]]) -> None:
-    """Distil, and record what comes of it."""
+    """Distill, and record the accuracy of every epoch, then the whole run."""
 
     def watch(epoch: Epoch) -> None:
         if epoch.number == case.recipe.loop.epochs:
             return
-        # It counts where the run does not come to its end, whatever the reason.
+        # It counts if the run does not come to its end, whatever the reason.
         accuracy = f"{epoch.student_accuracy:.2f} %" if epoch.student_accuracy is not None else "not evaluated"
         text = f"{case.title} seed {case.recipe.seed}: epoch {epoch.number} of {case.recipe.loop.epochs}, {accuracy}"
         row = {"recipe": case.title, "seed": case.recipe.seed, "epoch": epoch.number, "student_accuracy": epoch.student_accuracy}
@@ -188,9 +188,9 @@ def _run(context: Context, case: Case, path: Path, teachers: dict[str, tuple[str
 
 
 def _row(context: Context, case: Case, summary: dict[str, Any], owner: str) -> dict[str, Any]:
-    """The summary with what was run, and at which commit.
+    """Return the summary with what was run, and at which commit.
 
-    A teacher of another run counts as if it had been trained in this one, whose ``total`` would otherwise be no whole run's.
+    The seconds of a teacher that another run trained are added to the ``total``, which is then that of a whole run.
     """
     seconds = dict(summary["seconds"])
     if owner:

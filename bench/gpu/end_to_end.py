@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,12 +15,12 @@ from dfkd_fast.engine.precision import resolve_precision
 from ..end_to_end import measuring
 from ..end_to_end.contenders import Contender, Times, build, check, contenders
 from ..end_to_end.measuring import Profile
-from ..end_to_end.process import OutOfTime, Worker, WorkerError, Workers
 from ..end_to_end.rows import Row, circumstances, row_of
+from ..processes import OutOfTime, WorkerError, Workers
 from . import rehearsal
 from .context import Context
 
-__all__ = ["Case", "Plan", "Priority", "run"]
+__all__ = ["Case", "Plan", "Priority", "prepare", "run"]
 
 UNCONDITIONAL = {
     "name": "imagenet-mad, unconditional",
@@ -29,19 +29,19 @@ UNCONDITIONAL = {
     "objective.embedding_norm": 0.0,
     "loop.generator_pretraining": 0,
 }
-"""What the plain loop does not know of the recipe: a small part of its work."""
+"""Without what the plain loop does not have, which is a small part of the recipe's work."""
 MARGIN = 1.0  # seconds before the stage's deadline at which a contender is stopped, so that this is still recorded
 TITLES = {"plain": "plain", "engine, eager": "engine eager", "engine": "captured", "plain_compiled": "plain compiled"}
-"""Whom the line of a recipe names, and how."""
+"""The contenders that the line of a recipe names, and what it calls them."""
 
 
 class Priority(NamedTuple):
     """Contenders of all recipes that are measured before those of the next priority."""
 
     contenders: tuple[str, ...]
-    """Their names; none for all others."""
+    """Their names; empty for all that no priority names."""
     limit: float
-    """Seconds that one may take once its process has its imports done: a hang costs no more."""
+    """Seconds that one may take after its process was prepared: a hang costs no more."""
     needs: float
     """Seconds below which one is not begun."""
 
@@ -51,10 +51,10 @@ class Plan:
     """What is measured, and for how long."""
 
     recipes: tuple[tuple[str, Mapping[str, object]], ...]
-    """With what differs from them."""
+    """Their names, with the changes to them."""
     priorities: tuple[Priority, ...]
     seconds: float
-    """Of timed iterations, for each contender."""
+    """For the timed iterations of a contender."""
     fewest: int
     """Iterations that are timed at least."""
     profiled: int
@@ -89,7 +89,7 @@ class Case:
     recipe: Recipe
     contender: str
     build: Callable[[], Contender]
-    """Called in a process of its own, so that it must be possible to pickle it."""
+    """Called in another process, so that it must be picklable."""
     priority: Priority
 
     @property
@@ -100,18 +100,18 @@ class Case:
 
 @dataclass
 class Standing:
-    """What is known of a recipe's contenders so far."""
+    """The times of a recipe's contenders so far."""
 
     resumed: bool
-    """Whether an earlier call measured some of them, whose figures are not known here."""
+    """Whether an earlier call measured some of them, whose times are not known here."""
     times: dict[str, Times] = field(default_factory=dict)
 
 
 def run(context: Context) -> None:
-    """Record a row a contender: seconds and kernels of an iteration, and its memory; of its dearest kernels a row each.
+    """Record a row for each contender: the seconds, memory and kernels of an iteration; and a row for each of its most expensive kernels.
 
-    A contender has a process of its own, and the device for itself. One that fails, hangs, or could not be captured although it
-    should be, is a failed case, and the others go on.
+    Each contender runs alone on the device, in a process of its own. One that fails, hangs, or could not be captured although it should
+    be, is a failed case and affects no other.
     """
     plan = REHEARSAL if context.rehearse else PLAN
     groups = _cases(plan, context.device)
@@ -121,12 +121,18 @@ def run(context: Context) -> None:
         for recipe in dict.fromkeys(case.recipe.name for case in cases)
     }
     left = sum(case.name not in context.done for case in cases)
-    with Workers(left, rehearsal.prepare if context.rehearse else None) as workers:
+    with Workers(left, partial(prepare, context.rehearse)) as workers:
         for group in groups:
             needs = max((case.priority.needs for case in group), default=0.0)
             for case in context.cases(group, lambda case: case.name, needs=needs):
                 with context.attempt(case.name):
                     _measure(context, plan, case, workers, standings[case.recipe.name])
+
+
+def prepare(rehearse: bool) -> None:
+    """What every process calls first: with it, the process imports this module and with it all that measures."""
+    if rehearse:
+        rehearsal.prepare()
 
 
 def _cases(plan: Plan, device: torch.device) -> list[list[Case]]:
@@ -147,49 +153,49 @@ def _cases(plan: Plan, device: torch.device) -> list[list[Case]]:
 
 
 def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standing: Standing) -> None:
+    """Record a contender's times, then its memory, then its kernels: a part that fails loses none of those before it."""
     begin, end = time.monotonic(), context.deadline - MARGIN
-    what = case.name
+    part = case.name
 
-    def call(worker: Worker, function: Callable[..., Any], *arguments: object) -> Any:
-        return worker.call(function, *arguments, limit=max(end - time.monotonic(), 0.1))
+    def seconds_left() -> float:
+        return max(end - time.monotonic(), 0.1)
 
     try:
-        worker = workers.take()
-        worker.wait_until_ready(max(end - time.monotonic(), 0.1))
+        worker = workers.take(seconds_left())
         begin = time.monotonic()
         end = min(begin + case.priority.limit, end)
-        start = call(worker, measuring.begin, case.build, context.device)
-        workers.settle(max(end - time.monotonic(), 0.1))
-        standing.times[case.contender] = call(worker, measuring.time_for, plan.seconds, plan.fewest)
+        start = worker.call(measuring.begin, case.build, context.device, limit=seconds_left())
+        workers.settle(seconds_left())
+        standing.times[case.contender] = worker.call(measuring.time_for, plan.seconds, plan.fewest, limit=seconds_left())
         origin = (context.origin[name] for name in ("device", "commit", "command"))
         shared = circumstances(case.recipe, resolve_precision("auto", context.device), *origin)
-        row_so_far = partial(row_of, case.recipe, case.contender, standing.times, shared=shared, in_turns=False, **start._asdict())
-        _record(context, case, row_so_far(memory=None), begin)
+        row_with = partial(row_of, case.recipe, case.contender, standing.times, shared=shared, in_turns=False, **start._asdict())
+        _record(context, case, row_with(memory=None), begin)
         if case.contender in TITLES:
             _record_line(context, case.recipe, standing)
-        memory = call(worker, measuring.memory, context.device)
-        row = row_so_far(memory=memory)
+        part = f"{case.name}: memory"
+        row = row_with(memory=worker.call(measuring.memory, context.device, limit=seconds_left()))
         _record(context, case, row, begin)
-        what = f"{case.name}: kernels"
-        found: Profile = call(worker, measuring.kernels, context.device, plan.profiled, KERNELS)
+        part = f"{case.name}: kernels"
+        profile = worker.call(measuring.kernels, context.device, plan.profiled, KERNELS, limit=seconds_left())
         steps = case.recipe.loop.student_steps + case.recipe.loop.generator_steps
         row = replace(
             row,
-            kernels_per_iteration=round(found.calls_per_iteration, 2),
-            kernels_per_step=round(found.calls_per_iteration / steps, 2),
-            kernel_seconds=round(found.seconds_per_iteration, 6),
+            kernels_per_iteration=round(profile.calls_per_iteration, 2),
+            kernels_per_step=round(profile.calls_per_iteration / steps, 2),
+            kernel_seconds=round(profile.seconds_per_iteration, 6),
         )
         _record(context, case, row, begin)
-        _record_kernels(context, case, found)
+        _record_kernels(context, case, profile)
     except WorkerError as error:
         if isinstance(error, OutOfTime) and context.seconds_left() <= MARGIN:
-            context.leave(what)
+            context.leave(part)
         else:
-            context.record(what, "failed", str(error), detail=error.detail, seconds=round(time.monotonic() - begin, 2))
+            context.record(part, "failed", str(error), detail=error.detail, seconds=round(time.monotonic() - begin, 2))
 
 
 def _record(context: Context, case: Case, row: Row, begin: float) -> None:
-    """Record what is known of a contender; the last record counts."""
+    """Record what is known of a contender so far; its last record counts."""
     quartiles = (row.lower_quartile_seconds, row.upper_quartile_seconds)
     facts = [
         f"{_ms(row.seconds_per_iteration)} ms/iteration ({' to '.join(map(_ms, filter(None, quartiles)))}; {row.turns} iterations)",
@@ -205,7 +211,7 @@ def _record(context: Context, case: Case, row: Row, begin: float) -> None:
 
 
 def _record_line(context: Context, recipe: Recipe, standing: Standing) -> None:
-    """One line for all that is known of a recipe; what an earlier call measured stands in a line of its own."""
+    """Record one line with all times of a recipe; what an earlier call measured has a line of its own."""
     medians = {name: statistics.median(seconds for _, seconds in times) for name, times in standing.times.items()}
     facts = []
     for name, title in TITLES.items():
@@ -218,8 +224,8 @@ def _record_line(context: Context, recipe: Recipe, standing: Standing) -> None:
     context.record(case, text=f"{recipe.name} {recipe.loop.batch_size}: {', '.join(facts)}", highlight=True)
 
 
-def _record_kernels(context: Context, case: Case, found: Profile) -> None:
-    for rank, kernel in enumerate(found.dearest, 1):
+def _record_kernels(context: Context, case: Case, profile: Profile) -> None:
+    for rank, kernel in enumerate(profile.most_expensive, 1):
         row = {"recipe": case.recipe.name, "batch_size": case.recipe.loop.batch_size, "contender": case.contender, "rank": rank}
         text = (
             f"{kernel.us_per_iteration:.1f} µs/iteration, {100 * kernel.share:.1f} %, {kernel.calls_per_iteration:g} calls: {kernel.name}"

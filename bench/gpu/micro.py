@@ -27,9 +27,9 @@ from dfkd_fast.kernels import Backend
 from ..micro import PROVIDERS, Case, discrepancy, runner, timing
 from ..micro.rows import Row
 from ..micro.workload import Mode, Provider
+from ..processes import Pool, WorkerError
 from . import rehearsal
 from .context import Context
-from .processes import Outcome, Pool
 from .records import Status
 
 __all__ = ["Job", "Plan", "compile_job", "run"]
@@ -112,10 +112,10 @@ REHEARSAL_PLAN = Plan(IN_REHEARSAL, IN_REHEARSAL[:3], _cases("l1", "both", "4x5"
 
 
 def run(context: Context) -> None:
-    """Measure, compile, measure again: a record a row, and one a case that says how ours compare."""
+    """Measure, compile and measure again: a record for each row, and one for each case that compares our kernels with their peers."""
     plan = REHEARSAL_PLAN if context.rehearse else GPU_PLAN
     turn = timing.turn_on(context.device)
-    everyone = runner.Run(
+    with_compile = runner.Run(
         device=context.device,
         modes=(),
         providers=PROVIDERS,
@@ -126,7 +126,7 @@ def run(context: Context) -> None:
         backends=BACKENDS,
         seconds=plan.seconds,
     )
-    uncompiled = replace(everyone, providers=[name for name in PROVIDERS if name != COMPILE])
+    without_compile = replace(with_compile, providers=[name for name in PROVIDERS if name != COMPILE])
     _configure_inductor()
     processes = max(1, len(os.sched_getaffinity(0)) - SPARE_CORES)
     with Pool(partial(compile_job, context.device), processes) as pool:
@@ -134,23 +134,25 @@ def run(context: Context) -> None:
         measured = {case for case in plan.cases if str(case) in context.done}
         for case in context.cases(plan.cases, needs=CASE_NEEDS):
             with context.attempt(str(case)), _not_again(context, case):
-                _measure(context, uncompiled, case, case in plan.highlights)
+                _measure(context, without_compile, case, case in plan.highlights)
                 measured.add(case)
         compiled = _compile_peers(context, pool, [case for case in plan.compiled if case in measured])
     for case in context.cases(compiled, _compiled_name, needs=CASE_NEEDS):
         with context.attempt(_compiled_name(case)):
-            _measure(context, everyone, case, case in plan.highlights)
+            _measure(context, with_compile, case, case in plan.highlights)
     if compiled:
         _record_cache_hits(context)
 
 
-def compile_job(device: torch.device, job: Job) -> None:
-    """Compile what a provider needs for a case, gradients included, into the caches on disk. In a process of its own."""
+def compile_job(device: torch.device, job: Job) -> float:
+    """Compile what a provider needs for a case, gradients included, into the caches on disk; return the seconds it took."""
+    begin = time.monotonic()
     if device.type == "cpu":
         rehearsal.prepare()
     _configure_inductor()
     job.case.workload().trial(_provider(job, device), job.case.mode, device).results()
     torch.cuda.empty_cache()  # all processes share one memory
+    return time.monotonic() - begin
 
 
 def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool) -> None:
@@ -158,7 +160,7 @@ def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool
     for rows in replace(measured, modes=[case.mode]).rows(case.workload()):
         for row in rows:
             context.record(f"{case} / {row.provider}", _status(row), _described(row), table="micro", row=asdict(row))
-        # An error that a provider's row has taken may have cost this process the GPU: then the case fails here, and the stage goes on in
+        # A provider whose row is a failure may have cost this process the GPU: then the case fails here, and the stage continues in
         # another process.
         torch.ones(1, device=context.device).sum().item()
         context.record(str(case), text=f"{case}: {_compared(rows)}", seconds=round(time.monotonic() - begin, 2), highlight=highlight)
@@ -166,7 +168,7 @@ def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool
 
 @contextmanager
 def _not_again(context: Context, case: Case) -> Iterator[None]:
-    """What fails without torch.compile is not tried with it, nor by a process that goes on after this one."""
+    """A case that fails without torch.compile is not tried with it, nor is it by a process that continues the stage."""
     try:
         yield
     except Exception:
@@ -191,7 +193,7 @@ def _described(row: Row) -> str:
 
 
 def _compared(rows: Sequence[Row]) -> str:
-    """Our fastest against the fastest of those that do all of the same work."""
+    """Our fastest against the fastest peer, of those that do all of the same work."""
     ours, peer = (
         min((row for row in rows if row.provider in names and row.status == "ok" and row.median_us), key=_median, default=None)
         for names in (OURS, PEERS)
@@ -208,7 +210,7 @@ def _median(row: Row) -> float:
     return row.median_us or 0.0
 
 
-def _compile_triton(context: Context, pool: Pool[Job], cases: Sequence[Case]) -> None:
+def _compile_triton(context: Context, pool: Pool[Job, float], cases: Sequence[Case]) -> None:
     """Compile our Triton kernels. What does not compile here is compiled, or fails, where it is measured."""
     jobs = [Job(TRITON, case) for case in cases if str(case) not in context.done]
     if all(_provider(job, context.device).absent for job in jobs):
@@ -216,8 +218,8 @@ def _compile_triton(context: Context, pool: Pool[Job], cases: Sequence[Case]) ->
     _run_jobs(context, pool, jobs, context.seconds_left() * TRITON_SHARE)
 
 
-def _compile_peers(context: Context, pool: Pool[Job], cases: Sequence[Case]) -> list[Case]:
-    """Compile torch.compile's code; return the cases whose code is there, in their order. The reason of each other is recorded."""
+def _compile_peers(context: Context, pool: Pool[Job, float], cases: Sequence[Case]) -> list[Case]:
+    """Compile torch.compile's code; return the cases whose code is there, in their order. For the others, the reason is recorded."""
     jobs = []
     for case in context.cases(cases, _compiled_name, needs=CASE_NEEDS):
         absent = _provider(Job(COMPILE, case), context.device).absent
@@ -225,32 +227,35 @@ def _compile_peers(context: Context, pool: Pool[Job], cases: Sequence[Case]) -> 
             jobs.append(Job(COMPILE, case))
         else:
             context.record(_compiled_name(case), "skipped", absent)
-    outcomes = _run_jobs(context, pool, jobs, context.seconds_left() * COMPILE_SHARE)
+    results = _run_jobs(context, pool, jobs, context.seconds_left() * COMPILE_SHARE)
+    compiled = []
     for job in jobs:
-        name, outcome = _compiled_name(job.case), outcomes.get(job)
-        if outcome is None:
-            context.leave(name)
-        elif outcome.error is not None:
-            context.record(name, "failed", outcome.error, detail=outcome.detail, seconds=outcome.seconds)
-    return [job.case for job in jobs if job in outcomes and outcomes[job].error is None]
+        result = results.get(job)
+        if result is None:
+            context.leave(_compiled_name(job.case))
+        elif isinstance(result, WorkerError):
+            context.record(_compiled_name(job.case), "failed", str(result), detail=result.detail)
+        else:
+            compiled.append(job.case)
+    return compiled
 
 
-def _run_jobs(context: Context, pool: Pool[Job], jobs: Sequence[Job], seconds: float) -> dict[Job, Outcome]:
-    """Compile as much as is possible in some seconds, and record how long it took."""
+def _run_jobs(context: Context, pool: Pool[Job, float], jobs: Sequence[Job], seconds: float) -> dict[Job, float | WorkerError]:
+    """Compile as much as is possible in so many seconds, and record how long it took; return the seconds or the failure of each job."""
     if not jobs or seconds <= 0:
         return {}
     begin = time.monotonic()
-    outcomes = dict(pool.outcomes(jobs, begin + seconds))
+    results = dict(pool.results(jobs, begin + seconds))
     taken = round(time.monotonic() - begin, 2)
-    times = {str(job.case): round(outcome.seconds, 2) for job, outcome in outcomes.items() if outcome.error is None}
+    times = {str(job.case): round(result, 2) for job, result in results.items() if not isinstance(result, WorkerError)}
     name = f"compiling for {jobs[0].provider}"
     text = f"{name}: {len(times)} of {len(jobs)} cases in {taken:.0f} s, the slowest in {max(times.values(), default=0):.0f} s"
     context.record(name, text=text, seconds=taken, table="compilation", row={"processes": pool.processes, **times})
-    return outcomes
+    return results
 
 
 def _compiled_name(case: Case) -> str:
-    """Of the record of its row."""
+    """The record of its row with torch.compile."""
     return f"{case} / {COMPILE}"
 
 
@@ -263,7 +268,7 @@ def _configure_inductor() -> None:
     torch._inductor.config.compile_threads = 1
     # Where many processes share a GPU, the fastest configuration of a kernel cannot be told: it is chosen again where it is timed.
     torch._inductor.config.autotune_local_cache = False
-    # Of a rehearsal's seconds the check of the CPU's vector instructions would take most: it starts a Python for each kind.
+    # The check of the CPU's vector instructions would take most of a rehearsal: it starts a Python for each kind.
     torch._inductor.config.cpp.vec_isa_ok = True
 
 

@@ -1,4 +1,7 @@
-"""A process with a time limit: what it writes is handed on at once, and nothing that it started outlives it."""
+"""Commands run with a time limit: what they write is handed on at once, and nothing that they start outlives them.
+
+``bench/processes.py`` calls functions in other processes instead.
+"""
 
 import os
 import selectors

@@ -1,8 +1,5 @@
 import copy
 import itertools
-import os
-import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +17,7 @@ from bench import end_to_end, methods, report, table
 from bench.__main__ import main
 from bench.baselines.plain import textbook
 from bench.end_to_end import Row, contenders, measuring, rows
-from bench.end_to_end.process import OutOfTime, Worker, WorkerError, Workers
+from bench.processes import WorkerError
 from dfkd_fast import DfkdError, GeneratorA, Recipe, load_recipe
 from dfkd_fast.engine.device import Clock
 
@@ -96,38 +93,6 @@ def test_a_contender_is_timed_for_some_turns_in_a_process_of_its_own() -> None:
     assert len(times["plain"]) == 2
     assert all(0 < student < whole for student, whole in times["plain"])
     assert not measuring._contender
-
-
-def fail() -> None:
-    raise ValueError("a reason\nat length")
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_call_in_another_process_that_fails_hangs_or_dies_says_so() -> None:
-    with Worker() as worker:
-        with pytest.raises(WorkerError, match=r"^ValueError: a reason$") as caught:
-            worker.call(fail)
-        assert "in fail" in caught.value.detail
-        assert worker.call(os.getpid) != os.getpid(), "and it can still be called"
-        with pytest.raises(OutOfTime, match="out of time"):
-            worker.call(time.sleep, 1e6, limit=0.1)
-        with pytest.raises(WorkerError, match="killed by SIGKILL"):
-            worker.call(os.getpid)
-    with Worker() as worker, pytest.raises(WorkerError, match="killed by SIGKILL"):
-        worker.call(die)
-
-
-def test_a_worker_that_cannot_be_prepared_fails_in_its_own_calls_only() -> None:
-    with Workers(2, fail) as workers:
-        for _ in range(2):
-            worker = workers.take()
-            workers.settle()
-            for _ in range(2):
-                with pytest.raises(WorkerError, match="a reason"):
-                    worker.call(os.getpid)
 
 
 def test_every_call_of_the_compiled_peer_is_compiled_and_it_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,11 +260,11 @@ def test_kernels_are_what_the_gpu_ran_without_the_hosts_calls_and_annotated_rang
     found = measuring.kernels(torch.device("cuda"), iterations=2, count=2)
     assert found.calls_per_iteration == 6.0
     assert found.seconds_per_iteration == pytest.approx(40.5e-6)
-    assert [(one.name, one.calls_per_iteration, one.us_per_iteration) for one in found.dearest] == [
+    assert [(one.name, one.calls_per_iteration, one.us_per_iteration) for one in found.most_expensive] == [
         ("dear", 1.0, 30.0),
         ("cheap", 4.0, 10.0),
     ]
-    assert [one.share for one in found.dearest] == [pytest.approx(60 / 81, abs=1e-4), pytest.approx(20 / 81, abs=1e-4)]
+    assert [one.share for one in found.most_expensive] == [pytest.approx(60 / 81, abs=1e-4), pytest.approx(20 / 81, abs=1e-4)]
     monkeypatch.setattr(FakeProfiler, "key_averages", lambda self: [])
     with pytest.raises(DfkdError, match="no kernels"):
         measuring.kernels(torch.device("cuda"), iterations=2, count=2)

@@ -11,12 +11,12 @@ import torch
 
 from bench.end_to_end import Row, measuring
 from bench.end_to_end.contenders import Contender, build
-from bench.end_to_end.process import OutOfTime, WorkerError
 from bench.gpu import end_to_end
 from bench.gpu.context import Context
 from bench.gpu.end_to_end import PLAN, REHEARSAL, Case, Priority
 from bench.gpu.records import Record, cases_done
 from bench.gpu.summary import latest
+from bench.processes import OutOfTime, WorkerError
 from bench.table import names
 from dfkd_fast import load_recipe
 
@@ -66,13 +66,11 @@ class Inside:
     def __exit__(self, *_: object) -> None:
         measuring._contender.clear()
 
-    def take(self) -> "Inside":
+    def take(self, limit: float) -> "Inside":
+        assert limit > 0
         return self
 
     def settle(self, limit: float) -> None:
-        assert limit > 0
-
-    def wait_until_ready(self, limit: float) -> None:
         assert limit > 0
 
     def call(self, function: Callable[..., Any], *arguments: object, limit: float) -> Any:
@@ -155,17 +153,18 @@ def test_the_rehearsal_records_whole_rows_kernels_and_a_line_a_recipe() -> None:
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_figure_is_recorded_before_the_profile_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernels(*_: object) -> None:
+@pytest.mark.parametrize("part", ["memory", "kernels"])
+def test_a_figure_is_recorded_before_the_part_that_fails(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("no CUPTI")
 
-    monkeypatch.setattr(measuring, "kernels", kernels)
+    monkeypatch.setattr(measuring, part, broken)
     records: list[Record] = []
     run(monkeypatch, [[case("plain")]], context_of(records))
-    assert statuses(records) == {"digits-dfad / plain": "ok", "digits-dfad": "ok", "digits-dfad / plain: kernels": "failed"}
+    assert statuses(records) == {"digits-dfad / plain": "ok", "digits-dfad": "ok", f"digits-dfad / plain: {part}": "failed"}
     row = next(record.row for record in latest(records) if record.case == "digits-dfad / plain")
     assert row["seconds_per_iteration"] > 0
-    assert row["reserved_mib"] > 0
+    assert (row["reserved_mib"] is None) == (part == "memory")
     assert row["kernels_per_iteration"] is None
 
 

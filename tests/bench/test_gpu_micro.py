@@ -1,6 +1,5 @@
 """The stage ``micro`` of ``python -m bench gpu``, in this process and on toy cases. No test looks at a time."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from bench.gpu import micro, rehearsal
 from bench.gpu.context import Context
-from bench.gpu.processes import Outcome, Pool
 from bench.gpu.records import Record
 from bench.micro import Case, discrepancy, rows, timing
+from bench.processes import WorkerError
 from dfkd_fast.kernels import dispatch
 
 SOON = 60.0
@@ -28,8 +27,8 @@ class Compilers:
 
     processes = 2
 
-    def __init__(self, ends: dict[micro.Job, Outcome | None]) -> None:
-        self.ends = ends
+    def __init__(self) -> None:
+        self.ends: dict[micro.Job, float | WorkerError | None] = {}
         self.asked: list[micro.Job] = []
 
     def __call__(self, *_: object) -> "Compilers":
@@ -41,17 +40,17 @@ class Compilers:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def outcomes(self, jobs: Iterable[micro.Job], deadline: float) -> Iterator[tuple[micro.Job, Outcome]]:
+    def results(self, jobs: Iterable[micro.Job], deadline: float) -> Iterator[tuple[micro.Job, float | WorkerError]]:
         for job in jobs:
             self.asked.append(job)
-            if (outcome := self.ends.get(job, Outcome())) is not None:
-                yield job, outcome
+            if (result := self.ends.get(job, 1.5)) is not None:
+                yield job, result
 
 
 @pytest.fixture
 def compilers(monkeypatch: pytest.MonkeyPatch) -> Compilers:
-    """All succeed, as long as nothing else is said; what torch.compile makes is the plain function."""
-    made = Compilers({})
+    """All succeed, unless a test says otherwise; what torch.compile makes is the plain function."""
+    made = Compilers()
     monkeypatch.setattr(micro, "Pool", made)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return made
@@ -94,17 +93,17 @@ def test_every_row_is_a_record_and_what_is_compared_with_the_compiler_comes_agai
 
 def test_nothing_is_compiled_while_something_is_measured(stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[str] = []
-    outcomes, measure = compilers.outcomes, micro._measure
+    results, measure = compilers.results, micro._measure
 
-    def compiling(jobs: Sequence[micro.Job], deadline: float) -> Iterator[tuple[micro.Job, Outcome]]:
+    def compiling(jobs: Sequence[micro.Job], deadline: float) -> Iterator[tuple[micro.Job, float | WorkerError]]:
         passes.extend(f"compile {job.provider}" for job in jobs)
-        return outcomes(jobs, deadline)
+        return results(jobs, deadline)
 
     def measuring(*arguments: Any) -> None:
         passes.append("measure")
         measure(*arguments)
 
-    monkeypatch.setattr(compilers, "outcomes", compiling)
+    monkeypatch.setattr(compilers, "results", compiling)
     monkeypatch.setattr(micro, "_measure", measuring)
     monkeypatch.setitem(dispatch._ABSENT, "triton", None)
     monkeypatch.setitem(dispatch._SERVING, "cpu", ["triton", "reference"])
@@ -181,7 +180,7 @@ def test_a_case_after_which_the_device_does_not_work_has_failed(
 
 
 def test_what_was_not_compiled_keeps_its_rows_of_the_first_pass(stage: Stage, compilers: Compilers) -> None:
-    compilers.ends = {micro.Job("compile", L1): Outcome("BackendCompilerFailed: planted", "traceback", 1.5), micro.Job("compile", KL): None}
+    compilers.ends = {micro.Job("compile", L1): WorkerError("BackendCompilerFailed: planted", "traceback"), micro.Job("compile", KL): None}
     records = stage()
     last = {record.case: record for record in records}
     assert (last[f"{L1} / compile"].status, last[f"{L1} / compile"].text) == ("failed", "BackendCompilerFailed: planted")
@@ -234,36 +233,3 @@ def test_a_process_leaves_its_code_where_this_one_finds_it(monkeypatch: pytest.M
     micro.compile_job(torch.device("cpu"), micro.Job("compile", KL))
     assert called
     assert set(called) == {discrepancy.FUNCTIONS["kl"][0]}
-
-
-def outcomes_of(pool: Pool[str], jobs: Sequence[str], seconds: float = SOON) -> dict[str, Outcome]:
-    return dict(pool.outcomes(jobs, time.monotonic() + seconds))
-
-
-def test_a_call_that_fails_or_crashes_loses_no_other() -> None:
-    jobs = ["pass", "raise ValueError('planted\\nsecond line')", "import os; os._exit(3)", "1 + 1"]
-    with Pool[str](exec, 1) as pool:
-        found = outcomes_of(pool, jobs)
-    assert list(found) == jobs
-    assert [outcome.error for outcome in found.values()] == [None, "ValueError: planted", "its process ended with exit code 3", None]
-    assert "second line" in found[jobs[1]].detail
-
-
-def test_at_the_deadline_a_call_is_stopped_and_the_next_jobs_get_new_processes() -> None:
-    with Pool[str](exec, 1) as pool:
-        assert list(outcomes_of(pool, ["pass"])) == ["pass"]
-        [process] = pool._started.values()
-        assert outcomes_of(pool, ["while True: pass", "pass"], seconds=0.2) == {}
-        assert not process.is_alive()
-        assert outcomes_of(pool, ["pass"])["pass"].error is None
-
-
-def test_a_process_serves_many_jobs_and_ends_with_its_pool() -> None:
-    with Pool[str](exec, 2) as pool:
-        assert len(outcomes_of(pool, [f"pass  # {number}" for number in range(5)])) == 5
-        assert len(outcomes_of(pool, ["pass"])) == 1
-        started = list(pool._started.values())
-        assert len(started) == 2
-    for process in started:
-        with pytest.raises(ProcessLookupError):
-            os.kill(process.pid or 0, 0)
