@@ -1,5 +1,6 @@
 """What the Triton kernels share: how tensors are cut into tiles of rows × channels, and the arithmetic of images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,25 @@ from torch import Tensor
 
 from .dispatch import interpreting
 
-__all__ = ["Sizes", "activate", "activation_slope", "launch", "layout", "offsets", "place", "programs", "splits", "store", "tile"]
+__all__ = [
+    "Sizes",
+    "activate",
+    "activation_slope",
+    "disguised",
+    "launch",
+    "layout",
+    "packed",
+    "place",
+    "pointers",
+    "programs",
+    "revealed",
+    "splits",
+    "store",
+    "tile",
+]
 
 Sizes = tuple[int, int, int, int]
+BLOCK = 2048  # elements of a tile
 INTERPRETED = tl.constexpr(interpreting())
 
 
@@ -40,14 +57,19 @@ def layout(*tensors: Tensor) -> tuple[Sizes, list[Sizes]]:
     return sizes, list(zip(outer[1], inner[1], rows[1], channels, strict=True))
 
 
-def tile(sizes: Sizes, strides: Sizes, elements: int) -> tuple[int, int]:
-    """Rows and channels of a tile of at most ``elements``, longer along the dimension that is denser in memory."""
-    rows, channels = triton.next_power_of_2(sizes[2]), triton.next_power_of_2(sizes[3])
-    if strides[3] < strides[2]:
-        wide = min(channels, elements // 8)
-        return min(rows, elements // wide), wide
-    long = min(rows, elements // min(channels, 4))
-    return long, min(channels, elements // long)
+def tile(sizes: Sizes, strides: Sizes) -> tuple[int, int]:
+    """Rows and channels of a tile of 2048 elements, longer along the dimension that is denser in memory.
+
+    There are few shapes, because a kernel is compiled for each.
+    """
+    _, _, rows, channels = sizes
+    if channels == 1:
+        return BLOCK, 1
+    if strides[3] == 1:
+        wide = next((wide for wide in (4, 16, 32) if wide >= channels), 64)
+        return BLOCK // wide, wide
+    long = next((long for long in (64, 256) if long >= rows), 512) if strides[2] == 1 else 64
+    return long, BLOCK // long
 
 
 def programs(sizes: Sizes, block_rows: int) -> int:
@@ -70,6 +92,44 @@ def launch(on: Tensor, kernel: Any, grid: tuple[int, ...], *arguments: Any, warp
             kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=fuse)
 
 
+def packed(sizes: Sizes, tensors: Sequence[Tensor | None], strides: Sequence[Sizes]) -> tuple[Any, ...]:
+    """A kernel's arguments ``sizes``, the ``strides`` of each tensor, and ``accesses``.
+
+    Triton compiles a kernel anew for every pattern of ones and multiples of 16 among its integers. Sizes and strides are
+    therefore disguised, and ``accesses`` says what makes a kernel fast. It holds the known divisors of the rows and of the
+    channels, 1 or 16, and for each tensor the dimension whose elements are adjacent in memory: "rows" or "channels";
+    "aligned rows" or "aligned channels" if 16 bytes can be accessed at once; "strided" for all if one has no such dimension.
+    """
+    accesses = ["none" if tensor is None else _access(sizes, tensor, of) for tensor, of in zip(tensors, strides, strict=True)]
+    if "strided" in accesses:  # rare and slow anyway, so that it is not worth many kernels
+        accesses = ["strided"] * len(accesses)
+    divisors = (16 if f"aligned {dimension}" in accesses else 1 for dimension in ("rows", "channels"))
+    return disguised(sizes), *map(disguised, strides), (*divisors, *accesses)
+
+
+def disguised(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Numbers n ≥ 0 as −2n − 1: odd, and never 1. Divided by −2 in a kernel they are n again."""
+    return tuple(-2 * number - 1 for number in numbers)
+
+
+def _access(sizes: Sizes, tensor: Tensor, strides: Sizes) -> str:
+    for dimension, name, other in ((2, "rows", 3), (3, "channels", 2)):
+        if strides[dimension] == 1 and (sizes[dimension] > 1 or sizes[other] == 1):
+            apart = [stride for index, (size, stride) in enumerate(zip(sizes, strides, strict=True)) if size > 1 and index != dimension]
+            aligned = not any(number % 16 for number in (tensor.data_ptr(), sizes[dimension], *apart))
+            return f"aligned {name}" if aligned else name
+    return "strided"
+
+
+@triton.jit
+def revealed(sizes: tl.tuple, accesses: tl.constexpr) -> tl.tuple:
+    """The four sizes, which ``packed`` has disguised."""
+    row_divisor: tl.constexpr = accesses[0]
+    channel_divisor: tl.constexpr = accesses[1]
+    rows = sizes[2] // (-2 * row_divisor) * row_divisor
+    return sizes[0] // -2, sizes[1] // -2, rows, sizes[3] // (-2 * channel_divisor) * channel_divisor
+
+
 @triton.jit
 def place(index: tl.tensor, sizes: tl.tuple, block_rows: tl.constexpr) -> tl.tuple:
     """The outer × inner group of the tile of this index, and its rows."""
@@ -78,10 +138,32 @@ def place(index: tl.tensor, sizes: tl.tuple, block_rows: tl.constexpr) -> tl.tup
 
 
 @triton.jit
-def offsets(group: tl.tensor, rows: tl.tensor, channels: tl.tensor, sizes: tl.tuple, strides: tl.tuple) -> tl.tensor:
-    """Where in a tensor the elements of a tile are; in 64 bits, for tensors beyond 2³¹ elements."""
-    start = (group // sizes[1]).to(tl.int64) * strides[0] + (group % sizes[1]).to(tl.int64) * strides[1]
-    return start + rows[:, None] * strides[2] + channels[None, :].to(tl.int64) * strides[3]
+def pointers(
+    first: tl.tensor,
+    group: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    sizes: tl.tuple,
+    strides: tl.tuple,
+    accesses: tl.constexpr,
+    index: tl.constexpr,
+) -> tl.tensor:
+    """To a tile of the tensor that begins at ``first``, the ``index``-th in ``accesses``; in 64 bits, for beyond 2³¹ elements."""
+    access: tl.constexpr = accesses[2 + index]
+    # A stride that is a multiple of 16 is made one in a way that the compiler sees.
+    divisor: tl.constexpr = 16 if access == "aligned rows" or access == "aligned channels" else 1
+    outer = (group // sizes[1]).to(tl.int64) * (strides[0] // (-2 * divisor) * divisor)
+    inner = (group % sizes[1]).to(tl.int64) * (strides[1] // (-2 * divisor) * divisor)
+    row_offsets = rows
+    if access != "rows" and access != "aligned rows":
+        row_offsets = rows * (strides[2] // (-2 * divisor) * divisor)
+    channel_offsets = channels.to(tl.int64)
+    if access != "channels" and access != "aligned channels":
+        channel_offsets *= strides[3] // (-2 * divisor) * divisor
+    start = first + (outer + inner)
+    if divisor == 16:
+        start = tl.multiple_of(start, 16)
+    return start + (row_offsets[:, None] + channel_offsets[None, :])
 
 
 @triton.jit

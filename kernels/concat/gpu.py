@@ -7,9 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Sizes, activate, activation_slope, launch, layout, offsets, place, programs, splits, store, tile
-
-BLOCK = 2048  # elements of a tile
+from ..tiles import (
+    Sizes,
+    activate,
+    activation_slope,
+    disguised,
+    launch,
+    layout,
+    packed,
+    place,
+    pointers,
+    programs,
+    revealed,
+    splits,
+    store,
+    tile,
+)
 
 
 def concat_forward(
@@ -30,10 +43,12 @@ def concat_forward_out(out: Tensor, raws: Sequence[Tensor], activation: str, mea
         part = out[start : start + len(raw)]
         start += len(raw)
         sizes, strides = layout(raw, part)
-        block_rows, block_channels = tile(sizes, strides[0], BLOCK)
+        block_rows, block_channels = tile(sizes, strides[0])
         constants = _constants(None if mean is None else mean[index], None if std is None else std[index])
         grid = _grid(sizes, block_rows, block_channels)
-        launch(raw, _forward_kernel, grid, raw, part, *constants, sizes, *strides, activation, block_rows, block_channels)
+        launch(
+            raw, _forward_kernel, grid, raw, part, *constants, *packed(sizes, (raw, part), strides), activation, block_rows, block_channels
+        )
 
 
 def concat_backward(
@@ -48,10 +63,11 @@ def concat_backward(
     """See kernels/concat."""
     result = torch.empty_like(raw)
     sizes, strides = layout(gradient, raw, result)
-    block_rows, block_channels = tile(sizes, strides[1], BLOCK)
+    block_rows, block_channels = tile(sizes, strides[1])
     constants = _constants(mean, std, gradient_mean, gradient_dot)
     grid = _grid(sizes, block_rows, block_channels)
-    launch(raw, _backward_kernel, grid, gradient, raw, result, *constants, sizes, *strides, activation, block_rows, block_channels)
+    arguments = gradient, raw, result, *constants, *packed(sizes, (gradient, raw, result), strides), activation
+    launch(raw, _backward_kernel, grid, *arguments, block_rows, block_channels)
     return result
 
 
@@ -59,28 +75,29 @@ def concat_gradient_moments(gradient: Tensor, raw: Tensor, activation: str, mean
     """See kernels/concat."""
     channels = raw.shape[1]
     sizes, strides = layout(gradient, raw)
-    block_rows, block_channels = tile(sizes, strides[1], BLOCK)
+    block_rows, block_channels = tile(sizes, strides[1])
     parts = splits(sizes, block_rows, block_channels)
     partials = raw.new_empty((2, parts, channels), dtype=torch.float32)
     gradient_mean, gradient_dot = (raw.new_empty(channels, dtype=torch.float32) for _ in range(2))
     constants = _constants(mean, std)
     grid = parts, triton.cdiv(channels, block_channels)
-    launch(raw, _partials_kernel, grid, gradient, raw, partials, *constants, sizes, *strides, activation, block_rows, block_channels)
+    arguments = gradient, raw, partials, *constants, *packed(sizes, (gradient, raw), strides), activation
+    launch(raw, _partials_kernel, grid, *arguments, block_rows, block_channels)
     count = raw.numel() // max(channels, 1)
     launch(raw, _combine_kernel, (triton.cdiv(channels, 16),), partials, gradient_mean, gradient_dot, parts, count, channels, 64, 16)
     return gradient_mean, gradient_dot
 
 
 def _constants(*constants: Tensor | None) -> tuple[Tensor | tuple[int, ...] | None, ...]:
-    """Constants (C,) of the channels, and their strides."""
-    return *constants, tuple(0 if constant is None else constant.stride(0) for constant in constants)
+    """Constants (C,) of the channels, and their disguised strides."""
+    return *constants, disguised([0 if constant is None else constant.stride(0) for constant in constants])
 
 
 def _grid(sizes: Sizes, block_rows: int, block_channels: int) -> tuple[int, int]:
     return programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["raw", "out", "mean", "std"])
 def _forward_kernel(
     raw: tl.tensor,
     out: tl.tensor,
@@ -90,23 +107,25 @@ def _forward_kernel(
     sizes: tl.tuple,
     strides: tl.tuple,
     out_strides: tl.tuple,
+    accesses: tl.constexpr,
     activation: tl.constexpr,
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
+    sizes = revealed(sizes, accesses)
     group, rows = place(tl.program_id(0), sizes, block_rows)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
-    x = tl.load(raw + offsets(group, rows, channels, sizes, strides), mask=mask, other=0).to(tl.float32)
+    x = tl.load(pointers(raw, group, rows, channels, sizes, strides, accesses, 0), mask=mask, other=0).to(tl.float32)
     image = activate(x, activation)
     if mean is not None:
         image -= _constant(mean, channels, constant_strides[0], sizes)
     if std is not None:
         image *= 1 / _constant(std, channels, constant_strides[1], sizes)
-    store(out + offsets(group, rows, channels, sizes, out_strides), image, mask)
+    store(pointers(out, group, rows, channels, sizes, out_strides, accesses, 1), image, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gradient", "raw", "result", "mean", "std", "gradient_mean", "gradient_dot"])
 def _backward_kernel(
     gradient: tl.tensor,
     raw: tl.tensor,
@@ -120,15 +139,17 @@ def _backward_kernel(
     gradient_strides: tl.tuple,
     strides: tl.tuple,
     result_strides: tl.tuple,
+    accesses: tl.constexpr,
     activation: tl.constexpr,
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
+    sizes = revealed(sizes, accesses)
     group, rows = place(tl.program_id(0), sizes, block_rows)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
-    g = tl.load(gradient + offsets(group, rows, channels, sizes, gradient_strides), mask=mask, other=0).to(tl.float32)
-    x = tl.load(raw + offsets(group, rows, channels, sizes, strides), mask=mask, other=0).to(tl.float32)
+    g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
+    x = tl.load(pointers(raw, group, rows, channels, sizes, strides, accesses, 1), mask=mask, other=0).to(tl.float32)
     y = activate(x, activation)
     if std is not None:
         inverse = 1 / _constant(std, channels, constant_strides[1], sizes)
@@ -137,10 +158,10 @@ def _backward_kernel(
             g -= _constant(gradient_mean, channels, constant_strides[2], sizes)
             g -= hat * _constant(gradient_dot, channels, constant_strides[3], sizes)
         g *= inverse
-    store(result + offsets(group, rows, channels, sizes, result_strides), g * activation_slope(y, activation), mask)
+    store(pointers(result, group, rows, channels, sizes, result_strides, accesses, 2), g * activation_slope(y, activation), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gradient", "raw", "mean", "std"])
 def _partials_kernel(
     gradient: tl.tensor,
     raw: tl.tensor,
@@ -151,10 +172,12 @@ def _partials_kernel(
     sizes: tl.tuple,
     gradient_strides: tl.tuple,
     strides: tl.tuple,
+    accesses: tl.constexpr,
     activation: tl.constexpr,
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
+    sizes = revealed(sizes, accesses)
     part = tl.program_id(0)
     parts = tl.num_programs(0)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
@@ -165,8 +188,8 @@ def _partials_kernel(
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
         group, rows = place(index, sizes, block_rows)
         mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
-        g = tl.load(gradient + offsets(group, rows, channels, sizes, gradient_strides), mask=mask, other=0).to(tl.float32)
-        x = tl.load(raw + offsets(group, rows, channels, sizes, strides), mask=mask, other=0).to(tl.float32)
+        g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
+        x = tl.load(pointers(raw, group, rows, channels, sizes, strides, accesses, 1), mask=mask, other=0).to(tl.float32)
         total += g
         dot += tl.where(mask, g * ((activate(x, activation) - center) * inverse), 0)
     to = partials + part * sizes[3] + channels
@@ -174,7 +197,7 @@ def _partials_kernel(
     tl.store(to + parts * sizes[3], tl.sum(dot, axis=0), mask=channels < sizes[3])
 
 
-@triton.jit(do_not_specialize=["parts", "count"])
+@triton.jit(do_not_specialize=["parts", "count", "channel_count"])
 def _combine_kernel(
     partials: tl.tensor,
     means: tl.tensor,
@@ -202,4 +225,4 @@ def _combine_kernel(
 @triton.jit
 def _constant(values: tl.tensor, channels: tl.tensor, stride: tl.tensor, sizes: tl.tuple) -> tl.tensor:
     """A constant of every channel, to be broadcast over rows; 1 beyond the last channel."""
-    return tl.load(values + channels.to(tl.int64) * stride, mask=channels < sizes[3], other=1)[None, :]
+    return tl.load(values + channels.to(tl.int64) * (stride // -2), mask=channels < sizes[3], other=1)[None, :]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Sizes, launch, layout, offsets, place, programs, store
+from ..tiles import Sizes, launch, layout, packed, place, pointers, programs, revealed, store
 
 BLOCK = 2048  # elements of a tile
 WHOLE = 8192  # elements of the largest tile that is kept in registers as a whole
@@ -27,7 +27,7 @@ def l1_forward(student: Tensor, teacher: Tensor, scale: float, gradient: bool, a
         block_rows, block_classes, warps = BLOCK, 1, 4
     count = programs(sizes, block_rows)
     losses, agreements = _partials(student, count, agreement)
-    arguments = student, teacher, sign, losses, agreements, sizes, *strides
+    arguments = student, teacher, sign, losses, agreements, *packed(sizes, (student, teacher, sign), strides)
     launch(student, _l1_kernel, (count,), *arguments, block_rows, block_classes, warps=warps)
     loss, agree = _finish(losses, agreements, scale)
     return loss, _or_empty(sign, student, torch.int8), _or_empty(agree, student, torch.int64)
@@ -71,11 +71,12 @@ def scale_gradients(
     """See kernels/discrepancy."""
     student_gradient = torch.empty_like(student_unit, dtype=student_dtype)
     teacher_gradient = torch.empty_like(teacher_unit, dtype=teacher_dtype)
-    numel = max(student_unit.numel(), teacher_unit.numel())
-    units = (unit if unit.numel() else None for unit in (student_unit, teacher_unit))
-    scales = student_scale, teacher_scale
-    grid = (triton.cdiv(numel, BLOCK),)
-    launch(upstream, _scale_kernel, grid, *units, upstream, student_gradient, teacher_gradient, *scales, numel, BLOCK)
+    sides = (student_unit, student_gradient, student_scale), (teacher_unit, teacher_gradient, teacher_scale)
+    asked = [side for side in sides if side[0].numel()]
+    if asked:  # one side alone comes first, so that either is scaled by the same kernel
+        numel = asked[0][0].numel()
+        other = asked[1] if len(asked) > 1 else (None, None, 0.0)
+        launch(upstream, _scale_kernel, (triton.cdiv(numel, BLOCK),), *asked[0], *other, upstream, numel, BLOCK)
     return student_gradient, teacher_gradient
 
 
@@ -100,7 +101,8 @@ def _divergence(
     count = programs(sizes, block_rows)
     losses, agreements = _partials(student, count, agreement)
     kernel = _whole_rows_kernel if whole else _long_rows_kernel
-    arguments = student, teacher, student_unit, teacher_unit, losses, agreements, sizes, *strides, 1 / temperature
+    tensors = student, teacher, student_unit, teacher_unit
+    arguments = *tensors, losses, agreements, *packed(sizes, tensors, strides), 1 / temperature
     launch(student, kernel, (count,), *arguments, js, block_rows, block_classes, warps=warps, fuse=False)
     loss, agree = _finish(losses, agreements, scale)
     return (
@@ -116,11 +118,14 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _tile(sizes: Sizes, strides: Sizes, elements: int) -> tuple[int, int, int]:
-    """Rows, classes and warps of a tile: whole rows if they fit into ``elements``."""
-    rows, classes = triton.next_power_of_2(sizes[2]), triton.next_power_of_2(sizes[3])
-    side_by_side = min(32, rows) if strides[3] > strides[2] else 1  # so many rows as make a warp's accesses dense in memory
-    classes = min(classes, elements // side_by_side)
-    rows = min(rows, max(side_by_side, 1024 // classes))
+    """Rows, classes and warps of a tile: whole rows if they fit into ``elements``.
+
+    All follow from the classes and from what is dense in memory, because a kernel is compiled for each combination.
+    """
+    side_by_side = 32 if 0 < strides[2] <= strides[3] else 1  # so many rows as make a warp's accesses dense in memory
+    classes = next((classes for classes in (16, 32, 128, 512) if classes >= sizes[3]), triton.next_power_of_2(sizes[3]))
+    classes = min(classes, max(elements // side_by_side, 1))
+    rows = max(side_by_side, 1024 // classes)
     # A warp that reads rows side by side takes all their classes, and no sum goes through shared memory.
     warps = rows * classes // (1024 if side_by_side > 1 else 256)
     return rows, classes, min(max(warps, 1), 8)
@@ -141,7 +146,7 @@ def _or_empty(result: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tens
     return logits.new_empty(0, dtype=dtype) if result is None else result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["student", "teacher", "sign"])
 def _l1_kernel(
     student: tl.tensor,
     teacher: tl.tensor,
@@ -152,11 +157,14 @@ def _l1_kernel(
     student_strides: tl.tuple,
     teacher_strides: tl.tuple,
     sign_strides: tl.tuple,
+    accesses: tl.constexpr,
     block_rows: tl.constexpr,
     block_classes: tl.constexpr,
 ) -> None:
+    sizes = revealed(sizes, accesses)
     program = tl.program_id(0)
     group, rows = place(program, sizes, block_rows)
+    real = rows < sizes[2]
     total = tl.zeros((block_rows,), tl.float32)
     s_max = tl.full((block_rows,), -float("inf"), tl.float32)
     t_max = s_max
@@ -164,23 +172,23 @@ def _l1_kernel(
     t_top = s_top
     for start in range(0, sizes[3], block_classes):
         classes = start + tl.arange(0, block_classes)
-        mask = (rows < sizes[2])[:, None] & (classes < sizes[3])[None, :]
-        s = tl.load(student + offsets(group, rows, classes, sizes, student_strides), mask=mask, other=0).to(tl.float32)
-        t = tl.load(teacher + offsets(group, rows, classes, sizes, teacher_strides), mask=mask, other=0).to(tl.float32)
+        mask = real[:, None] & (classes < sizes[3])[None, :]
+        s = tl.load(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
+        t = tl.load(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), mask=mask, other=0).to(tl.float32)
         difference = s - t
         total += tl.sum(tl.abs(difference), axis=1)
         if sign is not None:
             signs = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
-            tl.store(sign + offsets(group, rows, classes, sizes, sign_strides), signs, mask=mask)
+            tl.store(pointers(sign, group, rows, classes, sizes, sign_strides, accesses, 2), signs, mask=mask)
         if agreements is not None:
             s_max, s_top = _higher(s_max, s_top, tl.where(mask, s, -float("inf")), classes)
             t_max, t_top = _higher(t_max, t_top, tl.where(mask, t, -float("inf")), classes)
     tl.store(losses + program, tl.sum(total))
     if agreements is not None:
-        tl.store(agreements + program, _agreeing(s_top, t_top, rows < sizes[2]))
+        tl.store(agreements + program, _agreeing(s_top, t_top, real))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["student", "teacher", "student_unit", "teacher_unit"])
 def _whole_rows_kernel(
     student: tl.tensor,
     teacher: tl.tensor,
@@ -193,21 +201,24 @@ def _whole_rows_kernel(
     teacher_strides: tl.tuple,
     student_unit_strides: tl.tuple,
     teacher_unit_strides: tl.tuple,
+    accesses: tl.constexpr,
     inverse_temperature: tl.tensor,
     js: tl.constexpr,
     block_rows: tl.constexpr,
     block_classes: tl.constexpr,
 ) -> None:
+    sizes = revealed(sizes, accesses)
     program = tl.program_id(0)
     group, rows = place(program, sizes, block_rows)
+    real = rows < sizes[2]
     classes = tl.arange(0, block_classes)
-    mask = (rows < sizes[2])[:, None] & (classes < sizes[3])[None, :]
-    s = _logits(student + offsets(group, rows, classes, sizes, student_strides), rows, classes, sizes)
-    t = _logits(teacher + offsets(group, rows, classes, sizes, teacher_strides), rows, classes, sizes)
+    mask = real[:, None] & (classes < sizes[3])[None, :]
+    s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
+    t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
     s_max = tl.max(s, axis=1)
     t_max = tl.max(t, axis=1)
     if agreements is not None:
-        agree = _agreeing(_top(s, s_max, classes), _top(t, t_max, classes), rows < sizes[2])
+        agree = _agreeing(_top(s, s_max, classes), _top(t, t_max, classes), real)
         tl.store(agreements + program, agree)
 
     log_q = (s - s_max[:, None]) * inverse_temperature  # the maximum goes first: logits of 10⁴ lose nothing by it
@@ -224,12 +235,12 @@ def _whole_rows_kernel(
     tl.store(losses + program, tl.sum(loss))
     for_student, for_teacher = _units(log_q, log_p, q, p, q_sum, p_sum, inverse_temperature, js)
     if student_unit is not None:
-        store(student_unit + offsets(group, rows, classes, sizes, student_unit_strides), for_student, mask)
+        store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), for_student, mask)
     if teacher_unit is not None:
-        store(teacher_unit + offsets(group, rows, classes, sizes, teacher_unit_strides), for_teacher, mask)
+        store(pointers(teacher_unit, group, rows, classes, sizes, teacher_unit_strides, accesses, 3), for_teacher, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["student", "teacher", "student_unit", "teacher_unit"])
 def _long_rows_kernel(
     student: tl.tensor,
     teacher: tl.tensor,
@@ -242,13 +253,16 @@ def _long_rows_kernel(
     teacher_strides: tl.tuple,
     student_unit_strides: tl.tuple,
     teacher_unit_strides: tl.tuple,
+    accesses: tl.constexpr,
     inverse_temperature: tl.tensor,
     js: tl.constexpr,
     block_rows: tl.constexpr,
     block_classes: tl.constexpr,
 ) -> None:
+    sizes = revealed(sizes, accesses)
     program = tl.program_id(0)
     group, rows = place(program, sizes, block_rows)
+    real = rows < sizes[2]
     s_max = tl.full((block_rows,), -float("inf"), tl.float32)
     t_max = s_max
     q_norm = tl.zeros((block_rows,), tl.float32)
@@ -257,14 +271,14 @@ def _long_rows_kernel(
     t_top = s_top
     for start in range(0, sizes[3], block_classes):
         classes = start + tl.arange(0, block_classes)
-        s = _logits(student + offsets(group, rows, classes, sizes, student_strides), rows, classes, sizes)
-        t = _logits(teacher + offsets(group, rows, classes, sizes, teacher_strides), rows, classes, sizes)
+        s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
+        t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
         q_norm = _norm(s_max, q_norm, s, inverse_temperature)
         p_norm = _norm(t_max, p_norm, t, inverse_temperature)
         s_max, s_top = _higher(s_max, s_top, s, classes)
         t_max, t_top = _higher(t_max, t_top, t, classes)
     if agreements is not None:
-        tl.store(agreements + program, _agreeing(s_top, t_top, rows < sizes[2]))
+        tl.store(agreements + program, _agreeing(s_top, t_top, real))
 
     log_q_norm = tl.log(q_norm)
     log_p_norm = tl.log(p_norm)
@@ -273,9 +287,9 @@ def _long_rows_kernel(
     p_sum = loss
     for start in range(0, sizes[3], block_classes):
         classes = start + tl.arange(0, block_classes)
-        mask = (rows < sizes[2])[:, None] & (classes < sizes[3])[None, :]
-        s = _logits(student + offsets(group, rows, classes, sizes, student_strides), rows, classes, sizes)
-        t = _logits(teacher + offsets(group, rows, classes, sizes, teacher_strides), rows, classes, sizes)
+        mask = real[:, None] & (classes < sizes[3])[None, :]
+        s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
+        t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
         log_q = (s - s_max[:, None]) * inverse_temperature - log_q_norm[:, None]
         log_p = (t - t_max[:, None]) * inverse_temperature - log_p_norm[:, None]
         part, q_part, p_part = _sums(log_q, log_p, tl.exp(log_q), tl.exp(log_p), mask, js)
@@ -287,24 +301,24 @@ def _long_rows_kernel(
     if student_unit is not None or teacher_unit is not None:
         for start in range(0, sizes[3], block_classes):
             classes = start + tl.arange(0, block_classes)
-            mask = (rows < sizes[2])[:, None] & (classes < sizes[3])[None, :]
-            s = _logits(student + offsets(group, rows, classes, sizes, student_strides), rows, classes, sizes)
-            t = _logits(teacher + offsets(group, rows, classes, sizes, teacher_strides), rows, classes, sizes)
+            mask = real[:, None] & (classes < sizes[3])[None, :]
+            s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
+            t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
             log_q = (s - s_max[:, None]) * inverse_temperature - log_q_norm[:, None]
             log_p = (t - t_max[:, None]) * inverse_temperature - log_p_norm[:, None]
             for_student, for_teacher = _units(log_q, log_p, tl.exp(log_q), tl.exp(log_p), q_sum, p_sum, inverse_temperature, js)
             if student_unit is not None:
-                store(student_unit + offsets(group, rows, classes, sizes, student_unit_strides), for_student, mask)
+                store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), for_student, mask)
             if teacher_unit is not None:
-                store(teacher_unit + offsets(group, rows, classes, sizes, teacher_unit_strides), for_teacher, mask)
+                store(pointers(teacher_unit, group, rows, classes, sizes, teacher_unit_strides, accesses, 3), for_teacher, mask)
 
 
 @triton.jit
-def _logits(pointers: tl.tensor, rows: tl.tensor, classes: tl.tensor, sizes: tl.tuple) -> tl.tensor:
+def _logits(pointers: tl.tensor, real: tl.tensor, classes: tl.tensor, sizes: tl.tuple) -> tl.tensor:
     """Logits in float32: −∞ beyond the last class, where softmax is then 0, and 0 beyond the last row."""
-    real = (classes < sizes[3])[None, :]
-    logits = tl.load(pointers, mask=(rows < sizes[2])[:, None] & real, other=0).to(tl.float32)
-    return tl.where(real, logits, -float("inf"))
+    mask = (classes < sizes[3])[None, :]
+    logits = tl.load(pointers, mask=real[:, None] & mask, other=0).to(tl.float32)
+    return tl.where(mask, logits, -float("inf"))
 
 
 @triton.jit
@@ -410,24 +424,31 @@ def _finish_kernel(
         tl.store(agree, tl.sum(agreeing))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def _scale_kernel(
-    student_unit: tl.tensor,
-    teacher_unit: tl.tensor,
+    unit: tl.tensor,
+    gradient: tl.tensor,
+    scale: tl.tensor,
+    other_unit: tl.tensor,
+    other_gradient: tl.tensor,
+    other_scale: tl.tensor,
     upstream: tl.tensor,
-    student_gradient: tl.tensor,
-    teacher_gradient: tl.tensor,
-    student_scale: tl.tensor,
-    teacher_scale: tl.tensor,
     numel: tl.tensor,
     block: tl.constexpr,
 ) -> None:
-    elements = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    mask = elements < numel
+    start = tl.program_id(0).to(tl.int64) * block
+    elements = start + tl.arange(0, block)
     factor = tl.load(upstream).to(tl.float32)
-    if student_unit is not None:
-        unit = tl.load(student_unit + elements, mask=mask).to(tl.float32)
-        store(student_gradient + elements, unit * (factor * student_scale), mask)
-    if teacher_unit is not None:
-        unit = tl.load(teacher_unit + elements, mask=mask).to(tl.float32)
-        store(teacher_gradient + elements, unit * (factor * teacher_scale), mask)
+    if start + block <= numel:  # no mask, so that accesses are 16 bytes wide
+        _scale(unit, gradient, elements, factor * scale, None)
+        if other_unit is not None:
+            _scale(other_unit, other_gradient, elements, factor * other_scale, None)
+    else:
+        _scale(unit, gradient, elements, factor * scale, elements < numel)
+        if other_unit is not None:
+            _scale(other_unit, other_gradient, elements, factor * other_scale, elements < numel)
+
+
+@triton.jit
+def _scale(unit: tl.tensor, gradient: tl.tensor, elements: tl.tensor, factor: tl.tensor, mask: tl.tensor) -> None:
+    store(gradient + elements, tl.load(unit + elements, mask=mask).to(tl.float32) * factor, mask)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import launch, store
+from ..tiles import disguised, launch, store
 
 BLOCK = 2048  # elements a program: two or more 16-byte loads a thread are under way at once
 MOST = 32  # segments a launch: their addresses travel among the kernel's arguments, so that a graph can capture them
@@ -24,11 +24,6 @@ class _Segment(NamedTuple):
     numel: int
     source_dtype: torch.dtype
     shadow_dtype: torch.dtype | None
-
-    @property
-    def kind(self) -> tuple[torch.dtype, torch.dtype | None, bool]:
-        """Segments of one kind are updated by one kernel."""
-        return self.source_dtype, self.shadow_dtype, (self.average | self.source | self.shadow) % 16 == 0
 
     def joined(self, after: "_Segment") -> "_Segment | None":
         """This segment and that one as one, if memory goes on from one to the other in every list."""
@@ -49,25 +44,27 @@ def ema_update_(
     for copies in (averages, shadows):
         if integers and copies:
             torch._foreach_copy_([copies[index] for index in integers], [sources[index] for index in integers])
-    kinds: dict[tuple[torch.dtype, torch.dtype | None, bool], list[_Segment]] = {}
+    kinds: dict[tuple[torch.dtype, torch.dtype | None], list[_Segment]] = {}
     for segment in _segments(averages, sources, shadows or [None] * len(averages)):
-        kinds.setdefault(segment.kind, []).append(segment)
-    for (source_dtype, shadow_dtype, aligned), segments in kinds.items():
+        kinds.setdefault((segment.source_dtype, segment.shadow_dtype), []).append(segment)
+    for (source_dtype, shadow_dtype), segments in kinds.items():
         for start in range(0, len(segments), MOST):
             part = segments[start : start + MOST]
+            grid = (sum(triton.cdiv(segment.numel, BLOCK) for segment in part),)
+            if len(part) > 1:  # the kernel is compiled for one segment and for MOST, of which some may be empty
+                part += [part[-1]._replace(numel=0)] * (MOST - len(part))
             launch(
                 averages[0],
                 _update_kernel,
-                (sum(triton.cdiv(segment.numel, BLOCK) for segment in part),),
-                tuple(segment.average for segment in part),
-                tuple(segment.average + 4 * segment.numel - 1 for segment in part),
-                tuple(segment.source for segment in part),
-                tuple(segment.shadow for segment in part) if shadow_dtype else None,
+                grid,
+                disguised([segment.average for segment in part]),
+                disguised([segment.numel for segment in part]),
+                disguised([segment.source for segment in part]),
+                disguised([segment.shadow for segment in part]) if shadow_dtype else None,
                 1.0 - decay,
                 device_decay,
                 DTYPES[source_dtype],
                 DTYPES[shadow_dtype] if shadow_dtype else None,
-                aligned,
                 BLOCK,
             )
 
@@ -89,63 +86,77 @@ def _segments(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Se
 
 @triton.jit
 def _update_kernel(
-    averages: tl.tuple,
-    lasts: tl.tuple,  # addresses of the averages' last bytes: odd, as Triton would compile anew for each pattern of multiples of 16
+    averages: tl.tuple,  # disguised, like all numbers of the segments
+    numels: tl.tuple,
     sources: tl.tuple,
     shadows: tl.tuple,
     weight: tl.tensor,
     device_decay: tl.tensor,
     source_dtype: tl.constexpr,
     shadow_dtype: tl.constexpr,
-    aligned: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     weight = tl.cast(weight, tl.float32) if device_decay is None else (1 - tl.load(device_decay)).to(tl.float32)
     # The segments' blocks lie one after another on the grid.
     program = tl.program_id(0)
     average = averages[0]
-    last = lasts[0]
+    numel = numels[0]
     source = sources[0]
     shadow = shadows[0] if shadows is not None else None
     first = tl.full((), 0, tl.int64)
     begin = first
     for i in tl.static_range(1, len(averages)):
-        begin += tl.cdiv((lasts[i - 1] - averages[i - 1] + 1) // 4, block)
+        begin += tl.cdiv(numels[i - 1] // -2, block)
         here = program >= begin
         average = tl.where(here, averages[i], average)
-        last = tl.where(here, lasts[i], last)
+        numel = tl.where(here, numels[i], numel)
         source = tl.where(here, sources[i], source)
         if shadows is not None:
             shadow = tl.where(here, shadows[i], shadow)
         first = tl.where(here, begin, first)
-    average = _pointer(average, tl.float32, aligned)
-    source = _pointer(source, source_dtype, aligned)
-    if shadows is not None:
-        shadow = _pointer(shadow, shadow_dtype, aligned)
-    numel = (last - average.to(tl.int64) + 1) // 4
+    average = average // -2
+    source = source // -2
+    addresses = average | source
+    if shadow is not None:
+        shadow = shadow // -2
+        addresses |= shadow
+    numel = numel // -2
     start = (program - first) * block
-    elements = start + tl.arange(0, block)
-    if start + block <= numel:  # no mask, so that loads are 16 bytes wide
-        _update(average, source, shadow, elements, None, weight)
+    if (start + block <= numel) & (addresses % 16 == 0):  # so that accesses are 16 bytes wide
+        _update(average, source, shadow, source_dtype, shadow_dtype, start, None, weight, block)
     else:
-        _update(average, source, shadow, elements, elements < numel, weight)
+        _update(average, source, shadow, source_dtype, shadow_dtype, start, numel, weight, block)
 
 
 @triton.jit
-def _pointer(address: tl.tensor, dtype: tl.constexpr, aligned: tl.constexpr) -> tl.tensor:
+def _pointers(address: tl.tensor, dtype: tl.constexpr, elements: tl.tensor, aligned: tl.constexpr) -> tl.tensor:
     pointer = address.to(tl.pointer_type(dtype))
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    return pointer + elements
 
 
 @triton.jit
-def _update(averages: tl.tensor, sources: tl.tensor, shadows: tl.tensor, elements: tl.tensor, mask: tl.tensor, weight: tl.tensor) -> None:
-    average = tl.load(averages + elements, mask=mask)
-    source = tl.load(sources + elements, mask=mask).to(tl.float32)
-    step = source - average
+def _update(
+    average: tl.tensor,
+    source: tl.tensor,
+    shadow: tl.tensor,
+    source_dtype: tl.constexpr,
+    shadow_dtype: tl.constexpr,
+    start: tl.tensor,
+    numel: tl.tensor,
+    weight: tl.tensor,
+    block: tl.constexpr,
+) -> None:
+    """Update a block of a segment, by address: a whole block of aligned addresses if ``numel`` is None."""
+    elements = start + tl.arange(0, block)
+    mask = None if numel is None else elements < numel
+    averages = _pointers(average, tl.float32, elements, numel is None)
+    old = tl.load(averages, mask=mask)
+    new = tl.load(_pointers(source, source_dtype, elements, numel is None), mask=mask).to(tl.float32)
+    step = new - old
     # As torch.lerp: exact at both ends.
-    average = tl.where(weight < 0.5, average + weight * step, source - (1 - weight) * step)
-    tl.store(averages + elements, average, mask=mask)
-    if shadows is not None:
-        store(shadows + elements, average, mask)
+    updated = tl.where(weight < 0.5, old + weight * step, new - (1 - weight) * step)
+    tl.store(averages, updated, mask=mask)
+    if shadow is not None:
+        store(_pointers(shadow, shadow_dtype, elements, numel is None), updated, mask)

@@ -5,23 +5,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import activate, launch, layout, offsets, place, programs, splits, store, tile
-
-BLOCK = 2048  # elements of a tile
+from ..tiles import (
+    activate,
+    launch,
+    layout,
+    packed,
+    place,
+    pointers,
+    programs,
+    revealed,
+    splits,
+    store,
+    tile,
+)
 
 
 def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See kernels/moments."""
     channels = x.shape[1]
     sizes, (strides,) = layout(x)
-    block_rows, block_channels = tile(sizes, strides, BLOCK)
+    block_rows, block_channels = tile(sizes, strides)
     parts = splits(sizes, block_rows, block_channels)
     partials = x.new_empty((2, parts, channels), dtype=torch.float64)
     total, square, mean, variance = (
         x.new_empty(channels, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.float32, torch.float32)
     )
     grid = parts, triton.cdiv(channels, block_channels)
-    launch(x, _partials_kernel, grid, x, partials, sizes, strides, activation, block_rows, block_channels)
+    launch(x, _partials_kernel, grid, x, partials, *packed(sizes, (x,), (strides,)), activation, block_rows, block_channels)
     results = total, square, mean, variance
     count = x.numel() // max(channels, 1)
     arguments = x if parts else None, partials, *results, parts, count, channels, strides[3], activation
@@ -33,9 +43,10 @@ def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -
     """See kernels/moments."""
     gradient = torch.empty_like(x)
     sizes, strides = layout(x, gradient)
-    block_rows, block_channels = tile(sizes, strides[0], BLOCK)
+    block_rows, block_channels = tile(sizes, strides[0])
     grid = programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
-    launch(x, _backward_kernel, grid, x, gradient, offset, slope, center, sizes, *strides, block_rows, block_channels)
+    arguments = x, gradient, offset, slope, center, *packed(sizes, (x, gradient), strides)
+    launch(x, _backward_kernel, grid, *arguments, block_rows, block_channels)
     return gradient
 
 
@@ -46,35 +57,38 @@ def _pivot(x: tl.tensor, channels: tl.tensor, mask: tl.tensor, stride: tl.tensor
     return tl.where(tl.abs(first) < float("inf"), first, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x"])
 def _partials_kernel(
     x: tl.tensor,
     partials: tl.tensor,
     sizes: tl.tuple,
     strides: tl.tuple,
+    accesses: tl.constexpr,
     activation: tl.constexpr,
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
+    sizes = revealed(sizes, accesses)
     part = tl.program_id(0)
     parts = tl.num_programs(0)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
-    pivot = _pivot(x, channels, channels < sizes[3], strides[3], activation)
+    real = channels < sizes[3]
+    pivot = _pivot(x, channels, real, strides[3] // -2, activation)
     total = tl.zeros((block_rows, block_channels), tl.float32)
     square = total
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
         group, rows = place(index, sizes, block_rows)
-        mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
-        y = tl.load(x + offsets(group, rows, channels, sizes, strides), mask=mask, other=0).to(tl.float32)
+        mask = (rows < sizes[2])[:, None] & real[None, :]
+        y = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask=mask, other=0).to(tl.float32)
         centred = tl.where(mask, activate(y, activation) - pivot[None, :], 0)
         total += centred
         square += centred * centred
     to = partials + part * sizes[3] + channels
-    tl.store(to, tl.sum(total.to(tl.float64), axis=0), mask=channels < sizes[3])
-    tl.store(to + parts * sizes[3], tl.sum(square.to(tl.float64), axis=0), mask=channels < sizes[3])
+    tl.store(to, tl.sum(total.to(tl.float64), axis=0), mask=real)
+    tl.store(to + parts * sizes[3], tl.sum(square.to(tl.float64), axis=0), mask=real)
 
 
-@triton.jit(do_not_specialize=["parts", "count"])
+@triton.jit(do_not_specialize=["x", "parts", "count", "channel_count", "stride"])
 def _combine_kernel(
     x: tl.tensor,
     partials: tl.tensor,
@@ -116,7 +130,7 @@ def _combine_kernel(
     tl.store(variances + channels, tl.where(variance < 0, 0, variance).to(tl.float32), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x", "gradient"])
 def _backward_kernel(
     x: tl.tensor,
     gradient: tl.tensor,
@@ -126,14 +140,16 @@ def _backward_kernel(
     sizes: tl.tuple,
     strides: tl.tuple,
     gradient_strides: tl.tuple,
+    accesses: tl.constexpr,
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
+    sizes = revealed(sizes, accesses)
     group, rows = place(tl.program_id(0), sizes, block_rows)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     real = channels < sizes[3]
     mask = (rows < sizes[2])[:, None] & real[None, :]
-    values = tl.load(x + offsets(group, rows, channels, sizes, strides), mask=mask).to(tl.float32)
+    values = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask=mask).to(tl.float32)
     centred = values - tl.load(center + channels, mask=real)[None, :]
     result = tl.load(offset + channels, mask=real)[None, :] + tl.load(slope + channels, mask=real)[None, :] * centred
-    store(gradient + offsets(group, rows, channels, sizes, gradient_strides), result, mask)
+    store(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 1), result, mask)

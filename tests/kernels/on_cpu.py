@@ -35,13 +35,15 @@ def run_pytest(files: Sequence[str], environment: Mapping[str, str], *options: s
     assert " skipped" not in run.stdout, run.stdout
 
 
-def run_on_cpu(backend: Literal["triton", "cuda"], files: Sequence[str], environment: Mapping[str, str], *, sample: bool = False) -> None:
+def run_on_cpu(
+    backend: Literal["triton", "cuda"], files: Sequence[str], environment: Mapping[str, str], *options: str, sample: bool = False
+) -> None:
     """Run the backend's cases in files of this folder: all of them, or a sample that is always the same.
 
     Raises:
         AssertionError: a test failed or was skipped.
     """
-    run_pytest(files, environment, "-p", "tests.kernels.on_cpu", f"--on-cpu={backend}", *(["--sample"] if sample else []))
+    run_pytest(files, environment, "-p", "tests.kernels.on_cpu", f"--on-cpu={backend}", *(["--sample"] if sample else []), *options)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

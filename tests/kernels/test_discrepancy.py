@@ -62,7 +62,7 @@ WEIGHTS, COTANGENT = torch.tensor([0.5, -2.0, 3.0]), torch.tensor([1.0, 0.25, -0
 def call(
     kind: str, student: Tensor, teacher: Tensor, *, temperature: float = 1.0, reduction: Reduction = "sum", scaled: bool = False
 ) -> Tensor:
-    return counted(kind, student, teacher, temperature=temperature, reduction=reduction, scaled=scaled, agreement=False)[0]
+    return counted(kind, student, teacher, temperature=temperature, reduction=reduction, scaled=scaled)[0]
 
 
 def counted(
@@ -136,7 +136,7 @@ def test_sides_may_lie_in_memory_as_they_like(
 
 
 @pytest.mark.parametrize("layouts", [("contiguous", "contiguous"), ("channels_last", "sliced")], ids="-".join)
-@pytest.mark.parametrize("shape", [(9, 130), (2, 10, 7, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 100), (2, 10, 7, 3)], ids=str)
 @pytest.mark.parametrize("dtypes", [*PAIRS_OF_DTYPES[:-1], pytest.param(PAIRS_OF_DTYPES[-1], marks=pytest.mark.sanitize)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_read_in_float32_on_either_side(
@@ -268,7 +268,7 @@ def test_agreement_counts_equal_first_maxima_with_nan_above_everything(
     sides = []
     for dtype in dtypes:
         drawn = values[chances.multinomial(int(np.prod(shape)), replacement=True)].view(shape)
-        sides.append(laid_out(drawn.to(device, dtype), layout))
+        sides.append(laid_out(drawn.to(device, dtype), layout).requires_grad_())
     rows = [side.double().movedim(1, -1).flatten(0, -2).tolist() for side in sides]
     expected = sum(first_largest(s) == first_largest(t) for s, t in zip(*rows, strict=True))
     assert counted(kind, *sides)[1] == expected

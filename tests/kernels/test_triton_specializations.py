@@ -1,0 +1,87 @@
+"""How many kernels Triton compiles: each is a wait at a user's first step, and all of them most of the time of the GPU tests."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from dfkd_fast.kernels.concat import gpu as concat
+from dfkd_fast.kernels.discrepancy import gpu as discrepancy
+from dfkd_fast.kernels.dispatch import interpreting, why_not
+from dfkd_fast.kernels.ema import gpu as ema
+from dfkd_fast.kernels.moments import gpu as moments
+from tests.kernels.specializations import Recorder, collect
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs in this process")
+
+MOST, MOST_OF_THE_SAMPLE = 700, 290
+
+
+def images(batch: int, channels: int, size: int) -> Tensor:
+    return torch.empty(batch, channels, size, size, memory_format=torch.channels_last)
+
+
+def kl(rows: int, classes: int) -> None:
+    logits = torch.empty(rows, classes)
+    discrepancy.kl_forward(logits, logits, 4.0, 1.0, True, True, True)
+
+
+def kl_of_pixels(batch: int, size: int) -> None:
+    logits = torch.empty(batch, 21, size, size)
+    discrepancy.kl_forward(logits, logits, 4.0, 1.0, True, True, True)
+
+
+def gradients(size: int) -> None:
+    unit = torch.empty(size)
+    discrepancy.scale_gradients(unit, unit, torch.ones(()), 1.0, 1.0, unit.dtype, unit.dtype)
+
+
+def batch_of(generators: int, rows: int, size: int) -> None:
+    constants = torch.ones(generators, 3)
+    concat.concat_forward([images(rows, 3, size)] * generators, "tanh", constants, constants, torch.float32, True)
+
+
+def moments_of(batch: int, channels: int, size: int) -> None:
+    moments.moments_forward(images(batch, channels, size), "none")
+
+
+def average(tensors: int, first: int) -> None:
+    averages, sources = ([torch.empty(60)[first:] for _ in range(tensors)] for _ in range(2))
+    ema.ema_update_(averages, sources, [], 0.9, None)
+
+
+# Inputs that one process may well meet, and how many kernels they may take.
+CALLS: list[tuple[Callable[..., None], Sequence[tuple[int, ...]], int]] = [
+    (kl, [(1, 65), (7, 100), (64, 100), (250, 99)], 2),
+    (kl_of_pixels, [(1, 33), (2, 35), (16, 67)], 2),
+    (gradients, [(1,), (16,), (1000,)], 1),
+    (batch_of, [(1, 1, 17), (2, 3, 28), (2, 16, 32), (3, 5, 224)], 1),
+    (moments_of, [(1, 64, 8), (6, 128, 4), (2, 512, 1), (16, 256, 14)], 2),
+    (average, [(2, 0), (7, 0), (32, 0), (70, 0), (5, 1)], 1),
+]
+
+
+@pytest.mark.parametrize(("function", "inputs", "kernels"), CALLS, ids=lambda value: getattr(value, "__name__", ""))
+def test_inputs_that_differ_in_size_share_kernels(
+    function: Callable[..., None], inputs: Sequence[tuple[int, ...]], kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+
+    def record(kernel: Any, *arguments: Any, **options: Any) -> None:
+        recorder.launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    for arguments in inputs:
+        function(*arguments)
+    assert len(recorder.specializations) == kernels
+
+
+@pytest.mark.skipif(why_not("numba") is not None, reason="numba computes the results")
+def test_the_gpu_tests_compile_few_kernels(exhaustive: bool) -> None:
+    assert len(collect(sample=not exhaustive)) <= (MOST if exhaustive else MOST_OF_THE_SAMPLE)
