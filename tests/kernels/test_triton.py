@@ -371,6 +371,16 @@ def test_gradient_of_the_concatenation(shape: tuple[int, ...], layout: str, acti
     assert_as_exact(result, exact, plain)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_sigmoid_and_its_gradient_in_half_precision(dtype: torch.dtype) -> None:
+    raw, gradient = (random(3, 3, 9, 7, dtype=dtype, layout="channels_last") for _ in range(2))
+    out = concat.concat_forward([raw], "sigmoid", None, None, dtype, True)
+    result = concat.concat_backward(gradient, raw, "sigmoid", None, None, None, None)
+    y, plain = raw.double().sigmoid(), raw.float().sigmoid()
+    assert_as_exact(out, y, plain)
+    assert_as_exact(result, gradient.double() * y * (1 - y), gradient.float() * plain * (1 - plain))
+
+
 @pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
 @pytest.mark.parametrize(("activation", "dtype"), list(zip(ACTIVATIONS, DTYPES, strict=True)))
 def test_gradient_through_the_batchs_own_statistics(shape: tuple[int, ...], layout: str, activation: str, dtype: torch.dtype) -> None:
