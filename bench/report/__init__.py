@@ -4,13 +4,16 @@
 ``python -m bench report SOURCE [SOURCE ...]``  first take in these sources: folders of runs, run at the commit checked out, and
                                                 what ``python -m bench gpu`` wrote on a GPU
 
-``taking.py`` reads the sources and writes the files, ``figures.py`` reads the files. ``readme.py`` makes the README's tables of a
-CPU and ``gpu.py`` those of GPUs; ``markdown.py`` puts a table together and replaces it in a document.
+``taking.py`` reads the sources, which ``checks.py`` checks, and writes the files; ``figures.py`` reads the files. ``readme.py`` makes
+the README's tables of a CPU and ``gpu.py`` those of GPUs; ``markdown.py`` puts a table together and replaces it in a document.
 """
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 from ..provenance import ROOT
@@ -34,22 +37,39 @@ def main(sources: Iterable[Path] = (), root: Path = ROOT) -> list[str]:
         What was taken in, in lines.
 
     Raises:
-        DfkdError: a source is none of these or has nothing that may be published, or a document has no place for a table.
+        DfkdError: a source is none of these or has something that may not be published, or a document has no place for a table.
     """
-    results = root / "bench" / "results"
-    for name, sections in documents(Figures(results)).items():
-        fill(root / name, sections)  # a document without a place for its table must not be found after the results have changed
     intake = Intake()
     for source in sources:
         intake.read(source)
-    lines = intake.write(results)
-    for name, sections in documents(Figures(results)).items():
-        text = fill(root / name, sections)
-        with replacing(root / name) as part:
-            part.write_text(text)
+    results = root / "bench" / "results"
+    # Whatever goes wrong, also in a table, goes wrong in the copy.
+    with TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for path in _files(results):
+            shutil.copyfile(path, copy / path.name)
+        lines = intake.write(copy)
+        contents = {results / path.name: path.read_bytes() for path in _files(copy)}
+        contents |= {root / name: fill(root / name, sections).encode() for name, sections in _rendered(copy).items()}
+    for path, content in contents.items():
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as part:
+                part.write_bytes(content)
     return lines
 
 
 def documents(figures: Figures) -> dict[str, dict[str, str]]:
     """Every table, by its document's path and the line it stands under."""
     return {"README.md": readme.sections(figures) | gpu.readme_sections(figures), "docs/gpu.md": gpu.sections(figures)}
+
+
+def _files(results: Path) -> list[Path]:
+    return [path for path in sorted(results.glob("*")) if path.suffix in (".csv", ".json", ".jsonl")]
+
+
+def _rendered(results: Path) -> dict[str, dict[str, str]]:
+    try:
+        return documents(Figures(results))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DfkdError(f"no tables can be made of these results: {type(error).__name__}: {first_line(error)}") from error

@@ -34,6 +34,11 @@ class Figures:
         """What ``python -m bench gpu`` found beside these tables, an entry a device: see ``taking.summarize``."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("gpu-*.json"))]
 
+    @cached_property
+    def newest(self) -> dict[str, str]:
+        """The commit of what was taken in last of each GPU; a figure of another commit says so."""
+        return {summary["device"]: summary["commit"] for summary in self.gpus}
+
 
 def is_gpu(device: str) -> bool:
     """Whether a device's name is a GPU's: a CPU's ends with the number of its threads (``engine.device.device_name``)."""

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from .figures import Figures, is_gpu
-from .markdown import EMPTY, Cell, by_device, code, table
+from .markdown import EMPTY, Cell, by_device, code, one_line, table
 from .readme import USUAL_VARIANTS, command
 
 __all__ = ["NOT_MEASURED", "README_NOT_MEASURED", "readme_sections", "sections"]
@@ -59,12 +59,12 @@ README_KERNELS = _begin("kernels on GPUs", _MICRO)
 
 def sections(figures: Figures) -> dict[str, str]:
     """Every table by the line it stands under in docs/gpu.md."""
-    micro, end_to_end = figures.rows("micro", "gpu"), figures.rows("end-to-end", "gpu")
+    newest = figures.newest
     return {
         ENVIRONMENT: environment(figures.gpus),
-        KERNELS: kernels(micro),
-        END_TO_END: iterations(end_to_end),
-        ACCURACY: accuracy([entry for entry in figures.runs if is_gpu(entry["device_name"])]),
+        KERNELS: kernels(figures.rows("micro", "gpu"), newest),
+        END_TO_END: iterations(figures.rows("end-to-end", "gpu"), newest),
+        ACCURACY: accuracy([entry for entry in figures.runs if is_gpu(entry["device_name"])], newest),
         PROFILE: profile(figures.gpus),
         STAGES: stages(figures.gpus),
     }
@@ -72,68 +72,74 @@ def sections(figures: Figures) -> dict[str, str]:
 
 def readme_sections(figures: Figures) -> dict[str, str]:
     """The extracts by the line each stands under in the README."""
+    methods, engines, families = (
+        cells(figures.rows(kind, "gpu"), figures.newest)
+        for kind, cells in (("methods", _method_cells), ("end-to-end", _engine_cells), ("micro", _family_cells))
+    )
     return {
-        README_METHODS: _extract(("recipe",), _method_cells(figures.rows("methods", "gpu")), METHODS_CAPTION),
-        README_END_TO_END: _extract(("recipe", "batch", "precision"), _engine_cells(figures.rows("end-to-end", "gpu")), ENGINE_CAPTION),
-        README_KERNELS: _extract(("kernel", "size", "dtype"), _family_cells(figures.rows("micro", "gpu")), KERNELS_CAPTION),
+        README_METHODS: _extract(("recipe",), methods, METHODS_CAPTION),
+        README_END_TO_END: _extract(("recipe", "batch", "precision"), engines, ENGINE_CAPTION),
+        README_KERNELS: _extract(("kernel", "size", "dtype"), families, KERNELS_CAPTION),
     }
 
 
 def environment(summaries: Sequence[dict[str, Any]]) -> str:
     """Versions, settings and ceilings."""
-    cells = []
+    cells, origins = [], []
     for summary in summaries:
-        tables = _stage(summary, "environment").get("tables", {})
-        for row in tables.get("host", ()):
-            cells += [Cell((SETTINGS.get(name, name),), summary["device"], _plain(value)) for name, value in row.items() if name != "case"]
-        for row in tables.get("ceilings", ()):
-            cells += [
-                Cell((label,), summary["device"], _figure(float(row[name])))
-                for name, label in CEILINGS.items()
-                if row.get(name) is not None
-            ]
-    return _section(by_device(("setting or ceiling",), cells), _stage_origins(summaries, "environment")) if cells else NOT_MEASURED
+        device, stage = summary["device"], _stage(summary, "environment")
+        for row in stage["tables"].get("host", ()):
+            mark = _stage_mark(row, summary)
+            names = [name for name in row if name not in ("case", "commit")]
+            cells += [Cell((SETTINGS.get(name, name),), device, _plain(row[name]) + mark) for name in names]
+        for row in stage["tables"].get("ceilings", ()):
+            mark = _stage_mark(row, summary)
+            known = [(name, label) for name, label in CEILINGS.items() if row.get(name) is not None]
+            cells += [Cell((label,), device, _figure(float(row[name])) + mark) for name, label in known]
+        origins += _row_origins(device, stage, [row for name in ("host", "ceilings") for row in stage["tables"].get(name, ())])
+    return _section(by_device(("setting or ceiling",), cells), origins) if cells else NOT_MEASURED
 
 
-def kernels(rows: Sequence[dict[str, str]]) -> str:
+def kernels(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> str:
     """A table for each kernel."""
     parts = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         of_kernel = [row for row in rows if row["kernel"] == kernel]
         titles = ("variant", "size", "dtype", "layout", "mode")
         cells = [
-            Cell(tuple(case[0][title] for title in titles), case[0]["device"], _kernel_cell(case))
+            Cell(tuple(case[0][title] for title in titles), case[0]["device"], _kernel_cell(case, newest))
             for case in _grouped(of_kernel, (*titles, "device"))
         ]
-        parts.append(_section(f"### {kernel}\n\n{by_device(titles, cells)}", of_kernel))
+        parts.append(_section(f"### {one_line(kernel)}\n\n{by_device(titles, cells)}", of_kernel))
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-def iterations(rows: Sequence[dict[str, str]]) -> str:
+def iterations(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> str:
     """A row for each contender."""
     titles = ("recipe", "batch", "precision", "contender", "computes in")
     cells = [
         Cell(
-            (f"`{row['recipe']}`", row["batch_size"], row["precision"], row["contender"].replace("_", " "), _computes_in(row)),
+            (code(row["recipe"]), row["batch_size"], row["precision"], row["contender"].replace("_", " "), _computes_in(row)),
             row["device"],
-            _speed(row, rows) + _memory_and_kernels(row),
+            _speed(row, rows) + _memory_and_kernels(row) + _mark(row, newest),
         )
         for row in rows
     ]
     return _section(by_device(titles, cells), rows) if cells else NOT_MEASURED
 
 
-def accuracy(entries: Sequence[dict[str, Any]]) -> str:
+def accuracy(entries: Sequence[dict[str, Any]], newest: Mapping[str, str]) -> str:
     """A row for each command: means over the seeds."""
+    entries = [{**entry, "device": entry["device_name"]} for entry in entries]
     cells = []
     for alike in _grouped([{**entry, "line": command(entry)} for entry in entries], ("recipe", "line", "device_name")):
         last, best, teacher = (fmean(values) for values in zip(*map(_accuracies, alike), strict=True))
-        seeds = ", ".join(f"seed {entry['seed']}: {entry['retention']['last']:.2f}" for entry in alike)
+        seeds = ", ".join(f"seed {entry['seed']}: {entry['retention']['last']:.2f}{_mark(entry, newest)}" for entry in alike)
         drop, seconds = max(entry["retention"]["largest_drop"] for entry in alike), fmean(entry["seconds"]["total"] for entry in alike)
         text = f"last {last:.2f} ({seeds}), best {best:.2f}, teacher {teacher:.2f}, largest drop {drop:.2f}, {seconds:.0f} s"
         labels = (alike[0]["recipe"], alike[0]["line"], alike[0].get("metric", "top-1 accuracy"))
         cells.append(Cell(labels, alike[0]["device_name"], text))
-    sources = [{**entry.get("versions", {}), **entry, "device": entry["device_name"], "command": ""} for entry in entries]
+    sources = [{**entry.get("versions", {}), **entry, "command": ""} for entry in entries]
     return _section(by_device(("recipe", "command", "metric"), cells), sources) if cells else NOT_MEASURED
 
 
@@ -142,25 +148,32 @@ def profile(summaries: Sequence[dict[str, Any]]) -> str:
     titles = ("recipe", "batch", "kernel", "calls/iteration", "µs/iteration", "share")
     parts = []
     for summary in summaries:
-        rows = _stage(summary, "end-to-end").get("tables", {}).get("kernels", ())
+        stage = _stage(summary, "end-to-end")
+        shown = [
+            kernel
+            for case in _grouped(stage["tables"].get("kernels", ()), ("recipe", "batch_size"))
+            for kernel in _of_engine(case)[:SHOWN_KERNELS]
+        ]
         cells = [
             (
-                *(f"`{kernel['recipe']}`", _plain(kernel.get("batch_size")), code(kernel["name"], 80)),
+                *(code(kernel["recipe"]) + _stage_mark(kernel, summary), _plain(kernel.get("batch_size")), code(kernel["name"], 80)),
                 *(_plain(kernel.get(f"{unit}_per_iteration")) for unit in ("calls", "us")),
                 _percent(kernel.get("share")),
             )
-            for case in _grouped(rows, ("recipe", "batch_size"))
-            for kernel in _of_engine(case)[:SHOWN_KERNELS]
+            for kernel in shown
         ]
         if cells:
-            parts.append(_section(f"### {summary['device']}\n\n{table(titles, cells)}", _stage_origins([summary], "end-to-end")))
+            title = f"### {one_line(summary['device'])}"
+            parts.append(_section(f"{title}\n\n{table(titles, cells)}", _row_origins(summary["device"], stage, shown)))
     return "\n\n".join(parts) or NOT_MEASURED
 
 
 def stages(summaries: Sequence[dict[str, Any]]) -> str:
     """How every stage ended, and why cases did not pass."""
-    cells = [Cell((name,), summary["device"], _stage_cell(stage)) for summary in summaries for name, stage in summary["stages"].items()]
-    parts = [_section(by_device(("stage",), cells), _stage_origins(summaries))] if cells else []
+    ended = [(summary, name, stage) for summary in summaries for name, stage in summary["stages"].items()]
+    cells = [Cell((name,), summary["device"], _stage_cell(stage) + _stage_mark(stage["origin"], summary)) for summary, name, stage in ended]
+    origins = [{"device": summary["device"], **stage["origin"]} for summary, _, stage in ended]
+    parts = [_section(by_device(("stage",), cells), origins)] if cells else []
     for summary in summaries:
         reasons = [(name, reason) for name, stage in summary["stages"].items() for reason in stage["reasons"]]
         reasons.sort(key=lambda one: (one[1]["status"] not in ("wrong", "failed"), -one[1]["count"]))
@@ -169,18 +182,30 @@ def stages(summaries: Sequence[dict[str, Any]]) -> str:
             for name, reason in reasons[:SHOWN_REASONS]
         ]
         if rows:
-            parts.append(f"### Not passed on {summary['device']}\n\n{table(('stage', 'status', 'cases', 'reason', 'such as'), rows)}")
+            parts.append(
+                f"### Not passed on {one_line(summary['device'])}\n\n{table(('stage', 'status', 'cases', 'reason', 'such as'), rows)}"
+            )
         if len(reasons) > SHOWN_REASONS:
             parts.append(f"{len(reasons) - SHOWN_REASONS} more reasons are in bench/results.")
-        notes = [f"- {name}: {code(note, 200)}" for name, stage in summary["stages"].items() for note in stage["notes"]]
+        notes = [f"- {one_line(name)}: {code(note, 200)}" for name, stage in summary["stages"].items() for note in stage["notes"]]
         if notes:
-            parts.append("\n".join([f"### Noted on {summary['device']}", "", *notes]))
+            parts.append("\n".join([f"### Noted on {one_line(summary['device'])}", "", *notes]))
     return "\n\n".join(parts) or NOT_MEASURED
 
 
 def _stage(summary: dict[str, Any], name: str) -> dict[str, Any]:
-    stage: dict[str, Any] = summary["stages"].get(name, {})
+    stage: dict[str, Any] = summary["stages"].get(name, {"tables": {}})
     return stage
+
+
+def _mark(row: Mapping[str, Any], newest: Mapping[str, str]) -> str:
+    """Behind a figure: its commit, where the newest results of its device are of another."""
+    commit = row["commit"]
+    return "" if newest.get(row["device"], commit) == commit else f" ({code(commit, 40)})"
+
+
+def _stage_mark(row: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    return _mark({"device": summary["device"], "commit": row["commit"]}, {summary["device"]: summary["commit"]})
 
 
 def _stage_cell(stage: dict[str, Any]) -> str:
@@ -197,15 +222,21 @@ def _stage_cell(stage: dict[str, Any]) -> str:
     return ", ".join(counts)
 
 
-def _kernel_cell(case: Sequence[dict[str, str]]) -> str:
-    """Our fastest backend of a case: its time, share of the copy bandwidth and factor over the fastest peer; and those that failed."""
+def _kernel_cell(case: Sequence[dict[str, str]], newest: Mapping[str, str]) -> str:
+    """What each commit found of a case, the newest first: figures of two commits are not compared."""
+    commits = sorted(_grouped(case, ("commit",)), key=lambda rows: bool(_mark(rows[0], newest)))
+    return "; ".join(text + _mark(rows[0], newest) for rows in commits if (text := _compared(rows))) or EMPTY
+
+
+def _compared(case: Sequence[dict[str, str]]) -> str:
+    """Our fastest backend: its time, share of the copy bandwidth and factor over the fastest peer; and those that failed."""
     timed = {row["provider"]: row for row in case if row["median_us"]}
     red = [f"{row['provider']} {row['status'].partition(':')[0]}" for row in case if row["status"].startswith(("wrong", "failed"))]
     # A peer that leaves something out says so behind its "ok", and is not compared with.
     peers = [name for name, row in timed.items() if name not in NOT_A_PEER and row["status"] == "ok"]
     ours, peer = _fastest(timed, OURS), _fastest(timed, peers)
     if ours is None:
-        return ", ".join(red) or EMPTY
+        return ", ".join(red)
     text = [f"{ours['provider']} {_figure(float(ours['median_us']))} µs"]
     if ours["share_of_copy"]:
         text.append(_percent(ours["share_of_copy"]))
@@ -220,7 +251,7 @@ def _fastest(timed: Mapping[str, dict[str, str]], names: Iterable[str]) -> dict[
     return min((timed[name] for name in names if name in timed), key=lambda row: float(row["median_us"]), default=None)
 
 
-def _family_cells(rows: Sequence[dict[str, str]]) -> Iterator[Cell]:
+def _family_cells(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> Iterator[Cell]:
     """Of each kernel the first whole call, which is the most important one."""
     first: dict[str, tuple[str, ...]] = {}
     for case in _grouped(rows, ("kernel", "variant", "size", "dtype", "layout", "mode", "device")):
@@ -228,7 +259,7 @@ def _family_cells(rows: Sequence[dict[str, str]]) -> Iterator[Cell]:
         kernel = row["kernel"] if row["variant"] in USUAL_VARIANTS else f"{row['kernel']} {row['variant']}"
         labels = (kernel, row["size"], row["dtype"])
         if row["mode"] in ("full", "update") and first.setdefault(row["kernel"], _case(row)) == _case(row):
-            yield Cell(labels, row["device"], _kernel_cell(case))
+            yield Cell(labels, row["device"], _kernel_cell(case, newest))
 
 
 def _case(row: Mapping[str, str]) -> tuple[str, ...]:
@@ -264,9 +295,9 @@ def _factor(row: Mapping[str, str], peer: str, rows: Iterable[Mapping[str, str]]
     return float(peers[0]["seconds_per_iteration"]) / float(row["seconds_per_iteration"]) if peers else None
 
 
-def _engine_cells(rows: Sequence[dict[str, str]]) -> Iterator[Cell]:
+def _engine_cells(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> Iterator[Cell]:
     for row in _of_engine(rows):
-        yield Cell((f"`{row['recipe']}`", row["batch_size"], row["precision"]), row["device"], _speed(row, rows))
+        yield Cell((code(row["recipe"]), row["batch_size"], row["precision"]), row["device"], _speed(row, rows) + _mark(row, newest))
 
 
 def _of_engine(rows: Sequence[Row]) -> list[Row]:
@@ -274,10 +305,10 @@ def _of_engine(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["contender"] == "engine"]
 
 
-def _method_cells(rows: Iterable[Mapping[str, str]]) -> Iterator[Cell]:
+def _method_cells(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> Iterator[Cell]:
     for row in rows:
         text = f"{float(row['iteration_ms']):.2f} ms/iteration, {float(row['times_first']):.2f} ×, {float(row['peak_memory_mib']):.0f} MiB"
-        yield Cell((f"`{row['recipe']}`",), row["device"], text)
+        yield Cell((code(row["recipe"]),), row["device"], text + _mark(row, newest))
 
 
 def _extract(titles: Sequence[str], cells: Iterable[Cell], caption: str) -> str:
@@ -288,13 +319,9 @@ def _extract(titles: Sequence[str], cells: Iterable[Cell], caption: str) -> str:
     return f"{caption}\n\n{by_device(titles, shown)}" if shown else README_NOT_MEASURED
 
 
-def _stage_origins(summaries: Iterable[dict[str, Any]], name: str | None = None) -> list[dict[str, Any]]:
-    return [
-        {"device": summary["device"], **stage["origin"]}
-        for summary in summaries
-        for stage_name, stage in summary["stages"].items()
-        if name in (None, stage_name)
-    ]
+def _row_origins(device: str, stage: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where rows of a stage come from."""
+    return [{"device": device, **stage["origins"][row["commit"]]} for row in rows]
 
 
 def _section(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -303,11 +330,11 @@ def _section(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for group in sorted(groups, key=lambda group: str(group[0]["device"])):
         first = group[0]
-        commit = f"commit `{first['commit']}`{' (with uncommitted changes)' if str(first['commit']).endswith('-dirty') else ''}"
+        commit = f"commit {code(str(first['commit']))}{' (with uncommitted changes)' if str(first['commit']).endswith('-dirty') else ''}"
         versions = [f"{name} {first[name]}" for name in ("torch", "triton", "numba") if first.get(name)]
         commands = [code(one, 300) for one in dict.fromkeys(str(row["command"]) for row in group) if one]
         part = f" ({len(group)} of its rows)" if sum(other[0]["device"] == first["device"] for other in groups) > 1 else ""
-        lines.append(f"- {first['device']}{part}: {', '.join([commit, *versions, *commands])}")
+        lines.append(one_line(f"- {first['device']}{part}: {', '.join([commit, *versions, *commands])}"))
     return "\n".join([text, "", *lines])
 
 

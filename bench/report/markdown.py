@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dfkd_fast.errors import DfkdError
 
-__all__ = ["END", "Cell", "by_device", "code", "fill", "table"]
+__all__ = ["END", "Cell", "by_device", "code", "fill", "one_line", "table"]
 
 END = "<!-- end of the table -->"
 EMPTY = "–"
@@ -22,12 +22,12 @@ class Cell(NamedTuple):
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Titles and rows of as many cells."""
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in rows:
-        cells = [cell.replace("|", "\\|") for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Titles and rows of as many cells, whatever the text in them."""
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(one_line(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return "\n".join([line(titles), "|---" * len(titles) + "|", *map(line, rows)])
 
 
 def by_device(titles: Sequence[str], cells: Iterable[Cell]) -> str:
@@ -50,9 +50,14 @@ def by_device(titles: Sequence[str], cells: Iterable[Cell]) -> str:
     return table([*titles, *devices], [[*labels, *(row.get(device, EMPTY) for device in devices)] for labels, row in rows.items()])
 
 
+def one_line(text: str) -> str:
+    """Text without line breaks, which would end a table, a heading or an item of a list."""
+    return " ".join(text.split())
+
+
 def code(text: str, width: int = 120) -> str:
     """One line in a code span, cut to a width."""
-    line = " ".join(text.split()).replace("`", "'")
+    line = one_line(text).replace("`", "'")
     return f"`{line if len(line) <= width else line[: width - 1] + '…'}`"
 
 
@@ -77,5 +82,7 @@ def fill(path: Path, sections: dict[str, str]) -> str:
             raise DfkdError(
                 f"{path}: has no line {begin if not found else END!r} for its table to stand {'under' if not found else 'above'}"
             )
-        text = f"{before}{begin}\n{section}\n{END}{after}"
+        # A name that looks like one of these lines must not be taken for it the next time.
+        escaped = section.replace("<!--", "&lt;!--")
+        text = f"{before}{begin}\n{escaped}\n{END}{after}"
     return text

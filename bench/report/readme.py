@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from .figures import Figures, is_gpu
-from .markdown import table
+from .markdown import code, table
 
 __all__ = [
     "command",
@@ -95,7 +95,8 @@ def _segments(entry: dict[str, Any]) -> bool:
 
 def command(entry: dict[str, Any]) -> str:
     """The command line of a run, the same for all seeds."""
-    return f"`{entry['command'].replace(' --seed ' + str(entry['seed']), ' --seed N')}`"
+    line = entry["command"].replace(f" --seed {entry['seed']}", " --seed N")
+    return code(line, len(line))
 
 
 def _grouped(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

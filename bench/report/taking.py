@@ -13,11 +13,12 @@ from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 from .. import end_to_end, provenance, table
-from ..gpu.records import Record
+from ..gpu.records import FAILURES, Record
 from ..gpu.records import read as read_records
 from ..gpu.stages import STAGES
 from ..gpu.summary import latest
 from ..micro import rows as micro_rows
+from .checks import check_record, check_row, check_run
 from .figures import Figures, is_gpu
 from .readme import command
 
@@ -29,9 +30,10 @@ TABLES = ("micro", "end-to-end", "accuracy")
 SHARED = ("device", "torch", "triton", "numba", "commit", "command")
 """What a row takes from its record's origin where it does not say it itself."""
 CASES = 10  # named of all that have the same reason
-RUN_FIELDS = ("recipe", "seed", "teacher_accuracy", "retention", "seconds")
-RETENTION_FIELDS = ("last", "best", "largest_drop")
-END_TO_END_FIELDS = ("recipe", "batch_size", "contender", "seconds_per_iteration")
+FIGURES = {"comparison", "compilation", "kernels", "pytest"}
+"""Tables whose records are results of cases, or of several, and no cases themselves."""
+KEPT = ("host", "ceilings", "kernels")
+"""Tables of a stage that documents show: a figure stays until there is a newer one, as those of TABLES."""
 END_TO_END_KEY = ("recipe", "batch_size", "precision", "contender")
 
 
@@ -76,49 +78,55 @@ class Intake:
             _write_runs(results, self.runs)
             lines += [f"{entry['device_name']}: {entry['recipe']}, seed {entry['seed']}, at {entry['commit']}" for entry in self.runs]
         for device, rows in self.micro.items():
-            micro_rows.write(results / f"micro-{provenance.file_name(device)}.csv", rows)
+            _write_micro(results / f"micro-{provenance.file_name(device)}.csv", rows)
         for device, contenders in self.end_to_end.items():
             _write_end_to_end(results / f"end-to-end-{provenance.file_name(device)}.csv", contenders)
         for device, summary in self.summaries.items():
-            _write_summary(results / f"gpu-{provenance.file_name(device)}.json", summary)
+            stages = _write_summary(results / f"gpu-{provenance.file_name(device)}.json", summary)["stages"]
             counts = [(len(self.micro.get(device, ())), "kernel"), (len(self.end_to_end.get(device, ())), "end-to-end")]
-            commits = sorted({stage["origin"]["commit"] for stage in summary["stages"].values()})
             figures = ", ".join(f"{count} {name} rows" for count, name in counts)
-            lines.append(f"{device}: {figures}, stages {', '.join(summary['stages'])}, at {', '.join(commits)}")
+            ended = [
+                f"{name} {stage['status']}"
+                + ("" if stages[name]["origin"] == stage["origin"] else f" (what {stages[name]['origin']['commit']} found stays)")
+                for name, stage in summary["stages"].items()
+            ]
+            lines.append(f"{device}: {figures}, stages {', '.join(ended)}, at {summary['commit']}")
         return lines
 
     def _read_records(self, path: Path) -> None:
         for device, records in _by_device(path).items():
             if not is_gpu(device):
                 raise DfkdError(f"{path}: was measured on {device}, which is not a GPU")
+            if not provenance.file_name(device):
+                raise DfkdError(f"{path}: was measured on {device!r}, which cannot be a part of a file's name")
             for record in records:
-                try:
-                    self._take_row(device, record)
-                except (TypeError, ValueError) as error:
-                    raise DfkdError(f"{path}: {record.stage} / {record.case}: {first_line(error)}") from error
-            self.summaries[device] = _merged(self.summaries.get(device), summarize(device, records))
+                self._take_row(path, device, record)
+            summary = summarize(device, records)
+            self.summaries[device] = _merged(self.summaries[device], summary) if device in self.summaries else summary
 
-    def _take_row(self, device: str, record: Record) -> None:
-        if not record.row or record.table not in TABLES:
+    def _take_row(self, path: Path, device: str, record: Record) -> None:
+        if not record.row:
             return
-        row = {name: record.origin[name] for name in SHARED if record.origin.get(name)} | record.row
-        row["command"] = _portable(row.get("command", ""))
-        row.setdefault("commit", "unknown")
-        if row["device"] != device and record.table != "accuracy":  # a run's device is "cuda"
-            raise ValueError(f"a row of {row['device']} in a record of {device}")
+        if record.table not in TABLES:
+            check_row(path, record, record.row)
+            return
+        if record.table != "micro" and record.status != "ok":
+            return  # a part of a run, or of a contender that failed, is not a figure
+        row: dict[str, Any] = {"commit": "unknown", "command": ""}
+        row |= {name: record.origin[name] for name in SHARED if record.origin.get(name)} | record.row
+        if record.table == "accuracy":
+            row.setdefault("device_name", device)
+        check_row(path, record, row)
+        row["command"] = _portable(row["command"])
+        row_device = row["device_name" if record.table == "accuracy" else "device"]  # a run's device is "cuda"
+        if row_device != device:
+            raise DfkdError(f"{path}: {record.stage} / {record.case}: a row of {row_device} in a record of {device}")
         if record.table == "micro":
             known = {name: row[name] for name in micro_rows.COLUMNS if name in row}
             self.micro.setdefault(device, []).append(micro_rows.Row(**known))
-        elif record.status != "ok":
-            return  # a part of a run, or of a contender that failed, is not a figure
         elif record.table == "end-to-end":
-            _require(row, END_TO_END_FIELDS)
             self.end_to_end.setdefault(device, []).append({name: _text(value) for name, value in row.items()})
         else:
-            _require(row, RUN_FIELDS)
-            _require(row["retention"], RETENTION_FIELDS)
-            if row.setdefault("device_name", device) != device:
-                raise ValueError(f"a run on {row['device_name']} in a record of {device}")
             self.runs.append(row)
 
 
@@ -130,17 +138,19 @@ def summarize(device: str, records: Iterable[Record]) -> dict[str, Any]:
         records: its records, the last one of every case.
 
     Returns:
-        ``device``, and ``stages``: by name, ``origin`` (commit, command, versions), ``status``, ``text`` and ``seconds`` of the whole
-        stage, ``counts`` of its cases by status, ``reasons`` (``status``, ``text``, ``count`` and some of the ``cases`` of all that did
-        not pass for the same reason), ``notes`` (highlighted texts, of a stage without rows) and ``tables`` (rows that stand in no
-        other file, by the record's ``table``, each with its ``case``).
+        ``device``, ``commit`` and ``stages``: by name, ``origin`` (commit, command, versions), ``status``, ``text`` and ``seconds`` of the
+        whole stage, ``counts`` of its cases by status, ``reasons`` (``status``, ``text``, ``count`` and some of the ``cases`` of all that
+        did not pass for the same reason), ``notes`` (highlighted texts, of a stage without rows), ``tables`` (rows that stand in no
+        other file, by the record's ``table``, each with its ``case`` and ``commit``) and ``origins`` (of these rows, by commit).
     """
     stages: dict[str, list[Record]] = {}
+    commit = "unknown"
     for record in records:
         stages.setdefault(record.stage, []).append(record)
+        commit = record.origin.get("commit") or commit
     order = [stage.name for stage in STAGES]
     names = sorted(stages, key=lambda name: order.index(name) if name in order else len(order))
-    return {"device": device, "stages": {name: _stage(stages[name]) for name in names}}
+    return {"device": device, "commit": commit, "stages": {name: _stage(stages[name]) for name in names}}
 
 
 def _stage(records: Sequence[Record]) -> dict[str, Any]:
@@ -149,36 +159,45 @@ def _stage(records: Sequence[Record]) -> dict[str, Any]:
     has_rows = any(record.table in TABLES for record in cases)
     alike: dict[tuple[str, str], list[str]] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
+    origins: dict[str, dict[str, Any]] = {}
     for record in cases:
         if record.status != "ok":
             alike.setdefault((record.status, record.text), []).append(record.case)
         if record.row and record.table not in TABLES:
-            tables.setdefault(record.table, []).append({"case": record.case, **record.row})
-    origin = {name: value for name, value in (whole or records[-1]).origin.items() if name not in ("device", "rehearsal")}
+            origin = _origin(record)
+            origins[origin["commit"]] = origin
+            tables.setdefault(record.table, []).append({**record.row, "case": record.case, "commit": origin["commit"]})
     return {
-        "origin": {"commit": "unknown", **origin, "command": _portable(origin.get("command", ""))},
+        "origin": _origin(whole or records[-1]),
         "status": whole.status if whole else "left",
         "text": whole.text if whole else "it did not come to its end",
         "seconds": whole.seconds if whole else None,
-        "counts": dict(Counter(record.status for record in cases)),
+        "counts": dict(Counter(record.status for record in cases if record.table not in FIGURES or record.status in FAILURES)),
         "reasons": [
             {"status": status, "text": text, "count": len(named), "cases": named[:CASES]} for (status, text), named in alike.items()
         ],
         "notes": [] if has_rows else [record.text for record in cases if record.highlight and not record.table],
         "tables": tables,
+        "origins": origins,
     }
+
+
+def _origin(record: Record) -> dict[str, Any]:
+    """Commit, command and versions."""
+    origin = {name: value for name, value in record.origin.items() if name not in ("device", "rehearsal")}
+    return {**origin, "commit": origin.get("commit") or "unknown", "command": _portable(origin.get("command", ""))}
 
 
 def _by_device(path: Path) -> dict[str, list[Record]]:
     """The last record of every case, by the device it was recorded on."""
     try:
         records = read_records(path)
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise DfkdError(f"{path}: is not what python -m bench gpu writes ({first_line(error)[:120]})") from error
     if not records:
         raise DfkdError(f"{path}: has no records")
-    if not all(isinstance(record.row, dict) and isinstance(record.origin, dict) for record in records):
-        raise DfkdError(f"{path}: is not what python -m bench gpu writes (rows and origins are objects)")
+    for record in records:
+        check_record(path, record)
     if any(record.origin.get("rehearsal") for record in records):
         raise DfkdError(f"{path}: is a rehearsal's: a CPU's figures are not a GPU's")
     if not all(record.origin.get("device") for record in records):
@@ -197,10 +216,9 @@ def _run(folder: Path) -> dict[str, Any]:
         root = " --data-root DIR" if recipe["data"]["root"] and recipe["data"]["name"] not in ("digits", "shapes") else ""
         line = f"dfkd-fast distill {summary['recipe']} --seed {summary['seed']}{root}"
         entry = {"command": line, "commit": provenance.commit(), **summary}
-        _require(entry, RUN_FIELDS)
-        _require(entry["retention"], RETENTION_FIELDS)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise DfkdError(f"{folder}: is not a run's folder: {first_line(error)}") from error
+    check_run(folder, entry)
     return entry
 
 
@@ -224,31 +242,65 @@ def _write_end_to_end(path: Path, rows: Sequence[dict[str, str]]) -> None:
     table.write(path, tuple(columns), contenders.values())
 
 
-def _write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Replace the stages that ran again."""
-    summary = _merged(json.loads(path.read_text()) if path.exists() else None, summary)
+def _write_micro(path: Path, rows: Sequence[micro_rows.Row]) -> None:
+    """Add rows to those of other cases; one without a time does not take the place of another commit's time."""
+    timed = [row for row in table.read(path) if row["median_us"]] if path.exists() else []
+    commits = {tuple(row[name] for name in micro_rows.KEY): row["commit"] for row in timed}
+
+    def replaces(row: micro_rows.Row) -> bool:
+        return row.median_us is not None or commits.get(tuple(getattr(row, name) for name in micro_rows.KEY), row.commit) == row.commit
+
+    micro_rows.write(path, filter(replaces, rows))
+
+
+def _write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Replace the stages that ran again, and return all of them."""
+    if path.exists():
+        old = json.loads(path.read_text())
+        if old["device"] != summary["device"]:
+            raise DfkdError(f"{path.name}: has the results of {old['device']}, whose name is too much like {summary['device']}")
+        summary = _merged(old, summary)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         # A stage a line: what ran again is what differs.
         stages = ",\n".join(f"{json.dumps(name)}: {json.dumps(stage, ensure_ascii=False)}" for name, stage in summary["stages"].items())
-        part.write_text(f'{{"device": {json.dumps(summary["device"])}, "stages": {{\n{stages}\n}}}}\n')
+        head = f'"device": {json.dumps(summary["device"])}, "commit": {json.dumps(summary["commit"])}'
+        part.write_text(f'{{{head}, "stages": {{\n{stages}\n}}}}\n', encoding="utf-8")
+    return summary
 
 
-def _merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    stages = (old or new)["stages"]
-    # A stage for which there was no time must not take the place of what an earlier call found.
-    return {**new, "stages": stages | {name: stage for name, stage in new["stages"].items() if stage["counts"] or name not in stages}}
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    stages = dict(old["stages"])
+    for name, stage in new["stages"].items():
+        if name not in stages:
+            stages[name] = stage
+        # A stage for which there was no time must not take the place of what an earlier call found.
+        elif stage["counts"] or stage["status"] != "left":
+            stages[name] = _with_older_figures(stage, stages[name])
+    return {**new, "stages": stages}
+
+
+def _with_older_figures(stage: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    tables = dict(stage["tables"])
+    for name in KEPT:
+        new = tables.get(name, [])
+        replaced = {_figure_of(row) for row in new}
+        rows = [*(row for row in old["tables"].get(name, ()) if _figure_of(row) not in replaced), *new]
+        if rows:
+            tables[name] = rows
+    shown = {row["commit"] for rows in tables.values() for row in rows}
+    origins = {commit: one for commit, one in (old["origins"] | stage["origins"]).items() if commit in shown}
+    return {**stage, "tables": tables, "origins": origins}
+
+
+def _figure_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a newer row replaces: the same case; of a profile, all kernels of the same contender."""
+    return tuple(row.get(name) for name in ("recipe", "batch_size", "contender")) if "contender" in row else (row["case"],)
 
 
 def _portable(line: str) -> str:
     """A command line without the folders of the machine it ran on."""
     return re.sub(r"(--(?:out|data-root))[ =]\S+", r"\1 DIR", line)
-
-
-def _require(row: dict[str, Any], names: Sequence[str]) -> None:
-    missing = [name for name in names if row.get(name) is None]
-    if missing:
-        raise ValueError(f"has no {', '.join(missing)}")
 
 
 def _text(value: object) -> str:

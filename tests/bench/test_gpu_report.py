@@ -1,10 +1,11 @@
 """From the records of two GPUs to documents."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -295,13 +296,13 @@ def test_a_part_of_a_run_is_no_figure(root: Path, tmp_path: Path) -> None:
         ("", "has no records"),
         ("seconds,device\n1,2\n", "is not what python -m bench gpu writes"),
         ('{"stage": "micro", "status": "fine"}\n', "is not what python -m bench gpu writes"),
-        ('{"stage": "micro", "status": "ok", "row": [1]}\n', "is not what python -m bench gpu writes"),
+        ('{"stage": "micro", "status": "ok", "row": [1]}\n', r"micro: row is \[1\]"),
         (Record("micro", "", "failed", "killed").line() + "\n", "does not say on which device"),
         (Device(H200, 1, rehearsal=True).everything()[0].line() + "\n", "is a rehearsal's"),
         (Device("x86_64 AVX512, 2 threads", 1).everything()[0].line() + "\n", "is not a GPU"),
         (Device(H200, 1).kernel("cuda", 10, device=H100).line() + "\n", "a row of NVIDIA H100"),
         (Device(H200, 1).contender("plain", 1, recipe=None).line() + "\n", "has no recipe"),
-        (Device(H200, 1).run(0, 98.0).line().replace("largest_drop", "drop") + "\n", "has no largest_drop"),
+        (Device(H200, 1).run(0, 98.0).line().replace("largest_drop", "drop") + "\n", r"has no retention\.largest_drop"),
     ],
 )
 def test_what_may_not_be_published_is_refused_in_a_line_and_changes_nothing(root: Path, tmp_path: Path, content: str, message: str) -> None:
@@ -313,6 +314,209 @@ def test_what_may_not_be_published_is_refused_in_a_line_and_changes_nothing(root
     assert str(bad) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all_files(root) == before
+
+
+NAN, INFINITE = float("nan"), float("inf")
+BAD_ROWS: list[tuple[str, str, object]] = [
+    *(("micro", "median_us", value) for value in (0.0, -1.0, "fast", [1, 2], True, NAN, INFINITE, {"a": 1})),
+    *(("micro", name, None) for name in ("kernel", "provider", "size")),
+    *(("micro", name, "much") for name in ("share_of_copy", "calls", "load")),
+    *(("micro", name, 5) for name in ("commit", "command", "status", "torch")),
+    *(("end-to-end", "seconds_per_iteration", value) for value in (0, -0.1, True, "0.5", NAN, INFINITE)),
+    *(("end-to-end", "batch_size", value) for value in ("256", 0, 2.5)),
+    *(("end-to-end", name, None) for name in ("recipe", "contender", "commit")),
+    ("end-to-end", "peak_memory_mib", INFINITE),
+    ("end-to-end", "remarks", "\ud800"),
+    *(("accuracy", "seconds", value) for value in (5, {}, {"total": NAN}, {"total": -1})),
+    *(("accuracy", "retention", value) for value in ([98.0], "98", {"last": "98", "best": 98, "largest_drop": 0}, None)),
+    *(("accuracy", "seed", value) for value in ("0", 1.5, True, None)),
+    *(("accuracy", name, NAN) for name in ("teacher_accuracy",)),
+    *(("accuracy", name, 7) for name in ("recipe", "command", "metric", "versions")),
+    *(("kernels", name, None) for name in ("name", "recipe", "contender")),
+    *(("kernels", name, "many") for name in ("share", "us_per_iteration", "calls_per_iteration", "batch_size")),
+    *(("ceilings", "gb_per_s", value) for value in ("quick", 0, -3.0, NAN, True)),
+    *(("host", "python", value) for value in ([3], {"a": 1}, NAN)),
+]
+BAD_FIELDS: list[tuple[str, object]] = [
+    *(("stage", value) for value in (None, 7, "", [1])),
+    *(("case", value) for value in ([5], 5, {"a": 1})),
+    *(("text", value) for value in (5, ["a"], "\udc00")),
+    *(("seconds", value) for value in ("long", -1, NAN, True)),
+    *(("table", value) for value in ([5], 5)),
+    *(("row", value) for value in ([1], "a", 5)),
+    *(("origin", value) for value in ([1], "a", 5, {"device": 5}, {"device": H200, "command": 5}, {"device": H200, "commit": None})),
+    ("origin", {"device": "€"}),
+    ("origin", {"device": H200, "commit": 5}),
+]
+
+
+def refused(root: Path, source: Path) -> str:
+    """The message for a source, which must change nothing and not stop later reports."""
+    report.main([write(root.parent / "good.jsonl", Device(H200, 1).everything())], root)
+    before = all_files(root)
+    with pytest.raises(DfkdError) as caught:
+        report.main([root.parent / "good.jsonl", source], root)
+    assert all_files(root) == before
+    report.main((), root)
+    assert all_files(root) == before
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(source) in message
+    message.encode()
+    return message
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), BAD_ROWS)
+def test_a_row_with_a_bad_value_is_refused_by_name_and_changes_nothing(
+    root: Path, tmp_path: Path, kind: str, field: str, value: object
+) -> None:
+    record = next(one for one in Device(H100, 1).everything() if one.table == kind)
+    message = refused(root, write(tmp_path / "bad.jsonl", [replace(record, row=record.row | {field: value})]))
+    assert f"{record.stage} / {record.case}: " in message
+    assert field in message
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
+def test_a_record_with_a_bad_field_is_refused_by_name_and_changes_nothing(root: Path, tmp_path: Path, field: str, value: object) -> None:
+    fields: dict[str, Any] = json.loads(Device(H100, 1).everything()[0].line())
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(fields | {field: value}) + "\n")
+    refused(root, bad)
+
+
+@pytest.mark.parametrize("depth", [20, 600, 100_000])
+def test_deeply_nested_records_are_refused(root: Path, tmp_path: Path, depth: int) -> None:
+    bad, line = tmp_path / "bad.jsonl", Device(H100, 1).record("micro", "case", row={"deep": "HERE"}).line()
+    bad.write_text(line.replace('"HERE"', "[" * depth + "]" * depth) + "\n")
+    refused(root, bad)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"recipe": 5}', "[" * 100_000, '{"recipe": "a", "seed": 0, "device_name": "b"}', "\x00"])
+def test_a_bad_run_is_refused_and_changes_nothing(root: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(content)
+    (tmp_path / "run" / "recipe.toml").write_text('[data]\nname = "mnist"\nroot = "/data"\n')
+    refused(root, tmp_path / "run")
+
+
+def test_a_run_without_what_the_readme_says_of_a_cpu_is_refused(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(Device("x86_64 AVX512, 2 threads", 1).run(0, 98.0).row))
+    (tmp_path / "run" / "recipe.toml").write_text('[data]\nname = "digits"\nroot = ""\n')
+    assert "has no retention.mean" in refused(root, tmp_path / "run")
+
+
+def test_an_error_while_the_tables_are_made_changes_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(rows: object) -> str:
+        raise ZeroDivisionError("float division by zero")
+
+    before = all_files(root)
+    monkeypatch.setattr(gpu, "stages", broken)
+    with pytest.raises(DfkdError, match="ZeroDivisionError: float division by zero"):
+        report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
+    assert all_files(root) == before
+
+
+def test_devices_whose_files_would_have_the_same_name_are_not_mixed(root: Path, tmp_path: Path) -> None:
+    report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
+    before = all_files(root)
+    with pytest.raises(DfkdError, match="too much like NVIDIA-H200"):
+        report.main([write(tmp_path / "two.jsonl", Device("NVIDIA-H200", 1).everything())], root)
+    assert all_files(root) == before
+
+
+def test_a_wrong_result_s_error_need_not_be_finite(root: Path, tmp_path: Path) -> None:
+    report.main([write(tmp_path / "one.jsonl", [Device(H200, 1).kernel("cuda", 0, status="wrong: NaN", error=NAN)])], root)
+    assert "cuda wrong" in shown(root, gpu.KERNELS)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a|b", "a `b` c", "<!-- end of the table -->", "\u2028"])
+def test_any_name_stays_in_its_cell(root: Path, tmp_path: Path, name: str) -> None:
+    device = Device(H200, 1, commit=f"abc{name}")
+    device.origin["command"] = f"python -m bench gpu {name}"
+    records = [device.kernel("cuda", 10, kernel=name), device.kernel("cuda", 10, size=name), device.contender(name, 0.3, recipe=name)]
+    records += [device.contender("engine", 0.3, recipe=name), device.record("smoke", name, "failed", name), device.run(0, 98.0)]
+    row = device.profiled("engine", 0).row | {"name": name, "recipe": name}
+    records.append(device.record("end-to-end", name, table="kernels", row=row))
+    report.main([write(tmp_path / "one.jsonl", records)], root)
+    before = all_files(root)
+    report.main((), root)
+    assert all_files(root) == before
+    for begin in [*gpu.sections(Figures(root)), *gpu.readme_sections(Figures(root))]:
+        text = shown(root, begin)
+        for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+        headings, rows, items, captions = (re.compile(start) for start in (r"###? ", r"\|", r"- ", r"On a GPU|Not measured"))
+        for line in filter(None, text.split("\n")):
+            assert any(one.match(line) for one in (headings, rows, items, captions)), line
+            assert line.count("`") % 2 == 0 or name.count("`")
+
+
+def test_a_campaign_whose_stages_were_all_killed_is_stored_and_costs_no_figure(root: Path, tmp_path: Path) -> None:
+    report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
+    later = Device(H200, 1, commit="def5678")
+    names = ("environment", "smoke", "tests", "micro", "end-to-end", "accuracy")
+    killed = [later.record(name, "", "failed", "killed by SIGSEGV") for name in names]
+    (line,) = report.main([write(tmp_path / "two.jsonl", killed)], root)
+    assert line == f"{H200}: 0 kernel rows, 0 end-to-end rows, stages {', '.join(f'{name} failed' for name in names)}, at def5678"
+    assert set(column(shown(root, gpu.STAGES), H200).values()) == {"failed: `killed by SIGSEGV`"}
+    old = " (`abc1234`)"
+    assert column(shown(root, gpu.ENVIRONMENT), H200)["GPU memory (GiB)",] == f"80{old}"
+    assert column(shown(root, gpu.ENVIRONMENT), H200)["a large copy (GB/s)",] == f"4000{old}"
+    case = ("plain", "resnet50", "float32", "contiguous", "update")
+    assert column(shown(root, gpu.KERNELS), H200)[case] == f"cuda 10 µs, 91 %, 2.00 × foreach_lerp, triton wrong{old}"
+    for begin in (gpu.END_TO_END, gpu.README_END_TO_END, gpu.README_KERNELS):
+        assert all(cell.endswith(old) for cell in column(shown(root, begin), H200).values())
+    (cell,) = column(shown(root, gpu.ACCURACY), H200).values()
+    assert f"(seed 0: 98.00{old}, seed 1: 97.00{old})" in cell
+    assert f"| `cifar10-dfad`{old} | 256 | `engine_0<float>` | 7 | 99 | 5 % |" in shown(root, gpu.PROFILE)
+    for begin in (gpu.ENVIRONMENT, gpu.KERNELS, gpu.END_TO_END, gpu.ACCURACY, gpu.PROFILE):
+        assert "commit `abc1234`" in shown(root, begin)
+        assert "def5678" not in shown(root, begin)
+    report.main([write(tmp_path / "three.jsonl", Device(H200, 1, commit="def5678").everything())], root)
+    assert "abc1234" not in "".join(
+        text for sections in report.documents(Figures(root / "bench" / "results")).values() for text in sections.values()
+    )
+
+
+def test_a_figure_stays_with_its_commit_until_a_newer_one_replaces_it(root: Path, tmp_path: Path) -> None:
+    report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), Device(H200, 1).kernel("triton", 8)])], root)
+    later = Device(H200, 1, commit="def5678")
+    records = [
+        later.kernel("cuda", 9),
+        later.kernel("triton", 0, status="failed: out of memory"),
+        later.contender("plain", 0.7),
+        later.record("end-to-end", "cifar10-dfad engine", "failed", "OutOfMemoryError"),
+        later.run(1, 96.0),
+        later.record("accuracy", "mnist-dfad seed 0", "failed", "RuntimeError"),
+        later.record("environment", "versions", table="host", row={"python": "3.13.0"}),
+    ]
+    report.main([write(tmp_path / "two.jsonl", records)], root)
+    case = ("plain", "resnet50", "float32", "contiguous", "update")
+    kernel = "cuda 9 µs, 91 %; triton 8 µs, 91 %, 2.50 × foreach_lerp (`abc1234`)"
+    assert column(shown(root, gpu.KERNELS), H200)[case] == kernel
+    rows = column(shown(root, gpu.END_TO_END), H200)
+    assert rows["`cifar10-dfad`", "256", "bf16", "plain", "bf16, TF32 in convolutions"] == "0.7 s/iteration, 1234 MiB"
+    assert rows["`cifar10-dfad`", "256", "bf16", "engine", "bf16, TF32 in convolutions"] == "0.2 s/iteration, 1234 MiB (`abc1234`)"
+    assert "(seed 0: 98.00 (`abc1234`), seed 1: 96.00)" in shown(root, gpu.ACCURACY)
+    environment = column(shown(root, gpu.ENVIRONMENT), H200)
+    assert environment["Python",] == "3.13.0"
+    assert environment["a large copy (GB/s)",] == "4000 (`abc1234`)"
+    assert "| `cifar10-dfad` (`abc1234`) | 256 |" in shown(root, gpu.PROFILE)
+    assert column(shown(root, gpu.STAGES), H200)["tests",].endswith("(`abc1234`)")
+    assert "`failed: out of memory`" in shown(root, gpu.STAGES)
+
+
+def test_a_failure_at_the_same_commit_replaces_the_time(root: Path, tmp_path: Path) -> None:
+    device = Device(H200, 1)
+    report.main([write(tmp_path / "one.jsonl", [device.kernel("cuda", 10)])], root)
+    report.main([write(tmp_path / "two.jsonl", [device.kernel("cuda", 0, status="wrong: averages differ")])], root)
+    assert set(column(shown(root, gpu.KERNELS), H200).values()) == {"cuda wrong"}
+
+
+def test_kernels_of_a_profile_are_no_cases(root: Path, tmp_path: Path) -> None:
+    report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
+    assert column(shown(root, gpu.STAGES), H200)["end-to-end",].startswith("2 passed, left: ")
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/gpu.md"])
