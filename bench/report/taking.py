@@ -148,9 +148,7 @@ def summarize(device: str, records: Iterable[Record]) -> dict[str, Any]:
     for record in records:
         stages.setdefault(record.stage, []).append(record)
         commit = record.origin.get("commit") or commit
-    order = [stage.name for stage in STAGES]
-    names = sorted(stages, key=lambda name: order.index(name) if name in order else len(order))
-    return {"device": device, "commit": commit, "stages": {name: _stage(stages[name]) for name in names}}
+    return {"device": device, "commit": commit, "stages": _in_order({name: _stage(of_stage) for name, of_stage in stages.items()})}
 
 
 def _stage(records: Sequence[Record]) -> dict[str, Any]:
@@ -277,7 +275,12 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         # A stage for which there was no time must not take the place of what an earlier call found.
         elif stage["counts"] or stage["status"] != "left":
             stages[name] = _with_older_figures(stage, stages[name])
-    return {**new, "stages": stages}
+    return {**new, "stages": _in_order(stages)}
+
+
+def _in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    order = [stage.name for stage in STAGES]
+    return dict(sorted(stages.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
 def _with_older_figures(stage: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:

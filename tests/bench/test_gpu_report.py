@@ -514,6 +514,13 @@ def test_a_failure_at_the_same_commit_replaces_the_time(root: Path, tmp_path: Pa
     assert set(column(shown(root, gpu.KERNELS), H200).values()) == {"cuda wrong"}
 
 
+def test_stages_stand_in_their_order_whichever_was_taken_in_first(root: Path, tmp_path: Path) -> None:
+    device = Device(H200, 1)
+    for name in ("micro", "environment", "smoke"):
+        report.main([write(tmp_path / f"{name}.jsonl", [device.record(name, "case")])], root)
+    assert list(column(shown(root, gpu.STAGES), H200)) == [("environment",), ("smoke",), ("micro",)]
+
+
 def test_kernels_of_a_profile_are_no_cases(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     assert column(shown(root, gpu.STAGES), H200)["end-to-end",].startswith("2 passed, left: ")
