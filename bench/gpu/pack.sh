@@ -2,16 +2,18 @@
 # Pack for a GPU host without a network: what such a host lacks, in the ignored folder .carry, and the one line to run there.
 #
 #     bench/gpu/pack.sh [--python PYTHON] [--data DIR] [--rehearse]
-#     bench/gpu/pack.sh --list
+#     bench/gpu/pack.sh --list | --help
 #
-# --python    interpreter whose PyTorch the extension is compiled against; python3 by default
+# --python    interpreter whose PyTorch the extension is compiled against, Python 3.11 or newer; python3 by default
 # --data      folder with MNIST in torchvision's layout, its files gzipped or not; without it no data set is packed
 # --rehearse  run the line here as well: with --rehearse, by PYTHON, in a copy without .git and, where unshare is permitted,
-#             without a network; the results go to .bench-gpu/packed
+#             without a network; the results go to .bench-gpu/packed. PYTHON must be Python 3.12, which the wheels are for
 # --list      only print the requirements to pack
+# --help      print this
 #
-# The host is Linux on x86-64 with Python 3.12, a copy of the working tree and the packages of `installed`. The line goes to
-# stdout, everything else to stderr. The line writes its results to the folder $OUT.
+# The host is Linux on x86-64 with Python 3.12, a copy of the working tree, the packages of `installed`, and a GPU of compute
+# capability 8.0 or higher (the extension has code for 8.0, as A100, and 9.0, as H100, and PTX for newer ones). The line goes
+# to stdout, everything else to stderr. On the host, set OUT to the folder for the results: the line refuses to run without it.
 set -euo pipefail
 
 installed=(
@@ -50,7 +52,7 @@ from pathlib import Path
 
 build = runpy.run_path("kernels/build.py")
 try:
-    build["compile_extension"](Path(sys.argv[1]), architectures=["-gencode=arch=compute_90,code=sm_90"])
+    build["compile_extension"](Path(sys.argv[1]))
 except build["BuildError"] as error:
     sys.exit(f"bench/gpu/pack.sh: {error}")
 
@@ -76,10 +78,12 @@ pack_mnist() { # from, to
     done
 }
 
-# As bench/provenance.py, which needs packages that PYTHON may lack.
+# As bench/provenance.py, which is not imported because it needs packages that PYTHON may lack.
 commit() {
-    local changed
-    changed=$(git status --porcelain --untracked-files=no -- ':!bench/results' ':!README.md' 2>/dev/null) || { echo unknown && return; }
+    local excluded changed
+    excluded=$(grep -o ':![^"]*' bench/provenance.py) || cannot "bench/provenance.py: no excluded paths found"
+    mapfile -t excluded <<<"$excluded"
+    changed=$(git status --porcelain --untracked-files=no -- "${excluded[@]}" 2>/dev/null) || { echo unknown && return; }
     echo "$(git describe --always)${changed:+-dirty}"
 }
 
@@ -111,12 +115,19 @@ while (($#)); do
             shift
             ;;
         --list | --rehearse) declare "${1#--}=yes" ;;
-        *) cannot "$1: must be one of --python, --data, --rehearse, --list" ;;
+        --help)
+            sed -n '2,/^set /s/^# \{0,1\}//p' "$0" # the comment above
+            exit
+            ;;
+        *) cannot "$1: must be one of --python, --data, --rehearse, --list, --help" ;;
     esac
     shift
 done
 program=$(command -v "$python") || cannot "--python $python: there is no such program"
 python=$(realpath -s "$program") # a virtual environment's interpreter is a link
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || true
+[[ $version =~ ^3\.(1[1-9]|[2-9][0-9])$ ]] || cannot "--python $python: must be Python 3.11 or newer"
+[[ -z $rehearse || $version == 3.12 ]] || cannot "--rehearse: needs Python 3.12, which the wheels are for; --python $python is $version"
 for name in "${mnist[@]}"; do
     [[ -z $data || -f $data/MNIST/raw/$name || -f $data/MNIST/raw/$name.gz ]] || cannot "--data $data: there is neither MNIST/raw/$name nor $name.gz"
 done
@@ -143,7 +154,8 @@ compile_extension "$part/carry/dfkd_fast_cuda.so"
 bytes=$(du -sb "$part/carry" | cut -f1)
 ((bytes <= max_bytes)) || cannot "$bytes bytes are more than $max_bytes"
 
-line="T=\$(mktemp -d) && python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target \"\$T/site\" .carry/wheels/*.whl"
+line=": \"\${OUT:?must name the folder for the results}\""
+line+=" && T=\$(mktemp -d) && python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target \"\$T/site\" .carry/wheels/*.whl"
 [[ -z $data ]] || line+=" && cp -r .carry/data \"\$T\" && gunzip -r \"\$T/data\""
 line+=" && export PYTHONPATH=\"\$T/site\" DFKD_FAST_EXTENSION=\"\$PWD/.carry/dfkd_fast_cuda.so\""
 line+=" && python3 -m bench gpu --minutes 9 --commit $(commit)${data:+ --data-root \"\$T/data\"} --out \"\$OUT\""

@@ -20,7 +20,8 @@ from bench import provenance
 
 ROOT = Path(__file__).parents[2]
 MNIST = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
-# In place of the interpreter: pip's downloads are empty files of WHEEL_BYTES, the extension is a text; the line's own commands are noted.
+# In place of the interpreter, one of VERSION: pip's downloads are empty files of WHEEL_BYTES, the extension is a text unless the copy has
+# kernels/build.py; the line's own commands are noted.
 PYTHON = """#!{executable}
 import json
 import os
@@ -35,7 +36,9 @@ if arguments[:3] == ["-m", "pip", "download"]:
         name = requirement.partition(">")[0].replace("-", "_")
         with (folder / f"{{name}}-1.0-py3-none-any.whl").open("wb") as wheel:
             wheel.truncate(int(os.environ.get("WHEEL_BYTES", 1000)))
-elif arguments[-1].endswith("dfkd_fast_cuda.so"):
+elif arguments[0] == "-c":
+    print(os.environ.get("VERSION", "3.12"))
+elif arguments[-1].endswith("dfkd_fast_cuda.so") and not Path("kernels/build.py").exists():
     if os.environ.get("BROKEN_COMPILER"):
         sys.exit("nvcc failed")
     Path(arguments[-1]).write_text("extension")
@@ -58,13 +61,14 @@ class Said(NamedTuple):
 
 
 class Copy:
-    """A repository of pack.sh and pyproject.toml in ``root``, and the programs in ``bin``."""
+    """A repository of pack.sh and what it reads in ``root``, and the programs in ``bin``."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.bin = folder / "repository", folder / "bin"
         (self.root / "bench" / "gpu").mkdir(parents=True)
         self.bin.mkdir()
         shutil.copy(ROOT / "pyproject.toml", self.root)
+        shutil.copy(ROOT / "bench" / "provenance.py", self.root / "bench")
         shutil.copy(ROOT / "bench" / "gpu" / "pack.sh", self.root / "bench" / "gpu")
         self.program("python3", PYTHON.format(executable=sys.executable, folder=folder))
         self.program("strip", "#!/bin/sh\n")
@@ -181,15 +185,60 @@ def test_a_second_call_leaves_the_same_folder(copy: Copy, data: Path) -> None:
 def test_the_line_is_all_of_the_output_and_names_the_commit(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "ROOT", copy.root)
     assert "--commit unknown " in copy.pack().out
+    results = [copy.root / name for name in ("README.md", "docs/gpu.md", "bench/results/micro.csv")]
+    for path in results:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     copy.commit()
-    for change in ("", "README.md", "pyproject.toml"):
-        if change:
-            (copy.root / change).write_text((copy.root / "pyproject.toml").read_text() + "# changed\n")
+    clean = provenance.commit()
+    for change in (None, *results, copy.root / "pyproject.toml"):
+        if change is not None:
+            with change.open("a") as file:
+                file.write("# changed\n")
         said = copy.pack()
         assert len(said.out.splitlines()) == 1
         assert len(said.out) <= 2000
         assert f"--commit {provenance.commit()} " in said.out
-    assert provenance.commit().endswith("-dirty")
+        assert (provenance.commit() == clean) == (change is None or change in results)
+
+
+def test_without_the_excluded_paths_there_is_no_commit_to_name(copy: Copy) -> None:
+    (copy.root / "bench" / "provenance.py").write_text("")
+    assert copy.pack()[:2] == (2, "")
+    assert not copy.carry.exists()
+
+
+def test_the_line_refuses_to_run_without_a_folder_for_the_results(copy: Copy, tmp_path: Path) -> None:
+    line = copy.pack().out
+    environment = {**os.environ, "PATH": f"{copy.bin}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "temporary"), "OUT": ""}
+    (tmp_path / "temporary").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(["bash", "-c", line], cwd=copy.root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "OUT: must name the folder for the results" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before, "neither installed nor started"
+
+
+def test_the_extension_is_compiled_for_the_default_architectures(copy: Copy) -> None:
+    (copy.root / "kernels").mkdir()
+    (copy.root / "kernels" / "build.py").write_text(
+        "class BuildError(RuntimeError): ...\n"
+        "def compile_extension(binary, **options):\n"
+        "    raise BuildError(f'{binary.name} with {options}')\n"
+    )
+    assert copy.pack() == Said(1, "", "bench/gpu/pack.sh: dfkd_fast_cuda.so with {}\n")
+
+
+def test_help_is_the_comment_at_the_top(copy: Copy) -> None:
+    said = copy.pack("--help")
+    assert (said.code, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert lines[0].startswith("Pack for a GPU host")
+    assert lines[-1].endswith("the line refuses to run without it.")
+    usage = [line for line in lines if line.startswith("    bench/gpu/pack.sh")]
+    options = {line.split()[0] for line in lines if line.startswith("--")}
+    assert options == set(re.findall(r"--\w+", " ".join(usage)))
+    assert options == set(re.findall(r"--\w+", copy.pack("--no-such-option").err.partition("one of")[2]))
 
 
 @pytest.mark.parametrize("with_data", [False, True], ids=["no data", "data"])
@@ -233,12 +282,31 @@ def test_a_failure_leaves_the_folder_of_before(copy: Copy, environment: dict[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dta", "x"], "--dta: must be one of --python, --data, --rehearse, --list"),
+        (["--dta", "x"], "--dta: must be one of --python, --data, --rehearse, --list, --help"),
         (["--data"], "--data needs a value"),
         (["--python", "no-such-python"], "--python no-such-python: there is no such program"),
+        (["--python", "/bin/cat", "--list"], "--python /bin/cat: must be Python 3.11 or newer"),
+        (["--python", "/bin/true", "--list"], "--python /bin/true: must be Python 3.11 or newer"),
         (["--data", "nowhere"], "--data nowhere: there is neither MNIST/raw/train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_code_2(copy: Copy, arguments: list[str], message: str) -> None:
     assert copy.pack(*arguments) == Said(2, "", f"bench/gpu/pack.sh: {message}\n")
+    assert not copy.carry.exists()
+
+
+@pytest.mark.parametrize(("version", "accepted"), [("2.7", False), ("3.9", False), ("3.10", False), ("3.11", True), ("3.14", True)])
+def test_python_is_3_11_or_newer(copy: Copy, version: str, accepted: bool) -> None:
+    said = copy.pack("--list", VERSION=version)
+    assert (said.code == 0) == accepted
+    assert accepted or said.err.splitlines() == [f"bench/gpu/pack.sh: --python {copy.bin}/python3: must be Python 3.11 or newer"]
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.13"])
+def test_only_the_python_of_the_wheels_rehearses(copy: Copy, version: str) -> None:
+    said = copy.pack("--rehearse", VERSION=version)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.splitlines() == [
+        f"bench/gpu/pack.sh: --rehearse: needs Python 3.12, which the wheels are for; --python {copy.bin}/python3 is {version}"
+    ]
     assert not copy.carry.exists()
