@@ -1,10 +1,13 @@
 """The command line ``python -m bench``: everything on a GPU, single benchmarks, and the documents made from their results."""
 
 import json
+import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn, cast, get_args
@@ -25,7 +28,7 @@ from . import methods as costs
 from . import micro as cases
 from . import plot as pictures
 from .gpu import rehearsal, schedule
-from .gpu.folder import Folder
+from .gpu.folder import Folder, check_out
 from .gpu.stages import STAGES
 from .micro import rows, runner, timing
 from .micro.workload import Mode
@@ -54,26 +57,36 @@ def run_gpu(
 ) -> None:
     """Check and measure everything on a GPU in the minutes that one is there; a second call goes on."""
     chosen = _known("--stage", stage, [one.name for one in STAGES])
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise DfkdError(f"--minutes {minutes:g}: must be above 0")
     if data_root is not None and not data_root.is_dir():
         raise DfkdError(f"--data-root {data_root}: is not a folder")
+    if commit is not None and not re.fullmatch(r"[\w.-]+", commit):
+        raise DfkdError(f"--commit {commit!r}: must be letters, digits, '.', '_' and '-'")
     if not rehearse and not torch.cuda.is_available():
         raise DfkdError("PyTorch sees no GPU here; --rehearse runs everything at toy size on a CPU")
-    device = pick_device("cpu" if rehearse else "cuda")
-    with tempfile.TemporaryDirectory() as temporary:  # a rehearsal has no next call
-        kept = Path(temporary) if rehearse else schedule.folder_of(device_name(device))
+    device = torch.device("cpu" if rehearse else "cuda")
+    target = out or schedule.STATE / ("rehearsal" if rehearse else "out")
+    check_out(target)
+    schedule.STATE.mkdir(exist_ok=True)
+    with (
+        schedule.alone(),
+        tempfile.TemporaryDirectory() as temporary,  # a rehearsal has no next call
+    ):
         campaign = schedule.Campaign(
             stages=STAGES,
-            files=Folder(kept, out or schedule.STATE / "out"),
+            files=Folder(Path(temporary) if rehearse else schedule.folder_of(device_name(device)), target),
             origin=runner.origin(device, commit, f"python -m bench {' '.join(sys.argv[1:])}") | {"rehearsal": rehearse},
-            data_root=data_root,
+            data_root=data_root and data_root.resolve(),
             rehearse=rehearse,
             variables=rehearsal.environment() if rehearse else {},
-            log=lambda line: typer.echo(line),
+            log=_echo,
         )
+        if campaign.origin["commit"] == "unknown":
+            _echo("the commit is unknown here: --commit names it")
+        _echo(f"results: {target}")
         for line in campaign.run(minutes, chosen):
-            typer.echo(line)
+            _echo(line)
     if campaign.failed:
         sys.exit(1)
 
@@ -305,6 +318,11 @@ def _known(option: str, given: Names, known: Sequence[str] | dict[str, cases.Ker
         if name not in known:
             raise DfkdError(f"{option} {name!r}: must be one of {', '.join(known)}")
     return given or []
+
+
+def _echo(line: str) -> None:
+    with suppress(OSError):  # a terminal that is gone must not cost the stages
+        typer.echo(line)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -124,7 +124,9 @@ def run(context: Context) -> None:
     """
     plan = REHEARSAL if context.rehearse else PLAN
     if (reason := _missing_data(plan, context.data_root)) is not None:
-        context.record("data", "skipped", reason, highlight=True)
+        for seed in range(plan.seeds):
+            for settings in plan.recipes:
+                context.leave(f"{settings.name} seed {seed}", reason)
         return
     teachers: dict[str, tuple[str, Path]] = {}
     with TemporaryDirectory() as folder:

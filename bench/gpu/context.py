@@ -12,10 +12,14 @@ import torch
 
 from .records import Record, Status
 
-__all__ = ["Context", "GpuLostError"]
+__all__ = ["CaptureError", "Context", "GpuLostError"]
 
 Case = TypeVar("Case")
 DETAIL = 4000  # characters of a failure's detail that are kept: its end
+
+
+class CaptureError(RuntimeError):
+    """A CUDA graph could not be captured. PyTorch 2.11 may then take the capture for being under way, and fail in what follows."""
 
 
 class GpuLostError(BaseException):
@@ -86,14 +90,14 @@ class Context:
                 continue
             yield case
 
-    def leave(self, case: str) -> None:
-        """Record a case for which there is no time."""
+    def leave(self, case: str, reason: str = "no time was left") -> None:
+        """Record a case that a later call may run."""
         self.left.append(case)
-        self.record(case, "left", "no time was left")
+        self.record(case, "left", reason)
 
     def finish(self, seconds: float) -> None:
         """Send the record of the stage itself, which is its last."""
-        text = f"{len(self.left)} cases are left for the next call" if self.left else ""
+        text = f"{len(self.left)} cases are left" if self.left else ""
         self.record("", "left" if self.left else "ok", text, seconds=round(seconds, 2), row={"complete": not self.left})
 
     @contextmanager
@@ -110,6 +114,8 @@ class Context:
         except Exception as error:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             self.record(case, "failed", text, detail=traceback.format_exc(), seconds=round(time.monotonic() - begin, 2))
+            if isinstance(error, CaptureError):
+                raise GpuLostError(str(error)) from None
             if self.device.type == "cuda":
                 try:
                     torch.cuda.synchronize(self.device)

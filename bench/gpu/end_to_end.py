@@ -221,7 +221,7 @@ def _record_line(context: Context, recipe: Recipe, standing: Standing) -> None:
             compared = f" ({', '.join(ratios)})" if ratios else ""
             facts.append(f"{title} {_ms(medians[name])} ms{compared}")
     case = f"{recipe.name}, resumed" if standing.resumed else recipe.name
-    context.record(case, text=f"{recipe.name} {recipe.loop.batch_size}: {', '.join(facts)}", highlight=True)
+    context.record(case, text=f"{recipe.name} {recipe.loop.batch_size}: {', '.join(facts)}", highlight=True, table="comparison")
 
 
 def _record_kernels(context: Context, case: Case, profile: Profile) -> None:

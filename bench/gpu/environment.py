@@ -3,11 +3,14 @@
 import os
 import platform
 import statistics
+from collections.abc import Callable
+from typing import cast
 
 import torch
 
-from dfkd_fast.kernels import Backend, dispatch
+from dfkd_fast.kernels import Backend, channel_moments, dispatch, use_backend
 from dfkd_fast.kernels.build import BuildError, compile_extension
+from dfkd_fast.kernels.dispatch import backends
 from dfkd_fast.kernels.extension import BINARY
 
 from .. import provenance
@@ -23,23 +26,53 @@ PRODUCTS = 9
 
 
 def run(context: Context) -> None:
-    """Record versions, backends, copy bandwidth (bytes read + written per second) and the rate of a bfloat16 product."""
+    """Record versions, the copy bandwidth (bytes read + written per second), the rate of a bfloat16 product, and a call of each backend."""
+    steps: dict[str, Callable[[str, Context], None]] = {
+        "versions": _versions,
+        "copy bandwidth": _copy,
+        "bf16 product": _product,
+        "triton": _backend,
+        "cuda": _backend,
+    }
+    for name in context.cases(steps):
+        with context.attempt(name):
+            steps[name](name, context)
+
+
+def _versions(case: str, context: Context) -> None:
     versions = {name: provenance.version(name) for name in PACKAGES}
     host = {**_gpu(context.device), "cores": os.cpu_count(), "python": platform.python_version(), "cuda": torch.version.cuda, **versions}
-    context.record("versions", text=", ".join(f"{name} {value}" for name, value in host.items()), table="host", row=host, highlight=True)
-    backends: tuple[Backend, ...] = ("triton", "cuda")
-    for backend in backends:
-        with context.attempt(backend):
-            reason = _reason(context, backend)
-            context.record(backend, "ok" if reason is None else "failed", reason or "available")
-    with context.attempt("copy bandwidth"):
-        bandwidth = timing.copy_bandwidth(timing.turn_on(context.device), context.device) / 1e9
-        row = {"gb_per_s": bandwidth, "bytes": timing.COPIED_BYTES[context.device.type]}
-        context.record("copy bandwidth", text=f"a large copy moves {bandwidth:.0f} GB/s", table="ceilings", row=row, highlight=True)
-    with context.attempt("bf16 product"):
-        rate, side = _product(context)
-        row = {"tflops": rate, "side": side}
-        context.record("bf16 product", text=f"a bf16 product of side {side}: {rate:.3g} TFLOP/s", table="ceilings", row=row, highlight=True)
+    context.record(case, text=", ".join(f"{name} {value}" for name, value in host.items()), table="host", row=host, highlight=True)
+
+
+def _copy(case: str, context: Context) -> None:
+    bandwidth = timing.copy_bandwidth(timing.turn_on(context.device), context.device) / 1e9
+    row = {"gb_per_s": bandwidth, "bytes": timing.COPIED_BYTES[context.device.type]}
+    context.record(case, text=f"a large copy moves {bandwidth:.0f} GB/s", table="ceilings", row=row, highlight=True)
+
+
+def _product(case: str, context: Context) -> None:
+    """The median product of two square matrices of random numbers."""
+    side = TOY_SIDE if context.rehearse else SIDE
+    left, right = (torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2))
+    trial = Trial(lambda _: left @ right, dict, torch.no_grad)
+    rate = 2 * side**3 / statistics.median(timing.turn_on(context.device)(trial, PRODUCTS, True)) / 1e12
+    row = {"tflops": rate, "side": side}
+    context.record(case, text=f"a bf16 product of side {side}: {rate:.3g} TFLOP/s", table="ceilings", row=row, highlight=True)
+
+
+def _backend(case: str, context: Context) -> None:
+    """Whether a backend is there, and runs: one that was compiled for other GPUs can be loaded all the same."""
+    backend = cast(Backend, case)
+    if (reason := _reason(context, backend)) is not None:
+        context.record(case, "failed", reason)
+        return
+    x = torch.arange(24.0, device=context.device).reshape(2, 3, 2, 2)
+    if backend in backends(context.device):  # not yet, of an extension that was compiled just now
+        with use_backend(backend):
+            mean, _ = channel_moments(x)
+        torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    context.record(case, text="available")
 
 
 def _gpu(device: torch.device) -> dict[str, object]:
@@ -75,12 +108,3 @@ def _reason(context: Context, backend: Backend) -> str | None:
 def _gencode(device: torch.device) -> str:
     number = "".join(map(str, torch.cuda.get_device_capability(device)))
     return f"-gencode=arch=compute_{number},code=sm_{number}"
-
-
-def _product(context: Context) -> tuple[float, int]:
-    """TFLOP/s of the median product of two square bfloat16 matrices of random numbers, and their side."""
-    side = TOY_SIDE if context.rehearse else SIDE
-    left, right = (torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2))
-    trial = Trial(lambda _: left @ right, dict, torch.no_grad)
-    seconds = statistics.median(timing.turn_on(context.device)(trial, PRODUCTS, True))
-    return 2 * side**3 / seconds / 1e12, side

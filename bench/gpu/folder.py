@@ -4,12 +4,32 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from dfkd_fast.errors import DfkdError
+
 from .records import Record, read
 
-__all__ = ["Folder"]
+__all__ = ["Folder", "check_out"]
 
 RESULTS, LOG, FAILURES, SUMMARY = FILES = ("results.jsonl", "log.txt", "failures.txt", "summary.txt")
 FILE_LIMIT = 9_000_000  # bytes of a file's copy; of a longer one the end is kept
+
+
+def check_out(folder: Path) -> None:
+    """Check that copies may go to a folder: that what stands there under their names are older copies.
+
+    Raises:
+        DfkdError: it is the current folder, no folder, or holds files of others.
+    """
+    if folder.resolve() == Path.cwd():
+        raise DfkdError(f"--out {str(folder)!r}: must be a folder of its own")
+    if folder.exists() and not folder.is_dir():
+        raise DfkdError(f"--out {folder}: is not a folder")
+    try:
+        ours = bool(read(folder / RESULTS))
+    except (OSError, TypeError, ValueError):
+        ours = False
+    if not ours and (others := [name for name in FILES if (folder / name).is_file()]):
+        raise DfkdError(f"--out {folder}: holds {others[0]}, which python -m bench gpu would replace")
 
 
 class Folder:
@@ -25,6 +45,8 @@ class Folder:
 
     def __init__(self, kept: Path, out: Path) -> None:
         self.kept, self.out = kept, out
+        self._cut: set[str] = set()
+        """Files whose last line may be incomplete."""
         self.troubles: list[str] = []
         """What could not be read or written, in a line each."""
         for folder in (kept, out):
@@ -34,16 +56,19 @@ class Folder:
                 (out / name).unlink(missing_ok=True)
 
     def records(self) -> list[Record]:
-        """Those of earlier calls."""
+        """Those of earlier calls. A line that was cut off leaves the file, so that nothing is appended to it."""
         try:
-            return read(self.kept / RESULTS)
+            records = read(self.kept / RESULTS)
+            if records:
+                self.replace_records(records)
+            return records
         except (OSError, TypeError, ValueError) as error:
-            self._trouble(f"{self.kept / RESULTS} cannot be read: {error}")
+            self._trouble(f"FAILED {self.kept / RESULTS} cannot be read: {error}")
             return []
 
     def append(self, name: str, text: str) -> None:
         """Add to a file."""
-        self._write(name, text, "a")
+        self._write(name, f"\n{text}" if name in self._cut else text, "a")
 
     def replace(self, name: str, text: str) -> None:
         """Write a file anew."""
@@ -61,14 +86,16 @@ class Folder:
                 if source.is_file() and (name not in (RESULTS, LOG) or _size(target) != min(_size(source), FILE_LIMIT)):
                     target.write_bytes(_end(source))
             except OSError as error:
-                self._trouble(f"{target} cannot be written: {error.strerror}")
+                self._trouble(f"FAILED {target} cannot be written: {error.strerror}")
 
     def _write(self, name: str, text: str, mode: str) -> None:
         try:
             with (self.kept / name).open(mode) as file:
                 file.write(text)
+            self._cut.discard(name)
         except OSError as error:
-            self._trouble(f"{self.kept / name} cannot be written: {error.strerror}")
+            self._cut.add(name)
+            self._trouble(f"FAILED {self.kept / name} cannot be written: {error.strerror}")
 
     def _trouble(self, text: str) -> None:
         if text not in self.troubles:

@@ -29,7 +29,7 @@ from ..micro.rows import Row
 from ..micro.workload import Mode, Provider
 from ..processes import Pool, WorkerError
 from . import rehearsal
-from .context import Context
+from .context import Context, GpuLostError
 from .records import Status
 
 __all__ = ["Job", "Plan", "compile_job", "run"]
@@ -40,6 +40,7 @@ OURS = ("numba", "triton", "cuda", "fused_ema")
 PEERS = tuple(name for name in PROVIDERS if name not in (*OURS, "reference"))
 CASE_NEEDS = 1.5  # seconds
 TRITON_SHARE, COMPILE_SHARE = 0.25, 0.5  # at most, of the time that is left
+MOST_CORES = 16  # each process has memory of the GPU
 SPARE_CORES = 2  # not for compiling
 FLOAT, HALF = torch.float32, torch.bfloat16
 LAYOUTS = ("contiguous", "channels_last")
@@ -128,7 +129,7 @@ def run(context: Context) -> None:
     )
     without_compile = replace(with_compile, providers=[name for name in PROVIDERS if name != COMPILE])
     _configure_inductor()
-    processes = max(1, len(os.sched_getaffinity(0)) - SPARE_CORES)
+    processes = max(1, min(MOST_CORES, len(os.sched_getaffinity(0))) - SPARE_CORES)
     with Pool(partial(compile_job, context.device), processes) as pool:
         _compile_triton(context, pool, plan.cases)
         measured = {case for case in plan.cases if str(case) in context.done}
@@ -163,7 +164,10 @@ def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool
         # A provider whose row is a failure may have cost this process the GPU: then the case fails here, and the stage continues in
         # another process.
         torch.ones(1, device=context.device).sum().item()
-        context.record(str(case), text=f"{case}: {_compared(rows)}", seconds=round(time.monotonic() - begin, 2), highlight=highlight)
+        seconds = round(time.monotonic() - begin, 2)
+        context.record(str(case), text=f"{case}: {_compared(rows)}", seconds=seconds, highlight=highlight, table="comparison")
+        if failed := next((row.timed for row in rows if timing.CAPTURE_FAILED in row.timed), None):
+            raise GpuLostError(failed)
 
 
 @contextmanager
@@ -202,8 +206,7 @@ def _compared(rows: Sequence[Row]) -> str:
         return "none of ours was timed"
     if peer is None:
         return _described(ours)
-    ratio = "" if peer.provider == "eager" else f", {_median(peer) / _median(ours):.3g} x {peer.provider}"
-    return f"{_described(ours)}{ratio}, the fastest peer"
+    return f"{_described(ours)}, {_median(peer) / _median(ours):.3g} x the fastest peer ({peer.provider})"
 
 
 def _median(row: Row) -> float:

@@ -16,6 +16,8 @@ from ..provenance import ROOT
 
 __all__ = ["Ending", "run"]
 
+CLEARED = ("DFKD_FAST_BACKEND", "PYTEST_ADDOPTS", "TRITON_INTERPRET")
+"""Variables of the user's that would change what is checked or measured."""
 TICK = 1.0  # seconds between calls of ``on_tick``
 CHUNK = 1 << 16
 
@@ -49,7 +51,7 @@ def run(
     Args:
         command: the number of a file descriptor is appended, to which it may write lines.
         standard_input: what it can read. Not an argument, whose length is limited.
-        variables: added to this process's environment.
+        variables: added to this process's environment, of which ``CLEARED`` are left out.
         seconds: after which the group is killed.
         on_line: told each line written to that descriptor, without its newline.
         on_output: told what is written to standard output and standard error, in pieces.
@@ -63,7 +65,7 @@ def run(
         process = subprocess.Popen(
             [*command, str(writing)],
             cwd=ROOT,
-            env={**os.environ, **variables},
+            env={**{name: value for name, value in os.environ.items() if name not in CLEARED}, **variables},
             stdin=content,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,6 +1,7 @@
 """What every process of the tests stage's pytest needs, those of xdist included: ``-p bench.gpu.pytest_plugin``."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item.nodeid not in settled]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """End a worker that has lost its GPU, before all its further tests fail for that reason: xdist starts a new one."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End a worker whose test cost it the GPU, before all its further tests fail for that reason: xdist starts a new one."""
+    result = yield
     if hasattr(item.config, "workerinput") and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
             os._exit(1)
+    return result

@@ -58,17 +58,23 @@ def parse(line: str) -> Record:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file; a last line that was cut off by the end of its process is left out. No file, no records."""
+    """The records of a file; lines that were cut off, as by the end of a process or a full disk, are left out. No file, no records.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     if not path.is_file():
         return []
-    *lines, rest = path.read_text().split("\n")
-    if rest:
+    lines = [line for line in path.read_text().split("\n") if line]
+    records = []
+    for line in lines:
         try:
-            parse(rest)
-            lines.append(rest)
-        except (TypeError, ValueError):
-            pass
-    return [parse(line) for line in lines if line]
+            records.append(parse(line))
+        except json.JSONDecodeError:
+            continue
+    if lines and not records:
+        raise ValueError(f"{lines[0][:80]!r} is not a record")
+    return records
 
 
 def cases_done(records: Iterable[Record], stage: str) -> set[str]:

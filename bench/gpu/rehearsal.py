@@ -33,10 +33,12 @@ def prepare() -> None:
 
 def unavailable_reason(backend: Backend) -> str | None:
     """Why a GPU's backend does not serve this process's CPU tensors, in a line; None if it can."""
+    if backend == "cuda" and (reason := _cuda_on_cpu().why_not()) is not None:
+        return str(reason)
     if (reason := dispatch.why_not(backend)) is not None:
         return reason
     if backend == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("dfkd_fast::moments_forward.cuda", "CPU"):
-        return _cuda_on_cpu().why_not() or "the CUDA kernels were not compiled for this CPU"
+        return "the CUDA kernels were not compiled for this CPU"
     if backend == "triton" and not dispatch.interpreting():
         return "TRITON_INTERPRET is not 1"
     if backend == "triton" and version("triton").startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":

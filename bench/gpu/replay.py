@@ -5,6 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dfkd_fast.errors import first_line
+
+from .context import CaptureError
+
 __all__ = ["replayed"]
 
 WARM_UP = 3
@@ -19,6 +23,9 @@ def replayed(step: Callable[[], Sequence[Tensor]], device: torch.device) -> tupl
 
     Returns:
         What replays the step, and the results, which every replay overwrites. On a CPU a replay is a call whose results are copied.
+
+    Raises:
+        CaptureError: the step cannot be captured.
     """
     if device.type != "cuda":
         results = step()
@@ -35,6 +42,9 @@ def replayed(step: Callable[[], Sequence[Tensor]], device: torch.device) -> tupl
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    try:
+        with torch.cuda.graph(graph):
+            results = step()
+    except RuntimeError as error:
+        raise CaptureError(f"the capture failed: {first_line(error)}") from error
     return graph.replay, results

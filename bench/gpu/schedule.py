@@ -1,5 +1,6 @@
 """Runs the stages one after the other, each in a process of its own, and keeps what they send, whatever happens to them."""
 
+import fcntl
 import hashlib
 import json
 import re
@@ -12,19 +13,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..provenance import ROOT
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.kernels.extension import BINARY
+
+from ..provenance import ROOT, version
 from . import folder, process, summary
 from .folder import Folder
 from .records import FAILURES, Record, cases_done, parse, stages_done
 from .stages import Stage
 from .worker import GPU_LOST
 
-__all__ = ["STATE", "Campaign", "folder_of", "source_digest"]
+__all__ = ["STATE", "Campaign", "alone", "digest_of_all", "folder_of"]
 
 STATE = ROOT / ".bench-gpu"
 RESERVE = 5.0  # seconds kept for the table
 GRACE = 2.0  # seconds from a stage's deadline, of which it knows, to its end by force
-PROCESSES = 5  # that one stage may have, where each dies of one of its cases
+PROCESSES = 8  # that one stage may have, where each dies of one of its cases
 LOG_END = 4000  # characters of a stage's output that are kept with its failure
 SOURCES = ("bench", "csrc", "dfkd_fast", "kernels", "tests")
 SOURCE_FILES = {".cpp", ".cu", ".cuh", ".h", ".py", ".toml"}
@@ -54,6 +58,8 @@ class Campaign:
     """Of this call and, for the same sources and device, of earlier ones."""
     troubles: list[str] = field(default_factory=list)
     """What went wrong outside the stages, in a line each."""
+    _anew: set[str] = field(default_factory=set)
+    """Stages whose records of earlier calls go once there are new ones."""
 
     @property
     def failed(self) -> bool:
@@ -70,19 +76,15 @@ class Campaign:
         self.records = self.files.records()
         done = stages_done(self.records)
         try:
-            with _sigterm_as_interrupt():
+            with _signals_as_interrupt():
                 for stage in self.stages:
-                    if chosen and stage.name in chosen and stage.name in done:
-                        self.records = [record for record in self.records if record.stage != stage.name]
-                        self.files.replace_records(self.records)
-                    elif stage.name in done and not chosen:
+                    if stage.name in done and not chosen:
                         self.log(f"{stage.name}: done in an earlier call")
-                        continue
-                    if not chosen or stage.name in chosen:
-                        self._run_stage(stage, end)
+                    elif not chosen or stage.name in chosen:
+                        self._run_stage(stage, end, anew=stage.name in done)
         except KeyboardInterrupt:
-            self.troubles.append("interrupted: what was recorded before is here")
-        self.files.replace(folder.FAILURES, summary.failures(self.records))
+            self.troubles.append("INTERRUPTED: what was recorded before is here")
+        self.files.replace(folder.FAILURES, "\n".join([*self.troubles, *self.files.troubles, summary.failures(self.records)]))
         self.files.replace(folder.SUMMARY, "\n".join(self._table()) + "\n")
         self.files.copy()
         return self._table()
@@ -90,15 +92,18 @@ class Campaign:
     def _table(self) -> list[str]:
         return summary.lines(self.records, [stage.name for stage in self.stages], [*self.troubles, *self.files.troubles])
 
-    def _run_stage(self, stage: Stage, end: float) -> None:
+    def _run_stage(self, stage: Stage, end: float, *, anew: bool) -> None:
         limit = stage.rehearsal_limit if self.rehearse else stage.limit
         begin = time.monotonic()
         deadline = min(begin + limit, end - GRACE)
         if deadline - begin < min(stage.needs, limit):
-            text = f"{max(0.0, deadline - begin):.0f} s are left, and it needs {stage.needs:.0f}: the next call runs it"
-            self._take(Record(stage.name, "", "left", text))
+            text = f"{max(0.0, deadline - begin):.0f} s are left, and it needs {stage.needs:.0f}"
+            if not anew:
+                self._take(Record(stage.name, "", "left", text))
             self.log(f"{stage.name}: {text}")
             return
+        if anew:
+            self._anew.add(stage.name)
         self.log(f"{stage.name}: at most {deadline - begin:.0f} s")
         run = _StageRun(self, stage, deadline)
         try:
@@ -115,6 +120,10 @@ class Campaign:
     def _take(self, record: Record) -> None:
         """Keep a record; one that its stage could not send itself gets its origin here."""
         record = record if record.origin else replace(record, origin=dict(self.origin))
+        if record.stage in self._anew:
+            self._anew.remove(record.stage)
+            self.records = [one for one in self.records if one.stage != record.stage]
+            self.files.replace_records(self.records)
         self.records.append(record)
         self.files.append(folder.RESULTS, record.line() + "\n")
 
@@ -124,7 +133,7 @@ class _StageRun:
 
     def __init__(self, campaign: Campaign, stage: Stage, deadline: float) -> None:
         self.campaign, self.stage, self.deadline = campaign, stage, deadline
-        self.settled = cases_done(campaign.records, stage.name)
+        self.settled = set() if stage.name in campaign._anew else cases_done(campaign.records, stage.name)
         """Cases that are not to be run again."""
         self.running = ""
         """The case that was begun last, as long as it has not ended."""
@@ -177,7 +186,7 @@ class _StageRun:
                 return
             record = parse(line.decode())
         except (TypeError, ValueError) as error:
-            self.campaign.troubles.append(f"{self.stage.name} sent what is not a record: {error}")
+            self.campaign.troubles.append(f"FAILED {self.stage.name} sent what is not a record: {error}")
             return
         self.ended |= not record.case
         self.running = "" if record.case == self.running else self.running
@@ -190,14 +199,31 @@ class _StageRun:
         self.campaign.files.append(folder.LOG, text)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, no other campaign of this checkout runs: they would share the device, and the files.
+
+    Raises:
+        DfkdError: one is running.
+    """
+    with (STATE / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DfkdError("another python -m bench gpu is running here") from None
+        yield
+
+
 def folder_of(device_name: str) -> Path:
-    """Where the records of a device, for the sources as they are, are kept from call to call."""
-    return STATE / f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}-{source_digest()}"
+    """Where the records of a device are kept from call to call, as long as what runs there stays the same."""
+    return STATE / f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}-{digest_of_all()}"
 
 
-def source_digest() -> str:
-    """Of all that a stage runs: another state of it, committed or not, has other results."""
-    digest = hashlib.sha256()
+def digest_of_all() -> str:
+    """Of the sources, committed or not, the compiled extension and the versions of what they stand on."""
+    digest = hashlib.sha256(repr([version(name) for name in ("torch", "triton", "numba")]).encode())
+    if BINARY.is_file():
+        digest.update(BINARY.read_bytes())
     for name in SOURCES:
         for path in sorted((ROOT / name).rglob("*")):
             if path.suffix in SOURCE_FILES and path.is_file():
@@ -206,14 +232,15 @@ def source_digest() -> str:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does: the stage ends, and the table is still printed."""
+def _signals_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM and the end of the terminal do what Ctrl-C does: the stage ends, and the table is still written."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

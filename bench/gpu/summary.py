@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from .records import FAILURES, Record
+from .records import FAILURES, Record, Status
 
-__all__ = ["describe", "failures", "latest", "lines"]
+__all__ = ["FIGURES", "describe", "failures", "latest", "lines"]
 
+FIGURES = {"comparison", "compilation", "kernels", "pytest"}
+"""Tables whose records are results of cases, or of several, and no cases themselves."""
 LINES = 60
-WIDTH = 160
+WIDTH = 240
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
@@ -25,7 +27,7 @@ def lines(records: Sequence[Record], stages: Sequence[str], troubles: Sequence[s
         troubles: what went wrong outside the stages, in a line each.
     """
     now = latest(records)
-    failed = [*(f"FAILED {text}" for text in troubles), *(_failure(record) for record in now if record.status in FAILURES)]
+    failed = [*troubles, *(_failure(record) for record in now if record.status in FAILURES)]
     width = 2 + max(map(len, ("stage", *stages)))
     table = [_row(name, now, width) for name in stages]
     highlights = [f"{record.stage}: {record.text}" for record in now if record.highlight and record.status not in FAILURES]
@@ -50,22 +52,32 @@ def describe(records: Iterable[Record], stage: str) -> str:
     """How a stage ended, in a few words."""
     now = [record for record in latest(records) if record.stage == stage]
     whole = next((record for record in now if not record.case), None)
-    counts = Counter(record.status for record in now if record.case)
-    said = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    said = ", ".join(f"{count} {status}" for status, count in sorted(_counts(now).items()))
     if whole is None:
         return said or "nothing"
-    return f"{whole.text or whole.status}{f' ({said})' if said else ''}"
+    return f"{whole.text or _status(now)}{f' ({said})' if said else ''}"
 
 
 def _row(stage: str, records: Iterable[Record], width: int) -> str:
     of_stage = [record for record in records if record.stage == stage]
     whole = next((record for record in of_stage if not record.case), None)
-    counts = Counter(record.status for record in of_stage if record.case)
+    counts = _counts(of_stage)
     failed = counts["failed"] + counts["wrong"]
-    status = "not run" if whole is None else "failed" if whole.status == "ok" and failed else whole.status
+    status = _status(of_stage)
     seconds = "" if whole is None or whole.seconds is None else f"{whole.seconds:.1f}"
     numbers = f"{counts['ok']:>7}{failed:>8}{counts['skipped']:>9}{counts['left']:>7}"
     return f"{stage:<{width}}{status:<10}{seconds:>8}{numbers}"
+
+
+def _counts(records: Iterable[Record]) -> Counter[Status]:
+    return Counter(record.status for record in records if record.case and (record.table not in FIGURES or record.status in FAILURES))
+
+
+def _status(of_stage: Sequence[Record]) -> str:
+    whole = next((record for record in of_stage if not record.case), None)
+    if whole is None:
+        return "not run"
+    return "failed" if whole.status == "ok" and any(record.status in FAILURES for record in of_stage) else whole.status
 
 
 def _failure(record: Record) -> str:

@@ -13,10 +13,12 @@ import pytest
 
 from .. import provenance
 from .context import Context
+from .records import Status
 
 __all__ = ["ON_CPU", "ON_GPU", "Part", "run"]
 
-CORES = len(os.sched_getaffinity(0))  # not pytest's auto, which counts a core's two threads as one: what takes time is compiling
+# Not pytest's auto, which counts a core's two threads as one: what takes time is compiling. But each process has memory of the GPU.
+CORES = min(16, len(os.sched_getaffinity(0)))
 SPARE = 2.0  # seconds before the deadline at which what has not ended is left
 
 
@@ -91,9 +93,10 @@ def run(context: Context) -> None:
 
     def stop() -> None:
         # pytest would wait for the test that is running, and xdist for its workers: the process ends here instead.
-        for part, reporter in reporters.items():
+        for part, reporter in list(reporters.items()):
             reporter.leave()
-            context.leave(str(part))
+            context.left.append(str(part))
+            context.record(str(part), "left", "no time was left", table="pytest")
         context.finish(time.monotonic() - begin)
         sys.stdout.flush()
         os._exit(0)
@@ -104,12 +107,24 @@ def run(context: Context) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settled = Path(folder) / "settled.txt"
         settled.write_text("\n".join(context.done))
-        options = ("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_plugin", f"--settled={settled}")
+        options = (
+            "-q",
+            "--tb=short",
+            "--continue-on-collection-errors",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "bench.gpu.pytest_plugin",
+            f"--settled={settled}",
+        )
         for part in parts:
             code = pytest.main(
                 [*options, f"--rootdir={provenance.ROOT}", "-n", str(part.workers), *part.arguments], plugins=[reporters[part]]
             )
-            failed = code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
-            reporters.pop(part)
-            context.record(str(part), "failed" if failed else "ok", f"pytest ended with exit code {int(code)}")
+            reporter = reporters.pop(part)
+            reporter.leave()
+            ended = code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+            nothing_left = code == pytest.ExitCode.NO_TESTS_COLLECTED and bool(context.done)
+            status: Status = "ok" if ended or nothing_left else "failed"
+            context.record(str(part), status, f"pytest ended with exit code {int(code)}", table="pytest")
     timer.cancel()

@@ -7,6 +7,7 @@ import faulthandler
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ def main() -> None:
     deadline = time.monotonic() + job["seconds"]
     descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     # Where it hangs, the log shows at which line.
     faulthandler.dump_traceback_later(max(0.5, job["seconds"]))
     with os.fdopen(descriptor, "w", buffering=1) as records:
@@ -47,6 +49,13 @@ def main() -> None:
             write(Record(job["stage"], "", "failed", text, traceback.format_exc()[-4000:]).line())
             traceback.print_exc()
             sys.exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """End this process and what it started once its parent is gone: nobody else would free the GPU."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> None:

@@ -26,6 +26,8 @@ from .workload import Trial
 
 __all__ = ["Ready", "copy_bandwidth", "measure", "peak_memory_bytes", "ready", "turn_on"]
 
+CAPTURE_FAILED = "capture failed"
+"""In ``Ready.timed``: an error ended the capture itself, after which PyTorch 2.11 may take it for being under way."""
 CASE_SECONDS = 1.0
 TURN_SECONDS = 0.005
 ROUNDS = (5, 30)
@@ -84,6 +86,8 @@ def ready(trial: Trial, device: torch.device) -> Ready:
     if trial.capturable:
         try:
             trial, timed = _captured(trial, device), "graph replay"
+        except _CaptureFailedError as error:
+            timed += f", {CAPTURE_FAILED}: {error}"
         except RuntimeError as error:
             timed += f", no graph: {first_line(error)}"
     cycles = FEWEST_CYCLES
@@ -158,14 +162,21 @@ def _captured(trial: Trial, device: torch.device) -> Trial:
         with _waiting_is_an_error():  # found while capturing, it would leave random generators unusable
             trial.run(trial.prepare())
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph, stream=stream):
-            results = trial.run(trial.prepare())
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                results = trial.run(trial.prepare())
+        except RuntimeError as error:
+            raise _CaptureFailedError(first_line(error)) from error
 
     def replay(_: object) -> object:
         graph.replay()
         return results  # where a replay writes: it must not be given to others
 
     return replace(trial, run=replay, prepare=lambda: None)
+
+
+class _CaptureFailedError(RuntimeError):
+    """The capture was begun and could not be ended well."""
 
 
 def _hidden(trial: Trial, cycles: int, device: torch.device) -> bool:

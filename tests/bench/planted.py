@@ -101,6 +101,11 @@ def without_time(context: Context) -> None:
         context.record(case)
 
 
+def telling_variables(context: Context) -> None:
+    for name in ("DFKD_FAST_BACKEND", "PYTEST_ADDOPTS", "TRITON_INTERPRET", "GIVEN"):
+        context.record(name, text=os.environ.get(name, "cleared"))
+
+
 def flooding(context: Context) -> None:
     for number in range(1000):
         print(f"{number:0>1000}")
@@ -111,5 +116,6 @@ def few_tests(context: Context) -> None:
     from bench.gpu import tests
 
     file = Path(os.environ["PLANTED_TESTS"])
-    tests.ON_CPU = (tests.Part((f"--rootdir={file.parent}", str(file)), 1),)
+    root = file if file.is_dir() else file.parent
+    tests.ON_CPU = (tests.Part((f"--rootdir={root}", str(file)), 1),)
     tests.run(context)

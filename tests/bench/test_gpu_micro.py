@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bench.gpu import micro, rehearsal
-from bench.gpu.context import Context
+from bench.gpu.context import Context, GpuLostError
 from bench.gpu.records import Record
-from bench.micro import Case, discrepancy, rows, timing
+from bench.micro import Case, discrepancy, rows, runner, timing
 from bench.processes import WorkerError
 from dfkd_fast.kernels import dispatch
 
@@ -116,7 +116,7 @@ def test_a_case_has_one_line_that_names_the_fastest_of_ours(stage: Stage, compil
     assert said[str(KL)].highlight
     assert not said[str(L1)].highlight
     assert said[str(KL)].text.startswith(f"{KL}: numba ")
-    assert said[str(KL)].text.endswith("the fastest peer")
+    assert said[str(KL)].text.endswith("x the fastest peer (eager)")
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_who_is_compared_with_whom(provider: str, kind: str) -> None:
     assert (
         said
         == {
-            "neither": "cuda 9 us, 1 x foreach_lerp, the fastest peer",
-            "ours": f"{provider} 3 us, 3 x foreach_lerp, the fastest peer",
-            "peer": f"cuda 9 us, 0.333 x {provider}, the fastest peer".replace(", 0.333 x eager", ""),
+            "neither": "cuda 9 us, 1 x the fastest peer (foreach_lerp)",
+            "ours": f"{provider} 3 us, 3 x the fastest peer (foreach_lerp)",
+            "peer": f"cuda 9 us, 0.333 x the fastest peer ({provider})",
         }[kind]
     )
     lacking = replace(usual, provider="flat_lerp", status="ok, without num_batches_tracked", median_us=1.0)
@@ -233,3 +233,13 @@ def test_a_process_leaves_its_code_where_this_one_finds_it(monkeypatch: pytest.M
     micro.compile_job(torch.device("cpu"), micro.Job("compile", KL))
     assert called
     assert set(called) == {discrepancy.FUNCTIONS["kl"][0]}
+
+
+def test_a_capture_that_failed_costs_the_process_but_not_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = rows.Row("kl", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", timed=f"behind a sleep, {timing.CAPTURE_FAILED}: x")
+    monkeypatch.setattr(runner.Run, "rows", lambda self, workload: iter([[row]]))
+    cpu, records = torch.device("cpu"), list[Record]()
+    run = runner.Run(device=cpu, modes=(), providers=(), repeats=None, turn=timing.turn_on(cpu), copy_bandwidth=1.0, origin={})
+    with pytest.raises(GpuLostError, match=timing.CAPTURE_FAILED):
+        micro._measure(Context("micro", cpu, True, time.monotonic() + SOON, records.append), run, KL, False)
+    assert [record.case for record in records] == [f"{KL} / cuda", str(KL)]

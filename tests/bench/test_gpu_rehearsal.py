@@ -46,8 +46,11 @@ def test_without_a_gpu_it_says_how_to_rehearse(monkeypatch: pytest.MonkeyPatch, 
     [
         (["--stage", "smok"], "--stage 'smok': must be one of environment, smoke, tests, micro, end-to-end, accuracy"),
         (["--rehearse", "--minutes", "0"], "--minutes 0: must be above 0"),
+        (["--rehearse", "--minutes", "nan"], "--minutes nan: must be above 0"),
+        (["--rehearse", "--out", ""], "--out '.': must be a folder of its own"),
+        (["--rehearse", "--commit", "`x`"], "--commit '`x`': must be letters, digits"),
         (["--rehearse", "--data-root", "nowhere"], "--data-root nowhere: is not a folder"),
-        (["--rehearse", "--out", "README.md"], "File exists: 'README.md'"),
+        (["--rehearse", "--out", "README.md"], "--out README.md: is not a folder"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import folder as folders
-from bench.gpu import summary
-from bench.gpu.folder import Folder
+from bench.gpu import schedule, summary
+from bench.gpu.folder import Folder, check_out
 from bench.gpu.records import Record, parse, read
 from bench.gpu.schedule import Campaign
+from dfkd_fast.errors import DfkdError
 from tests.bench.faults import all_faults, campaign, stage
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +31,14 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Campaign, list[str
 
 def statuses(ran: Campaign, name: str) -> dict[str, str]:
     return {record.case: record.status for record in summary.latest(ran.records) if record.stage == name}
+
+
+def runs(process: str) -> bool:
+    """Whether a process is there, and not only its exit code."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def text(ran: Campaign, name: str, case: str = "") -> str:
@@ -86,8 +99,7 @@ def test_nothing_that_a_stage_started_outlives_it(faulty: tuple[Campaign, list[s
     left.run(5.0)
     assert statuses(left, "leaving")[""] == "ok"
     for ran, name in ((faulty[0], "hang"), (left, "leaving")):
-        status = Path(f"/proc/{text(ran, name, 'child')}/stat")
-        assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+        assert not runs(text(ran, name, "child"))
 
 
 def test_other_operations_than_the_wrong_one_pass(faulty: tuple[Campaign, list[str], Path]) -> None:
@@ -114,7 +126,7 @@ def test_a_second_call_goes_on_where_the_first_one_ended(tmp_path: Path) -> None
     first.run(0.5)
     assert statuses(first, "without time") == {"short": "left", "long": "left", "": "left"}
     assert statuses(first, "too long") == {"": "left"}
-    assert "the next call runs it" in text(first, "too long")
+    assert "s are left, and it needs 50" in text(first, "too long")
     assert not first.failed
     second = campaign(tmp_path, *stages, log=said.append)
     second.run(5.0)
@@ -133,6 +145,54 @@ def test_a_chosen_stage_that_was_done_begins_anew_and_no_other_runs(tmp_path: Pa
     assert ran.records[-1].stage == "sound"
 
 
+def test_a_chosen_stage_without_time_keeps_what_it_had(tmp_path: Path) -> None:
+    for minutes in (5.0, 0.5):
+        ran = campaign(tmp_path, stage("sound", "sound", needs=50.0), log=lambda line: None)
+        ran.run(minutes, ["sound"])
+        assert statuses(ran, "sound") == {"first": "ok", "second": "ok", "": "ok"}
+        assert len(read(tmp_path / "kept" / "results.jsonl")) == 3
+
+
+def test_a_call_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    kept = tmp_path / "kept" / "results.jsonl"
+    for _ in range(3):
+        ran = campaign(tmp_path, stage("sound", "sound"), log=lambda line: None)
+        ran.run(5.0)
+        assert statuses(ran, "sound") == {"first": "ok", "second": "ok", "": "ok"}
+        assert not ran.failed
+        kept.write_text(kept.read_text()[:-20])
+    assert sum(record.case == "first" for record in ran.records) == 1
+
+
+def test_variables_of_the_user_change_nothing_of_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DFKD_FAST_BACKEND", "PYTEST_ADDOPTS", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "reference")
+    variables = {"TRITON_INTERPRET": "1", "GIVEN": "2"}
+    ran = campaign(tmp_path, stage("telling", "telling_variables"), variables=variables, log=lambda line: None)
+    ran.run(5.0)
+    said = {record.case: record.text for record in ran.records if record.case}
+    assert said == {"DFKD_FAST_BACKEND": "cleared", "PYTEST_ADDOPTS": "cleared", "TRITON_INTERPRET": "1", "GIVEN": "2"}
+
+
+def test_a_stage_ends_where_its_scheduler_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.bench.faults import campaign, stage;"
+        "campaign(Path(sys.argv[1]), stage('hang', 'hanging')).run(5.0)"
+    )
+    scheduler = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not any(record.case == "child" for record in read(tmp_path / "kept" / "results.jsonl")):
+        assert scheduler.poll() is None
+        time.sleep(0.1)
+    scheduler.kill()
+    scheduler.wait()
+    child = next(record.text for record in read(tmp_path / "kept" / "results.jsonl") if record.case == "child")
+    for _ in range(300):
+        if not runs(child):
+            return
+        time.sleep(0.1)
+    pytest.fail("the child of the stage outlived the scheduler by 30 s")
+
+
 def test_sigterm_ends_the_stage_and_still_prints_the_table(tmp_path: Path) -> None:
     stages = [stage("sound", "sound"), stage("hang", "hanging")]
     ran = campaign(tmp_path, *stages, log=lambda line: None)
@@ -146,7 +206,8 @@ def test_sigterm_ends_the_stage_and_still_prints_the_table(tmp_path: Path) -> No
     thread.start()
     lines = ran.run(5.0)
     thread.join()
-    assert lines[0] == "FAILED interrupted: what was recorded before is here"
+    assert lines[0] == "INTERRUPTED: what was recorded before is here"
+    assert lines[0] in (tmp_path / "out" / "failures.txt").read_text()
     assert statuses(ran, "sound")[""] == "ok"
     assert statuses(ran, "hang")["before"] == "ok"
     assert statuses(ran, "hang")[""] == "left"
@@ -170,11 +231,46 @@ def test_more_cases_than_an_argument_could_name_are_skipped(tmp_path: Path) -> N
     assert [record.case for record in ran.records[5001:]] == ["second", ""]
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_lines_that_were_cut_off_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     whole = Record("smoke", "case", "ok", row={"value": 1.5})
-    path.write_text(f"{whole.line()}\n{whole.line()[:20]}")
-    assert read(path) == [whole]
+    path.write_text(f"{whole.line()}\n{whole.line()[:20]}{whole.line()}\n{whole.line()}\n{whole.line()[:20]}")
+    assert read(path) == [whole, whole]
+    path.write_text("something else\n")
+    with pytest.raises(ValueError, match="is not a record"):
+        read(path)
+
+
+def test_what_is_written_after_a_failure_begins_a_line_of_its_own(tmp_path: Path) -> None:
+    files = Folder(tmp_path / "kept", tmp_path / "out")
+    files.append("results.jsonl", "half of a li")
+    files._cut.add("results.jsonl")  # as an error in the middle of it does
+    files.append("results.jsonl", Record("smoke", "case", "ok").line() + "\n")
+    assert [record.case for record in files.records()] == ["case"]
+
+
+def test_a_folder_of_someone_else_is_refused_as_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("log.txt", "results.jsonl"):
+        theirs = tmp_path / name.partition(".")[0]
+        theirs.mkdir()
+        (theirs / name).write_text("mine")
+        with pytest.raises(DfkdError, match=f"holds {name}, which"):
+            check_out(theirs)
+        assert (theirs / name).read_text() == "mine"
+    campaign(tmp_path, stage("sound", "sound"), log=lambda line: None).run(5.0)
+    check_out(tmp_path / "out")
+    check_out(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DfkdError, match="must be a folder of its own"):
+        check_out(Path())
+
+
+def test_two_campaigns_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "STATE", tmp_path)
+    with schedule.alone(), pytest.raises(DfkdError, match="another python -m bench gpu is running here"), schedule.alone():
+        pass
+    with schedule.alone():
+        pass
 
 
 @pytest.mark.parametrize("line", ["[]", "3", '{"stage": "smoke", "status": "fine"}', '{"case": "x"}', "nothing"])

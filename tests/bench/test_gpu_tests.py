@@ -34,13 +34,14 @@ def test_comes_after_the_crash(): pass
 """
 
 
-def run(folder: Path, text: str, *, limit: float = 60.0) -> dict[str, Record]:
-    """The records of the tests in a file, by their functions' names."""
+def run(folder: Path, text: str, tested: Path | None = None, *, limit: float = 60.0, parts: bool = False) -> dict[str, Record]:
+    """The records of the tests in a file, or in a folder, by their functions' names; with ``parts`` those of whole calls, too."""
     file = folder / "test_planted.py"
     file.write_text(text)
-    ran = campaign(folder, stage("tests", "few_tests", limit=limit), variables={"PLANTED_TESTS": str(file)}, log=lambda line: None)
+    variables = {"PLANTED_TESTS": str(tested or file)}
+    ran = campaign(folder, stage("tests", "few_tests", limit=limit), variables=variables, log=lambda line: None)
     ran.run(5.0)
-    return {record.case.rpartition("::")[2]: record for record in latest(ran.records) if not record.case.startswith("--rootdir")}
+    return {record.case.rpartition("::")[2]: record for record in latest(ran.records) if parts or record.table != "pytest"}
 
 
 def test_every_test_is_a_case_and_a_failure_says_why(tmp_path: Path) -> None:
@@ -61,9 +62,36 @@ def test_every_test_is_a_case_and_a_failure_says_why(tmp_path: Path) -> None:
     assert "crashed" in found["test_crashes"].text
 
 
+LOSING = """
+import torch
+
+def lose():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_loses_the_gpu():
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, lose
+    lose()
+
+def test_is_innocent():
+    assert not torch.cuda.is_initialized()
+"""
+
+
+def test_a_test_that_costs_the_gpu_fails_alone(tmp_path: Path) -> None:
+    found = run(tmp_path, LOSING)
+    assert found["test_loses_the_gpu"].status == "failed"
+    assert found["test_is_innocent"].status == "ok"
+
+
 def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
-    found = run(tmp_path, "import nothing_of_this_name\n")
+    (tmp_path / "test_sound.py").write_text("def test_sound(): pass\n")
+    found = run(tmp_path, "import nothing_of_this_name\n", tmp_path)
     assert any(record.status == "failed" and "nothing_of_this_name" in record.text for record in found.values())
+    assert found["test_sound"].status == "ok"
+
+
+def test_no_test_at_all_is_a_failure(tmp_path: Path) -> None:
+    assert any(record.status == "failed" and "exit code 5" in record.text for record in run(tmp_path, "", parts=True).values())
 
 
 def test_what_there_is_no_time_for_is_left_and_a_second_call_runs_it(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_what_cannot_be_captured_is_timed_behind_a_sleep_with_the_reason(gpu: Gp
         gpu.issue(30e-6, 300e-6)
 
     ready = timing.ready(trial(call, capturable=True), CUDA)
-    assert ready.timed == "behind a sleep, no graph: operation not permitted when stream is capturing"
+    assert ready.timed == "behind a sleep, capture failed: operation not permitted when stream is capturing"
     assert microseconds(gpu, ready) == pytest.approx(30)
     assert gpu.stream == "usual"
 
