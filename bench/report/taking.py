@@ -16,7 +16,7 @@ from .. import end_to_end, provenance, table
 from ..gpu.records import FAILURES, Record
 from ..gpu.records import read as read_records
 from ..gpu.stages import STAGES
-from ..gpu.summary import latest
+from ..gpu.summary import FIGURES, latest
 from ..micro import rows as micro_rows
 from .checks import check_record, check_row, check_run
 from .figures import Figures, is_gpu
@@ -30,8 +30,6 @@ TABLES = ("micro", "end-to-end", "accuracy")
 SHARED = ("device", "torch", "triton", "numba", "commit", "command")
 """What a row takes from its record's origin where it does not say it itself."""
 CASES = 10  # named of all that have the same reason
-FIGURES = {"comparison", "compilation", "kernels", "pytest"}
-"""Tables whose records are results of cases, or of several, and no cases themselves."""
 KEPT = ("host", "ceilings", "kernels")
 """Tables of a stage that documents show: a figure stays until there is a newer one, as those of TABLES."""
 END_TO_END_KEY = ("recipe", "batch_size", "precision", "contender")
