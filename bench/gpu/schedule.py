@@ -109,10 +109,13 @@ class Campaign:
         try:
             reason = run.to_its_end()
         except KeyboardInterrupt:
-            self._take(Record(stage.name, "", "left", "interrupted"))
+            if stage.name not in self._anew:
+                self._take(Record(stage.name, "", "left", "interrupted"))
             raise
         seconds = round(time.monotonic() - begin, 2)
-        if reason is not None:
+        if stage.name in self._anew:
+            self.troubles.append(f"FAILED {stage.name}: {reason}; it recorded nothing, and what an earlier call found stays")
+        elif reason is not None:
             self._take(Record(stage.name, "", "failed", reason, run.log_end, seconds))
         self.log(f"{stage.name}: {summary.describe(self.records, stage.name)}, {seconds:.0f} s")
         self.files.copy()
@@ -190,7 +193,8 @@ class _StageRun:
             return
         self.ended |= not record.case
         self.running = "" if record.case == self.running else self.running
-        self.settled.add(record.case)
+        if record.status != "left":
+            self.settled.add(record.case)
         self.campaign._take(record)
 
     def _output(self, data: bytes) -> None:

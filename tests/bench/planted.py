@@ -58,6 +58,16 @@ def dying(context: Context) -> None:
             context.record(case)
 
 
+def leaving_before_dying(context: Context) -> None:
+    if not context.done:
+        context.leave("left at first")
+    for case in context.cases(["deadly", "left at first"]):
+        with context.attempt(case):
+            if case == "deadly":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            context.record(case)
+
+
 def dying_at_once(context: Context) -> None:
     os._exit(3)
 

@@ -153,6 +153,21 @@ def test_a_chosen_stage_without_time_keeps_what_it_had(tmp_path: Path) -> None:
         assert len(read(tmp_path / "kept" / "results.jsonl")) == 3
 
 
+def test_a_chosen_stage_that_records_nothing_keeps_what_it_had(tmp_path: Path) -> None:
+    campaign(tmp_path, stage("sound", "sound"), log=lambda line: None).run(5.0)
+    ran = campaign(tmp_path, stage("sound", "dying_at_once"), log=lambda line: None)
+    lines = ran.run(5.0, ["sound"])
+    assert lines[0] == "FAILED sound: exit code 3; it recorded nothing, and what an earlier call found stays"
+    assert statuses(ran, "sound") == {"first": "ok", "second": "ok", "": "ok"}
+    assert ran.failed
+
+
+def test_a_case_that_was_left_before_the_process_died_is_run_by_the_next_one(tmp_path: Path) -> None:
+    ran = campaign(tmp_path, stage("leaving", "leaving_before_dying"), log=lambda line: None)
+    ran.run(5.0)
+    assert statuses(ran, "leaving") == {"left at first": "ok", "deadly": "failed", "": "ok"}
+
+
 def test_a_call_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path) -> None:
     kept = tmp_path / "kept" / "results.jsonl"
     for _ in range(3):
