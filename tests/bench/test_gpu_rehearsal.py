@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_stage_of_the_rehearsal_passes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench", "gpu", "--rehearse", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "gpu", "--rehearse", "--minutes", "20", "--out", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr + (tmp_path / "failures.txt").read_text()
     records = latest(read(tmp_path / "results.jsonl"))
