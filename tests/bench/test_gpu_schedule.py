@@ -41,6 +41,15 @@ def runs(process: str) -> bool:
         return False
 
 
+def ends(process: str) -> bool:
+    """Whether a process ends within 30 seconds: who was killed is not gone at once."""
+    for _ in range(300):
+        if not runs(process):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def text(ran: Campaign, name: str, case: str = "") -> str:
     return next(record.text for record in reversed(ran.records) if (record.stage, record.case) == (name, case))
 
@@ -99,7 +108,7 @@ def test_nothing_that_a_stage_started_outlives_it(faulty: tuple[Campaign, list[s
     left.run(5.0)
     assert statuses(left, "leaving")[""] == "ok"
     for ran, name in ((faulty[0], "hang"), (left, "leaving")):
-        assert not runs(text(ran, name, "child"))
+        assert ends(text(ran, name, "child"))
 
 
 def test_other_operations_than_the_wrong_one_pass(faulty: tuple[Campaign, list[str], Path]) -> None:
@@ -200,12 +209,7 @@ def test_a_stage_ends_where_its_scheduler_is_killed(tmp_path: Path) -> None:
         time.sleep(0.1)
     scheduler.kill()
     scheduler.wait()
-    child = next(record.text for record in read(tmp_path / "kept" / "results.jsonl") if record.case == "child")
-    for _ in range(300):
-        if not runs(child):
-            return
-        time.sleep(0.1)
-    pytest.fail("the child of the stage outlived the scheduler by 30 s")
+    assert ends(next(record.text for record in read(tmp_path / "kept" / "results.jsonl") if record.case == "child"))
 
 
 def test_sigterm_ends_the_stage_and_still_prints_the_table(tmp_path: Path) -> None:
