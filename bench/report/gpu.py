@@ -12,7 +12,7 @@ __all__ = ["NOT_MEASURED", "README_NOT_MEASURED", "readme_sections", "sections"]
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 NOT_MEASURED = "Not measured on a GPU yet: `python -m bench gpu` fills this table."
-README_NOT_MEASURED = "On a GPU: not measured yet."
+README_NOT_MEASURED = "On a GPU: not measured yet ([docs/gpu.md](docs/gpu.md) says how to measure)."
 EXTRACT = 6  # rows of a table in the README
 SHOWN_KERNELS = 10  # of the most expensive ones of a recipe
 SHOWN_REASONS = 25  # why cases of a device did not pass
