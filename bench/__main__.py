@@ -67,7 +67,8 @@ def run_gpu(
         raise DfkdError("PyTorch sees no GPU here; --rehearse runs everything at toy size on a CPU")
     device = torch.device("cpu" if rehearse else "cuda")
     target = out or schedule.STATE / ("rehearsal" if rehearse else "out")
-    check_out(target)
+    if out is not None:
+        check_out(out)
     schedule.STATE.mkdir(exist_ok=True)
     with (
         schedule.alone(),

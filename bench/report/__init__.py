@@ -37,7 +37,7 @@ def main(sources: Iterable[Path] = (), root: Path = ROOT) -> list[str]:
         What was taken in, in lines.
 
     Raises:
-        DfkdError: a source is none of these or has something that may not be published, or a document has no place for a table.
+        DfkdError: a source is not one of these, or has something that may not be published, or a document has no place for a table.
     """
     intake = Intake()
     for source in sources:

@@ -42,7 +42,7 @@ def sections(figures: Figures) -> dict[str, str]:
 
 
 def run_table(entries: list[dict[str, Any]]) -> str:
-    """A row a recipe and device: means over its seeds, and what may hide behind a mean seed by seed."""
+    """One row for each recipe and device: means over its seeds, and what may hide behind a mean seed by seed."""
     titles = ("command", "seeds", "teacher", "last", "best", "mean", "variance", "variance, last ¾", "largest drop", "seconds", "device")
     rows = []
     for alike in _grouped(entries):
@@ -63,7 +63,7 @@ def run_table(entries: list[dict[str, Any]]) -> str:
 
 
 def segmentation_table(entries: list[dict[str, Any]]) -> str:
-    """A row a recipe and device of runs with per-pixel labels: means over the seeds."""
+    """One row for each recipe and device, of runs with per-pixel labels: means over the seeds."""
     if not entries:
         return NOT_MEASURED
     titles = (
@@ -128,7 +128,7 @@ def methods_table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def end_to_end_table(rows: Iterable[dict[str, str]]) -> str:
-    """A row a contender."""
+    """One row for each contender."""
     titles = (
         *("recipe", "batch", "precision", "contender", "s an iteration", "× plain", "× plain compiled"),
         *("peak MiB", "student's", "device"),
@@ -147,7 +147,7 @@ def end_to_end_table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def evaluation_table(rows: Iterable[dict[str, str]]) -> str:
-    """A row a stage and loader."""
+    """One row for each stage and loader."""
     titles = ("stage", "loader", "workers", "images/s", "× torchvision", "device")
     cells = [
         (
@@ -161,7 +161,7 @@ def evaluation_table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def kernel_table(rows: Iterable[dict[str, str]]) -> str:
-    """Whole calls in float32 that differentiate every side, a row a case: the peers, then numba."""
+    """Whole calls in float32 that differentiate every side, one row for each case: the peers, then numba."""
     titles = ("kernel", "size", "layout", "eager", "torch.compile", "best peer", "ours", "× eager", "× torch.compile", "device")
     cases: dict[tuple[str, str, str, str], dict[str, float]] = {}
     for row in rows:

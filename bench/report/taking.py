@@ -49,7 +49,7 @@ class Intake:
         """Add a source: the folder of a run, the ``--out`` folder of ``python -m bench gpu``, or its ``results.jsonl``.
 
         Raises:
-            DfkdError: it is none of these, or holds nothing that may be published.
+            DfkdError: it is not one of these, or holds something that may not be published.
         """
         if (source / RECORDS).is_file():
             self._read_records(source / RECORDS)

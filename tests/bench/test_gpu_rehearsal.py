@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.gpu import rehearsal, schedule
 from bench.gpu.records import read
 from bench.gpu.stages import STAGES
 from bench.gpu.summary import latest
@@ -57,6 +58,20 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(arguments, monkeypatch, capsys)
+
+
+def test_the_default_folder_may_hold_what_an_interrupted_call_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    left = tmp_path / "rehearsal" / "log.txt"
+    left.parent.mkdir()
+    left.write_text("== environment")
+    monkeypatch.setattr(schedule, "STATE", tmp_path)
+    monkeypatch.setattr(schedule.Campaign, "run", lambda self, minutes, chosen: [])
+    monkeypatch.setattr(rehearsal, "environment", dict)
+    monkeypatch.setattr(sys, "argv", ["bench", "gpu", "--rehearse"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert not left.exists()
 
 
 def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

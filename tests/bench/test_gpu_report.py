@@ -2,145 +2,19 @@
 
 import json
 import re
-import shutil
-import sys
-from collections.abc import Iterable
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from bench import provenance, report, table
-from bench.__main__ import main
-from bench.gpu.records import Record, Status
-from bench.micro.rows import Row
+from bench.gpu.records import Record
 from bench.provenance import ROOT
 from bench.report import gpu
 from bench.report.figures import Figures, is_gpu
-from bench.report.markdown import END
-from dfkd_fast import DfkdError
 from dfkd_fast.engine.device import device_name
-
-H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
-COMMAND = "python -m bench gpu --minutes 9 --out /scratch/out"
-
-
-class Device:
-    """Writes the records of a GPU that is so many times as slow as an imagined one."""
-
-    def __init__(self, name: str, slowness: float, commit: str = "abc1234", rehearsal: bool = False) -> None:
-        self.slowness = slowness
-        versions = {"torch": "2.11.0", "triton": "3.6.0", "numba": ""}
-        self.origin: dict[str, Any] = {"device": name, **versions, "commit": commit, "command": COMMAND, "rehearsal": rehearsal}
-
-    def record(
-        self, stage: str, case: str, status: Status = "ok", text: str = "", table: str = "", row: dict[str, Any] | None = None
-    ) -> Record:
-        return Record(stage, case, status, text, table=table, row=row or {}, origin=self.origin)
-
-    def kernel(self, provider: str, microseconds: float, status: str = "ok", **others: Any) -> Record:
-        timed: dict[str, Any] = (
-            {"median_us": microseconds * self.slowness, "share_of_copy": 0.91, "timed": "graph replay"} if status.startswith("ok") else {}
-        )
-        shared = {name: value for name, value in self.origin.items() if name != "rehearsal"}
-        case: dict[str, Any] = {
-            "kernel": "ema",
-            "variant": "plain",
-            "mode": "update",
-            "size": "resnet50",
-            "dtype": "float32",
-            "layout": "contiguous",
-        }
-        row = asdict(Row(**{**case, "provider": provider, "status": status, **timed, **shared, **others}))
-        recorded: Status = "ok" if timed else "wrong"
-        return self.record("micro", f"ema resnet50 / {provider}", recorded, status, table="micro", row=row)
-
-    def contender(self, name: str, seconds: float, **others: Any) -> Record:
-        row: dict[str, Any] = {
-            "recipe": "cifar10-dfad",
-            "batch_size": 256,
-            "precision": "bf16",
-            "contender": name,
-            "turns": 5,
-            "peak_memory_mib": 1234.5,
-            "autocast": "bf16",
-            "tf32": "convolutions",
-        }
-        row |= {"seconds_per_iteration": seconds * self.slowness, "device": self.origin["device"], "commit": self.origin["commit"]}
-        return self.record("end-to-end", f"cifar10-dfad {name}", table="end-to-end", row=row | others)
-
-    def profiled(self, contender: str, rank: int) -> Record:
-        row: dict[str, Any] = {"recipe": "cifar10-dfad", "batch_size": 256, "contender": contender, "rank": rank, "share": 0.05}
-        row |= {"name": f"{contender}_{rank}<float>", "calls_per_iteration": 7.0, "us_per_iteration": (99 - rank) * self.slowness}
-        return self.record("end-to-end", f"cifar10-dfad {contender}: kernel {rank}", table="kernels", row=row)
-
-    def run(self, seed: int, last: float) -> Record:
-        retention = {"last": last, "best": last + 0.5, "largest_drop": 0.25}
-        row: dict[str, Any] = {"recipe": "mnist-dfad (3 of 60 epochs)", "seed": seed, "device": "cuda", "teacher_accuracy": 99.0}
-        row |= {"retention": retention}
-        row |= {"command": f"dfkd-fast distill mnist-dfad --seed {seed} --set loop.epochs=3", "seconds": {"total": 40 * self.slowness}}
-        return self.record("accuracy", f"mnist-dfad seed {seed}", table="accuracy", row=row | {"device_name": self.origin["device"]})
-
-    def everything(self) -> list[Record]:
-        return [
-            self.record("environment", "versions", table="host", row={"python": "3.12.3", "memory_gib": 80 * self.slowness}),
-            self.record("environment", "copy bandwidth", table="ceilings", row={"gb_per_s": 4000 / self.slowness}),
-            self.record("environment", "", row={"complete": True}),
-            *(self.record("tests", f"tests/kernels/test_ema.py::test_{index}") for index in range(7)),
-            self.record("tests", "tests/kernels/test_kl.py::test_wide", "failed", "AssertionError: 0.5 > 0.1"),
-            self.record("tests", "tests/kernels/test_kl.py::test_flat", "failed", "AssertionError: 0.5 > 0.1"),
-            self.record("tests", "tests/test_apex.py::test_adam", "skipped", "Skipped: needs apex"),
-            self.record("tests", "", row={"complete": True}),
-            self.kernel("eager", 40),
-            self.kernel("foreach_lerp", 20),
-            self.kernel("flat_lerp", 5, status="ok, without integer buffers"),
-            self.kernel("cuda", 10),
-            self.kernel("triton", 0, status="wrong: averages differ"),
-            self.contender("plain", 0.8),
-            self.contender("engine", 0.2),
-            *(self.profiled("plain", rank) for rank in range(25)),
-            *(self.profiled("engine", rank) for rank in range(25)),
-            self.run(0, 98.0),
-            self.run(1, 97.0),
-        ]
-
-
-def write(path: Path, records: Iterable[Record]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(record.line() + "\n" for record in records))
-    return path
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A checkout with the documents as they are and no results."""
-    root = tmp_path / "root"
-    for name in ("README.md", "docs/gpu.md"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, root / name)
-    (root / "bench" / "results").mkdir(parents=True)
-    report.main((), root)
-    return root
-
-
-def shown(root: Path, begin: str) -> str:
-    """What stands under a line of a document."""
-    name = next(name for name, sections in report.documents(Figures(root)).items() if begin in sections)
-    return (root / name).read_text().partition(begin)[2].partition(END)[0].strip()
-
-
-def column(text: str, device: str) -> dict[tuple[str, ...], str]:
-    """A device's cell of each row of the first table, by the cells before the devices."""
-    lines = text[text.index("| ") :].partition("\n\n")[0].splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    labels = min(index for index, title in enumerate(rows[0]) if title in (H100, H200))
-    return {tuple(row[:labels]): row[rows[0].index(device)] for row in rows[1:]}
-
-
-def all_files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+from tests.bench.invented_gpus import H100, H200, Device, all_files, column, shown, write
+from tests.bench.invented_gpus import root as root
 
 
 def test_without_a_gpu_every_table_says_so_in_one_line(root: Path) -> None:
@@ -290,146 +164,6 @@ def test_a_part_of_a_run_is_no_figure(root: Path, tmp_path: Path) -> None:
     assert "cut at epoch 2" in shown(root, gpu.STAGES)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "has no records"),
-        ("seconds,device\n1,2\n", "is not what python -m bench gpu writes"),
-        ('{"stage": "micro", "status": "fine"}\n', "is not what python -m bench gpu writes"),
-        ('{"stage": "micro", "status": "ok", "row": [1]}\n', r"micro: row is \[1\]"),
-        (Record("micro", "", "failed", "killed").line() + "\n", "does not say on which device"),
-        (Device(H200, 1, rehearsal=True).everything()[0].line() + "\n", "is a rehearsal's"),
-        (Device("x86_64 AVX512, 2 threads", 1).everything()[0].line() + "\n", "is not a GPU"),
-        (Device(H200, 1).kernel("cuda", 10, device=H100).line() + "\n", "a row of NVIDIA H100"),
-        (Device(H200, 1).contender("plain", 1, recipe=None).line() + "\n", "has no recipe"),
-        (Device(H200, 1).run(0, 98.0).line().replace("largest_drop", "drop") + "\n", r"has no retention\.largest_drop"),
-    ],
-)
-def test_what_may_not_be_published_is_refused_in_a_line_and_changes_nothing(root: Path, tmp_path: Path, content: str, message: str) -> None:
-    before = all_files(root)
-    good, bad = write(tmp_path / "good.jsonl", Device(H200, 1).everything()), tmp_path / "bad.jsonl"
-    bad.write_text(content)
-    with pytest.raises(DfkdError, match=message) as caught:
-        report.main([good, bad], root)
-    assert str(bad) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert all_files(root) == before
-
-
-NAN, INFINITE = float("nan"), float("inf")
-BAD_ROWS: list[tuple[str, str, object]] = [
-    *(("micro", "median_us", value) for value in (0.0, -1.0, "fast", [1, 2], True, NAN, INFINITE, {"a": 1})),
-    *(("micro", name, None) for name in ("kernel", "provider", "size")),
-    *(("micro", name, "much") for name in ("share_of_copy", "calls", "load")),
-    *(("micro", name, 5) for name in ("commit", "command", "status", "torch")),
-    *(("end-to-end", "seconds_per_iteration", value) for value in (0, -0.1, True, "0.5", NAN, INFINITE)),
-    *(("end-to-end", "batch_size", value) for value in ("256", 0, 2.5)),
-    *(("end-to-end", name, None) for name in ("recipe", "contender", "commit")),
-    ("end-to-end", "peak_memory_mib", INFINITE),
-    ("end-to-end", "remarks", "\ud800"),
-    *(("accuracy", "seconds", value) for value in (5, {}, {"total": NAN}, {"total": -1})),
-    *(("accuracy", "retention", value) for value in ([98.0], "98", {"last": "98", "best": 98, "largest_drop": 0}, None)),
-    *(("accuracy", "seed", value) for value in ("0", 1.5, True, None)),
-    *(("accuracy", name, NAN) for name in ("teacher_accuracy",)),
-    *(("accuracy", name, 7) for name in ("recipe", "command", "metric", "versions")),
-    *(("kernels", name, None) for name in ("name", "recipe", "contender")),
-    *(("kernels", name, "many") for name in ("share", "us_per_iteration", "calls_per_iteration", "batch_size")),
-    *(("ceilings", "gb_per_s", value) for value in ("quick", 0, -3.0, NAN, True)),
-    *(("host", "python", value) for value in ([3], {"a": 1}, NAN)),
-]
-BAD_FIELDS: list[tuple[str, object]] = [
-    *(("stage", value) for value in (None, 7, "", [1])),
-    *(("case", value) for value in ([5], 5, {"a": 1})),
-    *(("text", value) for value in (5, ["a"], "\udc00")),
-    *(("seconds", value) for value in ("long", -1, NAN, True)),
-    *(("table", value) for value in ([5], 5)),
-    *(("row", value) for value in ([1], "a", 5)),
-    *(("origin", value) for value in ([1], "a", 5, {"device": 5}, {"device": H200, "command": 5}, {"device": H200, "commit": None})),
-    ("origin", {"device": "€"}),
-    ("origin", {"device": H200, "commit": 5}),
-]
-
-
-def refused(root: Path, source: Path) -> str:
-    """The message for a source, which must change nothing and not stop later reports."""
-    report.main([write(root.parent / "good.jsonl", Device(H200, 1).everything())], root)
-    before = all_files(root)
-    with pytest.raises(DfkdError) as caught:
-        report.main([root.parent / "good.jsonl", source], root)
-    assert all_files(root) == before
-    report.main((), root)
-    assert all_files(root) == before
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(source) in message
-    message.encode()
-    return message
-
-
-@pytest.mark.parametrize(("kind", "field", "value"), BAD_ROWS)
-def test_a_row_with_a_bad_value_is_refused_by_name_and_changes_nothing(
-    root: Path, tmp_path: Path, kind: str, field: str, value: object
-) -> None:
-    record = next(one for one in Device(H100, 1).everything() if one.table == kind)
-    message = refused(root, write(tmp_path / "bad.jsonl", [replace(record, row=record.row | {field: value})]))
-    assert f"{record.stage} / {record.case}: " in message
-    assert field in message
-
-
-@pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
-def test_a_record_with_a_bad_field_is_refused_by_name_and_changes_nothing(root: Path, tmp_path: Path, field: str, value: object) -> None:
-    fields: dict[str, Any] = json.loads(Device(H100, 1).everything()[0].line())
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(json.dumps(fields | {field: value}) + "\n")
-    refused(root, bad)
-
-
-@pytest.mark.parametrize("depth", [20, 600, 100_000])
-def test_deeply_nested_records_are_refused(root: Path, tmp_path: Path, depth: int) -> None:
-    bad, line = tmp_path / "bad.jsonl", Device(H100, 1).record("micro", "case", row={"deep": "HERE"}).line()
-    bad.write_text(line.replace('"HERE"', "[" * depth + "]" * depth) + "\n")
-    refused(root, bad)
-
-
-@pytest.mark.parametrize("content", ["[]", "5", '{"recipe": 5}', "[" * 100_000, '{"recipe": "a", "seed": 0, "device_name": "b"}', "\x00"])
-def test_a_bad_run_is_refused_and_changes_nothing(root: Path, tmp_path: Path, content: str) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "summary.json").write_text(content)
-    (tmp_path / "run" / "recipe.toml").write_text('[data]\nname = "mnist"\nroot = "/data"\n')
-    refused(root, tmp_path / "run")
-
-
-def test_a_run_without_what_the_readme_says_of_a_cpu_is_refused(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(Device("x86_64 AVX512, 2 threads", 1).run(0, 98.0).row))
-    (tmp_path / "run" / "recipe.toml").write_text('[data]\nname = "digits"\nroot = ""\n')
-    assert "has no retention.mean" in refused(root, tmp_path / "run")
-
-
-def test_an_error_while_the_tables_are_made_changes_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(rows: object) -> str:
-        raise ZeroDivisionError("float division by zero")
-
-    before = all_files(root)
-    monkeypatch.setattr(gpu, "stages", broken)
-    with pytest.raises(DfkdError, match="ZeroDivisionError: float division by zero"):
-        report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
-    assert all_files(root) == before
-
-
-def test_devices_whose_files_would_have_the_same_name_are_not_mixed(root: Path, tmp_path: Path) -> None:
-    report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
-    before = all_files(root)
-    with pytest.raises(DfkdError, match="too much like NVIDIA-H200"):
-        report.main([write(tmp_path / "two.jsonl", Device("NVIDIA-H200", 1).everything())], root)
-    assert all_files(root) == before
-
-
-def test_a_wrong_result_s_error_need_not_be_finite(root: Path, tmp_path: Path) -> None:
-    report.main([write(tmp_path / "one.jsonl", [Device(H200, 1).kernel("cuda", 0, status="wrong: NaN", error=NAN)])], root)
-    assert "cuda wrong" in shown(root, gpu.KERNELS)
-
-
 @pytest.mark.parametrize("name", ["two\nlines", "a|b", "a `b` c", "<!-- end of the table -->", "\u2028"])
 def test_any_name_stays_in_its_cell(root: Path, tmp_path: Path, name: str) -> None:
     device = Device(H200, 1, commit=f"abc{name}")
@@ -524,31 +258,6 @@ def test_stages_stand_in_their_order_whichever_was_taken_in_first(root: Path, tm
 def test_kernels_of_a_profile_are_no_cases(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     assert column(shown(root, gpu.STAGES), H200)["end-to-end",].startswith("2 passed, left: ")
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/gpu.md"])
-def test_a_document_without_a_place_for_a_table_is_found_before_anything_is_written(root: Path, tmp_path: Path, name: str) -> None:
-    (root / name).write_text("nothing\n")
-    before = all_files(root)
-    with pytest.raises(DfkdError, match="has no line"):
-        report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
-    assert all_files(root) == before
-
-
-def test_on_the_command_line_a_refused_source_is_one_line_and_exit_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "report", str(tmp_path)])
-    with pytest.raises(SystemExit) as exited:
-        main()
-    assert exited.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", ["nowhere", "."])
-def test_a_folder_of_neither_kind_is_refused(root: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(DfkdError, match="is neither a run's folder"):
-        report.main([tmp_path / name], root)
 
 
 def test_a_run_s_folder_is_taken_in_at_the_commit_checked_out(root: Path, tmp_path: Path) -> None:
