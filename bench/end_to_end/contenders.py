@@ -184,7 +184,9 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     endless = {"loop.epochs": 1, "loop.iterations_per_epoch": MANY, "loop.generator_pretraining": 0}
     trainer = Trainer(teacher, student, generator, _changed(recipe, changes | endless), device=device)
     if not changes["algorithms"]:
-        for network in (trainer._game.teacher, trainer._game.observer.network, student, generator):
+        game = trainer._game
+        replaying = () if game.memory is None else game.memory.networks
+        for network in (game.teacher, game.observer.network, game.student, game.generator, *replaying):
             _use_default_convolutions(network)
     marks = Marks(device)
     trainer.clock = _MarkingClock(device, marks)

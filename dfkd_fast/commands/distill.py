@@ -64,9 +64,9 @@ def distill(run: Run) -> dict[str, Any]:
     _begin_encoder(recipe, student, teacher)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
+    run.go_on(trainer, folder.checkpoints)
     for remark in trainer.remarks:
         run.say(remark)
-    run.go_on(trainer, folder.checkpoints)
     _train_student(run, trainer, teacher_accuracy)
     iou = evaluate.iou({"teacher": teacher, "student": trainer.result}) if evaluate else {}
 

@@ -75,7 +75,7 @@ class TeacherTrainer:
     @property
     def finished(self) -> bool:
         """Whether every epoch is done."""
-        return self.done == self.epochs
+        return self.done >= self.epochs
 
     @property
     def iterations_done(self) -> int:
@@ -125,6 +125,7 @@ class TeacherTrainer:
             "schedule": self.schedule.state_dict(),
             "stream": self.stream.get_state(),
             "torch_random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "done": self.done,
             "seconds": self.clock.read(),
         }
@@ -133,16 +134,22 @@ class TeacherTrainer:
         """Go on from a state that :meth:`state_dict` gave.
 
         Raises:
-            DfkdError: it is the state of something else.
+            DfkdError: it is the state of something else, or of more epochs than there are in all.
         """
         try:
+            if state["done"] > self.epochs:
+                raise DfkdError(f"teacher.epochs = {self.epochs}: the state has {state['done']} epochs done already")
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             settle_rates(self.optimizer, self.device)
             self.schedule.load_state_dict(state["schedule"])
             self.stream.set_state(state["stream"])
             torch.set_rng_state(state["torch_random_state"])
+            if state.get("cuda_random_state") is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
             self.done = state["done"]
             self.clock.seconds.update(state["seconds"])
+        except DfkdError:
+            raise
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise DfkdError(f"the state is not of this teacher: {first_line(error)}") from error

@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,11 +24,13 @@ from dfkd_fast.models import (
     conditioned,
     evaluating,
     folded_and_checked,
-    freeze,
+    frozen_copy,
     fuse_leaky_relus,
     keep_spectral_norms_in_float32,
     logits_only,
     lower_precision,
+    sha256_of,
+    sharing_copy,
     use_cpu_convolutions,
 )
 
@@ -68,12 +71,11 @@ class Trainer:
     Iterate over it for one :class:`Epoch` at a time, or call :meth:`fit`. Both go on from where it stands.
 
     Args:
-        teacher: images (B, C, H, W) → logits (B, classes) or (B, classes, H, W), or a dict with them under ``out``. Put in
-            evaluation mode and frozen, in place; its weights are read here, once, where they are folded or cast.
-        student: the same signature; trained in place. On a CPU the convolutions of all networks become
-            :class:`~dfkd_fast.models.CpuConv2d`, and batch norms of the generator take in the leaky ReLUs behind them, in place, too.
+        teacher: images (B, C, H, W) → logits (B, classes) or (B, classes, H, W), or a dict with them under ``out``; its weights
+            are read here, once, where they are folded or cast.
+        student: the same signature; its parameters and buffers are trained in place.
         generator: one of :mod:`dfkd_fast.models`, or any module with an attribute ``latent_dim`` that maps
-            z (B, latent_dim) to images (B, C, H, W); trained in place.
+            z (B, latent_dim) to images (B, C, H, W); trained in place, too.
         method: the point on the three axes and the schedule; a :class:`~dfkd_fast.Recipe` is one.
         evaluate: called with the student every ``loop.evaluate_every`` epochs, returns its accuracy in
             percent. It is only reported: nothing is chosen by it.
@@ -81,8 +83,12 @@ class Trainer:
         device: where the networks are moved.
         on_iteration: called after every iteration, for a progress bar.
 
+    The networks are moved to the device and to the memory format of ``loop.channels_last``. What else is done to them for speed is
+    done to copies of their modules that share their parameters, buffers and hooks: their classes and modes stay as they are, and
+    setting a mode of :attr:`student` has no effect on the steps. Callbacks leave random states and gradient mode as they found them.
+
     Raises:
-        DfkdError: the networks do not fit each other.
+        DfkdError: the networks do not fit each other, or cannot be copied.
     """
 
     def __init__(
@@ -103,17 +109,9 @@ class Trainer:
             keep_freed_memory()
         self.evaluate = evaluate
         self.on_iteration = on_iteration
-        self.teacher = self._place(freeze(teacher))
-        self.student = self._place(student).train()
-        self.generator = self._place(generator).train()
-        if self.device.type == "cpu":
-            fuse_leaky_relus(self.generator)
+        self.teacher, self.student, self.generator = map(self._place, (teacher, student, generator))
         distributed.broadcast_([tensor for network in (teacher, student, generator) for tensor in network.state_dict().values()])
-        if method.loop.sync_batch_norm and distributed.world_size() > 1:
-            if self.device.type != "cuda":
-                raise DfkdError("loop.sync_batch_norm = true: PyTorch's SyncBatchNorm works on GPUs only")
-            self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
-            self.generator = nn.SyncBatchNorm.convert_sync_batchnorm(self.generator)
+        self.teacher_sha256 = sha256_of(teacher)
         self.average = FusedEMA(self.student, method.loop.student_ema_decay) if method.loop.student_ema_decay else None
         self.student_optimizer = build_optimizer(method.student_optimizer, self.student.parameters(), self.device)
         self.generator_optimizer = build_optimizer(method.generator_optimizer, self.generator.parameters(), self.device)
@@ -135,7 +133,7 @@ class Trainer:
         self.losses: dict[str, Tensor] = {}
         """Of the epoch under way, by term: (iterations_per_epoch, steps), on the device."""
         self._stopping = False
-        self._game = self._set_up(*check_networks(self.teacher, self.student, self.generator, self.device), seed)
+        self._game = self._set_up(seed)
         self.memory = self._game.memory
         self._steps = Steps(self._game, method.loop.capture, self.remarks.append, Compiled(self._called_networks()))
         if method.loop.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
@@ -147,7 +145,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether every epoch is done."""
-        return len(self.history) == self.method.loop.epochs
+        return len(self.history) >= self.method.loop.epochs
 
     @property
     def iterations_done(self) -> int:
@@ -180,7 +178,8 @@ class Trainer:
                     return
                 self._iterate()
                 if self.on_iteration is not None:
-                    self.on_iteration(self)
+                    with self._undisturbed():
+                        self.on_iteration(self)
             yield self._close_epoch()
 
     def warm_up(self) -> None:
@@ -206,12 +205,7 @@ class Trainer:
 
     def sample(self, count: int) -> Tensor:
         """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""
-        stream = torch.Generator(self.device).manual_seed(0)
-        latents = torch.randn(count, int(self.generator.latent_dim), device=self.device, generator=stream)  # type: ignore[arg-type]
-        embedding = getattr(self.generator, "embedding", None)
-        labels = torch.arange(count, device=self.device) % (1 if embedding is None else embedding.num_embeddings)
-        with evaluating(self.generator):
-            return self.generator(conditioned(self.generator, latents, labels))
+        return _sample(self._game.generator, count, self.device)
 
     def mean_losses(self) -> dict[str, float]:
         """Means of the epoch under way, by term; waits for the device."""
@@ -240,12 +234,12 @@ class Trainer:
             raise NonFiniteLossError(f"the {player}'s loss term {name!r} is {value} at {where}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on bit for bit: tensors, numbers and containers."""
-        self._agree()
+        """Everything a run needs to go on bit for bit: tensors, numbers and containers. Changes nothing."""
         networks: dict[str, nn.Module] = {"student": self.student, "generator": self.generator}
         if self.average is not None:
             networks["average"] = self.average
         return {
+            "teacher": self.teacher_sha256,
             "networks": {name: network.state_dict() for name, network in networks.items()},
             "memory": None if self.memory is None or self.memory.private else self.memory.state_dict(),
             "optimizers": [self.student_optimizer.state_dict(), self.generator_optimizer.state_dict()],
@@ -264,9 +258,11 @@ class Trainer:
         """Go on from a state that :meth:`state_dict` gave, of the same networks and method.
 
         Raises:
-            DfkdError: it is the state of something else.
+            DfkdError: it is the state of something else, such as of another teacher's student, or of more epochs than
+                ``loop.epochs``.
         """
         try:
+            self._check_state(state)
             self.precision.load_state_dict(state["precision"])
             self.student.load_state_dict(state["networks"]["student"])
             self.generator.load_state_dict(state["networks"]["generator"])
@@ -288,6 +284,9 @@ class Trainer:
             if own["cuda_random_state"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_random_state"], self.device)
             self.losses = {name: values.to(self.device, copy=True) for name, values in state["losses"].items()}
+            if own.get("buffers") is not None:
+                for buffer, saved in zip(self._own_buffers(), own["buffers"], strict=True):
+                    buffer.copy_(saved)
             if own["fresh"] is not None:
                 for buffer, saved in zip((self._game.images, self._game.logits), own["fresh"], strict=True):
                     buffer.copy_(saved)
@@ -302,6 +301,22 @@ class Trainer:
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise DfkdError(f"the state is not of these networks and this method: {first_line(error)}") from error
 
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raise a :class:`DfkdError` for a state that another teacher or schedule left; nothing is changed yet."""
+        if (teacher := state.get("teacher")) is None:
+            self.remarks.append("the checkpoint does not say which teacher it is of: whether it is this one was not checked")
+        elif teacher != self.teacher_sha256:
+            raise DfkdError(
+                f"the state is of a run with another teacher: of sha256 {teacher[:12]}, and this one's is {self.teacher_sha256[:12]}"
+            )
+        loop, epochs, iteration = self.method.loop, len(state["history"]), state["iteration"]
+        if epochs > loop.epochs or (epochs == loop.epochs and iteration):
+            raise DfkdError(f"loop.epochs = {loop.epochs}: the state has {epochs} epochs and {iteration} iterations done already")
+        if iteration > loop.iterations_per_epoch or any(len(values) != loop.iterations_per_epoch for values in state["losses"].values()):
+            raise DfkdError(
+                f"loop.iterations_per_epoch = {loop.iterations_per_epoch}: the state is of a run with another number of iterations"
+            )
+
     def _private_state(self) -> dict[str, Any]:
         """What every process has another one of."""
         bank = self.memory is not None and self.memory.private
@@ -310,27 +325,46 @@ class Trainer:
             "torch_random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "memory": self.memory.state_dict() if self.memory is not None and bank else None,
+            "buffers": self._own_buffers() if distributed.world_size() > 1 else None,
             # A bank takes the last batch of an epoch in.
             "fresh": [self._game.images, self._game.logits] if bank else None,
         }
 
-    def _agree(self) -> None:
-        """Processes have seen other images: their running statistics become the mean."""
+    def _own_buffers(self) -> list[Tensor]:
+        """Running statistics, of which processes have different ones until an epoch ends: they have seen other images."""
         networks = [self.student, self.generator, *([] if self.average is None else [self.average])]
         networks += [] if self.memory is None else self.memory.networks
-        distributed.average_([buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()])
+        return [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
 
     def _place(self, network: nn.Module) -> nn.Module:
-        keep_spectral_norms_in_float32(network.to(self.device))
-        if self.method.loop.channels_last:
-            network.to(memory_format=torch.channels_last)
-            if self.device.type == "cpu":
-                use_cpu_convolutions(network)
+        """The network itself, on the device, in the memory format of the run."""
+        network.to(self.device)
+        return network.to(memory_format=torch.channels_last) if self.method.loop.channels_last else network
+
+    def _adapt(self, network: nn.Module) -> nn.Module:
+        """A working copy, in place as the steps are fastest with it; returns it."""
+        keep_spectral_norms_in_float32(network)
+        if self.device.type == "cpu" and self.method.loop.channels_last:
+            use_cpu_convolutions(network)
         return network
 
-    def _set_up(self, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:
+    def _working_student(self, network: nn.Module) -> nn.Module:
+        """A student or generator in training mode as the steps call it; it shares all tensors with the network."""
+        loop, working = self.method.loop, self._adapt(sharing_copy(network)).train()
+        if loop.sync_batch_norm and distributed.world_size() > 1:
+            if self.device.type != "cuda":
+                raise DfkdError("loop.sync_batch_norm = true: PyTorch's SyncBatchNorm works on GPUs only")
+            working = nn.SyncBatchNorm.convert_sync_batchnorm(working)
+        return working
+
+    def _set_up(self, seed: int) -> Game:
         loop, objective = self.method.loop, self.method.objective
-        embedding = getattr(self.generator, "embedding", None)
+        frozen = frozen_copy(self.teacher, torch.get_default_dtype())
+        image_shape, logits_shape = check_networks(frozen, self.student, self.generator, self.device)
+        generator = self._working_student(self.generator)
+        if self.device.type == "cpu":
+            fuse_leaky_relus(generator)
+        embedding = getattr(generator, "embedding", None)
         if objective.class_nll and len(logits_shape) > 1:
             raise DfkdError(f"objective.class_nll = {objective.class_nll}: is of one class an image, and the teacher gives logits a pixel")
         if objective.conditional and embedding is None:
@@ -340,8 +374,8 @@ class Trainer:
         layout = torch.channels_last if loop.channels_last else torch.contiguous_format
         rows = loop.batch_size + (self.method.replay.rows_of(loop.batch_size) if self.method.replay.replays else 0)
         images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
-        sample = self.sample(4)
-        teacher, student = self._working_teacher(sample), logits_only(self.student, sample)
+        sample = _sample(generator, 4, self.device)
+        teacher, student = self._working_teacher(frozen, sample), logits_only(self._working_student(self.student), sample)
         self.precision.keep_logits(student, sample)
         for role, network in (("teacher", teacher), ("student", student)):
             if self.precision.rounds_logits(network, sample):
@@ -351,22 +385,22 @@ class Trainer:
         logits = torch.empty(rows, *logits_shape, device=self.device)
         if logits.ndim == 4:
             logits = logits.to(memory_format=layout)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=self._random_devices):
             torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
             fresh = slice(loop.batch_size)
-            memory = build_memory(self.method.replay, self.generator, teacher, images[fresh], logits[fresh])
+            memory = build_memory(self.method.replay, generator, teacher, images[fresh], logits[fresh])
         return Game(
             teacher=teacher,
             observer=Observer(teacher, statistics=objective.bn_moments > 0, features=objective.activation > 0),
             student=student,
-            generator=self.generator,
+            generator=generator,
             memory=memory,
             average=self.average,
             method=self.method,
             precision=self.precision,
             student_optimizer=self.student_optimizer,
             generator_optimizer=self.generator_optimizer,
-            latents=torch.empty(loop.batch_size, int(self.generator.latent_dim), device=self.device),  # type: ignore[arg-type]
+            latents=torch.empty(loop.batch_size, int(generator.latent_dim), device=self.device),  # type: ignore[arg-type]
             labels=torch.empty(loop.batch_size, dtype=torch.long, device=self.device),
             images=images,
             logits=logits,
@@ -374,12 +408,12 @@ class Trainer:
             replay_stream=self.replay_stream,
         )
 
-    def _working_teacher(self, images: Tensor) -> nn.Module:
+    def _working_teacher(self, frozen: nn.Module, images: Tensor) -> nn.Module:
         """The teacher as the steps call it: folded where that changes nothing, its weights in the run's precision."""
-        teacher = logits_only(self.teacher, images)
+        teacher = logits_only(self._adapt(frozen), images)
         if self.method.loop.fold_teacher and any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()):
             try:
-                teacher = self._place(folded_and_checked(teacher, images))
+                teacher = self._adapt(self._place(folded_and_checked(teacher, images)))
             except FoldingError as error:
                 self.remarks.append(f"the teacher's batch norms are not folded: {error}")
         if self.precision.dtype is not None:
@@ -415,7 +449,7 @@ class Trainer:
                     f"the generator's loss term {name!r} is {term.item()} after {self.pretrained} steps of its pretraining"
                 )
         if terms and self.pretrained == wanted and self.memory is not None:
-            self.memory.start(self.generator)
+            self.memory.start(self._game.generator)
 
     def _iterate(self) -> None:
         players = [self._student_steps, self._generator_steps]
@@ -453,7 +487,7 @@ class Trainer:
 
     def _close_epoch(self) -> Epoch:
         self.check_finite()
-        self._agree()
+        distributed.average_(self._own_buffers())
         number = len(self.history) + 1
         losses = self.mean_losses()
         if self.memory is not None:
@@ -461,8 +495,9 @@ class Trainer:
         accuracy = unaveraged = None
         with self.clock.phase("evaluation"):
             if self.evaluate is not None and (number % self.method.loop.evaluate_every == 0 or number == self.method.loop.epochs):
-                accuracy = self.evaluate(self.result)
-                unaveraged = None if self.average is None else self.evaluate(self.student)
+                with self._undisturbed():
+                    accuracy = self.evaluate(self.result)
+                    unaveraged = None if self.average is None else self.evaluate(self.student)
             drift = self._measure_drift()
         with warnings.catch_warnings():
             # Resumed at an epoch's end, the optimisers have taken their steps in another process.
@@ -475,10 +510,32 @@ class Trainer:
         self.iteration = 0
         return epoch
 
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Whatever a callback inside does, afterwards random states, gradient mode and the average's mode are as before."""
+        with torch.random.fork_rng(devices=self._random_devices), torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+        if self.average is not None:
+            self.average.module.eval()
+
+    @property
+    def _random_devices(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
     def _measure_drift(self) -> dict[str, float]:
         if not self.method.loop.drift_samples:
             return {}
-        generators = {"generator": self.generator}
+        generators = {"generator": self._game.generator}
         if self.memory is not None and self.memory.generator is not None:
             generators["replay"] = self.memory.generator
         return self.drift.measure(self._game.student, generators)
+
+
+def _sample(generator: nn.Module, count: int, device: torch.device) -> Tensor:
+    """Images (count, C, H, W) in evaluation mode, always from the same latents."""
+    stream = torch.Generator(device).manual_seed(0)
+    latents = torch.randn(count, int(generator.latent_dim), device=device, generator=stream)  # type: ignore[arg-type]
+    embedding = getattr(generator, "embedding", None)
+    labels = torch.arange(count, device=device) % (1 if embedding is None else embedding.num_embeddings)
+    with evaluating(generator):
+        return generator(conditioned(generator, latents, labels))

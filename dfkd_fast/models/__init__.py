@@ -23,8 +23,9 @@ from .modes import evaluating, logits_of, logits_only, untaught
 from .norms import BatchNormLeakyReLU2d, fuse_leaky_relus, keep_spectral_norms_in_float32
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
+from .sharing import frozen_copy, sharing_copy
 from .vae import Vae
-from .weights import load_weights, read_metadata, save_weights
+from .weights import load_weights, read_metadata, save_weights, sha256_of
 
 __all__ = [
     "PRETRAINED",
@@ -57,6 +58,7 @@ __all__ = [
     "fold",
     "folded_and_checked",
     "freeze",
+    "frozen_copy",
     "fuse_leaky_relus",
     "generate",
     "in_float32",
@@ -69,6 +71,8 @@ __all__ = [
     "lower_precision",
     "read_metadata",
     "save_weights",
+    "sha256_of",
+    "sharing_copy",
     "untaught",
     "use_cpu_convolutions",
 ]

@@ -1,5 +1,6 @@
 """Weights on disk: safetensors that say what network they belong to."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
-__all__ = ["load_weights", "read_metadata", "read_weights", "save_weights"]
+__all__ = ["load_weights", "read_metadata", "read_weights", "save_weights", "sha256_of"]
 
 HEADER = "dfkd_fast"
 
@@ -80,6 +81,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(held, Mapping) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()):
         raise DfkdError(f"weights {path} hold no state dict: a file of named tensors is needed, not a whole network or a training state")
     return dict(held)
+
+
+def sha256_of(network: nn.Module) -> str:
+    """SHA-256 of a network's state dict, in hexadecimal digits: of names, dtypes, shapes and values, whatever their device and strides."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        if not isinstance(tensor, Tensor):  # a module's own extra state
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from dfkd_fast.engine import steps
 from dfkd_fast.kernels import channel_moments
 from dfkd_fast.methods.objective import bn_moments, entropy
 from tests.small import small_method, small_networks
+from tests.states import assert_equal, through_a_file, without_times
 
 BATCH = 12
 
@@ -202,6 +203,30 @@ def check_average() -> None:
             torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, msg=name)
     losses = distributed.gathered([trainer.history[0].losses])
     assert all(one == losses[0] for one in losses)
+
+
+def check_interruption() -> None:
+    method = small_method(replay=Replay(kind="ema_generator"), epochs=2, iterations=3)
+
+    def started() -> Trainer:
+        return Trainer(*small_networks(teacher="wrn10_1", student="wrn10_1", channels=3), method)
+
+    whole, stopped, resumed = started(), started(), started()
+    whole.fit()
+    stopped.on_iteration = lambda trainer: trainer.stop() if trainer.iterations_done == 2 else None
+    stopped.fit()
+    before = [buffer.clone() for buffer in stopped.student.buffers()]
+    states = distributed.gathered([through_a_file(stopped.state_dict())])
+    assert all(map(torch.equal, stopped.student.buffers(), before))
+    statistics = [state["processes"][rank]["buffers"] for rank, state in enumerate(states)]
+    assert not all(map(torch.equal, *statistics))  # of the processes' own batches
+    resumed.load_state_dict(states[0])
+    resumed.fit()
+    assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
+
+
+def test_a_run_stopped_within_an_epoch_ends_as_an_uninterrupted_one() -> None:
+    together(2, check_interruption)
 
 
 def test_every_process_draws_its_own_latents_the_same_for_the_same_seed() -> None:

@@ -71,7 +71,7 @@ def test_spectral_norms_of_a_users_networks_are_left_alone_by_autocast(make_trai
         spectral_norm(network.get_submodule(name))
     names = student.state_dict().keys()
     trainer = make_trainer(method("bf16"), networks=(teacher, student, generator))
-    for network in (trainer._game.teacher, trainer.student, trainer.generator):
+    for network in (trainer._game.teacher, trainer._game.student, trainer._game.generator):
         assert [type(module) for module in network.modules() if isinstance(module, _SpectralNorm)] == [SpectralNorm]
     trainer.fit()
     assert trainer.student.state_dict().keys() == names

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dfkd_fast import NonFiniteLossError, Optimizer
+from dfkd_fast import DfkdError, NonFiniteLossError, Optimizer
 from dfkd_fast.engine import teach
 from dfkd_fast.engine.teach import TeacherTrainer, focal_loss
 from dfkd_fast.settings import VOID
@@ -60,6 +60,16 @@ def test_stopped_in_an_epoch_it_goes_on_from_that_epochs_beginning_bit_for_bit()
     assert [epoch.number for epoch in resumed] == [2, 3, 4]
     for ours, theirs in zip(weights(resumed), weights(whole), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_state_of_more_epochs_than_are_asked_for_is_refused() -> None:
+    whole, shorter = make(epochs=4), make(epochs=3)
+    list(whole)
+    with pytest.raises(DfkdError, match=r"^teacher.epochs = 3: the state has 4 epochs done already$"):
+        shorter.load_state_dict(whole.state_dict())
+    again = make(epochs=4)
+    again.load_state_dict(whole.state_dict())
+    assert again.finished and list(again) == []
 
 
 def test_a_loss_that_is_not_finite_stops_it() -> None:

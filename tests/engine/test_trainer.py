@@ -140,9 +140,59 @@ def test_networks_that_do_not_fit_are_refused_in_one_line(make_trainer: MakeTrai
 
 def test_state_of_another_network_is_refused(make_trainer: MakeTrainer) -> None:
     state = make_trainer(small_method()).state_dict()
-    other = make_trainer(small_method(), networks=small_networks(teacher="wrn10_1", student="wrn10_1", channels=3))
+    teacher, student, _ = small_networks()
+    other = make_trainer(small_method(), networks=(teacher, student, GeneratorA(20, 1, 32, width=8)))
     with pytest.raises(DfkdError, match="not of these networks"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("done", "asked", "message"),
+    [
+        ({"epochs": 3}, {"epochs": 2}, "loop.epochs = 2: the state has 3 epochs and 0 iterations done already"),
+        ({"epochs": 3, "stop_after": 7}, {"epochs": 2}, "loop.epochs = 2: the state has 2 epochs and 1 iterations done already"),
+        ({"stop_after": 3}, {"iterations": 2}, "loop.iterations_per_epoch = 2: the state is of a run with another number of iterations"),
+        ({"stop_after": 1}, {"iterations": 4}, "loop.iterations_per_epoch = 4: the state is of a run with another number of iterations"),
+    ],
+)
+def test_a_state_of_another_schedule_is_refused_and_changes_nothing(
+    make_trainer: MakeTrainer, done: dict[str, int], asked: dict[str, int], message: str
+) -> None:
+    done = dict(done)
+    stop_after = done.pop("stop_after", None)
+    one = make_trainer(small_method(**done))  # type: ignore[arg-type]
+    one.on_iteration = lambda trainer: trainer.stop() if trainer.iterations_done == stop_after else None
+    one.fit()
+    other = make_trainer(small_method(**asked))  # type: ignore[arg-type]
+    before = through_a_file(other.state_dict())
+    with pytest.raises(DfkdError, match=f"^{message}$"):
+        other.load_state_dict(one.state_dict())
+    assert_equal(without_times(other.state_dict()), without_times(before))
+
+
+def test_a_finished_state_of_the_same_schedule_is_finished(make_trainer: MakeTrainer) -> None:
+    one, other = make_trainer(small_method()), make_trainer(small_method())
+    one.fit()
+    other.load_state_dict(through_a_file(one.state_dict()))
+    assert other.finished and list(other) == []
+
+
+def test_a_state_of_another_teacher_is_refused_whatever_the_memory_format_of_the_same(make_trainer: MakeTrainer) -> None:
+    teacher, student, generator = small_networks()
+    state = through_a_file(make_trainer(small_method(channels_last=True)).state_dict())
+    make_trainer(small_method()).load_state_dict(state)
+    with torch.no_grad():
+        next(teacher.parameters())[0] += 1e-3
+    with pytest.raises(DfkdError, match=r"^the state is of a run with another teacher: of sha256 \w{12}, and this one's is \w{12}$"):
+        make_trainer(small_method(), networks=(teacher, student, generator)).load_state_dict(state)
+
+
+def test_a_state_from_before_teachers_were_recorded_is_loaded_with_a_remark(make_trainer: MakeTrainer) -> None:
+    state = make_trainer(small_method()).state_dict()
+    del state["teacher"]
+    trainer = make_trainer(small_method())
+    trainer.load_state_dict(state)
+    assert trainer.remarks == ["the checkpoint does not say which teacher it is of: whether it is this one was not checked"]
 
 
 def test_a_users_own_generator_needs_only_latent_dim(make_trainer: MakeTrainer) -> None:

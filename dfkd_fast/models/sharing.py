@@ -1,0 +1,72 @@
+"""Copies of a network's modules that share its tensors: the copy is changed for speed, the network is trained."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.errors import DfkdError, first_line
+
+from .frozen import freeze
+
+__all__ = ["frozen_copy", "sharing_copy"]
+
+
+def sharing_copy(network: nn.Module) -> nn.Module:
+    """A copy of a network's modules that shares its parameters, buffers and hooks.
+
+    Training the copy trains the network, and a hook registered on a module of either runs in both, but classes and modes are the
+    copy's own. Scripted modules cannot be copied without their tensors: those are the network's own modules.
+
+    Args:
+        network: left as it is; a module compiled in place by ``module.compile()`` is compiled in the copy as well.
+
+    Raises:
+        DfkdError: it holds something that cannot be copied.
+    """
+    return _copied(network, {id(module): module for module in network.modules() if isinstance(module, torch.jit.ScriptModule)})
+
+
+def frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in evaluation mode that computes no weight gradients and shares the network's memory where it is of that dtype.
+
+    Args:
+        network: left as it is, its modes and what it trains included.
+        dtype: of the copy's floating-point parameters and buffers.
+
+    Raises:
+        DfkdError: it holds something that cannot be copied.
+    """
+    copied = _copied(network, {})
+    detached: dict[nn.Parameter, nn.Parameter] = {}
+    for module in copied.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        module._buffers = dict(module._buffers)
+        module._parameters = dict(module._parameters)
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                # By assignment, since recurrent layers keep a list of their weights, too.
+                setattr(module, name, detached.setdefault(parameter, nn.Parameter(parameter.detach(), requires_grad=False)))
+    return freeze(copied).to(dtype)
+
+
+def _copied(network: nn.Module, shared: dict[int, object]) -> nn.Module:
+    for module in network.modules():
+        for name, value in vars(module).items():
+            # The very dictionaries, so that a buffer that is replaced and a hook that is registered later are shared as well.
+            registry = name in ("_parameters", "_buffers") or ("_hooks" in name and isinstance(value, dict))
+            if registry or isinstance(value, Tensor | torch.Generator):
+                shared[id(value)] = value
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            shared[id(tensor)] = tensor
+    try:
+        with torch.no_grad():  # what a scripted module clones would have a graph
+            copied = copy.deepcopy(network, shared)
+    except Exception as error:  # whatever a user's module holds
+        raise DfkdError(f"the network {type(network).__name__} cannot be copied: {first_line(error)}") from error
+    originals = dict(network.named_modules())
+    for name, module in copied.named_modules():
+        if name in originals and originals[name]._compiled_call_impl is not None and module._compiled_call_impl is None:
+            module.compile()
+    return copied

@@ -1,0 +1,133 @@
+"""What a run leaves of the networks it was given: trained tensors, and nothing else."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from dfkd_fast import Replay, Trainer
+from dfkd_fast.engine.precision import PrecisionName
+from tests.engine.test_trainer import MakeTrainer
+from tests.small import Networks, small_method
+
+
+class Own(nn.Sequential):
+    """z → images (1, 8, 8), with layers that are made faster on a CPU."""
+
+    latent_dim = 6
+
+    def __init__(self) -> None:
+        super().__init__(
+            spectral_norm(nn.Linear(6, 64)),
+            nn.Unflatten(1, (16, 2, 2)),
+            nn.Upsample(scale_factor=4),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(16, 1, 3, padding=1),
+            nn.Tanh(),
+        )
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(16 * 64, 5)
+    )
+
+
+def networks() -> Networks:
+    torch.manual_seed(0)
+    return classifier(), classifier(), Own()
+
+
+def described(network: nn.Module) -> list[object]:
+    """Of every module its name, class and mode, which of its parameters learn, and its hooks."""
+    found: list[object] = []
+    for name, module in network.named_modules():
+        learning = {key: parameter.requires_grad for key, parameter in module.named_parameters(recurse=False)}
+        hooks = {key: dict(value) for key, value in vars(module).items() if "_hooks" in key and value}
+        found.append((name, type(module), module.training, learning, hooks))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_classes_modes_and_hooks_of_the_given_networks_are_never_touched(precision: PrecisionName) -> None:
+    given = networks()
+    teacher, student, generator = given
+    student[1].eval()  # type: ignore[index]
+    student[1].weight.requires_grad_(False)  # type: ignore[index]
+    student[0].register_forward_hook(lambda *_: None)  # type: ignore[index]
+    before = list(map(described, given))
+    during: list[bool] = []
+    method = small_method(replay=Replay(kind="ema_generator"), channels_last=True)
+    method = replace(method, loop=replace(method.loop, precision=precision))
+    trainer = Trainer(*given, method, evaluate=lambda student: 0.0)
+    trainer.on_iteration = lambda trainer: during.append(list(map(described, given)) == before)
+    trainer.fit()
+    assert (trainer.teacher, trainer.student, trainer.generator) == (teacher, student, generator) and trainer.result is student
+    assert during == 6 * [True] and list(map(described, given)) == before
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_finished_student_can_be_scripted_and_its_pickle_needs_no_package_of_ours(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(small_method(channels_last=True), networks=networks())
+    student = trainer.fit()
+    assert b"dfkd" not in pickle.dumps(student)
+    images = torch.randn(2, 1, 8, 8)
+    student.eval()
+    torch.testing.assert_close(torch.jit.script(student)(images), student(images))
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    return [tensor for network in (trainer.student, trainer.generator) for tensor in network.state_dict().values()]
+
+
+def leaves_everything_switched_off(student: nn.Module) -> float:
+    student.eval()
+    torch.randn(7)
+    torch.set_grad_enabled(False)
+    return 0.0
+
+
+def trains_the_average(student: nn.Module) -> float:
+    student.train()
+    return 0.0
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5])
+@pytest.mark.parametrize("evaluate", [leaves_everything_switched_off, trains_the_average])
+def test_what_callbacks_leave_behind_changes_nothing(
+    make_trainer: MakeTrainer, evaluate: Callable[[nn.Module], float], average: float
+) -> None:
+    method = small_method(epochs=3, channels_last=True)
+    method = replace(method, loop=replace(method.loop, student_ema_decay=average))
+
+    def careless(trainer: Trainer) -> None:
+        for network in (trainer.student, trainer.generator, trainer.result):
+            evaluate(network)
+
+    undisturbed = make_trainer(method, networks=networks())
+    torch.manual_seed(5)
+    undisturbed.fit()
+    trainer = make_trainer(method, networks=networks(), evaluate=evaluate)
+    trainer.on_iteration = careless
+    torch.manual_seed(5)
+    trainer.fit()
+    assert torch.is_grad_enabled()
+    assert all(map(torch.equal, weights(trainer), weights(undisturbed)))
+    if average:
+        assert not trainer.result.training
+        assert all(map(torch.equal, trainer.result.state_dict().values(), undisturbed.result.state_dict().values()))
+
+
+def test_a_state_dict_changes_nothing(make_trainer: MakeTrainer) -> None:
+    trainer, undisturbed = (make_trainer(small_method(channels_last=True), networks=networks()) for _ in range(2))
+    trainer.on_iteration = lambda trainer: trainer.state_dict().clear()
+    for one in (trainer, undisturbed):
+        torch.manual_seed(5)
+        one.fit()
+    assert all(map(torch.equal, weights(trainer), weights(undisturbed)))
