@@ -250,7 +250,9 @@ def _candidates(wanted: Wanted, say: Callable[[str], None]) -> Iterator[_Candida
     if not names:
         raise DfkdError("nothing to evaluate: name a run's folder, a file of weights, or --model")
     if wanted.weights_key and not keyed:
-        raise DfkdError(f"--weights-key {wanted.weights_key!r}: needs a file that another program left; what a run leaves has one state only")
+        raise DfkdError(
+            f"--weights-key {wanted.weights_key!r}: needs a file that another program left; what a run leaves has one state only"
+        )
 
 
 def _files(targets: Sequence[Path]) -> Iterator[Path]:

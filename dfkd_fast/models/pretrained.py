@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast.errors import DfkdError
 
 from .weights import ENCODERS, convert, read_weights, select
 
@@ -41,13 +41,14 @@ def load_pretrained(network: nn.Module, name: str) -> None:
         DfkdError: no package has weights for that name, it is not installed, or its weights are of another network or not finite.
     """
     own, state = network.state_dict(), _packaged(name)
-    try:
-        ordered = dict(zip(own, state, strict=True))
-        network.load_state_dict({key: convert(f"model {name!r}", key, tensor, own[key]) for key, tensor in ordered.items()})
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, DfkdError):
-            raise
-        raise DfkdError(f"model {name!r}: the weights of its package do not fit: {first_line(error)}") from error
+    misfit = f"model {name!r}: the weights of its package do not fit"
+    if len(state) != len(own):
+        raise DfkdError(f"{misfit}: there are {len(state)} tensors, the network has {len(own)}")
+    for (key, tensor), theirs in zip(own.items(), state, strict=True):
+        if theirs.shape != tensor.shape:
+            raise DfkdError(f"{misfit}: {key} is {tuple(theirs.shape)} there, {tuple(tensor.shape)} here")
+    converted = zip(own.items(), state, strict=True)
+    network.load_state_dict({key: convert(f"model {name!r}", key, theirs, tensor) for (key, tensor), theirs in converted})
 
 
 def load_encoder(segmenter: nn.Module, weights: str | nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -141,9 +142,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         DfkdError: the header cannot be read, or holds something else under the name of this package.
     """
-    if not _is_safetensors(path):
-        return {}
     try:
+        if not _is_safetensors(path):
+            return {}
         with safe_open(path, framework="pt") as file:
             held = json.loads((file.metadata() or {}).get(HEADER, "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -161,14 +162,17 @@ def read_weights(path: Path) -> Mapping[Any, Any]:
     """
     if not path.is_file():
         raise DfkdError(f"weights {path} not found")
-    if known := _known_otherwise(path):
-        raise DfkdError(f"weights {path} cannot be read: {known}")
     try:
+        if known := _known_otherwise(path):
+            raise DfkdError(f"weights {path} cannot be read: {known}")
         if _is_safetensors(path):
             return load_file(path)
-        with torch.serialization.safe_globals(STAND_INS):
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
+        # An open file, for PyTorch goes by the suffix of a path; what it warns of here is an error below, with its cause.
+        with path.open("rb") as file, torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings(action="ignore"):
+            held = torch.load(file, map_location="cpu", weights_only=True)
+    except DfkdError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise DfkdError(f"weights {path} cannot be read: {first_line(error)}") from error
     except Exception as error:
         # What a damaged file raises has no common kind, and the text of a refused pickle advises to trust it.
