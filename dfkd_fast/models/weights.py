@@ -130,7 +130,12 @@ def load_weights(network: nn.Module, path: Path, *, key: str = "", log: Callable
         part = re.search(r"-(\d+)-of-(\d+)\.", path.name)
         hint = f"; it is part {int(part[1])} of {int(part[2])}: join them into one file" if part else ""
         raise DfkdError(f"{where}{under} do not fit the network {type(network).__name__}: {problems}{hint}")
-    network.load_state_dict({name: convert(where, name, tensor, own[name]) for name, tensor in chosen.tensors.items()})
+    converted = {name: convert(where, name, tensor, own[name]) for name, tensor in chosen.tensors.items()}
+    try:
+        network.load_state_dict(converted)
+    except RuntimeError as error:  # of a network that keeps more than tensors, or loads in a way of its own
+        problem = str(error).splitlines()[1:2] or [str(error)]
+        raise DfkdError(f"{where} do not fit the network {type(network).__name__}: {problem[0].strip()[:300]}") from error
     if chosen.label or chosen.left_out:
         taken = f"{chosen.label!r} ({len(chosen.tensors)} tensors)" if chosen.label else f"{len(chosen.tensors)} tensors"
         log(f"{where}: took {taken}" + (f", left out {_listed(map(repr, chosen.left_out), 2 * NAMED)}" if chosen.left_out else ""))
@@ -207,13 +212,13 @@ def select(
         DfkdError: the content has no named tensors, nothing under the key, or several states that fit.
     """
     words = wrappers | set(key.split(".")) if key else wrappers
-    options: dict[frozenset[tuple[str, str]], Selection] = {}
+    options: dict[tuple[str, frozenset[str]], Selection] = {}
     for path, state in _states(held):
         for prefix in _prefixes(state, words):
-            taken, option = _fitted(held, path, state, prefix, own, partial)
+            names, option = _fitted(held, path, state, prefix, own, partial)
             # Prefixes that come to the same tensors are one option: the shortest that fits.
-            if taken not in options or (options[taken].problems and not option.problems):
-                options[taken] = option
+            if (path, names) not in options or (options[path, names].problems and not option.problems):
+                options[path, names] = option
     if not options:
         found = _listed(map(repr, held), 2 * NAMED) or "nothing"
         raise DfkdError(f"{where} hold no state dict: named tensors are needed, not a whole network or a training state; there are {found}")
@@ -235,7 +240,8 @@ def convert(where: str, name: str, tensor: Tensor, own: Tensor) -> Tensor:
     """A tensor of a file, on the device and in the dtype of the network's own.
 
     Raises:
-        DfkdError: it is sparse, quantised or has no values, is of another kind of number than the network's, or is not finite.
+        DfkdError: it is sparse, quantised or has no values, is of another kind of number than the network's, is not finite, or
+            is out of the range of the network's integers.
     """
     if tensor.is_quantized or tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
         kind = "quantised" if tensor.is_quantized else "without values" if tensor.is_meta else "sparse or nested"
@@ -248,6 +254,8 @@ def convert(where: str, name: str, tensor: Tensor, own: Tensor) -> Tensor:
     if not (finite := value.isfinite()).all() and (is_lazy(own) or not (finite | (value == own)).all()):
         cause = "NaN or infinite" if not tensor.isfinite().all() else f"infinite in {_short(own.dtype)}"
         raise DfkdError(f"{where}: {name} has {int((~finite).sum())} of {value.numel()} values that are {cause}: must be finite")
+    if own.dtype in INTEGERS and not torch.equal(value.long(), tensor.to(own.device).long()):
+        raise DfkdError(f"{where}: {name} is {_short(tensor.dtype)} with values that {_short(own.dtype)} cannot hold")
     return value
 
 
@@ -286,8 +294,8 @@ def _prefixes(state: Mapping[str, Tensor], words: frozenset[str]) -> list[str]:
 
 def _fitted(
     held: Mapping[Any, Any], path: str, state: Mapping[str, Tensor], prefix: str, own: Mapping[str, Tensor], partial: bool
-) -> tuple[frozenset[tuple[str, str]], Selection]:
-    """What a network finds in a state behind a prefix; first what identifies the tensors that it is given."""
+) -> tuple[frozenset[str], Selection]:
+    """What a network finds in a state behind a prefix; first the names there of the tensors that it is given."""
     plain = {_plain(name): name for name in own}
     if len(plain) < len(own):
         plain = {}  # the network's own names differ in those parts
@@ -301,7 +309,7 @@ def _fitted(
             outside.append(last if last in BOOKKEEPING else name.partition(".")[0])
         elif target is not None and target not in tensors:
             tensors[target] = tensor
-            taken.add((path, name))
+            taken.add(name)
         elif partial or last in BOOKKEEPING:
             outside.append(last if last in BOOKKEEPING else name)
         else:

@@ -375,3 +375,37 @@ def test_a_header_that_is_no_table_of_strings_is_refused(tmp_path: Path, metadat
     with pytest.raises(DfkdError, match="cannot be read: ") as caught:
         read_metadata(tmp_path / "w.pth")
     assert str(caught.value).isprintable()
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("small", torch.zeros(2, dtype=torch.uint8))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+
+@pytest.mark.parametrize("value", [300, -1])
+def test_integers_that_the_network_cannot_hold_are_refused(tmp_path: Path, value: int) -> None:
+    torch.save({"small": torch.tensor([1, value]), "num_batches_tracked": torch.tensor(1)}, tmp_path / "w.pt")
+    with pytest.raises(DfkdError, match="small is int64 with values that uint8 cannot hold"):
+        load_weights(Counting(), tmp_path / "w.pt")
+
+
+def test_what_a_network_itself_refuses_is_one_line(tmp_path: Path) -> None:
+    torch.save({"small": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "w.pt")  # a counter that no batch norm fills in
+    with pytest.raises(DfkdError, match="do not fit the network Counting: Missing key") as caught:
+        load_weights(Counting(), tmp_path / "w.pt")
+    assert str(caught.value).isprintable()
+
+
+def test_a_key_finds_its_state_even_where_nothing_of_it_fits(tmp_path: Path) -> None:
+    held = {"model": {"a.w": torch.ones(1)}, "ema": {"b.w": torch.ones(1)}}
+    assert refused(tmp_path, held, "ema").startswith("under 'ema' do not fit the network Sequential: Missing keys 0.weight, ")
+
+
+def test_a_lazy_network_is_given_its_shapes_by_the_file(tmp_path: Path) -> None:
+    saved = nn.Linear(3, 2)
+    torch.save({"net": saved.state_dict()}, tmp_path / "w.pt")
+    loaded = nn.LazyLinear(2)
+    load_weights(loaded, tmp_path / "w.pt")
+    assert torch.equal(loaded.weight, saved.weight)
