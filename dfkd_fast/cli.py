@@ -43,6 +43,9 @@ Changes = Annotated[
 DataRoot = Annotated[Path | None, typer.Option(help="Where the data is; nothing is downloaded.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors; by default the recipe's.")]
+WeightsKey = Annotated[
+    str, typer.Option(metavar="KEY", help="Where in a file with several states the weights are, such as model_ema or state_dict.teacher.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint.")]
 
 
@@ -52,6 +55,7 @@ def distill(
     out: Out = None,
     changes: Changes = None,
     teacher: Annotated[Path | None, typer.Option(help="Weights of the teacher; trained here if not given.")] = None,
+    weights_key: WeightsKey = "",
     data_root: DataRoot = None,
     device: Device = "auto",
     seed: Seed = None,
@@ -59,7 +63,7 @@ def distill(
     resume: Resume = False,
 ) -> None:
     """Distil the recipe's student from its teacher."""
-    overrides = _overrides(changes, teacher=teacher, data_root=data_root, seed=seed)
+    overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
     place = distributed.local(pick_device(device))
     with distributed.process_group(place):
         if fit:
@@ -106,6 +110,7 @@ def evaluate(
     precision: Annotated[PrecisionName, typer.Option(help="What the networks compute in.")] = "fp32",
     recipe: Annotated[str | None, typer.Option(help="What names network and data, where the file does not.")] = None,
     role: Annotated[Literal["teacher", "student"] | None, typer.Option(help="Whose weights they are, where the file does not say.")] = None,
+    weights_key: WeightsKey = "",
     changes: Changes = None,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
@@ -116,7 +121,7 @@ def evaluate(
     chosen = {"data.loader": loader, "data.batch_size": batch_size, "data.workers": workers, "data.strict": strict}
     overrides = {path: value for path, value in chosen.items() if value is not None} | _overrides(changes, data_root=data_root)
     given = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
-    wanted = commands.Wanted(targets or [], data, model or [], given, role, overrides, precision)
+    wanted = commands.Wanted(targets or [], data, model or [], given, role, overrides, precision, weights_key)
     place = distributed.local(pick_device(device))
     with distributed.process_group(place):
         results = commands.evaluate_weights(wanted, place, _console())
@@ -188,6 +193,7 @@ def show(recipe: RecipeName, changes: Changes = None) -> None:
 def doctor(
     teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Look the recipe's teacher over, not this machine.")] = None,
     weights: Annotated[Path | None, typer.Option(help="The teacher's file; by default the recipe's teacher.weights.")] = None,
+    weights_key: WeightsKey = "",
     data_root: DataRoot = None,
     changes: Changes = None,
     device: Device = "auto",
@@ -195,7 +201,7 @@ def doctor(
     """Say what this machine has, and what is used; or whether a teacher is what its recipe takes it for."""
     if teacher is not None:
         checks = commands.examine_teacher(
-            load_recipe(teacher, _overrides(changes, teacher=weights, data_root=data_root)), pick_device(device)
+            load_recipe(teacher, _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)), pick_device(device)
         )
         print_table(Console(), ("teacher", "found", ""), checks)
         if wrong := [check.thing for check in checks if check.verdict == "wrong"]:
@@ -250,7 +256,12 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _overrides(
-    changes: list[str] | None, *, teacher: Path | None = None, data_root: Path | None = None, seed: int | None = None
+    changes: list[str] | None,
+    *,
+    teacher: Path | None = None,
+    weights_key: str = "",
+    data_root: Path | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """What the options change in a recipe, by dotted path; ``--set`` values are read as TOML, else as text."""
     overrides: dict[str, Any] = {}
@@ -265,6 +276,8 @@ def _overrides(
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:
             overrides[path] = str(value) if str(value) == "package" else str(value.expanduser().resolve())
+    if weights_key:
+        overrides["teacher.weights_key"] = weights_key
     if seed is not None:
         overrides["seed"] = seed
     return overrides

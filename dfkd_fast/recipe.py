@@ -43,6 +43,8 @@ class Teacher:
     the teacher."""
     sha256: str = ""
     """Of the file, or how it begins; it is refused if it has another. Empty for no check."""
+    weights_key: str = ""
+    """Where in the file the weights are, such as ``model_ema`` or ``state_dict.teacher``; empty where only one state fits."""
     encoder_weights: str = ""
     """Of a segmenter that is trained: a classifier's file, or ``efficientnet_lite0``, to begin its encoder with."""
     epochs: PositiveInt = 10
@@ -167,7 +169,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise DfkdError(f"{where} is not TOML: {error}") from error
 
 

@@ -15,6 +15,7 @@ from .engine.checkpoint import latest_checkpoint, load_checkpoint
 from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError, first_line
 from .interrupt import Interrupted, stopping_on_signals
+from .models import names_code
 from .recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from .report import RunFolder
 
@@ -142,10 +143,13 @@ def open_run(
     resume = resume or (distributed.restarted() and RunFolder(out or _newest(default)).recipe.is_file())
     folder = RunFolder(out if out is not None else _newest(default) if resume else _free(default))
     if resume:
-        recipe = _stored_recipe(folder, recipe.name, overrides)
+        named, recipe = recipe, _stored_recipe(folder, recipe.name, overrides)
+        _confirm_code(folder, recipe, named)
     elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         raise DfkdError(f"--out {folder.path} already exists: choose another folder, or go on with that run by --resume")
-    return Run(resolved(recipe, device), folder, device, console, f"dfkd-fast {command} {recipe_name}")
+    # Code is named again where a run goes on, see _confirm_code.
+    code = [f" --set {path}={overrides[path]}" for path in ("teacher.model", "student.model") if names_code(str(overrides.get(path, "")))]
+    return Run(resolved(recipe, device), folder, device, console, f"dfkd-fast {command} {recipe_name}{''.join(code)}")
 
 
 def _stored_recipe(folder: RunFolder, name: str, overrides: dict[str, Any]) -> Recipe:
@@ -161,6 +165,19 @@ def _stored_recipe(folder: RunFolder, name: str, overrides: dict[str, Any]) -> R
         if not any(path == free or path.startswith(f"{free}.") for free in MOVABLE):
             raise DfkdError(f"--resume: {path} is {before!r} in {folder.recipe}, and cannot become {after!r} in the middle of a run")
     return moved
+
+
+def _confirm_code(folder: RunFolder, stored: Recipe, named: Recipe) -> None:
+    """Raise a :class:`DfkdError` where only the folder's recipe names a function to run: the folder may be someone else's."""
+    for path, model, confirmed in (
+        ("teacher.model", stored.teacher.model, named.teacher.model),
+        ("student.model", stored.student.model, named.student.model),
+    ):
+        if names_code(model) and model != confirmed:
+            raise DfkdError(
+                f"--resume: {path} = {model!r} in {folder.recipe}: code that a folder names is run only if the command line names it, too:"
+                f" --set {path}={model}, or {folder.recipe} in RECIPE's place"
+            )
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -126,7 +126,7 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
     """
     wanted, stored = run.recipe.teacher.weights, run.folder.teacher
     if wanted:
-        load_given_teacher(run.recipe, teacher)
+        load_given_teacher(run.recipe, teacher, run.say)
         run.begin()
         return 0.0
     if stored.is_file():

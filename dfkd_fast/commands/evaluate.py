@@ -16,7 +16,7 @@ from dfkd_fast.data import CLASSES, DataSettings, evaluation_batches, label_name
 from dfkd_fast.engine.precision import Precision, PrecisionName
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluation, Figures, SegmentationFigures, evaluate, evaluate_segmentation
-from dfkd_fast.models import load_pretrained, load_weights, read_metadata
+from dfkd_fast.models import load_pretrained, load_weights, names_code, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_from_toml
 from dfkd_fast.report import RunFolder
 
@@ -52,6 +52,8 @@ class Wanted:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values by dotted path, over the recipe in the header."""
     precision: PrecisionName = "fp32"
+    weights_key: str = ""
+    """Where in the files the weights are; those that a run left have them in one place only."""
 
 
 @dataclass(frozen=True)
@@ -228,15 +230,17 @@ def _candidates(wanted: Wanted, say: Callable[[str], None]) -> Iterator[_Candida
     """The networks, with their weights, under names that differ."""
     models = list(wanted.models)
     names: dict[str, int] = {}
+    keyed = False
 
     def unique(name: str) -> str:
         names[name] = names.get(name, 0) + 1
         return name if names[name] == 1 else f"{name} ({names[name]})"
 
     for path in _files(wanted.targets):
-        role, recipe = _described(path, wanted, models, say)
+        role, recipe, key = _described(path, wanted, models, say)
         network = build_network(recipe, role)
-        load_weights(network, path)
+        load_weights(network, path, key=key, log=say)
+        keyed |= key != ""
         yield _Candidate(unique(str(path)), role, model_of(recipe, role), recipe.data, network)
     for model in models:
         recipe = _pretrained(model, None, wanted, say)
@@ -245,6 +249,10 @@ def _candidates(wanted: Wanted, say: Callable[[str], None]) -> Iterator[_Candida
         yield _Candidate(unique(model), wanted.role or "teacher", model, recipe.data, network)
     if not names:
         raise DfkdError("nothing to evaluate: name a run's folder, a file of weights, or --model")
+    if wanted.weights_key and not keyed:
+        raise DfkdError(
+            f"--weights-key {wanted.weights_key!r}: needs a file that another program left; what a run leaves has one state only"
+        )
 
 
 def _files(targets: Sequence[Path]) -> Iterator[Path]:
@@ -261,16 +269,40 @@ def _files(targets: Sequence[Path]) -> Iterator[Path]:
             raise DfkdError(f"weights {target} not found")
 
 
-def _described(path: Path, wanted: Wanted, models: list[str], say: Callable[[str], None]) -> tuple[str, Recipe]:
-    """The role of a file of weights, and a recipe that names its network and its data."""
+def _described(path: Path, wanted: Wanted, models: list[str], say: Callable[[str], None]) -> tuple[str, Recipe, str]:
+    """The role of a file of weights, a recipe that names its network and its data, and the key of its weights."""
     metadata = read_metadata(path)
-    if metadata.keys() >= {"recipe", "role"}:
-        return metadata["role"], recipe_from_toml(metadata["recipe"], f"recipe in {path}", _data_of(wanted))
+    if "recipe" in metadata:
+        role = metadata.get("role", wanted.role)
+        if role not in ("teacher", "student"):
+            there = f"the role {role!r} in the header of {path}" if role else f"{path} has a recipe in its header and no role"
+            raise DfkdError(f"{there}: must be 'teacher' or 'student'" + ("" if role else ", as --role says"))
+        recipe = recipe_from_toml(metadata["recipe"], f"recipe in {path}", _data_of(wanted))
+        _confirm_code(path, role, recipe, wanted, models)
+        return role, recipe, ""
     if models:
-        return wanted.role or "student", _pretrained(models.pop(0), path, wanted, say)
+        return wanted.role or "student", _pretrained(models.pop(0), path, wanted, say), wanted.weights_key
     if wanted.recipe is None or wanted.role is None:
         raise DfkdError(f"{path} does not say what network it is: give --model and --data, or --recipe and --role teacher or student")
-    return wanted.role, wanted.recipe
+    return wanted.role, wanted.recipe, wanted.weights_key
+
+
+def _confirm_code(path: Path, role: str, recipe: Recipe, wanted: Wanted, models: list[str]) -> None:
+    """Raise a :class:`DfkdError` where a file alone names a function to run, and the command line does not."""
+    model = model_of(recipe, role)
+    if not names_code(model):
+        return
+    # --set replaces the name in the file's own recipe.
+    named = [*wanted.models, wanted.overrides.get(f"{role}.model")]
+    if wanted.recipe is not None:
+        named += [wanted.recipe.teacher.model, wanted.recipe.student.model]
+    if model not in named:
+        raise DfkdError(
+            f"{role}.model = {model!r} in the header of {path}: code that a file names is run only if the command line names it, too:"
+            f" --model {model}, or --recipe FILE"
+        )
+    if model in models:
+        models.remove(model)  # it confirms, and names no further network
 
 
 def _data_of(wanted: Wanted) -> dict[str, Any]:

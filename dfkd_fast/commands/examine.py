@@ -43,14 +43,15 @@ def examine_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
     if not recipe.teacher.weights:
         raise DfkdError(f"recipe {recipe.name!r} trains its teacher: name one with --weights FILE")
     teacher = build_network(recipe, "teacher").to(device)
-    load_given_teacher(recipe, teacher)
+    notes: list[str] = []
+    load_given_teacher(recipe, teacher, notes.append)
     has_images = recipe.data.name in ("digits", "shapes") or (recipe.data.name != "none" and recipe.data.root != "")
     evaluate = Evaluator(recipe.data, device) if has_images else None
     images = _images(recipe, evaluate.batches if evaluate else None).to(device)
     check_classifier("teacher", teacher, images, "data.image_size's")
     teacher = logits_only(teacher, images)
     with evaluating(teacher):
-        return list(_checks(recipe, teacher, images, evaluate))
+        return [*(Check("weights", note, "note") for note in notes), *_checks(recipe, teacher, images, evaluate)]
 
 
 def _images(recipe: Recipe, labelled: Batches | None) -> Tensor:

@@ -1,6 +1,7 @@
 """The networks a recipe names."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,14 +41,21 @@ def build_players(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.M
     return teacher, student, generator
 
 
-def load_given_teacher(recipe: Recipe, teacher: nn.Module) -> None:
+def load_given_teacher(recipe: Recipe, teacher: nn.Module, log: Callable[[str], None]) -> None:
     """Load the weights that ``teacher.weights`` names.
+
+    Args:
+        recipe: its ``[teacher]`` says which.
+        teacher: is given them.
+        log: called with a line that says what was taken from the file, unless it is all of it.
 
     Raises:
         DfkdError: they are not there, of another network, or have another checksum than ``teacher.sha256``.
     """
     wanted = recipe.teacher
     if wanted.weights == "package":
+        if wanted.weights_key:
+            raise DfkdError(f"teacher.weights_key = {wanted.weights_key!r}: must be empty for teacher.weights = 'package'")
         load_pretrained(teacher, wanted.model)
         return
     path = Path(wanted.weights).expanduser()
@@ -56,4 +64,4 @@ def load_given_teacher(recipe: Recipe, teacher: nn.Module) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if not found.startswith(wanted.sha256.lower()):
             raise DfkdError(f"teacher.sha256 = {wanted.sha256!r}: the file {path} has {found}")
-    load_weights(teacher, path)
+    load_weights(teacher, path, key=wanted.weights_key, log=log)

