@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
 
-from .weights import ENCODERS, convert, read_weights, select
+from .selection import ENCODERS, convert, select
+from .weight_files import read_weights
 
 __all__ = ["PRETRAINED", "Pretrained", "load_encoder", "load_pretrained"]
 
