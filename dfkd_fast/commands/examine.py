@@ -6,12 +6,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast.data import Batches
 from dfkd_fast.engine.fit import check_classifier
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import FoldingError, Observer, evaluating, folded_and_checked, logits_only
+from dfkd_fast.models import FoldingError, Observer, evaluating, folded_and_checked, has_running_statistics, logits_only
 from dfkd_fast.recipe import Recipe
 
 from .evaluate import Evaluator
@@ -49,7 +48,7 @@ def examine_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
     evaluate = Evaluator(recipe.data, device) if has_images else None
     images = _images(recipe, evaluate.batches if evaluate else None).to(device)
     check_classifier("teacher", teacher, images, "data.image_size's")
-    teacher = logits_only(teacher, images)
+    teacher = logits_only(teacher.eval(), images)
     with evaluating(teacher):
         return [*(Check("weights", note, "note") for note in notes), *_checks(recipe, teacher, images, evaluate)]
 
@@ -82,7 +81,7 @@ def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, evaluate: Evalua
     same = torch.equal(logits, again) and torch.allclose(logits[:1].float(), alone.float(), rtol=1e-3, atol=1e-3)
     answers = "an image has the same logits in every call, also alone" if same else "an image has other logits in another call, or alone"
     yield Check("evaluation mode", answers, "good" if same else "wrong")
-    norms = [layer for layer in teacher.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    norms = [layer for layer in teacher.modules() if has_running_statistics(layer)]
     needed = recipe.objective.bn_moments > 0
     asked = "objective.bn_moments needs them" if needed else "the objective needs none"
     yield Check("batch norms", f"{len(norms)} with running statistics; {asked}", "wrong" if needed and not norms else "good")

@@ -37,7 +37,7 @@ def build_players(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.M
     generator = build_generator(
         recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
     ).to(device)
-    check_networks(teacher, student, generator, device)
+    check_networks(teacher, student, generator, device, trained=False, adversarial=recipe.objective.adversarial > 0)
     return teacher, student, generator
 
 

@@ -1,12 +1,20 @@
-"""Whether networks fit each other, found out before hours are spent."""
+"""Whether networks fit each other and learn through each other, found out before hours are spent."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, first_line
-from dfkd_fast.models import evaluating, logits_of
+from dfkd_fast.models import conditioned, dry_run, evaluating, logits_of
 
 __all__ = ["check_classifier", "check_networks"]
+
+SAMPLES = 4
+"""Of the batches that are tried. Behind a batch norm of two samples, gradients to its input are rounding, and may be 0."""
 
 
 def check_classifier(name: str, network: nn.Module, images: Tensor, source: str) -> torch.Size:
@@ -19,35 +27,234 @@ def check_classifier(name: str, network: nn.Module, images: Tensor, source: str)
         source: whose images they are.
 
     Raises:
-        DfkdError: it cannot take them, or does not return a tensor.
+        DfkdError: it cannot take them, or does not return logits for each.
     """
-    try:
-        with evaluating(network):
-            output = network(images)
-    except (RuntimeError, ValueError) as error:
-        size = "×".join(map(str, images.shape[1:]))
-        raise DfkdError(f"the {name} cannot take {source} {size} images: {first_line(error)}") from error
-    try:
-        return logits_of(output).shape[1:]
-    except DfkdError as error:
-        raise DfkdError(f"the {name} {error}") from error
+    with evaluating(network):
+        output = _called(name, network, images.clone(), source)
+    if output.ndim < 2 or len(output) != len(images):
+        raise DfkdError(
+            f"the {name} must return logits (B, classes) or (B, classes, H, W), not {tuple(output.shape)} for B = {len(images)}"
+        )
+    return output.shape[1:]
 
 
-def check_networks(teacher: nn.Module, student: nn.Module, generator: nn.Module, device: torch.device) -> tuple[torch.Size, torch.Size]:
-    """Shapes of one generated image and of its logits, once all three networks were seen to fit each other.
+def check_networks(
+    teacher: nn.Module,
+    student: nn.Module,
+    generator: nn.Module,
+    device: torch.device,
+    *,
+    trained: bool = True,
+    adversarial: bool = True,
+) -> tuple[torch.Size, torch.Size]:
+    """Shapes of one generated image and of its logits, once all three networks were seen to fit each other and to pass gradients on.
+
+    The networks, their gradients and the random states are as before.
+
+    Args:
+        teacher: images (B, C, H, W) → logits.
+        student: the same.
+        generator: z (B, latent_dim) → images.
+        device: where they are.
+        trained: False for a teacher that has no trained weights yet, whose logits may be 0 whatever the images.
+        adversarial: whether the generator learns through the student, too.
 
     Raises:
-        DfkdError: they do not.
+        DfkdError: their shapes do not fit, two share weights, a network to be trained has none to train or none in the default
+            precision, or no gradient reaches what must learn by it.
     """
     latent_dim = getattr(generator, "latent_dim", None)
     if not isinstance(latent_dim, int):
         raise DfkdError("the generator must have an integer attribute latent_dim: the size of z")
+    networks = {"teacher": teacher, "student": student, "generator": generator}
+    for role in ("student", "generator"):
+        _check_unshared(role, dict(networks[role].named_parameters()), networks)
+        _check_trainable(role, networks[role])
+
+    z = _normal((SAMPLES, latent_dim), device)
     with evaluating(generator):
-        images = generator(torch.zeros(2, latent_dim, device=device))
-    taught = check_classifier("teacher", teacher, images, "the generator's")
-    learnt = check_classifier("student", student, images, "the generator's")
-    if taught != learnt:
+        images = _generated(generator, z)
+    teacher_shape = check_classifier("teacher", teacher, images, "the generator's")
+    student_shape = check_classifier("student", student, images, "the generator's")
+    if teacher_shape != student_shape:
         raise DfkdError(
-            f"teacher and student disagree on the classes: the teacher gives {tuple(taught)} logits an image, the student {tuple(learnt)}"
+            f"teacher and student disagree on the classes: the teacher gives {tuple(teacher_shape)} logits an image, "
+            f"the student {tuple(student_shape)}"
         )
-    return images.shape[1:], taught
+
+    images, statistics = _learn("generator", generator, _generated, z)
+    _check_unshared("generator", statistics, networks)
+    _check_passes_gradient("teacher", teacher, images, training=False, initial=not trained)
+    _, statistics = _learn("student", student, partial(_called, "student", source="the generator's"), images)
+    _check_unshared("student", statistics, networks)
+    if adversarial:
+        _check_passes_gradient("student", student, images, training=True, initial=True)
+    return images.shape[1:], teacher_shape
+
+
+def _check_trainable(role: str, network: nn.Module) -> None:
+    parameters = dict(network.named_parameters())
+    if not parameters:
+        raise DfkdError(f"the {role} has no parameters to train")
+    trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    if not trainable:
+        raise DfkdError(f"the {role} has no parameters to train: all {len(parameters)} of them have requires_grad = False")
+    expected = torch.get_default_dtype()
+    for name, parameter in trainable.items():
+        if parameter.dtype != expected:
+            called, given = (str(dtype).removeprefix("torch.") for dtype in (expected, parameter.dtype))
+            raise DfkdError(
+                f"the {role}'s weights must be {called}, and {name} is {given}: "
+                "convert it with .float(); loop.precision sets what it computes in"
+            )
+
+
+def _check_unshared(role: str, tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> None:
+    """Refuse that what training changes of a network lies in the memory of another one.
+
+    Args:
+        role: of the network.
+        tensors: what training changes, by name.
+        networks: all, by role.
+    """
+    for other, network in networks.items():
+        if other == role:
+            continue
+        places = defaultdict(list)
+        for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
+            storage, begin, end = _place(tensor)
+            places[storage].append((begin, end, name))
+        for name, tensor in tensors.items():
+            storage, begin, end = _place(tensor)
+            for first, last, others_name in places[storage]:
+                if begin < last and first < end:
+                    raise DfkdError(
+                        f"the {role} shares {name} with the {other}, whose {others_name} it is: training the {role} would change the "
+                        f"{other}; give it a copy (copy.deepcopy)"
+                    )
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    """Of a tensor: the address of its storage, and where in it its elements begin and end, in bytes."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    begin, size = int(tensor.storage_offset()), tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), begin * size, (begin + int(span)) * size
+
+
+def _learn(role: str, network: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Refuse a network none of whose parameters would get a gradient in training; nothing of it changes.
+
+    Args:
+        role: what to call it in errors.
+        network: the generator, or the student.
+        call: it with x.
+        x: a small batch.
+
+    Returns:
+        Its output in training mode, and its buffers that training changes, such as running statistics, by name.
+    """
+    with dry_run(network) as trial, torch.enable_grad():
+        _fill_zeros(trial.train())
+        output = call(trial, x.clone())  # which a network may change in place
+        _differentiate(role, output)
+        if not any(_arrived(parameter) for parameter in trial.parameters()):
+            raise DfkdError(f"no gradient of the {role}'s output reaches its parameters: {_reason(output, 'its parameters')}")
+        after = dict(trial.named_buffers())
+        changed = {name: buffer for name, buffer in network.named_buffers() if name in after and not torch.equal(buffer, after[name])}
+        return output.detach(), changed
+
+
+def _check_passes_gradient(role: str, network: nn.Module, images: Tensor, *, training: bool, initial: bool) -> None:
+    """Refuse a network that passes no gradient on to the images; nothing of it changes.
+
+    Args:
+        role: what to call it in errors.
+        network: images (B, C, H, W) → logits.
+        images: a small batch.
+        training: in which mode.
+        initial: whether its weights are those it starts training with.
+    """
+    leaf = images.clone().requires_grad_()
+    with dry_run(network) as trial, torch.enable_grad():
+        trial.train(training)
+        if initial:
+            _fill_zeros(trial)
+        for parameter in trial.parameters():
+            parameter.requires_grad_(False)  # as in the generator's step
+        output = _called(role, trial, leaf.clone(), "the generator's")  # a leaf of the graph must not be changed in place
+        _differentiate(role, output)
+        if not _arrived(leaf):
+            raise DfkdError(f"the generator gets no gradient through the {role}: {_reason(output, 'the images')}")
+
+
+@torch.no_grad()
+def _fill_zeros(network: nn.Module) -> None:
+    """Give parameters that begin at 0, as a last layer or a residual branch's gain may, small random values.
+
+    They stop the gradients of what is before them, but for the first step of training only.
+    """
+    for parameter in network.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.copy_(0.02 * _normal(parameter.shape, parameter.device))
+
+
+def _differentiate(role: str, output: Tensor) -> None:
+    """Backpropagate a random projection: not a discrepancy, which is 0 where a student begins as a copy of its teacher."""
+    if not output.requires_grad:
+        return
+    try:
+        output.backward(_normal(output.shape, output.device).to(output.dtype))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise DfkdError(f"the {role} cannot be differentiated: {first_line(error)}") from error
+
+
+def _arrived(tensor: Tensor) -> bool:
+    return tensor.grad is not None and bool(tensor.grad.count_nonzero())
+
+
+def _reason(output: Tensor, leaves: str) -> str:
+    if not output.requires_grad:
+        return "its output has no graph (torch.no_grad, detach, NumPy or integers in its forward)"
+    return (
+        f"its output does not depend on {leaves}, or only in steps (weights that are all 0, or a rounded or detached tensor in its forward)"
+    )
+
+
+def _generated(generator: nn.Module, z: Tensor) -> Tensor:
+    """Images for z, and for the classes in turn where a generator is conditional."""
+    embedding = getattr(generator, "embedding", None)
+    labels = torch.arange(len(z), device=z.device) % (1 if embedding is None else embedding.num_embeddings)
+    mode = " in training mode" if generator.training else ""
+    try:
+        images = generator(conditioned(generator, z, labels))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a user's code
+        raise DfkdError(f"the generator cannot take latents {tuple(z.shape)}{mode}: {first_line(error)}") from error
+    if not isinstance(images, Tensor):
+        raise DfkdError(f"the generator must return images (B, C, H, W), not {type(images).__name__}")
+    if images.ndim != 4 or len(images) != len(z):
+        raise DfkdError(f"the generator must return images (B, C, H, W), not {tuple(images.shape)} for B = {len(z)}")
+    return images
+
+
+def _called(name: str, network: nn.Module, images: Tensor, source: str) -> Tensor:
+    mode = " in training mode" if network.training else ""
+    try:
+        output = network(images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a user's code
+        size = "×".join(map(str, images.shape[1:]))
+        raise DfkdError(f"the {name} cannot take {source} {size} images{mode}: {first_line(error)}") from error
+    try:
+        return logits_of(output)
+    except DfkdError as error:
+        raise DfkdError(f"the {name} {error}") from error
+
+
+def _normal(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal numbers, always the same for a shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -66,7 +66,7 @@ class Precision:
         """Let the layers that a network's logits come out of compute in float32 within :attr:`autocast`, and be as they were outside.
 
         Args:
-            network: images → logits, or a dict with them under ``out``.
+            network: images → logits, in any form that ``logits_of`` takes.
             images: some for it, (B, C, H, W), on its device.
         """
         if self.dtype is not None:

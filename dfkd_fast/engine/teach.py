@@ -39,7 +39,7 @@ class TeacherTrainer:
     """Trains a network by cross-entropy or the focal loss. Iterate over it for one :class:`Epoch` at a time.
 
     Args:
-        network: images → logits, or a dict with them under ``out``; trained in place.
+        network: images → logits, in any form that ``logits_of`` takes; trained in place.
         batches: (images (B, C, H, W), labels (B,) or (B, H, W)), iterated anew each epoch; it must draw its order from ``stream``.
         optimizer: settings of the optimiser and its schedule.
         epochs: how many there are in all.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.kernels import js_discrepancy
-from dfkd_fast.models import conditioned, evaluating
+from dfkd_fast.models import conditioned, evaluating, logits_of
 
 __all__ = ["Drift"]
 
@@ -36,10 +36,10 @@ class Drift:
             now = self._images(generator)
             if name in self._before:
                 with evaluating(student):
-                    logits = student(now)
+                    logits = logits_of(student(now))
                     moved = js_discrepancy(
                         logits,
-                        student(self._before[name]),
+                        logits_of(student(self._before[name])),
                         temperature=1.0,
                         reduction="sum",
                         scale_by_temperature_squared=False,

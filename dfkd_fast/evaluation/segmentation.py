@@ -42,8 +42,8 @@ def evaluate_segmentation(
     Agreement between networks asks for no labels, and is of all pixels.
 
     Args:
-        networks: images (B, C, H, W) → logits (B, num_classes, h, w), resized bilinearly to the labels' size, or a dict with
-            them under ``out``, by name.
+        networks: images (B, C, H, W) → logits (B, num_classes, h, w), resized bilinearly to the labels' size, in any form that
+            ``logits_of`` takes, by name.
         batches: (images, labels (B, H, W)).
         device, reference, autocast, on_batch: as there.
         num_classes: of every network.

@@ -3,7 +3,7 @@
 from .catalogue import build_model, names_code
 from .classifiers import CifarResNet, LeNet5, WideResNet
 from .convolution import CpuConv2d, use_cpu_convolutions
-from .frozen import FoldingError, Observation, Observer, fold, folded_and_checked, freeze, lower_precision
+from .frozen import FoldingError, Observation, Observer, fold, folded_and_checked, freeze, has_running_statistics, lower_precision
 from .generators import (
     Generator,
     GeneratorA,
@@ -19,7 +19,7 @@ from .generators import (
     generate,
 )
 from .heads import compute_in_float32, find_heads, in_float32
-from .modes import evaluating, logits_of, logits_only, untaught
+from .modes import auxiliary_outputs, dry_run, evaluating, logits_of, logits_only, untaught
 from .norms import BatchNormLeakyReLU2d, fuse_leaky_relus, keep_spectral_norms_in_float32
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
@@ -48,11 +48,13 @@ __all__ = [
     "UpsampleConv2d",
     "Vae",
     "WideResNet",
+    "auxiliary_outputs",
     "build_generator",
     "build_model",
     "compute_in_float32",
     "conditioned",
     "draw_labels",
+    "dry_run",
     "evaluating",
     "find_heads",
     "fold",
@@ -61,6 +63,7 @@ __all__ = [
     "frozen_copy",
     "fuse_leaky_relus",
     "generate",
+    "has_running_statistics",
     "in_float32",
     "keep_spectral_norms_in_float32",
     "load_encoder",

@@ -9,16 +9,27 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.kernels import channel_moments
 
 from .convolution import CpuConv2d
 from .heads import compute_in_float32, find_heads
+from .modes import logits_of
 
-__all__ = ["FoldingError", "Observation", "Observer", "fold", "folded_and_checked", "freeze", "lower_precision"]
+__all__ = [
+    "FoldingError",
+    "Observation",
+    "Observer",
+    "fold",
+    "folded_and_checked",
+    "freeze",
+    "has_running_statistics",
+    "lower_precision",
+]
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -26,7 +37,19 @@ def freeze(network: nn.Module) -> nn.Module:
 
     The gradient with respect to its input stays: the generator learns through it.
     """
-    return network.eval().requires_grad_(False)
+    for parameter in network.eval().parameters():  # of a script, too, which has no requires_grad_
+        parameter.requires_grad_(False)
+    return network
+
+
+def has_running_statistics(layer: nn.Module) -> bool:
+    """Whether a layer is a batch norm that keeps running statistics: PyTorch's, a frozen one of torchvision or timm, or a user's own.
+
+    Instance norms keep them as well, but of every image alone.
+    """
+    if isinstance(layer, _InstanceNorm | torch.jit.ScriptModule):  # a compiled layer cannot be looked into
+        return False
+    return all(isinstance(getattr(layer, name, None), Tensor) for name in ("running_mean", "running_var"))
 
 
 FOLDED_WITHIN = 1e-3
@@ -63,7 +86,11 @@ def fold(network: nn.Module) -> nn.Module:
             node.target = operator.add
         elif "inplace" in node.kwargs:
             node.kwargs = {**node.kwargs, "inplace": False}
-        elif node.op == "call_module" and isinstance(norm := layers[node.target], nn.BatchNorm2d) and norm.running_mean is not None:
+        elif (
+            node.op == "call_module"
+            and isinstance(norm := layers[node.target], nn.BatchNorm2d | FrozenBatchNorm2d)
+            and has_running_statistics(norm)
+        ):
             before = next(iter(node.all_input_nodes))
             conv = layers.get(before.target) if before.op == "call_module" else None
             # Its output must go nowhere else, and neither layer may serve a second place.
@@ -92,10 +119,11 @@ def fold(network: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Takes every convolution and pooling as a whole: timm's, which pad as TensorFlow does, look at their input's size."""
+    """Takes convolutions, poolings and frozen batch norms as a whole: timm's, which pad as TensorFlow does, look at their input's size."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d | FrozenBatchNorm2d)
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _is_ordinary(layer: nn.Conv2d) -> bool:
@@ -201,8 +229,7 @@ class Observer:
         if statistics:
             self._folded = [layer for layer in self.network.modules() if hasattr(layer, "folded_norm")]
             inside = {id(layer.folded_norm) for layer in self._folded}
-            norms = (layer for layer in self.network.modules() if isinstance(layer, _BatchNorm))
-            self._norms = [norm for norm in norms if norm.running_mean is not None and id(norm) not in inside]
+            self._norms = [layer for layer in self.network.modules() if has_running_statistics(layer) and id(layer) not in inside]
             if not self._norms and not self._folded:
                 raise DfkdError(f"objective.bn_moments: the teacher {type(teacher).__name__} has no batch norm with running statistics")
         if features:
@@ -217,7 +244,7 @@ class Observer:
         """The teacher's logits for images (B, C, H, W), and what its layers saw meanwhile."""
         for layer in self._looked_at():
             layer.seen = []
-        logits = self.network(images)
+        logits = logits_of(self.network(images))
         # A layer has seen more than one tensor where the network calls it again.
         given = [(norm, _as_images(x)) for norm in self._norms for x, _ in norm.seen]
         given += [(layer, y) for layer in self._folded for _, y in layer.seen]

@@ -27,7 +27,7 @@ def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
     registered: an auxiliary classifier is not among them.
 
     Args:
-        network: images → logits, or a dict with them under ``out``; its mode and its buffers are left as they are.
+        network: images → logits, in any form that ``logits_of`` takes; its mode and its buffers are left as they are.
         images: (B, C, H, W), on its device; only the shape matters.
     """
     layers: dict[Node, nn.Module] = {}

@@ -1,21 +1,28 @@
 """How a network is called: its mode, whether its weights are to learn, and where its logits are."""
 
+import copy
+import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from dfkd_fast.errors import DfkdError
 
-__all__ = ["evaluating", "logits_of", "logits_only", "untaught"]
+__all__ = ["auxiliary_outputs", "dry_run", "evaluating", "logits_of", "logits_only", "untaught"]
+
+LOGITS_KEYS = ("out", "logits")
+"""Of a dict: torchvision's segmenters return the one, transformers' models the other."""
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in, frozen ones too."""
-    modes = [(module, module.training) for module in network.modules()]
+    modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]  # frozen scripts have none
     network.eval()
     try:
         with torch.no_grad():
@@ -38,22 +45,104 @@ def untaught(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def dry_run(network: nn.Module) -> Iterator[nn.Module]:
+    """A copy of a network, in its mode, whose calls leave no trace in the network or the process.
+
+    Parameters, buffers, gradients and modes of the copy are its own; inside the context random states are forked, warnings are
+    ignored, and compiled networks run eagerly.
+    """
+    devices = {tensor.device for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("ignore")
+        with torch.no_grad():  # or a copied script's parameters would be clones with a graph, and pass gradients on to the network's
+            trial = copy.deepcopy(network)
+        for own, parameter in zip(trial.parameters(), network.parameters(), strict=True):
+            own.requires_grad_(parameter.requires_grad)
+        yield trial
+
+
 def logits_of(output: Any) -> Tensor:
-    """The logits in a network's output: a tensor, or a dict that has them under ``out``, as torchvision's segmenters return.
+    """The logits in a network's output.
+
+    Args:
+        output: a tensor; a dict with one under ``out`` or ``logits``; an object, such as a named tuple, with an attribute ``logits``;
+            or a tuple or list, whose first tensor is taken.
 
     Raises:
-        DfkdError: it is neither.
+        DfkdError: it is none of these.
     """
-    logits = output.get("out") if isinstance(output, Mapping) else output
-    if not isinstance(logits, Tensor):
-        raise DfkdError(f"must return a tensor of logits, or a dict with one under 'out', not {type(output).__name__}")
+    leaf: Any = Tensor | fx.Proxy  # a proxy while a network is traced, which claims to have any attribute
+    logits = output
+    if isinstance(output, Mapping):
+        logits = next((output[key] for key in LOGITS_KEYS if key in output), None)
+    elif not isinstance(output, leaf) and hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, tuple | list):
+        logits = next((element for element in output if isinstance(element, leaf)), None)
+    if not isinstance(logits, leaf):
+        keys = f" with the keys {', '.join(map(repr, output)) or 'of nothing'}" if isinstance(output, Mapping) else ""
+        raise DfkdError(
+            "must return logits: a tensor, a tuple or list with one, or a dict or an object with one under 'out' or 'logits', "
+            f"not {type(output).__name__}{keys}"
+        )
     return logits
 
 
+def auxiliary_outputs(network: nn.Module, images: Tensor) -> str | None:
+    """What a network returns beside its logits in the mode it is in, for a user to be told; None if nothing.
+
+    Args:
+        network: images → logits, in any form that :func:`logits_of` takes; nothing of it changes.
+        images: some for it, (B, C, H, W), on its device; at least two in training mode, as batch norms need them.
+
+    Returns:
+        A predicate to put behind the network's role: "returns … in training mode: …".
+
+    Raises:
+        DfkdError: it returns no logits.
+    """
+    with dry_run(network) as trial, torch.no_grad():
+        output = trial(images.clone())  # which a network may change in place
+    logits = logits_of(output)
+    parts = {name: part for name, part in _parts(output).items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(part))}
+    others = [name for name, part in parts.items() if part is not logits]
+    if not others:
+        return None
+    used = next((name for name, part in parts.items() if part is logits), "logits")
+    mode = "training" if network.training else "evaluation"
+    untrained = "; layers that only these depend on are not trained" if network.training else ""
+    return f"returns {type(output).__name__} in {mode} mode: {used} is used as logits, not {', '.join(others)}{untrained}"
+
+
+def _parts(output: Any) -> dict[str, Any]:
+    """The parts of a network's output, by what a user may call them."""
+    if isinstance(output, Tensor):
+        return {}
+    if isinstance(output, Mapping):
+        return {repr(key): part for key, part in output.items()}
+    if isinstance(output, tuple | list):
+        names = getattr(output, "_fields", [f"element {number}" for number in range(len(output))])
+        return dict(zip(names, output, strict=True))
+    return dict(getattr(output, "__dict__", {}))
+
+
 def logits_only(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network itself where it returns a tensor for images (B, C, H, W), else one that shares its parameters and does."""
+    """The network itself where it returns a tensor for images, else one that shares its parameters and does.
+
+    Networks with auxiliary classifiers often return a tensor in evaluation mode only, so a network in training mode is looked at
+    in both modes. Nothing of it changes.
+
+    Args:
+        network: images → logits, in any form that :func:`logits_of` takes.
+        images: some for it, (B, C, H, W), on its device; at least two in training mode, as batch norms need them.
+    """
     with evaluating(network):
-        return network if isinstance(network(images), Tensor) else _LogitsOnly(network)
+        outputs = [network(images.clone())]  # which a network may change in place
+    if network.training:
+        with dry_run(network) as trial, torch.no_grad():
+            outputs.append(trial(images.clone()))
+    return network if all(isinstance(output, Tensor) for output in outputs) else _LogitsOnly(network)
 
 
 class _LogitsOnly(nn.Module):
@@ -63,5 +152,4 @@ class _LogitsOnly(nn.Module):
         self.training = network.training
 
     def forward(self, images: Tensor) -> Tensor:
-        output = self.network(images)
-        return output["out"] if isinstance(output, Mapping) else output
+        return logits_of(self.network(images))

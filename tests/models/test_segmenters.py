@@ -121,13 +121,12 @@ def test_the_statistics_of_a_folded_segmenter_are_those_of_the_whole_one() -> No
 
 
 class InADict(nn.Module):
-    def __init__(self, key: str = "out") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Conv2d(3, 2, 1)
-        self.key = key
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {self.key: self.layer(images), "aux": images}
+        return {"out": self.layer(images), "aux": images}
 
 
 def test_a_network_that_returns_a_dict_is_called_for_its_logits_and_shares_its_parameters() -> None:
@@ -136,11 +135,6 @@ def test_a_network_that_returns_a_dict_is_called_for_its_logits_and_shares_its_p
     torch.testing.assert_close(called(images), network.layer(images))
     assert next(iter(called.parameters())) is network.layer.weight
     assert logits_only(network.layer, images) is network.layer
-
-
-def test_an_output_without_logits_is_named() -> None:
-    with pytest.raises(DfkdError, match="a dict with one under 'out', not dict"):
-        logits_of(InADict("logits")(torch.randn(1, 3, 8, 8)))
 
 
 def test_an_encoder_begins_with_a_classifiers_weights(tmp_path: Path) -> None:
