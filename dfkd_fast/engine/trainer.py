@@ -21,6 +21,7 @@ from dfkd_fast.models import (
     FoldingError,
     Generator,
     Observer,
+    auxiliary_outputs,
     conditioned,
     evaluating,
     folded_and_checked,
@@ -71,8 +72,8 @@ class Trainer:
     Iterate over it for one :class:`Epoch` at a time, or call :meth:`fit`. Both go on from where it stands.
 
     Args:
-        teacher: images (B, C, H, W) → logits (B, classes) or (B, classes, H, W), or a dict with them under ``out``; its weights
-            are read here, once, where they are folded or cast.
+        teacher: images (B, C, H, W) → logits (B, classes) or (B, classes, H, W), or a dict, tuple or object that has them (see
+            :func:`~dfkd_fast.models.logits_of`); its weights are read here, once, where they are folded or cast.
         student: the same signature; its parameters and buffers are trained in place.
         generator: one of :mod:`dfkd_fast.models`, or any module with an attribute ``latent_dim`` that maps
             z (B, latent_dim) to images (B, C, H, W); trained in place, too.
@@ -360,7 +361,8 @@ class Trainer:
     def _set_up(self, seed: int) -> Game:
         loop, objective = self.method.loop, self.method.objective
         frozen = frozen_copy(self.teacher, torch.get_default_dtype())
-        image_shape, logits_shape = check_networks(frozen, self.student, self.generator, self.device)
+        adversarial = objective.adversarial > 0
+        image_shape, logits_shape = check_networks(frozen, self.student, self.generator, self.device, adversarial=adversarial)
         generator = self._working_student(self.generator)
         if self.device.type == "cpu":
             fuse_leaky_relus(generator)
@@ -375,7 +377,10 @@ class Trainer:
         rows = loop.batch_size + (self.method.replay.rows_of(loop.batch_size) if self.method.replay.replays else 0)
         images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
         sample = _sample(generator, 4, self.device)
-        teacher, student = self._working_teacher(frozen, sample), logits_only(self._working_student(self.student), sample)
+        teacher, student = self._working_teacher(frozen, sample), self._working_student(self.student)
+        if (remark := auxiliary_outputs(student, sample)) is not None:
+            self.remarks.append(f"the student {remark}")
+        student = logits_only(student, sample)
         self.precision.keep_logits(student, sample)
         for role, network in (("teacher", teacher), ("student", student)):
             if self.precision.rounds_logits(network, sample):

@@ -1,8 +1,10 @@
 """What a run leaves of the networks it was given: trained tensors, and nothing else."""
 
+import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,55 @@ def test_classes_modes_and_hooks_of_the_given_networks_are_never_touched(precisi
     trainer.fit()
     assert (trainer.teacher, trainer.student, trainer.generator) == (teacher, student, generator) and trainer.result is student
     assert during == 6 * [True] and list(map(described, given)) == before
+
+
+class Wrapped(nn.Module):
+    """A network that returns its logits as others do, in a dtype of its own."""
+
+    def __init__(self, network: nn.Module, wrap: Callable[[Tensor], object], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.wrap = network.to(dtype), wrap
+
+    def forward(self, x: Tensor) -> object:
+        return self.wrap(self.network(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "wrap", [lambda x: (x, None), lambda x: {"logits": x}, lambda x: SimpleNamespace(logits=x)], ids=["tuple", "dict", "object"]
+)
+def test_a_teacher_may_return_its_logits_as_it_likes_in_any_precision(wrap: Callable[[Tensor], object], dtype: torch.dtype) -> None:
+    teacher, student, generator = networks()
+    rounded = copy.deepcopy(teacher).to(dtype).float()
+    expected = Trainer(rounded, copy.deepcopy(student), copy.deepcopy(generator), small_method(channels_last=True))
+    trainer = Trainer(Wrapped(teacher, wrap, dtype), student, generator, small_method(channels_last=True))
+    for one in (expected, trainer):
+        torch.manual_seed(5)
+        one.fit()
+    assert all(map(torch.equal, weights(trainer), weights(expected)))
+    assert {parameter.dtype for parameter in trainer.teacher.parameters()} == {dtype}
+
+
+class Auxiliary(nn.Module):
+    """Returns a second output in training, as torchvision's googlenet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.auxiliary = classifier(), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> object:
+        logits = self.network(x)
+        return (logits, self.auxiliary(x.flatten(1))) if self.training else logits
+
+
+def test_a_student_with_auxiliary_outputs_in_training_learns_by_its_logits() -> None:
+    teacher, _, generator = networks()
+    trainer = Trainer(teacher, Auxiliary(), generator, small_method(channels_last=True))
+    (remark,) = trainer.remarks
+    assert remark.startswith("the student returns tuple in training mode: element 0 is used as logits, not element 1")
+    before = [parameter.clone() for parameter in trainer.student.network.parameters()]  # type: ignore[union-attr]
+    trainer.fit()
+    assert not any(map(torch.equal, before, trainer.student.network.parameters()))  # type: ignore[union-attr]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
