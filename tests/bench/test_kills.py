@@ -37,6 +37,7 @@ part.write_bytes(b"0123456789")
 with part.open("rb+") as file:
     os.fsync(file.fileno())
 part.replace(folder / "summary.json")
+part.unlink(missing_ok=True)
 with (folder / "metrics.jsonl").open("a") as file:
     file.write("first\\n")
     file.write("second\\n")
@@ -55,6 +56,7 @@ OLD, NEW, PART = {"summary.json": "old"}, {"summary.json": "0123456789"}, ".summ
         (("summary.json", "fsync", 1, "before"), OLD | {PART: "0123456789"}),
         (("summary.json", "replace", 1, "before"), OLD | {PART: "0123456789"}),
         (("summary.json", "replace", 1, "after"), NEW),
+        (("summary.json", "unlink", 1, "after"), NEW),
         (("metrics.jsonl", "write", 2, "middle"), NEW | {"metrics.jsonl": "first\nsec"}),
         (("metrics.jsonl", "write", 2, "after"), NEW | {"metrics.jsonl": "first\nsecond\n"}),
         (("recipe.toml", "write", 1, "middle"), NEW | {"metrics.jsonl": "first\nsecond\n", "recipe.toml": "ab"}),
