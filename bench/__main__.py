@@ -292,9 +292,10 @@ def run_kills(
     target = out or (None if trial else RESULTS / "kills-cpu")
     if target is not None:
         target.mkdir(parents=True, exist_ok=True)  # now, not after the trials
+    torch.set_num_threads(1)  # as the runs have it, and the device's name says
     runs, console = Path(tempfile.mkdtemp(prefix="kills-")), Console()
     results: list[trials.Result] = []
-    origin = runner.origin(torch.device("cpu"), None, f"python -m bench {' '.join(sys.argv[1:])}") | {"threads": 1}
+    origin = runner.origin(torch.device("cpu"), None, f"python -m bench {' '.join(sys.argv[1:])}")
 
     def tell(result: trials.Result) -> None:
         results.append(result)
