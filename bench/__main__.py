@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from . import plot as pictures
 from .gpu import rehearsal, schedule
 from .gpu.folder import Folder, check_out
 from .gpu.stages import STAGES
+from .kills import trials
 from .micro import rows, runner, timing
 from .micro.workload import Mode
 
@@ -272,6 +274,48 @@ def run_evaluation(
     ]
     print_table(Console(), header, cells)
     typer.echo(target)
+
+
+@app.command(name="kills")
+def run_kills(
+    count: Annotated[int, typer.Option(min=1, help="Trials; half of them aim at writes and at the teacher's training.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the points at which runs are killed.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for kills.json and kills.csv; by default bench/results/kills-cpu, and none with --trial.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of one thread each.")] = 2,
+    trial: Annotated[list[int] | None, typer.Option(min=0, help="The number of a trial to run alone; may be repeated.")] = None,
+) -> None:
+    """Kill small runs on a CPU and resume them: each must end bit-identical to one that was not killed, or refuse in one line."""
+    if not sys.platform.startswith("linux"):
+        raise DfkdError(f"kills: needs Linux, and this is {sys.platform}")
+    target = out or (None if trial else RESULTS / "kills-cpu")
+    if target is not None:
+        target.mkdir(parents=True, exist_ok=True)  # now, not after the trials
+    torch.set_num_threads(1)  # as the runs have it, and the device's name says
+    runs, console = Path(tempfile.mkdtemp(prefix="kills-")), Console()
+    results: list[trials.Result] = []
+    origin = runner.origin(torch.device("cpu"), None, f"python -m bench {' '.join(sys.argv[1:])}")
+
+    def tell(result: trials.Result) -> None:
+        results.append(result)
+        if target is not None:
+            trials.write(target, origin | {"seed": seed}, results)  # at each, so that an interrupted call keeps what is known
+        _echo(f"{len(results)}/{len(chosen)}: {result}")
+
+    try:
+        done = trials.references(runs)
+        chosen = [trials.draw(seed, number, done) for number in sorted(set(trial or range(count)))]
+        trials.run_all(chosen, done, runs, jobs, tell)
+        table_ = trials.rows(results)
+        print_table(console, table.names(trials.Row), [tuple(map(str, asdict(row).values())) for row in table_], figures=True)
+        if target is not None:
+            typer.echo(target)
+        if failed := table_[-1].failed:
+            _fail(f"{failed} of {len(results)} trials failed; their runs are in {runs}", 1)
+    finally:
+        if all(result.verdict.outcome != "FAILED" for result in results):
+            shutil.rmtree(runs, ignore_errors=True)
 
 
 @app.command()
