@@ -6,15 +6,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd_fast import DfkdError
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import CifarResNet, FoldingError, Observer, build_model, fold, folded_and_checked, freeze, frozen
+from dfkd_fast.models import (
+    CifarResNet,
+    FoldingError,
+    Observer,
+    build_model,
+    fold,
+    folded_and_checked,
+    freeze,
+    frozen,
+    has_running_statistics,
+)
 from dfkd_fast.models.frozen import FOLDED_WITHIN
 
 
@@ -174,6 +186,108 @@ def test_moments_before_a_folded_batch_norm_are_recovered_but_where_its_gain_is_
     ours, expected = folded.statistics[:, [1, 2, 0]], whole.statistics.clone()
     expected[:, 0, 2:4] = torch.stack([norm.running_mean, norm.running_var])[:, 2:]
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+class OwnNorm(nn.Module):
+    """A batch norm by running statistics as many a code base has its own, without an ``eps`` to be seen."""
+
+    def __init__(self, like: nn.BatchNorm2d) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(like, name).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift, mean, var = (buffer[:, None, None] for buffer in self.buffers())
+        return (x - mean) * (var + 1e-5).rsqrt() * scale + shift
+
+
+def torchvisions_frozen(norm: nn.BatchNorm2d) -> nn.Module:
+    layer = FrozenBatchNorm2d(norm.num_features, norm.eps).double()
+    layer.load_state_dict(norm.state_dict())
+    return layer
+
+
+@pytest.mark.parametrize("frozen_norm", [torchvisions_frozen, OwnNorm])
+def test_a_frozen_batch_norm_has_the_statistics_of_an_ordinary_one(frozen_norm: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
+    def build(make: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
+        teacher: Any = trained(images_network)
+        with torch.no_grad():
+            teacher[1].weight.uniform_(0.5, 2)
+            teacher[1].bias.uniform_(-1, 1)
+        teacher[1] = make(teacher[1])
+        return freeze(teacher)
+
+    torch.manual_seed(2)
+    expected = Observer(build(lambda norm: norm), statistics=True, features=False)(images())
+    torch.manual_seed(2)
+    teacher = build(frozen_norm)
+    found = Observer(teacher, statistics=True, features=False)(images())
+    assert found.statistics is not None and found.running is not None
+    assert expected.statistics is not None and expected.running is not None
+    torch.testing.assert_close(found.statistics, expected.statistics, rtol=1e-12, atol=1e-14)
+    assert torch.equal(found.running, expected.running)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-14)
+
+
+def test_torchvisions_frozen_batch_norms_fold_and_keep_their_statistics() -> None:
+    torch.manual_seed(0)
+    teacher = freeze(
+        nn.Sequential(
+            *(nn.Conv2d(2, 4, 3, padding=1, bias=False), FrozenBatchNorm2d(4), nn.ReLU()),
+            *(nn.Conv2d(4, 3, 3), FrozenBatchNorm2d(3), nn.Flatten(), nn.Linear(9, 3)),
+        )
+    )
+    for layer in teacher.modules():
+        if isinstance(layer, FrozenBatchNorm2d):
+            for buffer in layer.buffers():
+                buffer.uniform_(0.5, 1.5)
+    folded = folded_and_checked(teacher, images().float())
+    assert {name for name, layer in folded.named_modules() if isinstance(layer, FrozenBatchNorm2d)} == {"0.folded_norm", "3.folded_norm"}
+    whole, ours = (Observer(one, statistics=True, features=False)(images().float()) for one in (teacher, folded))
+    torch.testing.assert_close(ours.statistics, whole.statistics, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.running, whole.running)
+    torch.testing.assert_close(ours.logits, whole.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.BatchNorm1d(3), True),
+        (nn.SyncBatchNorm(3), True),
+        (FrozenBatchNorm2d(3), True),
+        (FrozenBatchNormAct2d(3), True),
+        (OwnNorm(nn.BatchNorm2d(3)), True),
+        (nn.BatchNorm2d(3, track_running_stats=False), False),
+        (nn.InstanceNorm2d(3, track_running_stats=True), False),
+        (nn.GroupNorm(1, 3), False),
+        (nn.Conv2d(3, 3, 1), False),
+        (nn.Sequential(nn.BatchNorm2d(3)), False),
+    ],
+)
+def test_what_has_running_statistics(layer: nn.Module, expected: bool) -> None:
+    assert has_running_statistics(layer) == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_a_compiled_script_is_frozen_and_its_batch_norms_are_said_to_be_out_of_sight() -> None:
+    teacher = freeze(torch.jit.script(images_network()))
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    with pytest.raises(DfkdError, match=r"objective\.bn_moments"):
+        Observer(teacher, statistics=True, features=False)
+
+
+def test_a_teacher_may_return_more_than_its_logits() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = trained(images_network)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.network(x), x
+
+    teacher = freeze(Both())
+    observation = Observer(teacher, statistics=True, features=False)(images())
+    assert torch.equal(observation.logits, teacher(images())[0])
 
 
 class Launches(TorchDispatchMode):

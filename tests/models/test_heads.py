@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm
 
-from dfkd_fast.models import build_model, find_heads, freeze, in_float32, lower_precision
+from dfkd_fast.models import build_model, find_heads, freeze, in_float32, logits_of, lower_precision
 from dfkd_fast.models.segmenters import build_segmenter
 
 SIZE = 32
@@ -54,6 +54,14 @@ class TwoHeads(nn.Module):
         return {"out": logits, "aux": self.auxiliary(features)}
 
 
+class InTuple(TwoHeads):
+    """The same in a tuple."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        outputs = super().forward(x)
+        return outputs["out"], outputs["aux"]
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "LeNet-5": (lambda: build_model("lenet5", 5, 3), ["11"]),
     "wide ResNet": (lambda: build_model("wrn10_1", 5, 3), ["classifier"]),
@@ -66,16 +74,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "own layer": (lambda: Scaled(Cosine()), ["classifier"]),
     "parametrized": (lambda: Scaled(spectral_norm(nn.Linear(8, 5))), ["classifier"]),
     "two heads": (TwoHeads, ["one", "other"]),
+    "tuple": (InTuple, ["one", "other"]),
 }
 networks = pytest.mark.parametrize(("build", "heads"), NETWORKS.values(), ids=NETWORKS.keys())
 
 
 def images() -> Tensor:
     return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def logits_of(output: Tensor | dict[str, Tensor]) -> Tensor:
-    return output["out"] if isinstance(output, dict) else output
 
 
 def lowered() -> torch.autocast:
