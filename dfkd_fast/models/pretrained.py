@@ -101,5 +101,7 @@ def _packaged(name: str) -> list[Tensor]:
     path = Path(found.origin).parent / known.weights
     try:
         return list(torch.load(path, map_location="cpu", weights_only=True).values())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DfkdError(f"model {name!r}: the weights in {path} cannot be read: {first_line(error)}") from error
+    except Exception as error:
+        # What a damaged file raises has no common kind, and the text of a refused pickle advises to trust it.
+        reason = error.strerror if isinstance(error, OSError) else "no PyTorch file of plain tensors, or damaged"
+        raise DfkdError(f"model {name!r}: the weights in {path} cannot be read: {reason}") from error
