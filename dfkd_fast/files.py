@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         # A failed write knows no name, and one of a temporary file means nothing to a user, who wants to know which file it was.
         if error.errno is not None and error.filename in (None, str(part)):
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         part.unlink(missing_ok=True)
