@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["LOCK", "FolderInUseError", "FolderLock", "is_temporary", "make_folders", "remove_temporaries", "replacing"]
+__all__ = ["LOCK", "FolderInUseError", "FolderLock", "is_temporary", "make_folders", "naming", "remove_temporaries", "replacing"]
 
 LOCK = ".lock"
 """Name of the file in a folder that its :class:`FolderLock` locks."""
@@ -34,18 +34,28 @@ def replacing(path: Path) -> Iterator[Path]:
     # The suffix stays at the end: writers of pictures take the format from it.
     part = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}")
     try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        # A failed write knows no name, and one of a temporary file means nothing to a user, who wants to know which file it was.
-        if error.errno is not None and error.filename in (None, str(part)):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        with naming(path, part):
+            yield part
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+            _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, part: Path | None = None) -> Iterator[None]:
+    """Let an OSError from inside name the file ``path``, where it names none or ``part``.
+
+    A failed write knows no name, and that of a temporary file means nothing to a user, who wants to know which file it was.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, part and str(part)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def is_temporary(path: Path) -> bool:
@@ -105,7 +115,8 @@ class FolderLock:
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                self._lock()
+                with naming(self.path):
+                    self._lock()
                 if self._is_current():
                     break
             except BaseException:
@@ -114,10 +125,10 @@ class FolderLock:
             os.close(self._file)  # its holder has removed it meanwhile
         _held.add(self._file)
         try:
-            self._write({"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "job": job})
-        except OSError as error:
+            with naming(self.path):
+                self._write({"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "job": job})
+        except OSError:
             self.release(remove=True)
-            error.filename = str(self.path)
             raise
 
     def release(self, *, remove: bool = False) -> None:
@@ -145,7 +156,6 @@ class FolderLock:
             raise FolderInUseError(_holder(_read(self.path))) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                error.filename = str(self.path)
                 raise
             self.effective = False
 

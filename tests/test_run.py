@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from dfkd_fast import distributed
+from dfkd_fast import Epoch, distributed
 from dfkd_fast.engine.checkpoint import save_checkpoint
 from dfkd_fast.files import LOCK, FolderInUseError, FolderLock, replacing
 from dfkd_fast.report import RunFolder, read_run
@@ -493,3 +494,43 @@ def test_a_folder_that_cannot_be_used_is_one_line(run: Run, monkeypatch: pytest.
         patch.setattr(os, "pwrite", full)
         assert "cannot be written: No space left on device" in run("distill", "digits", "--out", "new", *TINY).err
     assert not Path("new").exists()
+
+
+def test_scalars_of_epochs_that_are_repeated_count_once(tmp_path: Path) -> None:
+    def epoch(number: int, loss: float) -> Epoch:
+        return Epoch(number, 1.0, {"student": loss}, 50.0, drift={"generator": 0.1})
+
+    for folder, done, numbers in (
+        (RunFolder(tmp_path), 0, (1, 2, 3)),
+        (RunFolder(tmp_path), 1, (2, 3, 4)),
+        (RunFolder(tmp_path), 0, (1, 2)),
+    ):
+        folder.begin_log([epoch(number, number * 1.0) for number in range(1, done + 1)])
+        for number in numbers:
+            folder.log(epoch(number, number * 1.0 + len(numbers)))
+        folder.end_log()
+        with max((tmp_path / "tensorboard").iterdir()).open("ab") as file:
+            file.write(b"half a record")
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [scalar.step for scalar in events.Scalars("loss/student")] == epochs_of(tmp_path) == [*range(1, done + 1), *numbers]
+        assert set(events.Tags()["scalars"]) == {"loss/student", "accuracy/student", "drift/generator"}
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_log_that_cannot_be_written_is_one_line(run: Run, interrupted: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+    """/dev/full takes no byte, as a full disk."""
+    open_ = Path.open
+
+    def on_a_full_disk(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        is_full = full in path.parts and mode in ("a", "xb")
+        return open_(Path("/dev/full"), mode.replace("x", "a"), *rest, **options) if is_full else open_(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", on_a_full_disk)
+    said = run("distill", "digits", "--out", "b", "--resume")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "No space left on device" in said.err
+    assert f"'b/{full}" in said.err
+    monkeypatch.setattr(Path, "open", open_)
+    assert run("distill", "digits", "--out", "b", "--resume").code == 0
+    assert epochs_of(interrupted) == [1, 2, 3]

@@ -32,15 +32,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from dfkd_fast import distributed
 from dfkd_fast.engine import Epoch
 from dfkd_fast.engine.checkpoint import save_checkpoint
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.files import LOCK, FolderLock, is_temporary, make_folders, remove_temporaries, replacing
+from dfkd_fast.files import LOCK, FolderLock, is_temporary, make_folders, naming, remove_temporaries, replacing
 from dfkd_fast.models import save_weights
 
+from .events import EventFile
 from .pictures import draw_curves, draw_samples
 
 __all__ = ["RunFolder", "read_metrics"]
@@ -65,7 +65,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
         self.teacher_checkpoints = path / "checkpoints" / "teacher"
-        self._events: SummaryWriter | None = None
+        self._events: EventFile | None = None
         self._lock: FolderLock | None = None
         self._made: list[Path] = []
 
@@ -154,27 +154,25 @@ class RunFolder:
         if not self.writes:
             return
         self.write_text(self.metrics, "".join(_line(epoch) for epoch in done))
-        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=len(done) + 1)
+        self._events = EventFile(self.path / "tensorboard", first_step=len(done) + 1)
 
     def log(self, epoch: Epoch) -> None:
         """Add an epoch to the logs."""
         if not self.writes:
             return
-        with self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a") as file:
             file.write(_line(epoch))
         if self._events is not None:
-            for name, value in epoch.losses.items():
-                self._events.add_scalar(f"loss/{name}", value, epoch.number)
-            if epoch.student_accuracy is not None:
-                self._events.add_scalar("accuracy/student", epoch.student_accuracy, epoch.number)
-            for name, value in epoch.drift.items():
-                self._events.add_scalar(f"drift/{name}", value, epoch.number)
-            self._events.flush()
+            accuracy = {} if epoch.student_accuracy is None else {"accuracy/student": epoch.student_accuracy}
+            groups = {"loss": epoch.losses, "drift": epoch.drift}
+            scalars = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+            self._events.add_scalars(scalars | accuracy, epoch.number)
 
     def end_log(self) -> None:
         """Close what :meth:`begin_log` opened."""
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):  # a full disk has been told by then: nothing is left to be written
+                self._events.close()
             self._events = None
 
     def draw_samples(self, images: Tensor, mean: Sequence[float], std: Sequence[float], epoch: int, beside: Sequence[Tensor] = ()) -> None:
