@@ -119,7 +119,8 @@ def test_many_claims_of_a_default_name_never_share_a_folder(tmp_path: Path) -> N
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits", *(folder.path.name for folder in folders)}
     for folder in folders:
         folder.release()
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits"]
+    # One that another thread made than the one that locked it may be left, empty.
+    assert [path.name for path in (tmp_path / "runs").iterdir() if not RunFolder(path).is_unused] == ["digits"]
 
 
 def test_two_starts_into_one_given_folder_are_one_run_and_one_refusal(in_tmp_path: Path) -> None:
