@@ -68,7 +68,8 @@ def distill(
     with distributed.process_group(place):
         if fit:
             overrides["loop.batch_size"] = commands.fitted(load_recipe(recipe, overrides), place, _console()).loop.batch_size
-        commands.distill(open_run("distill", recipe, overrides, out, resume, place, _console()))
+        with open_run("distill", recipe, overrides, out, resume, place, _console()) as run:
+            commands.distill(run)
 
 
 @app.command()
@@ -84,8 +85,8 @@ def teach(
     """Train the recipe's teacher and store its weights."""
     overrides = _overrides(changes, data_root=data_root, seed=seed)
     place = distributed.local(pick_device(device))
-    with distributed.process_group(place):
-        commands.teach(open_run("teach", recipe, overrides, out, resume, place, _console()))
+    with distributed.process_group(place), open_run("teach", recipe, overrides, out, resume, place, _console()) as run:
+        commands.teach(run)
 
 
 @app.command()

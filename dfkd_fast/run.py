@@ -1,28 +1,36 @@
 """A run: a recipe, a folder, and trainings that can be interrupted there and go on."""
 
+import os
+import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from rich.console import Console
 
 from . import distributed
 from .engine import Epoch
-from .engine.checkpoint import latest_checkpoint, load_checkpoint
+from .engine.checkpoint import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError, first_line
+from .files import FolderInUseError, FolderLock
 from .interrupt import Interrupted, stopping_on_signals
 from .models import names_code
-from .recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
+from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
 from .report import RunFolder
 
 __all__ = ["Run", "Training", "open_run"]
 
 # What may differ when a run goes on elsewhere: where things lie, and what is written about it.
 MOVABLE = ("data.root", "data.workers", "teacher.weights", "report")
+
+T = TypeVar("T")
 
 
 class Training(Protocol):
@@ -41,6 +49,8 @@ class Training(Protocol):
 class Run:
     """One folder and the wall-clock time spent on it, over all the commands that worked there.
 
+    As a context manager it gives the folder back at the end.
+
     Args:
         recipe: every number of it.
         folder: where it keeps everything.
@@ -57,6 +67,12 @@ class Run:
         self.command = command
         self._begin = time.perf_counter()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.folder.release()
+
     @property
     def seconds(self) -> float:
         """Wall-clock seconds so far."""
@@ -69,18 +85,49 @@ class Run:
     def begin(self) -> None:
         """Make the folder and put the recipe there; called once everything that can be checked was, by all processes."""
         distributed.barrier()
-        self.folder.write_text(self.folder.recipe, recipe_to_toml(self.recipe))
+        self.folder.write_recipe(recipe_to_toml(self.recipe))
 
     def go_on(self, training: Training, checkpoints: Path) -> None:
-        """Load the newest checkpoint into a training, if there is one."""
-        newest = latest_checkpoint(checkpoints)
-        if newest is None:
+        """Load the newest undamaged checkpoint into a training, if there is one; damaged ones are named, and renamed.
+
+        Raises:
+            DfkdError: all are damaged, or it is another run's.
+        """
+        loaded = []
+
+        def newest() -> tuple[Path, list[str]] | None:
+            if (found := load_latest(checkpoints)) is None:
+                return None
+            loaded.append(found.state)
+            for damaged in found.damaged:
+                set_aside(damaged)
+            return found.path, list(found.damaged.values())
+
+        # By the first process alone: all must go on from the same one, and another may read while this one renames.
+        found = _first_decides(newest)
+        if found is None:
             return
-        saved = load_checkpoint(newest)
-        if not saved.keys() >= {"training", "seconds"}:
-            raise DfkdError(f"checkpoint {newest} is none of a run")
-        training.load_state_dict(saved["training"])
+        path, problems = found
+        for problem in problems:
+            self.say(f"{problem}; going on from {path}")
+        saved = loaded[0] if loaded else load_checkpoint(path)
+        kinds = {"training": dict, "seconds": float, "recipe": str}
+        saved.setdefault("recipe", recipe_to_toml(self.recipe))  # earlier versions did not write whose it is
+        if not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
+            raise DfkdError(f"checkpoint {path} is none of a run")
+        self._check_owner(path, saved["recipe"])
+        try:
+            training.load_state_dict(saved["training"])
+        except DfkdError as error:
+            raise DfkdError(f"checkpoint {path}: {error}") from error
         self._begin -= saved["seconds"]
+
+    def _check_owner(self, path: Path, recipe: str) -> None:
+        """Raise a :class:`DfkdError` for a checkpoint of another recipe or seed."""
+        ours = recipe_from_toml(recipe_to_toml(self.recipe), "the recipe")
+        theirs = recipe_from_toml(recipe, f"the recipe in checkpoint {path}")
+        for name, before, after in _fixed_differences(theirs, ours):
+            raise DfkdError(f"checkpoint {path} is of another run: {name} is {before!r} there, and {after!r} in {self.folder.recipe}")
 
     def drive(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None]) -> None:
         """Run the epochs that are left, with a checkpoint every so many of them, and one when interrupted.
@@ -93,8 +140,11 @@ class Run:
 
         def save() -> None:
             state = training.state_dict()  # every process has something to say
-            self.folder.save_checkpoint({"training": state, "seconds": self.seconds}, checkpoints, training.iterations_done)
+            saved = {"training": state, "seconds": self.seconds, "recipe": recipe_to_toml(self.recipe)}
+            self.folder.save_checkpoint(saved, checkpoints, training.iterations_done)
 
+        if not training.finished:
+            self.folder.remove_summary()
         with stopping_on_signals(training) as caught:
             try:
                 for epoch in training:
@@ -120,7 +170,7 @@ class Run:
 def open_run(
     command: str, recipe_name: str, overrides: dict[str, Any], out: Path | None, resume: bool, device: torch.device, console: Console
 ) -> Run:
-    """A new run, or one that goes on; nothing is written yet.
+    """A new run, or one that goes on, whose folder is this process's alone until the run is left; no more is written yet.
 
     Its recipe has the precision that ``auto`` is on the device. A run that goes on keeps the recipe in its folder; overrides may
     only move its data and its teacher, and change what is reported.
@@ -129,41 +179,136 @@ def open_run(
         command: "distill" or "teach".
         recipe_name: a shipped recipe or a TOML file.
         overrides: values by dotted path, over that recipe.
-        out: the folder; by default one in ``runs/`` that is named after the recipe.
+        out: the folder; by default one in ``runs/`` that is named after the recipe, to go on the newest of them that holds a run.
         resume: go on with what is there.
         device: where to compute.
         console: where to talk.
 
     Raises:
-        DfkdError: the folder holds another run, or none to go on with.
+        DfkdError: the folder holds another run, or none to go on with, is in use by another process, or cannot be written.
     """
     recipe = load_recipe(recipe_name, overrides)
     default = Path("runs") / recipe.name
-    # torchrun starts the very same command again where a process has died.
-    resume = resume or (distributed.restarted() and RunFolder(out or _newest(default)).recipe.is_file())
-    folder = RunFolder(out if out is not None else _newest(default) if resume else _free(default))
+    claimed: list[RunFolder] = []
+
+    def claim() -> tuple[Path, bool, bool]:
+        folder, found = _claim(out, default, resume)
+        claimed.append(folder)
+        return folder.path, found, folder.lockable
+
+    try:
+        path, found, lockable = _first_decides(claim)
+        folder = claimed[0] if claimed else RunFolder(path)
+        if found:
+            named, recipe = recipe, _stored_recipe(folder, recipe.name, overrides)
+            _confirm_code(folder, recipe, named)
+        # Code is named again where a run goes on, see _confirm_code.
+        code = [f" --set {at}={overrides[at]}" for at in ("teacher.model", "student.model") if names_code(str(overrides.get(at, "")))]
+        run = Run(resolved(recipe, device), folder, device, console, f"dfkd-fast {command} {recipe_name}{''.join(code)}")
+    except BaseException:
+        for folder in claimed:
+            folder.release()
+        raise
+    if not lockable:
+        run.say(f"the file system of {path} has no locks: nothing keeps another process from the same folder")
+    return run
+
+
+def _claim(out: Path | None, default: Path, resume: bool) -> tuple[RunFolder, bool]:
+    """The folder, claimed by this process, and whether a run goes on there.
+
+    Raises:
+        DfkdError: as :func:`open_run`.
+    """
+    path, job = default if out is None else out, _job()
+    try:
+        # torchrun starts the very same command again where a process has died.
+        candidates = ([out] if out is not None else _numbered(default)) if distributed.restarted() else []
+        if mine := [folder for folder in candidates if FolderLock.job_of(folder) == job]:
+            path = mine[-1]
+            resume = resume or RunFolder(path).holds_run
+        elif out is None and resume:
+            path = next((other for other in reversed(_numbered(default)) if RunFolder(other).holds_run), default)
+        elif out is None:
+            return _claim_free(default, job), False
+        folder = RunFolder(path)
+        _check_content(folder, resume)
+        folder.claim(job)
+        try:
+            _check_content(folder, resume)  # now that nobody else can change it
+        except BaseException:
+            folder.release()
+            raise
+        return folder, resume
+    except FolderInUseError as error:
+        raise DfkdError(f"--out {path} is {error}: {'wait for it' if resume else 'choose another folder'}") from error
+    except OSError as error:
+        where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
+        raise DfkdError(f"--out {path} cannot be written: {error.strerror}{where}") from error
+
+
+def _claim_free(default: Path, job: str) -> RunFolder:
+    """The first folder of the default's names that nobody uses."""
+    for number in count(1):
+        folder = RunFolder(_name(default, number))
+        if not folder.is_unused:
+            continue
+        try:
+            folder.claim(job)
+        except FolderInUseError:
+            continue
+        # Without locks only the one that has made it can be alone there.
+        if folder.is_unused and (folder.lockable or folder.is_new):
+            return folder
+        folder.release()
+    raise AssertionError("there are numbers enough")
+
+
+def _check_content(folder: RunFolder, resume: bool) -> None:
     if resume:
-        named, recipe = recipe, _stored_recipe(folder, recipe.name, overrides)
-        _confirm_code(folder, recipe, named)
-    elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        raise DfkdError(f"--out {folder.path} already exists: choose another folder, or go on with that run by --resume")
-    # Code is named again where a run goes on, see _confirm_code.
-    code = [f" --set {path}={overrides[path]}" for path in ("teacher.model", "student.model") if names_code(str(overrides.get(path, "")))]
-    return Run(resolved(recipe, device), folder, device, console, f"dfkd-fast {command} {recipe_name}{''.join(code)}")
+        if not folder.holds_run:
+            raise DfkdError(f"--resume: {folder.path} holds no run (no recipe.toml)")
+        try:
+            folder.check_recipe()
+        except DfkdError as error:
+            raise DfkdError(f"--resume: {error}") from error
+    elif folder.path.exists() and not folder.path.is_dir():
+        raise DfkdError(f"--out {folder.path} is a file, and must be a folder")
+    elif not folder.is_unused:
+        advice = "choose another folder" + (", or go on with that run by --resume" if folder.holds_run else "")
+        raise DfkdError(f"--out {folder.path} already exists: {advice}")
+
+
+def _job() -> str:
+    """The name of the torchrun job this process is of, the same after a restart; empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # Jobs that were given no name are all called "none"; but the launcher outlives its workers.
+    return f"launcher {os.getppid()} on {socket.gethostname()}" if name == "none" else name
+
+
+def _first_decides(decide: Callable[[], T]) -> T:
+    """What a function returns in the first process, in all of them; what it raises as an error for the user, too."""
+    outcome: list[T | DfkdError | OSError] = []
+    if distributed.rank() == 0:
+        try:
+            outcome = [decide()]
+        except (DfkdError, OSError) as error:
+            outcome = [error]
+    decided = distributed.gathered(outcome)[0]
+    if isinstance(decided, DfkdError | OSError):
+        raise decided
+    return decided
 
 
 def _stored_recipe(folder: RunFolder, name: str, overrides: dict[str, Any]) -> Recipe:
-    if not folder.recipe.is_file():
-        raise DfkdError(f"--resume: {folder.path} holds no run (no recipe.toml)")
     stored = load_recipe(str(folder.recipe))
     if stored.name != name:
         raise DfkdError(f"--resume: {folder.path} holds a run of recipe {stored.name!r}, not {name!r}")
     moved = load_recipe(str(folder.recipe), overrides)
     if moved.loop.precision == "auto":  # the run's own, wherever it began
         moved = replace(moved, loop=replace(moved.loop, precision=stored.loop.precision))
-    for path, before, after in _differences(recipe_to_dict(stored), recipe_to_dict(moved)):
-        if not any(path == free or path.startswith(f"{free}.") for free in MOVABLE):
-            raise DfkdError(f"--resume: {path} is {before!r} in {folder.recipe}, and cannot become {after!r} in the middle of a run")
+    for path, before, after in _fixed_differences(stored, moved):
+        raise DfkdError(f"--resume: {path} is {before!r} in {folder.recipe}, and cannot become {after!r} in the middle of a run")
     return moved
 
 
@@ -178,6 +323,15 @@ def _confirm_code(folder: RunFolder, stored: Recipe, named: Recipe) -> None:
                 f"--resume: {path} = {model!r} in {folder.recipe}: code that a folder names is run only if the command line names it, too:"
                 f" --set {path}={model}, or {folder.recipe} in RECIPE's place"
             )
+
+
+def _fixed_differences(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]]:
+    """Paths and both values of what differs and may not during a run."""
+    return [
+        (path, one, other)
+        for path, one, other in _differences(recipe_to_dict(before), recipe_to_dict(after))
+        if not any(path == free or path.startswith(f"{free}.") for free in MOVABLE)
+    ]
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -196,18 +350,15 @@ def _last_good(checkpoints: Path) -> str:
     return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
+def _name(default: Path, number: int) -> Path:
+    """What a default name stands for: runs/digits, runs/digits-2, runs/digits-3."""
+    return default if number == 1 else default.with_name(f"{default.name}-{number}")
+
+
 def _numbered(default: Path) -> list[Path]:
-    """The folders a default name stands for, oldest first: runs/digits, runs/digits-2, runs/digits-3."""
-    found = [default] if default.exists() else []
-    while (path := default.with_name(f"{default.name}-{len(found) + 1}")).exists():
-        found.append(path)
-    return found
-
-
-def _free(default: Path) -> Path:
-    taken = _numbered(default)
-    return default.with_name(f"{default.name}-{len(taken) + 1}") if taken else default
-
-
-def _newest(default: Path) -> Path:
-    return next(reversed(_numbered(default)), default)
+    """The folders a default name stands for, oldest first; numbers may be left out, of runs that failed before they began."""
+    found = {1: default} if default.exists() else {}
+    for path in default.parent.iterdir() if default.parent.is_dir() else ():
+        if match := re.fullmatch(rf"{re.escape(default.name)}-([1-9]\d*)", path.name):
+            found[int(match[1])] = path
+    return [found[number] for number in sorted(found)]

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
-from .folder import RunFolder
+from .folder import RunFolder, read_metrics
 
 __all__ = ["COLUMNS", "Finished", "draw_comparison", "read_run", "table_rows"]
 
@@ -62,7 +62,7 @@ def read_run(path: Path) -> Finished:
         raise DfkdError(f"{path} holds no finished run (no {folder.summary.name})")
     try:
         summary: dict[str, Any] = json.loads(folder.summary.read_text())
-        epochs = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+        epochs = read_metrics(folder.metrics)
         curve = [(epoch["epoch"], epoch["student_accuracy"]) for epoch in epochs if epoch["student_accuracy"] is not None]
         if summary["retention"] is None:
             raise DfkdError(f"{path} was never evaluated: there is nothing to compare")
