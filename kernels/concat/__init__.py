@@ -5,9 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import operators
+from ..checks import differentiable_once, overlaps_itself, share_memory, under_transform
 from ..dispatch import Backend, choose
 from . import reference
 
@@ -42,12 +42,13 @@ def concat_generated(
             batch normalisation behind DFAD's generator A (arXiv 1912.11006), every generator by its own
             statistics.
         mean, std: (C,), for "dataset".
-        running_means, running_vars, training: one (C,) float tensor and one flag a generator, for
+        running_means, running_vars, training: one (C,) floating tensor and one flag a generator, for
             "batch". Where ``training`` is true the batch's statistics are used and the running ones
             updated in place as ``torch.nn.BatchNorm2d`` does; elsewhere the running ones are used.
         momentum, eps: of that batch normalisation.
-        out_dtype: the batch's dtype, by default that of the first input (or of ``out``).
-        out: a preallocated batch to write into; only where no gradient is recorded.
+        out_dtype: the batch's floating dtype, by default that of the first input (or of ``out``).
+        out: a preallocated batch of a floating dtype to write into, which shares no memory with an input; only where no gradient
+            is recorded.
         memory_format: layout of a batch allocated here, ``torch.channels_last`` or ``torch.contiguous_format``.
 
     Returns:
@@ -55,22 +56,21 @@ def concat_generated(
         backend.
 
     Raises:
-        ValueError: no input, inputs that differ in C, H, W or device, a missing or superfluous argument of the
-            chosen normalisation, a batch of one value a channel in training, or an ``out`` that does not fit.
+        ValueError: no input, inputs that differ in C, H, W or device, a dtype that is not floating, a missing or superfluous
+            argument of the chosen normalisation or one that does not fit or requires grad, a batch of one value a channel in
+            training, or an ``out`` that does not fit.
+        RuntimeError: a second derivative through a kernel.
         BackendError: a forced backend does not serve the inputs' device or dtypes.
     """
-    _check(raws, activation, normalize, mean, std, running_means, running_vars, training)
-    rows = sum(len(raw) for raw in raws)
+    _check(raws, activation, normalize, mean, std, running_means, running_vars, training, momentum)
+    if memory_format not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(f"memory_format must be torch.channels_last or torch.contiguous_format, not {memory_format}")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype must be a floating dtype, not {out_dtype}")
     if out is not None:
-        if out.shape != (rows, *raws[0].shape[1:]):
-            raise ValueError(f"out must be {(rows, *raws[0].shape[1:])}, not {tuple(out.shape)}")
-        if torch.is_grad_enabled() and any(raw.requires_grad for raw in raws):
-            raise ValueError("out cannot be given where a gradient is recorded: call under torch.no_grad()")
-        if out_dtype not in (None, out.dtype):
-            raise ValueError(f"out_dtype is {out_dtype}, but out is {out.dtype}")
-        if out.device != raws[0].device:
-            raise ValueError(f"out is on {out.device}, the inputs on {raws[0].device}")
-    dtypes = {tensor.dtype for tensor in (raws if out is None else (*raws, out))}
+        _check_out(out, raws, out_dtype)
+    dtype = raws[0].dtype if out_dtype is None else out_dtype
+    dtypes = {raw.dtype for raw in raws} | {dtype if out is None else out.dtype}
     backend = choose("concat_generated", raws[0].device, dtypes, sum([raw.numel() for raw in raws]))
     if backend == "reference":
         return reference.concat_generated(
@@ -79,8 +79,9 @@ def concat_generated(
     batch_norm = None
     if running_means is not None and running_vars is not None and training is not None:
         batch_norm = _BatchNorm(running_means, running_vars, training, momentum, eps)
-    dtype, channels_last = out_dtype or raws[0].dtype, memory_format == torch.channels_last
-    return _Fused.apply(backend, activation, mean, std, batch_norm, dtype, channels_last, out, *raws)
+    # Kernels read what is stored, which may be a number's negative.
+    raws = [raw.resolve_neg() for raw in raws]
+    return _Fused.apply(backend, activation, mean, std, batch_norm, dtype, memory_format == torch.channels_last, out, *raws)
 
 
 class _BatchNorm(NamedTuple):
@@ -106,12 +107,13 @@ class _Fused(torch.autograd.Function):
         *raws: Tensor,
     ) -> Tensor:
         if mean is not None and std is not None:
-            mean, std = mean.float().expand(len(raws), -1), std.float().expand(len(raws), -1)
+            mean, std = (constant.float().resolve_neg().expand(len(raws), -1) for constant in (mean, std))
         elif batch_norm is not None:
             mean, std = _statistics(raws, backend, activation, batch_norm)
         ctx.save_for_backward(mean, std, *raws)
         ctx.backend, ctx.activation = backend, activation
         ctx.training = batch_norm.training if batch_norm else [False] * len(raws)
+        ctx.linear = activation == "none" and not any(ctx.training)
         if out is None:
             return operators.operator("concat_forward", backend, raws[0])(raws, activation, mean, std, dtype, channels_last)
         operators.operator("concat_forward_out", backend, out)(out, raws, activation, mean, std)
@@ -119,10 +121,10 @@ class _Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        mean, std, *raws = ctx.saved_tensors
-        parts = gradient.split([len(raw) for raw in raws])
+    @differentiable_once("concat_generated")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
+        mean, std, *raws = saved
+        parts = gradient.resolve_neg().split([len(raw) for raw in raws])
         gradients: list[Tensor | None] = [None] * len(raws)
         for index, (part, raw, wanted) in enumerate(zip(parts, raws, ctx.needs_input_grad[8:], strict=True)):
             if wanted:
@@ -161,7 +163,10 @@ def _check(
     running_means: Sequence[Tensor] | None,
     running_vars: Sequence[Tensor] | None,
     training: Sequence[bool] | None,
+    momentum: float,
 ) -> None:
+    if hasattr(raws, "ndim"):
+        raise ValueError(f"raws must be a sequence of tensors (B, C, H, W), not one {type(raws).__name__}")
     if not raws:
         raise ValueError("raws is empty: at least one generator's output is needed")
     if raws[0].ndim != 4:
@@ -171,24 +176,69 @@ def _check(
             raise ValueError(f"raws[{index}] is {tuple(raw.shape)}, not (B, {', '.join(map(str, raws[0].shape[1:]))})")
         if raw.device != raws[0].device:
             raise ValueError(f"raws[{index}] is on {raw.device}, the first on {raws[0].device}")
+        if not raw.is_floating_point():
+            raise ValueError(f"raws[{index}] must be of a floating dtype, not {raw.dtype}")
     if activation not in ("tanh", "sigmoid", "none"):
         raise ValueError(f"activation must be 'tanh', 'sigmoid' or 'none', not {activation!r}")
     if normalize not in ("dataset", "batch", "none"):
         raise ValueError(f"normalize must be 'dataset', 'batch' or 'none', not {normalize!r}")
-    channels = raws[0].shape[1]
+    channels, shape, device = raws[0].shape[1], raws[0].shape[1:2], raws[0].device
     for name, constant in (("mean", mean), ("std", std)):
         if (constant is not None) != (normalize == "dataset"):
             raise ValueError(f"{name} goes with normalize='dataset', and normalize is {normalize!r}")
-        if constant is not None and constant.shape != (channels,):
-            raise ValueError(f"{name} must be ({channels},), not {tuple(constant.shape)}")
+        if constant is not None:
+            _check_constant(name, None, constant, shape, device)
     for name, sequence in (("running_means", running_means), ("running_vars", running_vars), ("training", training)):
         if (sequence is not None) != (normalize == "batch"):
             raise ValueError(f"{name} goes with normalize='batch', and normalize is {normalize!r}")
         if sequence is not None and len(sequence) != len(raws):
             raise ValueError(f"{name} has {len(sequence)} entries for {len(raws)} generators")
+    for name, statistics in (("running_means", running_means), ("running_vars", running_vars)):
+        for index, constant in enumerate(statistics or ()):
+            _check_constant(name, index, constant, shape, device)
+            if not constant.is_floating_point():  # it is moved in place
+                raise ValueError(f"{name}[{index}] must be of a floating dtype, not {constant.dtype}")
+    if normalize == "batch" and not isinstance(momentum, int | float):
+        raise ValueError(f"momentum must be a number, not {momentum!r}")
     for index, (raw, batch_statistics) in enumerate(zip(raws, training or (), strict=False)):
         if batch_statistics and raw.numel() <= channels:
             raise ValueError(f"raws[{index}] is {tuple(raw.shape)}: batch statistics need more than one value a channel")
+
+
+def _check_constant(name: str, index: int | None, constant: Tensor, shape: torch.Size, device: torch.device) -> None:
+    # Kernels read where they are told.
+    if constant.shape == shape and constant.device == device and not constant.is_complex() and not constant.requires_grad:
+        return
+    name = name if index is None else f"{name}[{index}]"
+    if constant.shape != shape:
+        raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(constant.shape)}")
+    if constant.device != device:
+        raise ValueError(f"{name} is on {constant.device}, the inputs on {device}")
+    if constant.is_complex():
+        raise ValueError(f"{name} must be real, not {constant.dtype}")
+    if torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but the batch is differentiable with respect to raws only: give {name}.detach()")
+
+
+def _check_out(out: Tensor, raws: Sequence[Tensor], out_dtype: torch.dtype | None) -> None:
+    shape = sum([len(raw) for raw in raws]), *raws[0].shape[1:]
+    if out.shape != shape:
+        raise ValueError(f"out must be {shape}, not {tuple(out.shape)}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *raws)):
+        raise ValueError("out cannot be given where a gradient is recorded: call under torch.no_grad()")
+    if not out.is_floating_point():
+        raise ValueError(f"out must be of a floating dtype, not {out.dtype}")
+    if out_dtype not in (None, out.dtype):
+        raise ValueError(f"out_dtype is {out_dtype}, but out is {out.dtype}")
+    if out.device != raws[0].device:
+        raise ValueError(f"out is on {out.device}, the inputs on {raws[0].device}")
+    if torch.compiler.is_compiling() or under_transform():  # there are no addresses
+        return
+    if overlaps_itself(out):
+        raise ValueError(f"out must have an address for every element, not the strides {out.stride()} of {tuple(out.shape)}")
+    for index, raw in enumerate(raws):
+        if share_memory(out, raw):
+            raise ValueError(f"out shares memory with raws[{index}], which would be overwritten while it is read")
 
 
 def _fake_forward(

@@ -27,12 +27,23 @@ def concat_generated(
         images = [(image - mean[:, None, None]) / std[:, None, None] for image in images]
     if running_means is not None and running_vars is not None and training is not None:
         images = [
-            F.batch_norm(image, running_mean, running_var, training=batch_statistics, momentum=momentum, eps=eps)
+            _batch_norm(image, running_mean, running_var, batch_statistics, momentum, eps)
             for image, running_mean, running_var, batch_statistics in zip(images, running_means, running_vars, training, strict=True)
         ]
     if out is not None:
         return torch.cat(images, out=out) if out.dtype == images[0].dtype else out.copy_(torch.cat(images))
     return torch.cat(images).to(out_dtype or raws[0].dtype, memory_format=memory_format)
+
+
+def _batch_norm(image: Tensor, running_mean: Tensor, running_var: Tensor, training: bool, momentum: float, eps: float) -> Tensor:
+    """``F.batch_norm`` with running statistics of any dtype, which PyTorch's own wants to be the image's."""
+    own = running_mean.to(image.dtype), running_var.to(image.dtype)
+    result = F.batch_norm(image, *own, training=training, momentum=momentum, eps=eps)
+    if training:
+        for given, moved in zip((running_mean, running_var), own, strict=True):
+            if given is not moved:
+                given.copy_(moved)
+    return result
 
 
 def _activate(raw: Tensor, activation: str) -> Tensor:

@@ -60,10 +60,11 @@ class FusedEMA(nn.Module):
         """Move the average towards the module's values.
 
         Modules and tensors are checked at the first update, and again after any of them was replaced or changed its shape, strides,
-        dtype or device.
+        dtype or device. An average whose source has other strides, as after ``model.to(memory_format=torch.channels_last)``, is
+        laid out anew as its source is.
 
         Raises:
-            ValueError: the module's tensors differ in number, shape, strides or device from the average's.
+            ValueError: the module's tensors differ in number, shape or device from the average's.
         """
         decay: float | Tensor = self.decay
         if self.warm_up:
@@ -76,7 +77,10 @@ class FusedEMA(nn.Module):
         checked = known.get(model)
         if checked is None or checked.forced != forced() or not checked.gathered.unchanged():
             shadows = None if self.shadow is None else _tensors(self.shadow)
-            found = pairs(_tensors(self.module), _tensors(model), shadows)
+            averages, sources = _tensors(self.module), _tensors(model)
+            _lay_out(averages, sources)
+            _lay_out(shadows or [], sources)
+            found = pairs(averages, sources, shadows)
             checked = known[model] = _Checked(Gathered(self, model), forced(), found)
         return checked.pairs
 
@@ -96,6 +100,13 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         return tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
     return copy.deepcopy(model)._apply(cast).eval().requires_grad_(False)
+
+
+def _lay_out(averages: list[Tensor], sources: list[Tensor]) -> None:
+    """Give averages the strides of their sources, where they differ and may."""
+    for average, source in zip(averages, sources, strict=False):
+        if average.stride() != source.stride() and average.shape == source.shape and average.device == source.device:
+            average.data = torch.empty_like(source, dtype=average.dtype).copy_(average)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -9,7 +9,7 @@ def ema_update_(
     averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor, shadows: Sequence[Tensor] | None = None
 ) -> None:
     for average, source in zip(averages, sources, strict=True):
-        if average.is_floating_point():
+        if average.is_floating_point() or average.is_complex():
             average.lerp_(source.to(average.dtype), _weight(decay, average))
         else:
             average.copy_(source)

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import operators
+from ..checks import differentiable_once
 from ..dispatch import Backend, choose
 from . import reference
 
@@ -26,14 +26,15 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         reference backend. NaN over no elements.
 
     Raises:
-        ValueError: x is no (N, C, H, W) tensor.
+        ValueError: x is no (N, C, H, W) tensor of real numbers.
+        RuntimeError: a second derivative through a kernel.
         BackendError: a forced backend does not serve x's device or dtype.
     """
     _check(x)
     backend = choose("channel_moments", x.device, (x.dtype,), x.numel())
     if backend == "reference":
         return reference.channel_moments(x)
-    return _Moments.apply(x, backend)
+    return _Moments.apply(x.resolve_neg(), backend)  # kernels read what is stored, which may be a number's negative
 
 
 def channel_sums(x: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -50,12 +51,13 @@ def channel_sums(x: Tensor) -> tuple[Tensor, Tensor, int]:
         count N·H·W.
 
     Raises:
-        ValueError: x is no (N, C, H, W) tensor.
+        ValueError: x is no (N, C, H, W) tensor of real numbers.
+        RuntimeError: a second derivative through a kernel.
         BackendError: a forced backend does not serve x's device or dtype.
     """
     _check(x)
     backend = choose("channel_moments", x.device, (x.dtype,), x.numel())
-    sums = reference.channel_sums(x) if backend == "reference" else _Sums.apply(x, backend)
+    sums = reference.channel_sums(x) if backend == "reference" else _Sums.apply(x.resolve_neg(), backend)
     return *sums, _elements(x)
 
 
@@ -68,9 +70,9 @@ class _Moments(torch.autograd.Function):
         return mean, variance
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_mean: Tensor, by_variance: Tensor) -> tuple[Tensor, None]:
-        x, mean = ctx.saved_tensors
+    @differentiable_once("channel_moments")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], by_mean: Tensor, by_variance: Tensor) -> tuple[Tensor, None]:
+        x, mean = saved
         count = max(_elements(x), 1)
         # One launch for both: beside the kernel, a launch is what it costs on a GPU.
         offset, slope = torch._foreach_div([by_mean, by_variance], [count, count / 2])
@@ -86,9 +88,9 @@ class _Sums(torch.autograd.Function):
         return total, square_total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_sum: Tensor, by_square_sum: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
+    @differentiable_once("channel_sums")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], by_sum: Tensor, by_square_sum: Tensor) -> tuple[Tensor, None]:
+        (x,) = saved
         offset, slope = by_sum.float(), by_square_sum.float() * 2
         return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, torch.zeros_like(offset)), None
 
@@ -100,6 +102,10 @@ def _elements(x: Tensor) -> int:
 def _check(x: Tensor) -> None:
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
+    if x.is_complex():
+        raise ValueError(f"x must be real, not {x.dtype}")
+    if x.layout != torch.strided:
+        raise ValueError(f"x must have the layout torch.strided, not {x.layout}")
 
 
 def _fake_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from ..checks import differentiable_once, under_transform
 
 __all__ = ["batch_norm_leaky_relu"]
+
+_PARAMETERS = ("running_mean", "running_var", "weight", "bias")
 
 
 def batch_norm_leaky_relu(
@@ -27,33 +29,36 @@ def batch_norm_leaky_relu(
     """``leaky_relu(batch_norm(x))`` (arXiv 1502.03167, alg. 1), as generators have it behind every convolution.
 
     Channels-last tensors of some size on a CPU go through numba kernels: the two layers read and write activations six times
-    in the forward pass, these three times; differentiable once. Everything else goes to PyTorch's own.
+    in the forward pass, these three times; differentiable once. Everything else goes to PyTorch's own, as do the transforms of
+    ``torch.func`` and forward-mode differentiation.
 
     Args:
-        x: activations (N, C, H, W), float32, bfloat16 or float16.
-        running_mean, running_var: (C,) float32; moved in place in training, by the batch's mean and unbiased variance.
-        weight, bias: gain and offset, (C,) float32, or None for 1 and 0.
+        x: activations (N, C, H, W) of a floating dtype.
+        running_mean, running_var: (C,), float32 or of x's dtype; moved in place in training, by the batch's mean and unbiased
+            variance.
+        weight, bias: gain and offset, (C,), float32 or of x's dtype, or None for 1 and 0.
         training: whether to normalise by the batch's moments or by the running ones.
         momentum: of the running statistics.
-        eps: added to the variance.
+        eps: added to the variance; greater than 0 in training.
         negative_slope: of the ReLU; at least 0.
 
     Returns:
         A tensor like x.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or a number is outside its range.
+        RuntimeError: a second derivative through the kernels.
         BackendError: the backend triton or cuda is forced, which has no kernel for this.
     """
     dispatch.check_forced("batch_norm_leaky_relu")
-    if x.ndim != 4:
-        raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
-    for name, tensor in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.shape != x.shape[1:2]:  # the kernels read where they are told
-            raise ValueError(f"{name} must be ({x.shape[1]},), not {tuple(tensor.shape)}")
-    if not _served(x, training):
+    parameters = (running_mean, running_var, weight, bias)
+    _check(x, parameters, training, momentum, eps, negative_slope)
+    # In another dtype, PyTorch rounds the parameters' gradients and the running statistics as it does elsewhere.
+    wide = all(tensor is None or tensor.dtype == torch.float32 for tensor in parameters)
+    if not (wide and _served(x, training)):
         normalised = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return F.leaky_relu(normalised, negative_slope, inplace=True)
+    x = x.resolve_neg()  # the kernels read what is stored, which may be a number's negative
     weight = torch.ones_like(running_mean) if weight is None else weight
     bias = torch.zeros_like(running_mean) if bias is None else bias
     if not training:
@@ -69,10 +74,36 @@ def batch_norm_leaky_relu(
     return y
 
 
+def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, momentum: float, eps: float, negative_slope: float) -> None:
+    # The kernels read where they are told.
+    if x.ndim != 4:
+        raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of a floating dtype, not {x.dtype}")
+    shape, device, dtype = x.shape[1:2], x.device, x.dtype
+    for name, tensor in zip(_PARAMETERS, parameters, strict=True):
+        if tensor is None:
+            if name in ("running_mean", "running_var"):
+                raise ValueError(f"{name} must be a tensor {tuple(shape)}, not None")
+        elif tensor.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(tensor.shape)}")
+        elif tensor.device != device:
+            raise ValueError(f"{name} must be on x's device {device}, not on {tensor.device}")
+        elif tensor.dtype not in (torch.float32, dtype):
+            raise ValueError(f"{name} must be torch.float32 or of x's dtype {dtype}, not {tensor.dtype}")
+    if not isinstance(momentum, int | float):
+        raise ValueError(f"momentum must be a number, not {momentum!r}")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"eps must be greater than 0 in training and at least 0 in evaluation, not {eps}")
+    if negative_slope < 0:
+        raise ValueError(f"negative_slope must be at least 0, not {negative_slope}")
+
+
 def _served(x: Tensor, training: bool) -> bool:
     """Whether the kernels are for this call; what is compiled is better fused by the compiler."""
     return (
         not torch.compiler.is_compiling()
+        and not under_transform()
         and x.device.type == "cpu"
         and type(x) is Tensor
         and x.dtype in dispatch.STORAGE
@@ -95,21 +126,23 @@ class _Fused(torch.autograd.Function):
         inverse = (variance + eps).rsqrt()
         scale = weight * inverse
         shift = bias - mean * scale
-        ctx.save_for_backward(x, mean, inverse, scale, shift)
+        ctx.save_for_backward(x, mean, inverse, scale, shift, weight)  # on the weight depends the gradient's own gradient
         ctx.slope = slope
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
         return forward(x, scale, shift, slope), mean, variance
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    @differentiable_once("batch_norm_leaky_relu")
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         if gradient is None:
             return None, None, None, None, None
         from .cpu import backward, backward_sums
 
-        x, mean, inverse, scale, shift = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        x, mean, inverse, scale, shift, _weight = saved
+        gradient = gradient.contiguous(memory_format=torch.channels_last).resolve_neg()
         by_bias, with_x = backward_sums(gradient, x, scale, shift, ctx.slope)
         by_weight = inverse * (with_x - mean * by_bias)
         count = x.numel() // x.shape[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import dispatch
+from ..checks import under_transform
 
 __all__ = ["winograd_conv2d", "winograd_pays"]
 
@@ -30,12 +31,13 @@ def winograd_conv2d(
 
     36 multiplications stand for 144, and transforms of images and weights surround them. Errors are four to nine times those
     of the direct sum in float32. Gradients are computed the same way, the gradient's own gradient by PyTorch's convolution.
-    What it does not serve goes to PyTorch's convolution: other devices and dtypes, images that are not channels-last.
+    What it does not serve goes to PyTorch's convolution: other devices and dtypes, images that are not channels-last, and the
+    transforms of ``torch.func`` and forward-mode differentiation.
 
     Args:
         x: (N, C_in, H, W).
-        weight: (C_out, C_in, 3, 3).
-        bias: (C_out,), or none.
+        weight: (C_out, C_in, 3, 3), of x's dtype and device.
+        bias: (C_out,), of x's dtype and device, or none.
         padding: rows and columns of zeros on each side.
         keep: keep the transformed weights, four times as many, until these change (not through ``.data``): for those of a frozen network.
 
@@ -43,21 +45,24 @@ def winograd_conv2d(
         (N, C_out, H + 2 · padding[0] − 2, W + 2 · padding[1] − 2).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
         BackendError: the backend triton or cuda is forced, which has no kernel for this.
     """
     dispatch.check_forced("winograd_conv2d")
     _check(x, weight, bias, padding)
     if not _served(x, weight):
         return F.conv2d(x, weight, bias, padding=padding)
-    return _Winograd.apply(x, weight, bias, padding, keep)
+    # The kernels read what is stored, which may be a number's negative.
+    return _Winograd.apply(x.resolve_neg(), weight.resolve_neg(), None if bias is None else bias.resolve_neg(), padding, keep)
 
 
 def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> bool:
     """Whether :func:`winograd_conv2d` serves these tensors and is faster than PyTorch's convolution (with AVX-512).
 
-    False where a backend other than numba is forced.
+    False where a backend other than numba is forced, and of other convolutions.
     """
+    if x.ndim != 4 or weight.ndim != 4 or not _is_padding(padding):
+        return False
     height, width = _output_size(x, padding)
     pixels = len(x) * max(height, 0) * max(width, 0)
     return (
@@ -75,8 +80,25 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, .
         raise ValueError(f"x must be (N, C_in, H, W) and weight (C_out, C_in, 3, 3), not {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
-    if len(padding) != 2 or min(padding) < 0 or min(_output_size(x, padding)) < 1:
+    device, dtype = x.device, x.dtype
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on x's device {device}, not on {tensor.device}")
+        # Autocast gives all three its own dtype.
+        if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise ValueError(f"{name} must be of x's dtype {dtype}, not {tensor.dtype}")
+    if not _is_padding(padding) or min(_output_size(x, padding)) < 1:
         raise ValueError(f"padding must be two counts that leave an output of {tuple(x.shape[2:])}, not {padding}")
+
+
+def _is_padding(padding: tuple[int, ...]) -> bool:
+    """Whether these are two counts; layers have names and single numbers, too."""
+    if not isinstance(padding, tuple | list) or len(padding) != 2:
+        return False
+    rows, columns = padding
+    return isinstance(rows, int) and isinstance(columns, int) and rows >= 0 and columns >= 0
 
 
 def _output_size(x: Tensor, padding: tuple[int, ...]) -> tuple[int, int]:
@@ -87,6 +109,7 @@ def _served(x: Tensor, weight: Tensor) -> bool:
     """What is compiled is left to the compiler."""
     return (
         not torch.compiler.is_compiling()
+        and not under_transform()
         and x.device.type == "cpu"
         and type(x) is Tensor
         and x.dtype == weight.dtype == torch.float32
@@ -123,7 +146,7 @@ class _Winograd(torch.autograd.Function):
                 gradient, x, weight, None, [1, 1], list(ctx.padding), [1, 1], False, [0, 0], 1, wanted
             )
             return by_x, by_weight, by_bias, None, None
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        gradient = gradient.contiguous(memory_format=torch.channels_last).resolve_neg()
         # One after the other: the transforms of large weights and of their gradient need not be there together.
         by_x = _by_images(x, weight, gradient, ctx.padding, ctx.keep) if ctx.needs_input_grad[0] else None
         by_weight = _by_weight(x, weight, gradient, ctx.padding) if ctx.needs_input_grad[1] else None
@@ -169,7 +192,7 @@ def _transformed(weight: Tensor, keep: bool) -> Tensor:
     with torch.no_grad():
         places = weight.permute(2, 3, 0, 1).reshape(9, -1)
         transformed = (_kernel_transform(weight) @ places).unflatten(1, weight.shape[:2])
-    if keep:
+    if keep and not weight.is_inference():  # such a tensor does not tell that it changed
         _kept[weight] = (weight._version, weight.data_ptr()), transformed
     return transformed
 

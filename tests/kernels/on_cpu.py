@@ -16,8 +16,17 @@ import pytest
 HERE = Path(__file__).parent
 # The tests that all backends share, for two processes of about the same length.
 SHARED = {
-    "logits and averages": ("test_discrepancy.py", "test_ema.py", "test_fused_ema.py", "test_fused_ema_changes.py"),
-    "images": ("test_concat.py", "test_moments.py", "test_offsets.py", "test_operators.py"),
+    "logits and averages": (
+        "test_discrepancy.py",
+        "test_ema.py",
+        "test_ema_arguments.py",
+        "test_fused_ema.py",
+        "test_fused_ema_changes.py",
+    ),
+    "images": (
+        *("test_concat.py", "test_concat_arguments.py", "test_moments.py", "test_moments_arguments.py"),
+        *("test_offsets.py", "test_operators.py"),
+    ),
 }
 
 

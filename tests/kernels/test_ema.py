@@ -185,7 +185,7 @@ def test_elements_between_those_of_a_slice_are_untouched() -> None:
 
 def test_only_the_reference_averages_tensors_with_gaps(fused: Backend, device: torch.device) -> None:
     whole = torch.zeros(300, 600, device=device)
-    for average in (whole[:, ::2], whole[:, :599], whole[:1].expand(300, 600)):
+    for average in (whole[:, ::2], whole[:, :599]):
         with pytest.raises(BackendError, match=f"{fused} is forced, but averages only tensors without gaps"):
             ema_update_(
                 [torch.zeros(1, device=device), average],

@@ -94,6 +94,11 @@ FITTING: dict[str, Change] = {
     "values are assigned": lambda model, _: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
     "averages are assigned": lambda _, ema: ema.load_state_dict(copy.deepcopy(ema.state_dict()), assign=True),
     "the dtype changes": lambda model, _: model.to(torch.bfloat16),
+    "the memory format changes": lambda model, _: model.to(memory_format=torch.channels_last),
+    "the average's memory format changes": lambda _, ema: ema.to(memory_format=torch.channels_last),
+    "the strides change in place": lambda model, _: swap_data(model[0], lambda tensor: tensor.t()),
+    "an average is transposed": lambda _, ema: swap_data(ema.module[0], lambda tensor: tensor.t()),
+    "the dtype and the memory format change": lambda model, _: model.to(torch.bfloat16, memory_format=torch.channels_last),
     "both are channels-last": lambda model, ema: [part.to(memory_format=torch.channels_last) for part in (model, ema)],
     "both are transposed": lambda model, ema: [swap_data(part[0], lambda tensor: tensor.t()) for part in (model, ema.module)],  # type: ignore[func-returns-value]
 }
@@ -122,9 +127,6 @@ UNFIT: dict[str, tuple[Change, str]] = {
     "a submodule is removed": (lambda model, _: model.__delitem__(2), "differ in length"),
     "a parameter is removed": (lambda model, _: setattr(model[2], "bias", None), "differ in length"),
     "the shape changes in place": (lambda model, _: swap_data(model[0], lambda tensor: tensor[:2]), "pair 0: .*shape"),
-    "the strides change in place": (lambda model, _: swap_data(model[0], lambda tensor: tensor.t()), "pair 0: .*strides"),
-    "the memory format changes": (lambda model, _: model.to(memory_format=torch.channels_last), "pair 4: .*strides"),
-    "an average is transposed": (lambda _, ema: swap_data(ema.module[0], lambda tensor: tensor.t()), "pair 0: .*strides"),
     "the averages are halved": (lambda _, ema: ema.module.half(), "must be float32"),
     "integers take the place": (lambda model, _: swap_data(model[0], lambda tensor: tensor.long()), "pair 0: .*dtype"),
     "the device changes": (lambda model, _: model.to("meta"), "pair 0: .*device"),

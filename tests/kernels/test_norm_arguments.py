@@ -1,0 +1,163 @@
+"""What ``batch_norm_leaky_relu`` does of tensors and numbers that are not the usual ones: right, or an error that names them."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dfkd_fast.kernels import batch_norm_leaky_relu, dispatch, norm
+
+PARAMETERS = ["running_mean", "running_var", "weight", "bias"]
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(4, 6, 3, 5).to(dtype).to(memory_format=torch.channels_last)
+
+
+def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    torch.manual_seed(1)
+    tensors = {name: torch.rand(6).add(0.5).to(dtype) for name in PARAMETERS}
+    return {**tensors, "training": True, "momentum": 0.3, "eps": 1e-3, "negative_slope": 0.2}
+
+
+def pytorch(x: Tensor, given: dict[str, Any]) -> Tensor:
+    mean, variance, weight, bias = (given[name] for name in PARAMETERS)
+    normalised = F.batch_norm(x, mean, variance, weight, bias, given["training"], given["momentum"], given["eps"])
+    return F.leaky_relu(normalised, given["negative_slope"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_networks_whose_tensors_are_all_of_one_dtype_are_pytorchs(dtype: torch.dtype, training: bool) -> None:
+    ours, theirs = ({**arguments(dtype), "training": training} for _ in range(2))
+    with torch.no_grad():
+        torch.testing.assert_close(batch_norm_leaky_relu(images(dtype), **ours), pytorch(images(dtype), theirs))
+    for name in PARAMETERS:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_moved(name: str, training: bool) -> None:
+    for wrong, message in (
+        (torch.ones(6).half(), f"{name} must be torch.float32 or of x's dtype torch.bfloat16, not torch.float16"),
+        (torch.ones(6).double(), f"{name} must be torch.float32 or .*, not torch.float64"),
+        (torch.ones(6).long(), f"{name} must be torch.float32 or .*, not torch.int64"),
+        (torch.ones(6, device="meta"), f"{name} must be on x's device cpu, not on meta"),
+        (torch.ones(6, 1), rf"{name} must be \(6,\), not \(6, 1\)"),
+    ):
+        given = {**arguments(), "training": training, name: wrong}
+        before = {other: given[other].clone() for other in PARAMETERS}
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            batch_norm_leaky_relu(images(torch.bfloat16), **given)
+        assert all(torch.equal(given[other], before[other]) for other in PARAMETERS if other != name)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_must_be_there(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be a tensor \(6,\), not None"):
+        batch_norm_leaky_relu(images(), **{**arguments(), name: None})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"momentum": None}, "momentum must be a number, not None"),
+        ({"eps": 0.0}, "eps must be greater than 0 in training and at least 0 in evaluation, not 0.0"),
+        ({"eps": -1e-5, "training": False}, "eps must be greater than 0 .*, not -1e-05"),
+        ({"negative_slope": -0.1}, "negative_slope must be at least 0, not -0.1"),
+    ],
+    ids=str,
+)
+def test_numbers_outside_their_range_are_named(changed: dict[str, Any], message: str) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        batch_norm_leaky_relu(images(), **{**arguments(), **changed})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_activations_are_floating(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"x must be of a floating dtype, not {dtype}"):
+        batch_norm_leaky_relu(images().to(dtype), **arguments())
+
+
+def strided(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+def negated_twice(tensor: Tensor) -> Tensor:
+    return torch._neg_view(-tensor)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_strides_and_negative_bits_of_any_tensor_are_read_as_they_are(training: bool) -> None:
+    with torch.no_grad():
+        for name in ("x", *PARAMETERS):
+            for view in (strided, negated_twice):
+                ours, theirs = ({**arguments(), "training": training} for _ in range(2))
+                x = images()
+                if name == "x":
+                    x = view(x)
+                else:
+                    ours[name] = view(ours[name])
+                torch.testing.assert_close(batch_norm_leaky_relu(x, **ours), pytorch(images(), theirs), rtol=1e-4, atol=1e-4)
+                for other in PARAMETERS:
+                    torch.testing.assert_close(ours[other], theirs[other], rtol=1e-5, atol=1e-5)
+
+
+def test_an_upstream_gradient_with_a_negative_bit_is_read_as_it_is() -> None:
+    x = images().requires_grad_()
+    upstream = torch.randn(x.shape).to(memory_format=torch.channels_last)
+    gradients = [
+        torch.autograd.grad(batch_norm_leaky_relu(x, **arguments()), x, given)[0] for given in (torch._neg_view(-upstream), upstream)
+    ]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("wrt", ["x", "weight"])
+def test_a_second_derivative_of_the_kernels_is_refused_where_it_would_lack_a_term(wrt: str) -> None:
+    x, given = images().requires_grad_(), arguments()
+    given["weight"].requires_grad_()
+    assert norm._served(x, True)
+    (gradient,) = torch.autograd.grad(batch_norm_leaky_relu(x, **given).sum(), x, create_graph=True)
+    source = x if wrt == "x" else given["weight"]
+    with pytest.raises(RuntimeError, match=r'batch_norm_leaky_relu: .* no second derivative; call it under use_backend\("reference"\)'):
+        torch.autograd.grad(gradient.square().sum() + source.sum(), source)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("graph", [True, False])
+def test_tangents_are_pytorchs(training: bool, graph: bool) -> None:
+    tangents = []
+    for function in (lambda x, given: batch_norm_leaky_relu(x, **given), pytorch):
+        with forward_ad.dual_level(), torch.set_grad_enabled(graph):
+            dual = forward_ad.make_dual(images(), images().flip(0))
+            tangents.append(forward_ad.unpack_dual(function(dual, {**arguments(), "training": training})).tangent)
+    assert tangents[0] is not None
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_transforms_of_torch_func_are_pytorchs(training: bool) -> None:
+    given = {**arguments(), "training": training}
+
+    def ours(x: Tensor) -> Tensor:
+        return batch_norm_leaky_relu(x, **{**given, "running_mean": torch.zeros(6), "running_var": torch.ones(6)}).square().sum()
+
+    def theirs(x: Tensor) -> Tensor:
+        return pytorch(x, {**given, "running_mean": torch.zeros(6), "running_var": torch.ones(6)}).square().sum()
+
+    for transform in (torch.func.grad, lambda function: lambda x: torch.func.jvp(function, (x,), (x.flip(0),))):
+        torch.testing.assert_close(transform(ours)(images()), transform(theirs)(images()), rtol=1e-4, atol=1e-4)
+    if not training:
+        several = torch.stack([images(), 2 * images()])
+        with torch.no_grad():
+            torch.testing.assert_close(torch.vmap(ours)(several), torch.vmap(theirs)(several))
