@@ -218,13 +218,13 @@ def with_masked(logits: Tensor, masked: Tensor, layout: str = "contiguous") -> T
 
 @pytest.mark.parametrize("shape", [(6, 10), (3, 100), (3, 9000), (3, 11, 5, 3), (3, 70, 3, 1)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("masks", ["teacher", "both", "teacher more", "student", "each another"])
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize(
+    ("kind", "masks"),
+    [*itertools.product(["kl", "js"], ["teacher", "both", "teacher more"]), ("js", "student"), ("js", "each another")],  # KL is infinite
+)
 def test_masked_classes_contribute_nothing_of_their_own(
     backend: Backend, device: torch.device, kind: str, masks: str, layout: str, shape: tuple[int, ...]
 ) -> None:
-    if kind == "kl" and masks in ("student", "each another"):
-        pytest.skip("infinite")
     some, other = (torch.rand(shape) < 0.4 for _ in range(2))
     for mask in (some, other):  # also the last class alone, all but one, and a random half
         mask[0], mask[-1] = False, True
@@ -567,7 +567,7 @@ def test_logits_on_two_devices_are_refused(kind: str) -> None:
         call(kind, torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))
 
 
-@pytest.mark.parametrize("wrong", ["none", None, ["sum"], 1, torch.ones(2), np.ones(2)], ids=str)
+@pytest.mark.parametrize("wrong", ["none", None, ["sum"], 1, torch.ones(2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_reduction_is_refused(kind: str, wrong: Any) -> None:
     with pytest.raises(ValueError, match="reduction must be 'batchmean', 'mean' or 'sum', not "):
@@ -583,7 +583,7 @@ def test_logits_of_a_dtype_that_is_not_floating_are_refused(backend: Backend, ki
         call(kind, **sides)
 
 
-@pytest.mark.parametrize("wrong", [[[0.0, 1.0, 2.0]], np.zeros((1, 3)), None, 1.0], ids=["list", "array", "None", "float"])
+@pytest.mark.parametrize("wrong", [[[0.0, 1.0, 2.0]], None, 1.0], ids=["list", "None", "float"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_that_are_no_dense_tensors_are_refused(kind: str, side: str, wrong: Any) -> None:
