@@ -217,7 +217,7 @@ def with_masked(logits: Tensor, masked: Tensor, layout: str = "contiguous") -> T
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (3, 100), (3, 9000), (3, 11, 5, 3), (3, 70, 3, 1)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("kind", "masks"),
     [*itertools.product(["kl", "js"], ["teacher", "both", "teacher more"]), ("js", "student"), ("js", "each another")],  # KL is infinite
@@ -237,7 +237,7 @@ def test_masked_classes_contribute_nothing_of_their_own(
         compare(kind, student, teacher, temperature=1.3, reduction="mean", formula=of_possible_classes)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (3, 100), (1, 9000), (2, 11, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4), (3, 100), (2, 11, 3, 3)], ids=str)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 def test_kl_is_infinite_where_the_student_alone_masks_a_class_and_its_gradient_is_finite(
     backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
