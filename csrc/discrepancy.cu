@@ -167,12 +167,12 @@ __global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(con
         if (i < row.count) {
           student[i] *= student_factor;
           teacher[i] *= teacher_factor;
-          divergence[i] = Loss::divergence(log_ratio[i] + shift);
+          divergence[i] = Loss::divergence(student[i], teacher[i], log_ratio[i] + shift);
+          loss += Loss::loss(student[i], teacher[i], divergence[i]);
           mean.student += student[i] * divergence[i].student;
           mean.teacher += teacher[i] * divergence[i].teacher;
         }
       }
-      loss += Loss::loss(mean);
       if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
         mean.student = reduce(mean.student, row.team, Sum());
         mean.teacher = reduce(mean.teacher, row.team, Sum());
@@ -288,24 +288,28 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
         const float teacher_logit = (teacher_value - teacher_softmax.max) * inverse_temperature;
         student_value = expf(student_logit) * student_factor;
         teacher_value = expf(teacher_logit) * teacher_factor;
-        return Loss::divergence(teacher_logit - student_logit + shift);
+        return Loss::divergence(student_value, teacher_value, teacher_logit - student_logit + shift);
       };
+      double loss_sum = 0.0;
       double student_sum = 0.0;
       double teacher_sum = 0.0;
       pass([&](int begin) {
+        float batch_loss = 0.0f;
         Pair sum{0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           if (begin + i < row.count) {
             const Pair divergence = compare(student[i], teacher[i]);
+            batch_loss += Loss::loss(student[i], teacher[i], divergence);
             sum.student += student[i] * divergence.student;
             sum.teacher += teacher[i] * divergence.teacher;
           }
         }
+        loss_sum += batch_loss;
         student_sum += sum.student;
         teacher_sum += sum.teacher;
       });
-      loss += Loss::loss({static_cast<float>(student_sum), static_cast<float>(teacher_sum)});
+      loss += static_cast<float>(loss_sum);
       if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
         const Pair mean{
             static_cast<float>(reduce(student_sum, row.team, Sum())), static_cast<float>(reduce(teacher_sum, row.team, Sum()))};

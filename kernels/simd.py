@@ -26,6 +26,7 @@ __all__ = [
     "Place",
     "exp",
     "exp_of_negative",
+    "expm1_of_negative",
     "helper",
     "inline",
     "laid_out_as",
@@ -198,7 +199,7 @@ LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.1219444005469057e-4)  # n · LN2_HIGH is exact
 # eʳ = 1 + r + r² (E2 + E3 r + …) for |r| ≤ ½ log 2, to 1e-8
 E2, E3, E4, E5, E6 = (np.float32(c) for c in (0.5, 0.16666577026, 0.04166655466, 0.00836317307, 0.00139261761))
-# 2 atanh(s) / s in s² over s ≤ 1/3, and (tanh(x) / x − 1) / x² in x² over x ≤ 0.55: interpolated at Chebyshev
+# 2 atanh(s) / s in s² over |s| ≤ 1/3, and (tanh(x) / x − 1) / x² in x² over x ≤ 0.55: interpolated at Chebyshev
 # points, to 4e-9 of the value.
 A0, A1, A2, A3, A4 = (np.float32(c) for c in (2.00000000768, 0.6666632164, 0.4002459523, 0.2796515776, 0.2815777829))
 T0, T1, T2, T3, T4 = (np.float32(c) for c in (-0.33333332008, 0.13333113729, -0.05390942883, 0.02130938867, -0.00661022784))
@@ -216,6 +217,17 @@ def exp_of_negative(x: Any) -> Any:
 
 
 @inline
+def expm1_of_negative(x: Any) -> Any:
+    """eˣ − 1 to about 1e-7 of its value for x ≤ 0 (up to 88); −1 below −87.3."""
+    n = rounded(x * LOG2_E)
+    n = n if n > np.float32(-126) else np.float32(-126)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    power = two_to_the(n)
+    y = power * (r * (ONE + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * E6)))))) + (power - ONE)
+    return -ONE if x < LOWEST else y
+
+
+@inline
 def exp(x: Any) -> Any:
     """eˣ to about 1e-7; 0 below −87.3, infinity above 88."""
     y = exp_of_negative(x if x < LARGEST else LARGEST)
@@ -225,7 +237,7 @@ def exp(x: Any) -> Any:
 
 @inline
 def log1p(u: Any) -> Any:
-    """log(1 + u) for u in [0, 1], to about 1e-7 of its value."""
+    """log(1 + u) for u in [−½, 1], to about 1e-7 of its value."""
     s = u / (TWO + u)
     w = s * s
     return s * (A0 + w * (A1 + w * (A2 + w * (A3 + w * A4))))

@@ -5,11 +5,11 @@ backward pass: those of L1 as signs of one byte, those of the divergences in the
 """
 
 import math
+from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import operators
 from ..dispatch import Backend, choose
@@ -18,6 +18,7 @@ from . import reference
 __all__ = ["Reduction", "js_discrepancy", "kl_discrepancy", "l1_discrepancy"]
 
 Reduction = Literal["batchmean", "mean", "sum"]
+TEMPERATURES = 1e-4, 1e4  # beyond them log-ratios, or the square times a divergence, leave what float32 resolves
 
 
 @overload
@@ -29,18 +30,23 @@ def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, ag
 
     Args:
         student, teacher: logits (N, C) or (N, C, H, W) of any strides and floating dtypes; read in float32.
-        reduction: "mean" divides by every element, "batchmean" by N, "sum" by nothing.
+        reduction: "mean" divides by every element, "batchmean" by N, "sum" by nothing. Without rows the sum is 0, and a mean
+            NaN, as in PyTorch.
         agreement: also count the rows (of N, or of N·H·W) whose largest logits are of the same class.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64 logits), differentiable on both sides, once; twice with the
-        reference backend. With ``agreement`` also the count, a 0-d int64 tensor on the logits' device.
+        A 0-d tensor, float32 (float64 for float64 logits), differentiable on both sides, once; under
+        ``use_backend("reference")`` any number of times. NaN, as in PyTorch, where a logit is NaN or both sides have the same
+        infinity. With ``agreement`` also the count, a 0-d int64 tensor on the logits' device.
 
     Raises:
-        ValueError: shapes that differ or are no logits, devices that differ, or an unknown reduction.
+        ValueError: shapes that differ or are no logits, devices that differ, a dtype that is not floating, or an unknown
+            reduction.
+        TypeError: logits that are no tensors, or an ``agreement`` that is not a bool.
         BackendError: a forced backend does not serve the logits' device or dtype.
+        RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
     """
-    _check(student, teacher, reduction)
+    _check(student, teacher, reduction, agreement)
     backend = _choose("l1_discrepancy", student, teacher)
     if backend == "reference":
         loss = reference.l1_discrepancy(student, teacher, reduction)
@@ -80,22 +86,31 @@ def kl_discrepancy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """KL(p_teacher ‖ p_student) of the softmax over classes at a temperature (Hinton et al. 2015, arXiv 1503.02531).
 
+    A logit of −inf masks its class. A class of teacher probability 0 contributes 0 to the value and to the teacher's
+    gradient, whatever the student gives it. Where the student alone masks a class, the value is +inf, and the teacher's
+    gradient is not finite. A NaN or +inf logit, or a row of −inf, makes value and gradients NaN, all as in PyTorch.
+
     Args:
         student, teacher: logits (N, C) or (N, C, H, W) of any strides and floating dtypes; read in float32.
-        temperature: both logits are divided by it, > 0.
-        reduction: "batchmean" divides by N, "mean" by every element, "sum" by nothing.
+        temperature: both logits are divided by it, from 1e-4 to 1e4.
+        reduction: "batchmean" divides by N, "mean" by every element, "sum" by nothing. Without rows the sum is 0, and a mean
+            NaN, as in PyTorch.
         scale_by_temperature_squared: multiply by temperature², which keeps the size of the gradient as
             the temperature changes.
         agreement: also count the rows (of N, or of N·H·W) whose largest logits are of the same class.
 
     Returns:
-        A 0-d tensor in nats, float32 (float64 for float64 logits), differentiable on both sides, once; twice with
-        the reference backend. With ``agreement`` also the count, a 0-d int64 tensor on the logits' device.
+        A 0-d tensor in nats, float32 (float64 for float64 logits), differentiable on both sides, once; under
+        ``use_backend("reference")`` any number of times. With ``agreement`` also the count, a 0-d int64 tensor on the
+        logits' device.
 
     Raises:
-        ValueError: shapes that differ or are no logits, devices that differ, a temperature ≤ 0, or an unknown
-            reduction.
+        ValueError: shapes that differ or are no logits, devices that differ, a dtype that is not floating, a temperature
+            out of its range, or an unknown reduction.
+        TypeError: logits that are no tensors, a temperature that is not a number (a tensor is none), or a switch that is not
+            a bool.
         BackendError: a forced backend does not serve the logits' device or dtype.
+        RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
     """
     return _divergence("kl", student, teacher, temperature, reduction, scale_by_temperature_squared, agreement)
 
@@ -131,7 +146,8 @@ def js_discrepancy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Jensen–Shannon divergence ½ KL(p_T ‖ m) + ½ KL(p_S ‖ m), m = ½ (p_T + p_S), between 0 and log 2 a row (Lin 1991).
 
-    Arguments, results and errors are those of ``kl_discrepancy``. One minus this, over log 2, is what
+    Arguments, results and errors are those of ``kl_discrepancy``, but that a class which one side alone masks contributes
+    ½ log 2 times its probability on the other: value and gradients are finite. One minus this, over log 2, is what
     DeepInversion (arXiv 1912.08795, eq. 8) and PRE-DFKD compete with.
     """
     return _divergence("js", student, teacher, temperature, reduction, scale_by_temperature_squared, agreement)
@@ -146,9 +162,9 @@ def _divergence(
     scale_by_temperature_squared: bool,
     agreement: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    _check(student, teacher, reduction)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, not {temperature}")
+    _check(student, teacher, reduction, agreement)
+    temperature = _temperature(temperature)
+    _check_switch("scale_by_temperature_squared", scale_by_temperature_squared)
     backend = _choose(f"{kind}_discrepancy", student, teacher)
     if backend == "reference":
         divergence = reference.kl_discrepancy if kind == "kl" else reference.js_discrepancy
@@ -180,8 +196,13 @@ class _Fused(torch.autograd.Function):
         return loss, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Refused already here: not every second derivative would pass this node, and one that does not would lack a term.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"create_graph=True: a discrepancy of the backend {ctx.backend} has no second derivative;"
+                ' compute it under use_backend("reference")'
+            )
         if upstream is None:
             return 7 * (None,)
         units, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
@@ -205,7 +226,15 @@ def _choose(operation: str, student: Tensor, teacher: Tensor) -> Backend:
     return choose(operation, student.device, (student.dtype, teacher.dtype), 2 * student.numel())
 
 
-def _check(student: Tensor, teacher: Tensor, reduction: str) -> None:
+def _check(student: Tensor, teacher: Tensor, reduction: object, agreement: object) -> None:
+    sides: tuple[tuple[str, object], ...] = ("student", student), ("teacher", teacher)
+    for side, logits in sides:
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{side} must be a tensor of logits, not a {type(logits).__name__}")
+        if not logits.is_floating_point():
+            raise ValueError(f"{side} logits must have a floating-point dtype, not {logits.dtype}")
+        if logits.layout != torch.strided:
+            raise ValueError(f"{side} logits must be dense, not {logits.layout}")
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher logits differ in shape: {tuple(student.shape)} and {tuple(teacher.shape)}")
     if student.device != teacher.device:
@@ -214,8 +243,24 @@ def _check(student: Tensor, teacher: Tensor, reduction: str) -> None:
         raise ValueError(f"logits must be (N, C) or (N, C, H, W), not {tuple(student.shape)}")
     if student.shape[1] == 0:
         raise ValueError(f"logits have no classes: {tuple(student.shape)}")
-    if reduction not in ("batchmean", "mean", "sum"):
+    if not isinstance(reduction, str) or reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', not {reduction!r}")
+    _check_switch("agreement", agreement)
+
+
+def _temperature(temperature: object) -> float:
+    # Reading a tensor would wait for its device, and a CUDA graph would keep the value of its capture.
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a float, not {temperature!r}")
+    lowest, highest = TEMPERATURES
+    if not lowest <= (number := float(temperature)) <= highest:
+        raise ValueError(f"temperature must be > 0, from {lowest:g} to {highest:g}, not {temperature}")
+    return number
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def _scale(logits: Tensor, reduction: Reduction) -> float:

@@ -2,7 +2,8 @@
 
 Logits lie in one of two ways. Where the classes of a row are neighbours and many, a task takes rows one by one and
 vectorises over the classes. Elsewhere (segmentation, few classes) it takes a tile of rows and vectorises over the
-rows. Both take ``log p − log q`` from shifted logits and two log-sum-exps, never from probabilities.
+rows. Both take ``log p − log q`` from shifted logits and two log-sum-exps, never from probabilities, and add up KL in
+terms that a rounded log-sum-exp changes to second order only (``_kl_term``).
 """
 
 import math
@@ -25,7 +26,9 @@ TILE = 2048  # elements a tile of rows holds: its three buffers stay in the firs
 # are class_stride apart. A plain tuple, which numba takes fastest: outer, inner, classes, outer_stride, inner_stride,
 # class_stride.
 Rows = tuple[int, int, int, int, int, int]
-LN2: Any = np.float32(np.log(2))
+HUGE: Any = np.float32(1e30)  # a log-ratio's finite size where a probability of 0, which multiplies it, makes it infinite
+NEAR: Any = np.float32(0.25)
+K2, K3, K4, K5, K6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
 
 
 def l1_forward(student: Tensor, teacher: Tensor, scale: float, gradient: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,8 +171,8 @@ def _argmax(logits: Any, start: int, classes: int, class_stride: int) -> int:
     return best
 
 
-# A NaN may be overlooked here: it reaches every result through exp(x − largest).
-@numba.njit(fastmath=True)
+# A NaN may be overlooked here: it reaches every result through exp(x − largest). An infinity may not.
+@numba.njit(fastmath={"nnan", "nsz", "reassoc"})
 def _largest(one: Any, other: Any, start: int, classes: int) -> tuple[Any, Any]:
     a, b = simd.widen(one[start]), simd.widen(other[start])
     for c in range(start, start + classes):
@@ -178,9 +181,20 @@ def _largest(one: Any, other: Any, start: int, classes: int) -> tuple[Any, Any]:
 
 
 @simd.inline
+def _kl_term(p: Any, q: Any, d: Any) -> Any:
+    """p d + (q − p) for d = log p − log q: over a row, q − p adds up to 0.
+
+    Every term is ≥ 0, and an error of d common to a row cancels, as it does not from p d. Near 0 by the series of d + exp(−d) − 1.
+    """
+    near = p * (d * d) * (K2 - d * (K3 - d * (K4 - d * (K5 - d * K6))))
+    return near if abs(d) < NEAR else p * d + (q - p)
+
+
+@simd.inline
 def _log_over_mean(d: Any) -> Any:
-    """log p − log m for m = (p + q) / 2 and d = log p − log q: log 2 − log(1 + exp(−d)), safe for large ``|d|``."""
-    return (LN2 - max(-d, ZERO)) - simd.log1p(simd.exp_of_negative(-abs(d)))
+    """log p − log m for m = (p + q) / 2 and d = log p − log q, to some 1e-7 of its value."""
+    greater = -simd.log1p(HALF * simd.expm1_of_negative(-abs(d)))  # of log p − log m and log q − log m
+    return greater if d > ZERO else greater - abs(d)
 
 
 # In both kernels p and q are the teacher's and the student's probabilities, a and b the log-ratios that they weight. KL has no b.
@@ -222,15 +236,20 @@ def _row_by_row(
             if js:
                 for c in range(classes):
                     p[c], q[c], d = p[c] * p_scale, q[c] * q_scale, a[c] - shift
+                    d = HUGE if q[c] == ZERO else d
+                    d = -HUGE if p[c] == ZERO else d
                     a[c], b[c] = _log_over_mean(d), _log_over_mean(-d)
                     a_mean += p[c] * a[c]
                     b_mean += q[c] * b[c]
                 total += HALF * (a_mean + b_mean)
             else:
+                row_total = ZERO
                 for c in range(classes):
-                    p[c], q[c], a[c] = p[c] * p_scale, q[c] * q_scale, a[c] - shift
+                    p[c], q[c], d = p[c] * p_scale, q[c] * q_scale, a[c] - shift
+                    a[c] = -HUGE if p[c] == ZERO else d
                     a_mean += p[c] * a[c]
-                total += a_mean
+                    row_total += _kl_term(p[c], q[c], a[c])
+                total += row_total
             if teacher_gradient:
                 for c in range(classes):
                     t_unit[start + c] = simd.narrow(weight * p[c] * (a[c] - a_mean), teacher_unit)
@@ -285,21 +304,26 @@ def _tile_by_tile(
                 p[c, i], q[c, i], a[c, i] = simd.exp_of_negative(x), simd.exp_of_negative(y), x - y
                 p_sum[i] += p[c, i]
                 q_sum[i] += q[c, i]
-        shift, a_mean, b_mean = np.empty(size, np.float32), np.zeros(size, np.float32), np.zeros(size, np.float32)
+        shift, total = np.empty(size, np.float32), np.zeros(size, np.float32)
+        a_mean, b_mean = np.zeros(size, np.float32), np.zeros(size, np.float32)
         for i in range(size):
             shift[i], p_sum[i], q_sum[i] = np.log(p_sum[i]) - np.log(q_sum[i]), ONE / p_sum[i], ONE / q_sum[i]
         for c in range(classes):
             if js:
                 for i in range(size):
                     p[c, i], q[c, i], d = p[c, i] * p_sum[i], q[c, i] * q_sum[i], a[c, i] - shift[i]
+                    d = HUGE if q[c, i] == ZERO else d
+                    d = -HUGE if p[c, i] == ZERO else d
                     a[c, i], b[c, i] = _log_over_mean(d), _log_over_mean(-d)
                     a_mean[i] += p[c, i] * a[c, i]
                     b_mean[i] += q[c, i] * b[c, i]
             else:
                 for i in range(size):
-                    p[c, i], q[c, i], a[c, i] = p[c, i] * p_sum[i], q[c, i] * q_sum[i], a[c, i] - shift[i]
+                    p[c, i], q[c, i], d = p[c, i] * p_sum[i], q[c, i] * q_sum[i], a[c, i] - shift[i]
+                    a[c, i] = -HUGE if p[c, i] == ZERO else d
                     a_mean[i] += p[c, i] * a[c, i]
-        partial[task] = (HALF if js else ONE) * (a_mean.sum() + b_mean.sum())
+                    total[i] += _kl_term(p[c, i], q[c, i], a[c, i])
+        partial[task] = HALF * (a_mean.sum() + b_mean.sum()) if js else total.sum()
         for c in range(classes):
             for i in range(size):
                 q[c, i] = weight * (q[c, i] * (b[c, i] - b_mean[i]) if js else q[c, i] - p[c, i])

@@ -231,7 +231,7 @@ def _whole_rows_kernel(
     log_p -= tl.log(p_norm)
     q *= 1 / q_norm
     p *= 1 / p_norm
-    loss, q_sum, p_sum = _sums(log_q, log_p, q, p, mask, js)
+    loss, q_sum, p_sum = _sums(log_q, log_p, q, p, js)
     tl.store(losses + program, tl.sum(loss))
     for_student, for_teacher = _units(log_q, log_p, q, p, q_sum, p_sum, inverse_temperature, js)
     if student_unit is not None:
@@ -287,12 +287,11 @@ def _long_rows_kernel(
     p_sum = loss
     for start in range(0, sizes[3], block_classes):
         classes = start + tl.arange(0, block_classes)
-        mask = real[:, None] & (classes < sizes[3])[None, :]
         s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
         t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
         log_q = (s - s_max[:, None]) * inverse_temperature - log_q_norm[:, None]
         log_p = (t - t_max[:, None]) * inverse_temperature - log_p_norm[:, None]
-        part, q_part, p_part = _sums(log_q, log_p, tl.exp(log_q), tl.exp(log_p), mask, js)
+        part, q_part, p_part = _sums(log_q, log_p, tl.exp(log_q), tl.exp(log_p), js)
         loss += part
         q_sum += q_part
         p_sum += p_part
@@ -315,7 +314,7 @@ def _long_rows_kernel(
 
 @triton.jit
 def _logits(pointers: tl.tensor, real: tl.tensor, classes: tl.tensor, sizes: tl.tuple) -> tl.tensor:
-    """Logits in float32: −∞ beyond the last class, where softmax is then 0, and 0 beyond the last row."""
+    """Logits in float32: −∞ beyond the last class, where softmax is then 0, and 0 beyond the last row. Neither adds to a sum."""
     mask = (classes < sizes[3])[None, :]
     logits = tl.load(pointers, mask=real[:, None] & mask, other=0).to(tl.float32)
     return tl.where(mask, logits, -float("inf"))
@@ -331,18 +330,28 @@ def _norm(maximum: tl.tensor, norm: tl.tensor, logits: tl.tensor, inverse_temper
 
 
 @triton.jit
-def _sums(
-    log_q: tl.tensor, log_p: tl.tensor, q: tl.tensor, p: tl.tensor, mask: tl.tensor, js: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def _sums(log_q: tl.tensor, log_p: tl.tensor, q: tl.tensor, p: tl.tensor, js: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Every row's loss, and the expected log ratios of q and p that its derivatives are centred on."""
-    q_ratio, p_ratio = _log_ratios(log_q, log_p, js)
-    p_sum = tl.sum(tl.where(mask, p * p_ratio, 0), axis=1)
+    q_ratio, p_ratio = _log_ratios(log_q, log_p, q, p, js)
+    p_sum = tl.sum(p * p_ratio, axis=1)
     q_sum = p_sum
     loss = p_sum
     if js:
-        q_sum = tl.sum(tl.where(mask, q * q_ratio, 0), axis=1)
+        q_sum = tl.sum(q * q_ratio, axis=1)
         loss = 0.5 * (p_sum + q_sum)
+    else:
+        loss = tl.sum(_kl_terms(q, p, p_ratio), axis=1)
     return loss, q_sum, p_sum
+
+
+@triton.jit
+def _kl_terms(q: tl.tensor, p: tl.tensor, d: tl.tensor) -> tl.tensor:
+    """p d + (q − p) for d = log p − log q: over a row, q − p adds up to 0.
+
+    Every term is ≥ 0, and an error of d common to a row cancels, as it does not from p d. Near 0 by the series of d + exp(−d) − 1.
+    """
+    near = p * (d * d) * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))
+    return tl.where(tl.abs(d) < 0.25, near, p * d + (q - p))
 
 
 @triton.jit
@@ -357,7 +366,7 @@ def _units(
     js: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The loss's derivatives by the student's and the teacher's logits."""
-    q_ratio, p_ratio = _log_ratios(log_q, log_p, js)
+    q_ratio, p_ratio = _log_ratios(log_q, log_p, q, p, js)
     for_student = q - p
     for_teacher = p * (p_ratio - p_sum[:, None])
     if js:
@@ -367,14 +376,23 @@ def _units(
 
 
 @triton.jit
-def _log_ratios(log_q: tl.tensor, log_p: tl.tensor, js: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """log q − log m and log p − log m for JS, where m = (p + q)/2; log p − log q as the second for KL."""
+def _log_ratios(log_q: tl.tensor, log_p: tl.tensor, q: tl.tensor, p: tl.tensor, js: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """log q − log m and log p − log m for JS, where m = (p + q)/2; log p − log q as the second for KL.
+
+    They are finite where a probability of 0, which multiplies them, would make them infinite.
+    """
     difference = log_p - log_q
+    if js:
+        difference = tl.where(q == 0, 1e30, difference)
+    difference = tl.where(p == 0, -1e30, difference)
     q_ratio = difference
     p_ratio = difference
     if js:
         # From the difference alone, not from log m: nothing cancels, and equal logits give exactly 0.
-        log_mean = tl.log(0.5 + 0.5 * tl.exp(-tl.abs(difference)))  # of m relative to the larger of p and q
+        size = tl.abs(difference)
+        square = size * size
+        near = square * (1 / 8 - square * (1 / 192 - square * (1 / 2880))) - 0.5 * size
+        log_mean = tl.where(size < 0.25, near, tl.log(0.5 + 0.5 * tl.exp(-size)))  # of m relative to the larger of p and q
         q_ratio = tl.minimum(-difference, 0) - log_mean
         p_ratio = tl.minimum(difference, 0) - log_mean
     return q_ratio, p_ratio

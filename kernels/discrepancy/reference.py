@@ -3,7 +3,10 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+HUGE = 1e30  # a log-ratio's finite size where a probability of 0, which multiplies it, makes it infinite
 
 
 def l1_discrepancy(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
@@ -12,14 +15,19 @@ def l1_discrepancy(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
 
 def kl_discrepancy(student: Tensor, teacher: Tensor, temperature: float, reduction: str, scale_by_temperature_squared: bool) -> Tensor:
     log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-    divergence = _reduce(log_p.exp() * (log_p - log_q), reduction)
+    p = log_p.exp()
+    log_ratio = (log_p - log_q).masked_fill(p == 0, -HUGE)
+    divergence = _reduce(p * log_ratio, reduction)
     return divergence * temperature**2 if scale_by_temperature_squared else divergence
 
 
 def js_discrepancy(student: Tensor, teacher: Tensor, temperature: float, reduction: str, scale_by_temperature_squared: bool) -> Tensor:
     log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    divergence = _reduce((log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)) / 2, reduction)
+    q, p = log_q.exp(), log_p.exp()
+    log_ratio = (log_p - log_q).masked_fill(q == 0, HUGE).masked_fill(p == 0, -HUGE)
+    # log p − log m and log q − log m, where m = (p + q) / 2
+    p_ratio, q_ratio = (math.log(2) + F.logsigmoid(ratio) for ratio in (log_ratio, -log_ratio))
+    divergence = _reduce((p * p_ratio + q * q_ratio) / 2, reduction)
     return divergence * temperature**2 if scale_by_temperature_squared else divergence
 
 

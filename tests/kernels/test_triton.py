@@ -72,11 +72,13 @@ def losses(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> t
     log_q, log_p = ((logits / temperature).log_softmax(dim=1) for logits in (student, teacher))
     q, p = log_q.exp(), log_p.exp()
     if kind == "kl":
-        row = (p * (log_p - log_q)).sum(dim=1, keepdim=True)
-        return row.sum(), (q - p) / temperature, p * (log_p - log_q - row) / temperature
+        ratio = (log_p - log_q).masked_fill(p == 0, 0)
+        row = (p * ratio).sum(dim=1, keepdim=True)
+        return row.sum(), (q - p) / temperature, p * (ratio - row) / temperature
     log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0, dtype=q.dtype).log()
-    q_row, p_row = ((side * (log - log_m)).sum(dim=1, keepdim=True) for side, log in ((q, log_q), (p, log_p)))
-    to_student, to_teacher = q * (log_q - log_m - q_row), p * (log_p - log_m - p_row)
+    q_ratio, p_ratio = ((log - log_m).masked_fill(side == 0, 0) for side, log in ((q, log_q), (p, log_p)))
+    q_row, p_row = ((side * ratio).sum(dim=1, keepdim=True) for side, ratio in ((q, q_ratio), (p, p_ratio)))
+    to_student, to_teacher = q * (q_ratio - q_row), p * (p_ratio - p_row)
     return (q_row + p_row).sum() / 2, to_student / 2 / temperature, to_teacher / 2 / temperature
 
 
