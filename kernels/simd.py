@@ -16,8 +16,8 @@ from typing import Any, cast
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from llvmlite import binding as llvm
+from llvmlite import ir
 from llvmlite.binding import Linkage
 from numba import types
 from numba.core.codegen import JITCodeLibrary
@@ -42,6 +42,7 @@ __all__ = [
     "stored_as",
     "tanh",
     "threads",
+    "total",
     "widen",
 ]
 
@@ -145,6 +146,15 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
 def helper(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function that kernels call."""
     return numba.njit(function, error_model="numpy")
+
+
+@helper
+def total(partial: Any) -> float:
+    """The sum of the tasks' partial sums, in their order: numba shares ``partial.sum()`` out among the threads, and groups it by them."""
+    result = 0.0
+    for i in range(len(partial)):
+        result += partial[i]
+    return result
 
 
 class _Threads:

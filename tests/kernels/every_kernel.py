@@ -1,6 +1,6 @@
 """Calls every numba kernel, and prints a hash of each result as JSON.
 
-A program, so that the state of the compiled code is the caller's choice: ``python -m tests.kernels.every_kernel DTYPE ...``.
+A program, so that the state of the compiled code is the caller's choice: ``python -m tests.kernels.every_kernel THREADS DTYPE ...``.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from dfkd_fast.kernels import (
     l1_discrepancy,
     use_backend,
 )
+from dfkd_fast.kernels.concat import Activation
 from dfkd_fast.kernels.winograd import cpu as winograd
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -63,11 +64,19 @@ def averages(dtype: torch.dtype) -> Results:
 
 
 def images(dtype: torch.dtype) -> Results:
-    for activation in ("tanh", "sigmoid", "none"):
+    activations: tuple[Activation, ...] = ("tanh", "sigmoid", "none")
+    for activation in activations:
         for layout in LAYOUTS:
             raws = [normal(count, 3, 31, 33, dtype=dtype, layout=layout).requires_grad_() for count in (5, 4)]
-            statistics: dict[str, Any] = {"running_means": [torch.zeros(3)] * 2, "running_vars": [torch.ones(3)] * 2, "training": [True] * 2}
-            batch = concat_generated(raws, activation=activation, normalize="batch", memory_format=LAYOUTS[layout], **statistics)  # type: ignore[arg-type]
+            batch = concat_generated(
+                raws,
+                activation=activation,
+                normalize="batch",
+                running_means=[torch.zeros(3)] * 2,
+                running_vars=[torch.ones(3)] * 2,
+                training=[True] * 2,
+                memory_format=LAYOUTS[layout],
+            )
             upstream = normal(*batch.shape, dtype=dtype, layout=layout)
             for index, tensor in enumerate((batch, *torch.autograd.grad(batch, raws, upstream))):
                 yield f"concat {activation} {layout} {index}", tensor
