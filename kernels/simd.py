@@ -166,7 +166,7 @@ class _Threads:
 
     def __init__(self) -> None:
         self._running = threading.RLock()
-        self._launched = self._lost = False
+        self._lost = False
         if hasattr(os, "register_at_fork"):
             # No kernel runs or is compiled during a fork: the child would wait forever for whoever does.
             os.register_at_fork(before=self._running.acquire, after_in_parent=self._running.release, after_in_child=self._forked)
@@ -175,7 +175,6 @@ class _Threads:
         self._running.acquire()
         wanted = torch.get_num_threads()
         numba.set_num_threads(1 if self._lost else min(wanted, numba.config.NUMBA_NUM_THREADS))
-        self._launched = True
         if torch.get_num_threads() != wanted:
             # Launching numba's threads, once a process, sets OpenMP's number for everyone.
             torch.set_num_threads(wanted)
@@ -184,7 +183,12 @@ class _Threads:
         self._running.release()
 
     def _forked(self) -> None:
-        self._lost = self._launched
+        try:
+            numba.threading_layer()
+        except ValueError:  # nobody has launched threads yet: the child may launch its own
+            self._lost = False
+        else:
+            self._lost = True
         self._running.release()
 
 

@@ -315,8 +315,7 @@ thread.join()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.parametrize("warm", [True, False], ids=["after a kernel ran", "before"])
-@pytest.mark.parametrize("fork", FORKS)
+@pytest.mark.parametrize(("fork", "warm"), [*((fork, True) for fork in FORKS), ("os.fork", False)])
 def test_forked_child_computes_what_its_parent_does(fork: str, warm: bool) -> None:
     code = f"WARM = {warm}\n" + FORKING + FORKS[fork] + "torch.set_num_threads(2)\nprint(results())\n"
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
