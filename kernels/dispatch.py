@@ -1,20 +1,24 @@
 """Which backend serves a call.
 
-``DFKD_FAST_BACKEND=reference|numba|triton|cuda`` forces one for the process, ``use_backend`` for a block. A forced
-backend that cannot serve a call is an error, never another backend.
+``DFKD_FAST_BACKEND=reference|numba|triton|cuda`` forces one for the process, ``use_backend`` for a block of one thread or
+asyncio task. A forced backend that cannot serve a call is an error, never another backend. A backward pass, whichever
+thread runs it, stays with the backend that its forward pass chose.
 
 Unforced, CPU tensors of some size go to numba, CUDA tensors to the compiled extension or else to Triton, and the
 reference serves what they do not: float64, tensors too small to be worth the call, other devices. The reference
-alone has second derivatives.
+alone has second derivatives, forward-mode derivatives and the transforms of ``torch.func``.
 """
 
 import os
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
 import torch
+from torch.autograd import forward_ad
 
 from . import extension
 
@@ -28,6 +32,7 @@ __all__ = [
     "forced",
     "has_kernel",
     "interpreting",
+    "transforming",
     "use_backend",
     "why_not",
 ]
@@ -75,26 +80,49 @@ def forced() -> Backend | None:
     Raises:
         BackendError: ``DFKD_FAST_BACKEND`` names one that does not exist or is not installed.
     """
-    if _forced is not None:
-        _check_known(_forced, VARIABLE)
-    return cast("Backend | None", _forced)
+    name = _current()
+    if name is not None:
+        _check_known(name, VARIABLE)
+    return cast("Backend | None", name)
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` (grad, vmap, jvp, hessian, ...) or a level of ``torch.autograd.forward_ad`` is active.
+
+    Then only PyTorch's own operators see what is computed, not the kernels.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @contextmanager
 def use_backend(backend: Backend | None) -> Iterator[None]:
-    """Force a backend within the block; None chooses freely there.
+    """Force a backend within the block, in this thread or asyncio task; None chooses freely there.
+
+    A thread started in the block begins with ``DFKD_FAST_BACKEND`` again, unless it runs in a copy of the context, as
+    those of ``asyncio.to_thread`` do.
 
     Raises:
         BackendError: the backend does not exist or is not installed.
     """
-    global _forced
     if backend is not None:
         _check_known(backend, "backend")
-    before, _forced = _forced, backend
+    if torch.compiler.is_compiling():
+        traced = getattr(_thread, "traced", None)
+        _thread.traced = (backend,)
+        try:
+            yield
+        finally:
+            _thread.traced = traced
+        return
+    token = _context.set(backend)
+    if not _CONTEXT_IS_TRACED:
+        _thread.traced = (backend,)
     try:
         yield
     finally:
-        _forced = before
+        _context.reset(token)
+        if not _CONTEXT_IS_TRACED:
+            _thread.traced = (_context.get(),)
 
 
 def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype], elements: int) -> Backend:
@@ -110,9 +138,10 @@ def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype]
         BackendError: a backend is forced that cannot serve them.
     """
     name = forced()
+    transformed = transforming()
     others = [dtype for dtype in dtypes if dtype not in STORAGE]
     if name is None:
-        if others or (device.type == "cpu" and elements < WORTHWHILE[operation]):
+        if transformed or others or (device.type == "cpu" and elements < WORTHWHILE[operation]):
             return "reference"
         return backends(device)[0]
     if name != "reference":
@@ -120,6 +149,8 @@ def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype]
             raise BackendError(f"the backend {name} is forced, but does not serve {device.type} tensors")
         if others:
             raise BackendError(f"the backend {name} is forced, but serves float32, bfloat16 and float16, not {others[0]}")
+        if transformed:
+            raise BackendError(f"the backend {name} is forced, but the reference alone serves torch.func and forward-mode derivatives")
     return name
 
 
@@ -137,6 +168,15 @@ def check_forced(operation: str) -> None:
     name = forced()
     if name is not None and not has_kernel(operation, name):
         raise BackendError(f"the backend {name} is forced, but has no kernel for {operation}")
+
+
+def _current() -> str | None:
+    if not torch.compiler.is_compiling():
+        return _context.get()
+    traced = getattr(_thread, "traced", None)
+    if traced is not None:
+        return cast("tuple[str | None]", traced)[0]
+    return _context.get() if _CONTEXT_IS_TRACED else _environment
 
 
 def _check_known(backend: str, where: str) -> None:
@@ -164,4 +204,8 @@ _SERVING: dict[str, list[Backend]] = {
     device: [backend for backend in preferred if _ABSENT[backend] is None] for device, preferred in _PREFERRED.items()
 }
 # Checked at the first call: an import that fails could not say so in one line.
-_forced: str | None = os.environ.get(VARIABLE) or None
+_environment: str | None = os.environ.get(VARIABLE) or None
+_context: ContextVar[str | None] = ContextVar("dfkd_fast_backend", default=_environment)
+# Dynamo traces no ContextVar.set, and before 2.14 no get: compiled code reads what the thread holds, and is guarded by it.
+_thread = threading.local()
+_CONTEXT_IS_TRACED = torch.__version__ >= "2.14"

@@ -16,8 +16,12 @@ from typing import Any, cast
 import numba
 import numpy as np
 import torch
+from llvmlite import binding as llvm
 from llvmlite import ir
+from llvmlite.binding import Linkage
 from numba import types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -39,12 +43,12 @@ __all__ = [
     "stored_as",
     "tanh",
     "threads",
+    "total",
     "widen",
 ]
 
 Place = tuple[int, Any]
 BLOCK = 8192  # elements a task: partial sums are a block's, so that they do not depend on the number of threads
-_RUNNING = threading.Lock()
 
 # numba notices a change of a kernel's own file, but not of this one, whose functions are compiled into the kernel.
 _MACHINE_CODE = (
@@ -56,9 +60,76 @@ _MACHINE_CODE = (
 _RELAXED = {"contract", "reassoc", "nsz", "arcp"}
 
 
+_PARALLEL_FOR, _LOOP = "numba_parallel_for", "dfkd_fast_parallel_for"
+
+
+def _loop_module() -> str:
+    """A function in the place of numba's that shares a loop out: it runs the loop of a single thread without waking others.
+
+    In a forked child there are none to wake, and GNU OpenMP ends it for the attempt.
+    """
+    pointer, integer = ir.IntType(8).as_pointer(), ir.IntType(64)
+    module = ir.Module()
+    parameters = [*5 * [pointer], *3 * [integer]]  # loop, its arguments, their counts and steps, its data; dimensions, arguments, threads
+    share_out = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), _PARALLEL_FOR)
+    function = ir.Function(module, share_out.function_type, _LOOP)
+    # Were the loop inlined here, there would be two of it, which might round differently.
+    function.attributes.add("noinline")
+    function.attributes.add("optnone")
+    builder = ir.IRBuilder(function.append_basic_block())
+    with builder.if_else(builder.icmp_unsigned("==", function.args[-1], integer(1))) as (alone, together):
+        with alone:
+            kind = ir.FunctionType(ir.VoidType(), 4 * [pointer])
+            builder.call(builder.bitcast(function.args[0], kind.as_pointer()), function.args[1:5])
+        with together:
+            builder.call(share_out, function.args)
+    builder.ret_void()
+    return str(module)
+
+
+_LOOP_MODULE = _loop_module()
+
+
+class _KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """A kernel's machine code, which calls nothing that was compiled for another.
+
+    numba links a copy of the loop and of every helper into the kernel's module and optimises it there again, yet leaves the
+    symbols public: where the same process compiled them apart, as it did before it compiled the kernel, the linker takes those
+    instead, and a process that loads the kernel from disk takes the copy. Both round as ``_RELAXED`` allows, each its own way.
+    """
+
+    def _optimize_final_module(self) -> None:
+        functions = {function.name: function for function in self._final_module.functions}
+        if _PARALLEL_FOR in functions:
+            functions[_PARALLEL_FOR].name = _LOOP
+            self._final_module.link_in(llvm.parse_assembly(_LOOP_MODULE))
+        for function in self._final_module.functions:
+            if function.name == _LOOP or function.linkage in (Linkage.linkonce_odr, Linkage.weak_odr):
+                function.linkage = Linkage.internal
+        super()._optimize_final_module()
+
+
+class _KernelCompiler(Compiler):  # type: ignore[misc]
+    """numba's compiler, into a library of ours."""
+
+    def compile_extra(self, func: Callable[..., Any]) -> Any:
+        self.state.library = _KernelLibrary(self.state.targetctx.codegen(), func.__qualname__)
+        self.state.library.enable_object_caching()
+        return super().compile_extra(func)
+
+
 def parallel(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a kernel whose ``prange`` loop runs on all threads, and keep the machine code on disk."""
-    options: dict[str, Any] = {"parallel": True, "fastmath": _RELAXED, "error_model": "numpy", "nogil": True}
+    """Compile a kernel whose ``prange`` loop runs on all threads, and keep the machine code on disk.
+
+    What is compiled in this process and what is loaded from the disk is the same machine code.
+    """
+    options: dict[str, Any] = {
+        "parallel": True,
+        "fastmath": _RELAXED,
+        "error_model": "numpy",
+        "nogil": True,
+        "pipeline_class": _KernelCompiler,
+    }
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_MACHINE_CODE)
     try:
         return numba.njit(kernel, cache=True, **options)
@@ -78,19 +149,48 @@ def helper(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(function, error_model="numpy")
 
 
+@helper
+def total(partial: Any) -> float:
+    """The sum of the tasks' partial sums, in their order: numba shares ``partial.sum()`` out among the threads, and groups it by them."""
+    result = 0.0
+    for i in range(len(partial)):
+        result += partial[i]
+    return result
+
+
 class _Threads:
-    """As many threads as PyTorch uses, one parallel kernel at a time: not every threading layer allows two."""
+    """As many threads as PyTorch uses, one parallel kernel at a time: not every threading layer allows two.
+
+    A forked child, such as a worker of a DataLoader, has none of the threads that its parent launched: its kernels run on
+    the thread that calls them. They compute the same.
+    """
+
+    def __init__(self) -> None:
+        self._running = threading.RLock()
+        self._lost = False
+        if hasattr(os, "register_at_fork"):
+            # No kernel runs or is compiled during a fork: the child would wait forever for whoever does.
+            os.register_at_fork(before=self._running.acquire, after_in_parent=self._running.release, after_in_child=self._forked)
 
     def __enter__(self) -> None:
-        _RUNNING.acquire()
+        self._running.acquire()
         wanted = torch.get_num_threads()
-        numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(1 if self._lost else min(wanted, numba.config.NUMBA_NUM_THREADS))
         if torch.get_num_threads() != wanted:
             # Launching numba's threads, once a process, sets OpenMP's number for everyone.
             torch.set_num_threads(wanted)
 
     def __exit__(self, *_: object) -> None:
-        _RUNNING.release()
+        self._running.release()
+
+    def _forked(self) -> None:
+        try:
+            numba.threading_layer()
+        except ValueError:  # nobody has launched threads yet: the child may launch its own
+            self._lost = False
+        else:
+            self._lost = True
+        self._running.release()
 
 
 threads = _Threads()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +351,7 @@ def test_doctor_names_everything_optional(run: Run) -> None:
 def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, message: str
 ) -> None:
-    monkeypatch.setattr("dfkd_fast.kernels.dispatch._forced", backend)
+    monkeypatch.setattr("dfkd_fast.kernels.dispatch._context", ContextVar("backend", default=backend))
     said = run("distill", "digits", "--device", "cpu", "--out", str(tmp_path / "run"))
     assert said.code == 2
     assert message in said.err

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import transforming
+
 
 def concat_generated(
     raws: Sequence[Tensor],
@@ -32,6 +34,8 @@ def concat_generated(
         ]
     if out is not None:
         return torch.cat(images, out=out) if out.dtype == images[0].dtype else out.copy_(torch.cat(images))
+    if transforming():  # vmap refuses channels-last: it holds another dimension beside these
+        memory_format = torch.preserve_format
     return torch.cat(images).to(out_dtype or raws[0].dtype, memory_format=memory_format)
 
 

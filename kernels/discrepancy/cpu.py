@@ -133,7 +133,7 @@ def _l1(student: Place, teacher: Place, sign: Place, loss: Place, size: int, gra
             for i in range(start, end):
                 total += abs(simd.widen(s[i]) - simd.widen(t[i]))
         partial[block] = total
-    simd.pointer(loss)[0] = np.float32(partial.sum() * scale)
+    simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
 
 @simd.parallel
@@ -260,7 +260,7 @@ def _row_by_row(
                 for c in range(classes):
                     s_unit[start + c] = simd.narrow(weight * (q[c] - p[c]), student_unit)
         partial[task] = total
-    simd.pointer(loss)[0] = np.float32(partial.sum() * scale)
+    simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
 
 @simd.parallel
@@ -332,7 +332,7 @@ def _tile_by_tile(
             _scatter(p, t_unit, teacher_unit, start, class_stride, inner_stride)
         if student_gradient:
             _scatter(q, s_unit, student_unit, start, class_stride, inner_stride)
-    simd.pointer(loss)[0] = np.float32(partial.sum() * scale)
+    simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
 
 @simd.helper

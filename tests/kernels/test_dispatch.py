@@ -1,9 +1,12 @@
 """The dispatcher chooses by device, dtype and size, and never quietly does otherwise than it was forced to."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +63,23 @@ FUNCTIONS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
 }
 
 
-@needs_numba
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_function_asks_the_dispatcher_for_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[str] = []
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends of the operators that were called since it was cleared."""
+    backends: list[str] = []
     operator = operators.operator
 
     def spied(*arguments: Any) -> Any:
-        served.append(arguments[1])
+        backends.append(arguments[1])
         return operator(*arguments)
 
     monkeypatch.setattr(operators, "operator", spied)
+    return backends
+
+
+@needs_numba
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_asks_the_dispatcher_for_itself(name: str, served: list[str]) -> None:
     operation, function = FUNCTIONS[name]
     enough = torch.ones(2, 8, WORTHWHILE[operation] // 16)
     for x, kernel in ((enough, True), (enough[:, :, :-1].clone(), False), (enough.double(), False)):
@@ -134,15 +143,15 @@ CPU_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("operation", sorted(ON_CPU_ONLY))
 def test_forced_backend_without_a_kernel_for_the_operation_is_an_error(
-    operation: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+    operation: str, backend: dispatch.Backend, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.ones(16, 64, 8, 8, device=device).to(memory_format=torch.channels_last)
-    monkeypatch.setattr(dispatch, "_forced", backend)
     monkeypatch.setitem(dispatch._ABSENT, backend, None)  # as if installed
-    with pytest.raises(BackendError, match=f"{backend} is forced, but has no kernel for {operation}"):
-        CPU_ONLY[operation](x)
-    assert not winograd_pays(x, x.new_ones(64, 64, 3, 3))
-    assert Choice(operation, "an error", "an error") in choices()
+    with use_backend(backend):
+        with pytest.raises(BackendError, match=f"{backend} is forced, but has no kernel for {operation}"):
+            CPU_ONLY[operation](x)
+        assert not winograd_pays(x, x.new_ones(64, 64, 3, 3))
+        assert Choice(operation, "an error", "an error") in choices()
 
 
 @pytest.mark.parametrize(("backend", "cpu", "gpu"), [("numba", "numba", "an error"), ("triton", "an error", "triton"), ("reference",) * 3])
@@ -170,6 +179,109 @@ def test_blocks_nest_and_are_left_as_they_were_found_after_an_error() -> None:
             raise ZeroDivisionError
         assert forced() == "reference"
     assert forced() == before
+
+
+def test_a_thread_neither_sees_nor_changes_what_another_forces() -> None:
+    before, forced_there, told = forced(), threading.Event(), threading.Event()
+    seen: list[str | None] = []
+
+    def other() -> None:
+        seen.append(forced())
+        with use_backend(None), use_backend("reference"):
+            forced_there.set()
+            told.wait(30)
+            seen.append(forced())
+        seen.append(forced())
+
+    thread = threading.Thread(target=other)
+    with use_backend(None):
+        thread.start()
+        assert forced_there.wait(30)
+        assert forced() is None
+        told.set()
+        thread.join()
+        assert forced() is None
+    assert seen == [before, "reference", before]
+
+
+def test_a_task_neither_sees_nor_changes_what_another_forces() -> None:
+    seen: dict[str | None, list[str | None]] = {}
+
+    async def task(backend: dispatch.Backend | None) -> None:
+        with use_backend(backend):
+            for _ in range(3):
+                await asyncio.sleep(0)  # the other task's turn, in its block
+                seen.setdefault(backend, []).append(forced())
+
+    async def both() -> None:
+        await asyncio.gather(task(None), task("reference"))
+
+    before = forced()
+    asyncio.run(both())
+    assert seen == {None: [None] * 3, "reference": ["reference"] * 3}
+    assert forced() == before
+
+
+def test_a_copy_of_the_context_keeps_what_was_forced_where_it_was_made() -> None:
+    with use_backend("reference"):
+        context = copy_context()
+    with use_backend(None):
+        assert context.run(forced) == "reference"
+        assert forced() is None
+
+
+@needs_numba
+def test_compiled_function_runs_on_the_backend_of_the_thread_that_calls_it() -> None:
+    torch.compiler.reset()
+
+    def function(x: Tensor) -> Tensor:
+        with use_backend("reference"):
+            inside = choose("kl_discrepancy", CPU, [x.dtype], 1)
+        return x + 10 * (inside == "reference") + (choose("kl_discrepancy", CPU, [x.dtype], 1 << 30) == "reference")
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    seen: list[float] = []
+
+    def call() -> None:
+        seen.append(compiled(torch.zeros(())).item())
+
+    def other() -> None:
+        with use_backend(None):
+            call()
+
+    with use_backend("reference"):
+        call()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        call()
+    with use_backend(None):
+        call()
+    assert seen == [11, 10, 11, 10]
+
+
+BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "kl_discrepancy": lambda x: kl_discrepancy(x, x.detach().cos(), **SOFT),
+    "l1_discrepancy": lambda x: l1_discrepancy(x, x.detach().cos(), reduction="sum"),
+    "concat_generated": lambda x: concat_generated([x], activation="tanh", normalize="none").sum(),
+    "channel_moments": lambda x: channel_moments(x)[1].sum(),
+    "channel_sums": lambda x: channel_sums(x)[1].sum(),
+}
+
+
+@needs_numba
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_pass_stays_with_the_backend_of_its_forward_pass(name: str, served: list[str]) -> None:
+    x = torch.randn(2, 3, 4, 5).requires_grad_()
+    with use_backend("numba"):
+        loss = BACKWARD[name](x)
+    served.clear()
+    thread = threading.Thread(target=loss.backward, kwargs={"retain_graph": True})  # as autograd's own threads do for a GPU
+    with use_backend("reference"):
+        thread.start()
+        thread.join()
+    assert set(served) == {"numba"}
+    assert x.grad is not None
 
 
 def test_unknown_name_in_the_environment_is_said_at_the_first_call_and_not_by_an_import() -> None:

@@ -1,7 +1,9 @@
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 import numba
 
-from dfkd_fast.kernels import simd
+from dfkd_fast.kernels import l1_discrepancy, simd, use_backend
 
 Array = np.ndarray[Any, np.dtype[Any]]
 EPS, TINY, HUGE = 2.0**-23, 2.0**-126, float(np.finfo(np.float32).max)
@@ -194,7 +196,7 @@ def test_launching_numbas_threads_leaves_pytorchs_number_alone() -> None:
     code = """
 import torch
 torch.set_num_threads(1)
-from dfkd_fast.kernels import simd
+from dfkd_fast.kernels import l1_discrepancy, simd, use_backend
 with simd.threads:
     pass
 print(torch.get_num_threads())
@@ -202,3 +204,123 @@ print(torch.get_num_threads())
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert ran.stdout.split() == ["1"]
+
+
+def test_compiled_and_loaded_kernels_compute_the_same_bits_on_any_number_of_threads(tmp_path: Path, exhaustive: bool) -> None:
+    dtypes = ["float32", *(["bfloat16", "float16"] if exhaustive else [])]
+
+    def results(threads: int, seed: int) -> dict[str, str]:
+        command = [sys.executable, "-m", "tests.kernels.every_kernel", str(threads), *dtypes]
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "2", "PYTHONHASHSEED": str(seed)}
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=False)
+        assert ran.returncode == 0, ran.stderr
+        read: dict[str, str] = json.loads(ran.stdout)
+        return read
+
+    def kept() -> list[Path]:
+        return sorted(tmp_path.rglob("*.nbi"))
+
+    compiled = results(threads=1, seed=1)
+    kernels = {path.name.split(".")[1].split("-")[0] for path in kept()}
+    assert kernels >= {"_l1", "_update", "_forward", "_sum_rows", "_backward_sums", "_to_tiles"}
+    assert not differences(compiled, results(threads=2, seed=2))
+    # A kernel that is compiled beside those that are loaded.
+    for index in kept():
+        if index.name.split(".")[1].startswith(("_backward-", "_sum_rows-", "_row_by_row-")):
+            index.unlink()
+    assert not differences(compiled, results(threads=1, seed=3))
+
+
+def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [key for key in one if one[key] != other[key]]
+
+
+def test_sum_over_blocks_does_not_depend_on_the_number_of_threads() -> None:
+    # 2²⁴ + 1 lies midway between two float32 numbers: what the second half's sum adds to it, if summed apart, decides.
+    student = torch.zeros(64, simd.BLOCK)
+    student[0, 0], student[1, 0], student[32:, 0] = 2.0**24, 1.0, 2.0**-30
+    losses = set()
+    for threads in {1, min(2, numba.config.NUMBA_NUM_THREADS)}:
+        torch.set_num_threads(threads)
+        with use_backend("numba"):
+            losses.add(l1_discrepancy(student, torch.zeros_like(student), reduction="sum").item())
+    assert len(losses) == 1
+
+
+FORKING = """
+import hashlib, multiprocessing, os, sys
+import torch
+from torch.utils.data import DataLoader, Dataset
+from dfkd_fast.kernels import channel_moments, kl_discrepancy, use_backend
+
+def results(_=0):
+    logits = torch.arange(64 * 100.0).sin().view(64, 100)
+    student = logits.clone().requires_grad_()
+    with use_backend("numba"):
+        loss = kl_discrepancy(student, logits.square(), temperature=2.0, reduction="mean", scale_by_temperature_squared=True)
+        loss.backward()
+        mean, variance = channel_moments(logits.view(4, 16, 10, 10))
+    return hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in (loss, student.grad, mean, variance))).hexdigest()
+
+class Results(Dataset):
+    def __len__(self):
+        return 6
+    def __getitem__(self, index):
+        return results()
+
+def one_thread():
+    torch.set_num_threads(1)  # PyTorch's own threads do not survive a fork either; a DataLoader's workers do this
+
+torch.set_num_threads(2)
+if WARM:
+    parents = results()
+"""
+FORKS = {
+    "os.fork": """
+pid = os.fork()
+if pid == 0:
+    one_thread()
+    print(results(), flush=True)
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+""",
+    "multiprocessing": """
+with multiprocessing.get_context("fork").Pool(2, one_thread) as pool:
+    print(*pool.map(results, range(4)))
+""",
+    "DataLoader": """
+for batch in DataLoader(Results(), batch_size=2, num_workers=2, multiprocessing_context="fork"):
+    print(*batch)
+""",
+    "a fork while another thread runs kernels": """
+import threading, time
+stop = False
+def run():
+    while not stop:
+        results()
+thread = threading.Thread(target=run)
+thread.start()
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        one_thread()
+        print(results(), flush=True)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+stop = True
+thread.join()
+""",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize(("fork", "warm"), [*((fork, True) for fork in FORKS), ("os.fork", False)])
+def test_forked_child_computes_what_its_parent_does(fork: str, warm: bool) -> None:
+    code = f"WARM = {warm}\n" + FORKING + FORKS[fork] + "torch.set_num_threads(2)\nprint(results())\n"
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr
+    printed = ran.stdout.split()
+    assert len(printed) > 1
+    assert len(set(printed)) == 1
