@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar, dataclass_transform
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-__all__ = ["VOID", "Count", "Flag", "Fraction", "NonNegative", "Number", "Positive", "PositiveInt", "settings"]
+__all__ = ["VOID", "Count", "Flag", "Fraction", "NonNegative", "Number", "Positive", "PositiveInt", "Temperature", "settings"]
 
 VOID = -100
 """The label of a pixel that has none: what PyTorch's losses leave out unless told otherwise."""
@@ -30,5 +30,7 @@ Count = Annotated[int, Field(strict=True, ge=0)]
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 NonNegative = Annotated[float, Field(strict=True, ge=0)]
+Temperature = Annotated[float, Field(strict=True, ge=1e-4, le=1e4)]
+"""What the divergences take: beyond it, float32 does not resolve them."""
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]

@@ -8,16 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-__all__ = ["differentiable_once", "disjoint", "overlaps_itself", "share_memory", "span", "under_transform"]
+__all__ = ["differentiable_once", "disjoint", "overlaps_itself", "share_memory", "span"]
 
 _nbytes = attrgetter("nbytes")
-
-
-def under_transform() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way: kernels see neither batches nor tangents."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -27,6 +27,7 @@ from dfkd_fast.models import (
     folded_and_checked,
     frozen_copy,
     fuse_leaky_relus,
+    has_running_statistics,
     keep_spectral_norms_in_float32,
     logits_only,
     lower_precision,
@@ -113,6 +114,9 @@ class Trainer:
         self.teacher, self.student, self.generator = map(self._place, (teacher, student, generator))
         distributed.broadcast_([tensor for network in (teacher, student, generator) for tensor in network.state_dict().values()])
         self.teacher_sha256 = sha256_of(teacher)
+        frozen = frozen_copy(teacher, torch.get_default_dtype())
+        adversarial = method.objective.adversarial > 0
+        shapes = check_networks(frozen, student, generator, self.device, adversarial=adversarial)
         self.average = FusedEMA(self.student, method.loop.student_ema_decay) if method.loop.student_ema_decay else None
         self.student_optimizer = build_optimizer(method.student_optimizer, self.student.parameters(), self.device)
         self.generator_optimizer = build_optimizer(method.generator_optimizer, self.generator.parameters(), self.device)
@@ -134,7 +138,7 @@ class Trainer:
         self.losses: dict[str, Tensor] = {}
         """Of the epoch under way, by term: (iterations_per_epoch, steps), on the device."""
         self._stopping = False
-        self._game = self._set_up(seed)
+        self._game = self._set_up(frozen, *shapes, seed)
         self.memory = self._game.memory
         self._steps = Steps(self._game, method.loop.capture, self.remarks.append, Compiled(self._called_networks()))
         if method.loop.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
@@ -358,11 +362,8 @@ class Trainer:
             working = nn.SyncBatchNorm.convert_sync_batchnorm(working)
         return working
 
-    def _set_up(self, seed: int) -> Game:
+    def _set_up(self, frozen: nn.Module, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:
         loop, objective = self.method.loop, self.method.objective
-        frozen = frozen_copy(self.teacher, torch.get_default_dtype())
-        adversarial = objective.adversarial > 0
-        image_shape, logits_shape = check_networks(frozen, self.student, self.generator, self.device, adversarial=adversarial)
         generator = self._working_student(self.generator)
         if self.device.type == "cpu":
             fuse_leaky_relus(generator)
@@ -378,8 +379,9 @@ class Trainer:
         images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
         sample = _sample(generator, 4, self.device)
         teacher, student = self._working_teacher(frozen, sample), self._working_student(self.student)
-        if (remark := auxiliary_outputs(student, sample)) is not None:
-            self.remarks.append(f"the student {remark}")
+        for role, network in (("teacher", frozen), ("student", student)):
+            if (outputs := auxiliary_outputs(network, sample)) is not None:
+                self.remarks.append(f"the {role} {outputs}")
         student = logits_only(student, sample)
         self.precision.keep_logits(student, sample)
         for role, network in (("teacher", teacher), ("student", student)):
@@ -416,7 +418,7 @@ class Trainer:
     def _working_teacher(self, frozen: nn.Module, images: Tensor) -> nn.Module:
         """The teacher as the steps call it: folded where that changes nothing, its weights in the run's precision."""
         teacher = logits_only(self._adapt(frozen), images)
-        if self.method.loop.fold_teacher and any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()):
+        if self.method.loop.fold_teacher and any(map(has_running_statistics, teacher.modules())):
             try:
                 teacher = self._adapt(self._place(folded_and_checked(teacher, images)))
             except FoldingError as error:

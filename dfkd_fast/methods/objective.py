@@ -9,7 +9,7 @@ from torch import Tensor
 from dfkd_fast import distributed
 from dfkd_fast.kernels import js_discrepancy, kl_discrepancy, l1_discrepancy
 from dfkd_fast.models import Observation
-from dfkd_fast.settings import NonNegative, Positive, settings
+from dfkd_fast.settings import NonNegative, Temperature, settings
 
 __all__ = ["Objective", "activation", "bn_moments", "class_nll", "embedding_norm", "entropy", "one_hot"]
 
@@ -23,7 +23,7 @@ class Objective:
 
     discrepancy: Literal["l1", "kl", "js"] = "l1"
     """Of the student: mean |s − t| over all logits (DFAD), KL(teacher ‖ student) a sample, or a pixel (MAD), or Jensen–Shannon."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Of the softmax in ``kl``, whose value is multiplied by temperature², and in ``js``, whose value is not."""
     adversary: Literal["l1", "log_l1", "kl", "js", "js_clamped"] = "l1"
     """The discrepancy D that the generator maximises: −D, or −log(1 + D) for ``log_l1`` (DFAD for segmentation).

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..checks import differentiable_once, overlaps_itself, share_memory, under_transform
-from ..dispatch import Backend, choose
+from ..checks import differentiable_once, overlaps_itself, share_memory
+from ..dispatch import Backend, choose, transforming
 from . import reference
 
 __all__ = ["Activation", "Normalize", "concat_generated"]
@@ -232,7 +232,7 @@ def _check_out(out: Tensor, raws: Sequence[Tensor], out_dtype: torch.dtype | Non
         raise ValueError(f"out_dtype is {out_dtype}, but out is {out.dtype}")
     if out.device != raws[0].device:
         raise ValueError(f"out is on {out.device}, the inputs on {raws[0].device}")
-    if torch.compiler.is_compiling() or under_transform():  # there are no addresses
+    if torch.compiler.is_compiling() or transforming():  # there are no addresses
         return
     if overlaps_itself(out):
         raise ValueError(f"out must have an address for every element, not the strides {out.stride()} of {tuple(out.shape)}")

@@ -93,13 +93,17 @@ class FusedEMA(nn.Module):
         return self
 
 
+@torch.no_grad()  # or the parameters of a copied script would be clones with a graph
 def _frozen_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """With floating tensors in a dtype, or else in float32 at least: a half would drop the increments of an average."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
-    return copy.deepcopy(model)._apply(cast).eval().requires_grad_(False)
+    average = copy.deepcopy(model)._apply(cast).eval()
+    for parameter in average.parameters():  # of a script, too, which has no requires_grad_
+        parameter.requires_grad_(False)
+    return average
 
 
 def _lay_out(averages: list[Tensor], sources: list[Tensor]) -> None:

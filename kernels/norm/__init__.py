@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import differentiable_once, under_transform
+from ..checks import differentiable_once
 
 __all__ = ["batch_norm_leaky_relu"]
 
@@ -103,7 +103,7 @@ def _served(x: Tensor, training: bool) -> bool:
     """Whether the kernels are for this call; what is compiled is better fused by the compiler."""
     return (
         not torch.compiler.is_compiling()
-        and not under_transform()
+        and not dispatch.transforming()
         and x.device.type == "cpu"
         and type(x) is Tensor
         and x.dtype in dispatch.STORAGE

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import dispatch
-from ..checks import under_transform
 
 __all__ = ["winograd_conv2d", "winograd_pays"]
 
@@ -109,7 +108,7 @@ def _served(x: Tensor, weight: Tensor) -> bool:
     """What is compiled is left to the compiler."""
     return (
         not torch.compiler.is_compiling()
-        and not under_transform()
+        and not dispatch.transforming()
         and x.device.type == "cpu"
         and type(x) is Tensor
         and x.dtype == weight.dtype == torch.float32

@@ -63,22 +63,6 @@ def test_what_has_no_memory_shares_none() -> None:
         assert not checks.share_memory(one, other)
 
 
-def test_a_transform_is_noticed_while_it_is_under_way() -> None:
-    seen = []
-
-    def look(x: Tensor) -> Tensor:
-        seen.append(checks.under_transform())
-        return x.sum()
-
-    x = torch.zeros(2, 3)
-    for transformed in (torch.func.grad(look), torch.func.vmap(look), lambda x: torch.func.jvp(look, (x,), (x,))):
-        transformed(x)
-    with torch.autograd.forward_ad.dual_level():
-        look(x)
-    assert seen == [True] * 4
-    assert not checks.under_transform()
-
-
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: bool) -> Tensor:

@@ -171,3 +171,17 @@ def test_another_model_is_refused_and_nothing_is_counted() -> None:
             ema.update(other)
     for name, tensor in ema.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_scripted_model_is_averaged_apart_from_its_gradients() -> None:
+    model = torch.jit.script(nn.Linear(3, 2))
+    ema = FusedEMA(model, 0.5)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(model)
+    for average, start in zip(ema.module.parameters(), before, strict=True):
+        assert average.is_leaf and not average.requires_grad
+        torch.testing.assert_close(average, start + 0.5)
