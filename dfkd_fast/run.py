@@ -1,12 +1,8 @@
 """A run: a recipe, a folder, and trainings that can be interrupted there and go on."""
 
-import os
-import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -15,11 +11,11 @@ import torch
 from rich.console import Console
 
 from . import distributed
+from .claim import claim_folder
 from .engine import Epoch
 from .engine.checkpoint import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError, first_line
-from .files import FolderInUseError, FolderLock
 from .interrupt import Interrupted, stopping_on_signals
 from .models import names_code
 from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
@@ -192,7 +188,7 @@ def open_run(
     claimed: list[RunFolder] = []
 
     def claim() -> tuple[Path, bool, bool]:
-        folder, found = _claim(out, default, resume)
+        folder, found = claim_folder(out, default, resume)
         claimed.append(folder)
         return folder.path, found, folder.lockable
 
@@ -212,78 +208,6 @@ def open_run(
     if not lockable:
         run.say(f"the file system of {path} has no locks: nothing keeps another process from the same folder")
     return run
-
-
-def _claim(out: Path | None, default: Path, resume: bool) -> tuple[RunFolder, bool]:
-    """The folder, claimed by this process, and whether a run goes on there.
-
-    Raises:
-        DfkdError: as :func:`open_run`.
-    """
-    path, job = default if out is None else out, _job()
-    try:
-        # torchrun starts the very same command again where a process has died.
-        candidates = ([out] if out is not None else _numbered(default)) if distributed.restarted() else []
-        if mine := [folder for folder in candidates if FolderLock.job_of(folder) == job]:
-            path = mine[-1]
-            resume = resume or RunFolder(path).holds_run
-        elif out is None and resume:
-            path = next((other for other in reversed(_numbered(default)) if RunFolder(other).holds_run), default)
-        elif out is None:
-            return _claim_free(default, job), False
-        folder = RunFolder(path)
-        _check_content(folder, resume)
-        folder.claim(job)
-        try:
-            _check_content(folder, resume)  # now that nobody else can change it
-        except BaseException:
-            folder.release()
-            raise
-        return folder, resume
-    except FolderInUseError as error:
-        raise DfkdError(f"--out {path} is {error}: {'wait for it' if resume else 'choose another folder'}") from error
-    except OSError as error:
-        where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
-        raise DfkdError(f"--out {path} cannot be written: {error.strerror}{where}") from error
-
-
-def _claim_free(default: Path, job: str) -> RunFolder:
-    """The first folder of the default's names that nobody uses."""
-    for number in count(1):
-        folder = RunFolder(_name(default, number))
-        if not folder.is_unused:
-            continue
-        try:
-            folder.claim(job)
-        except FolderInUseError:
-            continue
-        # Without locks only the one that has made it can be alone there.
-        if folder.is_unused and (folder.lockable or folder.is_new):
-            return folder
-        folder.release()
-    raise AssertionError("there are numbers enough")
-
-
-def _check_content(folder: RunFolder, resume: bool) -> None:
-    if resume:
-        if not folder.holds_run:
-            raise DfkdError(f"--resume: {folder.path} holds no run (no recipe.toml)")
-        try:
-            folder.check_recipe()
-        except DfkdError as error:
-            raise DfkdError(f"--resume: {error}") from error
-    elif folder.path.exists() and not folder.path.is_dir():
-        raise DfkdError(f"--out {folder.path} is a file, and must be a folder")
-    elif not folder.is_unused:
-        advice = "choose another folder" + (", or go on with that run by --resume" if folder.holds_run else "")
-        raise DfkdError(f"--out {folder.path} already exists: {advice}")
-
-
-def _job() -> str:
-    """The name of the torchrun job this process is of, the same after a restart; empty without torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # Jobs that were given no name are all called "none"; but the launcher outlives its workers.
-    return f"launcher {os.getppid()} on {socket.gethostname()}" if name == "none" else name
 
 
 def _first_decides(decide: Callable[[], T]) -> T:
@@ -348,17 +272,3 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
 def _last_good(checkpoints: Path) -> str:
     newest = latest_checkpoint(checkpoints)
     return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-
-
-def _name(default: Path, number: int) -> Path:
-    """What a default name stands for: runs/digits, runs/digits-2, runs/digits-3."""
-    return default if number == 1 else default.with_name(f"{default.name}-{number}")
-
-
-def _numbered(default: Path) -> list[Path]:
-    """The folders a default name stands for, oldest first; numbers may be left out, of runs that failed before they began."""
-    found = {1: default} if default.exists() else {}
-    for path in default.parent.iterdir() if default.parent.is_dir() else ():
-        if match := re.fullmatch(rf"{re.escape(default.name)}-([1-9]\d*)", path.name):
-            found[int(match[1])] = path
-    return [found[number] for number in sorted(found)]

@@ -14,11 +14,13 @@ ROOT = Path(dfkd_fast.__file__).parent
 FLOORS = [
     {"kernels"},
     {"errors", "settings", "files", "interrupt", "doctor", "distributed"},
+    {"locks"},
     {"models"},
     {"data", "methods"},
     {"evaluation"},
     {"engine"},
     {"recipe", "report"},
+    {"claim"},
     {"run"},
     {"commands"},
     {"cli"},

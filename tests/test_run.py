@@ -20,11 +20,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from dfkd_fast import Epoch, distributed
+from dfkd_fast.claim import claim_free
 from dfkd_fast.engine.checkpoint import save_checkpoint
-from dfkd_fast.files import LOCK, FolderInUseError, FolderLock, replacing
+from dfkd_fast.files import replacing
+from dfkd_fast.locks import LOCK, FolderInUseError, FolderLock
 from dfkd_fast.report import RunFolder, read_run
 from dfkd_fast.run import Run as OpenRun
-from dfkd_fast.run import _claim_free, open_run
+from dfkd_fast.run import open_run
 from tests.command_line import Run
 from tests.engine.test_distributed import together
 from tests.report.test_compare import finished_run
@@ -111,7 +113,7 @@ def test_many_claims_of_a_default_name_never_share_a_folder(tmp_path: Path) -> N
 
     def claim(_: int) -> RunFolder:
         together_now.wait()
-        return _claim_free(default, "")
+        return claim_free(default, "")
 
     with ThreadPoolExecutor(12) as pool:
         folders = list(pool.map(claim, range(12)))
@@ -173,7 +175,7 @@ def test_without_locks_a_run_goes_on_and_says_so_in_one_line(run: Run, monkeypat
     said = run("teach", "digits", "--out", "t", *TINY)
     assert said.code == 0, said.err
     assert said.out.count("the file system of t has no locks: nothing keeps another process from the same folder\n") == 1
-    folders = [_claim_free(Path("runs/digits"), "").path.name for _ in range(2)]  # mkdir still tells which is whose
+    folders = [claim_free(Path("runs/digits"), "").path.name for _ in range(2)]  # mkdir still tells which is whose
     assert folders == ["digits", "digits-2"]
 
 

@@ -37,7 +37,8 @@ from dfkd_fast import distributed
 from dfkd_fast.engine import Epoch
 from dfkd_fast.engine.checkpoint import save_checkpoint
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.files import LOCK, FolderLock, is_temporary, make_folders, naming, remove_temporaries, replacing
+from dfkd_fast.files import is_temporary, make_folders, naming, remove_temporaries, replacing
+from dfkd_fast.locks import LOCK, FolderLock
 from dfkd_fast.models import save_weights
 
 from .events import EventFile
