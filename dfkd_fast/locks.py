@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from .files import naming
+
 fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None
-
-from .files import naming
 
 __all__ = ["LOCK", "FolderInUseError", "FolderLock"]
 
