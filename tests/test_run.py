@@ -537,3 +537,27 @@ def test_a_log_that_cannot_be_written_is_one_line(run: Run, interrupted: Path, m
     monkeypatch.setattr(Path, "open", open_)
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
     assert epochs_of(interrupted) == [1, 2, 3]
+
+
+def test_another_teacher_in_the_middle_of_a_run_is_refused(run: Run) -> None:
+    assert run("distill", "digits", "--out", "run", *TINY).code == 0
+    assert run("teach", "digits", "--out", "other", *TINY, "--seed", "1").code == 0
+    for checkpoint in list(Path("run/checkpoints").glob("iteration-*.pt"))[1:]:
+        checkpoint.unlink()
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != LOCK}
+    said = run("distill", "digits", "--out", "run", "--resume", "--teacher", "other/teacher.safetensors")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "the state is of a run with another teacher: of sha256 " in said.err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert run("distill", "digits", "--out", "run", "--resume", "--teacher", "run/teacher.safetensors").code == 0
+
+
+def test_a_teacher_whose_file_was_changed_in_the_middle_of_a_run_is_refused(run: Run) -> None:
+    assert run("distill", "digits", "--out", "run", *TINY).code == 0
+    teacher = Path("run/teacher.safetensors")
+    content = bytearray(teacher.read_bytes())
+    content[-3] ^= 1  # of a weight's mantissa
+    teacher.write_bytes(content)
+    said = run("distill", "digits", "--out", "run", "--resume")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "the state is of a run with another teacher" in said.err
