@@ -53,14 +53,18 @@ class Run:
         device: where it computes.
         console: where it talks.
         command: what goes on with it, up to its options.
+        resumed: whether the folder holds it already.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, device: torch.device, console: Console, command: str) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, device: torch.device, console: Console, command: str, *, resumed: bool = False
+    ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.device = device
         self.console = console
         self.command = command
+        self.resumed = resumed
         self._begin = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -81,10 +85,13 @@ class Run:
     def begin(self) -> None:
         """Make the folder and put the recipe there; called once everything that can be checked was, by all processes."""
         distributed.barrier()
-        self.folder.write_recipe(recipe_to_toml(self.recipe))
+        if not self.resumed:  # else its checkpoints have a say first, see go_on
+            self.folder.write_recipe(recipe_to_toml(self.recipe))
 
     def go_on(self, training: Training, checkpoints: Path) -> None:
         """Load the newest undamaged checkpoint into a training, if there is one; damaged ones are named, and renamed.
+
+        Only then is the folder's recipe what this run's is, for options may have moved data and teacher.
 
         Raises:
             DfkdError: all are damaged, or it is another run's.
@@ -101,12 +108,15 @@ class Run:
 
         # By the first process alone: all must go on from the same one, and another may read while this one renames.
         found = _first_decides(newest)
-        if found is None:
-            return
-        path, problems = found
-        for problem in problems:
-            self.say(f"{problem}; going on from {path}")
-        saved = loaded[0] if loaded else load_checkpoint(path)
+        if found is not None:
+            path, problems = found
+            for problem in problems:
+                self.say(f"{problem}; going on from {path}")
+            self._load(training, path, loaded[0] if loaded else load_checkpoint(path))
+        self.folder.write_recipe(recipe_to_toml(self.recipe))
+
+    def _load(self, training: Training, path: Path, saved: dict[str, Any]) -> None:
+        """Load a checkpoint's content; a :class:`DfkdError` where it is another run's."""
         kinds = {"training": dict, "seconds": float, "recipe": str}
         saved.setdefault("recipe", recipe_to_toml(self.recipe))  # earlier versions did not write whose it is
         if not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
@@ -200,7 +210,7 @@ def open_run(
             _confirm_code(folder, recipe, named)
         # Code is named again where a run goes on, see _confirm_code.
         code = [f" --set {at}={overrides[at]}" for at in ("teacher.model", "student.model") if names_code(str(overrides.get(at, "")))]
-        run = Run(resolved(recipe, device), folder, device, console, f"dfkd-fast {command} {recipe_name}{''.join(code)}")
+        run = Run(resolved(recipe, device), folder, device, console, f"dfkd-fast {command} {recipe_name}{''.join(code)}", resumed=found)
     except BaseException:
         for folder in claimed:
             folder.release()
