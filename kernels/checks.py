@@ -4,13 +4,17 @@ import functools
 from collections.abc import Callable, Sequence
 from itertools import islice
 from operator import add, attrgetter, le
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["differentiable_once", "disjoint", "overlaps_itself", "share_memory", "span"]
 
+MAX_WORK = 100_000
+"""Steps after which interleaved tensors count as sharing memory, some milliseconds."""
 _nbytes = attrgetter("nbytes")
 
 
@@ -91,10 +95,10 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
     (first, first_end), (second, second_end) = span(one), span(other)
     if first_end <= second or second_end <= first:
         return False
-    start, end = min(first, second), max(first_end, second_end)
-    taken = torch.zeros(end - start, dtype=torch.bool)
-    _bytes(taken, one, first - start).fill_(True)
-    return bool(_bytes(taken, other, second - start).any())
+    try:
+        return np.shares_memory(_addresses(one, first), _addresses(other, second), max_work=MAX_WORK)
+    except np.exceptions.TooHardError:
+        return True
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -102,10 +106,10 @@ def overlaps_itself(tensor: Tensor) -> bool:
     known = torch._debug_has_internal_overlap(tensor)
     if known != 2:  # 2: PyTorch's test cannot tell
         return bool(known == 1)
-    start, end = span(tensor)
-    taken = torch.zeros(end - start, dtype=torch.bool)
-    _bytes(taken, tensor, 0).fill_(True)
-    return int(taken.sum()) < tensor.nbytes
+    places = torch.zeros(1, dtype=torch.long)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        places = (places[:, None] + stride * torch.arange(size)).flatten()
+    return len(places.unique()) < len(places)
 
 
 def _extent(tensor: Tensor) -> int:
@@ -116,7 +120,9 @@ def _extent(tensor: Tensor) -> int:
     return elements * tensor.element_size() if tensor.numel() else 0
 
 
-def _bytes(memory: Tensor, tensor: Tensor, offset: int) -> Tensor:
-    """Of a memory with an element a byte, those that a tensor takes if it begins at an offset."""
+def _addresses(tensor: Tensor, start: int) -> Any:
+    """An array of numpy where a tensor lies, on whatever device: to compare addresses, never to be read."""
     size = tensor.element_size()
-    return memory.as_strided((*tensor.shape, size), (*(stride * size for stride in tensor.stride()), 1), offset)
+    strides = tuple(stride * size for stride in tensor.stride())
+    interface = {"data": (start, True), "shape": tuple(tensor.shape), "strides": strides, "typestr": f"|V{size}", "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))

@@ -142,7 +142,7 @@ class Returns(nn.Module):
     [
         (torch.zeros(2, 7, 4, 4), r"network a must return logits \(B, 6, H, W\), not \(2, 7, 4, 4\)"),
         (torch.zeros(2, 6), r"network a must return logits \(B, 6, H, W\), not \(2, 6\)"),
-        ({"logits": torch.zeros(2, 6, 4, 4)}, "network a must return a tensor of logits, or a dict with one under 'out', not dict"),
+        ({"scores": torch.zeros(2, 6, 4, 4)}, "network a must return logits: .* under 'out' or 'logits', not dict with the keys 'scores'"),
     ],
 )
 def test_what_is_no_segmenter_of_these_classes_is_named(output: Any, message: str) -> None:

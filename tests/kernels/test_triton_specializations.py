@@ -20,7 +20,7 @@ from tests.kernels.specializations import Recorder, collect
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs in this process")
 
-MOST, MOST_OF_THE_SAMPLE = 700, 290
+MOST, MOST_OF_THE_SAMPLE = 700, 300
 
 
 def images(batch: int, channels: int, size: int) -> Tensor:
