@@ -96,7 +96,7 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
     if first_end <= second or second_end <= first:
         return False
     try:
-        return np.shares_memory(_addresses(one, first), _addresses(other, second), max_work=MAX_WORK)
+        return np.shares_memory(_addresses(one, first), _addresses(other, second), MAX_WORK)  # type: ignore[arg-type]  # or any number
     except np.exceptions.TooHardError:
         return True
 
