@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import replacing
 
-__all__ = ["Loaded", "latest_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint", "set_aside"]
+__all__ = ["Loaded", "cpu_copy", "latest_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint", "set_aside"]
 
 KEPT = 2
 NAME = re.compile(r"iteration-(\d+)\.pt")
@@ -100,6 +101,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is neither read nor counted again; returns its new path."""
     return path.replace(path.with_name(f"{path.name}.damaged"))
+
+
+def cpu_copy(state: Any) -> Any:
+    """A state of tensors, numbers and containers that shares no memory with the given one, its tensors on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = type(state)((key, cpu_copy(value)) for key, value in state.items())
+        if hasattr(state, "_metadata"):  # the versions of a state dict's modules
+            copied._metadata = state._metadata  # type: ignore[attr-defined]
+        return copied
+    return type(state)(map(cpu_copy, state)) if isinstance(state, list | tuple) else state
 
 
 def _problem(path: Path) -> str | None:

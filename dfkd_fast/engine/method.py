@@ -1,7 +1,8 @@
 """A point on the three axes with everything else the loop is told: all of a recipe but its networks and data."""
 
-from dataclasses import field, replace
-from typing import Literal, TypeVar
+from collections.abc import Iterator
+from dataclasses import asdict, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -11,7 +12,7 @@ from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
 from .optim import Optimizer
 from .precision import PrecisionSetting, resolve_precision
 
-__all__ = ["Loop", "Method", "resolved"]
+__all__ = ["Loop", "Method", "differences", "method_to_dict", "resolved"]
 
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
@@ -92,6 +93,25 @@ class Method:
             raise ValueError(
                 f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a term of the objective beside the adversary's"
             )
+
+
+FREE = {"loop.evaluate_every", "loop.drift_samples", "loop.keep_memory", "loop.capture"}
+"""What may differ when a training goes on: it changes no weight."""
+
+
+def method_to_dict(method: Method) -> dict[str, Any]:
+    """The settings of a method, or of a recipe as far as it is one, as nested dictionaries."""
+    return {section.name: asdict(getattr(method, section.name)) for section in fields(Method)}
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted path and both values of every setting that stands in both, differs, and makes a difference."""
+    for key, theirs in before.items():
+        path, ours = prefix + key, after.get(key)
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            yield from differences(theirs, ours, f"{path}.")
+        elif key in after and ours != theirs and path not in FREE:
+            yield path, theirs, ours
 
 
 def resolved(method: AnyMethod, device: torch.device) -> AnyMethod:

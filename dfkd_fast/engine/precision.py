@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import evaluating, find_heads, in_float32, logits_of
 
-__all__ = ["Precision", "PrecisionName", "PrecisionSetting", "resolve_precision"]
+__all__ = ["Precision", "PrecisionName", "PrecisionSetting", "ordinary_mode", "resolve_precision"]
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
@@ -24,6 +24,13 @@ def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precis
     if setting != "auto":
         return setting
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= BF16_FROM else "fp32"
+
+
+@contextmanager
+def ordinary_mode(device: torch.device) -> Iterator[None]:
+    """Gradients are recorded and nothing is cast, whatever autocast, ``no_grad`` or inference mode is around."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class Precision:

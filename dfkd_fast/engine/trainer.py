@@ -37,12 +37,13 @@ from dfkd_fast.models import (
 )
 
 from .capture import Steps, preserved
+from .checkpoint import cpu_copy
 from .compilation import Compiled
 from .device import Clock, keep_freed_memory
 from .fit import check_networks
-from .method import Method, resolved
+from .method import Method, differences, method_to_dict, resolved
 from .optim import build_optimizer, build_schedule, settle_rates
-from .precision import Precision
+from .precision import Precision, ordinary_mode
 from .steps import Game
 from .streams import random_stream
 
@@ -87,7 +88,8 @@ class Trainer:
 
     The networks are moved to the device and to the memory format of ``loop.channels_last``. What else is done to them for speed is
     done to copies of their modules that share their parameters, buffers and hooks: their classes and modes stay as they are, and
-    setting a mode of :attr:`student` has no effect on the steps. Callbacks leave random states and gradient mode as they found them.
+    setting a mode of :attr:`student` has no effect on the steps. What callbacks draw, switch off or freeze is undone after them; an
+    ambient autocast, ``no_grad`` or inference mode does not reach the steps.
 
     Raises:
         DfkdError: the networks do not fit each other, or cannot be copied.
@@ -239,13 +241,31 @@ class Trainer:
             raise NonFiniteLossError(f"the {player}'s loss term {name!r} is {value} at {where}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on bit for bit: tensors, numbers and containers. Changes nothing."""
-        networks: dict[str, nn.Module] = {"student": self.student, "generator": self.generator}
-        if self.average is not None:
-            networks["average"] = self.average
+        """Everything a run needs to go on bit for bit: tensors, numbers and containers, as copies on the CPU. Changes nothing."""
+        return cpu_copy(self._live_state())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that :meth:`state_dict` gave, of the same networks and method.
+
+        Raises:
+            DfkdError: it is the state of something else, such as of another teacher's student or of another schedule; then nothing
+                has changed.
+        """
+        before = self.state_dict()
+        try:
+            self._check_state(state)
+            self._load(state)
+        except Exception as error:
+            self._load(before)
+            if isinstance(error, DfkdError):
+                raise
+            raise DfkdError(f"the state is not of these networks and this method: {first_line(error)}") from error
+
+    def _live_state(self) -> dict[str, Any]:
         return {
             "teacher": self.teacher_sha256,
-            "networks": {name: network.state_dict() for name, network in networks.items()},
+            "method": method_to_dict(self.method),
+            "networks": {name: network.state_dict() for name, network in self._trained().items()},
             "memory": None if self.memory is None or self.memory.private else self.memory.state_dict(),
             "optimizers": [self.student_optimizer.state_dict(), self.generator_optimizer.state_dict()],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
@@ -259,52 +279,40 @@ class Trainer:
             "seconds": self.clock.read(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state_dict` gave, of the same networks and method.
+    def _load(self, state: dict[str, Any]) -> None:
+        self.precision.load_state_dict(state["precision"])
+        for name, network in self._trained().items():
+            network.load_state_dict(state["networks"][name])
+        own = state["processes"][distributed.rank()]
+        if self.memory is not None:
+            self.memory.load_state_dict(own["memory"] if self.memory.private else state["memory"])
+        for optimizer, saved in zip((self.student_optimizer, self.generator_optimizer), state["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(saved))  # it would keep the very tensors
+            settle_rates(optimizer, self.device)
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+        for stream, saved in zip((self.fresh_stream, self.replay_stream), own["streams"], strict=True):
+            stream.set_state(saved)
+        torch.set_rng_state(own["torch_random_state"])
+        if own["cuda_random_state"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_random_state"], self.device)
+        self.losses = {name: values.to(self.device, copy=True) for name, values in state["losses"].items()}
+        if own.get("buffers") is not None:
+            for buffer, saved in zip(self._own_buffers(), own["buffers"], strict=True):
+                buffer.copy_(saved)
+        if own["fresh"] is not None:
+            for buffer, saved in zip((self._game.images, self._game.logits), own["fresh"], strict=True):
+                buffer.copy_(saved)
+        self.drift.load_state_dict(state["drift"], self.device)
+        self.pretrained = state["pretrained"]
+        self.iteration = state["iteration"]
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.clock.seconds.update(state["seconds"])
+        self._steps.forget()
 
-        Raises:
-            DfkdError: it is the state of something else, such as of another teacher's student, or of more epochs than
-                ``loop.epochs``.
-        """
-        try:
-            self._check_state(state)
-            self.precision.load_state_dict(state["precision"])
-            self.student.load_state_dict(state["networks"]["student"])
-            self.generator.load_state_dict(state["networks"]["generator"])
-            if self.average is not None:
-                self.average.load_state_dict(state["networks"]["average"])
-            if len(state["processes"]) != distributed.world_size():
-                raise DfkdError(f"the state is of {len(state['processes'])} processes, and here are {distributed.world_size()}")
-            own = state["processes"][distributed.rank()]
-            if self.memory is not None:
-                self.memory.load_state_dict(own["memory"] if self.memory.private else state["memory"])
-            for optimizer, saved in zip((self.student_optimizer, self.generator_optimizer), state["optimizers"], strict=True):
-                optimizer.load_state_dict(copy.deepcopy(saved))  # it would keep the very tensors
-                settle_rates(optimizer, self.device)
-            for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
-                schedule.load_state_dict(saved)
-            for stream, saved in zip((self.fresh_stream, self.replay_stream), own["streams"], strict=True):
-                stream.set_state(saved)
-            torch.set_rng_state(own["torch_random_state"])
-            if own["cuda_random_state"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(own["cuda_random_state"], self.device)
-            self.losses = {name: values.to(self.device, copy=True) for name, values in state["losses"].items()}
-            if own.get("buffers") is not None:
-                for buffer, saved in zip(self._own_buffers(), own["buffers"], strict=True):
-                    buffer.copy_(saved)
-            if own["fresh"] is not None:
-                for buffer, saved in zip((self._game.images, self._game.logits), own["fresh"], strict=True):
-                    buffer.copy_(saved)
-            self.drift.load_state_dict(state["drift"], self.device)
-            self.pretrained = state["pretrained"]
-            self.iteration = state["iteration"]
-            self.history = [Epoch(**epoch) for epoch in state["history"]]
-            self.clock.seconds.update(state["seconds"])
-            self._steps.forget()
-        except DfkdError:
-            raise
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise DfkdError(f"the state is not of these networks and this method: {first_line(error)}") from error
+    def _trained(self) -> dict[str, nn.Module]:
+        networks: dict[str, nn.Module] = {"student": self.student, "generator": self.generator}
+        return networks if self.average is None else networks | {"average": self.average}
 
     def _check_state(self, state: dict[str, Any]) -> None:
         """Raise a :class:`DfkdError` for a state that another teacher or schedule left; nothing is changed yet."""
@@ -314,6 +322,11 @@ class Trainer:
             raise DfkdError(
                 f"the state is of a run with another teacher: of sha256 {teacher[:12]}, and this one's is {self.teacher_sha256[:12]}"
             )
+        # Not in states of before it was recorded.
+        for path, theirs, ours in differences(state.get("method", {}), method_to_dict(self.method)):
+            raise DfkdError(f"{path} = {ours!r}: the state is of a run with {theirs!r}")
+        if len(state["processes"]) != distributed.world_size():
+            raise DfkdError(f"the state is of {len(state['processes'])} processes, and here are {distributed.world_size()}")
         loop, epochs, iteration = self.method.loop, len(state["history"]), state["iteration"]
         if epochs > loop.epochs or (epochs == loop.epochs and iteration):
             raise DfkdError(f"loop.epochs = {loop.epochs}: the state has {epochs} epochs and {iteration} iterations done already")
@@ -446,7 +459,7 @@ class Trainer:
         wanted = self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
         while self.pretrained < wanted and not distributed.any_of(self._stopping):
-            with self.clock.phase("generator", memory=False):
+            with self.clock.phase("generator", memory=False), ordinary_mode(self.device):
                 terms = self._steps.generator(adversarial=False)
             self.pretrained += 1
         distributed.average_(list(terms.values()))  # so that all processes stop
@@ -460,8 +473,9 @@ class Trainer:
 
     def _iterate(self) -> None:
         players = [self._student_steps, self._generator_steps]
-        for steps in reversed(players) if self.method.loop.generator_first else players:
-            steps()
+        with ordinary_mode(self.device):
+            for steps in reversed(players) if self.method.loop.generator_first else players:
+                steps()
         self.iteration += 1
 
     def _student_steps(self) -> None:
@@ -497,15 +511,16 @@ class Trainer:
         distributed.average_(self._own_buffers())
         number = len(self.history) + 1
         losses = self.mean_losses()
-        if self.memory is not None:
-            self.memory.end_epoch(number, self._game.fresh)
         accuracy = unaveraged = None
         with self.clock.phase("evaluation"):
             if self.evaluate is not None and (number % self.method.loop.evaluate_every == 0 or number == self.method.loop.epochs):
                 with self._undisturbed():
-                    accuracy = self.evaluate(self.result)
-                    unaveraged = None if self.average is None else self.evaluate(self.student)
+                    accuracy = float(self.evaluate(self.result))
+                    unaveraged = None if self.average is None else float(self.evaluate(self.student))
             drift = self._measure_drift()
+        # From here on nothing raises: after an evaluation that did, the epoch is closed anew.
+        if self.memory is not None:
+            self.memory.end_epoch(number, self._game.fresh)
         with warnings.catch_warnings():
             # Resumed at an epoch's end, the optimisers have taken their steps in another process.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -519,11 +534,20 @@ class Trainer:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Whatever a callback inside does, afterwards random states, gradient mode and the average's mode are as before."""
-        with torch.random.fork_rng(devices=self._random_devices), torch.set_grad_enabled(torch.is_grad_enabled()):
-            yield
-        if self.average is not None:
-            self.average.module.eval()
+        """Whatever a callback inside does, afterwards random states, modes and what is to be trained are as before."""
+        learning = [(tensor, tensor.requires_grad) for tensor in self._game.student.parameters()]
+        learning += [(tensor, tensor.requires_grad) for tensor in self._game.generator.parameters()]
+        try:
+            with torch.random.fork_rng(devices=self._random_devices), torch.set_grad_enabled(torch.is_grad_enabled()):
+                yield
+        finally:
+            for tensor, learns in learning:
+                tensor.requires_grad_(learns)
+            # Scripted modules are shared with the networks that a callback sees.
+            self._game.student.train()
+            self._game.generator.train()
+            if self.average is not None:
+                self.average.module.eval()
 
     @property
     def _random_devices(self) -> list[torch.device]:

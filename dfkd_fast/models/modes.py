@@ -128,28 +128,30 @@ def _parts(output: Any) -> dict[str, Any]:
 
 
 def logits_only(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network itself where it returns a tensor for images, else one that shares its parameters and does.
+    """The network itself where it returns a tensor for images and leaves them alone, else one that shares its parameters and does.
 
     Networks with auxiliary classifiers often return a tensor in evaluation mode only, so a network in training mode is looked at
-    in both modes. Nothing of it changes.
+    in both modes. Nothing of it changes. One that writes in its input is given a copy: others are to see the same images.
 
     Args:
         network: images → logits, in any form that :func:`logits_of` takes.
         images: some for it, (B, C, H, W), on its device; at least two in training mode, as batch norms need them.
     """
+    given = [images.clone(), images.clone()]
     with evaluating(network):
-        outputs = [network(images.clone())]  # which a network may change in place
+        outputs = [network(given[0])]
     if network.training:
         with dry_run(network) as trial, torch.no_grad():
-            outputs.append(trial(images.clone()))
-    return network if all(isinstance(output, Tensor) for output in outputs) else _LogitsOnly(network)
+            outputs.append(trial(given[1]))
+    writes = not all(torch.equal(each, images) for each in given)
+    return _LogitsOnly(network, writes) if writes or not all(isinstance(output, Tensor) for output in outputs) else network
 
 
 class _LogitsOnly(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, writes: bool) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.writes = network, writes
         self.training = network.training
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.network(images))
+        return logits_of(self.network(images.clone() if self.writes else images))

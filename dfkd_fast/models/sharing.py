@@ -1,6 +1,7 @@
 """Copies of a network's modules that share its tensors: the copy is changed for speed, the network is trained."""
 
 import copy
+from types import CellType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from dfkd_fast.errors import DfkdError, first_line
 from .frozen import freeze
 
 __all__ = ["frozen_copy", "sharing_copy"]
+
+COMPILED = ("_compiled_call_impl", "_torchdynamo_orig_callable")
+"""Attributes that ``module.compile()`` and ``torch.compile`` set, and set anew in a copy."""
 
 
 def sharing_copy(network: nn.Module) -> nn.Module:
@@ -52,8 +56,15 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _copied(network: nn.Module, shared: dict[int, object]) -> nn.Module:
-    for module in network.modules():
+    modules = set(network.modules())
+    for module in modules:
         for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and name not in COMPILED and modules & _held(value):
+                # A copy of the module would still call the original through it, in the mode that has, and train or read its buffers.
+                raise DfkdError(
+                    f"the network {type(network).__name__} cannot be copied: the attribute {name!r} of a {type(module).__name__} is a"
+                    " function that holds a module of the network; make it a method, or wrap the network in a module of its own"
+                )
             # The very dictionaries, so that a buffer that is replaced and a hook that is registered later are shared as well.
             registry = name in ("_parameters", "_buffers") or ("_hooks" in name and isinstance(value, dict))
             if registry or isinstance(value, Tensor | torch.Generator):
@@ -70,3 +81,31 @@ def _copied(network: nn.Module, shared: dict[int, object]) -> nn.Module:
         if name in originals and originals[name]._compiled_call_impl is not None and module._compiled_call_impl is None:
             module.compile()
     return copied
+
+
+def _held(function: FunctionType) -> set[object]:
+    """The modules that a function, or a function that this one calls by its closure, has in its closure or defaults."""
+    held: set[object] = set()
+    pending: list[object] = [function]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            held.add(value)
+        elif isinstance(value, MethodType):
+            pending += [value.__self__, value.__func__]
+        elif isinstance(value, FunctionType):
+            pending += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+            pending += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return held
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

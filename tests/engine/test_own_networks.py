@@ -101,6 +101,30 @@ def test_a_teacher_may_return_its_logits_as_it_likes_in_any_precision(wrap: Call
     assert {parameter.dtype for parameter in trainer.teacher.parameters()} == {dtype}
 
 
+class InPlace(nn.Module):
+    def __init__(self, network: nn.Module, in_place: bool) -> None:
+        super().__init__()
+        self.network, self.in_place = network, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.mul_(0.5) if self.in_place else x * 0.5)
+
+
+@pytest.mark.parametrize("role", [0, 1], ids=["teacher", "student"])
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_network_that_writes_in_its_input_plays_the_same_game(role: int, fold: bool) -> None:
+    finished = []
+    for in_place in (False, True):
+        teacher, student, generator = networks()
+        teacher, student = (InPlace(teacher, in_place), student) if role == 0 else (teacher, InPlace(student, in_place))
+        method = small_method(replay=Replay(kind="ema_generator"), channels_last=True, fold_teacher=fold)
+        trainer = Trainer(teacher, student, generator, method)
+        torch.manual_seed(5)
+        trainer.fit()
+        finished.append(weights(trainer))
+    assert all(map(torch.equal, *finished))
+
+
 class Auxiliary(nn.Module):
     """Returns a second output in training, as torchvision's googlenet does."""
 
@@ -144,13 +168,23 @@ def leaves_everything_switched_off(student: nn.Module) -> float:
     return 0.0
 
 
+def freezes(student: nn.Module) -> float:
+    student.requires_grad_(False)
+    return 0.0
+
+
+def enters_autocast(student: nn.Module) -> float:
+    torch.autocast("cpu", torch.bfloat16).__enter__()
+    return 0.0
+
+
 def trains_the_average(student: nn.Module) -> float:
     student.train()
     return 0.0
 
 
 @pytest.mark.parametrize("average", [0.0, 0.5])
-@pytest.mark.parametrize("evaluate", [leaves_everything_switched_off, trains_the_average])
+@pytest.mark.parametrize("evaluate", [leaves_everything_switched_off, trains_the_average, freezes, enters_autocast])
 def test_what_callbacks_leave_behind_changes_nothing(
     make_trainer: MakeTrainer, evaluate: Callable[[nn.Module], float], average: float
 ) -> None:
@@ -167,12 +201,29 @@ def test_what_callbacks_leave_behind_changes_nothing(
     trainer = make_trainer(method, networks=networks(), evaluate=evaluate)
     trainer.on_iteration = careless
     torch.manual_seed(5)
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        torch.set_autocast_enabled("cpu", False)
     assert torch.is_grad_enabled()
     assert all(map(torch.equal, weights(trainer), weights(undisturbed)))
     if average:
         assert not trainer.result.training
         assert all(map(torch.equal, trainer.result.state_dict().values(), undisturbed.result.state_dict().values()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_callback_cannot_change_the_mode_of_a_scripted_student(make_trainer: MakeTrainer) -> None:
+    def scripted() -> Networks:
+        teacher, student, generator = networks()
+        return teacher, torch.jit.script(student), generator
+
+    undisturbed = Trainer(*scripted(), small_method(channels_last=True))
+    trainer = Trainer(*scripted(), small_method(channels_last=True), evaluate=leaves_everything_switched_off)
+    for one in (undisturbed, trainer):
+        torch.manual_seed(5)
+        one.fit()
+    assert all(map(torch.equal, weights(trainer), weights(undisturbed)))
 
 
 def test_a_state_dict_changes_nothing(make_trainer: MakeTrainer) -> None:

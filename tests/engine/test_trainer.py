@@ -1,7 +1,11 @@
+import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,7 +159,7 @@ def test_state_of_another_network_is_refused(make_trainer: MakeTrainer) -> None:
         ({"stop_after": 1}, {"iterations": 4}, "loop.iterations_per_epoch = 4: the state is of a run with another number of iterations"),
     ],
 )
-def test_a_state_of_another_schedule_is_refused_and_changes_nothing(
+def test_a_state_of_another_schedule_that_does_not_say_its_method_is_refused_and_changes_nothing(
     make_trainer: MakeTrainer, done: dict[str, int], asked: dict[str, int], message: str
 ) -> None:
     done = dict(done)
@@ -165,9 +169,115 @@ def test_a_state_of_another_schedule_is_refused_and_changes_nothing(
     one.fit()
     other = make_trainer(small_method(**asked))  # type: ignore[arg-type]
     before = through_a_file(other.state_dict())
+    state = one.state_dict()
+    del state["method"]  # as of earlier versions
     with pytest.raises(DfkdError, match=f"^{message}$"):
+        other.load_state_dict(state)
+    assert_equal(without_times(other.state_dict()), without_times(before))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("loop.epochs", 3),
+        ("loop.student_steps", 1),
+        ("loop.batch_size", 7),
+        ("loop.student_ema_decay", 0.9),
+        ("objective.discrepancy", "kl"),
+        ("replay.kind", "none"),
+        ("student_optimizer.lr", 0.5),
+        ("student_optimizer.kind", "adam"),
+    ],
+)
+def test_a_state_of_another_method_is_refused_by_the_setting_and_changes_nothing(make_trainer: MakeTrainer, path: str, value: Any) -> None:
+    method = small_method(replay=Replay(kind="ema_generator"))
+    one = make_trainer(method)
+    one.fit()
+    section, key = path.split(".")
+    theirs = getattr(getattr(method, section), key)
+    other = make_trainer(replace(method, **{section: replace(getattr(method, section), **{key: value})}))
+    before = other.state_dict()
+    with pytest.raises(DfkdError, match=f"^{path} = {value!r}: the state is of a run with {theirs!r}$"):
         other.load_state_dict(one.state_dict())
     assert_equal(without_times(other.state_dict()), without_times(before))
+
+
+def test_how_often_a_run_is_looked_at_may_change(make_trainer: MakeTrainer) -> None:
+    method = small_method()
+    one, other = make_trainer(method), make_trainer(replace(method, loop=replace(method.loop, evaluate_every=2, drift_samples=4)))
+    next(iter(one))
+    other.load_state_dict(one.state_dict())
+    assert len(other.history) == 1
+
+
+@pytest.mark.parametrize("key", ["networks", "optimizers", "precision", "losses", "drift", "history", "memory", "schedules"])
+@pytest.mark.parametrize("wrong", [None, 3, [1], {"x": 1}])
+def test_a_state_that_is_none_is_one_line_and_changes_nothing(make_trainer: MakeTrainer, key: str, wrong: Any) -> None:
+    method = small_method(replay=Replay(kind="ema_generator"))
+    one, other = make_trainer(method), make_trainer(method, seed=8)
+    one.fit()
+    before = other.state_dict()
+    with pytest.raises(DfkdError) as caught:
+        other.load_state_dict({**one.state_dict(), key: wrong})
+    assert "\n" not in str(caught.value)
+    assert_equal(without_times(other.state_dict()), without_times(before))
+
+
+def test_a_state_stays_as_it_was_when_training_goes_on(make_trainer: MakeTrainer) -> None:
+    method = small_method(replay=Replay(kind="ema_generator"), epochs=3)
+    trainer = make_trainer(method)
+    running = iter(trainer)
+    next(running)
+    state = trainer.state_dict()
+    then = through_a_file(state)
+    trainer.fit()
+    assert_equal(state, then)
+    finished = trainer.state_dict()
+    trainer.load_state_dict(state)
+    trainer.fit()
+    assert_equal(without_times(trainer.state_dict()), without_times(finished))
+
+
+@pytest.mark.parametrize("kind", ["none", "ema_generator", "memory_bank"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_going_on_after_an_evaluation_that_raised_ends_with_the_very_student(
+    make_trainer: MakeTrainer, kind: Any, error: type[BaseException]
+) -> None:
+    method = small_method(replay=Replay(kind=kind, rows=4), epochs=4)
+    method = replace(method, replay=replace(method.replay, memory_bank=replace(method.replay.memory_bank, every=1)))
+    calls = count(1)
+
+    def evaluate(_: nn.Module) -> float:
+        if next(calls) == 2:
+            raise error
+        return 0.0
+
+    whole, broken = make_trainer(method, evaluate=lambda _: 0.0), make_trainer(method, evaluate=evaluate)
+    whole.fit()
+    with pytest.raises(error):
+        broken.fit()
+    broken.fit()
+    assert_equal(without_times(broken.state_dict()), without_times(whole.state_dict()))
+
+
+def test_an_accuracy_of_numpy_or_in_a_tensor_is_kept_as_a_number(make_trainer: MakeTrainer) -> None:
+    for value in (np.float64(3.5), torch.tensor(3.5)):
+        trainer = make_trainer(small_method(), evaluate=lambda _, value=value: value)
+        trainer.fit()
+        assert [epoch.student_accuracy for epoch in trainer.history] == [3.5, 3.5]
+        assert_equal(through_a_file(trainer.state_dict()), trainer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["no_grad", "inference", "autocast"]
+)
+def test_an_ambient_mode_does_not_reach_the_steps(make_trainer: MakeTrainer, around: Any) -> None:
+    method = small_method(replay=Replay(kind="ema_generator"))
+    alone, surrounded = make_trainer(method), make_trainer(method)
+    alone.fit()
+    with around():
+        surrounded.fit()
+    assert_equal(without_times(surrounded.state_dict()), without_times(alone.state_dict()))
 
 
 def test_a_finished_state_of_the_same_schedule_is_finished(make_trainer: MakeTrainer) -> None:
@@ -179,8 +289,9 @@ def test_a_finished_state_of_the_same_schedule_is_finished(make_trainer: MakeTra
 
 def test_a_state_of_another_teacher_is_refused_whatever_the_memory_format_of_the_same(make_trainer: MakeTrainer) -> None:
     teacher, student, generator = small_networks()
-    state = through_a_file(make_trainer(small_method(channels_last=True)).state_dict())
-    make_trainer(small_method()).load_state_dict(state)
+    state = through_a_file(make_trainer(small_method()).state_dict())
+    otherwise = copy.deepcopy(teacher).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    make_trainer(small_method(), networks=(otherwise, student, generator)).load_state_dict(state)
     with torch.no_grad():
         next(teacher.parameters())[0] += 1e-3
     with pytest.raises(DfkdError, match=r"^the state is of a run with another teacher: of sha256 \w{12}, and this one's is \w{12}$"):

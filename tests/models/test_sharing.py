@@ -117,6 +117,28 @@ def test_a_network_compiled_in_place_is_compiled_in_the_copy() -> None:
     assert sharing_copy(network)[0]._compiled_call_impl is not None  # type: ignore[index]
 
 
+def patched() -> nn.Module:
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = network.forward
+    network.forward = lambda x: before(x) * 2  # type: ignore[method-assign]
+    return network
+
+
+def closing_over_itself() -> nn.Module:
+    network = nn.Sequential(nn.Linear(4, 4))
+    network.body = lambda x: network[0](x)  # type: ignore[assignment]
+    return network
+
+
+@pytest.mark.parametrize("build", [patched, closing_over_itself])
+@pytest.mark.parametrize("copied", [sharing_copy, lambda network: frozen_copy(network, torch.float32)], ids=["student", "teacher"])
+def test_a_function_that_would_call_the_original_is_refused(
+    build: Callable[[], nn.Module], copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    with pytest.raises(DfkdError, match=r"the attribute (forward|body) of a Sequential is a function that holds a module"):
+        copied(build())
+
+
 def test_what_cannot_be_copied_is_named_in_one_line() -> None:
     network = nn.Linear(4, 4)
     network.lock = threading.Lock()  # type: ignore[assignment]
