@@ -274,6 +274,8 @@ def _overrides(
             overrides[path] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             overrides[path] = text
+        except RecursionError as error:
+            raise DfkdError(f"--set {path}: the value is nested too deeply") from error
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:
             overrides[path] = str(value) if str(value) == "package" else str(value.expanduser().resolve())

@@ -18,7 +18,7 @@ from dfkd_fast.data import Augment, DataSettings
 from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, unknown
 from dfkd_fast.models import GeneratorSettings
-from dfkd_fast.settings import Count, NonNegative, PositiveInt, settings
+from dfkd_fast.settings import FileName, NonNegative, PositiveInt, Seed, settings
 
 __all__ = [
     "Recipe",
@@ -83,9 +83,10 @@ class Report:
 class Recipe(Method):
     """Everything a run is told; the sections that a :class:`~dfkd_fast.Trainer` reads are those of :class:`Method`."""
 
-    name: str
+    name: FileName
+    """Also of the folder that its runs are put in by default."""
     description: str = ""
-    seed: Count = 0
+    seed: Seed = 0
     data: DataSettings = field(default_factory=DataSettings)
     teacher: Teacher = field(default_factory=Teacher)
     teacher_optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=0.01, weight_decay=1e-4))

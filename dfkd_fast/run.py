@@ -1,5 +1,6 @@
 """A run: a recipe, a folder, and trainings that can be interrupted there and go on."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from .report import RunFolder
 __all__ = ["Run", "Training", "open_run"]
 
 # What may differ when a run goes on elsewhere: where things lie, and what is written about it.
-MOVABLE = ("data.root", "data.workers", "teacher.weights", "report")
+MOVABLE = ("data.root", "data.workers", "teacher.weights", "teacher.weights_key", "report")
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ class Run:
         self.command = command
         self.resumed = resumed
         self._begin = time.perf_counter()
+        self._before = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -76,11 +78,15 @@ class Run:
     @property
     def seconds(self) -> float:
         """Wall-clock seconds so far."""
-        return time.perf_counter() - self._begin
+        return self._before + time.perf_counter() - self._begin
+
+    def count_earlier(self, seconds: float) -> None:
+        """Count the seconds of earlier processes; what is told again, as part of a larger sum, counts once."""
+        self._before = max(self._before, seconds)
 
     def say(self, remark: str) -> None:
         """Tell the user something in one line."""
-        self.console.print(remark, highlight=False, soft_wrap=True)
+        self.console.print(remark, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self) -> None:
         """Make the folder and put the recipe there; called once everything that can be checked was, by all processes."""
@@ -121,19 +127,19 @@ class Run:
         saved.setdefault("recipe", recipe_to_toml(self.recipe))  # earlier versions did not write whose it is
         if not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
             raise DfkdError(f"checkpoint {path} is none of a run")
-        self._check_owner(path, saved["recipe"])
+        self.check_owner(f"checkpoint {path}", saved["recipe"])
         try:
             training.load_state_dict(saved["training"])
         except DfkdError as error:
             raise DfkdError(f"checkpoint {path}: {error}") from error
-        self._begin -= saved["seconds"]
+        self.count_earlier(saved["seconds"])
 
-    def _check_owner(self, path: Path, recipe: str) -> None:
-        """Raise a :class:`DfkdError` for a checkpoint of another recipe or seed."""
+    def check_owner(self, what: str, recipe: str) -> None:
+        """Raise a :class:`DfkdError` for a file of the folder, called ``what``, that was left by a run of another recipe or seed."""
         ours = recipe_from_toml(recipe_to_toml(self.recipe), "the recipe")
-        theirs = recipe_from_toml(recipe, f"the recipe in checkpoint {path}")
+        theirs = recipe_from_toml(recipe, f"the recipe in {what}")
         for name, before, after in _fixed_differences(theirs, ours):
-            raise DfkdError(f"checkpoint {path} is of another run: {name} is {before!r} there, and {after!r} in {self.folder.recipe}")
+            raise DfkdError(f"{what} is of another run: {name} is {before!r} there, and {after!r} in {self.folder.recipe}")
 
     def drive(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None]) -> None:
         """Run the epochs that are left, with a checkpoint every so many of them, and one when interrupted.
@@ -170,7 +176,9 @@ class Run:
                 message = f"interrupted while a step failed: {first_line(error)}; {_last_good(checkpoints)}"
                 raise Interrupted(message, caught[0]) from error
         if caught and not training.finished:
-            raise Interrupted(f"interrupted and saved; go on with: {self.command} --out {self.folder.path} --resume", caught[0])
+            raise Interrupted(
+                f"interrupted and saved; go on with: {self.command} --out {shlex.quote(str(self.folder.path))} --resume", caught[0]
+            )
 
 
 def open_run(
@@ -210,7 +218,10 @@ def open_run(
             _confirm_code(folder, recipe, named)
         # Code is named again where a run goes on, see _confirm_code.
         code = [f" --set {at}={overrides[at]}" for at in ("teacher.model", "student.model") if names_code(str(overrides.get(at, "")))]
-        run = Run(resolved(recipe, device), folder, device, console, f"dfkd-fast {command} {recipe_name}{''.join(code)}", resumed=found)
+        # A run that was given a name of its own is found by it.
+        shown = str(folder.recipe) if "name" in overrides else recipe_name
+        command = f"dfkd-fast {command} {shlex.quote(shown)}{''.join(code)}"
+        run = Run(resolved(recipe, device), folder, device, console, command, resumed=found)
     except BaseException:
         for folder in claimed:
             folder.release()

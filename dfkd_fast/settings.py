@@ -10,7 +10,21 @@ from typing import Annotated, TypeVar, dataclass_transform
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-__all__ = ["VOID", "Count", "Flag", "Fraction", "NonNegative", "Number", "Positive", "PositiveInt", "Temperature", "settings"]
+__all__ = [
+    "VOID",
+    "BelowOne",
+    "Count",
+    "FileName",
+    "Flag",
+    "Fraction",
+    "NonNegative",
+    "Number",
+    "Positive",
+    "PositiveInt",
+    "Seed",
+    "Temperature",
+    "settings",
+]
 
 VOID = -100
 """The label of a pixel that has none: what PyTorch's losses leave out unless told otherwise."""
@@ -25,12 +39,15 @@ def settings(section: type[Section]) -> type[Section]:
 
 
 # Strict, so that neither "3" nor true passes for a number.
-PositiveInt = Annotated[int, Field(strict=True, ge=1)]
-Count = Annotated[int, Field(strict=True, ge=0)]
+PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 NonNegative = Annotated[float, Field(strict=True, ge=0)]
 Temperature = Annotated[float, Field(strict=True, ge=1e-4, le=1e4)]
 """What the divergences take: beyond it, float32 does not resolve them."""
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
+FileName = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*$")]
 Flag = Annotated[bool, Field(strict=True)]

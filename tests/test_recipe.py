@@ -1,4 +1,5 @@
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,23 @@ def test_mnist_dfad_is_the_papers_setting() -> None:
     assert (student.kind, student.lr, student.momentum, student.weight_decay, student.schedule) == ("sgd", 0.01, 0.9, 1e-4, "constant")
     assert (generator.kind, generator.lr, generator.betas, generator.weight_decay) == ("adam", 1e-3, (0.9, 0.999), 0.0)
     assert (recipe.objective.discrepancy, recipe.objective.adversary, recipe.replay.kind) == ("l1", "l1", "none")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", ""),
+        ("name", "../up"),
+        ("name", ".."),
+        ("name", "a\0b"),
+        ("seed", 2**64),
+        ("data.num_classes", 10**14),
+        ("data.batch_size", 10**20),
+        ("student_optimizer.betas", [1.0, 1.0]),
+        ("objective.temperature", 1e5),
+    ],
+)
+def test_values_beyond_what_can_be_computed_with_are_refused(path: str, value: object) -> None:
+    with pytest.raises(DfkdError, match=re.escape(path)) as caught:
+        load_recipe("digits", {path: value})
+    assert "\n" not in str(caught.value)

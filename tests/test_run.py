@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +61,21 @@ def endless(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", "--out", "run", *TINY, "--set", "loop.epochs=100000"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while not list((folder / "checkpoints").glob("iteration-*.pt")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.05)
+        yield process, folder
+        process.kill()
+
+
+@pytest.fixture
+def endless_with_a_name(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The same of a run with a name of its own, in a folder with a space."""
+    folder = tmp_path / "my run"
+    command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", "--out", "my run", *TINY, "--set", "loop.epochs=100000"]
+    with subprocess.Popen(
+        [*command, "--set", "name=mine"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
         while not list((folder / "checkpoints").glob("iteration-*.pt")):
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.05)
@@ -560,4 +576,57 @@ def test_a_teacher_whose_file_was_changed_in_the_middle_of_a_run_is_refused(run:
     teacher.write_bytes(content)
     said = run("distill", "digits", "--out", "run", "--resume")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "the state is of a run with another teacher" in said.err
+    assert "run/teacher.safetensors are damaged: the content does not match the checksum in the header" in said.err
+
+
+def test_a_teacher_of_another_recipe_before_the_student_s_first_checkpoint_is_refused(run: Run) -> None:
+    assert run("teach", "digits", "--out", "run", *TINY).code == 0
+    assert run("teach", "digits", "--out", "other", *TINY, "--set", "teacher.epochs=2").code == 0
+    Path("run/teacher.safetensors").write_bytes(Path("other/teacher.safetensors").read_bytes())
+    said = run("distill", "digits", "--out", "run", "--resume")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "run/teacher.safetensors is of another run: teacher.epochs is 2 there, and 1 in run/recipe.toml" in said.err
+
+
+def test_a_checksum_without_a_file_is_refused(run: Run) -> None:
+    said = run("distill", "digits", "--out", "run", *TINY, "--set", 'teacher.sha256="abc"')
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "teacher.sha256 = 'abc': is of a file, and none is given: name it with --teacher FILE" in said.err
+    assert not Path("run").exists()
+
+
+def test_teach_names_the_file_that_was_given(run: Run) -> None:
+    assert run("teach", "digits", "--out", "run", *TINY).code == 0
+    said = run("teach", "digits", "--out", "again", *TINY, "--set", "teacher.weights=run/teacher.safetensors")
+    assert said.code == 0 and "run/teacher.safetensors" in said.out and "again/teacher.safetensors" not in said.out
+
+
+def test_what_is_said_is_printed_as_it_is_whatever_a_folder_is_called(run: Run) -> None:
+    assert run("distill", "digits", "--out", "p[/q]", *TINY).code == 0
+    newest = max(Path("p[/q]/checkpoints").glob("iteration-*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    said = run("distill", "digits", "--out", "p[/q]", "--resume")
+    assert said.code == 0, said.err
+    assert "p[/q]/checkpoints/" in said.out
+
+
+def test_the_line_to_go_on_with_finds_the_run(run: Run, endless_with_a_name: tuple[subprocess.Popen[str], Path]) -> None:
+    process, _ = endless_with_a_name
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    _, _, command = err.strip().partition("go on with: dfkd-fast ")
+    said = run(*shlex.split(command), "--set", "loop.epochs=3")  # it would never end
+    assert "loop.epochs is 100000 in my run/recipe.toml, and cannot become 3 in the middle of a run" in said.err
+
+
+def test_seconds_of_earlier_processes_count_once(run: Run) -> None:
+    assert run("distill", "digits", "--out", "run", *TINY).code == 0
+    Path("run/teacher.safetensors").unlink()  # its checkpoints tell its seconds as well
+    before = json.loads(Path("run/summary.json").read_text())["seconds"]["total"]
+    start = time.perf_counter()
+    assert run("distill", "digits", "--out", "run", "--resume").code == 0
+    elapsed = time.perf_counter() - start
+    after = json.loads(Path("run/summary.json").read_text())["seconds"]
+    assert after["total"] <= before + elapsed
+    assert after["total"] >= after["teacher"] + after["student"]

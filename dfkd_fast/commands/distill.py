@@ -42,7 +42,11 @@ def teach(run: Run) -> float:
     evaluate = Evaluator(recipe.data, run.device, run.say)
     _obtain_teacher(run, teacher)
     accuracy = evaluate(teacher)
-    rows = [("teacher", recipe.teacher.model), (recipe.data.metric, f"{accuracy:.2f} %"), ("weights", str(run.folder.teacher))]
+    rows = [
+        ("teacher", recipe.teacher.model),
+        (recipe.data.metric, f"{accuracy:.2f} %"),
+        ("weights", recipe.teacher.weights or str(run.folder.teacher)),
+    ]
     print_table(run.console, (recipe.name, f"seed {recipe.seed}, {run.device.type}"), rows)
     print_iou(run.console, evaluate.iou({"teacher": teacher}))
     return accuracy
@@ -129,10 +133,17 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
         load_given_teacher(run.recipe, teacher, run.say)
         run.begin()
         return 0.0
+    if run.recipe.teacher.sha256:
+        raise DfkdError(f"teacher.sha256 = {run.recipe.teacher.sha256!r}: is of a file, and none is given: name it with --teacher FILE")
     if stored.is_file():
+        metadata = read_metadata(stored)
+        if "recipe" in metadata:
+            run.check_owner(str(stored), metadata["recipe"])
         load_weights(teacher, stored)
         run.begin()
-        return float(read_metadata(stored).get("seconds", 0.0))
+        seconds = float(metadata.get("seconds", 0.0))
+        run.count_earlier(seconds)
+        return seconds
     return _train_teacher(run, teacher)
 
 

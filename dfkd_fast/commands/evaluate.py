@@ -111,7 +111,7 @@ def evaluate_weights(wanted: Wanted, device: torch.device, console: Console) -> 
     """
 
     def say(remark: str) -> None:
-        console.print(remark, highlight=False, soft_wrap=True)
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
 
     candidates = list(_candidates(wanted, say))
     passes: dict[DataSettings, list[_Candidate]] = {}

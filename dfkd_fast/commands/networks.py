@@ -56,6 +56,8 @@ def load_given_teacher(recipe: Recipe, teacher: nn.Module, log: Callable[[str], 
     if wanted.weights == "package":
         if wanted.weights_key:
             raise DfkdError(f"teacher.weights_key = {wanted.weights_key!r}: must be empty for teacher.weights = 'package'")
+        if wanted.sha256:
+            raise DfkdError(f"teacher.sha256 = {wanted.sha256!r}: must be empty for teacher.weights = 'package'")
         load_pretrained(teacher, wanted.model)
         return
     path = Path(wanted.weights).expanduser()

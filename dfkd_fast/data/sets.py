@@ -57,7 +57,7 @@ class DataSettings:
     ``pairs``: folders of images and of label files, 0 to C − 1 or 255 for no label."""
     root: str = ""
     """Folder (or .npz file) with the data, in torchvision's layout; not needed for ``digits``, ``shapes`` and ``none``."""
-    num_classes: Annotated[int, Field(strict=True, ge=2)] = 10
+    num_classes: Annotated[int, Field(strict=True, ge=2, le=1_000_000)] = 10
     channels: PositiveInt = 1
     image_size: Annotated[int, Field(strict=True, ge=8)] = 32
     """Side of the teacher's input in pixels; with a label a pixel, of what it is trained on: tests show whole images."""

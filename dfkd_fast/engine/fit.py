@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.models import conditioned, dry_run, evaluating, logits_of
 
-__all__ = ["check_classifier", "check_networks"]
+__all__ = ["check_classifier", "check_initialized", "check_networks"]
 
 SAMPLES = 4
 """Of the batches that are tried. Behind a batch norm of two samples, gradients to its input are rounding, and may be 0."""
@@ -67,6 +68,8 @@ def check_networks(
     if not isinstance(latent_dim, int):
         raise DfkdError("the generator must have an integer attribute latent_dim: the size of z")
     networks = {"teacher": teacher, "student": student, "generator": generator}
+    for role, network in networks.items():
+        check_initialized(role, network)
     for role in ("student", "generator"):
         _check_unshared(role, dict(networks[role].named_parameters()), networks)
         _check_trainable(role, networks[role])
@@ -90,6 +93,13 @@ def check_networks(
     if adversarial:
         _check_passes_gradient("student", student, images, training=True, initial=True)
     return images.shape[1:], teacher_shape
+
+
+def check_initialized(role: str, network: nn.Module) -> None:
+    """Raise a :class:`DfkdError` for a network with parameters or buffers that have no shape yet."""
+    for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
+        if is_lazy(tensor):
+            raise DfkdError(f"the {role}'s {name} has no shape yet: call a network with lazy layers once before it is given")
 
 
 def _check_trainable(role: str, network: nn.Module) -> None:

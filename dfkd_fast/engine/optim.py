@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.settings import Fraction, NonNegative, Positive, PositiveInt, settings
+from dfkd_fast.settings import BelowOne, Fraction, NonNegative, Positive, PositiveInt, settings
 
 __all__ = ["Optimizer", "build_optimizer", "build_schedule", "settle_rates"]
 
@@ -24,7 +24,7 @@ class Optimizer:
     lr: Positive = 0.1
     momentum: Fraction = 0.9
     """Of ``sgd``, without Nesterov's form."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Of ``adam``."""
     weight_decay: NonNegative = 0.0
     schedule: Literal["constant", "cosine", "multistep"] = "constant"

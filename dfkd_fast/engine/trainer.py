@@ -40,7 +40,7 @@ from .capture import Steps, preserved
 from .checkpoint import cpu_copy
 from .compilation import Compiled
 from .device import Clock, keep_freed_memory
-from .fit import check_networks
+from .fit import check_initialized, check_networks
 from .method import Method, differences, method_to_dict, resolved
 from .optim import build_optimizer, build_schedule, settle_rates
 from .precision import Precision, ordinary_mode
@@ -113,9 +113,11 @@ class Trainer:
             keep_freed_memory()
         self.evaluate = evaluate
         self.on_iteration = on_iteration
+        for role, network in (("teacher", teacher), ("student", student), ("generator", generator)):
+            check_initialized(role, network)
         self.teacher, self.student, self.generator = map(self._place, (teacher, student, generator))
         distributed.broadcast_([tensor for network in (teacher, student, generator) for tensor in network.state_dict().values()])
-        self.teacher_sha256 = sha256_of(teacher)
+        self.teacher_sha256 = sha256_of(teacher.state_dict())
         frozen = frozen_copy(teacher, torch.get_default_dtype())
         adversarial = method.objective.adversarial > 0
         shapes = check_networks(frozen, student, generator, self.device, adversarial=adversarial)

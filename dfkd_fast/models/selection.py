@@ -19,6 +19,8 @@ TRANSPARENT = frozenset({"module", "_orig_mod"})
 """Parts that DataParallel and torch.compile put anywhere in a name, for they wrap parts of a network, too."""
 BOOKKEEPING = frozenset({"n_averaged", "updates", "total_ops", "total_params"})
 """Buffers that averages (AveragedModel, FusedEMA) and profilers (thop) leave among the weights."""
+ROOT = "."
+"""The key of a state that has no key or prefix, beside others."""
 DEPTH = 4
 """Dictionaries within dictionaries in which weights are looked for."""
 NAMED = 3
@@ -68,24 +70,27 @@ def select(
     words = wrappers | set(key.split(".")) if key else wrappers
     options: dict[tuple[str, frozenset[str]], Selection] = {}
     for path, state in _states(held):
-        for prefix in _prefixes(state, words):
-            names, option = _fitted(held, path, state, prefix, own, partial)
+        prefixes = _prefixes(state, words)
+        for prefix in prefixes:
+            # Names behind a longer prefix are another state's.
+            others = tuple(longer for longer in prefixes if longer != prefix and longer.startswith(prefix))
+            names, option = _fitted(held, path, state, prefix, others, own, partial)
             # Prefixes that come to the same tensors are one option: the shortest that fits.
             if (path, names) not in options or (options[path, names].problems and not option.problems):
                 options[path, names] = option
     if not options:
         found = listed(map(repr, held), 2 * NAMED) or "nothing"
         raise DfkdError(f"{where} hold no state dict: named tensors are needed, not a whole network or a training state; there are {found}")
-    among = [option for option in options.values() if not key or f".{key}." in f".{option.label}."]
+    among = [option for option in options.values() if not key or f".{key}." in f".{option.label}." or (key, option.label) == (ROOT, "")]
     fitting = [option for option in among if not option.problems]
     if not among:
         there = listed((repr(option.label) for option in options.values() if option.label), 2 * NAMED) or "no keys, only named tensors"
         raise DfkdError(f"{where}: the weights key {key!r} is not in the file; there are {there}")
-    exact = [option for option in fitting if option.label == key]
+    exact = [option for option in fitting if key and (option.label or ROOT) == key]
     if len(fitting) == 1 or exact:
         return (exact or fitting)[0]
     if fitting:
-        several = " and ".join(repr(option.label) for option in fitting)
+        several = " and ".join(repr(option.label or ROOT) for option in fitting)
         raise DfkdError(f"{where} hold several states that fit the network, {several}: {choose}")
     return min(among, key=lambda option: sum(map(len, option.problems.values())))
 
@@ -124,10 +129,10 @@ def _short(dtype: torch.dtype) -> str:
 
 def _states(held: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
     """The mappings of names to tensors, and the keys that lead to them."""
-    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()):
-        if held or not path:
-            yield path, held
-    elif depth < DEPTH:
+    tensors = {name: value for name, value in held.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if tensors or not (held or path):
+        yield path, tensors
+    if depth < DEPTH:
         for name, value in held.items():
             if isinstance(name, str) and isinstance(value, Mapping):
                 yield from _states(value, f"{path}.{name}" if path else name, depth + 1)
@@ -147,7 +152,13 @@ def _prefixes(state: Mapping[str, Tensor], words: frozenset[str]) -> list[str]:
 
 
 def _fitted(
-    held: Mapping[Any, Any], path: str, state: Mapping[str, Tensor], prefix: str, own: Mapping[str, Tensor], partial: bool
+    held: Mapping[Any, Any],
+    path: str,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    others: tuple[str, ...],
+    own: Mapping[str, Tensor],
+    partial: bool,
 ) -> tuple[frozenset[str], Selection]:
     """What a network finds in a state behind a prefix; first the names there of the tensors that it is given."""
     plain = {_plain(name): name for name in own}
@@ -155,7 +166,8 @@ def _fitted(
         plain = {}  # the network's own names differ in those parts
     tensors: dict[str, Tensor] = {}
     taken, unexpected, outside = set(), [], []
-    for name, tensor in state.items():
+    # The network's own names first, then those that come to one of them.
+    for name, tensor in sorted(state.items(), key=lambda item: item[0].removeprefix(prefix) not in own):
         rest = name.removeprefix(prefix)
         target = rest if rest in own else plain.get(_plain(rest))
         last = name.rpartition(".")[2]
@@ -164,8 +176,12 @@ def _fitted(
         elif target is not None and target not in tensors:
             tensors[target] = tensor
             taken.add(name)
-        elif partial or last in BOOKKEEPING:
-            outside.append(last if last in BOOKKEEPING else name)
+        elif last in BOOKKEEPING:
+            outside.append(last)
+        elif others and name.startswith(others):
+            outside.append(name.partition(".")[0])
+        elif partial:
+            outside.append(name)
         else:
             unexpected.append(name)
     # Batch norms of before PyTorch 0.4.1 did not count batches, and PyTorch fills that in.
@@ -178,7 +194,7 @@ def _fitted(
     problems = {"Missing keys": missing, "Unexpected keys": unexpected, "size mismatch for": differing}
     label = ".".join(filter(None, (path, prefix.removesuffix("."))))
     above = f"{path}." if path else ""
-    left_out = [*_beside(held, path), *dict.fromkeys(f"{above}{name}" for name in outside)]
+    left_out = [*_beside(held, path, state), *dict.fromkeys(f"{above}{name}" for name in outside)]
     return frozenset(taken), Selection(label, tensors, left_out, {kind: names for kind, names in problems.items() if names})
 
 
@@ -186,14 +202,15 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in TRANSPARENT)
 
 
-def _beside(held: Mapping[Any, Any], path: str, above: str = "") -> Iterator[str]:
-    """The keys that do not lead to a path."""
+def _beside(held: Mapping[Any, Any], path: str, state: Mapping[str, Tensor], above: str = "") -> Iterator[str]:
+    """The keys that do not lead to the state at a path."""
     if not path:
+        yield from (f"{above}{name}" for name in held if name not in state)
         return
     # A key may have dots itself.
     on = next(name for name in held if isinstance(name, str) and (path == name or path.startswith(f"{name}.")))
     yield from (f"{above}{name}" for name in held if name != on)
-    yield from _beside(held[on], path[len(on) + 1 :], f"{above}{on}.")
+    yield from _beside(held[on], path[len(on) + 1 :], state, f"{above}{on}.")
 
 
 def listed(names: Iterable[str], count: int = NAMED) -> str:

@@ -12,8 +12,8 @@ from .frozen import freeze
 
 __all__ = ["frozen_copy", "sharing_copy"]
 
-COMPILED = ("_compiled_call_impl", "_torchdynamo_orig_callable")
-"""Attributes that ``module.compile()`` and ``torch.compile`` set, and set anew in a copy."""
+COMPILED = ("_compiled_call_impl",)
+"""What ``module.compile()`` sets."""
 
 
 def sharing_copy(network: nn.Module) -> nn.Module:
@@ -58,8 +58,9 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _copied(network: nn.Module, shared: dict[int, object]) -> nn.Module:
     modules = set(network.modules())
     for module in modules:
+        compiled = "_orig_mod" in module._modules  # by torch.compile, which sets its functions anew in a copy
         for name, value in vars(module).items():
-            if isinstance(value, FunctionType) and name not in COMPILED and modules & _held(value):
+            if isinstance(value, FunctionType) and not compiled and name not in COMPILED and modules & _held(value):
                 # A copy of the module would still call the original through it, in the mode that has, and train or read its buffers.
                 raise DfkdError(
                     f"the network {type(network).__name__} cannot be copied: the attribute {name!r} of a {type(module).__name__} is a"

@@ -5,11 +5,13 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
@@ -19,20 +21,20 @@ from .weight_files import is_safetensors, read_weights
 
 __all__ = ["load_weights", "read_metadata", "save_weights", "sha256_of"]
 
-HEADER = "dfkd_fast"
+HEADER, CHECKSUM = "dfkd_fast", "sha256"
 
 
 def save_weights(network: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a network's state to a safetensors file, atomically, with metadata in its header.
+    """Write a network's state to a safetensors file, atomically, with metadata and a checksum of the tensors in its header.
 
     Equal content gives equal bytes: the format keeps several entries in no order, so there is one, as JSON.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     with replacing(path) as part:
-        part.write_bytes(save(_untied(tensors), metadata={HEADER: json.dumps(dict(metadata))}))
+        part.write_bytes(save(_untied(tensors), metadata={HEADER: json.dumps({**metadata, CHECKSUM: sha256_of(tensors)})}))
 
 
-def load_weights(network: nn.Module, path: Path, *, key: str = "", log: Callable[[str], None] = lambda note: None) -> None:
+def load_weights(network: nn.Module, path: Path | str, *, key: str = "", log: Callable[[str], None] = lambda note: None) -> None:
     """Load a safetensors or PyTorch file into a network; nothing from the file is executed.
 
     The file may hold the state itself, or a training state that has it under any keys. Prefixes of wrappers
@@ -48,11 +50,15 @@ def load_weights(network: nn.Module, path: Path, *, key: str = "", log: Callable
 
     Raises:
         DfkdError: no such file, not readable without executing it, weights of another network, several states that fit
-            and no key, or values that are not finite.
+            and no key, values that are not finite, or another checksum than :func:`save_weights` wrote.
     """
+    path = Path(path)
     own = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     where = f"weights {path}"
-    chosen = select(read_weights(path), own, where, key=key)
+    held = read_weights(path)
+    if (checksum := _header(path).get(CHECKSUM)) and checksum != sha256_of(held):
+        raise DfkdError(f"{where} are damaged: the content does not match the checksum in the header")
+    chosen = select(held, own, where, key=key)
     if chosen.problems:
         under = f" under {chosen.label!r}" if chosen.label else ""
         problems = "; ".join(f"{kind} {listed(names)}" for kind, names in chosen.problems.items())
@@ -60,6 +66,7 @@ def load_weights(network: nn.Module, path: Path, *, key: str = "", log: Callable
         hint = f"; it is part {int(part[1])} of {int(part[2])}: join them into one file" if part else ""
         raise DfkdError(f"{where}{under} do not fit the network {type(network).__name__}: {problems}{hint}")
     converted = {name: convert(where, name, tensor, own[name]) for name, tensor in chosen.tensors.items()}
+    _check_tied(where, own, converted)
     try:
         network.load_state_dict(converted)
     except RuntimeError as error:  # of a network that keeps more than tensors, or loads in a way of its own
@@ -70,12 +77,26 @@ def load_weights(network: nn.Module, path: Path, *, key: str = "", log: Callable
         log(f"{where}: took {taken}" + (f", left out {listed(map(repr, chosen.left_out), 2 * NAMED)}" if chosen.left_out else ""))
 
 
+def _check_tied(where: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in given.items():
+        if is_lazy(own[name]):
+            continue
+        place = own[name].data_ptr(), own[name].shape, own[name].stride()
+        if own[name].numel() and not own[name].is_meta and not torch.equal(given[first.setdefault(place, name)], tensor):
+            raise DfkdError(f"{where}: {first[place]} and {name} are one tensor in the network, and differ in the file")
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """What :func:`save_weights` put in a file's header; empty for a file of any other origin.
 
     Raises:
         DfkdError: the header cannot be read, or holds something else under the name of this package.
     """
+    return {name: value for name, value in _header(path).items() if name != CHECKSUM}
+
+
+def _header(path: Path) -> dict[str, str]:
     try:
         if not is_safetensors(path):
             return {}
@@ -88,10 +109,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     return held
 
 
-def sha256_of(network: nn.Module) -> str:
-    """SHA-256 of a network's state dict, in hexadecimal digits: of names, dtypes, shapes and values, whatever their device and strides."""
+def sha256_of(state: Mapping[str, Any]) -> str:
+    """SHA-256 of a state dict's tensors, in hexadecimal digits: of names, dtypes, shapes and values, whatever their order and strides."""
     digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
+    for name, tensor in sorted(state.items()):
         if not isinstance(tensor, Tensor):  # a module's own extra state
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -390,3 +390,11 @@ def test_running_out_of_memory_is_no_misfit() -> None:
     for exhausted in ((Around(teacher, exhaust), student, generator), (teacher, student, Around(generator, exhaust))):
         with pytest.raises(torch.OutOfMemoryError):
             check(*exhausted)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student", "generator"])
+def test_a_network_with_lazy_layers_is_refused_before_it_was_called(role: str) -> None:
+    players = dict(zip(("teacher", "student", "generator"), small_networks(), strict=True))
+    players[role] = nn.Sequential(nn.LazyLinear(10))
+    with pytest.raises(DfkdError, match=f"^the {role}'s 0.weight has no shape yet: call a network with lazy layers once"):
+        Trainer(players["teacher"], players["student"], players["generator"])

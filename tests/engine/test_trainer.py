@@ -290,7 +290,7 @@ def test_a_finished_state_of_the_same_schedule_is_finished(make_trainer: MakeTra
 def test_a_state_of_another_teacher_is_refused_whatever_the_memory_format_of_the_same(make_trainer: MakeTrainer) -> None:
     teacher, student, generator = small_networks()
     state = through_a_file(make_trainer(small_method()).state_dict())
-    otherwise = copy.deepcopy(teacher).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    otherwise = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
     make_trainer(small_method(), networks=(otherwise, student, generator)).load_state_dict(state)
     with torch.no_grad():
         next(teacher.parameters())[0] += 1e-3

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import FusedEMA
-from dfkd_fast.models import PRETRAINED, build_model, load_encoder, load_pretrained, load_weights, read_metadata
+from dfkd_fast.models import PRETRAINED, build_model, load_encoder, load_pretrained, load_weights, read_metadata, save_weights
 from dfkd_fast.models.pretrained import Pretrained
 
 State = dict[str, Tensor]
@@ -85,6 +85,7 @@ def refused(folder: Path, held: object, key: str = "") -> str:
         ({"model": STATE, "curve": np.arange(3)}, "took 'model' (9 tensors), left out 'curve'"),
         ({"model": STATE, "log": defaultdict(list, {"loss": [1.0]})}, "took 'model' (9 tensors), left out 'log'"),
         ({"model": STATE, "args": argparse.Namespace(out=pathlib.Path("x"))}, "took 'model' (9 tensors), left out 'args'"),
+        ({**STATE, "epoch": 3, "acc": 93.1}, "took 9 tensors, left out 'epoch', 'acc'"),
         ({"state_dict": under("model."), "epoch": 3}, "took 'state_dict.model' (9 tensors), left out 'epoch'"),
         (
             {"state_dict": {**under("student."), "loss.w": torch.ones(1)}},
@@ -142,6 +143,9 @@ def test_a_prefix_that_no_wrapper_is_known_by_is_not_guessed_but_can_be_named(tm
         ({"model": OTHER, "model_ema": STATE}, "'model' and 'model_ema'", "model_ema", "model_ema"),
         ({"model": OTHER, "model_ema": under("module.")}, "'model' and 'model_ema'", "model_ema", "model_ema"),
         ({"teacher": STATE, "student": OTHER}, "'teacher' and 'student'", "teacher", "teacher"),
+        ({**STATE, **under("ema.", OTHER)}, "'.' and 'ema'", ".", ""),
+        ({**under("module.", OTHER), **STATE}, "'.' and 'module'", ".", ""),
+        ({"net": {**under("ema."), **OTHER}}, "'net' and 'net.ema'", "net.ema", "net.ema"),
         (
             {"state_dict": {**under("student."), **under("teacher.", OTHER)}},
             "'state_dict.student' and 'state_dict.teacher'",
@@ -155,8 +159,29 @@ def test_several_states_that_fit_are_named_and_the_key_chooses(tmp_path: Path, h
         f"hold several states that fit the network, {names}: choose by --weights-key (teacher.weights_key, key=)"
     )
     (said,) = load(tmp_path, held, key)
-    assert said.startswith(f"took {taken!r} (9 tensors), left out ")
+    assert said.startswith(f"took {taken!r} (9 tensors), left out " if taken else "took 9 tensors, left out ")
     assert "the weights key 'nothing' is not in the file; there are " in refused(tmp_path, held, "nothing")
+
+
+def test_tied_weights_that_differ_in_the_file_are_refused(tmp_path: Path) -> None:
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    held = tied.state_dict()
+    torch.save({name: tensor.clone() for name, tensor in held.items()}, tmp_path / "w.pt")
+    load_weights(tied, str(tmp_path / "w.pt"))
+    torch.save({**held, "1.weight": held["0.weight"] + 1}, tmp_path / "w.pt")
+    with pytest.raises(DfkdError, match=r"0.weight and 1.weight are one tensor in the network, and differ in the file$"):
+        load_weights(tied, tmp_path / "w.pt")
+
+
+def test_a_flipped_bit_of_our_own_files_is_noticed(tmp_path: Path) -> None:
+    save_weights(SAVED, tmp_path / "w.safetensors", {"role": "teacher"})
+    load_weights(network(3), tmp_path / "w.safetensors")
+    content = bytearray((tmp_path / "w.safetensors").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(DfkdError, match=r"are damaged: the content does not match the checksum in the header$"):
+        load_weights(network(3), tmp_path / "w.safetensors")
 
 
 def test_of_several_states_only_those_that_fit_count(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_network_compiled_in_place_is_compiled_in_the_copy() -> None:
 def patched() -> nn.Module:
     network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = network.forward
-    network.forward = lambda x: before(x) * 2  # type: ignore[method-assign]
+    network.forward = lambda x: before(x) * 2  # type: ignore[method-assign, no-untyped-call]
     return network
 
 
@@ -131,12 +131,25 @@ def closing_over_itself() -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [patched, closing_over_itself])
-@pytest.mark.parametrize("copied", [sharing_copy, lambda network: frozen_copy(network, torch.float32)], ids=["student", "teacher"])
-def test_a_function_that_would_call_the_original_is_refused(
-    build: Callable[[], nn.Module], copied: Callable[[nn.Module], nn.Module]
-) -> None:
-    with pytest.raises(DfkdError, match=r"the attribute (forward|body) of a Sequential is a function that holds a module"):
-        copied(build())
+def test_a_function_that_would_call_the_original_is_refused(build: Callable[[], nn.Module]) -> None:
+    for copied in (sharing_copy, lambda network: frozen_copy(network, torch.float32)):
+        with pytest.raises(DfkdError, match=r"the attribute '(forward|body)' of a Sequential is a function that holds a module"):
+            copied(build())
+
+
+def compiled() -> nn.Module:
+    network = torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager")
+    assert isinstance(network, nn.Module)
+    return network
+
+
+@pytest.mark.parametrize("build", [compiled, lambda: nn.DataParallel(nn.Linear(4, 4))], ids=["compiled", "parallel"])
+def test_compiled_and_parallel_networks_are_copied(build: Callable[[], nn.Module]) -> None:
+    network = build()
+    network(torch.zeros(2, 4))
+    working = sharing_copy(network)
+    assert list(map(id, working.parameters())) == list(map(id, network.parameters()))
+    torch.testing.assert_close(working(torch.ones(2, 4)), network(torch.ones(2, 4)))
 
 
 def test_what_cannot_be_copied_is_named_in_one_line() -> None:

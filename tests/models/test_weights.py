@@ -215,7 +215,7 @@ def test_code_hidden_in_a_bare_pickle_is_not_run(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("held", [[torch.ones(2)], {"epoch": 3, "weight": torch.ones(2)}, torch.ones(3), {3: torch.ones(2)}, {"model": 4}])
+@pytest.mark.parametrize("held", [[torch.ones(2)], {"epoch": 3}, torch.ones(3), {3: torch.ones(2)}, {"model": 4}])
 def test_a_pytorch_file_of_something_else_is_refused(tmp_path: Path, held: object) -> None:
     torch.save(held, tmp_path / "w.pt")
     with pytest.raises(DfkdError, match="hold no state dict"):
