@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -134,11 +134,22 @@ class Run:
             raise DfkdError(f"checkpoint {path}: {error}") from error
         self.count_earlier(saved["seconds"])
 
-    def check_owner(self, what: str, recipe: str) -> None:
-        """Raise a :class:`DfkdError` for a file of the folder, called ``what``, that was left by a run of another recipe or seed."""
+    def check_owner(self, what: str, recipe: str, sections: Container[str] | None = None) -> None:
+        """Find out whether a file of the folder was left by a run of this recipe and seed.
+
+        Args:
+            what: the file, as an error calls it.
+            recipe: TOML, from the file.
+            sections: names of what it depends on of a recipe; None for all of it.
+
+        Raises:
+            DfkdError: it was left by another run; the message names the first difference.
+        """
         ours = recipe_from_toml(recipe_to_toml(self.recipe), "the recipe")
         theirs = recipe_from_toml(recipe, f"the recipe in {what}")
         for name, before, after in _fixed_differences(theirs, ours):
+            if sections is not None and name.partition(".")[0] not in sections:
+                continue
             raise DfkdError(f"{what} is of another run: {name} is {before!r} there, and {after!r} in {self.folder.recipe}")
 
     def drive(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None]) -> None:

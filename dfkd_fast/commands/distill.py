@@ -32,6 +32,9 @@ from .segmentation import label_maps, print_iou
 
 __all__ = ["distill", "fitted", "teach"]
 
+OF_THE_TEACHER = {"seed", "data", "teacher", "teacher_optimizer"}
+"""What a trained teacher depends on of a recipe."""
+
 
 def teach(run: Run) -> float:
     """Train the recipe's teacher and store it in the run's folder; returns its test accuracy, or mIoU, in percent."""
@@ -138,7 +141,7 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
     if stored.is_file():
         metadata = read_metadata(stored)
         if "recipe" in metadata:
-            run.check_owner(str(stored), metadata["recipe"])
+            run.check_owner(str(stored), metadata["recipe"], OF_THE_TEACHER)
         load_weights(teacher, stored)
         run.begin()
         seconds = float(metadata.get("seconds", 0.0))
