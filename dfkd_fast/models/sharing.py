@@ -28,7 +28,10 @@ def sharing_copy(network: nn.Module) -> nn.Module:
     Raises:
         DfkdError: it holds something that cannot be copied.
     """
-    return _copied(network, {id(module): module for module in network.modules() if isinstance(module, torch.jit.ScriptModule)})
+    copied = _copied(network, {id(module): module for module in network.modules() if isinstance(module, torch.jit.ScriptModule)})
+    if not set(copied.parameters()) <= set(network.parameters()):  # the steps would train them in the network's place
+        raise DfkdError(f"the network {type(network).__name__} cannot be copied: a __deepcopy__ of its own copies its parameters")
+    return copied
 
 
 def frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -152,6 +152,16 @@ def test_compiled_and_parallel_networks_are_copied(build: Callable[[], nn.Module
     torch.testing.assert_close(working(torch.ones(2, 4)), network(torch.ones(2, 4)))
 
 
+class CopiesItself(nn.Linear):
+    def __deepcopy__(self, memo: object) -> "CopiesItself":
+        return CopiesItself(self.in_features, self.out_features)
+
+
+def test_a_copy_that_does_not_share_its_parameters_is_refused() -> None:
+    with pytest.raises(DfkdError, match=r"^the network Sequential cannot be copied: a __deepcopy__ of its own copies its parameters$"):
+        sharing_copy(nn.Sequential(CopiesItself(4, 4)))
+
+
 def test_what_cannot_be_copied_is_named_in_one_line() -> None:
     network = nn.Linear(4, 4)
     network.lock = threading.Lock()  # type: ignore[assignment]
