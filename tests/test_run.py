@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,32 +56,22 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@contextmanager
+def under_way(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run under way in another process, with a checkpoint, and its folder."""
+    command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", "--out", folder.name, *TINY, "--set", "loop.epochs=100000", *options]
+    with subprocess.Popen(command, cwd=folder.parent, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while not list((folder / "checkpoints").glob("iteration-*.pt")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.05)
+        yield process, folder
+        process.kill()
+
+
 @pytest.fixture
 def endless(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A run under way in another process, with a checkpoint, and its folder."""
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", "--out", "run", *TINY, "--set", "loop.epochs=100000"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        while not list((folder / "checkpoints").glob("iteration-*.pt")):
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.05)
-        yield process, folder
-        process.kill()
-
-
-@pytest.fixture
-def endless_with_a_name(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """The same of a run with a name of its own, in a folder with a space."""
-    folder = tmp_path / "my run"
-    command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", "--out", "my run", *TINY, "--set", "loop.epochs=100000"]
-    with subprocess.Popen(
-        [*command, "--set", "name=mine"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        while not list((folder / "checkpoints").glob("iteration-*.pt")):
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.05)
-        yield process, folder
-        process.kill()
+    with under_way(tmp_path / "run") as found:
+        yield found
 
 
 def test_a_folder_is_one_process_s_and_free_again_when_that_is_killed(run: Run, endless: tuple[subprocess.Popen[str], Path]) -> None:
@@ -610,10 +601,10 @@ def test_what_is_said_is_printed_as_it_is_whatever_a_folder_is_called(run: Run) 
     assert "p[/q]/checkpoints/" in said.out
 
 
-def test_the_line_to_go_on_with_finds_the_run(run: Run, endless_with_a_name: tuple[subprocess.Popen[str], Path]) -> None:
-    process, _ = endless_with_a_name
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+def test_the_line_to_go_on_with_finds_the_run(run: Run, tmp_path: Path) -> None:
+    with under_way(tmp_path / "my run", "--set", "name=mine") as (process, _):
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     _, _, command = err.strip().partition("go on with: dfkd-fast ")
     said = run(*shlex.split(command), "--set", "loop.epochs=3")  # it would never end
