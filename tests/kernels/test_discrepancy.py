@@ -294,10 +294,12 @@ def test_equal_logits_have_neither_discrepancy_nor_gradient(
     teacher = laid_out(student.detach(), layout).detach().requires_grad_()
     loss = call(kind, student, teacher, temperature=3.0)
     # L1 and KL subtract equal numbers; log m = logaddexp(log p, log q) − log 2 is rounded, and so is what makes up a gradient.
+    # Triton may add the exponentials of two sides that lie differently in memory in different orders.
     eps = torch.finfo(torch.float32).eps
-    assert abs(loss.item()) <= (student.numel() // shape[1] * eps if kind == "js" else 0.0)
+    other_order = kind == "kl" and backend == "triton" and student.stride() != teacher.stride()
+    assert abs(loss.item()) <= (student.numel() // shape[1] * eps if kind == "js" or other_order else 0.0)
     for gradient in torch.autograd.grad(loss, (student, teacher)):
-        assert gradient.abs().max().item() <= (0.0 if kind == "l1" else eps)
+        assert gradient.abs().max().item() <= (0.0 if kind == "l1" else (2 if other_order else 1) * eps)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 5), torch.bfloat16), ((4, 100), torch.float32), ((4, 5, 2, 3), torch.float32)], ids=str)
@@ -390,7 +392,7 @@ def test_only_a_side_that_asks_gets_a_gradient_and_the_other_changes_nothing(
     backend: Backend, device: torch.device, kind: str, shape: tuple[int, ...], agreement: bool
 ) -> None:
     student, teacher = (random(*shape, device=device) for _ in range(2))
-    both_loss = call(kind, student, teacher, temperature=2.0)
+    both_loss, _ = counted(kind, student, teacher, temperature=2.0, agreement=agreement)
     both = torch.autograd.grad(both_loss, (student, teacher))
     for index in range(2):
         sides = [side.detach() for side in (student, teacher)]
