@@ -252,7 +252,8 @@ def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, co
     )
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     if precision != "fp32":
-        autocast = partial(torch.autocast, device.type, DTYPES[precision])
+        # Around a whole iteration: cached casts of weights would miss the optimizers' steps.
+        autocast = partial(torch.autocast, device.type, DTYPES[precision], cache_enabled=False)
     marks = Marks(device)
 
     def run(count: int) -> Times:

@@ -66,7 +66,8 @@ class Precision:
 
     @contextmanager
     def _lowered(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, self.dtype), in_float32(self._heads):
+        # Its cache of cast weights outlives the context wherever another autocast is around it, and does not notice an optimizer's step.
+        with torch.autocast(self.device.type, self.dtype, cache_enabled=False), in_float32(self._heads):
             yield
 
     def keep_logits(self, network: nn.Module, images: Tensor) -> None:

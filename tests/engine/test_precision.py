@@ -65,6 +65,25 @@ def test_a_step_in_bf16_errs_no_more_than_plain_autocast(make_trainer: MakeTrain
     assert 0 < relative(found, exact) <= 1.5 * relative(plain, exact)
 
 
+@pytest.mark.parametrize("ambient", [False, True])
+def test_every_step_in_bf16_computes_with_the_weights_that_the_step_before_left(make_trainer: MakeTrainer, ambient: bool) -> None:
+    chosen = Method(
+        loop=Loop(batch_size=16, epochs=1, iterations_per_epoch=2, student_steps=3, precision="bf16"),
+        replay=Replay(kind="ema_generator"),
+        student_optimizer=Optimizer(lr=0.1),
+        generator_optimizer=Optimizer(lr=0.1),
+    )
+    whole, apart = (make_trainer(chosen, networks=networks()) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):  # whose cache of cast weights would outlive the optimizers' steps
+        whole.fit()
+    for step in [*range(3), None, *range(3), None]:  # the generator's is the last of an iteration
+        apart._steps.generator() if step is None else apart._steps.student(step)
+        torch.clear_autocast_cache()
+    for network, stepped in ((whole.student, apart.student), (whole.generator, apart.generator)):
+        for ours, theirs in zip(network.state_dict().values(), stepped.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_spectral_norms_of_a_users_networks_are_left_alone_by_autocast(make_trainer: MakeTrainer) -> None:
     teacher, student, generator = networks()
     for network, name in ((teacher, "classifier"), (student, "classifier"), (generator, "body.0")):
