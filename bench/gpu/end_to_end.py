@@ -1,5 +1,9 @@
-"""Stage 5: whole iterations of the recipes, by the plain loop and by the engine: their times, their memory and their kernels."""
+"""Stage 5: whole iterations of the recipes, by the plain loop and by the engine: their times, their memory and their kernels.
 
+First, while nothing is timed, processes compile the compiled loops in parallel, and leave the code in the caches on disk.
+"""
+
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -8,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch._inductor.config
 
 from dfkd_fast import Recipe, load_recipe
 from dfkd_fast.engine.precision import resolve_precision
@@ -16,11 +21,11 @@ from ..end_to_end import measuring
 from ..end_to_end.contenders import Contender, Times, build, check, contenders
 from ..end_to_end.measuring import Profile
 from ..end_to_end.rows import Row, circumstances, row_of
-from ..processes import OutOfTime, WorkerError, Workers
+from ..processes import OutOfTime, Pool, WorkerError, Workers
 from . import rehearsal
 from .context import Context
 
-__all__ = ["Case", "Plan", "Priority", "prepare", "run"]
+__all__ = ["Case", "Plan", "Priority", "compile_job", "prepare", "run"]
 
 UNCONDITIONAL = {
     "name": "imagenet-mad, unconditional",
@@ -30,8 +35,10 @@ UNCONDITIONAL = {
     "loop.generator_pretraining": 0,
 }
 """Without what the plain loop does not have, which is a small part of the recipe's work."""
+COMPILED = "plain_compiled"
+COMPILE_SHARE = 0.4  # at most, of the time that is left
 MARGIN = 1.0  # seconds before the stage's deadline at which a contender is stopped, so that this is still recorded
-TITLES = {"plain": "plain", "engine, eager": "engine eager", "engine": "captured", "plain_compiled": "plain compiled"}
+TITLES = {"plain": "plain", "engine, eager": "engine eager", "engine": "captured", COMPILED: "plain compiled"}
 """The contenders that the line of a recipe names, and what it calls them."""
 
 
@@ -65,17 +72,17 @@ KERNELS = 25
 PLAN = Plan(
     recipes=(("mnist-dfad", {}), ("cifar10-dfad", {}), ("cifar10-mad", {}), ("imagenet-mad", UNCONDITIONAL)),
     priorities=(
-        Priority(("plain", "engine, eager", "engine"), limit=45, needs=10),
-        Priority(("plain_compiled",), limit=90, needs=30),
+        Priority(("plain", "engine", COMPILED), limit=75, needs=10),
+        Priority(("engine, eager",), limit=45, needs=10),
         Priority((), limit=45, needs=10),
     ),
-    seconds=3.0,
+    seconds=2.0,
     fewest=5,
     profiled=2,
 )
 REHEARSAL = Plan(
     recipes=(("digits-mad", {"loop.batch_size": 8, "loop.student_steps": 2, "generator.width": 4}),),
-    priorities=(Priority(("plain", "engine, eager", "engine"), limit=60, needs=1), Priority(("+ fused kernels",), limit=60, needs=1)),
+    priorities=(Priority(("plain", "engine"), limit=60, needs=1), Priority(("+ fused kernels",), limit=60, needs=1)),
     seconds=0.0,
     fewest=2,
     profiled=1,
@@ -96,6 +103,14 @@ class Case:
     def name(self) -> str:
         """Of its records."""
         return f"{self.recipe.name} / {self.contender}"
+
+
+class Job(NamedTuple):
+    """What a process compiles."""
+
+    name: str
+    """Of the case."""
+    build: Callable[[], Contender]
 
 
 @dataclass
@@ -121,6 +136,7 @@ def run(context: Context) -> None:
         for recipe in dict.fromkeys(case.recipe.name for case in cases)
     }
     left = sum(case.name not in context.done for case in cases)
+    _compile(context, [case for case in cases if case.contender == COMPILED and case.name not in context.done])
     with Workers(left, partial(prepare, context.rehearse)) as workers:
         for group in groups:
             needs = max((case.priority.needs for case in group), default=0.0)
@@ -133,6 +149,32 @@ def prepare(rehearse: bool) -> None:
     """What every process calls first: with it, the process imports this module and with it all that measures."""
     if rehearse:
         rehearsal.prepare()
+    # The same wherever something is compiled, as the caches' keys depend on it.
+    torch._inductor.config.compile_threads = max(1, (os.cpu_count() or 1) // len(PLAN.recipes))
+    # Where several processes share a GPU, the fastest configuration of a kernel cannot be told: it is chosen again where it is timed.
+    torch._inductor.config.autotune_local_cache = False
+
+
+def compile_job(rehearse: bool, job: Job) -> float:
+    """Compile what a contender needs into the caches on disk; return the seconds it took."""
+    begin = time.monotonic()
+    prepare(rehearse)
+    job.build().run(1)
+    return time.monotonic() - begin
+
+
+def _compile(context: Context, cases: list[Case]) -> None:
+    """Compile for all cases at once. What does not compile here is compiled, or fails, where it is measured."""
+    if not cases:
+        return
+    begin = time.monotonic()
+    jobs = [Job(case.name, case.build) for case in cases]
+    with Pool(partial(compile_job, context.rehearse), len(jobs)) as pool:
+        results = dict(pool.results(jobs, begin + COMPILE_SHARE * context.seconds_left()))
+    taken = round(time.monotonic() - begin, 2)
+    times = {job.name: round(result, 2) for job, result in results.items() if not isinstance(result, WorkerError)}
+    text = f"compiled {len(times)} of {len(jobs)} contenders in {taken:.0f} s"
+    context.record("compiling", text=text, seconds=taken, table="compilation", row=times)
 
 
 def _cases(plan: Plan, device: torch.device) -> list[list[Case]]:
@@ -216,7 +258,7 @@ def _record_line(context: Context, recipe: Recipe, standing: Standing) -> None:
     facts = []
     for name, title in TITLES.items():
         if name in medians:
-            peers = ("plain",) if name == "plain_compiled" else ("plain", "plain_compiled")
+            peers = ("plain",) if name == COMPILED else ("plain", COMPILED)
             ratios = [f"{medians[peer] / medians[name]:.2f} × {TITLES[peer]}" for peer in peers if peer in medians and name != peer]
             compared = f" ({', '.join(ratios)})" if ratios else ""
             facts.append(f"{title} {_ms(medians[name])} ms{compared}")

@@ -1,4 +1,4 @@
-"""Stage 2: every operation of every backend is right, called and replayed; and the smallest recipes take captured steps."""
+"""Stage 2: the smallest recipes take captured steps; and every operation of every backend is right, called and replayed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -99,7 +99,13 @@ class Case(NamedTuple):
 
 
 def run(context: Context) -> None:
-    """Check values and gradients against float64, in a plain call and in a replay that finds other inputs; then the recipes."""
+    """Take steps of the recipes; then check values and gradients against float64, in a plain call and in a replay with other inputs."""
+    for name in context.cases(RECIPES, needs=1.0):
+        with context.attempt(name):
+            iterations = TOY_ITERATIONS if context.rehearse else ITERATIONS
+            remarks, seconds = _steps(name, iterations, context.device)
+            text = "; ".join(remarks) or f"{iterations} iterations, nothing remarked"
+            context.record(name, text=text, seconds=seconds, highlight=bool(remarks))
     for case in context.cases([Case(*parts) for parts in product(OPERATIONS, BACKENDS, DTYPES, LAYOUTS)]):
         if case.backend not in backends(context.device):
             context.record(str(case), "skipped", why_not(case.backend) or f"does not serve {context.device.type} tensors")
@@ -107,12 +113,6 @@ def run(context: Context) -> None:
         with context.attempt(str(case)):
             wrong = _check(case, context)
             context.record(str(case), "ok" if wrong is None else "wrong", wrong or "")
-    for name in context.cases(RECIPES, needs=1.0):
-        with context.attempt(name):
-            iterations = TOY_ITERATIONS if context.rehearse else ITERATIONS
-            remarks, seconds = _steps(name, iterations, context.device)
-            text = "; ".join(remarks) or f"{iterations} iterations, nothing remarked"
-            context.record(name, text=text, seconds=seconds, highlight=bool(remarks))
 
 
 def _check(case: Case, context: Context) -> str | None:

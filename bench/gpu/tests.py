@@ -19,6 +19,7 @@ __all__ = ["ON_CPU", "ON_GPU", "Part", "run"]
 
 # Not pytest's auto, which counts a core's two threads as one: what takes time is compiling. But each process has memory of the GPU.
 CORES = min(16, len(os.sched_getaffinity(0)))
+CHUNK = 4  # tests that a worker gets at once
 SPARE = 2.0  # seconds before the deadline at which what has not ended is left
 
 
@@ -71,7 +72,8 @@ class _Reporter:
             self.context.record(report.nodeid, "skipped", reason.removeprefix("Skipped: "))
         elif report.when == "call":
             self.context.record(report.nodeid, seconds=round(report.duration, 3))
-        self.ended.add(report.nodeid)
+        if report.failed or report.skipped or report.when == "call":
+            self.ended.add(report.nodeid)
 
     def leave(self) -> None:
         """Record what was not run, or was running."""
@@ -87,6 +89,7 @@ class _Reporter:
 
 def run(context: Context) -> None:
     """Run the tests that no earlier call settled; every test is a case, and so is every part of them."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers take all cores
     parts = [part for part in (ON_CPU if context.rehearse else ON_GPU) if str(part) not in context.done]
     reporters = {part: _Reporter(context) for part in parts}
     begin = time.monotonic()
@@ -116,6 +119,8 @@ def run(context: Context) -> None:
             "-p",
             "bench.gpu.pytest_plugin",
             f"--settled={settled}",
+            # Few at a time: the slow ones lie together, and a quarter of all tests go to the workers in advance.
+            f"--maxschedchunk={CHUNK}",
         )
         for part in parts:
             code = pytest.main(
