@@ -17,6 +17,7 @@ EXTRACT = 6  # rows of a table in the README
 SHOWN_KERNELS = 10  # of the most expensive ones of a recipe
 SHOWN_REASONS = 25  # why cases of a device did not pass
 HOST_TIME = r"\*"  # of a comparison with a time that includes the host's
+WITHOUT_COMPILE = "†"  # of a comparison for which torch.compile was not timed
 OURS = ("cuda", "triton", "fused_ema")
 PEERS = {"compile": "torch.compile"}
 NOT_A_PEER = (*OURS, "reference", "numba")
@@ -37,7 +38,7 @@ METHODS_CAPTION = "On a GPU: time per iteration, times the first recipe's, and p
 ENGINE_CAPTION = f"On a GPU, the engine with captured steps, and how many times as fast it is as its peers ({_ALL}):"
 KERNELS_CAPTION = (
     f"On a GPU, one case of each kernel: our fastest backend, its share of the bandwidth of a large copy, and how many times as fast it is "
-    f"as the fastest peer ({_ALL}):"
+    f"as the fastest peer; {WITHOUT_COMPILE} where torch.compile was not timed ({_ALL}):"
 )
 
 
@@ -243,7 +244,7 @@ def _compared(case: Sequence[dict[str, str]]) -> str:
     if peer is not None:
         name = PEERS.get(peer["provider"], peer["provider"])
         host = any(row["timed"].startswith("with the host's time") for row in (ours, peer))
-        text.append(f"{float(peer['median_us']) / float(ours['median_us']):.2f} × {name}{HOST_TIME if host else ''}")
+        text.append(f"{float(peer['median_us']) / float(ours['median_us']):.2f} × {name}{HOST_TIME if host else ''}{'' if 'compile' in peers else WITHOUT_COMPILE}")
     return ", ".join([*text, *red])
 
 

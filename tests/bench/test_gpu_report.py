@@ -38,8 +38,8 @@ def test_each_device_has_its_own_column(root: Path, tmp_path: Path, together: bo
     assert column(environment, H100)["GPU memory (GiB)",] == "160"
     assert column(environment, H100)["a large copy (GB/s)",] == "2000"
     case = ("plain", "resnet50", "float32", "contiguous", "update")
-    assert column(shown(root, gpu.KERNELS), H200)[case] == "cuda 10 µs, 91 %, 2.00 × foreach_lerp, triton wrong"
-    assert column(shown(root, gpu.KERNELS), H100)[case] == "cuda 20 µs, 91 %, 2.00 × foreach_lerp, triton wrong"
+    assert column(shown(root, gpu.KERNELS), H200)[case] == "cuda 10 µs, 91 %, 2.00 × foreach_lerp†, triton wrong"
+    assert column(shown(root, gpu.KERNELS), H100)[case] == "cuda 20 µs, 91 %, 2.00 × foreach_lerp†, triton wrong"
     captured = ("`cifar10-dfad`", "256", "bf16", "engine", "bf16, TF32 in convolutions")
     assert column(shown(root, gpu.END_TO_END), H200)[captured] == "0.2 s/iteration, 4.00 × plain, 1234 MiB"
     assert column(shown(root, gpu.END_TO_END), H100)[captured] == "0.4 s/iteration, 4.00 × plain, 1234 MiB"
@@ -198,7 +198,7 @@ def test_a_campaign_whose_stages_were_all_killed_is_stored_and_costs_no_figure(r
     assert column(shown(root, gpu.ENVIRONMENT), H200)["GPU memory (GiB)",] == f"80{old}"
     assert column(shown(root, gpu.ENVIRONMENT), H200)["a large copy (GB/s)",] == f"4000{old}"
     case = ("plain", "resnet50", "float32", "contiguous", "update")
-    assert column(shown(root, gpu.KERNELS), H200)[case] == f"cuda 10 µs, 91 %, 2.00 × foreach_lerp, triton wrong{old}"
+    assert column(shown(root, gpu.KERNELS), H200)[case] == f"cuda 10 µs, 91 %, 2.00 × foreach_lerp†, triton wrong{old}"
     for begin in (gpu.END_TO_END, gpu.README_END_TO_END, gpu.README_KERNELS):
         assert all(cell.endswith(old) for cell in column(shown(root, begin), H200).values())
     (cell,) = column(shown(root, gpu.ACCURACY), H200).values()
@@ -227,7 +227,7 @@ def test_a_figure_stays_with_its_commit_until_a_newer_one_replaces_it(root: Path
     ]
     report.main([write(tmp_path / "two.jsonl", records)], root)
     case = ("plain", "resnet50", "float32", "contiguous", "update")
-    kernel = "cuda 9 µs, 91 %; triton 8 µs, 91 %, 2.50 × foreach_lerp (`abc1234`)"
+    kernel = "cuda 9 µs, 91 %; triton 8 µs, 91 %, 2.50 × foreach_lerp† (`abc1234`)"
     assert column(shown(root, gpu.KERNELS), H200)[case] == kernel
     rows = column(shown(root, gpu.END_TO_END), H200)
     assert rows["`cifar10-dfad`", "256", "bf16", "plain", "bf16, TF32 in convolutions"] == "0.7 s/iteration, 1234 MiB"
@@ -239,6 +239,16 @@ def test_a_figure_stays_with_its_commit_until_a_newer_one_replaces_it(root: Path
     assert "| `cifar10-dfad` (`abc1234`) | 256 |" in shown(root, gpu.PROFILE)
     assert column(shown(root, gpu.STAGES), H200)["tests",].endswith("(`abc1234`)")
     assert "`failed: out of memory`" in shown(root, gpu.STAGES)
+
+
+def test_a_comparison_without_torch_compile_says_so(root: Path, tmp_path: Path) -> None:
+    device, case = Device(H200, 1), ("plain", "resnet50", "float32", "contiguous", "update")
+    report.main([write(tmp_path / "one.jsonl", [device.kernel("cuda", 10), device.kernel("eager", 20)])], root)
+    assert column(shown(root, gpu.KERNELS), H200)[case] == "cuda 10 µs, 91 %, 2.00 × eager†"
+    report.main([write(tmp_path / "two.jsonl", [device.kernel("compile", 30)])], root)
+    assert column(shown(root, gpu.KERNELS), H200)[case] == "cuda 10 µs, 91 %, 2.00 × eager"
+    report.main([write(tmp_path / "three.jsonl", [device.kernel("compile", 15)])], root)
+    assert column(shown(root, gpu.KERNELS), H200)[case] == "cuda 10 µs, 91 %, 1.50 × torch.compile"
 
 
 def test_a_failure_at_the_same_commit_replaces_the_time(root: Path, tmp_path: Path) -> None:
