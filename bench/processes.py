@@ -131,21 +131,25 @@ class Worker:
 
 
 class Workers:
-    """One worker after the other; each is prepared while the one before it works, because imports take seconds.
+    """One worker after the other, from batches that are prepared together, for imports take seconds and would disturb what is timed.
 
     Args:
         count: how many will be taken.
         prepare: the first function that each of them calls. With it the process imports its module.
+        batch: how many are prepared together.
     """
 
-    def __init__(self, count: int, prepare: Callable[[], object]) -> None:
+    def __init__(self, count: int, prepare: Callable[[], object], batch: int = 8) -> None:
         self._left = count
         self._prepare = prepare
+        self._batch = batch
         self._current: Worker | None = None
-        self._next = self._start()
+        self._waiting: deque[Worker] = deque()
+        self._unprepared: list[Worker] = []
+        self._start()
 
     def take(self, limit: float | None = None) -> Worker:
-        """End the worker before, and return the next one as soon as it is prepared.
+        """End the worker before, and return the next one; while it works, no other is being prepared.
 
         Raises:
             WorkerError: it could not be prepared, or not within ``limit`` seconds. The workers that follow are not affected.
@@ -153,33 +157,32 @@ class Workers:
         """
         if self._current is not None:
             self._current.close()
-        if self._next is None:
+        if not self._waiting:
+            self._start()
+        if not self._waiting:
             raise IndexError("all workers were taken")
-        self._current, self._next = self._next, None
-        self._next = self._start()
+        deadline = None if limit is None else time.monotonic() + limit
+        while self._unprepared:
+            self._unprepared.pop().wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._current = self._waiting.popleft()
         self._current.result(limit)
         return self._current
-
-    def settle(self, limit: float | None = None) -> None:
-        """Wait, at most so many seconds, until the next worker is prepared, so that its imports do not disturb what is timed."""
-        if self._next is not None:
-            self._next.wait(limit)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for worker in (self._current, self._next):
+        for worker in (self._current, *self._waiting):
             if worker is not None:
                 worker.close()
 
-    def _start(self) -> Worker | None:
-        if not self._left:
-            return None
-        self._left -= 1
-        worker = Worker()
-        worker.submit(self._prepare)
-        return worker
+    def _start(self) -> None:
+        for _ in range(min(self._batch, self._left)):
+            self._left -= 1
+            worker = Worker()
+            worker.submit(self._prepare)
+            self._waiting.append(worker)
+            self._unprepared.append(worker)
 
 
 class Pool(Generic[Job, Result]):

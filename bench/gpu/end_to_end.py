@@ -136,8 +136,8 @@ def run(context: Context) -> None:
         for recipe in dict.fromkeys(case.recipe.name for case in cases)
     }
     left = sum(case.name not in context.done for case in cases)
-    _compile(context, [case for case in cases if case.contender == COMPILED and case.name not in context.done])
     with Workers(left, partial(prepare, context.rehearse)) as workers:
+        _compile(context, [case for case in cases if case.contender == COMPILED and case.name not in context.done])
         for group in groups:
             needs = max((case.priority.needs for case in group), default=0.0)
             for case in context.cases(group, lambda case: case.name, needs=needs):
@@ -207,7 +207,6 @@ def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standin
         begin = time.monotonic()
         end = min(begin + case.priority.limit, end)
         start = worker.call(measuring.begin, case.build, context.device, limit=seconds_left())
-        workers.settle(seconds_left())
         standing.times[case.contender] = worker.call(measuring.time_for, plan.seconds, plan.fewest, limit=seconds_left())
         origin = (context.origin[name] for name in ("device", "commit", "command"))
         shared = circumstances(case.recipe, resolve_precision("auto", context.device), *origin)

@@ -1,18 +1,13 @@
 """Stage 4: the kernels against plain PyTorch, torch.compile and the field's, at the sizes that users have.
 
-What runs for microseconds takes seconds to compile. So processes compile in parallel, while nothing is timed, and leave the code
-in the caches on disk:
-
-1. they compile our Triton kernels;
-2. every case is measured with all providers but torch.compile;
-3. they compile torch.compile's code;
-4. the cases whose code is there are measured again with all providers: their rows replace those of before.
+What runs for microseconds takes seconds to compile. So processes first compile our Triton kernels and torch.compile's code in
+parallel, while nothing is timed, and leave both in the caches on disk. Then every case is measured; without torch.compile where its
+code is not there.
 """
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -39,9 +34,8 @@ BACKENDS: tuple[Backend, ...] = ("reference", "triton", "cuda")
 OURS = ("numba", "triton", "cuda", "fused_ema")
 PEERS = tuple(name for name in PROVIDERS if name not in (*OURS, "reference"))
 CASE_NEEDS = 1.5  # seconds
-TRITON_SHARE, COMPILE_SHARE = 0.25, 0.5  # at most, of the time that is left
-MOST_CORES = 16  # each process has memory of the GPU
-SPARE_CORES = 2  # not for compiling
+COMPILE_SHARE = 0.5  # at most, of the time that is left
+MOST_PROCESSES = 8  # each begins with seconds of imports, and has memory of the GPU
 FLOAT, HALF = torch.float32, torch.bfloat16
 LAYOUTS = ("contiguous", "channels_last")
 
@@ -130,18 +124,16 @@ def run(context: Context) -> None:
     )
     without_compile = replace(with_compile, providers=[name for name in PROVIDERS if name != COMPILE])
     _configure_inductor()
-    processes = max(1, min(MOST_CORES, len(os.sched_getaffinity(0))) - SPARE_CORES)
+    processes = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1))
     with Pool(partial(compile_job, context.device), processes) as pool:
-        _compile_triton(context, pool, plan.cases)
-        measured = {case for case in plan.cases if str(case) in context.done}
-        for case in context.cases(plan.cases, needs=CASE_NEEDS):
-            with context.attempt(str(case)), _not_again(context, case):
-                _measure(context, without_compile, case, case in plan.highlights)
-                measured.add(case)
-        compiled = _compile_peers(context, pool, [case for case in plan.compiled if case in measured])
-    for case in context.cases(compiled, _compiled_name, needs=CASE_NEEDS):
-        with context.attempt(_compiled_name(case)):
-            _measure(context, with_compile, case, case in plan.highlights)
+        compiled = _compile(context, pool, plan)
+
+    def name(case: Case) -> str:  # what fails with torch.compile is tried without it by a process that continues the stage
+        return _compiled_name(case) if case in compiled else str(case)
+
+    for case in context.cases(plan.cases, name, needs=CASE_NEEDS):
+        with context.attempt(name(case)):
+            _measure(context, with_compile if case in compiled else without_compile, case, case in plan.highlights)
     if compiled:
         _record_cache_hits(context)
 
@@ -169,16 +161,6 @@ def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool
         context.record(str(case), text=f"{case}: {_compared(rows)}", seconds=seconds, highlight=highlight, table="comparison")
         if failed := next((row.timed for row in rows if timing.CAPTURE_FAILED in row.timed), None):
             raise GpuLostError(failed)
-
-
-@contextmanager
-def _not_again(context: Context, case: Case) -> Iterator[None]:
-    """A case that fails without torch.compile is not tried with it, nor is it by a process that continues the stage."""
-    try:
-        yield
-    except Exception:
-        context.record(_compiled_name(case), "skipped", "the case failed without it")
-        raise
 
 
 def _status(row: Row) -> Status:
@@ -214,48 +196,40 @@ def _median(row: Row) -> float:
     return row.median_us or 0.0
 
 
-def _compile_triton(context: Context, pool: Pool[Job, float], cases: Sequence[Case]) -> None:
-    """Compile our Triton kernels. What does not compile here is compiled, or fails, where it is measured."""
-    jobs = [Job(TRITON, case) for case in cases if str(case) not in context.done]
-    if all(_provider(job, context.device).absent for job in jobs):
-        return
-    _run_jobs(context, pool, jobs, context.seconds_left() * TRITON_SHARE)
+def _compile(context: Context, pool: Pool[Job, float], plan: Plan) -> set[Case]:
+    """Compile what the cases that are not done need, the most important first, and record how long it took.
 
-
-def _compile_peers(context: Context, pool: Pool[Job, float], cases: Sequence[Case]) -> list[Case]:
-    """Compile torch.compile's code; return the cases whose code is there, in their order. For the others, the reason is recorded."""
+    Returns:
+        The cases whose code of torch.compile is there. For the others of ``plan.compiled``, the reason is recorded. A Triton kernel that
+        does not compile here is compiled, or fails, where it is measured.
+    """
     jobs = []
-    for case in context.cases(cases, _compiled_name, needs=CASE_NEEDS):
-        absent = _provider(Job(COMPILE, case), context.device).absent
-        if absent is None:
-            jobs.append(Job(COMPILE, case))
-        else:
-            context.record(_compiled_name(case), "skipped", absent)
-    results = _run_jobs(context, pool, jobs, context.seconds_left() * COMPILE_SHARE)
-    compiled = []
+    for case in plan.cases:
+        if str(case) not in context.done and _provider(Job(TRITON, case), context.device).absent is None:
+            jobs.append(Job(TRITON, case))
+        if case in plan.compiled and _compiled_name(case) not in context.done:
+            if (reason := _provider(Job(COMPILE, case), context.device).absent) is None:
+                jobs.append(Job(COMPILE, case))
+            else:
+                context.record(_compiled_name(case), "skipped", reason)
+    if not jobs or context.seconds_left() <= 0:
+        return set()
+    begin = time.monotonic()
+    results = dict(pool.results(jobs, begin + context.seconds_left() * COMPILE_SHARE))
+    taken = round(time.monotonic() - begin, 2)
+    times = {f"{job.case} / {job.provider}": round(took, 2) for job, took in results.items() if not isinstance(took, WorkerError)}
+    text = f"compiled {len(times)} of {len(jobs)} in {taken:.0f} s, the slowest in {max(times.values(), default=0):.0f} s"
+    context.record("compiling", text=text, seconds=taken, table="compilation", row={"processes": pool.processes, **times})
+    compiled = set()
     for job in jobs:
         result = results.get(job)
-        if result is None:
-            context.leave(_compiled_name(job.case))
-        elif isinstance(result, WorkerError):
+        if job.provider == COMPILE and isinstance(result, WorkerError):
             context.record(_compiled_name(job.case), "failed", str(result), detail=result.detail)
-        else:
-            compiled.append(job.case)
+        elif job.provider == COMPILE and result is not None:
+            compiled.add(job.case)
+        elif job.provider == COMPILE:
+            context.leave(_compiled_name(job.case))
     return compiled
-
-
-def _run_jobs(context: Context, pool: Pool[Job, float], jobs: Sequence[Job], seconds: float) -> dict[Job, float | WorkerError]:
-    """Compile as much as is possible in so many seconds, and record how long it took; return the seconds or the failure of each job."""
-    if not jobs or seconds <= 0:
-        return {}
-    begin = time.monotonic()
-    results = dict(pool.results(jobs, begin + seconds))
-    taken = round(time.monotonic() - begin, 2)
-    times = {str(job.case): round(result, 2) for job, result in results.items() if not isinstance(result, WorkerError)}
-    name = f"compiling for {jobs[0].provider}"
-    text = f"{name}: {len(times)} of {len(jobs)} cases in {taken:.0f} s, the slowest in {max(times.values(), default=0):.0f} s"
-    context.record(name, text=text, seconds=taken, table="compilation", row={"processes": pool.processes, **times})
-    return results
 
 
 def _compiled_name(case: Case) -> str:

@@ -23,7 +23,7 @@ STAGES = (
     Stage("environment", 60, 240, 5, "bench.gpu.environment:run"),
     Stage("smoke", 80, 240, 15, "bench.gpu.smoke:run"),
     Stage("tests", 150, 240, 30, "bench.gpu.tests:run"),
-    Stage("micro", 100, 240, 20, "bench.gpu.micro:run"),
+    Stage("micro", 120, 240, 20, "bench.gpu.micro:run"),
     Stage("end-to-end", 220, 240, 30, "bench.gpu.end_to_end:run"),
     Stage("accuracy", 90, 240, 20, "bench.gpu.accuracy:run"),
 )

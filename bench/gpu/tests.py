@@ -117,6 +117,8 @@ def run(context: Context) -> None:
             "-p",
             "no:cacheprovider",
             "-p",
+            "no:benchmark",  # a plugin that warns in every worker
+            "-p",
             "bench.gpu.pytest_plugin",
             f"--settled={settled}",
             # Few at a time: the slow ones lie together, and a quarter of all tests go to the workers in advance.

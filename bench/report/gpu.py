@@ -243,8 +243,9 @@ def _compared(case: Sequence[dict[str, str]]) -> str:
         text.append(_percent(ours["share_of_copy"]))
     if peer is not None:
         name = PEERS.get(peer["provider"], peer["provider"])
-        host = any(row["timed"].startswith("with the host's time") for row in (ours, peer))
-        text.append(f"{float(peer['median_us']) / float(ours['median_us']):.2f} × {name}{HOST_TIME if host else ''}{'' if 'compile' in peers else WITHOUT_COMPILE}")
+        marks = HOST_TIME if any(row["timed"].startswith("with the host's time") for row in (ours, peer)) else ""
+        marks += "" if "compile" in peers else WITHOUT_COMPILE
+        text.append(f"{float(peer['median_us']) / float(ours['median_us']):.2f} × {name}{marks}")
     return ", ".join([*text, *red])
 
 

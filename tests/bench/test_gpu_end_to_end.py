@@ -72,9 +72,6 @@ class Inside:
         assert limit > 0
         return self
 
-    def settle(self, limit: float) -> None:
-        assert limit > 0
-
     def call(self, function: Callable[..., Any], *arguments: object, limit: float) -> Any:
         assert limit > 0
         try:

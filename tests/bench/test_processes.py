@@ -98,7 +98,6 @@ def test_every_worker_is_prepared_before_it_is_taken_and_ends_when_the_next_one_
     with Workers(2, partial(Path.touch, tmp_path / "prepared")) as workers:
         first = workers.take().call(os.getpid)
         assert (tmp_path / "prepared").is_file()
-        workers.settle()
         second = workers.take().call(os.getpid)
         assert has_ended(first)
         assert not has_ended(second)
@@ -110,16 +109,23 @@ def test_every_worker_is_prepared_before_it_is_taken_and_ends_when_the_next_one_
 def test_a_worker_that_cannot_be_prepared_fails_when_it_is_taken_and_not_before() -> None:
     with Workers(2, partial(run, FAIL)) as workers:
         for _ in range(2):
-            workers.settle()
             with pytest.raises(WorkerError, match=r"^ValueError: a reason$"):
                 workers.take()
 
 
 def test_a_worker_that_is_not_prepared_in_time_is_stopped_when_it_is_taken_and_not_before() -> None:
-    with Workers(1, partial(time.sleep, 1e6)) as workers:
-        workers.settle(0.1)
-        with pytest.raises(OutOfTime):
-            workers.take(0.1)
+    with Workers(2, partial(time.sleep, 1e6)) as workers:
+        for _ in range(2):
+            with pytest.raises(OutOfTime):
+                workers.take(0.1)
+
+
+def test_while_a_worker_works_no_other_of_its_batch_is_being_prepared(tmp_path: Path) -> None:
+    prepared = tmp_path / "prepared"
+    with Workers(3, partial(run, f"import os; open({str(prepared)!r}, 'a').write(f'{{os.getpid()}} ')"), batch=2) as workers:
+        for taken, count in ((1, 2), (2, 2), (3, 3)):
+            workers.take()
+            assert len(prepared.read_text().split()) == count, taken
 
 
 def results_of(pool: Pool[str, int], jobs: Sequence[str], seconds: float = SOON) -> dict[str, int | WorkerError]:
