@@ -25,6 +25,7 @@ __all__ = ["Steps", "preserved"]
 WARM_UP = 3
 """Steps before a capture: cuDNN chooses its algorithms, the optimisers allocate their state."""
 
+PYTORCH = Path(torch.__file__).parent
 Losses = dict[str, Tensor]
 
 INVALID: list[torch.cuda.CUDAGraph] = []
@@ -184,7 +185,8 @@ def _chain(error: BaseException) -> Iterator[RuntimeError]:
 
 
 def _where(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
+    """The innermost line outside PyTorch: what a user can change."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not Path(frame.filename).is_relative_to(PYTORCH)]
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 

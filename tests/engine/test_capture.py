@@ -163,6 +163,17 @@ def test_a_capture_that_fails_leaves_the_process_as_it_was(make_trainer: MakeTra
     assert CAPTURE_FAILED not in remark
 
 
+def test_the_line_that_cannot_be_captured_is_the_users_and_not_pytorchs(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+    def during() -> None:
+        if cuda.capturing:
+            torch.nn.Linear(2, 3)(torch.ones(5))  # raises in PyTorch's linear.py
+
+    trainer = captured(make_trainer(short()), during)
+    trainer.fit()
+    (remark,) = trainer.remarks
+    assert "(test_capture.py, line" in remark
+
+
 @pytest.mark.parametrize("when", ["warming up", "capturing", "capturing, and the capture cannot end"])
 def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer, cuda: FakeCuda, when: str) -> None:
     def during() -> None:
