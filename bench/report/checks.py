@@ -88,6 +88,7 @@ class _EndToEnd(_Origin):
     peak_memory_mib: float | None = None
     reserved_mib: float | None = None
     kernels_per_iteration: Share | None = None
+    kernel_seconds: Share | None = None
     autocast: str = ""
     tf32: str = ""
 

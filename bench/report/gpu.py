@@ -280,7 +280,8 @@ def _speed(row: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
 
 def _memory_and_kernels(row: Mapping[str, str]) -> str:
     names = {"peak_memory_mib": "MiB", "reserved_mib": "MiB reserved", "kernels_per_iteration": "kernels"}
-    return "".join(f", {float(row[name]):.0f} {unit}" for name, unit in names.items() if row.get(name))
+    text = "".join(f", {float(row[name]):.0f} {unit}" for name, unit in names.items() if row.get(name))
+    return text + (f" of {float(row['kernel_seconds']):.4g} s" if row.get("kernel_seconds") else "")
 
 
 def _computes_in(row: Mapping[str, str]) -> str:

@@ -156,6 +156,12 @@ def test_columns_that_only_a_gpu_has_are_kept(root: Path, tmp_path: Path) -> Non
     assert json.loads(rows[1]["settings"]) == {"tf32": True}
 
 
+def test_what_the_device_waited_for_the_host_can_be_told(root: Path, tmp_path: Path) -> None:
+    record = Device(H200, 1).contender("plain", 0.034, kernels_per_iteration=853.0, kernel_seconds=0.0252)
+    report.main([write(tmp_path / "one.jsonl", [record])], root)
+    assert set(column(shown(root, gpu.END_TO_END), H200).values()) == {"0.034 s/iteration, 1234 MiB, 853 kernels of 0.0252 s"}
+
+
 def test_a_part_of_a_run_is_no_figure(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     part = Record("accuracy", "mnist-dfad seed 0", "left", "cut at epoch 2", table="accuracy", row={"epoch": 2}, origin=device.origin)
