@@ -108,7 +108,7 @@ def cpu_copy(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        copied = type(state)((key, cpu_copy(value)) for key, value in state.items())
+        copied = type(state)({key: cpu_copy(value) for key, value in state.items()})  # not of pairs, which a Counter would count
         if hasattr(state, "_metadata"):  # the versions of a state dict's modules
             copied._metadata = state._metadata  # type: ignore[attr-defined]
         return copied

@@ -258,8 +258,11 @@ class _Stage(nn.Sequential):
             # Dynamo takes no context_fn. Batch norms need none: their statistics leave the compiled graph once. Spectral norms replace
             # their vectors, which it does not trace inside a checkpoint: such a stage keeps its activations.
             spectral = any(isinstance(module, SpectralNorm) for module in self.modules())
-            return self._run(x) if spectral else checkpoint(self._run, x, use_reentrant=False)
-        return checkpoint(self._run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self._second_run()))
+            return self._run(x) if spectral else checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False)
+        # No layer is random: nothing of the random state is kept.
+        return checkpoint(
+            self._run, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), self._second_run())
+        )
 
     def _run(self, x: Tensor) -> Tensor:
         for layer in self:

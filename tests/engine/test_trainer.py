@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast import DfkdError, GeneratorA, Method, NonFiniteLossError, Replay, Trainer
+from dfkd_fast import DfkdError, GeneratorA, Method, NonFiniteLossError, Optimizer, Replay, Trainer
 from dfkd_fast.models import build_model
 from tests.small import small_method, small_networks
 from tests.states import assert_equal, through_a_file, without_times
@@ -332,6 +332,19 @@ def test_different_seeds_draw_different_latents(make_trainer: MakeTrainer) -> No
     assert losses[0].history[0].losses != losses[1].history[0].losses
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "multistep"])
+def test_a_resumed_run_follows_its_schedule(make_trainer: MakeTrainer, schedule: Any) -> None:
+    scheduled = Optimizer(lr=0.01, schedule=schedule, milestones=(2, 3) if schedule == "multistep" else ())
+    method = replace(small_method(epochs=4, iterations=1, student_steps=1), student_optimizer=scheduled, generator_optimizer=scheduled)
+    whole = make_trainer(method)
+    rates = [whole.student_optimizer.param_groups[0]["lr"] for _ in whole]
+    stopped, resumed = make_trainer(method), make_trainer(method)
+    next(iter(stopped))
+    resumed.load_state_dict(through_a_file(stopped.state_dict()))
+    assert [resumed.student_optimizer.param_groups[0]["lr"] for _ in resumed] == rates[1:]
+    assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
+
+
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_is_saved_and_goes_on_there(make_trainer: MakeTrainer) -> None:
     method = small_method(replay=Replay(kind="ema_generator"), epochs=3, channels_last=True)
@@ -342,7 +355,7 @@ def test_a_run_on_a_gpu_is_saved_and_goes_on_there(make_trainer: MakeTrainer) ->
     assert [epoch.number for epoch in resumed] == [2, 3]
     assert all(tensor.is_cuda for tensor in resumed.student.state_dict().values())
     assert resumed.sample(4).is_cuda
-    assert set(resumed.clock.read()) == {"student", "generator"}
+    assert set(resumed.clock.read()) == {"student", "generator", "evaluation"}
 
 
 def test_loading_a_state_leaves_the_state_alone(make_trainer: MakeTrainer) -> None:

@@ -430,3 +430,15 @@ def test_a_restored_autoencoder_goes_on_bit_for_bit_with_what_had_leaked(leak: b
     random.set_state(place)
     restored.load_state_dict(saved)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(go_on(restored), expected, strict=True))
+
+
+def test_the_state_of_an_autoencoder_on_a_gpu_goes_on_on_a_cpu() -> None:
+    first, second = vae_replay(steps=1), vae_replay(steps=1)
+    first.learn(student_batch(), 0, stream())
+    saved = first.state_dict()
+    for group in saved["optimizer"]["param_groups"]:
+        group |= {"fused": True, "capturable": True}  # of which the last is an error on a CPU
+    second.load_state_dict(saved)
+    expected, found = (memory.learn(student_batch(), 0, stream(1))["vae"] for memory in (first, second))
+    assert torch.equal(expected, found)
+    assert second.optimizer.param_groups[0]["capturable"] is False

@@ -139,5 +139,11 @@ class VaeReplay(Memory):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.vae.load_state_dict(state["vae"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the very tensors
+        # The state may be of another kind of device.
+        for group in self.optimizer.param_groups:
+            group |= {name: self.optimizer.defaults[name] for name in ("fused", "capturable")}
+        if self.optimizer.defaults["capturable"]:
+            for values in self.optimizer.state.values():
+                values["step"] = values["step"].to(self._z.device)
         for parameter, leaked in zip(self.vae.decoder.parameters(), state["leaked"], strict=True):
             parameter.grad = None if leaked is None else leaked.to(parameter.device, copy=True)
