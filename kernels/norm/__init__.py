@@ -67,7 +67,7 @@ def batch_norm_leaky_relu(
     if not training:
         kernels = _kernels(backend)
         _, scale, shift = kernels.constants(running_mean, running_var, weight, bias, eps)
-        return kernels.forward(x, scale, shift, negative_slope)  # type: ignore[no-any-return]
+        return kernels.forward(x, scale, shift, negative_slope)
     y, mean, variance = _Fused.apply(x, weight, bias, eps, negative_slope, backend)
     count = x.numel() // x.shape[1]
     with torch.no_grad():
