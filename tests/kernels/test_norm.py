@@ -58,7 +58,7 @@ def oracle(x: Tensor, parameters: Given, *, training: bool = True, slope: float 
 
 def check(x: Tensor, gradient: Tensor, parameters: Given, slope: float = SLOPE) -> None:
     """Against float64, with PyTorch's layers in float32 as the measure: the output, running statistics, and all gradients."""
-    names = [name for name in PARAMETERS if parameters[name] is not None]
+    learnt = {name: parameter for name in PARAMETERS if (parameter := parameters[name]) is not None}
     plain_x, exact_x = (x.detach().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
     plain, of_plain = oracle(plain_x, parameters, slope=slope)
     exact, of_exact = oracle(exact_x, parameters, slope=slope)
@@ -66,7 +66,7 @@ def check(x: Tensor, gradient: Tensor, parameters: Given, slope: float = SLOPE) 
         argument, _ = oracle(exact_x, parameters, slope=1)
         gradient = gradient.masked_fill(argument.detach().abs() < 1e-4, 0)
     y = call(x, parameters, slope=slope)
-    gradients = torch.autograd.grad(y, [x, *(parameters[name] for name in names)], gradient)
+    gradients = torch.autograd.grad(y, [x, *learnt.values()], gradient)
     for tensor in (y, gradients[0]):
         assert tensor.dtype == x.dtype
         assert tensor.stride() == torch.empty_like(x).stride()
@@ -74,8 +74,8 @@ def check(x: Tensor, gradient: Tensor, parameters: Given, slope: float = SLOPE) 
     assert_as_exact_as_plain(y, plain.to(x.dtype), exact, summed=size)
     for name in STATISTICS:
         assert_as_exact_as_plain(parameters[name], of_plain[name], of_exact[name], summed=size)  # type: ignore[arg-type]
-    usual = torch.autograd.grad(plain, [plain_x, *(of_plain[name] for name in names)], gradient.float())
-    right = torch.autograd.grad(exact, [exact_x, *(of_exact[name] for name in names)], gradient.double())
+    usual = torch.autograd.grad(plain, [plain_x, *(of_plain[name] for name in learnt)], gradient.float())
+    right = torch.autograd.grad(exact, [exact_x, *(of_exact[name] for name in learnt)], gradient.double())
     assert_as_exact_as_plain(gradients[0], usual[0].to(x.dtype), right[0], summed=size)
     summed = (x.numel() // x.shape[1]) * gradient.abs().max().item()
     for actual, of_float32, expected in zip(gradients[1:], usual[1:], right[1:], strict=True):
@@ -207,9 +207,8 @@ def test_what_the_kernels_do_not_serve_is_pytorchs(norm_backend: Backend, device
         torch.testing.assert_close(call(other, statistics).double(), expected, rtol=1e-5, atol=1e-5)
     with use_backend("reference"):
         assert norm._backend(x, True) == "reference"
-        assert torch.equal(
-            call(x, parameters, slope=1), F.batch_norm(x, None, None, *map(parameters.get, PARAMETERS), training=True, eps=EPS)
-        )
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert torch.equal(call(x, parameters, slope=1), F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS))
 
 
 @pytest.mark.skipif(dispatch.why_not("numba") is not None, reason="numba is not installed")
