@@ -70,16 +70,18 @@ def check(x: Tensor, gradient: Tensor, parameters: Given, slope: float = SLOPE) 
     for tensor in (y, gradients[0]):
         assert tensor.dtype == x.dtype
         assert tensor.stride() == torch.empty_like(x).stride()
-    size = x.detach().abs().max().item()
-    assert_as_exact_as_plain(y, plain.to(x.dtype), exact, summed=size)
+    # What is added up and may cancel: x · scale and the shift, their like in the gradient, and the sums over rows.
+    size, inverse = x.detach().abs().max().item(), (exact_x.var(dim=(0, 2, 3), correction=0) + EPS).rsqrt().max().item()
+    gain = 1.0 if parameters["weight"] is None else parameters["weight"].detach().abs().max().item()
+    upstream, count = gradient.abs().max().item() * max(slope, 1), x.numel() // x.shape[1]
+    assert_as_exact_as_plain(y, plain.to(x.dtype), exact, summed=gain * inverse * size * max(slope, 1))
     for name in STATISTICS:
         assert_as_exact_as_plain(parameters[name], of_plain[name], of_exact[name], summed=size)  # type: ignore[arg-type]
     usual = torch.autograd.grad(plain, [plain_x, *(of_plain[name] for name in learnt)], gradient.float())
     right = torch.autograd.grad(exact, [exact_x, *(of_exact[name] for name in learnt)], gradient.double())
-    assert_as_exact_as_plain(gradients[0], usual[0].to(x.dtype), right[0], summed=size)
-    summed = (x.numel() // x.shape[1]) * gradient.abs().max().item()
+    assert_as_exact_as_plain(gradients[0], usual[0].to(x.dtype), right[0], summed=gain * inverse * upstream * (1 + inverse * size))
     for actual, of_float32, expected in zip(gradients[1:], usual[1:], right[1:], strict=True):
-        assert_as_exact_as_plain(actual, of_float32, expected, summed=summed)
+        assert_as_exact_as_plain(actual, of_float32, expected, summed=count * upstream * (1 + inverse * size))
 
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 2, 1), (3, 70, 4, 4), (5, 64, 9, 1), (300, 8, 3, 5), (3, 5, 61, 59), (2, 365, 3, 3)]

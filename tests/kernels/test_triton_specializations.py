@@ -21,7 +21,7 @@ from tests.kernels.specializations import Recorder, collect
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs in this process")
 
-MOST, MOST_OF_THE_SAMPLE = 700, 300
+MOST, MOST_OF_THE_SAMPLE = 830, 380
 
 
 def images(batch: int, channels: int, size: int) -> Tensor:
