@@ -69,8 +69,8 @@ def choices() -> list[Choice]:
 def _serving(operation: str, device: torch.device) -> str:
     """The backend of an operation's larger calls on a device."""
     name, serving = dispatch.forced(), dispatch.backends(device)
-    if operation in dispatch.ON_CPU_ONLY:  # left to PyTorch where numba does not serve them
-        serving = [backend for backend in serving if backend in ("numba", "reference")]
+    if operation in dispatch.PARTLY_SERVED:  # left to PyTorch where numba does not serve them
+        serving = [backend for backend in serving if dispatch.has_kernel(operation, backend)]
         if name == "numba" and name not in serving:
             return "reference"
     if name is None:

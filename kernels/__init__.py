@@ -2,8 +2,8 @@
 
 One folder an operation: ``__init__.py`` is the public function, checks its arguments and registers its operators;
 ``reference.py`` is the mathematics in plain PyTorch; ``cpu.py`` (numba) and ``gpu.py`` (Triton) are its kernels, and
-csrc/ has them in CUDA. ``dispatch.py`` says which of them serves a call. ``norm`` and ``winograd``
-have kernels for a CPU only.
+csrc/ has them in CUDA. ``dispatch.py`` says which of them serves a call. ``norm`` has no kernel in CUDA, and ``winograd`` none
+for a GPU; what their kernels do not serve is left to PyTorch.
 Nothing here knows the rest of the project, only tensors.
 """
 

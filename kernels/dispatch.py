@@ -51,7 +51,8 @@ WORTHWHILE = {
     "batch_norm_leaky_relu": 1 << 20,
     "winograd_conv2d": 1 << 15,
 }
-ON_CPU_ONLY = {"batch_norm_leaky_relu", "winograd_conv2d"}  # numba serves some calls, PyTorch all others
+# Operations that leave the calls which their kernels do not serve to PyTorch, and the backends that have kernels for them.
+PARTLY_SERVED: dict[str, tuple[Backend, ...]] = {"batch_norm_leaky_relu": ("numba", "triton"), "winograd_conv2d": ("numba",)}
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write
 
 
@@ -156,18 +157,22 @@ def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype]
 
 def has_kernel(operation: str, backend: Backend) -> bool:
     """Whether a backend has the operation at all; the reference always has."""
-    return backend not in ("triton", "cuda") or operation not in ON_CPU_ONLY
+    return backend == "reference" or backend in PARTLY_SERVED.get(operation, BACKENDS)
 
 
-def check_forced(operation: str) -> None:
+def check_forced(operation: str, device: torch.device) -> None:
     """Check an operation that does not ask ``choose``, because it leaves single calls to PyTorch.
 
     Raises:
-        BackendError: a backend is forced that has no kernel for it.
+        BackendError: a backend is forced that has no kernel for it, or a GPU's for tensors of another device.
     """
     name = forced()
-    if name is not None and not has_kernel(operation, name):
+    if name is None:
+        return
+    if not has_kernel(operation, name):
         raise BackendError(f"the backend {name} is forced, but has no kernel for {operation}")
+    if name in ("triton", "cuda") and name not in backends(device):
+        raise BackendError(f"the backend {name} is forced, but does not serve {device.type} tensors")
 
 
 def _current() -> str | None:

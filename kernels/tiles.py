@@ -14,6 +14,7 @@ __all__ = [
     "Sizes",
     "activate",
     "activation_slope",
+    "combined",
     "disguised",
     "launch",
     "layout",
@@ -164,6 +165,27 @@ def pointers(
     if divisor == 16:
         start = tl.multiple_of(start, 16)
     return start + (row_offsets[:, None] + channel_offsets[None, :])
+
+
+@triton.jit
+def combined(
+    partials: tl.tensor,
+    parts: tl.tensor,
+    channels: tl.tensor,
+    channel_count: tl.tensor,
+    block_parts: tl.constexpr,
+) -> tl.tuple:
+    """Two sums of every channel, in float64, from the partial sums (2, parts, channels) of as many programs, always added in one order."""
+    real = channels < channel_count
+    first = tl.zeros((block_parts, channels.shape[0]), tl.float64)
+    second = first
+    for start in range(0, parts, block_parts):
+        part = start + tl.arange(0, block_parts)
+        mask = (part < parts)[:, None] & real[None, :]
+        of = partials + part[:, None] * channel_count + channels[None, :]
+        first += tl.load(of, mask=mask, other=0).to(tl.float64)
+        second += tl.load(of + parts * channel_count, mask=mask, other=0).to(tl.float64)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
 @triton.jit

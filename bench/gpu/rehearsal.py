@@ -28,7 +28,7 @@ def prepare() -> None:
     preferred: tuple[Backend, ...] = ("cuda", "triton")
     dispatch._SERVING["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
     # A GPU's kernels serve tensors of any size; those of a toy are too small for a CPU's to pay.
-    dispatch.WORTHWHILE.update({operation: 0 for operation in dispatch.WORTHWHILE if operation not in dispatch.ON_CPU_ONLY})
+    dispatch.WORTHWHILE.update({operation: 0 for operation in dispatch.WORTHWHILE if dispatch.has_kernel(operation, "triton")})
 
 
 def unavailable_reason(backend: Backend) -> str | None:

@@ -1,4 +1,4 @@
-"""The layers that have kernels of ours on a CPU: 3×3 convolution in float32, and batch norm with a leaky ReLU. Channels-last.
+"""The layers that have kernels of ours: 3×3 convolution in float32 (on a CPU), and batch norm with a leaky ReLU. Channels-last.
 
 Floor, in bytes: forward reads its inputs and writes the result. Backward reads the gradient and what forward read, and writes a
 gradient of each; full is the sum of both. A convolution is bound by its multiplications instead: it is far from this floor.
@@ -48,7 +48,7 @@ def _convolution(size: str, shape: tuple[int, ...]) -> FunctionWorkload:
         ours=winograd_conv2d,
         oracle=partial(F.conv2d, padding=1),
         differentiable=("images", "weights"),
-        on_cpu_only=True,
+        operation="winograd_conv2d",
     )
 
 
@@ -70,7 +70,7 @@ def _norm(size: str, shape: tuple[int, ...], dtype: torch.dtype) -> FunctionWork
         oracle=_textbook_norm,
         differentiable=("activation", "gain", "offset"),
         mutated=("mean", "variance"),
-        on_cpu_only=True,
+        operation="batch_norm_leaky_relu",
     )
 
 
@@ -84,7 +84,10 @@ def _images_and_weights(shape: tuple[int, ...], device: torch.device) -> dict[st
 @lru_cache(maxsize=1)
 def _activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     stream = torch.Generator(device).manual_seed(0)
-    values, gain, offset = (torch.randn(size, generator=stream, device=device) for size in (shape, shape[1], shape[1]))
+    values = torch.randn(shape, generator=stream, device=device)
+    # Before the ReLU no number is near 0, where its rounding would decide on the gradient.
+    gain = torch.rand(shape[1], generator=stream, device=device) * 0.3
+    offset = torch.linspace(0, shape[1] - 1, shape[1], device=device).remainder(2) * 4 - 2
     moments = {"mean": torch.zeros(shape[1], device=device), "variance": torch.ones(shape[1], device=device)}
     return {"activation": values.to(dtype, memory_format=torch.channels_last), "gain": gain, "offset": offset, **moments}
 

@@ -127,8 +127,8 @@ class FunctionWorkload(Workload):
     mutated: tuple[str, ...] = ()
     """Inputs that change, and are results as well."""
     peers: tuple[Provider, ...] = ()
-    on_cpu_only: bool = False
-    """Whether a GPU has no kernel of ours for it."""
+    operation: str | None = None
+    """The name under which ``kernels.dispatch`` knows it, if some backend has no kernel for it."""
 
     def floor_bytes(self, mode: Mode) -> int:
         """As of Workload; each kernel's file says how it is counted."""
@@ -137,8 +137,8 @@ class FunctionWorkload(Workload):
     def providers(self, device: torch.device, backends: Sequence[Backend]) -> list[Provider]:
         """As of Workload."""
         usual = usual_providers(self.textbook, self.ours, device, backends)
-        if self.on_cpu_only and device.type == "cuda":
-            usual = [provider for provider in usual if provider.backend in (None, "reference")]
+        if self.operation is not None:
+            usual = [one for one in usual if one.backend is None or dispatch.has_kernel(self.operation, one.backend)]
         return [*usual, *self.peers]
 
     def expected(self, mode: Mode, device: torch.device) -> Results:

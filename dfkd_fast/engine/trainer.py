@@ -380,8 +380,7 @@ class Trainer:
     def _set_up(self, frozen: nn.Module, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:
         loop, objective = self.method.loop, self.method.objective
         generator = self._working_student(self.generator)
-        if self.device.type == "cpu":
-            fuse_leaky_relus(generator)
+        fuse_leaky_relus(generator, every_norm=self.device.type == "cuda")
         embedding = getattr(generator, "embedding", None)
         if objective.class_nll and len(logits_shape) > 1:
             raise DfkdError(f"objective.class_nll = {objective.class_nll}: is of one class an image, and the teacher gives logits a pixel")

@@ -11,6 +11,7 @@ from ..tiles import (
     Sizes,
     activate,
     activation_slope,
+    combined,
     disguised,
     launch,
     layout,
@@ -209,17 +210,10 @@ def _combine_kernel(
     block_channels: tl.constexpr,
 ) -> None:
     channels = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    total = tl.zeros((block_parts, block_channels), tl.float64)
-    dot = total
-    for start in range(0, parts, block_parts):
-        part = start + tl.arange(0, block_parts)
-        mask = (part < parts)[:, None] & (channels < channel_count)[None, :]
-        of = partials + part[:, None] * channel_count + channels[None, :]
-        total += tl.load(of, mask=mask, other=0).to(tl.float64)
-        dot += tl.load(of + parts * channel_count, mask=mask, other=0).to(tl.float64)
+    total, dot = combined(partials, parts, channels, channel_count, block_parts)
     n = count.to(tl.float64)
-    tl.store(means + channels, (tl.sum(total, axis=0) / n).to(tl.float32), mask=channels < channel_count)
-    tl.store(dots + channels, (tl.sum(dot, axis=0) / n).to(tl.float32), mask=channels < channel_count)
+    tl.store(means + channels, (total / n).to(tl.float32), mask=channels < channel_count)
+    tl.store(dots + channels, (dot / n).to(tl.float32), mask=channels < channel_count)
 
 
 @triton.jit

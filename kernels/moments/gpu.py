@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..tiles import (
     activate,
+    combined,
     launch,
     layout,
     packed,
@@ -106,16 +107,7 @@ def _combine_kernel(
 ) -> None:
     channels = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     real = channels < channel_count
-    total = tl.zeros((block_parts, block_channels), tl.float64)
-    square = total
-    for start in range(0, parts, block_parts):
-        part = start + tl.arange(0, block_parts)
-        mask = (part < parts)[:, None] & real[None, :]
-        of = partials + part[:, None] * channel_count + channels[None, :]
-        total += tl.load(of, mask=mask, other=0)
-        square += tl.load(of + parts * channel_count, mask=mask, other=0)
-    total = tl.sum(total, axis=0)
-    square = tl.sum(square, axis=0)
+    total, square = combined(partials, parts, channels, channel_count, block_parts)
     n = count.to(tl.float64)
     pivot = tl.zeros((block_channels,), tl.float64)
     if x is not None:

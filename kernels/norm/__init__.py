@@ -1,13 +1,15 @@
 """Batch normalisation and the leaky ReLU behind it, in one go."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, operators
 from ..checks import differentiable_once
+from ..dispatch import Backend
 
 __all__ = ["batch_norm_leaky_relu"]
 
@@ -28,9 +30,9 @@ def batch_norm_leaky_relu(
 ) -> Tensor:
     """``leaky_relu(batch_norm(x))`` (arXiv 1502.03167, alg. 1), as generators have it behind every convolution.
 
-    Channels-last tensors of some size on a CPU go through numba kernels: the two layers read and write activations six times
-    in the forward pass, these three times; differentiable once. Everything else goes to PyTorch's own, as do the transforms of
-    ``torch.func`` and forward-mode differentiation.
+    Channels-last tensors of some size on a CPU go through numba kernels, and tensors of any strides on a GPU through Triton's:
+    the two layers read and write activations six times in the forward pass, these three times; differentiable once. Everything else
+    goes to PyTorch's own, as do the transforms of ``torch.func`` and forward-mode differentiation.
 
     Args:
         x: activations (N, C, H, W) of a floating dtype.
@@ -40,7 +42,7 @@ def batch_norm_leaky_relu(
         training: whether to normalise by the batch's moments or by the running ones.
         momentum: of the running statistics.
         eps: added to the variance; greater than 0 in training.
-        negative_slope: of the ReLU; at least 0.
+        negative_slope: of the ReLU; at least 0; 1 for a batch norm alone.
 
     Returns:
         A tensor like x.
@@ -48,25 +50,25 @@ def batch_norm_leaky_relu(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a number is outside its range.
         RuntimeError: a second derivative through the kernels.
-        BackendError: the backend triton or cuda is forced, which has no kernel for this.
+        BackendError: the backend cuda is forced, which has no kernel for this, or triton, which does not serve x's device.
     """
-    dispatch.check_forced("batch_norm_leaky_relu")
+    dispatch.check_forced("batch_norm_leaky_relu", x.device)
     parameters = (running_mean, running_var, weight, bias)
     _check(x, parameters, training, momentum, eps, negative_slope)
     # In another dtype, PyTorch rounds the parameters' gradients and the running statistics as it does elsewhere.
     wide = all(tensor is None or tensor.dtype == torch.float32 for tensor in parameters)
-    if not (wide and _served(x, training)):
+    backend = _backend(x, training) if wide else "reference"
+    if backend == "reference":
         normalised = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        return F.leaky_relu(normalised, negative_slope, inplace=True)
+        return normalised if negative_slope == 1 else F.leaky_relu(normalised, negative_slope, inplace=True)
     x = x.resolve_neg()  # the kernels read what is stored, which may be a number's negative
     weight = torch.ones_like(running_mean) if weight is None else weight
     bias = torch.zeros_like(running_mean) if bias is None else bias
     if not training:
-        from .cpu import forward
-
-        scale = weight * (running_var + eps).rsqrt()
-        return forward(x, scale, bias - running_mean * scale, negative_slope)
-    y, mean, variance = _Fused.apply(x, weight, bias, eps, negative_slope)
+        kernels = _kernels(backend)
+        _, scale, shift = kernels.constants(running_mean, running_var, weight, bias, eps)
+        return kernels.forward(x, scale, shift, negative_slope)
+    y, mean, variance = _Fused.apply(x, weight, bias, eps, negative_slope, backend)
     count = x.numel() // x.shape[1]
     with torch.no_grad():
         running_mean.lerp_(mean, momentum)
@@ -99,54 +101,47 @@ def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, mom
         raise ValueError(f"negative_slope must be at least 0, not {negative_slope}")
 
 
-def _served(x: Tensor, training: bool) -> bool:
-    """Whether the kernels are for this call; what is compiled is better fused by the compiler."""
-    return (
-        not torch.compiler.is_compiling()
-        and not dispatch.transforming()
-        and x.device.type == "cpu"
-        and type(x) is Tensor
-        and x.dtype in dispatch.STORAGE
-        and (x.numel() >= dispatch.WORTHWHILE["batch_norm_leaky_relu"] or dispatch.forced() == "numba")
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > x.shape[1]  # of one value a channel there are no moments, and PyTorch says so
-        and (training or not torch.is_grad_enabled())
-        and dispatch.forced() in (None, "numba")
-        and dispatch.why_not("numba") is None
-    )
+def _backend(x: Tensor, training: bool) -> Backend:
+    """Whose kernels are for this call; what is compiled is better fused by the compiler."""
+    usual = type(x) is Tensor and not torch.compiler.is_compiling() and not dispatch.transforming()
+    moments = x.numel() > x.shape[1]  # of one value a channel there are none, and PyTorch says so
+    if not (usual and moments and x.dtype in dispatch.STORAGE and (training or not torch.is_grad_enabled())):
+        return "reference"
+    forced, serving = dispatch.forced(), dispatch.backends(x.device)
+    backend = forced or next(name for name in serving if dispatch.has_kernel("batch_norm_leaky_relu", name))
+    small = forced is None and x.device.type == "cpu" and x.numel() < dispatch.WORTHWHILE["batch_norm_leaky_relu"]
+    readable = backend != "numba" or x.is_contiguous(memory_format=torch.channels_last)
+    return backend if backend in serving and readable and not small else "reference"
+
+
+def _kernels(backend: Backend) -> Any:
+    return import_module(".cpu" if backend == "numba" else ".gpu", __name__)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-        from ..moments.cpu import moments_forward
-        from .cpu import forward
-
-        _, _, mean, variance = moments_forward(x, "none")
-        inverse = (variance + eps).rsqrt()
-        scale = weight * inverse
-        shift = bias - mean * scale
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float, backend: Backend
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernels = _kernels(backend)
+        of_moments = dispatch.forced() or dispatch.backends(x.device)[0]  # has them in CUDA, too
+        _, _, mean, variance = operators.operator("moments_forward", of_moments, x)(x, "none")
+        inverse, scale, shift = kernels.constants(mean, variance, weight, bias, eps)
         ctx.save_for_backward(x, mean, inverse, scale, shift, weight)  # on the weight depends the gradient's own gradient
-        ctx.slope = slope
+        ctx.slope, ctx.backend = slope, backend
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
-        return forward(x, scale, shift, slope), mean, variance
+        return kernels.forward(x, scale, shift, slope), mean, variance
 
     @staticmethod
     @differentiable_once("batch_norm_leaky_relu")
-    def backward(
-        ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gradient is None:
-            return None, None, None, None, None
-        from .cpu import backward, backward_sums
-
+            return (None,) * 6
         x, mean, inverse, scale, shift, _weight = saved
-        gradient = gradient.contiguous(memory_format=torch.channels_last).resolve_neg()
-        by_bias, with_x = backward_sums(gradient, x, scale, shift, ctx.slope)
-        by_weight = inverse * (with_x - mean * by_bias)
-        count = x.numel() // x.shape[1]
-        # x̂ = (x − mean) · inverse; ∂x = scale · (g − Σg / count − x̂ · Σgx̂ / count), g the gradient before the ReLU.
-        by_center = -scale * inverse * by_weight / count
-        offset = -scale * by_bias / count - by_center * mean
-        return backward(gradient, x, scale, shift, by_center, offset, ctx.slope), by_weight, by_bias, None, None
+        if ctx.backend == "numba":
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
+        gradient = gradient.resolve_neg()
+        kernels = _kernels(ctx.backend)
+        by_weight, by_bias, by_x, offset = kernels.backward_constants(gradient, x, mean, inverse, scale, shift, ctx.slope)
+        return kernels.backward(gradient, x, scale, shift, by_x, offset, ctx.slope), by_weight, by_bias, None, None, None

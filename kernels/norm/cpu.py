@@ -13,7 +13,14 @@ from torch import Tensor
 from .. import simd
 from ..simd import Place
 
-__all__ = ["backward", "backward_sums", "forward"]
+__all__ = ["backward", "backward_constants", "constants", "forward"]
+
+
+def constants(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of each channel's standard deviation, and the scale and shift that normalise it; (C,) each, like the arguments."""
+    inverse = (variance + eps).rsqrt()
+    scale = weight * inverse
+    return inverse, scale, bias - mean * scale
 
 
 def forward(x: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
@@ -24,12 +31,22 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
     return y
 
 
-def backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """Σ g and Σ g · x of each channel, g being the gradient before the leaky ReLU."""
+def backward_constants(
+    gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, shift: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of weight and bias, and ``by_x`` and ``offset`` for ``backward``; (C,) each.
+
+    With g the gradient before the leaky ReLU and x̂ = (x − mean) · inverse, they are Σ g · x̂ and Σ g, and the gradient of x is
+    scale · (g − Σ g / count − x̂ · Σ g · x̂ / count), of which the last two are x · by_x + offset.
+    """
     sums = torch.empty(2, x.shape[1])
     with simd.threads:
-        _backward_sums(*map(simd.place, (gradient, x, scale, shift, sums)), np.float32(slope), x.numel(), x.shape[1])
-    return sums[0], sums[1]
+        _backward_sums(*map(simd.place, (gradient, x, mean, scale, shift, sums)), np.float32(slope), x.numel(), x.shape[1])
+    by_bias, centred = sums
+    by_weight = inverse * centred
+    count = x.numel() // x.shape[1]
+    by_x = -scale * inverse * by_weight / count
+    return by_weight, by_bias, by_x, -scale * by_bias / count - by_x * mean
 
 
 def backward(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, by_x: Tensor, offset: Tensor, slope: float) -> Tensor:
@@ -63,30 +80,32 @@ def _forward(x: Place, y: Place, scale: Place, shift: Place, slope: float, size:
 
 
 @simd.parallel
-def _backward_sums(gradient: Place, x: Place, scale: Place, shift: Place, sums: Place, slope: float, size: int, channels: int) -> None:
+def _backward_sums(
+    gradient: Place, x: Place, mean: Place, scale: Place, shift: Place, sums: Place, slope: float, size: int, channels: int
+) -> None:
     incoming, given, out = simd.pointer(gradient), simd.pointer(x), simd.pointer(sums)
-    a, b = _repeated(scale, channels), _repeated(shift, channels)
+    center, a, b = _repeated(mean, channels), _repeated(scale, channels), _repeated(shift, channels)
     period = len(a)
     block = max(1, simd.BLOCK // period) * period
     partial = np.zeros((-(-size // block), 2, channels))
     for part in prange(len(partial)):
-        total, with_x = np.zeros(period, np.float32), np.zeros(period, np.float32)
+        total, centred = np.zeros(period, np.float32), np.zeros(period, np.float32)
         for start in range(part * block, min((part + 1) * block, size), period):
             for i in range(min(period, size - start)):
                 value = simd.widen(given[start + i])
                 g = simd.widen(incoming[start + i])
                 g = g if value * a[i] + b[i] > simd.ZERO else g * slope
                 total[i] += g
-                with_x[i] += g * value
+                centred[i] += g * (value - center[i])
         for i in range(period):
             partial[part, 0, i % channels] += total[i]
-            partial[part, 1, i % channels] += with_x[i]
+            partial[part, 1, i % channels] += centred[i]
     for channel in range(channels):
-        total_, with_x_ = 0.0, 0.0
+        total_, centred_ = 0.0, 0.0
         for part in range(len(partial)):
             total_ += partial[part, 0, channel]
-            with_x_ += partial[part, 1, channel]
-        out[channel], out[channels + channel] = np.float32(total_), np.float32(with_x_)
+            centred_ += partial[part, 1, channel]
+        out[channel], out[channels + channel] = np.float32(total_), np.float32(centred_)
 
 
 @simd.parallel

@@ -47,7 +47,7 @@ def winograd_conv2d(
         ValueError: shapes, dtypes or devices do not fit.
         BackendError: the backend triton or cuda is forced, which has no kernel for this.
     """
-    dispatch.check_forced("winograd_conv2d")
+    dispatch.check_forced("winograd_conv2d", x.device)
     _check(x, weight, bias, padding)
     if not _served(x, weight):
         return F.conv2d(x, weight, bias, padding=padding)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import Loop, Method, Optimizer, Trainer
+from dfkd_fast.models import BatchNormLeakyReLU2d
 from tests.small import small_networks
 
 pytestmark = pytest.mark.gpu
@@ -80,6 +81,16 @@ def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer)
     assert ours.remarks == theirs.remarks == []
     for one, other in zip(ours.history, theirs.history, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=2e-2)
+
+
+def test_batch_norms_are_fused_in_the_working_generator_and_nowhere_else(make_trainer: MakeTrainer) -> None:
+    trainer = run(make_trainer, method({"kind": "ema_generator"}, "plain", capture=True))
+    game = trainer._game
+    assert any(isinstance(layer, BatchNormLeakyReLU2d) for layer in game.generator.modules())
+    assert not any(type(layer) in (nn.BatchNorm2d, nn.LeakyReLU) for layer in game.generator.modules())
+    for network in (trainer.generator, trainer.student, game.student, game.teacher):
+        assert not any(isinstance(layer, BatchNormLeakyReLU2d) for layer in network.modules())
+    assert game.generator.state_dict().keys() == trainer.generator.state_dict().keys()
 
 
 def test_every_replay_draws_other_samples_and_sees_the_schedule(make_trainer: MakeTrainer) -> None:

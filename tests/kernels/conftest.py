@@ -29,10 +29,24 @@ def fused(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _forced(request.param)
 
 
+@pytest.fixture(params=FUSED[:2])
+def norm_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend that has kernels for batch_norm_leaky_relu: numba and triton."""
+    yield from _forced(request.param)
+
+
+@pytest.fixture(params=FUSED[1:2])
+def triton(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The backend triton, for what no other does."""
+    yield from _forced(request.param)
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A device that the test's backend serves."""
-    name = next(request.getfixturevalue(fixture) for fixture in ("backend", "fused") if fixture in request.fixturenames)
+    name = next(
+        request.getfixturevalue(fixture) for fixture in ("backend", "fused", "norm_backend", "triton") if fixture in request.fixturenames
+    )
     return torch.device("cpu" if name in ON_CPU else "cuda")
 
 

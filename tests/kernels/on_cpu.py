@@ -25,6 +25,7 @@ SHARED = {
     ),
     "images": (
         *("test_concat.py", "test_concat_arguments.py", "test_moments.py", "test_moments_arguments.py"),
+        *("test_norm.py", "test_norm_arguments.py"),
         *("test_offsets.py", "test_operators.py"),
     ),
 }

@@ -31,7 +31,7 @@ from dfkd_fast.kernels import (
     winograd_conv2d,
     winograd_pays,
 )
-from dfkd_fast.kernels.dispatch import ON_CPU_ONLY, WORTHWHILE, backends, choose, forced, why_not
+from dfkd_fast.kernels.dispatch import PARTLY_SERVED, WORTHWHILE, backends, choose, forced, why_not
 
 CPU = torch.device("cpu")
 CALL = "import torch; from dfkd_fast.kernels import channel_moments; print(channel_moments(torch.ones({size}, {dtype}))[0].dtype)"
@@ -131,7 +131,7 @@ def test_forced_backend_of_another_device_is_an_error() -> None:
             l1_discrepancy(meta, meta, reduction="sum")
 
 
-CPU_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
+PARTLY: dict[str, Callable[[Tensor], Tensor]] = {
     "batch_norm_leaky_relu": lambda x: batch_norm_leaky_relu(
         x, x.new_zeros(64), x.new_ones(64), None, None, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2
     ),
@@ -139,9 +139,14 @@ CPU_ONLY: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def test_every_operation_that_is_partly_served_is_called_here() -> None:
+    assert PARTLY.keys() == PARTLY_SERVED.keys()
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("operation", sorted(ON_CPU_ONLY))
+@pytest.mark.parametrize(
+    ("operation", "backend"), [("winograd_conv2d", "triton"), ("winograd_conv2d", "cuda"), ("batch_norm_leaky_relu", "cuda")]
+)
 def test_forced_backend_without_a_kernel_for_the_operation_is_an_error(
     operation: str, backend: dispatch.Backend, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,9 +154,34 @@ def test_forced_backend_without_a_kernel_for_the_operation_is_an_error(
     monkeypatch.setitem(dispatch._ABSENT, backend, None)  # as if installed
     with use_backend(backend):
         with pytest.raises(BackendError, match=f"{backend} is forced, but has no kernel for {operation}"):
-            CPU_ONLY[operation](x)
+            PARTLY[operation](x)
         assert not winograd_pays(x, x.new_ones(64, 64, 3, 3))
         assert Choice(operation, "an error", "an error") in choices()
+
+
+def test_forced_triton_serves_the_batch_norm_of_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch._ABSENT, "triton", None)  # as if installed
+    monkeypatch.setattr(dispatch, "_SERVING", {"cpu": ["numba", "reference"], "cuda": ["cuda", "triton", "reference"]})
+    for device in ("cpu", "meta"):
+        x = torch.ones(16, 64, 8, 8, device=device)
+        with use_backend("triton"), pytest.raises(BackendError, match=f"triton is forced, but does not serve {device} tensors"):
+            PARTLY["batch_norm_leaky_relu"](x)
+    with use_backend("triton"):
+        assert Choice("batch_norm_leaky_relu", "an error", "triton") in choices()
+    with use_backend("reference"):
+        assert Choice("batch_norm_leaky_relu", "reference", "reference") in choices()
+
+
+@needs_numba
+def test_doctor_knows_that_the_batch_norm_has_no_kernel_in_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_SERVING", {"cpu": ["numba", "reference"], "cuda": ["cuda", "triton", "reference"]})
+    chosen = {choice.operation: choice for choice in choices()}
+    assert chosen["batch_norm_leaky_relu"].cpu.startswith("numba")
+    assert chosen["batch_norm_leaky_relu"].gpu.startswith("triton")
+    assert chosen["channel_moments"].gpu.startswith("cuda")
+    assert chosen["winograd_conv2d"].gpu.startswith("reference")
+    with use_backend("numba"):
+        assert Choice("batch_norm_leaky_relu", "numba", "reference") in choices()
 
 
 @pytest.mark.parametrize(("backend", "cpu", "gpu"), [("numba", "numba", "an error"), ("triton", "an error", "triton"), ("reference",) * 3])

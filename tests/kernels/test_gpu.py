@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dfkd_fast.kernels import (
     Backend,
     FusedEMA,
+    batch_norm_leaky_relu,
     channel_moments,
     channel_sums,
     concat_generated,
@@ -91,6 +92,37 @@ def test_a_replayed_graph_moves_running_statistics(gpu_backend: Backend) -> None
         graph.replay()
         torch.testing.assert_close(batch, layer(raw.tanh()), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close([mean, variance], [layer.running_mean, layer.running_var], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_replayed_batch_norm_gives_values_statistics_and_gradients_of_the_inputs_it_finds(
+    triton: Backend, dtype: torch.dtype, layout: str
+) -> None:
+    x, upstream = (laid_out(torch.randn(4, 10, 9, 7, device="cuda", dtype=dtype), layout) for _ in range(2))
+    x.requires_grad_()
+    weight, bias = (torch.randn(10, device="cuda").requires_grad_() for _ in range(2))
+    mean, variance = torch.zeros(10, device="cuda"), torch.ones(10, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        y = batch_norm_leaky_relu(x, mean, variance, weight, bias, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2)
+        with torch.no_grad():
+            evaluated = batch_norm_leaky_relu(x, mean, variance, weight, bias, training=False, momentum=0.1, eps=1e-5, negative_slope=1)
+        return y, evaluated, *torch.autograd.grad(y, (x, weight, bias), upstream)
+
+    graph, results = captured(step)
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in (x, upstream, weight, bias, mean):
+                tensor.copy_(torch.randn_like(tensor))
+            variance.uniform_(0.5, 2)
+        before = mean.clone(), variance.clone()
+        graph.replay()
+        replayed = [result.detach().clone() for result in (*results, mean, variance)]
+        mean.copy_(before[0])
+        variance.copy_(before[1])
+        for actual, expected in zip(replayed, (*step(), mean, variance), strict=True):
+            assert torch.equal(actual, expected.detach())
 
 
 @pytest.mark.parametrize("decay_dtype", [torch.float32, torch.float64], ids=str)

@@ -1,14 +1,22 @@
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from dfkd_fast.kernels import batch_norm_leaky_relu, dispatch, norm, use_backend
+from dfkd_fast.kernels import Backend, batch_norm_leaky_relu, dispatch, norm, use_backend
+from tests.kernels.oracles import LAYOUTS, PROPERTY, RUNS, STORAGE, assert_as_exact_as_plain, laid_out, layouts
 
 EPS, MOMENTUM, SLOPE = 1e-3, 0.3, 0.2
+CPU = torch.device("cpu")
+PARAMETERS, STATISTICS = ("weight", "bias"), ("running_mean", "running_var")
+Given = Mapping[str, Tensor | None]
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)
@@ -16,124 +24,231 @@ def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
 
 
-def case(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, offset: float = 0.5) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def case(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    offset: float = 0.5,
+    layout: str = "channels_last",
+    device: torch.device = CPU,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     torch.manual_seed(0)
-    x = (torch.randn(shape) * 2 + offset).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
-    gradient = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
-    channels = shape[1]
-    parameters = {
-        "weight": torch.randn(channels).requires_grad_(),
-        "bias": torch.randn(channels).requires_grad_(),
-        "running_mean": torch.randn(channels),
-        "running_var": torch.rand(channels) + 0.5,
+    x, gradient = (laid_out(values.to(device, dtype), layout) for values in (torch.randn(shape) * 2 + offset, torch.randn(shape)))
+    parameters = {name: torch.randn(shape[1]).to(device).requires_grad_(name in PARAMETERS) for name in (*PARAMETERS, *STATISTICS)}
+    parameters["running_var"].abs_().add_(0.5)
+    return x.detach().requires_grad_(), gradient, parameters
+
+
+def call(x: Tensor, parameters: Given, *, training: bool = True, slope: float = SLOPE) -> Tensor:
+    given: Any = parameters
+    return batch_norm_leaky_relu(x, **given, training=training, momentum=MOMENTUM, eps=EPS, negative_slope=slope)
+
+
+def oracle(x: Tensor, parameters: Given, *, training: bool = True, slope: float = SLOPE) -> tuple[Tensor, dict[str, Tensor]]:
+    """PyTorch's layers in the precision of x, and the parameters in that precision, the running statistics moved."""
+    copies = {
+        name: tensor.detach().to(x.dtype, copy=True).requires_grad_(tensor.requires_grad)
+        for name, tensor in parameters.items()
+        if tensor is not None
     }
-    return x, gradient, parameters
-
-
-def call(x: Tensor, parameters: dict[str, Tensor | None], *, training: bool = True) -> Tensor:
-    given: dict[str, Any] = parameters
-    return batch_norm_leaky_relu(x, **given, training=training, momentum=MOMENTUM, eps=EPS, negative_slope=SLOPE)
-
-
-def oracle(x: Tensor, parameters: dict[str, Tensor], *, training: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-    """In float64, and the running statistics after it."""
-    wide = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in parameters.items()}
-    given: dict[str, Any] = wide
+    given: Any = {name: copies.get(name) for name in parameters}
     normalised = F.batch_norm(x, **given, training=training, momentum=MOMENTUM, eps=EPS)
-    return F.leaky_relu(normalised, SLOPE), wide
+    return F.leaky_relu(normalised, slope), copies
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 2, 1), (3, 70, 4, 4), (5, 64, 9, 1), (300, 8, 3, 5)], ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "relative", "absolute"), [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 0.02, 0.02), (torch.float16, 0.02, 0.02)], ids=str
-)
+def check(x: Tensor, gradient: Tensor, parameters: Given, slope: float = SLOPE) -> None:
+    """Against float64, with PyTorch's layers in float32 as the measure: the output, running statistics, and all gradients."""
+    learnt = {name: parameter for name in PARAMETERS if (parameter := parameters[name]) is not None}
+    plain_x, exact_x = (x.detach().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    plain, of_plain = oracle(plain_x, parameters, slope=slope)
+    exact, of_exact = oracle(exact_x, parameters, slope=slope)
+    if slope != 1:  # where the ReLU's argument is nearly 0, rounding decides on which side it is
+        argument, _ = oracle(exact_x, parameters, slope=1)
+        gradient = gradient.masked_fill(argument.detach().abs() < 1e-4, 0)
+    y = call(x, parameters, slope=slope)
+    gradients = torch.autograd.grad(y, [x, *learnt.values()], gradient)
+    for tensor in (y, gradients[0]):
+        assert tensor.dtype == x.dtype
+        assert tensor.stride() == torch.empty_like(x).stride()
+    # What is added up and may cancel: x · scale and the shift, their like in the gradient, and the sums over rows.
+    size, inverse = x.detach().abs().max().item(), (exact_x.var(dim=(0, 2, 3), correction=0) + EPS).rsqrt().max().item()
+    gain = 1.0 if parameters["weight"] is None else parameters["weight"].detach().abs().max().item()
+    upstream, count = gradient.abs().max().item() * max(slope, 1), x.numel() // x.shape[1]
+    assert_as_exact_as_plain(y, plain.to(x.dtype), exact, summed=gain * inverse * size * max(slope, 1))
+    for name in STATISTICS:
+        assert_as_exact_as_plain(parameters[name], of_plain[name], of_exact[name], summed=size)  # type: ignore[arg-type]
+    usual = torch.autograd.grad(plain, [plain_x, *(of_plain[name] for name in learnt)], gradient.float())
+    right = torch.autograd.grad(exact, [exact_x, *(of_exact[name] for name in learnt)], gradient.double())
+    assert_as_exact_as_plain(gradients[0], usual[0].to(x.dtype), right[0], summed=gain * inverse * upstream * (1 + inverse * size))
+    for actual, of_float32, expected in zip(gradients[1:], usual[1:], right[1:], strict=True):
+        assert_as_exact_as_plain(actual, of_float32, expected, summed=count * upstream * (1 + inverse * size))
+
+
+SHAPES = [(2, 3, 5, 7), (1, 1, 2, 1), (3, 70, 4, 4), (5, 64, 9, 1), (300, 8, 3, 5), (3, 5, 61, 59), (2, 365, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
 def test_values_gradients_and_statistics_are_those_of_float64(
-    shape: tuple[int, ...], dtype: torch.dtype, relative: float, absolute: float
+    norm_backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    x, gradient, parameters = case(shape, dtype)
-    exact = x.detach().double().requires_grad_()
-    expected, wide = oracle(exact, parameters)
-    # Where the ReLU's argument is nearly 0, rounding decides on which side.
-    decided = torch.where(expected > 0, expected, expected / SLOPE).detach().abs() > 0.02
-    gradient = gradient * decided.to(dtype)
-    expected.backward(gradient.double())
-    assert norm._served(x, True)
-    y = call(x, dict(parameters))
-    y.backward(gradient)
-    close = partial(torch.testing.assert_close, rtol=relative, atol=absolute)
-    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
-    close(y.double(), expected)
-    assert x.grad is not None and exact.grad is not None
-    close(x.grad.double(), exact.grad)
-    for name in ("weight", "bias"):
-        torch.testing.assert_close(parameters[name].grad.double(), wide[name].grad, rtol=1e-4, atol=1e-3)  # type: ignore[union-attr]
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(parameters[name].double(), wide[name], rtol=1e-5, atol=1e-5)
+    x, gradient, parameters = case(shape, dtype, device=device)
+    assert norm._backend(x, True) == norm_backend
+    check(x, gradient, parameters)
 
 
-def test_a_mean_far_from_zero_costs_no_digits_of_the_variance() -> None:
-    x, _, parameters = case((64, 4, 8, 8), offset=300.0)
-    expected, _ = oracle(x.detach().double(), parameters)
-    torch.testing.assert_close(call(x, dict(parameters)).double(), expected, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("shape", [(4, 5, 3, 7), (3, 70, 2, 3), *RUNS], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_every_layout_is_read_as_it_is(
+    triton: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
+) -> None:
+    x, gradient, parameters = case(shape, dtype, layout=layout, device=device)
+    assert norm._backend(x, True) == triton
+    check(x, gradient, parameters)
 
 
-def test_evaluation_normalises_by_the_running_statistics_and_leaves_them() -> None:
-    x, _, parameters = case((2, 6, 3, 3))
+@PROPERTY
+@given(data=st.data(), dtype=st.sampled_from(STORAGE), slope=st.sampled_from([0.0, 0.2, 1.0, 2.0]))
+def test_activation_and_gradient_may_have_any_strides(
+    triton: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, slope: float
+) -> None:
+    channels = data.draw(st.one_of(st.integers(1, 20), st.integers(60, 140)))
+    shape = (data.draw(st.integers(2, 6)), channels, data.draw(st.integers(1, 12)), data.draw(st.integers(2, 12)))
+    x, gradient, parameters = case(shape, dtype, device=device)
+    x = data.draw(layouts(4))(x.detach()).requires_grad_()
+    check(x, data.draw(layouts(4))(gradient), parameters, slope)
+
+
+@pytest.mark.parametrize("slope", [0, 0.2, 1, 3.5])
+@pytest.mark.parametrize("given", [(), ("weight",), ("bias",), PARAMETERS], ids=str)
+def test_the_slope_and_the_parameters_may_be_any_or_none(
+    norm_backend: Backend, device: torch.device, given: tuple[str, ...], slope: float
+) -> None:
+    x, gradient, parameters = case((4, 6, 5, 3), device=device)
+    check(x, gradient, {name: tensor if name in (*given, *STATISTICS) else None for name, tensor in parameters.items()}, slope)
+
+
+def test_a_slope_of_one_is_a_batch_norm_alone(norm_backend: Backend, device: torch.device) -> None:
+    x, gradient, parameters = case((4, 6, 5, 3), device=device)
+    normalised = call(x, parameters, slope=1)
+    assert (normalised < 0).any()
+    leaky = call(x, parameters, slope=0.5)
+    assert torch.equal(leaky, torch.where(normalised > 0, normalised, normalised * 0.5))
+    before = torch.where(normalised > 0, gradient, gradient * 0.5)
+    for one, other in zip(
+        torch.autograd.grad(leaky, (x, parameters["weight"], parameters["bias"]), gradient),
+        torch.autograd.grad(normalised, (x, parameters["weight"], parameters["bias"]), before),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_mean_far_from_zero_costs_no_digits(norm_backend: Backend, device: torch.device) -> None:
+    deviations, gradient, parameters = case((64, 4, 8, 8), device=device)
+    half = (deviations.detach()[:32] * 64).round() / 64
+    x = (torch.cat([half, -half]) + 3000).requires_grad_()  # whose mean float32 holds
+    gradient += 1  # whose products with x add up to 3000 times the result
+    exact_x = x.detach().double().requires_grad_()
+    expected, wide = oracle(exact_x, parameters, slope=1)
+    y = call(x, parameters, slope=1)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
+    ours = torch.autograd.grad(y, [x, *(parameters[name] for name in PARAMETERS)], gradient)
+    exact = torch.autograd.grad(expected, [exact_x, *(wide[name] for name in PARAMETERS)], gradient.double())
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-3, atol=1e-3)
+    for actual, right in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(norm_backend: Backend, device: torch.device, layout: str) -> None:
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        x, gradient, parameters = case((5, 7, 61, 59), layout=layout, device=device)
+        y = call(x, parameters)
+        gradients = torch.autograd.grad(y, (x, parameters["weight"], parameters["bias"]), gradient)
+        results.append((y, *gradients, parameters["running_mean"], parameters["running_var"]))
+    for again in results[1:]:
+        assert all(map(torch.equal, results[0], again))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_channel(norm_backend: Backend, device: torch.device, value: float) -> None:
+    x, gradient, parameters = case((3, 4, 5, 3), device=device)
+    with torch.no_grad():
+        x[1, 2, 3, 1] = value
+    y = call(x, parameters)
+    gradients = torch.autograd.grad(y, (x, parameters["weight"], parameters["bias"]), gradient)
+    others = [0, 1, 3]
+    assert y[:, 2].isnan().all() and y[:, others].isfinite().all()
+    assert gradients[0][:, 2].isnan().all() and gradients[0][:, others].isfinite().all()
+    assert all(tensor[others].isfinite().all() for tensor in gradients[1:])
+
+
+@pytest.mark.parametrize("slope", [0.2, 1])
+def test_evaluation_normalises_by_the_running_statistics_and_leaves_them(norm_backend: Backend, device: torch.device, slope: float) -> None:
+    x, _, parameters = case((2, 6, 3, 3), device=device)
     before = {name: tensor.clone() for name, tensor in parameters.items()}
     with torch.no_grad():
-        assert norm._served(x, False)
-        y = call(x, dict(parameters), training=False)
-    expected, _ = oracle(x.detach().double(), parameters, training=False)
+        assert norm._backend(x, False) == norm_backend
+        y = call(x, parameters, training=False, slope=slope)
+    expected, _ = oracle(x.detach().double(), parameters, training=False, slope=slope)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     for name, tensor in parameters.items():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_no_gain_and_no_offset_are_one_and_zero() -> None:
-    x, gradient, parameters = case((2, 6, 3, 3))
-    plain = dict(parameters) | {"weight": None, "bias": None}
-    y = call(x, plain)
-    expected = F.leaky_relu(F.batch_norm(x, torch.zeros(6), torch.zeros(6), training=True, eps=EPS), SLOPE)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(*(torch.autograd.grad(z, x, gradient)[0] for z in (y, expected)), rtol=1e-4, atol=1e-4)
-
-
-def test_what_the_kernels_do_not_serve_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernels_do_not_serve_is_pytorchs(norm_backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm._Fused, "apply", None)
-    x, _, parameters = case((2, 6, 3, 3))
-    tiny = x.detach()
-    others = [tiny.contiguous(), tiny.double()]
+    x, _, parameters = case((2, 6, 3, 3), device=device)
+    others = [x.detach().double(), *([x.detach().contiguous()] if norm_backend == "numba" else [])]
     for other in others:
         statistics = {name: tensor.to(other.dtype) for name, tensor in parameters.items()}
         expected, _ = oracle(other.double(), statistics)
-        torch.testing.assert_close(call(other, dict(statistics)).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(call(other, statistics).double(), expected, rtol=1e-5, atol=1e-5)
     with use_backend("reference"):
-        assert not norm._served(x, True)
-    monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", x.numel() + 1)
-    assert not norm._served(x, True)
+        assert norm._backend(x, True) == "reference"
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert torch.equal(call(x, parameters, slope=1), F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS))
 
 
-def test_frozen_generators_in_evaluation_still_pass_gradients_on() -> None:
-    x, gradient, parameters = case((2, 6, 3, 3))
+@pytest.mark.skipif(dispatch.why_not("numba") is not None, reason="numba is not installed")
+def test_small_tensors_on_a_cpu_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _, _ = case((2, 6, 3, 3))
+    with use_backend(None):
+        assert norm._backend(x, True) == "numba"
+        monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", x.numel() + 1)
+        assert norm._backend(x, True) == "reference"
+
+
+@pytest.mark.gpu
+def test_a_gpus_tensors_are_tritons_whatever_their_size(triton: Backend) -> None:
+    x, _, _ = case((2, 6, 3, 3), device=torch.device("cuda"))
+    with use_backend(None):
+        assert norm._backend(x, True) == triton
+
+
+def test_frozen_generators_in_evaluation_still_pass_gradients_on(norm_backend: Backend, device: torch.device) -> None:
+    x, gradient, parameters = case((2, 6, 3, 3), device=device)
     exact = x.detach().double().requires_grad_()
     expected, _ = oracle(exact, parameters, training=False)
     expected.backward(gradient.double())
-    call(x, dict(parameters), training=False).backward(gradient)
+    call(x, parameters, training=False).backward(gradient)
     assert x.grad is not None and exact.grad is not None
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("name", [*STATISTICS, *PARAMETERS])
 def test_shapes_that_do_not_fit_are_named(name: str) -> None:
     x, _, parameters = case((2, 6, 3, 3))
-    wrong: dict[str, Tensor | None] = {**parameters, name: torch.ones(1)}
     with pytest.raises(ValueError, match=name):
-        call(x, wrong)
+        call(x, {**parameters, name: torch.ones(1)})
     with pytest.raises(ValueError, match="x must be"):
-        call(x[0], dict(parameters))
+        call(x[0], parameters)
 
 
-def test_one_value_a_channel_has_no_moments() -> None:
-    x, _, parameters = case((1, 6, 1, 1))
+def test_one_value_a_channel_has_no_moments(norm_backend: Backend, device: torch.device) -> None:
+    x, _, parameters = case((1, 6, 1, 1), device=device)
     with pytest.raises(ValueError, match="more than 1 value"):
-        call(x, dict(parameters))
+        call(x, parameters)

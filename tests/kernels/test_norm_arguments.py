@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dfkd_fast.kernels import batch_norm_leaky_relu, dispatch, norm
+from dfkd_fast.kernels import Backend, batch_norm_leaky_relu, dispatch, norm
 
+CPU = torch.device("cpu")
 PARAMETERS = ["running_mean", "running_var", "weight", "bias"]
 
 
@@ -18,14 +19,14 @@ def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
 
 
-def images(dtype: torch.dtype = torch.float32) -> Tensor:
+def images(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
     torch.manual_seed(0)
-    return torch.randn(4, 6, 3, 5).to(dtype).to(memory_format=torch.channels_last)
+    return torch.randn(4, 6, 3, 5).to(device, dtype).to(memory_format=torch.channels_last)
 
 
-def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def arguments(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> dict[str, Any]:
     torch.manual_seed(1)
-    tensors = {name: torch.rand(6).add(0.5).to(dtype) for name in PARAMETERS}
+    tensors = {name: torch.rand(6).add(0.5).to(device, dtype) for name in PARAMETERS}
     return {**tensors, "training": True, "momentum": 0.3, "eps": 1e-3, "negative_slope": 0.2}
 
 
@@ -37,10 +38,12 @@ def pytorch(x: Tensor, given: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_networks_whose_tensors_are_all_of_one_dtype_are_pytorchs(dtype: torch.dtype, training: bool) -> None:
-    ours, theirs = ({**arguments(dtype), "training": training} for _ in range(2))
+def test_networks_whose_tensors_are_all_of_one_dtype_are_pytorchs(
+    norm_backend: Backend, device: torch.device, dtype: torch.dtype, training: bool
+) -> None:
+    ours, theirs = ({**arguments(dtype, device), "training": training} for _ in range(2))
     with torch.no_grad():
-        torch.testing.assert_close(batch_norm_leaky_relu(images(dtype), **ours), pytorch(images(dtype), theirs))
+        torch.testing.assert_close(batch_norm_leaky_relu(images(dtype, device), **ours), pytorch(images(dtype, device), theirs))
     for name in PARAMETERS:
         torch.testing.assert_close(ours[name], theirs[name])
 
@@ -98,35 +101,38 @@ def negated_twice(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_strides_and_negative_bits_of_any_tensor_are_read_as_they_are(training: bool) -> None:
+def test_strides_and_negative_bits_of_any_tensor_are_read_as_they_are(norm_backend: Backend, device: torch.device, training: bool) -> None:
     with torch.no_grad():
         for name in ("x", *PARAMETERS):
             for view in (strided, negated_twice):
-                ours, theirs = ({**arguments(), "training": training} for _ in range(2))
-                x = images()
+                ours, theirs = ({**arguments(device=device), "training": training} for _ in range(2))
+                x = images(device=device)
                 if name == "x":
                     x = view(x)
                 else:
                     ours[name] = view(ours[name])
-                torch.testing.assert_close(batch_norm_leaky_relu(x, **ours), pytorch(images(), theirs), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(batch_norm_leaky_relu(x, **ours), pytorch(images(device=device), theirs), rtol=1e-4, atol=1e-4)
                 for other in PARAMETERS:
                     torch.testing.assert_close(ours[other], theirs[other], rtol=1e-5, atol=1e-5)
 
 
-def test_an_upstream_gradient_with_a_negative_bit_is_read_as_it_is() -> None:
-    x = images().requires_grad_()
-    upstream = torch.randn(x.shape).to(memory_format=torch.channels_last)
+def test_an_upstream_gradient_with_a_negative_bit_is_read_as_it_is(norm_backend: Backend, device: torch.device) -> None:
+    x = images(device=device).requires_grad_()
+    upstream = torch.randn(x.shape).to(device).to(memory_format=torch.channels_last)
     gradients = [
-        torch.autograd.grad(batch_norm_leaky_relu(x, **arguments()), x, given)[0] for given in (torch._neg_view(-upstream), upstream)
+        torch.autograd.grad(batch_norm_leaky_relu(x, **arguments(device=device)), x, given)[0]
+        for given in (torch._neg_view(-upstream), upstream)
     ]
     assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("wrt", ["x", "weight"])
-def test_a_second_derivative_of_the_kernels_is_refused_where_it_would_lack_a_term(wrt: str) -> None:
-    x, given = images().requires_grad_(), arguments()
+def test_a_second_derivative_of_the_kernels_is_refused_where_it_would_lack_a_term(
+    norm_backend: Backend, device: torch.device, wrt: str
+) -> None:
+    x, given = images(device=device).requires_grad_(), arguments(device=device)
     given["weight"].requires_grad_()
-    assert norm._served(x, True)
+    assert norm._backend(x, True) == norm_backend
     (gradient,) = torch.autograd.grad(batch_norm_leaky_relu(x, **given).sum(), x, create_graph=True)
     source = x if wrt == "x" else given["weight"]
     with pytest.raises(RuntimeError, match=r'batch_norm_leaky_relu: .* no second derivative; call it under use_backend\("reference"\)'):
@@ -135,29 +141,37 @@ def test_a_second_derivative_of_the_kernels_is_refused_where_it_would_lack_a_ter
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("graph", [True, False])
-def test_tangents_are_pytorchs(training: bool, graph: bool) -> None:
+def test_tangents_are_pytorchs(norm_backend: Backend, device: torch.device, training: bool, graph: bool) -> None:
     tangents = []
     for function in (lambda x, given: batch_norm_leaky_relu(x, **given), pytorch):
         with forward_ad.dual_level(), torch.set_grad_enabled(graph):
-            dual = forward_ad.make_dual(images(), images().flip(0))
-            tangents.append(forward_ad.unpack_dual(function(dual, {**arguments(), "training": training})).tangent)
+            dual = forward_ad.make_dual(images(device=device), images(device=device).flip(0))
+            tangents.append(forward_ad.unpack_dual(function(dual, {**arguments(device=device), "training": training})).tangent)
     assert tangents[0] is not None
     torch.testing.assert_close(*tangents)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_transforms_of_torch_func_are_pytorchs(training: bool) -> None:
-    given = {**arguments(), "training": training}
+def test_transforms_of_torch_func_are_pytorchs(norm_backend: Backend, device: torch.device, training: bool) -> None:
+    given = {**arguments(device=device), "training": training}
 
     def ours(x: Tensor) -> Tensor:
-        return batch_norm_leaky_relu(x, **{**given, "running_mean": torch.zeros(6), "running_var": torch.ones(6)}).square().sum()
+        return (
+            batch_norm_leaky_relu(
+                x, **{**given, "running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}
+            )
+            .square()
+            .sum()
+        )
 
     def theirs(x: Tensor) -> Tensor:
-        return pytorch(x, {**given, "running_mean": torch.zeros(6), "running_var": torch.ones(6)}).square().sum()
+        return (
+            pytorch(x, {**given, "running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}).square().sum()
+        )
 
     for transform in (torch.func.grad, lambda function: lambda x: torch.func.jvp(function, (x,), (x.flip(0),))):
-        torch.testing.assert_close(transform(ours)(images()), transform(theirs)(images()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(transform(ours)(images(device=device)), transform(theirs)(images(device=device)), rtol=1e-4, atol=1e-4)
     if not training:
-        several = torch.stack([images(), 2 * images()])
+        several = torch.stack([images(device=device), 2 * images(device=device)])
         with torch.no_grad():
             torch.testing.assert_close(torch.vmap(ours)(several), torch.vmap(theirs)(several))

@@ -22,6 +22,7 @@ from dfkd_fast.kernels.discrepancy import gpu as discrepancy
 from dfkd_fast.kernels.dispatch import interpreting
 from dfkd_fast.kernels.ema import gpu as ema
 from dfkd_fast.kernels.moments import gpu as moments
+from dfkd_fast.kernels.norm import gpu as norm
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter compiles nothing")
 
@@ -65,7 +66,7 @@ def half(*shape: int, memory_format: torch.memory_format = torch.contiguous_form
     return empty(*shape, dtype=torch.bfloat16, memory_format=memory_format)
 
 
-CONSTANTS = torch.ones(2, 3)
+CONSTANTS, VECTOR, HIDDEN = torch.ones(2, 3), empty(64), half(64, 64, 32, 32, memory_format=CL)
 # A call, and how many 16-byte loads and stores its first kernel must have at least.
 CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     "l1 of pixels": (lambda: discrepancy.l1_forward(half(8, 11, 64, 64), half(8, 11, 64, 64), 1.0, True, False), 4, 1),
@@ -82,6 +83,15 @@ CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     "moments": (lambda: moments.moments_forward(half(64, 64, 56, 56), "none"), 2, 0),
     "moments, channels-last": (lambda: moments.moments_forward(empty(64, 64, 56, 56, memory_format=CL), "none"), 4, 0),
     "backward of the moments": (lambda: moments.moments_backward(half(64, 64, 56, 56, memory_format=CL), *[empty(64)] * 3), 2, 2),
+    "norm": (lambda: norm.forward(empty(64, 64, 32, 32), VECTOR, VECTOR, 0.2), 4, 4),
+    "norm, channels-last": (lambda: norm.forward(half(64, 64, 32, 32, memory_format=CL), VECTOR, VECTOR, 0.2), 2, 2),
+    "constants of the norm": (lambda: norm.constants(VECTOR, VECTOR, VECTOR, VECTOR, 1e-5), 0, 0),
+    "sums of the norm's gradient": (
+        lambda: norm.backward_constants(HIDDEN, HIDDEN, VECTOR, VECTOR, VECTOR, VECTOR, 0.2),
+        4,
+        0,
+    ),
+    "gradient of the norm": (lambda: norm.backward(HIDDEN, HIDDEN, VECTOR, VECTOR, VECTOR, VECTOR, 0.2), 4, 2),
     "concat": (lambda: concat.concat_forward([half(64, 3, 64, 64)], "tanh", CONSTANTS, CONSTANTS, torch.bfloat16, True), 2, 0),
     "concat, contiguous": (lambda: concat.concat_forward([empty(64, 3, 64, 64)], "tanh", None, None, torch.float32, False), 4, 4),
     "gradient of concat": (

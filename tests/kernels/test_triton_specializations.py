@@ -16,11 +16,12 @@ from dfkd_fast.kernels.discrepancy import gpu as discrepancy
 from dfkd_fast.kernels.dispatch import interpreting, why_not
 from dfkd_fast.kernels.ema import gpu as ema
 from dfkd_fast.kernels.moments import gpu as moments
+from dfkd_fast.kernels.norm import gpu as norm
 from tests.kernels.specializations import Recorder, collect
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs in this process")
 
-MOST, MOST_OF_THE_SAMPLE = 700, 300
+MOST, MOST_OF_THE_SAMPLE = 830, 380
 
 
 def images(batch: int, channels: int, size: int) -> Tensor:
@@ -51,6 +52,14 @@ def moments_of(batch: int, channels: int, size: int) -> None:
     moments.moments_forward(images(batch, channels, size), "none")
 
 
+def norm_of(batch: int, channels: int, size: int) -> None:
+    x, constant = images(batch, channels, size), torch.ones(channels)
+    norm.constants(constant, constant, constant, constant, 1e-5)
+    norm.forward(x, constant, constant, 0.2)
+    norm.backward_constants(x, x, constant, constant, constant, constant, 0.2)
+    norm.backward(x, x, constant, constant, constant, constant, 0.2)
+
+
 def average(tensors: int, first: int) -> None:
     averages, sources = ([torch.empty(60)[first:] for _ in range(tensors)] for _ in range(2))
     ema.ema_update_(averages, sources, [], 0.9, None)
@@ -63,6 +72,7 @@ CALLS: list[tuple[Callable[..., None], Sequence[tuple[int, ...]], int]] = [
     (gradients, [(1,), (16,), (1000,)], 1),
     (batch_of, [(1, 1, 17), (2, 3, 28), (2, 16, 32), (3, 5, 224)], 1),
     (moments_of, [(1, 64, 8), (6, 128, 4), (2, 512, 1), (16, 256, 14)], 2),
+    (norm_of, [(2, 64, 8), (6, 128, 4), (128, 256, 7), (16, 256, 14)], 5),
     (average, [(2, 0), (7, 0), (32, 0), (70, 0), (5, 1)], 1),
 ]
 

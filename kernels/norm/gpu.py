@@ -1,0 +1,229 @@
+"""The normalisation and its gradient on a GPU, in Triton, over tensors of any strides; see kernels/norm/cpu.py."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tiles import (
+    combined,
+    launch,
+    layout,
+    packed,
+    place,
+    pointers,
+    programs,
+    revealed,
+    splits,
+    store,
+    tile,
+)
+
+__all__ = ["backward", "backward_constants", "constants", "forward"]
+
+
+def constants(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See kernels/norm/cpu.py; one launch, of whatever strides."""
+    channels = len(mean)
+    inverse, scale, shift = (mean.new_empty(channels) for _ in range(3))
+    given = [tensor.resolve_neg().contiguous() for tensor in (mean, variance, weight, bias)]
+    launch(mean, _constants_kernel, (triton.cdiv(channels, 256),), *given, inverse, scale, shift, float(eps), channels, 256)
+    return inverse, scale, shift
+
+
+def forward(x: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
+    """See kernels/norm/cpu.py."""
+    y = torch.empty_like(x)
+    sizes, strides = layout(x, y)
+    block_rows, block_channels = tile(sizes, strides[0])
+    grid = programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
+    launch(x, _forward_kernel, grid, x, y, scale, shift, float(slope), *packed(sizes, (x, y), strides), block_rows, block_channels)
+    return y
+
+
+def backward_constants(
+    gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, shift: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See kernels/norm/cpu.py; partial sums a program, combined in order by a second kernel."""
+    channels = x.shape[1]
+    sizes, strides = layout(gradient, x)
+    block_rows, block_channels = tile(sizes, strides[1])
+    parts = splits(sizes, block_rows, block_channels)
+    partials = x.new_empty((2, parts, channels), dtype=torch.float32)
+    grid = parts, triton.cdiv(channels, block_channels)
+    arguments = gradient, x, mean, scale, shift, partials, float(slope), *packed(sizes, (gradient, x), strides)
+    launch(x, _partials_kernel, grid, *arguments, block_rows, block_channels)
+    by_weight, by_bias, by_x, offset = results = tuple(mean.new_empty(channels) for _ in range(4))
+    count = x.numel() // channels
+    launch(x, _combine_kernel, (triton.cdiv(channels, 16),), partials, mean, inverse, scale, *results, parts, count, channels, 64, 16)
+    return by_weight, by_bias, by_x, offset
+
+
+def backward(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, by_x: Tensor, offset: Tensor, slope: float) -> Tensor:
+    """See kernels/norm/cpu.py."""
+    result = torch.empty_like(x)
+    sizes, strides = layout(gradient, x, result)
+    block_rows, block_channels = tile(sizes, strides[1])
+    grid = programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
+    arguments = gradient, x, result, scale, shift, by_x, offset, float(slope), *packed(sizes, (gradient, x, result), strides)
+    launch(x, _backward_kernel, grid, *arguments, block_rows, block_channels)
+    return result
+
+
+@triton.jit
+def _constant(values: tl.tensor, channels: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Of every channel, to be broadcast over rows."""
+    return tl.load(values + channels, mask=mask, other=0)[None, :]
+
+
+@triton.jit
+def _before_relu(gradient: tl.tensor, x: tl.tensor, scale: tl.tensor, shift: tl.tensor, slope: float) -> tl.tensor:
+    """The gradient before the leaky ReLU."""
+    return tl.where(x * scale + shift > 0, gradient, gradient * slope)
+
+
+@triton.jit(do_not_specialize=["mean", "variance", "weight", "bias", "channel_count"])
+def _constants_kernel(
+    mean: tl.tensor,
+    variance: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    inverses: tl.tensor,
+    scales: tl.tensor,
+    shifts: tl.tensor,
+    eps: float,
+    channel_count: tl.tensor,
+    block_channels: tl.constexpr,
+) -> None:
+    channels = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    real = channels < channel_count
+    inverse = 1 / tl.sqrt(tl.load(variance + channels, mask=real, other=1) + eps)
+    scale = tl.load(weight + channels, mask=real, other=0) * inverse
+    shift = tl.load(bias + channels, mask=real, other=0) - tl.load(mean + channels, mask=real, other=0) * scale
+    tl.store(inverses + channels, inverse, mask=real)
+    tl.store(scales + channels, scale, mask=real)
+    tl.store(shifts + channels, shift, mask=real)
+
+
+@triton.jit(do_not_specialize=["x", "y"])
+def _forward_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    slope: float,
+    sizes: tl.tuple,
+    strides: tl.tuple,
+    y_strides: tl.tuple,
+    accesses: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+) -> None:
+    sizes = revealed(sizes, accesses)
+    group, rows = place(tl.program_id(0), sizes, block_rows)
+    channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    real = channels < sizes[3]
+    mask = (rows < sizes[2])[:, None] & real[None, :]
+    values = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask=mask, other=0).to(tl.float32)
+    values = values * _constant(scale, channels, real) + _constant(shift, channels, real)
+    values = tl.where(values > 0, values, values * slope)
+    store(pointers(y, group, rows, channels, sizes, y_strides, accesses, 1), values, mask)
+
+
+@triton.jit(do_not_specialize=["gradient", "x"])
+def _partials_kernel(
+    gradient: tl.tensor,
+    x: tl.tensor,
+    mean: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    partials: tl.tensor,
+    slope: float,
+    sizes: tl.tuple,
+    gradient_strides: tl.tuple,
+    strides: tl.tuple,
+    accesses: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+) -> None:
+    sizes = revealed(sizes, accesses)
+    part = tl.program_id(0)
+    parts = tl.num_programs(0)
+    channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    real = channels < sizes[3]
+    center, a, b = _constant(mean, channels, real), _constant(scale, channels, real), _constant(shift, channels, real)
+    total = tl.zeros((block_rows, block_channels), tl.float32)
+    centred = total
+    for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
+        group, rows = place(index, sizes, block_rows)
+        mask = (rows < sizes[2])[:, None] & real[None, :]
+        g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
+        values = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 1), mask=mask, other=0).to(tl.float32)
+        g = _before_relu(g, values, a, b, slope)
+        total += g
+        centred += tl.where(mask, g * (values - center), 0)
+    to = partials + part * sizes[3] + channels
+    tl.store(to, tl.sum(total, axis=0), mask=real)
+    tl.store(to + parts * sizes[3], tl.sum(centred, axis=0), mask=real)
+
+
+@triton.jit(do_not_specialize=["parts", "count", "channel_count"])
+def _combine_kernel(
+    partials: tl.tensor,
+    means: tl.tensor,
+    inverses: tl.tensor,
+    scales: tl.tensor,
+    by_weight: tl.tensor,
+    by_bias: tl.tensor,
+    by_x: tl.tensor,
+    offsets: tl.tensor,
+    parts: tl.tensor,
+    count: tl.tensor,
+    channel_count: tl.tensor,
+    block_parts: tl.constexpr,
+    block_channels: tl.constexpr,
+) -> None:
+    channels = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    real = channels < channel_count
+    total, centred = combined(partials, parts, channels, channel_count, block_parts)
+    mean = tl.load(means + channels, mask=real, other=0).to(tl.float64)
+    inverse = tl.load(inverses + channels, mask=real, other=0).to(tl.float64)
+    scale = tl.load(scales + channels, mask=real, other=0).to(tl.float64)
+    n = count.to(tl.float64)
+    dot = centred * inverse
+    slope = -scale * inverse * dot / n
+    tl.store(by_weight + channels, dot.to(tl.float32), mask=real)
+    tl.store(by_bias + channels, total.to(tl.float32), mask=real)
+    tl.store(by_x + channels, slope.to(tl.float32), mask=real)
+    tl.store(offsets + channels, (-scale * total / n - slope * mean).to(tl.float32), mask=real)
+
+
+@triton.jit(do_not_specialize=["gradient", "x", "result"])
+def _backward_kernel(
+    gradient: tl.tensor,
+    x: tl.tensor,
+    result: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    by_x: tl.tensor,
+    offset: tl.tensor,
+    slope: float,
+    sizes: tl.tuple,
+    gradient_strides: tl.tuple,
+    strides: tl.tuple,
+    result_strides: tl.tuple,
+    accesses: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+) -> None:
+    sizes = revealed(sizes, accesses)
+    group, rows = place(tl.program_id(0), sizes, block_rows)
+    channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    real = channels < sizes[3]
+    mask = (rows < sizes[2])[:, None] & real[None, :]
+    g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
+    values = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 1), mask=mask, other=0).to(tl.float32)
+    a = _constant(scale, channels, real)
+    g = _before_relu(g, values, a, _constant(shift, channels, real), slope)
+    values = g * a + values * _constant(by_x, channels, real) + _constant(offset, channels, real)
+    store(pointers(result, group, rows, channels, sizes, result_strides, accesses, 2), values, mask)
