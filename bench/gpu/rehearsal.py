@@ -1,6 +1,7 @@
 """A CPU plays the GPU: Triton's interpreter and the CUDA kernels compiled for a CPU serve its tensors."""
 
 import importlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ def prepare() -> None:
     """Let the backends of a GPU serve this process's CPU tensors, in the order in which they serve a GPU's."""
     preferred: tuple[Backend, ...] = ("cuda", "triton")
     dispatch._SERVING["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
-    # A GPU's kernels serve tensors of any size; those of a toy are too small for a CPU's to pay.
-    dispatch.WORTHWHILE.update({operation: 0 for operation in dispatch.WORTHWHILE if dispatch.has_kernel(operation, "triton")})
+    # A GPU's kernels serve tensors of any size; those of a toy are too small for a CPU's to pay. What only Triton has stays with PyTorch
+    # unless it is forced: the interpreter would take minutes for whole iterations.
+    dispatch.WORTHWHILE.update({name: 0 if dispatch.has_kernel(name, "cuda") else sys.maxsize for name in dispatch.WORTHWHILE})
 
 
 def unavailable_reason(backend: Backend) -> str | None:

@@ -229,6 +229,7 @@ class Compilers:
 @pytest.mark.usefixtures("inside")
 def test_what_is_compiled_is_compiled_before_anything_is_timed_and_a_failure_is_only_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_to_end, "Pool", Compilers)
+    monkeypatch.setattr(end_to_end, "prepare", lambda rehearse: None)  # which is for a process of its own
     monkeypatch.setattr(end_to_end, "COMPILED", "engine")  # whose code is not compiled, so that it is there at once
     records: list[Record] = []
     run(monkeypatch, [[case("plain"), case("engine"), replace(case("engine", fails), recipe=OTHER)]], context_of(records))

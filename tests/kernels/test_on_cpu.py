@@ -7,7 +7,7 @@ from tests.kernels import on_cpu
 
 
 def test_every_file_whose_tests_take_a_backend_runs() -> None:
-    users = {path.name for path in on_cpu.HERE.glob("test_*.py") if re.search(r"\b(backend|fused): Backend\b", path.read_text())}
+    users = {path.name for path in on_cpu.HERE.glob("test_*.py") if re.search(r"\b((?:norm_)?backend|fused): Backend\b", path.read_text())}
     assert users == set(itertools.chain(*on_cpu.SHARED.values()))
 
 
