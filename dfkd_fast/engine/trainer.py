@@ -292,7 +292,9 @@ class Trainer:
             optimizer.load_state_dict(copy.deepcopy(saved))  # it would keep the very tensors
             settle_rates(optimizer, self.device)
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
-            schedule.load_state_dict(saved)
+            # The milestones are the method's: some checkpoints hold a miscounted copy, which is never reached.
+            own_milestones = {name: value for name, value in schedule.state_dict().items() if name == "milestones"}
+            schedule.load_state_dict(saved | own_milestones)
         for stream, saved in zip((self.fresh_stream, self.replay_stream), own["streams"], strict=True):
             stream.set_state(saved)
         torch.set_rng_state(own["torch_random_state"])

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -340,7 +341,11 @@ def test_a_resumed_run_follows_its_schedule(make_trainer: MakeTrainer, schedule:
     rates = [whole.student_optimizer.param_groups[0]["lr"] for _ in whole]
     stopped, resumed = make_trainer(method), make_trainer(method)
     next(iter(stopped))
-    resumed.load_state_dict(through_a_file(stopped.state_dict()))
+    saved = through_a_file(stopped.state_dict())
+    if schedule == "multistep":  # as earlier checkpoints have them
+        assert saved["schedules"][0]["milestones"] == {2: 1, 3: 1}
+        saved["schedules"][1]["milestones"] = Counter({(2, 1): 1, (3, 1): 1})
+    resumed.load_state_dict(saved)
     assert [resumed.student_optimizer.param_groups[0]["lr"] for _ in resumed] == rates[1:]
     assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
 
