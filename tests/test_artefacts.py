@@ -43,7 +43,7 @@ def epochs(run: Path) -> list[dict[str, Any]]:
 
 
 def summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())  # type: ignore[no-any-return]
+    return dict(json.loads((run / "summary.json").read_text()))
 
 
 @pytest.fixture(params=RUNS, ids=lambda path: f"{path.parent.name}-{path.name}")
