@@ -1,6 +1,6 @@
 """Data-free knowledge distillation: a frozen teacher's knowledge in a small student, without any data."""
 
-from .engine import Epoch, Loop, Method, Optimizer, Trainer
+from .engine import Engine, Epoch, Loop, Method, Optimizer, Trainer
 from .errors import DfkdError, NonFiniteLossError
 from .methods import Objective, Replay, Update
 from .models import GeneratorA, GeneratorB
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DfkdError",
+    "Engine",
     "Epoch",
     "GeneratorA",
     "GeneratorB",

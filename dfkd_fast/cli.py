@@ -4,9 +4,10 @@ import json
 import os
 import sys
 import tomllib
+import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -23,10 +24,13 @@ from .kernels import BackendError, dispatch
 from .kernels.build import BuildError, compile_extension
 from .kernels.extension import BINARY
 from .recipe import load_recipe, recipe_to_toml, shipped_recipes
+from .renamed import RenamedKeyWarning
 from .report import COLUMNS, draw_comparison, print_table, read_run, table_rows
 from .run import open_run
 
 __all__ = ["app", "main"]
+
+SHOW_WARNING = warnings.showwarning
 
 app = typer.Typer(
     help="Distil a frozen teacher into a small student, without any data.",
@@ -224,6 +228,7 @@ def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the com
 
 def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
+    warnings.showwarning = _show_warning
     try:
         dispatch.forced()  # an unknown DFKD_FAST_BACKEND is said before anything is begun
         sys.exit(app(standalone_mode=False))
@@ -249,6 +254,16 @@ def main() -> NoReturn:
 def _console() -> Console:
     """Where this process talks: the first one does, the others are silent."""
     return Console(quiet=distributed.rank() > 0)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """A renamed key is told as we tell everything, in one line; other warnings are Python's to show."""
+    if issubclass(category, RenamedKeyWarning):
+        typer.echo(f"dfkd-fast: {message}", err=True)
+    else:
+        SHOW_WARNING(message, category, filename, lineno, file, line)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -18,6 +18,7 @@ from dfkd_fast.data import Augment, DataSettings
 from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, unknown
 from dfkd_fast.models import GeneratorSettings
+from dfkd_fast.renamed import current_keys, current_path
 from dfkd_fast.settings import FileName, NonNegative, PositiveInt, Seed, settings
 
 __all__ = [
@@ -169,13 +170,15 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        content = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise DfkdError(f"{where} is not TOML: {error}") from error
+    return current_keys(content, where)
 
 
 def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     for path, value in (overrides or {}).items():
+        path = current_path(path)
         *sections, key = path.split(".")
         section = content
         for name in sections:

@@ -261,8 +261,8 @@ def _stored_recipe(folder: RunFolder, name: str, overrides: dict[str, Any]) -> R
     if stored.name != name:
         raise DfkdError(f"--resume: {folder.path} holds a run of recipe {stored.name!r}, not {name!r}")
     moved = load_recipe(str(folder.recipe), overrides)
-    if moved.loop.precision == "auto":  # the run's own, wherever it began
-        moved = replace(moved, loop=replace(moved.loop, precision=stored.loop.precision))
+    if moved.engine.precision == "auto":  # the run's own, wherever it began
+        moved = replace(moved, engine=replace(moved.engine, precision=stored.engine.precision))
     for path, before, after in _fixed_differences(stored, moved):
         raise DfkdError(f"--resume: {path} is {before!r} in {folder.recipe}, and cannot become {after!r} in the middle of a run")
     return moved

@@ -21,6 +21,8 @@ from dfkd_fast.cli import app
 from dfkd_fast.report import read_run
 
 ARTEFACTS = Path(__file__).parent / "artefacts"
+pytestmark = pytest.mark.filterwarnings("ignore::dfkd_fast.renamed.RenamedKeyWarning")
+
 RUNS = sorted(path.parent for path in ARTEFACTS.glob("*/*/finished"))
 
 
@@ -56,7 +58,7 @@ def test_there_are_artefacts() -> None:
 
 
 def test_a_recipe_file_is_what_the_run_was_told(old: Path) -> None:
-    written = load_recipe(str(old / f"tiny-{old.name}.toml"), {"loop.precision": "fp32"})
+    written = load_recipe(str(old / f"tiny-{old.name}.toml"), {"engine.precision": "fp32"})
     assert written == load_recipe(str(old / "finished" / "recipe.toml"))
 
 

@@ -166,7 +166,7 @@ def precisions_written(folder: Path) -> set[Any]:
     recipes = [(folder / "recipe.toml").read_text(), *(read_metadata(path)["recipe"] for path in folder.glob("*.safetensors"))]
     checkpoints = [torch.load(path, weights_only=True)["training"] for path in (folder / "checkpoints").glob("*.pt")]
     return {
-        *(tomllib.loads(recipe)["loop"]["precision"] for recipe in recipes),
+        *(tomllib.loads(recipe)["engine"]["precision"] for recipe in recipes),
         *(training["precision"]["name"] for training in checkpoints),
         *(json.loads(path.read_text())["precision"] for path in folder.glob("summary.json")),
     }
@@ -189,11 +189,11 @@ def test_a_run_keeps_the_precision_of_the_gpu_it_began_on(run: Run, tiny_run: Pa
         assert run("distill", "digits", "--out", "b", *TINY).code == 130
     assert precisions_written(Path("b")) == {"bf16"}
 
-    assert run("distill", "digits", "--out", "b", "--resume", "--set", "loop.precision=auto").code == 0
+    assert run("distill", "digits", "--out", "b", "--resume", "--set", "engine.precision=auto").code == 0
     assert precisions_written(Path("b")) == {"bf16"}
-    said = run("distill", "digits", "--out", "b", "--resume", "--set", "loop.precision=fp32")
+    said = run("distill", "digits", "--out", "b", "--resume", "--set", "engine.precision=fp32")
     assert said.code == 2
-    assert "loop.precision is 'bf16'" in said.err
+    assert "engine.precision is 'bf16'" in said.err
 
 
 def test_a_finished_run_can_be_resumed_without_harm(run: Run, tiny_run: Path) -> None:

@@ -115,7 +115,7 @@ def test_weights_that_no_encoder_can_begin_with_are_refused_before_there_is_a_fo
 
 def test_a_student_can_begin_with_its_teachers_first_layers(run: Run, tmp_path: Path) -> None:
     models = ["--set", "teacher.model=lraspp:mobilenetv3_small_050", "--set", "student.model=lraspp:mobilenetv3_small_050/4"]
-    options = [*models, "--set", "student.encoder_weights=teacher", "--set", "student_optimizer.lr=1e-12", "--set", "loop.precision=fp32"]
+    options = [*models, "--set", "student.encoder_weights=teacher", "--set", "student_optimizer.lr=1e-12", "--set", "engine.precision=fp32"]
     said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *options)
     assert said.code == 0, said.err
     student, teacher = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("student", "teacher"))

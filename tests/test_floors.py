@@ -14,7 +14,7 @@ ROOT = Path(dfkd_fast.__file__).parent
 FLOORS = [
     {"kernels"},
     {"errors", "settings", "files", "interrupt", "doctor", "distributed"},
-    {"locks"},
+    {"locks", "renamed"},
     {"models"},
     {"data", "methods"},
     {"evaluation"},

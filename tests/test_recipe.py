@@ -33,7 +33,7 @@ def test_shipped_recipe_is_printed_completely_and_read_back_equal(name: str) -> 
         ("loop.epoch", 3, "unknown key 'loop.epoch': did you mean 'loop.epochs'?"),
         ("lop", {}, "unknown key 'lop': did you mean 'loop'?"),
         ("loop", 3, "loop = 3: must be a section"),
-        ("loop.channels_last", 1, "loop.channels_last = 1: must be true or false"),
+        ("engine.channels_last", 1, "engine.channels_last = 1: must be true or false"),
         ("replay.ema_decay", 1.5, "replay.ema_decay = 1.5: must be a number ≥ 0 and ≤ 1"),
         ("replay.kind", "ema", "replay.kind = 'ema': unknown choice 'ema': did you mean 'ema_generator'?"),
         ("objective.discrepancy", "l2", "there are js, kl, l1"),

@@ -134,26 +134,26 @@ def contenders(
     }
     if device.type == "cpu":
         builders["plain, memory kept"] = lambda: _plain(recipe, device, "fp32", compiled=False, keep_memory=keep_memory)
-    textbook = dict.fromkeys(("loop.channels_last", "loop.fold_teacher", "loop.capture"), False) | {"loop.precision": "fp32"}
+    textbook = dict.fromkeys(("engine.channels_last", "engine.fold_teacher", "engine.capture"), False) | {"engine.precision": "fp32"}
     # What each adds to those before it.
     features: list[tuple[str, dict[str, Any]]] = [
         ("+ no wasted work", textbook),
-        ("+ channels-last", {"loop.channels_last": True}),
+        ("+ channels-last", {"engine.channels_last": True}),
         ("+ transposed convolution", {"textbook": False}),
         ("+ fused kernels", {"kernels": True}),
-        ("+ folded teacher", {"loop.fold_teacher": True}),
+        ("+ folded teacher", {"engine.fold_teacher": True}),
     ]
     if device.type == "cpu":
-        features[2:2] = [("+ chosen algorithms", {"algorithms": True}), ("+ kept memory", {"loop.keep_memory": keep_memory})]
+        features[2:2] = [("+ chosen algorithms", {"algorithms": True}), ("+ kept memory", {"engine.keep_memory": keep_memory})]
     if precision != "fp32":
-        features.append(("+ precision", {"loop.precision": precision}))
+        features.append(("+ precision", {"engine.precision": precision}))
     if graphs or (graphs is None and device.type == "cuda"):
         features[-1] = ("engine, eager", features[-1][1])
-        features.append(("+ CUDA graphs", {"loop.capture": True}))
+        features.append(("+ CUDA graphs", {"engine.capture": True}))
     features[-1] = ("engine", features[-1][1])
     if compiled_engine:
-        features.append(("engine, compiled", {"loop.compile": True}))
-    changes: dict[str, Any] = {"textbook": True, "kernels": False, "algorithms": False, "loop.keep_memory": False}
+        features.append(("engine, compiled", {"engine.compile": True}))
+    changes: dict[str, Any] = {"textbook": True, "kernels": False, "algorithms": False, "engine.keep_memory": False}
     for name, switched in features:
         changes = changes | switched
         builders[name] = partial(_engine, recipe, device, changes)
@@ -190,7 +190,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
             _use_default_convolutions(network)
     marks = Marks(device)
     trainer.clock = _MarkingClock(device, marks)
-    captured = device.type == "cuda" and trainer.method.loop.capture
+    captured = device.type == "cuda" and trainer.method.engine.capture
 
     def run(iterations: int) -> Times:
         with nullcontext() if kernels else use_backend("reference"):

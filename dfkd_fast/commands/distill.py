@@ -116,11 +116,11 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
                 trainer.result(images.to(memory_format=torch.channels_last))
 
     # What a recipe may ask of a batch of its own.
-    smallest = max(2, recipe.loop.micro_batches, recipe.replay.rows, recipe.replay.vae.fresh_rows)
+    smallest = max(2, recipe.engine.micro_batches, recipe.replay.rows, recipe.replay.vae.fresh_rows)
     size = largest_batch_size(attempt, smallest)
     if size == 0:
         raise DfkdError(
-            f"--fit: not even a batch of {smallest} fits: choose smaller networks, loop.micro_batches or generator.checkpointing"
+            f"--fit: not even a batch of {smallest} fits: choose smaller networks, engine.micro_batches or generator.checkpointing"
         )
     console.print(f"--fit: loop.batch_size = {size} (the recipe has {recipe.loop.batch_size})", highlight=False)
     return replace(recipe, loop=replace(recipe.loop, batch_size=size))
@@ -217,7 +217,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "device_name": device_name(run.device),
         "versions": _versions(),
         "seed": run.recipe.seed,
-        "precision": run.recipe.loop.precision,
+        "precision": run.recipe.engine.precision,
         "metric": run.recipe.data.metric,
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,

@@ -1,7 +1,7 @@
 """The loop: one student step, one generator step, and the trainer that alternates them."""
 
-from .method import Loop, Method
+from .method import Engine, Loop, Method
 from .optim import Optimizer
 from .trainer import Epoch, Trainer
 
-__all__ = ["Epoch", "Loop", "Method", "Optimizer", "Trainer"]
+__all__ = ["Engine", "Epoch", "Loop", "Method", "Optimizer", "Trainer"]

@@ -115,7 +115,7 @@ def _check_trainable(role: str, network: nn.Module) -> None:
             called, given = (str(dtype).removeprefix("torch.") for dtype in (expected, parameter.dtype))
             raise DfkdError(
                 f"the {role}'s weights must be {called}, and {name} is {given}: "
-                "convert it with .float(); loop.precision sets what it computes in"
+                "convert it with .float(); engine.precision sets what it computes in"
             )
 
 

@@ -12,7 +12,7 @@ from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
 from .optim import Optimizer
 from .precision import PrecisionSetting, resolve_precision
 
-__all__ = ["Loop", "Method", "differences", "method_to_dict", "resolved"]
+__all__ = ["Engine", "Loop", "Method", "differences", "method_to_dict", "resolved"]
 
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
@@ -25,9 +25,6 @@ class Loop:
     iterations_per_epoch: PositiveInt = 50
     batch_size: PositiveInt = 256
     """Fresh samples a step, of each process."""
-    micro_batches: PositiveInt = 1
-    """Pieces that a batch goes through the student and the generator in, for the memory of one. Their gradients add up to the
-    whole batch's, but for batch norms in training and terms that are no means over samples (bn_moments, entropy, log_l1)."""
     student_steps: PositiveInt = 5
     """Imitation steps an iteration, each on new samples; DFAD's k."""
     generator_steps: PositiveInt = 1
@@ -37,21 +34,6 @@ class Loop:
     """Steps the generator takes before the first iteration, without the adversary's term (MAD)."""
     student_in_generator_step: Literal["train", "eval"] = "train"
     """Mode of the student while the generator learns: DFAD trains through its batch statistics."""
-    channels_last: Flag = True
-    """Memory layout of networks and images. The function is the same, the rounding is not."""
-    sync_batch_norm: Flag = False
-    """On several GPUs, batch norms in training see the batch of all processes (torch.nn.SyncBatchNorm)."""
-    precision: PrecisionSetting = "auto"
-    """What networks compute in, under autocast; weights, averages and logits are float32 always. ``auto`` is ``bf16`` on a GPU
-    that computes in it, else ``fp32``; a run keeps what it was when it began. ``fp16`` scales the losses."""
-    fold_teacher: Flag = True
-    """Fold the teacher's batch norms into its convolutions. The function is the same, the rounding is not."""
-    compile: Flag = False
-    """Compile teacher, student and generators with torch.compile, for the steps; evaluation runs them as they are."""
-    keep_memory: Flag = True
-    """On a CPU, let the process keep the memory it frees: the system clears every page of a large block anew at every step."""
-    capture: Flag = True
-    """On a GPU, replay steps as CUDA graphs."""
     student_ema_decay: Fraction = 0.0
     """Of an average of the student, which is then what is evaluated and kept; 0 for none."""
     drift_samples: Count = 0
@@ -62,10 +44,39 @@ class Loop:
 
 
 @settings
+class Engine:
+    """Recipe section ``[engine]``: how the steps are computed, one switch a pass over the networks or the loop."""
+
+    precision: PrecisionSetting = "auto"
+    """What networks compute in, under autocast; weights, averages and logits are float32 always. ``auto`` is ``bf16`` on a GPU
+    that computes in it, else ``fp32``; a run keeps what it was when it began. ``fp16`` scales the losses."""
+    channels_last: Flag = True
+    """Memory layout of networks and images. The function is the same, the rounding is not."""
+    cpu_convolutions: Flag = True
+    """On a CPU, let every channels-last convolution choose its algorithm. The function is the same, the rounding is not."""
+    fuse_norm_act: Flag = True
+    """Compute batch norm and leaky ReLU of the generators as one kernel. The function is the same, the rounding is not."""
+    fold_teacher: Flag = True
+    """Fold the teacher's batch norms into its convolutions. The function is the same, the rounding is not."""
+    sync_batch_norm: Flag = False
+    """On several GPUs, batch norms in training see the batch of all processes (torch.nn.SyncBatchNorm)."""
+    micro_batches: PositiveInt = 1
+    """Pieces that a batch goes through the student and the generator in, for the memory of one. Their gradients add up to the
+    whole batch's, but for batch norms in training and terms that are no means over samples (bn_moments, entropy, log_l1)."""
+    compile: Flag = False
+    """Compile teacher, student and generators with torch.compile, for the steps; evaluation runs them as they are."""
+    capture: Flag = True
+    """On a GPU, replay steps as CUDA graphs."""
+    keep_memory: Flag = True
+    """On a CPU, let the process keep the memory it frees: the system clears every page of a large block anew at every step."""
+
+
+@settings
 class Method:
     """What a :class:`~dfkd_fast.Trainer` needs beside the networks. The defaults are DFAD's (arXiv 1912.11006)."""
 
     loop: Loop = field(default_factory=Loop)
+    engine: Engine = field(default_factory=Engine)
     objective: Objective = field(default_factory=Objective)
     replay: Replay = field(default_factory=Replay)
     update: Update = field(default_factory=Update)
@@ -75,16 +86,18 @@ class Method:
     def __post_init__(self) -> None:
         if self.update.retains and not self.replay.replays:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
-        if self.loop.precision == "fp16" and (self.update.retains or (self.replay.replays and self.replay.kind == "vae")):
-            raise ValueError("loop.precision = 'fp16': not with replay.kind 'vae' nor with first-order or second-order updates; use 'bf16'")
-        batch_size, pieces = self.loop.batch_size, self.loop.micro_batches
+        if self.engine.precision == "fp16" and (self.update.retains or (self.replay.replays and self.replay.kind == "vae")):
+            raise ValueError(
+                "engine.precision = 'fp16': not with replay.kind 'vae' nor with first-order or second-order updates; use 'bf16'"
+            )
+        batch_size, pieces = self.loop.batch_size, self.engine.micro_batches
         if pieces > 1 and self.update.retains:
             raise ValueError(
-                f"loop.micro_batches = {pieces}: not with update.kind {self.update.kind!r}, which differentiates a batch twice"
+                f"engine.micro_batches = {pieces}: not with update.kind {self.update.kind!r}, which differentiates a batch twice"
             )
         least = min(batch_size, self.replay.rows_of(batch_size)) if self.replay.replays else batch_size
         if pieces > least:
-            raise ValueError(f"loop.micro_batches = {pieces}: fresh or replayed samples are {least} only, and every piece needs some")
+            raise ValueError(f"engine.micro_batches = {pieces}: fresh or replayed samples are {least} only, and every piece needs some")
         if self.replay.kind == "memory_bank" and self.replay.rows > batch_size:
             raise ValueError(f"replay.rows = {self.replay.rows}: a bank stores rows of a fresh batch, of which there are {batch_size}")
         if self.replay.kind == "vae" and self.replay.vae.fresh_rows > batch_size:
@@ -95,7 +108,7 @@ class Method:
             )
 
 
-FREE = {"loop.evaluate_every", "loop.drift_samples", "loop.keep_memory", "loop.capture"}
+FREE = {"loop.evaluate_every", "loop.drift_samples", "engine.keep_memory", "engine.capture"}
 """What may differ when a training goes on: it changes no weight."""
 
 
@@ -115,5 +128,5 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 
 
 def resolved(method: AnyMethod, device: torch.device) -> AnyMethod:
-    """The method, or recipe, with ``loop.precision`` as it is on a device."""
-    return replace(method, loop=replace(method.loop, precision=resolve_precision(method.loop.precision, device)))
+    """The method, or recipe, with ``engine.precision`` as it is on a device."""
+    return replace(method, engine=replace(method.engine, precision=resolve_precision(method.engine.precision, device)))

@@ -114,6 +114,6 @@ class Precision:
         """
         # Not in checkpoints of before "auto", whose recipe beside them names it.
         if (name := state.get("name", self.name)) != self.name:
-            raise DfkdError(f"loop.precision = {self.name!r}: the state is of a run in {name!r}, and goes on in that")
+            raise DfkdError(f"engine.precision = {self.name!r}: the state is of a run in {name!r}, and goes on in that")
         for role, scaler in self.scalers.items():
             scaler.load_state_dict(state[role])

@@ -72,7 +72,7 @@ def student_step(game: Game, step: int = 0) -> dict[str, Tensor]:
         game.method.objective,
         autocast=precision.autocast,
         scale=lambda loss: precision.scale("student", loss),
-        micro_batches=game.method.loop.micro_batches,
+        micro_batches=game.method.engine.micro_batches,
     )
     precision.step("student", game.student_optimizer)
     if game.average is not None:
@@ -93,7 +93,7 @@ def generator_step(game: Game, *, adversarial: bool = True) -> dict[str, Tensor]
         game: who plays.
         adversarial: False for a step of the pretraining, which leaves the student alone.
     """
-    pieces, precision = game.method.loop.micro_batches, game.precision
+    pieces, precision = game.method.engine.micro_batches, game.precision
     z = _draw_latents(game)
     weights = list(game.generator.parameters())
     game.generator_optimizer.zero_grad()
@@ -161,4 +161,4 @@ def _draw_latents(game: Game) -> Tensor:
 
 
 def _layout(method: Method) -> torch.memory_format:
-    return torch.channels_last if method.loop.channels_last else torch.contiguous_format
+    return torch.channels_last if method.engine.channels_last else torch.contiguous_format

@@ -35,6 +35,7 @@ from dfkd_fast.models import (
     sharing_copy,
     use_cpu_convolutions,
 )
+from dfkd_fast.renamed import current_keys
 
 from .capture import Steps, preserved
 from .checkpoint import cpu_copy
@@ -86,7 +87,7 @@ class Trainer:
         device: where the networks are moved.
         on_iteration: called after every iteration, for a progress bar.
 
-    The networks are moved to the device and to the memory format of ``loop.channels_last``. What else is done to them for speed is
+    The networks are moved to the device and to the memory format of ``engine.channels_last``. What else is done to them for speed is
     done to copies of their modules that share their parameters, buffers and hooks: their classes and modes stay as they are, and
     setting a mode of :attr:`student` has no effect on the steps. What callbacks draw, switch off or freeze is undone after them; an
     ambient autocast, ``no_grad`` or inference mode does not reach the steps.
@@ -109,7 +110,7 @@ class Trainer:
     ) -> None:
         self.device = torch.device(device)
         self.method = method = resolved(method or Method(), self.device)
-        if method.loop.keep_memory and self.device.type == "cpu":
+        if method.engine.keep_memory and self.device.type == "cpu":
             keep_freed_memory()
         self.evaluate = evaluate
         self.on_iteration = on_iteration
@@ -130,7 +131,7 @@ class Trainer:
         ]
         self.fresh_stream = random_stream(seed, "fresh", self.device)
         self.replay_stream = random_stream(seed, "replay", self.device)
-        self.precision = Precision(method.loop.precision, self.device)
+        self.precision = Precision(method.engine.precision, self.device)
         self.remarks: list[str] = []
         """What was asked for and is done another way, a line each."""
         self.clock = Clock(self.device)
@@ -144,10 +145,10 @@ class Trainer:
         self._stopping = False
         self._game = self._set_up(frozen, *shapes, seed)
         self.memory = self._game.memory
-        self._steps = Steps(self._game, method.loop.capture, self.remarks.append, Compiled(self._called_networks()))
-        if method.loop.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
+        self._steps = Steps(self._game, method.engine.capture, self.remarks.append, Compiled(self._called_networks()))
+        if method.engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
             self.remarks.append(
-                "loop.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
+                "engine.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
             )
         self.drift = Drift(method.loop.drift_samples)
 
@@ -327,7 +328,7 @@ class Trainer:
                 f"the state is of a run with another teacher: of sha256 {teacher[:12]}, and this one's is {self.teacher_sha256[:12]}"
             )
         # Not in states of before it was recorded.
-        for path, theirs, ours in differences(state.get("method", {}), method_to_dict(self.method)):
+        for path, theirs, ours in differences(current_keys(state.get("method", {}), "the state"), method_to_dict(self.method)):
             raise DfkdError(f"{path} = {ours!r}: the state is of a run with {theirs!r}")
         if len(state["processes"]) != distributed.world_size():
             raise DfkdError(f"the state is of {len(state['processes'])} processes, and here are {distributed.world_size()}")
@@ -361,28 +362,29 @@ class Trainer:
     def _place(self, network: nn.Module) -> nn.Module:
         """The network itself, on the device, in the memory format of the run."""
         network.to(self.device)
-        return network.to(memory_format=torch.channels_last) if self.method.loop.channels_last else network
+        return network.to(memory_format=torch.channels_last) if self.method.engine.channels_last else network
 
     def _adapt(self, network: nn.Module) -> nn.Module:
         """A working copy, in place as the steps are fastest with it; returns it."""
         keep_spectral_norms_in_float32(network)
-        if self.device.type == "cpu" and self.method.loop.channels_last:
+        if self.device.type == "cpu" and self.method.engine.cpu_convolutions:
             use_cpu_convolutions(network)
         return network
 
     def _working_student(self, network: nn.Module) -> nn.Module:
         """A student or generator in training mode as the steps call it; it shares all tensors with the network."""
-        loop, working = self.method.loop, self._adapt(sharing_copy(network)).train()
-        if loop.sync_batch_norm and distributed.world_size() > 1:
+        working = self._adapt(sharing_copy(network)).train()
+        if self.method.engine.sync_batch_norm and distributed.world_size() > 1:
             if self.device.type != "cuda":
-                raise DfkdError("loop.sync_batch_norm = true: PyTorch's SyncBatchNorm works on GPUs only")
+                raise DfkdError("engine.sync_batch_norm = true: PyTorch's SyncBatchNorm works on GPUs only")
             working = nn.SyncBatchNorm.convert_sync_batchnorm(working)
         return working
 
     def _set_up(self, frozen: nn.Module, image_shape: torch.Size, logits_shape: torch.Size, seed: int) -> Game:
         loop, objective = self.method.loop, self.method.objective
         generator = self._working_student(self.generator)
-        fuse_leaky_relus(generator, every_norm=self.device.type == "cuda")
+        if self.method.engine.fuse_norm_act:
+            fuse_leaky_relus(generator, every_norm=self.device.type == "cuda")
         embedding = getattr(generator, "embedding", None)
         if objective.class_nll and len(logits_shape) > 1:
             raise DfkdError(f"objective.class_nll = {objective.class_nll}: is of one class an image, and the teacher gives logits a pixel")
@@ -390,7 +392,7 @@ class Trainer:
             raise DfkdError("objective.class_nll and objective.embedding_norm need a conditional generator (generator.conditional = true)")
         if embedding is not None and embedding.num_embeddings > logits_shape[0]:
             raise DfkdError(f"the generator has {embedding.num_embeddings} class embeddings, the teacher {logits_shape[0]} classes")
-        layout = torch.channels_last if loop.channels_last else torch.contiguous_format
+        layout = torch.channels_last if self.method.engine.channels_last else torch.contiguous_format
         rows = loop.batch_size + (self.method.replay.rows_of(loop.batch_size) if self.method.replay.replays else 0)
         images = torch.zeros(rows, *image_shape, device=self.device, dtype=self.precision.images).to(memory_format=layout)
         sample = _sample(generator, 4, self.device)
@@ -403,7 +405,7 @@ class Trainer:
         for role, network in (("teacher", teacher), ("student", student)):
             if self.precision.rounds_logits(network, sample):
                 self.remarks.append(
-                    f"loop.precision: the {role}'s logits are rounded to {self.precision.name}: its forward makes them, not a layer"
+                    f"engine.precision: the {role}'s logits are rounded to {self.precision.name}: its forward makes them, not a layer"
                 )
         logits = torch.empty(rows, *logits_shape, device=self.device)
         if logits.ndim == 4:
@@ -434,7 +436,7 @@ class Trainer:
     def _working_teacher(self, frozen: nn.Module, images: Tensor) -> nn.Module:
         """The teacher as the steps call it: folded where that changes nothing, its weights in the run's precision."""
         teacher = logits_only(self._adapt(frozen), images)
-        if self.method.loop.fold_teacher and any(map(has_running_statistics, teacher.modules())):
+        if self.method.engine.fold_teacher and any(map(has_running_statistics, teacher.modules())):
             try:
                 teacher = self._adapt(self._place(folded_and_checked(teacher, images)))
             except FoldingError as error:
@@ -444,8 +446,8 @@ class Trainer:
         return teacher
 
     def _called_networks(self) -> Iterator[nn.Module]:
-        """What the steps call and ``loop.compile`` asks to compile."""
-        if not self.method.loop.compile:
+        """What the steps call and ``engine.compile`` asks to compile."""
+        if not self.method.engine.compile:
             return
         game = self._game
         yield from (game.teacher, game.observer.network)

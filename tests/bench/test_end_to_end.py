@@ -64,15 +64,15 @@ def test_the_features_are_switched_on_one_after_another(monkeypatch: pytest.Monk
             build()
     differences = [{key for key in seen[-1] if before.get(key) != after.get(key)} for before, after in itertools.pairwise(seen)]
     assert differences == [
-        {"loop.channels_last"},
+        {"engine.channels_last"},
         {"algorithms"},
-        {"loop.keep_memory"},
+        {"engine.keep_memory"},
         {"textbook"},
         {"kernels"},
-        {"loop.fold_teacher"},
-        {"loop.precision"},
-        {"loop.capture"},
-        {"loop.compile"},
+        {"engine.fold_teacher"},
+        {"engine.precision"},
+        {"engine.capture"},
+        {"engine.compile"},
     ]
     names = list(contenders.contenders(tiny(), CPU, "bf16", graphs=True))
     assert names[-3:] == ["+ folded teacher", "engine, eager", "engine"]

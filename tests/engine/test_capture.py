@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd_fast import Loop, Method, Optimizer, Replay, Trainer
+from dfkd_fast import Engine, Loop, Method, Optimizer, Replay, Trainer
 from dfkd_fast.engine import capture as captures
 from dfkd_fast.engine.capture import Steps, preserved
 from dfkd_fast.engine.steps import generator_step, student_step
@@ -26,7 +26,8 @@ MakeTrainer = Callable[..., Trainer]
 
 def method(replay: Replay, kind: str) -> Method:
     return Method(
-        loop=Loop(batch_size=4, epochs=1, iterations_per_epoch=2, student_steps=2, student_ema_decay=0.9, channels_last=False),
+        loop=Loop(batch_size=4, epochs=1, iterations_per_epoch=2, student_steps=2, student_ema_decay=0.9),
+        engine=Engine(channels_last=False),
         replay=replay,
         student_optimizer=Optimizer(kind=kind, lr=0.01),  # type: ignore[arg-type]
         generator_optimizer=Optimizer(kind="adam", lr=1e-3),
@@ -264,7 +265,8 @@ def test_a_learning_rate_that_a_graph_would_not_see_change_is_not_captured(make_
 def rehearsal(kind: str) -> Method:
     options: dict[str, Any] = {"memory_bank": {"every": 1}, "vae": {"latent_dim": 8, "width": 4, "steps": 2}}
     return Method(
-        loop=Loop(batch_size=8, epochs=2, iterations_per_epoch=1, student_steps=3, generator_pretraining=1, channels_last=False),
+        loop=Loop(batch_size=8, epochs=2, iterations_per_epoch=1, student_steps=3, generator_pretraining=1),
+        engine=Engine(channels_last=False),
         objective={"one_hot": 1.0},  # type: ignore[arg-type]
         replay={"kind": kind} | options,  # type: ignore[arg-type]
         student_optimizer=Optimizer(lr=0.01),

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from dfkd_fast import Loop, Method, Objective, Optimizer, Trainer
+from dfkd_fast import Method, Objective, Optimizer, Trainer
 from dfkd_fast.engine.compilation import Compiled
 from dfkd_fast.models import GeneratorA, GeneratorB, GeneratorSettings, build_generator, build_model, fold, freeze
-from tests.small import Networks
+from tests.small import Networks, loop_and_engine
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -154,7 +154,7 @@ def networks(generator: nn.Module) -> Networks:
 def method(replay: dict[str, Any], **changes: Any) -> Method:
     loop = {"batch_size": 8, "epochs": 2, "iterations_per_epoch": 2, "student_steps": 1, "compile": True, "generator_pretraining": 2}
     return Method(
-        loop=Loop(**loop | changes),
+        **loop_and_engine(**loop | changes),
         objective=Objective(bn_moments=1.0, activation=0.1),
         replay=replay,  # type: ignore[arg-type]
         student_optimizer=Optimizer(lr=0.01),

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from dfkd_fast import Loop, Method, Trainer
+from dfkd_fast import Engine, Loop, Method, Trainer
 from dfkd_fast.engine import trainer as trainers
 from dfkd_fast.engine.device import Clock, cudnn_benchmark, peak_memory_bytes
 from tests.small import small_method, small_networks
@@ -56,7 +56,7 @@ def test_freed_memory_stays_with_a_process_that_asked_for_it(how: str, kept: boo
 def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(keep_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(trainers, "keep_freed_memory", lambda: asked.append(True))
-    Trainer(*small_networks(), Method(loop=Loop(batch_size=2, keep_memory=keep_memory)))
+    Trainer(*small_networks(), Method(loop=Loop(batch_size=2), engine=Engine(keep_memory=keep_memory)))
     assert asked == [True] * keep_memory
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast import Loop, Method, Optimizer, Trainer
+from dfkd_fast import Engine, Loop, Method, Optimizer, Trainer
 from dfkd_fast.models import BatchNormLeakyReLU2d
 from tests.small import small_networks
 
@@ -32,9 +32,8 @@ def method(replay: dict[str, Any], update: str, *, capture: bool, precision: str
             iterations_per_epoch=3,
             student_steps=2,
             student_ema_decay=0.9,
-            capture=capture,
-            precision=precision,  # type: ignore[arg-type]
         ),
+        engine=Engine(capture=capture, precision=precision),  # type: ignore[arg-type]
         replay=replay,  # type: ignore[arg-type]
         update={"kind": update, "inner_lr": 0.01},  # type: ignore[arg-type]
         objective={"bn_moments": 1.0},  # type: ignore[arg-type]
@@ -76,7 +75,7 @@ def test_a_captured_run_equals_the_eager_run(make_trainer: MakeTrainer, replay: 
 @pytest.mark.usefixtures("deterministic")
 def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer) -> None:
     eager = method({"kind": "ema_generator"}, "plain", capture=False)
-    compiled = replace(eager, loop=replace(eager.loop, capture=True, compile=True))
+    compiled = replace(eager, engine=replace(eager.engine, capture=True, compile=True))
     theirs, ours = (run(make_trainer, chosen) for chosen in (eager, compiled))
     assert ours.remarks == theirs.remarks == []
     for one, other in zip(ours.history, theirs.history, strict=True):

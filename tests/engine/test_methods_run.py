@@ -10,11 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dfkd_fast import DfkdError, Loop, Method, NonFiniteLossError, Objective, Optimizer, Replay, Trainer, Update
+from dfkd_fast import DfkdError, Method, NonFiniteLossError, Objective, Optimizer, Replay, Trainer, Update
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.methods import BankSettings, MemoryBank, VaeSettings
 from dfkd_fast.models import GeneratorSettings, build_generator
-from tests.small import Networks, small_networks
+from tests.small import Networks, loop_and_engine, small_networks
 from tests.states import assert_equal, through_a_file, without_times
 
 MakeTrainer = Callable[..., Trainer]
@@ -40,7 +40,7 @@ def method(
     *, replay: str | Replay = "none", update: Any = "plain", objective: Objective | None = None, generator_lr: float = 1e-3, **loop: Any
 ) -> Method:
     return Method(
-        loop=Loop(**{"epochs": 2, "iterations_per_epoch": 2, "batch_size": 8, "student_steps": 2, "channels_last": False, **loop}),
+        **loop_and_engine(**{"epochs": 2, "iterations_per_epoch": 2, "batch_size": 8, "student_steps": 2, "channels_last": False, **loop}),
         replay=REPLAYS[replay] if isinstance(replay, str) else replay,
         update=Update(kind=update, inner_lr=0.01),
         objective=objective or Objective(),

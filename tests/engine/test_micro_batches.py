@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from dfkd_fast import Loop, Method, Objective, Replay, Trainer, Update
+from dfkd_fast import Engine, Loop, Method, Objective, Replay, Trainer, Update
 from dfkd_fast.methods import Batch, Part
 from dfkd_fast.models import LeNet5, build_generator
 from dfkd_fast.models.generators import GeneratorSettings
@@ -30,7 +30,8 @@ class Conditional(nn.Module):
 
 def method(pieces: int, update: str = "plain", replay: str = "ema_generator") -> Method:
     return Method(
-        loop=Loop(batch_size=7, micro_batches=pieces),
+        loop=Loop(batch_size=7),
+        engine=Engine(micro_batches=pieces),
         objective=Objective(one_hot=0.5, class_nll=1.0, embedding_norm=0.3),
         replay=Replay(kind=replay, rows=5, weight=0.7),  # type: ignore[arg-type]
         update=Update(kind=update),  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def test_classes_modes_and_hooks_of_the_given_networks_are_never_touched(precisi
     before = list(map(described, given))
     during: list[bool] = []
     method = small_method(replay=Replay(kind="ema_generator"), channels_last=True)
-    method = replace(method, loop=replace(method.loop, precision=precision))
+    method = replace(method, engine=replace(method.engine, precision=precision))
     trainer = Trainer(*given, method, evaluate=lambda student: 0.0)
     trainer.on_iteration = lambda trainer: during.append(list(map(described, given)) == before)
     trainer.fit()

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
-from dfkd_fast import DfkdError, Loop, Method, Objective, Optimizer, Replay, Trainer
+from dfkd_fast import DfkdError, Engine, Loop, Method, Objective, Optimizer, Replay, Trainer
 from dfkd_fast.engine.method import resolved
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.models.norms import SpectralNorm
-from tests.small import Networks, small_networks
+from tests.small import Networks, loop_and_engine, small_networks
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -26,7 +26,7 @@ def networks() -> Networks:
 
 def method(precision: Any, **changes: Any) -> Method:
     return Method(
-        loop=Loop(batch_size=16, epochs=1, iterations_per_epoch=1, student_steps=1, precision=precision, **changes),
+        **loop_and_engine(batch_size=16, epochs=1, iterations_per_epoch=1, student_steps=1, precision=precision, **changes),
         student_optimizer=Optimizer(lr=0.01),
         generator_optimizer=Optimizer(lr=0.01),
     )
@@ -68,7 +68,8 @@ def test_a_step_in_bf16_errs_no_more_than_plain_autocast(make_trainer: MakeTrain
 @pytest.mark.parametrize("ambient", [False, True])
 def test_every_step_in_bf16_computes_with_the_weights_that_the_step_before_left(make_trainer: MakeTrainer, ambient: bool) -> None:
     chosen = Method(
-        loop=Loop(batch_size=16, epochs=1, iterations_per_epoch=2, student_steps=3, precision="bf16"),
+        loop=Loop(batch_size=16, epochs=1, iterations_per_epoch=2, student_steps=3),
+        engine=Engine(precision="bf16"),
         replay=Replay(kind="ema_generator"),
         student_optimizer=Optimizer(lr=0.1),
         generator_optimizer=Optimizer(lr=0.1),
@@ -98,7 +99,9 @@ def test_spectral_norms_of_a_users_networks_are_left_alone_by_autocast(make_trai
 
 def test_weights_averages_and_optimiser_states_stay_float32_in_bf16(make_trainer: MakeTrainer) -> None:
     chosen = method("bf16", student_ema_decay=0.9)
-    chosen = Method(loop=chosen.loop, replay=Replay(kind="ema_generator"), student_optimizer=Optimizer(kind="adam", lr=1e-3))
+    chosen = Method(
+        loop=chosen.loop, engine=chosen.engine, replay=Replay(kind="ema_generator"), student_optimizer=Optimizer(kind="adam", lr=1e-3)
+    )
     trainer = make_trainer(chosen, networks=networks())
     trainer.fit()
     assert trainer.average is not None and trainer.memory is not None and trainer.memory.generator is not None
@@ -139,7 +142,9 @@ def test_a_students_gradient_in_bf16_is_that_of_float32_logits_of_the_same_featu
         bias = dict(student[head].named_parameters())["bias"]
         bias.add_(gap * torch.randn(10))
     chosen = method("bf16", micro_batches=micro_batches)
-    chosen = Method(loop=chosen.loop, objective=Objective(discrepancy=discrepancy), student_optimizer=chosen.student_optimizer)
+    chosen = Method(
+        loop=chosen.loop, engine=chosen.engine, objective=Objective(discrepancy=discrepancy), student_optimizer=chosen.student_optimizer
+    )
     trainer = make_trainer(chosen, networks=(teacher, student, small_networks()[2]))
     features: list[Tensor] = []
 
@@ -183,7 +188,8 @@ def test_no_logits_are_rounded_before_they_are_compared(
 
     monkeypatch.setattr(Objective, "_discrepancy", record)
     chosen = Method(
-        loop=Loop(batch_size=16, epochs=2, iterations_per_epoch=1, student_steps=1, precision="bf16"),
+        loop=Loop(batch_size=16, epochs=2, iterations_per_epoch=1, student_steps=1),
+        engine=Engine(precision="bf16"),
         objective={"bn_moments": 1.0, "activation": 1.0},  # type: ignore[arg-type]
         replay={"kind": replay, "vae": {"latent_dim": 8, "width": 4}, "memory_bank": {"every": 1}},  # type: ignore[arg-type]
         update={"kind": update, "inner_lr": 0.01},  # type: ignore[arg-type]
@@ -212,7 +218,7 @@ def test_logits_that_no_layer_makes_are_rounded_and_that_is_said(make_trainer: M
     teacher, _, generator = networks()
     trainer = make_trainer(method("bf16"), networks=(teacher, Product(), generator))
     trainer.fit()
-    assert trainer.remarks == ["loop.precision: the student's logits are rounded to bf16: its forward makes them, not a layer"]
+    assert trainer.remarks == ["engine.precision: the student's logits are rounded to bf16: its forward makes them, not a layer"]
 
 
 @pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank", "vae"])
@@ -223,7 +229,8 @@ def test_every_replay_and_update_runs_in_bf16_near_its_float32_loss(make_trainer
     losses = []
     for precision in ("fp32", "bf16"):
         chosen = Method(
-            loop=Loop(batch_size=16, epochs=1, iterations_per_epoch=1, student_steps=2, precision=precision),
+            loop=Loop(batch_size=16, epochs=1, iterations_per_epoch=1, student_steps=2),
+            engine=Engine(precision=precision),
             replay={"kind": replay, "vae": {"latent_dim": 8, "width": 4}, "memory_bank": {"every": 1}},  # type: ignore[arg-type]
             update={"kind": update, "inner_lr": 0.01},  # type: ignore[arg-type]
             student_optimizer=Optimizer(lr=0.01),
@@ -245,20 +252,20 @@ def test_auto_is_bf16_on_a_gpu_that_computes_in_it_and_float32_elsewhere(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     device = torch.device("cpu" if capability is None else "cuda")
-    assert Method().loop.precision == "auto"
+    assert Method().engine.precision == "auto"
     assert resolved(method(setting), device) == method(expected)
 
 
 def test_a_trainer_says_what_auto_is_and_a_state_of_another_precision_is_refused(make_trainer: MakeTrainer) -> None:
     automatic = make_trainer(method("auto"))
-    assert automatic.method.loop.precision == "fp32"
+    assert automatic.method.engine.precision == "fp32"
     assert automatic.precision.dtype is None
     state = make_trainer(method("bf16")).state_dict()
     before = copy.deepcopy(automatic.student.state_dict())
-    with pytest.raises(DfkdError, match=r"loop\.precision = 'fp32': the state is of a run with 'bf16'"):
+    with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32': the state is of a run with 'bf16'"):
         automatic.load_state_dict(state)
     del state["method"]  # as of earlier versions
-    with pytest.raises(DfkdError, match=r"loop\.precision = 'fp32': the state is of a run in 'bf16', and goes on in that"):
+    with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32': the state is of a run in 'bf16', and goes on in that"):
         automatic.load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in automatic.student.state_dict().items())
 
@@ -266,7 +273,7 @@ def test_a_trainer_says_what_auto_is_and_a_state_of_another_precision_is_refused
 @pytest.mark.parametrize("changes", [{"replay": {"kind": "vae"}}, {"replay": {"kind": "memory_bank"}, "update": {"kind": "first-order"}}])
 def test_fp16_is_refused_where_losses_cannot_be_scaled(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="'bf16'"):
-        Method(loop=Loop(precision="fp16"), **changes)
+        Method(engine=Engine(precision="fp16"), **changes)
 
 
 def test_scaled_losses_give_the_same_student(make_trainer: MakeTrainer) -> None:

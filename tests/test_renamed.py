@@ -1,0 +1,63 @@
+"""Keys of earlier versions."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dfkd_fast import DfkdError, load_recipe
+from dfkd_fast.renamed import RENAMED, RenamedKeyWarning, current_keys
+
+RUN = Path(__file__).parent / "artefacts" / "0.1.0" / "mad" / "finished" / "recipe.toml"
+
+
+def value_at(content: Any, path: str) -> Any:
+    for name in path.split("."):
+        content = content[name] if isinstance(content, dict) else getattr(content, name)
+    return content
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_earlier_name_is_read_as_the_present_one_and_told(old: str, new: str) -> None:
+    section, key = old.split(".")
+    with pytest.warns(RenamedKeyWarning) as told:
+        current = current_keys({section: {key: 7, "other": 1}}, "it")
+    assert [str(warning.message) for warning in told] == [f"{old} is now called {new}"]
+    assert value_at(current, new) == 7
+    assert current[section]["other"] == 1
+    assert key not in current[section]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_key_under_both_names_is_refused(old: str, new: str) -> None:
+    content: dict[str, Any] = {}
+    for path in (old, new):
+        *sections, key = path.split(".")
+        table = content
+        for name in sections:
+            table = table.setdefault(name, {})
+        table[key] = 7
+    with pytest.raises(DfkdError, match=rf"it: {old} is now called {new}, and both are given"):
+        current_keys(content, "it")
+
+
+def test_what_was_given_is_left_alone_and_other_content_is_as_it_was() -> None:
+    given = {"loop": {"epochs": 3, "capture": False}, "name": "a"}
+    with pytest.warns(RenamedKeyWarning):
+        assert current_keys(given, "it") == {"loop": {"epochs": 3}, "engine": {"capture": False}, "name": "a"}
+    assert given == {"loop": {"epochs": 3, "capture": False}, "name": "a"}
+
+
+@pytest.mark.parametrize("content", [{"loop": 3}, {"loop": {"capture": False}, "engine": 5}])
+def test_what_is_no_section_is_left_to_the_recipes_checks(content: dict[str, Any]) -> None:
+    assert current_keys(content, "it") == content
+
+
+def test_a_recipe_tells_each_renamed_key_once_however_often_it_is_read() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default", RenamedKeyWarning)
+        for _ in range(3):
+            load_recipe(str(RUN), {"loop.precision": "fp32"})
+    texts = [str(warning.message) for warning in told]
+    assert sorted(texts) == sorted(f"{old} is now called {new}" for old, new in RENAMED.items())
