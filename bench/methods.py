@@ -62,7 +62,7 @@ def measure(names: Sequence[str], device: torch.device, turns: int, command: str
             Row(
                 recipe=recipe.name,
                 fresh_rows=recipe.loop.batch_size,
-                replayed_rows=trainer.memory.rows if trainer.memory else 0,
+                replayed_rows=trainer.state.memory.rows if trainer.state.memory else 0,
                 iteration_ms=round(1e3 * statistics.median(turn[index] for turn in seconds), 3),
                 times_first=round(statistics.median(turn[index] / turn[0] for turn in seconds), 4),
                 peak_memory_mib=round(memory[index], 1),
@@ -87,16 +87,16 @@ def _trainer(recipe: Recipe, device: torch.device) -> Trainer:
     teacher, student, generator = networks(recipe)
     trainer = Trainer(teacher, student, generator, recipe, device=device)
     _seconds(trainer)
-    if trainer.memory is not None and not trainer.memory.ready:
-        trainer.memory.end_epoch(recipe.replay.memory_bank.every, trainer._game.fresh)
-        if not trainer.memory.ready:
+    if trainer.state.memory is not None and not trainer.state.memory.ready:
+        trainer.state.memory.end_epoch(recipe.replay.memory_bank.every, trainer.state.fresh)
+        if not trainer.state.memory.ready:
             raise DfkdError(f"recipe {recipe.name!r}: its memory stays empty")
     return trainer
 
 
 def _seconds(trainer: Trainer) -> float:
     begin = time.perf_counter()
-    trainer._iterate()
+    trainer.iterate()
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin
@@ -108,4 +108,4 @@ def _peak_memory(name: str, device_type: str, threads: int) -> int:
     trainer = _trainer(load_recipe(name), device)
     for _ in range(WARM_UP):
         _seconds(trainer)
-    return trainer.clock.overall_peak_bytes()  # the clock resets the allocator's peak
+    return trainer.state.clock.overall_peak_bytes()  # the clock resets the allocator's peak

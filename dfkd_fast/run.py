@@ -14,7 +14,7 @@ from rich.console import Console
 from . import distributed
 from .claim import claim_folder
 from .engine import Epoch
-from .engine.checkpoint import latest_checkpoint, load_checkpoint, load_latest, set_aside
+from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError, first_line
 from .interrupt import Interrupted, stopping_on_signals

@@ -39,7 +39,7 @@ def small_method(
 ) -> Method:
     return Method(
         loop=Loop(epochs=epochs, iterations_per_epoch=iterations, batch_size=batch_size, student_steps=student_steps),
-        engine=Engine(channels_last=channels_last, fold_teacher=fold_teacher),
+        engine=Engine(channels_last=channels_last, cpu_convolutions=channels_last, fold_teacher=fold_teacher),
         replay=replay or Replay(),
         student_optimizer=Optimizer(lr=0.01, weight_decay=5e-4, schedule="cosine"),
         generator_optimizer=Optimizer(kind="adam", lr=1e-3),

@@ -122,14 +122,14 @@ def test_without_data_a_given_teacher_is_distilled_and_nothing_evaluated(run: Ru
 
 @pytest.mark.parametrize("iteration", [1, 4])
 def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
-    iterate = Trainer._iterate
+    iterate = Trainer.iterate
 
     def interrupted(trainer: Trainer) -> None:
         iterate(trainer)
         if trainer.iterations_done == iteration:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Trainer, "_iterate", interrupted)
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
     said = run("distill", "digits", "--out", "b", "--seed", "1", *TINY)
     assert said.code == 130
     assert said.err.startswith("dfkd-fast: interrupted and saved; go on with: dfkd-fast distill digits --out b --resume")
@@ -146,7 +146,7 @@ def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkey
 
 def test_ctrl_c_that_fails_the_step_under_way_is_an_interruption_all_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where it reaches the C++ compiler, too, that torch.compile has started."""
-    iterate = Trainer._iterate
+    iterate = Trainer.iterate
 
     def interrupted(trainer: Trainer) -> None:
         if trainer.iterations_done == 3:
@@ -154,7 +154,7 @@ def test_ctrl_c_that_fails_the_step_under_way_is_an_interruption_all_the_same(ru
             raise RuntimeError("C++ compile error\nand pages of it")
         iterate(trainer)
 
-    monkeypatch.setattr(Trainer, "_iterate", interrupted)
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
     said = run("distill", "digits", "--out", "b", *TINY)
     assert said.code == 130
     assert said.err.startswith("dfkd-fast: interrupted while a step failed: C++ compile error; the last good checkpoint is b/checkpoints/")
@@ -177,14 +177,14 @@ def test_what_a_cpu_computes_in_is_written_down(tiny_run: Path) -> None:
 
 
 def test_a_run_keeps_the_precision_of_the_gpu_it_began_on(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    iterate = Trainer._iterate
+    iterate = Trainer.iterate
 
     def interrupted(trainer: Trainer) -> None:
         iterate(trainer)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_iterate", interrupted)
+        patch.setattr(Trainer, "iterate", interrupted)
         patch.setattr("dfkd_fast.engine.method.resolve_precision", lambda setting, device: "bf16" if setting == "auto" else setting)
         assert run("distill", "digits", "--out", "b", *TINY).code == 130
     assert precisions_written(Path("b")) == {"bf16"}

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dfkd_fast import Epoch, distributed
 from dfkd_fast.claim import claim_free
-from dfkd_fast.engine.checkpoint import save_checkpoint
+from dfkd_fast.engine.checkpoint_files import save_checkpoint
 from dfkd_fast.files import replacing
 from dfkd_fast.locks import LOCK, FolderInUseError, FolderLock
 from dfkd_fast.report import RunFolder, read_run

@@ -14,7 +14,8 @@ from torch import nn
 from typing_extensions import override
 
 from dfkd_fast import DfkdError, Recipe, Trainer
-from dfkd_fast.engine.device import Clock, keep_freed_memory
+from dfkd_fast.engine.clock import Clock
+from dfkd_fast.engine.device import keep_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.precision import PrecisionName
 from dfkd_fast.kernels import use_backend
@@ -184,30 +185,30 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     endless = {"loop.epochs": 1, "loop.iterations_per_epoch": MANY, "loop.generator_pretraining": 0}
     trainer = Trainer(teacher, student, generator, _changed(recipe, changes | endless), device=device)
     if not changes["algorithms"]:
-        game = trainer._game
-        replaying = () if game.memory is None else game.memory.networks
-        for network in (game.teacher, game.observer.network, game.student, game.generator, *replaying):
+        state = trainer.state
+        replaying = () if state.memory is None else state.memory.networks
+        for network in (state.teacher, state.observer.network, state.student, state.generator, *replaying):
             _use_default_convolutions(network)
     marks = Marks(device)
-    trainer.clock = _MarkingClock(device, marks)
+    trainer.state.clock = _MarkingClock(device, marks)
     captured = device.type == "cuda" and trainer.method.engine.capture
 
     def run(iterations: int) -> Times:
         with nullcontext() if kernels else use_backend("reference"):
             marks.set()
             for _ in range(iterations):
-                trainer._iterate()
+                trainer.iterate()
         phases = marks.seconds()
-        trainer.clock.read()  # clears its own events
+        trainer.state.clock.read()  # clears its own events
         return [(student, student + generator) for student, generator in zip(phases[::2], phases[1::2], strict=True)]
 
     return Contender(
         run,
-        trainer.student_optimizer,
-        trainer.precision.name,
+        trainer.state.student_optimizer,
+        trainer.state.precision.name,
         trainer.remarks,
         captured,
-        holds=lambda: trainer._steps.capturing == captured,
+        holds=lambda: trainer.steps.capturing == captured,
     )
 
 

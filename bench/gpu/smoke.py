@@ -196,5 +196,5 @@ def _steps(name: str, iterations: int, device: torch.device) -> tuple[list[str],
     losses = trainer.history[-1].losses
     if not all(map(math.isfinite, losses.values())):
         raise ArithmeticError(f"losses are not finite: {losses}")
-    seconds = trainer.clock.read()
+    seconds = trainer.state.clock.read()
     return trainer.remarks, round(sum(seconds.get(phase, 0.0) for phase in ("student", "generator")), 3)

@@ -15,8 +15,8 @@ from dfkd_fast import distributed
 from dfkd_fast.data import batches, open_split, palette
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.batch_size import largest_batch_size
+from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.engine.device import device_name
-from dfkd_fast.engine.fit import check_classifier
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
@@ -109,7 +109,7 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
 
     def attempt(size: int) -> None:
         trainer = Trainer(*build_players(recipe, device), with_batch(size), device=device)
-        trainer.warm_up()
+        trainer.steps.warm_up()
         if data.name != "none":  # the evaluation between two epochs, beside what the steps keep
             images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)
             with evaluating(trainer.result):
@@ -184,8 +184,8 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             folder.draw_samples(images, recipe.data.mean, recipe.data.std, epoch.number, seen)
             folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
 
-    if trainer.pretrained < recipe.loop.generator_pretraining:
-        run.say(f"the generator learns alone for {recipe.loop.generator_pretraining - trainer.pretrained} steps")
+    if trainer.state.pretrained < recipe.loop.generator_pretraining:
+        run.say(f"the generator learns alone for {recipe.loop.generator_pretraining - trainer.state.pretrained} steps")
     folder.begin_log(trainer.history)
     try:
         loop, metric = recipe.loop, recipe.data.metric
@@ -205,7 +205,7 @@ def _accuracies(trainer: Trainer) -> list[float]:
 
 
 def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teacher_seconds: float) -> dict[str, Any]:
-    accuracies, phases = _accuracies(trainer), trainer.clock.read()
+    accuracies, phases = _accuracies(trainer), trainer.state.clock.read()
     student_accuracy = found = None
     if accuracies and teacher_accuracy is not None:
         found = asdict(retention(accuracies, teacher_accuracy - run.recipe.report.retained_within))
@@ -231,8 +231,8 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
             "student": phases.get("student", 0.0),
             "evaluation": phases.get("evaluation", 0.0),
         },
-        "peak_memory_bytes": trainer.clock.overall_peak_bytes(),
-        "peak_memory_bytes_by_phase": trainer.clock.peak_bytes or None,
+        "peak_memory_bytes": trainer.state.clock.overall_peak_bytes(),
+        "peak_memory_bytes_by_phase": trainer.state.clock.peak_bytes or None,
     }
 
 

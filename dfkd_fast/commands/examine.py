@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.data import Batches
-from dfkd_fast.engine.fit import check_classifier
+from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import FoldingError, Observer, evaluating, folded_and_checked, has_running_statistics, logits_only
 from dfkd_fast.recipe import Recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dfkd_fast.engine.fit import check_networks
+from dfkd_fast.engine.compatibility import check_networks
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights
 from dfkd_fast.recipe import Recipe

@@ -1,7 +1,8 @@
 """The loop: one student step, one generator step, and the trainer that alternates them."""
 
+from .epoch import Epoch
 from .method import Engine, Loop, Method
 from .optim import Optimizer
-from .trainer import Epoch, Trainer
+from .trainer import Trainer
 
 __all__ = ["Engine", "Epoch", "Loop", "Method", "Optimizer", "Trainer"]

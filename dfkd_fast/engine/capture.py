@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfkd_fast import distributed
 from dfkd_fast.errors import first_line
 
 from .batch_size import is_out_of_memory
-from .compilation import Compiled
+from .compilation import Compiled, networks_to_compile
 from .device import cudnn_benchmark
-from .steps import Game, generator_step, student_step
+from .state import TrainState, preserved
+from .steps import generator_step, student_step
 
-__all__ = ["Steps", "preserved"]
+__all__ = ["Steps"]
 
 WARM_UP = 3
 """Steps before a capture: cuDNN chooses its algorithms, the optimisers allocate their state."""
@@ -40,7 +41,7 @@ class Recorded(NamedTuple):
 
 
 class Steps:
-    """The steps of a game. On a GPU each is captured at its first call and replayed from then on; elsewhere it just runs.
+    """The steps of a training. On a GPU each is captured at its first call and replayed from then on; elsewhere it just runs.
 
     A replay draws new latents (the random streams are registered with the graph), and sees new learning rates, which
     are tensors. What cannot be captured runs eagerly, and is said once.
@@ -49,43 +50,60 @@ class Steps:
     valid until the next step only.
 
     Args:
-        game: who plays.
-        capture: False to run everything eagerly.
-        remark: told in a line what is not captured, and why.
-        compiled: the networks that are compiled inside a step.
+        state: of the training. Its method says what is captured and compiled; its remarks are told in a line what is not, and why.
     """
 
-    def __init__(self, game: Game, capture: bool, remark: Callable[[str], None], compiled: Compiled | None = None) -> None:
-        self.game = game
-        self.remark = remark
-        self.compiled = compiled or Compiled()
-        self.capturing = capture and game.images.device.type == "cuda"
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+        self.compiled = Compiled(networks_to_compile(state))
+        self.capturing = state.method.engine.capture and state.images.device.type == "cuda"
         self._recorded: dict[tuple[str, bool, bool], Recorded] = {}
         self._pool: Any = None
         if self.capturing and distributed.world_size() > 1:
             self._give_up("several processes average their gradients")
-        if self.capturing and game.memory is not None and not game.memory.capturable:
+        if self.capturing and state.memory is not None and not state.memory.capturable:
             self._give_up("the memory's steps depend on each other's gradients")
-        if self.capturing and "apex_sgd" in (game.method.student_optimizer.kind, game.method.generator_optimizer.kind):
+        if self.capturing and "apex_sgd" in (state.method.student_optimizer.kind, state.method.generator_optimizer.kind):
             self._give_up("apex's SGD has its learning rate on the host, and a graph would never see it change")
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.game.images.device)
+        return torch.cuda.Stream(self.state.images.device)
 
     def student(self, step: int) -> Losses:
         """A student step, number ``step`` of its iteration."""
-        memory = self.game.memory
+        memory = self.state.memory
         # Steps that do something else are other graphs: an empty memory replays nothing, an autoencoder learns in some.
         ready = memory is not None and memory.ready
         learns = memory is not None and step < memory.steps
         with self.compiled:
-            return self._run(("student", ready, learns), lambda: student_step(self.game, step))
+            return self._run(("student", ready, learns), lambda: student_step(self.state, step))
 
     def generator(self, *, adversarial: bool = True) -> Losses:
         """A generator step; without the adversary's term in pretraining."""
         with self.compiled:
-            return self._run(("generator", adversarial, True), lambda: generator_step(self.game, adversarial=adversarial))
+            return self._run(("generator", adversarial, True), lambda: generator_step(self.state, adversarial=adversarial))
+
+    def warm_up(self) -> None:
+        """Take every kind of step that the run has, in its order, and take them back: after that, none needs more GPU memory.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough.
+        """
+        memory = self.state.memory
+        with preserved(self.state):
+            if self.state.method.loop.generator_pretraining:
+                self.generator(adversarial=False)
+            self._take_each()
+            if memory is not None and not memory.ready:
+                with memory.assumed_ready():
+                    self._take_each()
+
+    def _take_each(self) -> None:
+        learning = 0 if self.state.memory is None else self.state.memory.steps
+        for step in dict.fromkeys((0, min(learning, self.state.method.loop.student_steps - 1))):
+            self.student(step)
+        self.generator()
 
     def forget(self) -> None:
         """Capture anew: tensors were replaced."""
@@ -93,7 +111,7 @@ class Steps:
         self._pool = None  # its last graph is gone, and PyTorch refuses to capture into a pool without one
 
     def _run(self, kind: tuple[str, bool, bool], step: Callable[[], Losses]) -> Losses:
-        device = self.game.images.device
+        device = self.state.images.device
         if self.capturing and kind not in self._recorded:
             try:
                 with torch.cuda.device(device), cudnn_benchmark(device):
@@ -128,12 +146,12 @@ class Steps:
             self._end_failed_capture(graph)
             raise
         finally:
-            _drop_gradients(self.game)  # they lie in the pool, where the next graph can use their memory
+            self.state.drop_gradients()  # they lie in the pool, where the next graph can use their memory
         return Recorded(graph, losses)
 
     def _warm_up(self, step: Callable[[], Losses]) -> None:
         current = torch.cuda.current_stream()
-        with preserved(self.game):
+        with preserved(self.state):
             self._stream.wait_stream(current)
             try:
                 with torch.cuda.stream(self._stream):
@@ -147,7 +165,7 @@ class Steps:
 
     def _new_graph(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        for stream in (self.game.fresh_stream, self.game.replay_stream):
+        for stream in (self.state.fresh_stream, self.state.replay_stream):
             graph.register_generator_state(stream)
         return graph
 
@@ -157,7 +175,7 @@ class Steps:
         Otherwise the allocator believes that a capture is under way, and raises when its cache is emptied; and every registered
         generator, the default one among them, raises when it draws.
         """
-        device, pool, self._pool = self.game.images.device.index, self._pool, None
+        device, pool, self._pool = self.state.images.device.index, self._pool, None
         with suppress(RuntimeError):
             graph.pool()
             return  # the capture was ended: only the step failed
@@ -166,13 +184,13 @@ class Steps:
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
         # Only the end of a capture resets the generators: of this one, which is never replayed.
-        with torch.cuda.graph(self._new_graph(), stream=torch.cuda.Stream(self.game.images.device), capture_error_mode="thread_local"):
-            self.game.labels.zero_()
+        with torch.cuda.graph(self._new_graph(), stream=torch.cuda.Stream(self.state.images.device), capture_error_mode="thread_local"):
+            self.state.labels.zero_()
 
     def _give_up(self, why: str) -> None:
         self.capturing = False
         self.forget()
-        self.remark(f"steps run eagerly, not as CUDA graphs: {why}")
+        self.state.remarks.append(f"steps run eagerly, not as CUDA graphs: {why}")
 
 
 def _chain(error: BaseException) -> Iterator[RuntimeError]:
@@ -201,55 +219,3 @@ def _synchronizing_is_an_error() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-@contextmanager
-def preserved(game: Game) -> Iterator[None]:
-    """Whatever steps are taken inside, even one that fails, afterwards the game's tensors and random streams are as they were, in place.
-
-    Gradients are dropped.
-    """
-    before = [(tensor, tensor.detach().clone()) for tensor in _state(game)]
-    streams = [(stream, stream.get_state()) for stream in (game.fresh_stream, game.replay_stream)]
-    device = game.images.device
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        with torch.no_grad():
-            known = {id(tensor) for tensor, _ in before}
-            for tensor, value in before:
-                tensor.copy_(value)
-            for tensor in _state(game):
-                if id(tensor) not in known:
-                    tensor.zero_()  # an optimiser's state, which its first step makes, and which begins at 0
-        for stream, state in streams:
-            stream.set_state(state)
-        _drop_gradients(game)
-
-
-def _drop_gradients(game: Game) -> None:
-    for optimizer in _optimizers(game):
-        optimizer.zero_grad()
-
-
-def _optimizers(game: Game) -> list[torch.optim.Optimizer]:
-    return [game.student_optimizer, game.generator_optimizer, *([] if game.memory is None else game.memory.optimizers)]
-
-
-def _networks(game: Game) -> list[nn.Module]:
-    networks: list[nn.Module] = [game.student, game.generator]
-    if game.average is not None:
-        networks.append(game.average)
-    return [*networks, *([] if game.memory is None else game.memory.networks)]
-
-
-def _state(game: Game) -> Iterator[Tensor]:
-    for network in _networks(game):
-        yield from network.parameters()
-        yield from network.buffers()
-    for optimizer in _optimizers(game):
-        # Not all of it is a parameter's: apex's Adam counts its steps in the group.
-        for values in (*optimizer.state.values(), *optimizer.param_groups):
-            yield from (value for value in values.values() if isinstance(value, Tensor))
-    yield from game.precision.tensors()

@@ -1,147 +1,139 @@
-"""Checkpoints on disk: whole or absent, the newest few, with a checksum, and read without running anything from them."""
+"""What a checkpoint holds of a training, and how a training goes on from it."""
 
-import hashlib
-import io
-import re
-from pathlib import Path
-from typing import Any, NamedTuple
+import copy
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfkd_fast.errors import DfkdError
-from dfkd_fast.files import replacing
+from dfkd_fast import distributed
+from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast.renamed import current_keys
 
-__all__ = ["Loaded", "cpu_copy", "latest_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint", "set_aside"]
+from .epoch import Epoch
+from .method import differences, method_to_dict
+from .optim import settle_rates
+from .state import TrainState
 
-KEPT = 2
-NAME = re.compile(r"iteration-(\d+)\.pt")
-# Behind what torch.save wrote, whose readers do not mind: a file beside it could not be replaced together with it.
-MARK = b"\nsha256 "
-TRAILER = len(MARK) + 64 + 1
-END_OF_ZIP, END_OF_ZIP_BYTES = b"PK\x05\x06", 22
-
-
-class Loaded(NamedTuple):
-    """The newest checkpoint that can be read."""
-
-    path: Path
-    state: dict[str, Any]
-    damaged: dict[Path, str]
-    """Newer ones, newest first, and what is wrong with each."""
+__all__ = ["load_state_dict", "state_dict"]
 
 
-def save_checkpoint(state: dict[str, Any], folder: Path, iteration: int) -> Path:
-    """Write a state of tensors, numbers and containers; of the older checkpoints only the one before it is kept.
-
-    Those are removed once the new one is on the disk, content and name: whenever the process is killed, a whole one is there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"iteration-{iteration:08d}.pt"
-    # Through memory: torch.save to a file turns a full disk into an assertion of its own.
-    content = io.BytesIO()
-    torch.save(state, content)
-    checksum = hashlib.sha256(content.getbuffer()).hexdigest()
-    content.write(MARK + checksum.encode() + b"\n")
-    with replacing(path) as part:
-        part.write_bytes(content.getbuffer())
-    for old in [other for other in _checkpoints(folder) if _iteration(other) <= iteration][:-KEPT]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the most iterations, if there is any; whether it can be read is not looked at."""
-    return next(reversed(_checkpoints(folder)), None)
-
-
-def load_latest(folder: Path) -> Loaded | None:
-    """Read the newest checkpoint that is undamaged; None if there are none at all.
-
-    Raises:
-        DfkdError: there are some, and all are damaged; or one may not be read.
-    """
-    damaged: dict[Path, str] = {}
-    for path in reversed(_checkpoints(folder)):
-        try:
-            return Loaded(path, load_checkpoint(path), damaged)
-        except DfkdError as error:
-            if isinstance(error.__cause__, PermissionError):  # as good as any, for whoever may read it
-                raise
-            damaged[path] = str(error)
-    if damaged:
-        raise DfkdError(f"{'; '.join(damaged.values())}; with {folder} moved away this training begins anew")
-    return None
+def state_dict(state: TrainState) -> dict[str, Any]:
+    """Everything a training needs to go on bit for bit: tensors, numbers and containers, as copies on the CPU. Changes nothing."""
+    shared_memory = state.memory is not None and not state.memory.private
+    live = {
+        "teacher": state.teacher_sha256,
+        "method": method_to_dict(state.method),
+        "networks": {name: network.state_dict() for name, network in state.trained.items()},
+        "memory": state.memory.state_dict() if state.memory is not None and shared_memory else None,
+        "optimizers": [state.student_optimizer.state_dict(), state.generator_optimizer.state_dict()],
+        "schedules": [schedule.state_dict() for schedule in state.schedules],
+        "processes": distributed.gathered([_of_this_process(state)]),
+        "precision": state.precision.state_dict(),
+        "losses": state.losses.values,
+        "drift": state.drift.state_dict(),
+        "pretrained": state.pretrained,
+        "iteration": state.iteration,
+        "history": [asdict(epoch) for epoch in state.history],
+        "seconds": state.clock.read(),
+    }
+    copied: dict[str, Any] = _cpu_copy(live)
+    return copied
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a state onto the CPU, after its checksum; checkpoints of versions that wrote none are read without.
-
-    Raises:
-        DfkdError: the file is no checkpoint of this program, or damaged.
-    """
-    try:
-        problem = _problem(path)
-    except OSError as error:
-        raise DfkdError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    if problem is None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(state, dict):
-                return state
-            problem = "it holds no state"
-        except MemoryError:
-            raise
-        except Exception:
-            # What a damaged file raises has no common kind, and the text of a refused pickle advises to trust it.
-            problem = "it is damaged, or holds more than tensors, numbers and containers"
-    raise DfkdError(f"checkpoint {path} cannot be read: {problem}")
+def _of_this_process(state: TrainState) -> dict[str, Any]:
+    """What every process has another one of."""
+    bank = state.memory is not None and state.memory.private
+    return {
+        "streams": [state.fresh_stream.get_state(), state.replay_stream.get_state()],
+        "torch_random_state": torch.get_rng_state(),
+        "cuda_random_state": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
+        "memory": state.memory.state_dict() if state.memory is not None and bank else None,
+        "buffers": state.running_statistics() if distributed.world_size() > 1 else None,
+        # A bank takes the last batch of an epoch in.
+        "fresh": [state.images, state.logits] if bank else None,
+    }
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is neither read nor counted again; returns its new path."""
-    return path.replace(path.with_name(f"{path.name}.damaged"))
-
-
-def cpu_copy(state: Any) -> Any:
+def _cpu_copy(state: Any) -> Any:
     """A state of tensors, numbers and containers that shares no memory with the given one, its tensors on the CPU."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        copied = type(state)({key: cpu_copy(value) for key, value in state.items()})  # not of pairs, which a Counter would count
+        copied = type(state)({key: _cpu_copy(value) for key, value in state.items()})  # not of pairs, which a Counter would count
         if hasattr(state, "_metadata"):  # the versions of a state dict's modules
             copied._metadata = state._metadata  # type: ignore[attr-defined]
         return copied
-    return type(state)(map(cpu_copy, state)) if isinstance(state, list | tuple) else state
+    return type(state)(map(_cpu_copy, state)) if isinstance(state, list | tuple) else state
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a file as a whole, if anything."""
-    size = path.stat().st_size
-    if size == 0:
-        return "it is empty"
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        left = max(0, size - TRAILER)
-        while left and (chunk := file.read(min(left, 1 << 20))):
-            digest.update(chunk)
-            left -= len(chunk)
-        trailer = file.read()
-        file.seek(max(0, size - END_OF_ZIP_BYTES))
-        end = file.read()
-    if trailer.startswith(MARK):
-        return None if trailer == MARK + digest.hexdigest().encode() + b"\n" else "its content does not match its checksum"
-    # Without a checksum, but with the end that torch.save writes: of an earlier version.
-    return None if end.startswith(END_OF_ZIP) else "it is truncated, or no checkpoint"
+def load_state_dict(state: TrainState, saved: dict[str, Any]) -> None:
+    """Go on from what :func:`state_dict` gave, of the same networks and method.
+
+    Raises:
+        DfkdError: it is of something else, such as of another teacher's student or of another schedule; then nothing has changed.
+    """
+    before = state_dict(state)
+    try:
+        _check(state, saved)
+        _load(state, saved)
+    except Exception as error:
+        _load(state, before)
+        if isinstance(error, DfkdError):
+            raise
+        raise DfkdError(f"the state is not of these networks and this method: {first_line(error)}") from error
 
 
-def _iteration(path: Path) -> int:
-    found = NAME.fullmatch(path.name)
-    return int(found[1]) if found else -1
+def _check(state: TrainState, saved: dict[str, Any]) -> None:
+    """Raise a :class:`DfkdError` for a state that another teacher or schedule left; nothing is changed yet."""
+    if (teacher := saved.get("teacher")) is None:
+        state.remarks.append("the checkpoint does not say which teacher it is of: whether it is this one was not checked")
+    elif teacher != state.teacher_sha256:
+        raise DfkdError(
+            f"the state is of a run with another teacher: of sha256 {teacher[:12]}, and this one's is {state.teacher_sha256[:12]}"
+        )
+    # Not in states of before it was recorded.
+    recorded = current_keys(saved.get("method", {}), "the state")
+    for path, theirs, ours in differences(recorded, method_to_dict(state.method)):
+        raise DfkdError(f"{path} = {ours!r}: the state is of a run with {theirs!r}")
+    if len(saved["processes"]) != distributed.world_size():
+        raise DfkdError(f"the state is of {len(saved['processes'])} processes, and here are {distributed.world_size()}")
+    loop, epochs, iteration = state.method.loop, len(saved["history"]), saved["iteration"]
+    if epochs > loop.epochs or (epochs == loop.epochs and iteration):
+        raise DfkdError(f"loop.epochs = {loop.epochs}: the state has {epochs} epochs and {iteration} iterations done already")
+    if iteration > loop.iterations_per_epoch or any(len(values) != loop.iterations_per_epoch for values in saved["losses"].values()):
+        raise DfkdError(f"loop.iterations_per_epoch = {loop.iterations_per_epoch}: the state is of a run with another number of iterations")
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; whatever else lies in the folder is none of them."""
-    # Not glob: of a folder that may not be read it finds nothing, and the training would begin anew.
-    entries = list(folder.iterdir()) if folder.exists() else []
-    return sorted((path for path in entries if NAME.fullmatch(path.name) and path.is_file()), key=_iteration)
+def _load(state: TrainState, saved: dict[str, Any]) -> None:
+    state.precision.load_state_dict(saved["precision"])
+    for name, network in state.trained.items():
+        network.load_state_dict(saved["networks"][name])
+    own = saved["processes"][distributed.rank()]
+    if state.memory is not None:
+        state.memory.load_state_dict(own["memory"] if state.memory.private else saved["memory"])
+    for optimizer, values in zip((state.student_optimizer, state.generator_optimizer), saved["optimizers"], strict=True):
+        optimizer.load_state_dict(copy.deepcopy(values))  # it would keep the very tensors
+        settle_rates(optimizer, state.device)
+    for schedule, values in zip(state.schedules, saved["schedules"], strict=True):
+        # The milestones are the method's: some checkpoints hold a miscounted copy, which is never reached.
+        own_milestones = {name: value for name, value in schedule.state_dict().items() if name == "milestones"}
+        schedule.load_state_dict(values | own_milestones)
+    for stream, position in zip((state.fresh_stream, state.replay_stream), own["streams"], strict=True):
+        stream.set_state(position)
+    torch.set_rng_state(own["torch_random_state"])
+    if own["cuda_random_state"] is not None and state.device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda_random_state"], state.device)
+    if own.get("buffers") is not None:
+        for buffer, value in zip(state.running_statistics(), own["buffers"], strict=True):
+            buffer.copy_(value)
+    if own["fresh"] is not None:
+        for buffer, value in zip((state.images, state.logits), own["fresh"], strict=True):
+            buffer.copy_(value)
+    state.losses.values = {name: values.to(state.device, copy=True) for name, values in saved["losses"].items()}
+    state.drift.load_state_dict(saved["drift"], state.device)
+    state.pretrained = saved["pretrained"]
+    state.iteration = saved["iteration"]
+    state.history = [Epoch(**epoch) for epoch in saved["history"]]
+    state.clock.seconds.update(saved["seconds"])

@@ -1,12 +1,16 @@
 """torch.compile of the networks, inside the steps and nowhere else."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Compiled"]
+from dfkd_fast.models import Generator
+
+from .state import TrainState
+
+__all__ = ["Compiled", "networks_to_compile"]
 
 
 class Compiled:
@@ -41,3 +45,18 @@ def _compiled_call(network: nn.Module) -> Callable[..., Any]:
     call.__code__ = call.__code__.replace()
     # Batches come in a few sizes that never change, so that general shapes would only make slower kernels.
     return torch.compile(call, dynamic=False)
+
+
+def networks_to_compile(state: TrainState) -> Iterator[nn.Module]:
+    """What the steps call and ``engine.compile`` asks to compile."""
+    if not state.method.engine.compile:
+        return
+    yield from (state.teacher, state.observer.network)
+    if state.method.update.retains:
+        state.remarks.append(f"the student is not compiled: update.kind {state.method.update.kind!r} differentiates it twice")
+    else:
+        yield state.student
+    for generator in (state.generator, None if state.memory is None else state.memory.generator):
+        if generator is not None:
+            # The steps call the body of ours, and make its end a kernel of its own.
+            yield generator.body if isinstance(generator, Generator) else generator

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.settings import BelowOne, Fraction, NonNegative, Positive, PositiveInt, settings
@@ -95,7 +96,7 @@ def _apex(kind: str, device: torch.device) -> Any:
     return importlib.import_module("apex.optimizers")
 
 
-def build_schedule(wanted: Optimizer, optimizer: torch.optim.Optimizer, epochs: int) -> lr_scheduler.LRScheduler:
+def build_schedule(wanted: Optimizer, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:
     """The schedule of its learning rate, to be stepped after every epoch."""
     if wanted.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)

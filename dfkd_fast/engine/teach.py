@@ -12,9 +12,10 @@ from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.models import logits_of
 from dfkd_fast.settings import VOID
 
-from .device import Clock, cudnn_benchmark
+from .clock import Clock
+from .device import cudnn_benchmark
+from .epoch import Epoch
 from .optim import Optimizer, build_optimizer, build_schedule, settle_rates
-from .trainer import Epoch
 
 __all__ = ["TeacherTrainer", "focal_loss"]
 

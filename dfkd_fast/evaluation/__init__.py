@@ -1,14 +1,12 @@
 """What a network is worth on data it has never seen, and how steadily it got there."""
 
 from .accuracy import Figures, evaluate, top1_accuracy
-from .drift import Drift
 from .passes import Agreement, Evaluation
 from .retention import Retention, retention
 from .segmentation import SegmentationFigures, evaluate_segmentation, mean_iou
 
 __all__ = [
     "Agreement",
-    "Drift",
     "Evaluation",
     "Figures",
     "Retention",

@@ -17,6 +17,7 @@ from .generators import (
     conditioned,
     draw_labels,
     generate,
+    sample,
 )
 from .heads import compute_in_float32, find_heads, in_float32
 from .modes import auxiliary_outputs, dry_run, evaluating, logits_of, logits_only, untaught
@@ -74,6 +75,7 @@ __all__ = [
     "lower_precision",
     "names_code",
     "read_metadata",
+    "sample",
     "save_weights",
     "sha256_of",
     "sharing_copy",

@@ -14,6 +14,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import concat_generated
 from dfkd_fast.settings import Flag, NonNegative, Positive, PositiveInt, settings
 
+from .modes import evaluating
 from .norms import SpectralNorm, keep_spectral_norms_in_float32
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "conditioned",
     "draw_labels",
     "generate",
+    "sample",
 ]
 
 
@@ -351,6 +353,21 @@ def conditioned(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
     """
     embedding = getattr(generator, "embedding", None)
     return z if embedding is None else z + embedding(labels)
+
+
+def sample(generator: nn.Module, count: int, device: torch.device | str) -> Tensor:
+    """Images (count, C, H, W) of a generator in evaluation mode, always from the same latents, and from the classes in turn.
+
+    Args:
+        generator: any module with an integer ``latent_dim``; as before afterwards.
+        count: how many.
+        device: where it is.
+    """
+    z = torch.randn(count, int(generator.latent_dim), generator=torch.Generator().manual_seed(0)).to(device)  # type: ignore[arg-type]
+    embedding = getattr(generator, "embedding", None)
+    labels = torch.arange(count, device=device) % (1 if embedding is None else embedding.num_embeddings)
+    with evaluating(generator):
+        return generator(conditioned(generator, z, labels))
 
 
 def draw_labels(labels: Tensor, classes: int, stream: torch.Generator) -> Tensor:

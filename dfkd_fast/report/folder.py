@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import distributed
 from dfkd_fast.engine import Epoch
-from dfkd_fast.engine.checkpoint import save_checkpoint
+from dfkd_fast.engine.checkpoint_files import save_checkpoint
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import is_temporary, make_folders, naming, remove_temporaries, replacing
 from dfkd_fast.locks import LOCK, FolderLock

@@ -19,7 +19,7 @@ from bench.baselines.plain import textbook
 from bench.end_to_end import Row, contenders, measuring, rows
 from bench.processes import WorkerError
 from dfkd_fast import DfkdError, GeneratorA, Recipe, load_recipe
-from dfkd_fast.engine.device import Clock
+from dfkd_fast.engine.clock import Clock
 
 CPU = torch.device("cpu")
 

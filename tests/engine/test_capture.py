@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dfkd_fast import Engine, Loop, Method, Optimizer, Replay, Trainer
 from dfkd_fast.engine import capture as captures
-from dfkd_fast.engine.capture import Steps, preserved
+from dfkd_fast.engine.capture import Steps
+from dfkd_fast.engine.state import preserved
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.methods import VaeReplay
 from tests.engine.fake_cuda import CAPTURE_FAILED, NOT_PERMITTED, SYNCHRONIZING, FakeCuda
@@ -35,10 +36,10 @@ def method(replay: Replay, kind: str) -> Method:
 
 
 def everything(trainer: Trainer) -> list[Tensor]:
-    game = trainer._game
-    networks = [trainer.student, trainer.generator, game.average, *(game.memory.networks if game.memory else ())]
+    state = trainer.state
+    networks = [trainer.student, trainer.generator, state.average, *(state.memory.networks if state.memory else ())]
     tensors = [tensor for network in networks if network is not None for tensor in network.state_dict().values()]
-    return [tensor.clone() for tensor in tensors] + [game.fresh_stream.get_state(), game.replay_stream.get_state()]
+    return [tensor.clone() for tensor in tensors] + [state.fresh_stream.get_state(), state.replay_stream.get_state()]
 
 
 REPLAYS = [Replay(), Replay(kind="ema_generator"), Replay(kind="vae", vae={"latent_dim": 8, "width": 4})]  # type: ignore[arg-type]
@@ -50,10 +51,10 @@ def test_steps_taken_to_warm_up_leave_the_game_as_it_was(make_trainer: MakeTrain
     networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
     trainer, untouched = (make_trainer(method(replay, kind), networks=networks) for _ in range(2))
     before = everything(trainer)
-    with preserved(trainer._game):
+    with preserved(trainer.state):
         for step in range(2):
-            student_step(trainer._game, step)
-        generator_step(trainer._game)
+            student_step(trainer.state, step)
+        generator_step(trainer.state)
         assert not all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True)), "nothing happened inside"
     assert all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True))
     # The optimisers begin again, too: what follows is what would have been without.
@@ -77,13 +78,13 @@ def test_nothing_is_read_back_inside_a_step(
     chosen = method(replay, "sgd")
     chosen = Method(loop=chosen.loop, replay=replay, update={"kind": update}, generator_optimizer=Optimizer(lr=0.01))  # type: ignore[arg-type]
     trainer = make_trainer(chosen)
-    game = trainer._game
-    if isinstance(game.memory, VaeReplay):
+    state = trainer.state
+    if isinstance(state.memory, VaeReplay):
         # PyTorch's Adam reads its own count of steps on a CPU; on a GPU it is built not to.
-        game.memory.optimizer = torch.optim.SGD(game.memory.vae.parameters(), lr=0.01)  # type: ignore[assignment]
-    student_step(game)
-    if game.memory is not None:
-        game.memory.end_epoch(5, game.fresh)
+        state.memory.optimizer = torch.optim.SGD(state.memory.vae.parameters(), lr=0.01)  # type: ignore[assignment]
+    student_step(state)
+    if state.memory is not None:
+        state.memory.end_epoch(5, state.fresh)
 
     def refuse(name: str) -> Callable[..., object]:
         def read(*_: object, **__: object) -> object:
@@ -97,8 +98,8 @@ def test_nothing_is_read_back_inside_a_step(
         with pytest.raises(AssertionError, match="item"):
             torch.ones(()).item()
         for step in range(2):
-            student_step(game, step)
-        generator_step(game)
+            student_step(state, step)
+        generator_step(state)
 
 
 def test_a_learning_rate_from_a_checkpoint_of_a_gpu_is_a_number_on_a_cpu(make_trainer: MakeTrainer) -> None:
@@ -107,7 +108,7 @@ def test_a_learning_rate_from_a_checkpoint_of_a_gpu_is_a_number_on_a_cpu(make_tr
     for optimizer in state["optimizers"]:
         optimizer["param_groups"][0]["lr"] = torch.tensor(0.25)
     trainer.load_state_dict(state)
-    assert [group["lr"] for group in trainer.student_optimizer.param_groups] == [0.25]
+    assert [group["lr"] for group in trainer.state.student_optimizer.param_groups] == [0.25]
     trainer.fit()
 
 
@@ -115,7 +116,7 @@ def test_warming_up_takes_steps_and_leaves_no_trace(make_trainer: Callable[..., 
     untouched, warmed = (make_trainer(small_method(replay=Replay(kind="ema_generator"))) for _ in range(2))
     calls: list[int] = []
     warmed.student.register_forward_hook(lambda *_: calls.append(1))
-    warmed.warm_up()
+    warmed.steps.warm_up()
     assert len(calls) == 2
     assert_equal(*(fitted.fit().state_dict() for fitted in (untouched, warmed)))
 
@@ -127,8 +128,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 def captured(trainer: Trainer, during: Callable[[], None] = lambda: None) -> Trainer:
     """The same on a GPU that is not there: ``during`` every forward pass of the student, what it does to the device."""
-    trainer._steps = Steps(trainer._game, True, trainer.remarks.append)
-    trainer._steps.capturing = True
+    trainer.steps = Steps(trainer.state)
+    trainer.steps.capturing = True
     trainer.student.register_forward_pre_hook(lambda *_: during())
     return trainer
 
@@ -204,14 +205,14 @@ def test_graphs_share_a_pool_and_the_stream_its_blocks_belong_to(make_trainer: M
     assert not trainer.remarks
     student, generator = cuda.captures
     assert student.where[1:] == generator.where[1:]
-    assert student.where[0] == trainer._game.images.device
+    assert student.where[0] == trainer.state.images.device
 
 
 def test_graphs_that_are_forgotten_take_their_pool_with_them(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
     trainer = captured(make_trainer(short()))
-    trainer._iterate()
+    trainer.iterate()
     trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
-    trainer._iterate()
+    trainer.iterate()
     pools = [graph.pool() for graph in cuda.captures]
     assert len(pools) == 4
     assert pools[0] == pools[1] != pools[2] == pools[3]
@@ -222,13 +223,13 @@ def test_garbage_is_collected_between_warming_up_and_the_capture(
 ) -> None:
     trainer = captured(make_trainer(short()))
     monkeypatch.setattr(gc, "collect", lambda: cuda.events.append("collect"))
-    trainer._steps.generator()
+    trainer.steps.generator()
     assert cuda.events == ["wait", "wait", "collect", "capture"]
 
 
 def test_gradients_of_a_capture_are_left_to_the_next_one(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
     trainer = captured(make_trainer(short()))
-    trainer._steps.student(0)
+    trainer.steps.student(0)
     assert all(parameter.grad is None for parameter in trainer.student.parameters())
 
 
@@ -246,20 +247,19 @@ def test_cudnn_settles_in_the_steps_before_a_capture_and_in_eager_ones(
         settling.remove(device)
 
     trainer = captured(make_trainer(short()), lambda: inside.append(bool(settling)))
-    trainer._steps.capturing = capture
+    trainer.steps.capturing = capture
     monkeypatch.setattr(captures, "cudnn_benchmark", benchmark)
-    trainer._steps.student(0)
+    trainer.steps.student(0)
     assert inside == [True] * (4 if capture else 1)
 
 
 def test_a_learning_rate_that_a_graph_would_not_see_change_is_not_captured(make_trainer: MakeTrainer) -> None:
-    game = make_trainer(short())._game
-    apex = dataclasses.replace(game.method, student_optimizer=Optimizer(kind="apex_sgd"))
+    state = make_trainer(short()).state
+    apex = dataclasses.replace(state.method, student_optimizer=Optimizer(kind="apex_sgd"))
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
-    remarks: list[str] = []
-    steps = Steps(dataclasses.replace(game, method=apex, images=on_gpu), True, remarks.append)
+    steps = Steps(dataclasses.replace(state, method=apex, images=on_gpu))
     assert not steps.capturing
-    assert "learning rate" in remarks[0]
+    assert "learning rate" in state.remarks[0]
 
 
 def rehearsal(kind: str) -> Method:
@@ -280,9 +280,9 @@ KINDS = ["none", "ema_generator", "memory_bank", "vae"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_warming_up_takes_every_kind_of_step_that_the_run_takes(make_trainer: MakeTrainer, cuda: FakeCuda, kind: str) -> None:
     warmed, run = (captured(make_trainer(rehearsal(kind))) for _ in range(2))
-    warmed.warm_up()
+    warmed.steps.warm_up()
     run.fit()
-    assert list(warmed._steps._recorded) == list(run._steps._recorded)
+    assert list(warmed.steps._recorded) == list(run.steps._recorded)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,7 +290,7 @@ def test_warming_up_is_taken_back_whatever_is_replayed(make_trainer: MakeTrainer
     warmed, untouched = (make_trainer(rehearsal(kind)) for _ in range(2))
     seen: list[int] = []
     warmed.student.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    warmed.warm_up()
+    warmed.steps.warm_up()
     assert max(seen) == 8 + (0 if kind == "none" else 8 if kind == "ema_generator" else 1)
     for trainer in (warmed, untouched):
         trainer.fit()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd_fast import DfkdError, Trainer
-from dfkd_fast.engine.fit import check_networks
+from dfkd_fast.engine.compatibility import check_networks
 from dfkd_fast.models import GeneratorSettings, build_generator, build_model, freeze
 from tests.small import Networks, small_method, small_networks
 

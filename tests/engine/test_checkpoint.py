@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dfkd_fast import DfkdError
-from dfkd_fast.engine.checkpoint import latest_checkpoint, load_checkpoint, load_latest, save_checkpoint, set_aside
+from dfkd_fast.engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, save_checkpoint, set_aside
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:

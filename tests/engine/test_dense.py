@@ -80,7 +80,7 @@ def test_every_combination_plays_on_pixels_and_its_student_learns(discrepancy: s
 def test_the_average_of_a_generator_follows_on_pixels_as_the_closed_form_says() -> None:
     wanted = method("ema_generator")
     trainer = Trainer(*dense_networks(), wanted)
-    memory = trainer.memory
+    memory = trainer.state.memory
     assert memory is not None and memory.generator is not None
     expected = {name: value.double().clone() for name, value in trainer.generator.named_parameters()}
     trainer.on_iteration = lambda trainer: [  # type: ignore[assignment]
@@ -99,7 +99,7 @@ def test_the_adversarys_gradient_reaches_the_generator_and_depends_on_the_studen
             for parameter in student.parameters():
                 parameter.mul_(scale)
         trainer = Trainer(teacher, student, generator, method())
-        trainer._steps.generator()
+        trainer.steps.generator()
         gradients.append([parameter.grad.clone() for parameter in generator.parameters() if parameter.grad is not None])
     assert all(gradient.any() for gradient in gradients[0][-2:])
     assert any(not torch.allclose(one, other) for one, other in zip(*gradients, strict=True))

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from dfkd_fast import Engine, Loop, Method, Trainer
-from dfkd_fast.engine import trainer as trainers
-from dfkd_fast.engine.device import Clock, cudnn_benchmark, peak_memory_bytes
+from dfkd_fast.engine import prepare as preparing
+from dfkd_fast.engine.clock import Clock, peak_memory_bytes
+from dfkd_fast.engine.device import cudnn_benchmark
 from tests.small import small_method, small_networks
 
-ASK = "import torch; from dfkd_fast.engine.device import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
+ASK = "import torch; from dfkd_fast.engine.clock import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
 GIB = 1 << 30
 
 
@@ -55,7 +56,7 @@ def test_freed_memory_stays_with_a_process_that_asked_for_it(how: str, kept: boo
 @pytest.mark.parametrize("keep_memory", [True, False])
 def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(keep_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(trainers, "keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr(preparing, "keep_freed_memory", lambda: asked.append(True))
     Trainer(*small_networks(), Method(loop=Loop(batch_size=2), engine=Engine(keep_memory=keep_memory)))
     assert asked == [True] * keep_memory
 
@@ -127,12 +128,14 @@ def test_memory_statistics_are_asked_for_a_few_times_an_epoch_and_not_in_every_p
     asked = []
     for iterations in (2, 5):
         trainer = Trainer(*small_networks(), small_method(epochs=2, iterations=iterations, batch_size=2))
-        trainer.clock = Clock(torch.device("cuda"))
+        trainer.state.clock = Clock(torch.device("cuda"))
         allocator.asked = 0
         trainer.fit()
         asked.append(allocator.asked)
-        assert set(trainer.clock.peak_bytes) == {"student", "generator", "evaluation"}
-        assert trainer.clock.read() == pytest.approx({"student": iterations * 2e-3, "generator": iterations * 2e-3, "evaluation": 2e-3})
+        assert set(trainer.state.clock.peak_bytes) == {"student", "generator", "evaluation"}
+        assert trainer.state.clock.read() == pytest.approx(
+            {"student": iterations * 2e-3, "generator": iterations * 2e-3, "evaluation": 2e-3}
+        )
     assert asked[0] == asked[1] == 2 * 3 * 2  # before and after three phases of two epochs
 
 

@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 
 from dfkd_fast import Method, Objective, Optimizer, Replay, Trainer, Update, distributed
 from dfkd_fast.engine import steps
+from dfkd_fast.engine.state import TrainState
 from dfkd_fast.kernels import channel_moments
 from dfkd_fast.methods.objective import bn_moments, entropy
 from tests.small import small_method, small_networks
@@ -83,14 +84,14 @@ def play(method: Method, latents: list[Tensor]) -> tuple[Trainer, list[dict[str,
     trainer = Trainer(*networks(), dataclasses.replace(method, loop=share))
     given = iter(latents)
 
-    def draw(game: Any) -> Tensor:
-        return game.latents.copy_(next(given)[rank::world])
+    def draw(state: TrainState) -> Tensor:
+        return state.latents.copy_(next(given)[rank::world])
 
     original, steps._draw_latents = steps._draw_latents, draw
-    if trainer.memory is not None:
-        trainer.memory.latents = lambda stream: next(given)[rank::world]  # type: ignore[method-assign]
+    if trainer.state.memory is not None:
+        trainer.state.memory.latents = lambda stream: next(given)[rank::world]  # type: ignore[method-assign]
     try:
-        losses = [terms for _ in range(2) for terms in (trainer._steps.student(0), trainer._steps.generator())]
+        losses = [terms for _ in range(2) for terms in (trainer.steps.student(0), trainer.steps.generator())]
     finally:
         steps._draw_latents = original
     for terms in losses:
@@ -182,11 +183,11 @@ def test_terms_that_are_no_means_are_those_of_the_global_batch(world: int) -> No
 
 def check_draws() -> None:
     trainer = Trainer(*networks(), METHODS["every term"], seed=5)
-    drawn = [steps._draw_latents(trainer._game).clone(), trainer.memory.latents(trainer.replay_stream).clone()]  # type: ignore[union-attr]
+    drawn = [steps._draw_latents(trainer.state).clone(), trainer.state.memory.latents(trainer.state.replay_stream).clone()]  # type: ignore[union-attr]
     everyone = distributed.gathered(drawn)
     assert all(not torch.equal(one, other) for index, one in enumerate(everyone) for other in everyone[:index])
     again = Trainer(*networks(), METHODS["every term"], seed=5)
-    assert torch.equal(steps._draw_latents(again._game), drawn[0])
+    assert torch.equal(steps._draw_latents(again.state), drawn[0])
 
 
 def check_average() -> None:
@@ -194,8 +195,8 @@ def check_average() -> None:
     trainer = Trainer(*small_networks(distributed.rank()), small_method(replay=Replay(kind="ema_generator"), epochs=1))
     for _ in trainer:
         pass
-    assert trainer.memory is not None
-    players = {"student": trainer.student, "generator": trainer.generator, "average": trainer.memory.generator}
+    assert trainer.state.memory is not None
+    players = {"student": trainer.student, "generator": trainer.generator, "average": trainer.state.memory.generator}
     own = {f"{player} {name}": tensor for player, network in players.items() for name, tensor in network.state_dict().items()}  # type: ignore[union-attr]
     states = distributed.gathered([own])
     for name, tensor in states[0].items():

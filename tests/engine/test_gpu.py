@@ -84,21 +84,21 @@ def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer)
 
 def test_batch_norms_are_fused_in_the_working_generator_and_nowhere_else(make_trainer: MakeTrainer) -> None:
     trainer = run(make_trainer, method({"kind": "ema_generator"}, "plain", capture=True))
-    game = trainer._game
-    assert any(isinstance(layer, BatchNormLeakyReLU2d) for layer in game.generator.modules())
-    assert not any(type(layer) in (nn.BatchNorm2d, nn.LeakyReLU) for layer in game.generator.modules())
-    for network in (trainer.generator, trainer.student, game.student, game.teacher):
+    state = trainer.state
+    assert any(isinstance(layer, BatchNormLeakyReLU2d) for layer in state.generator.modules())
+    assert not any(type(layer) in (nn.BatchNorm2d, nn.LeakyReLU) for layer in state.generator.modules())
+    for network in (trainer.generator, trainer.student, state.student, state.teacher):
         assert not any(isinstance(layer, BatchNormLeakyReLU2d) for layer in network.modules())
-    assert game.generator.state_dict().keys() == trainer.generator.state_dict().keys()
+    assert state.generator.state_dict().keys() == trainer.generator.state_dict().keys()
 
 
 def test_every_replay_draws_other_samples_and_sees_the_schedule(make_trainer: MakeTrainer) -> None:
     trainer = small_trainer(make_trainer, method({"kind": "ema_generator"}, "plain", capture=True))
     seen: list[Tensor] = []
-    trainer.on_iteration = lambda trainer: seen.append(trainer._game.images.clone())
+    trainer.on_iteration = lambda trainer: seen.append(trainer.state.images.clone())
     trainer.fit()
     assert not any(torch.equal(one, other) for one, other in itertools.pairwise(seen))
-    rate = trainer.student_optimizer.param_groups[0]["lr"]
+    rate = trainer.state.student_optimizer.param_groups[0]["lr"]
     assert isinstance(rate, Tensor)
     assert rate.item() < 0.01
 
@@ -107,10 +107,10 @@ def test_every_replay_draws_other_samples_and_sees_the_schedule(make_trainer: Ma
 @pytest.mark.parametrize("capture", [False, True])
 def test_no_step_waits_for_the_gpu(make_trainer: MakeTrainer, replay: dict[str, Any], capture: bool) -> None:
     trainer = small_trainer(make_trainer, method(replay, "plain", capture=capture))
-    trainer._iterate()
+    trainer.iterate()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer._iterate()
+        trainer.iterate()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -168,7 +168,7 @@ def test_what_waits_for_the_gpu_runs_eagerly_and_is_said(make_trainer: MakeTrain
 def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTrainer) -> None:
     chosen = method({"kind": "ema_generator"}, "plain", capture=True)
     earlier = small_trainer(make_trainer, chosen)
-    earlier._iterate()
+    earlier.iterate()
 
     failing = student_calling(make_trainer, query)
     failing.fit()
@@ -206,7 +206,7 @@ def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer,
 def test_graphs_share_memory(make_trainer: MakeTrainer) -> None:
     large = Method(loop=Loop(batch_size=512), student_optimizer=Optimizer(lr=0.01))
     trainer = small_trainer(make_trainer, large)
-    steps = trainer._steps
+    steps = trainer.steps
 
     def reserved() -> int:
         pool = tuple(next(iter(steps._recorded.values())).graph.pool())
@@ -225,7 +225,7 @@ def test_graphs_share_memory(make_trainer: MakeTrainer) -> None:
 def test_a_first_step_that_overflows_leaves_no_momentum(make_trainer: MakeTrainer, capture: bool) -> None:
     chosen = method({"kind": "none"}, "plain", capture=capture, precision="fp16")
     trainer = small_trainer(make_trainer, chosen)
-    scale = trainer.precision.scalers["student"]._scale
+    scale = trainer.state.precision.scalers["student"]._scale
     assert scale is not None
     scale.fill_(2.0**120)
     before = [parameter.clone() for parameter in trainer.student.parameters()]
@@ -233,7 +233,7 @@ def test_a_first_step_that_overflows_leaves_no_momentum(make_trainer: MakeTraine
     del garbage
     trainer._student_steps()
     assert all(torch.equal(*pair) for pair in zip(before, trainer.student.parameters(), strict=True))
-    assert not any(state["momentum_buffer"].any() for state in trainer.student_optimizer.state.values())
+    assert not any(state["momentum_buffer"].any() for state in trainer.state.student_optimizer.state.values())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -244,4 +244,4 @@ def test_a_trainer_captures_on_its_own_gpu_whatever_the_current_one(make_trainer
         assert torch.cuda.current_device() == 0
     assert trainer.finished
     assert not trainer.remarks
-    assert {"student", "generator"} <= trainer.clock.seconds.keys()
+    assert {"student", "generator"} <= trainer.state.clock.seconds.keys()

@@ -83,7 +83,7 @@ def test_every_update_runs_with_every_replay_and_each_trains_another_student(
             {"student", "adversarial"} | ({"vae"} if replay == "vae" else set())
         ]
         assert all(torch.tensor(value).isfinite() for epoch in trainer.history for value in epoch.losses.values())
-        assert trainer.memory is not None and trainer.memory.ready
+        assert trainer.state.memory is not None and trainer.state.memory.ready
         students.append(weights(trainer.student))
     assert not any(equal(one, other) for index, one in enumerate(students) for other in students[:index])
 
@@ -114,20 +114,20 @@ def test_replay_of_weight_zero_equals_none_bit_for_bit(make_trainer: MakeTrainer
 @pytest.mark.parametrize("replay", ["ema_generator", "memory_bank", "vae"])
 def test_what_is_replayed_is_drawn_from_a_stream_of_its_own(make_trainer: MakeTrainer, replay: str) -> None:
     plain, replaying = (make_trainer(method(replay=kind)) for kind in ("none", replay))
-    before = replaying.replay_stream.get_state()
+    before = replaying.state.replay_stream.get_state()
     plain.fit()
     replaying.fit()
-    assert torch.equal(replaying.fresh_stream.get_state(), plain.fresh_stream.get_state())
-    assert not torch.equal(replaying.replay_stream.get_state(), before)
+    assert torch.equal(replaying.state.fresh_stream.get_state(), plain.state.fresh_stream.get_state())
+    assert not torch.equal(replaying.state.replay_stream.get_state(), before)
 
 
 def test_logits_that_were_kept_are_what_the_student_learns_in_place_of_the_teachers_for_rounded_images(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(method(replay="memory_bank, uint8"))
     next(iter(trainer))
-    student_step(trainer._game)
-    assert isinstance(trainer.memory, MemoryBank) and trainer.memory.logits is not None
-    images, logits = trainer._game.images[8:], trainer._game.logits[8:]
-    assert torch.equal(logits, trainer.memory.logits[0])
+    student_step(trainer.state)
+    assert isinstance(trainer.state.memory, MemoryBank) and trainer.state.memory.logits is not None
+    images, logits = trainer.state.images[8:], trainer.state.logits[8:]
+    assert torch.equal(logits, trainer.state.memory.logits[0])
     with torch.no_grad():
         answers = trainer.teacher(images)
     torch.testing.assert_close(logits, answers, rtol=0.1, atol=0.1)
@@ -146,9 +146,9 @@ def test_a_bank_stores_the_first_rows_of_the_last_student_steps_fresh_batch(make
     seen: list[Tensor] = []
     trainer.student.register_forward_pre_hook(lambda _, given: None if given[0].requires_grad else seen.append(given[0].clone()))
     trainer.fit()
-    assert isinstance(trainer.memory, MemoryBank)
-    assert torch.equal(trainer.memory.images[0], seen[-1][:3])
-    assert not trainer.memory.images[1].any()
+    assert isinstance(trainer.state.memory, MemoryBank)
+    assert torch.equal(trainer.state.memory.images[0], seen[-1][:3])
+    assert not trainer.state.memory.images[1].any()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
         stopped = make_trainer(everything, networks=networks)
         states = stop(stopped, when)
         stopped.fit()
-        assert (stopped.pretrained, stopped.iterations_done) == ((when, 0) if stop is stop_in_pretraining else (3, when))
+        assert (stopped.state.pretrained, stopped.iterations_done) == ((when, 0) if stop is stop_in_pretraining else (3, when))
         for state in (*states, through_a_file(stopped.state_dict())):
             resumed = make_trainer(everything, seed=50, networks=(networks[0], *normalised_networks(seed=7, conditional=True)[1:]))
             resumed.load_state_dict(state)
@@ -222,13 +222,13 @@ def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_en
     stop_in_pretraining(trainer, 4)
     trainer.fit()
     assert equal(weights(trainer.student), student)
-    assert trainer.memory is not None and trainer.memory.generator is not None
-    assert equal(weights(trainer.memory.generator), weights(trainer.generator))
+    assert trainer.state.memory is not None and trainer.state.memory.generator is not None
+    assert equal(weights(trainer.state.memory.generator), weights(trainer.generator))
     assert not any(torch.equal(tensor, generator[name]) for name, tensor in trainer.generator.named_parameters())
-    assert trainer.losses == {}
+    assert trainer.state.losses.values == {}
     # The game itself does not begin again with it.
     trainer.fit()
-    assert not equal(weights(trainer.memory.generator), weights(trainer.generator))
+    assert not equal(weights(trainer.state.memory.generator), weights(trainer.generator))
 
 
 def test_pretraining_takes_the_steps_of_a_game_without_adversary(make_trainer: MakeTrainer) -> None:
@@ -238,7 +238,7 @@ def test_pretraining_takes_the_steps_of_a_game_without_adversary(make_trainer: M
     trainer.fit()
     other = make_trainer(method(objective=alone), networks=normalised_networks())
     for _ in range(3):
-        generator_step(other._game)
+        generator_step(other.state)
     assert equal(weights(trainer.generator), weights(other.generator))
 
 
@@ -255,8 +255,8 @@ def test_an_iteration_begins_with_whom_the_loop_says(make_trainer: MakeTrainer, 
     trainer = make_trainer(method(epochs=1, iterations_per_epoch=1, generator_steps=2, generator_first=generator_first))
     trainer.fit()
     twin = make_trainer(method(epochs=1))
-    turns: list[Callable[[], Any]] = [lambda: [student_step(twin._game, step) for step in range(2)]]
-    turns.insert(0 if generator_first else 1, lambda: [generator_step(twin._game) for _ in range(2)])
+    turns: list[Callable[[], Any]] = [lambda: [student_step(twin.state, step) for step in range(2)]]
+    turns.insert(0 if generator_first else 1, lambda: [generator_step(twin.state) for _ in range(2)])
     for turn in turns:
         turn()
     assert equal(weights(trainer.student), weights(twin.student))

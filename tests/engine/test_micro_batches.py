@@ -49,7 +49,7 @@ def test_pieces_give_the_losses_and_gradients_of_the_whole(pieces: int, update: 
     whole, cut = (Trainer(*networks(), method(count, update), seed=1) for count in (1, pieces))
     assert cut.remarks == []
     for player in ("student", "generator"):
-        theirs, ours = (trainer._steps.student(0) if player == "student" else trainer._steps.generator() for trainer in (whole, cut))
+        theirs, ours = (trainer.steps.student(0) if player == "student" else trainer.steps.generator() for trainer in (whole, cut))
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
@@ -62,8 +62,8 @@ def test_no_piece_holds_more_rows_than_its_share() -> None:
     seen: list[int] = []
     trainer = Trainer(*networks(), method(3), seed=1)
     trainer.student.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    trainer._steps.student(0)
-    trainer._steps.generator()
+    trainer.steps.student(0)
+    trainer.steps.generator()
     assert seen[:3] == [3, 4, 5]  # 7 fresh and 5 replayed rows, in 3
     assert max(seen[3:]) == 3
 
@@ -117,6 +117,6 @@ def test_a_conditional_generator_is_called_with_the_labels_that_were_drawn() -> 
     seen: list[torch.Tensor] = []
     trainer.generator.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))  # type: ignore[union-attr]
     embedding = generator.embedding.weight.detach().clone()  # type: ignore[union-attr]
-    trainer._steps.student(0)
-    torch.testing.assert_close(seen[0], trainer._game.latents + embedding[trainer._game.labels])
-    assert trainer._game.labels.bincount(minlength=10).tolist() == 10 * [2]
+    trainer.steps.student(0)
+    torch.testing.assert_close(seen[0], trainer.state.latents + embedding[trainer.state.labels])
+    assert trainer.state.labels.bincount(minlength=10).tolist() == 10 * [2]

@@ -45,8 +45,8 @@ def run_both(
     losses: list[list[float]] = []
 
     def keep(trainer: Trainer) -> None:
-        row = trainer.iteration - 1
-        losses.append([*trainer.losses["student"][row].tolist(), *trainer.losses["adversarial"][row].tolist()])
+        row = trainer.state.iteration - 1
+        losses.append([*trainer.state.losses.values["student"][row].tolist(), *trainer.state.losses.values["adversarial"][row].tolist()])
 
     trainer.on_iteration = keep
     with use_backend(backend):

@@ -60,7 +60,7 @@ def test_a_step_in_bf16_errs_no_more_than_plain_autocast(make_trainer: MakeTrain
     exact, plain = by_hand(step, autocast=False), by_hand(step, autocast=True)
     trainer = make_trainer(method("bf16", fold_teacher=fold_teacher), networks=networks())
     with use_backend("reference"):
-        student_step(trainer._game) if step == "student" else generator_step(trainer._game)
+        student_step(trainer.state) if step == "student" else generator_step(trainer.state)
     found = gradient(trainer.student if step == "student" else trainer.generator)
     assert 0 < relative(found, exact) <= 1.5 * relative(plain, exact)
 
@@ -78,7 +78,7 @@ def test_every_step_in_bf16_computes_with_the_weights_that_the_step_before_left(
     with torch.autocast("cpu", torch.bfloat16, enabled=ambient):  # whose cache of cast weights would outlive the optimizers' steps
         whole.fit()
     for step in [*range(3), None, *range(3), None]:  # the generator's is the last of an iteration
-        apart._steps.generator() if step is None else apart._steps.student(step)
+        apart.steps.generator() if step is None else apart.steps.student(step)
         torch.clear_autocast_cache()
     for network, stepped in ((whole.student, apart.student), (whole.generator, apart.generator)):
         for ours, theirs in zip(network.state_dict().values(), stepped.state_dict().values(), strict=True):
@@ -91,7 +91,7 @@ def test_spectral_norms_of_a_users_networks_are_left_alone_by_autocast(make_trai
         spectral_norm(network.get_submodule(name))
     names = student.state_dict().keys()
     trainer = make_trainer(method("bf16"), networks=(teacher, student, generator))
-    for network in (trainer._game.teacher, trainer._game.student, trainer._game.generator):
+    for network in (trainer.state.teacher, trainer.state.student, trainer.state.generator):
         assert [type(module) for module in network.modules() if isinstance(module, _SpectralNorm)] == [SpectralNorm]
     trainer.fit()
     assert trainer.student.state_dict().keys() == names
@@ -104,15 +104,15 @@ def test_weights_averages_and_optimiser_states_stay_float32_in_bf16(make_trainer
     )
     trainer = make_trainer(chosen, networks=networks())
     trainer.fit()
-    assert trainer.average is not None and trainer.memory is not None and trainer.memory.generator is not None
-    for network in (trainer.student, trainer.generator, trainer.teacher, trainer.average, trainer.memory.generator):
+    assert trainer.state.average is not None and trainer.state.memory is not None and trainer.state.memory.generator is not None
+    for network in (trainer.student, trainer.generator, trainer.teacher, trainer.state.average, trainer.state.memory.generator):
         assert {tensor.dtype for tensor in network.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
-    states = [value for state in trainer.student_optimizer.state.values() for value in state.values()]
+    states = [value for state in trainer.state.student_optimizer.state.values() for value in state.values()]
     assert {value.dtype for value in states if value.ndim} == {torch.float32}
-    dtypes = {name: layer.weight.dtype for name, layer in trainer._game.teacher.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    dtypes = {name: layer.weight.dtype for name, layer in trainer.state.teacher.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
     assert dtypes.pop("classifier") == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
-    assert trainer._game.images.dtype == torch.bfloat16
+    assert trainer.state.images.dtype == torch.bfloat16
 
 
 def classifier() -> nn.Sequential:
@@ -154,7 +154,7 @@ def test_a_students_gradient_in_bf16_is_that_of_float32_logits_of_the_same_featu
             features.append(given[0])
 
     trainer.student.get_submodule(str(head)).register_forward_pre_hook(record)
-    student_step(trainer._game)
+    student_step(trainer.state)
     assert {given.dtype for given in features} == {torch.bfloat16}
 
     given = torch.cat([piece.detach() for piece in features]).double().requires_grad_()
@@ -259,7 +259,7 @@ def test_auto_is_bf16_on_a_gpu_that_computes_in_it_and_float32_elsewhere(
 def test_a_trainer_says_what_auto_is_and_a_state_of_another_precision_is_refused(make_trainer: MakeTrainer) -> None:
     automatic = make_trainer(method("auto"))
     assert automatic.method.engine.precision == "fp32"
-    assert automatic.precision.dtype is None
+    assert automatic.state.precision.dtype is None
     state = make_trainer(method("bf16")).state_dict()
     before = copy.deepcopy(automatic.student.state_dict())
     with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32': the state is of a run with 'bf16'"):
@@ -279,7 +279,7 @@ def test_fp16_is_refused_where_losses_cannot_be_scaled(changes: dict[str, Any]) 
 def test_scaled_losses_give_the_same_student(make_trainer: MakeTrainer) -> None:
     # 2^16 is a power of two: scaling by it and back is exact, so that only a forgotten one of the two can show.
     plain, scaled = (make_trainer(method("fp32"), networks=networks()) for _ in range(2))
-    scaled.precision.scalers = {role: torch.amp.GradScaler("cpu", init_scale=2.0**16) for role in scaled.precision.scalers}
+    scaled.state.precision.scalers = {role: torch.amp.GradScaler("cpu", init_scale=2.0**16) for role in scaled.state.precision.scalers}
     for trainer in (plain, scaled):
         trainer.fit()
     for ours, theirs in zip(plain.student.parameters(), scaled.student.parameters(), strict=True):

@@ -24,7 +24,7 @@ def snapshot(network: nn.Module) -> dict[str, Tensor]:
 def test_student_step_trains_the_student_and_moves_only_the_generators_statistics(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(small_method())
     teacher, student, generator = map(snapshot, (trainer.teacher, trainer.student, trainer.generator))
-    student_step(trainer._game)
+    student_step(trainer.state)
     assert changed(trainer.student, student) == set(student)
     assert changed(trainer.teacher, teacher) == set()
     statistics = {name for name in generator if "running" in name or "tracked" in name}
@@ -35,7 +35,7 @@ def test_student_step_trains_the_student_and_moves_only_the_generators_statistic
 def test_generator_step_computes_no_weight_gradient_of_teacher_or_student(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(small_method())
     student = snapshot(trainer.student)
-    generator_step(trainer._game)
+    generator_step(trainer.state)
     assert all(parameter.grad is None for parameter in [*trainer.student.parameters(), *trainer.teacher.parameters()])
     assert all(parameter.grad is not None for parameter in trainer.generator.parameters())
     assert changed(trainer.student, student) == set()
@@ -47,7 +47,7 @@ def test_student_mode_in_the_generator_step_decides_whether_its_statistics_move(
     method = Method(loop=Loop(batch_size=4, student_in_generator_step=mode))  # type: ignore[arg-type]
     trainer = make_trainer(method, networks=networks)
     student = snapshot(trainer.student)
-    generator_step(trainer._game)
+    generator_step(trainer.state)
     assert bool(changed(trainer.student, student)) is moved
     assert trainer.student.training
 
@@ -62,7 +62,7 @@ def test_every_batch_norm_of_student_and_generator_is_updated_k_plus_1_times_an_
 
 
 def gradient_of_generator(trainer: Trainer) -> Tensor:
-    generator_step(trainer._game)
+    generator_step(trainer.state)
     return torch.cat([parameter.grad.flatten() for parameter in trainer.generator.parameters() if parameter.grad is not None])
 
 
@@ -77,7 +77,7 @@ def test_generators_gradient_depends_on_the_student(make_trainer: MakeTrainer) -
 def test_generator_has_nothing_to_gain_from_a_student_that_is_its_teacher(make_trainer: MakeTrainer) -> None:
     teacher, _, generator = small_networks(teacher="lenet5", student="lenet5")
     trainer = make_trainer(small_method(), networks=(teacher, copy.deepcopy(teacher), generator))
-    assert generator_step(trainer._game)["adversarial"].item() == 0.0
+    assert generator_step(trainer.state)["adversarial"].item() == 0.0
     assert all((parameter.grad == 0).all() for parameter in trainer.generator.parameters() if parameter.grad is not None)
 
 
@@ -92,7 +92,7 @@ def test_generator_ascends_what_the_student_descends(make_trainer: MakeTrainer) 
 
     before = discrepancy()
     for _ in range(20):
-        generator_step(trainer._game)
+        generator_step(trainer.state)
     assert discrepancy() > before
 
 
@@ -110,22 +110,22 @@ def test_replayed_rows_come_from_the_averaged_generator_and_a_stream_of_their_ow
     trainer = make_trainer(small_method(replay=Replay(kind="ema_generator"), batch_size=4))
     seen: list[Tensor] = []
     trainer.teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    student_step(trainer._game)
-    assert trainer.memory is not None and trainer.memory.generator is not None
+    student_step(trainer.state)
+    assert trainer.state.memory is not None and trainer.state.memory.generator is not None
     z = torch.randn(4, 20, generator=random_stream(3, "replay", torch.device("cpu")))
     assert seen[0].shape[0] == 8
-    torch.testing.assert_close(seen[0][4:], trainer.memory.generator(z))
+    torch.testing.assert_close(seen[0][4:], trainer.state.memory.generator(z))
 
 
 def test_averaged_generator_is_never_trained_and_follows_each_generator_step(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(small_method(replay=Replay(kind="ema_generator", ema_decay=0.7)))
-    assert trainer.memory is not None and trainer.memory.generator is not None
+    assert trainer.state.memory is not None and trainer.state.memory.generator is not None
     expected = {name: tensor.double() for name, tensor in snapshot(trainer.generator).items()}
     for _ in range(3):
-        student_step(trainer._game)
-        generator_step(trainer._game)
+        student_step(trainer.state)
+        generator_step(trainer.state)
         for name, tensor in trainer.generator.state_dict().items():
             expected[name] = 0.7 * expected[name] + 0.3 * tensor.double() if tensor.is_floating_point() else tensor.double()
-    for name, tensor in trainer.memory.generator.state_dict().items():
+    for name, tensor in trainer.state.memory.generator.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.memory.generator.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.state.memory.generator.parameters())

@@ -83,7 +83,7 @@ def test_evaluation_and_sampling_leave_the_trajectory_alone(make_trainer: MakeTr
 def test_losses_of_an_epoch_are_means_over_its_steps(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(small_method(epochs=1))
     rows: list[Tensor] = []
-    trainer.on_iteration = lambda trainer: rows.append(trainer.losses["student"][trainer.iteration - 1].clone())
+    trainer.on_iteration = lambda trainer: rows.append(trainer.state.losses.values["student"][trainer.state.iteration - 1].clone())
     (epoch,) = list(trainer)
     assert epoch.losses["student"] == pytest.approx(torch.stack(rows).double().mean().item(), rel=1e-6)
     assert (torch.stack(rows) > 0).all()
@@ -338,7 +338,7 @@ def test_a_resumed_run_follows_its_schedule(make_trainer: MakeTrainer, schedule:
     scheduled = Optimizer(lr=0.01, schedule=schedule, milestones=(2, 3) if schedule == "multistep" else ())
     method = replace(small_method(epochs=4, iterations=1, student_steps=1), student_optimizer=scheduled, generator_optimizer=scheduled)
     whole = make_trainer(method)
-    rates = [whole.student_optimizer.param_groups[0]["lr"] for _ in whole]
+    rates = [whole.state.student_optimizer.param_groups[0]["lr"] for _ in whole]
     stopped, resumed = make_trainer(method), make_trainer(method)
     next(iter(stopped))
     saved = through_a_file(stopped.state_dict())
@@ -346,7 +346,7 @@ def test_a_resumed_run_follows_its_schedule(make_trainer: MakeTrainer, schedule:
         assert saved["schedules"][0]["milestones"] == {2: 1, 3: 1}
         saved["schedules"][1]["milestones"] = Counter({(2, 1): 1, (3, 1): 1})
     resumed.load_state_dict(saved)
-    assert [resumed.student_optimizer.param_groups[0]["lr"] for _ in resumed] == rates[1:]
+    assert [resumed.state.student_optimizer.param_groups[0]["lr"] for _ in resumed] == rates[1:]
     assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
 
 
@@ -360,7 +360,7 @@ def test_a_run_on_a_gpu_is_saved_and_goes_on_there(make_trainer: MakeTrainer) ->
     assert [epoch.number for epoch in resumed] == [2, 3]
     assert all(tensor.is_cuda for tensor in resumed.student.state_dict().values())
     assert resumed.sample(4).is_cuda
-    assert set(resumed.clock.read()) == {"student", "generator", "evaluation"}
+    assert set(resumed.state.clock.read()) == {"student", "generator", "evaluation"}
 
 
 def test_loading_a_state_leaves_the_state_alone(make_trainer: MakeTrainer) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast.methods import Objective
 from dfkd_fast.models import conditioned, dry_run, evaluating, logits_of
 
-__all__ = ["check_classifier", "check_initialized", "check_networks"]
+__all__ = ["check_classifier", "check_initialized", "check_networks", "check_objective"]
 
 SAMPLES = 4
 """Of the batches that are tried. Behind a batch norm of two samples, gradients to its input are rounding, and may be 0."""
@@ -93,6 +94,17 @@ def check_networks(
     if adversarial:
         _check_passes_gradient("student", student, images, training=True, initial=True)
     return images.shape[1:], teacher_shape
+
+
+def check_objective(objective: Objective, generator: nn.Module, logits_shape: torch.Size) -> None:
+    """Raise a :class:`DfkdError` for terms that such a generator, or logits of such a shape (classes, …), cannot give."""
+    embedding = getattr(generator, "embedding", None)
+    if objective.class_nll and len(logits_shape) > 1:
+        raise DfkdError(f"objective.class_nll = {objective.class_nll}: is of one class an image, and the teacher gives logits a pixel")
+    if objective.conditional and embedding is None:
+        raise DfkdError("objective.class_nll and objective.embedding_norm need a conditional generator (generator.conditional = true)")
+    if embedding is not None and embedding.num_embeddings > logits_shape[0]:
+        raise DfkdError(f"the generator has {embedding.num_embeddings} class embeddings, the teacher {logits_shape[0]} classes")
 
 
 def check_initialized(role: str, network: nn.Module) -> None:

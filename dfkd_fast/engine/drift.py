@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.kernels import js_discrepancy
-from dfkd_fast.models import conditioned, evaluating, logits_of
+from dfkd_fast.models import evaluating, logits_of, sample
 
 __all__ = ["Drift"]
 
@@ -15,7 +15,7 @@ class Drift:
     """Compares a student's predictions on successive versions of generators, always from the same latents.
 
     Args:
-        samples: how many latents.
+        samples: how many latents; 0 for no comparison.
     """
 
     def __init__(self, samples: int) -> None:
@@ -31,9 +31,9 @@ class Drift:
             student: images → logits, as it stands now, for both versions.
             generators: modules with an integer ``latent_dim``, by name.
         """
-        found = {}
-        for name, generator in generators.items():
-            now = self._images(generator)
+        found: dict[str, float] = {}
+        for name, generator in generators.items() if self.samples else ():
+            now = sample(generator, self.samples, next(generator.parameters()).device)
             if name in self._before:
                 with evaluating(student):
                     logits = logits_of(student(now))
@@ -47,15 +47,6 @@ class Drift:
                 found[name] = moved.item() / logits[:, 0].numel()
             self._before[name] = now
         return found
-
-    def _images(self, generator: nn.Module) -> Tensor:
-        parameter = next(generator.parameters())
-        stream = torch.Generator().manual_seed(0)
-        z = torch.randn(self.samples, int(generator.latent_dim), generator=stream).to(parameter.device)  # type: ignore[arg-type]
-        embedding = getattr(generator, "embedding", None)
-        labels = torch.arange(self.samples, device=z.device) % (1 if embedding is None else embedding.num_embeddings)
-        with evaluating(generator):
-            return generator(conditioned(generator, z, labels))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The images of the last call."""

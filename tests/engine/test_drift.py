@@ -5,7 +5,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
-from dfkd_fast.evaluation import Drift
+from dfkd_fast.engine.drift import Drift
 from dfkd_fast.models import GeneratorA, GeneratorSettings, build_generator
 from tests.states import assert_equal
 

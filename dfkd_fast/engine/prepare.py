@@ -1,0 +1,227 @@
+"""From networks as they are given to a state that is ready to step: passes over the networks, in order, each with its switch."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd_fast import distributed
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.kernels import FusedEMA
+from dfkd_fast.methods import build_memory
+from dfkd_fast.models import (
+    FoldingError,
+    Observer,
+    auxiliary_outputs,
+    folded_and_checked,
+    frozen_copy,
+    fuse_leaky_relus,
+    has_running_statistics,
+    keep_spectral_norms_in_float32,
+    logits_only,
+    lower_precision,
+    sample,
+    sha256_of,
+    sharing_copy,
+    use_cpu_convolutions,
+)
+
+from .clock import Clock
+from .compatibility import check_initialized, check_networks, check_objective
+from .device import keep_freed_memory
+from .drift import Drift
+from .losses import LossLog
+from .method import Engine, Method
+from .optim import build_optimizer, build_schedule
+from .precision import Precision
+from .state import TrainState
+from .streams import random_stream
+
+__all__ = ["prepare"]
+
+SAMPLES = 4
+"""Images that passes try a network on."""
+
+
+@dataclass
+class Pass:
+    """What one pass over a network may look at."""
+
+    role: str
+    """Of the network: "teacher", "student" or "generator"."""
+    engine: Engine
+    precision: Precision
+    device: torch.device
+    images: Tensor
+    """A few of the generator's, (SAMPLES, C, H, W); none yet when the generator is prepared."""
+    remarks: list[str]
+
+
+def share(network: nn.Module, this: Pass) -> nn.Module:
+    """A copy of the modules in training mode, with the network's own parameters, buffers and hooks."""
+    return sharing_copy(network).train()
+
+
+def take_logits(network: nn.Module, this: Pass) -> nn.Module:
+    """Only the logits, where a network returns more."""
+    if (outputs := auxiliary_outputs(network, this.images)) is not None:
+        this.remarks.append(f"the {this.role} {outputs}")
+    return logits_only(network, this.images)
+
+
+def fold(network: nn.Module, this: Pass) -> nn.Module:
+    """Batch norms folded into convolutions, where that changes nothing."""
+    if not this.engine.fold_teacher or not any(map(has_running_statistics, network.modules())):
+        return network
+    try:
+        return folded_and_checked(network, this.images)
+    except FoldingError as error:
+        this.remarks.append(f"the teacher's batch norms are not folded: {error}")
+        return network
+
+
+def place(network: nn.Module, this: Pass) -> nn.Module:
+    """The network itself, on the device, in the memory format of the run."""
+    network.to(this.device)
+    return network.to(memory_format=torch.channels_last) if this.engine.channels_last else network
+
+
+def spectral_norms_in_float32(network: nn.Module, this: Pass) -> nn.Module:
+    """A spectral norm's power iteration is not rounded to a lower precision."""
+    keep_spectral_norms_in_float32(network)
+    return network
+
+
+def cpu_convolutions(network: nn.Module, this: Pass) -> nn.Module:
+    """On a CPU, every convolution chooses its algorithm."""
+    return use_cpu_convolutions(network) if this.engine.cpu_convolutions and this.device.type == "cpu" else network
+
+
+def sync_batch_norm(network: nn.Module, this: Pass) -> nn.Module:
+    """Batch norms in training see the batch of all processes."""
+    if not this.engine.sync_batch_norm or distributed.world_size() == 1:
+        return network
+    if this.device.type != "cuda":
+        raise DfkdError("engine.sync_batch_norm = true: PyTorch's SyncBatchNorm works on GPUs only")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
+def fuse_norm_act(network: nn.Module, this: Pass) -> nn.Module:
+    """Batch norm and leaky ReLU in one kernel; on a GPU also batch norms alone."""
+    if this.engine.fuse_norm_act:
+        fuse_leaky_relus(network, every_norm=this.device.type == "cuda")
+    return network
+
+
+def lower(network: nn.Module, this: Pass) -> nn.Module:
+    """The teacher's weights in the precision of the run."""
+    return network if this.precision.dtype is None else lower_precision(copy.deepcopy(network), this.precision.dtype, this.images)
+
+
+def logits_in_float32(network: nn.Module, this: Pass) -> nn.Module:
+    """The layers that logits come out of compute in float32."""
+    this.precision.keep_logits(network, this.images)
+    return network
+
+
+def tell_rounded_logits(network: nn.Module, this: Pass) -> nn.Module:
+    """A line where logits are rounded all the same."""
+    if this.precision.rounds_logits(network, this.images):
+        this.remarks.append(
+            f"engine.precision: the {this.role}'s logits are rounded to {this.precision.name}: its forward makes them, not a layer"
+        )
+    return network
+
+
+PASSES: dict[str, Sequence[Callable[[nn.Module, Pass], nn.Module]]] = {
+    "generator": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, fuse_norm_act),
+    "teacher": (take_logits, fold, place, spectral_norms_in_float32, cpu_convolutions, lower, tell_rounded_logits),
+    "student": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, take_logits, logits_in_float32, tell_rounded_logits),
+}
+
+
+def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method: Method, *, seed: int, device: torch.device) -> TrainState:
+    """The state of a training before its first step.
+
+    Args:
+        teacher, student, generator: moved to the device, in place; what else is done is done to copies of their modules.
+        method: its ``precision`` resolved.
+        seed: of the latent vectors.
+        device: of the training.
+
+    Raises:
+        DfkdError: the networks do not fit each other or the method, or cannot be copied.
+    """
+    loop, engine, objective = method.loop, method.engine, method.objective
+    if engine.keep_memory and device.type == "cpu":
+        keep_freed_memory()
+    given = {"teacher": teacher, "student": student, "generator": generator}
+    for role, network in given.items():
+        check_initialized(role, network)
+
+    this = Pass("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [])
+    for network in given.values():
+        place(network, this)
+    distributed.broadcast_([tensor for network in given.values() for tensor in network.state_dict().values()])
+    frozen = frozen_copy(teacher, torch.get_default_dtype())
+    image_shape, logits_shape = check_networks(frozen, student, generator, device, adversarial=objective.adversarial > 0)
+    check_objective(objective, generator, logits_shape)
+    if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
+        this.remarks.append(
+            "engine.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
+        )
+
+    working = {}
+    for role, passes in PASSES.items():
+        this.role, network = role, frozen if role == "teacher" else given[role]
+        for each in passes:
+            network = each(network, this)
+        working[role] = network
+        if role == "generator":
+            this.images = sample(network, SAMPLES, device)
+
+    layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+    rows = loop.batch_size + (method.replay.rows_of(loop.batch_size) if method.replay.replays else 0)
+    images = torch.zeros(rows, *image_shape, device=device, dtype=this.precision.images).to(memory_format=layout)
+    logits = torch.empty(rows, *logits_shape, device=device)
+    if logits.ndim == 4:
+        logits = logits.to(memory_format=layout)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
+        fresh = slice(loop.batch_size)
+        memory = build_memory(method.replay, working["generator"], working["teacher"], images[fresh], logits[fresh])
+    average = FusedEMA(student, loop.student_ema_decay) if loop.student_ema_decay else None
+    student_optimizer = build_optimizer(method.student_optimizer, student.parameters(), device)
+    generator_optimizer = build_optimizer(method.generator_optimizer, generator.parameters(), device)
+    return TrainState(
+        device=device,
+        method=method,
+        precision=this.precision,
+        teacher=working["teacher"],
+        observer=Observer(working["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0),
+        student=working["student"],
+        generator=working["generator"],
+        memory=memory,
+        average=average,
+        trained={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
+        teacher_sha256=sha256_of(teacher.state_dict()),
+        student_optimizer=student_optimizer,
+        generator_optimizer=generator_optimizer,
+        schedules=[
+            build_schedule(method.student_optimizer, student_optimizer, loop.epochs),
+            build_schedule(method.generator_optimizer, generator_optimizer, loop.epochs),
+        ],
+        latents=torch.empty(loop.batch_size, int(generator.latent_dim), device=device),  # type: ignore[arg-type]
+        labels=torch.empty(loop.batch_size, dtype=torch.long, device=device),
+        images=images,
+        logits=logits,
+        fresh_stream=random_stream(seed, "fresh", device),
+        replay_stream=random_stream(seed, "replay", device),
+        losses=LossLog(loop, {"vae": method.replay.vae.steps}, device),
+        drift=Drift(loop.drift_samples),
+        clock=Clock(device),
+        remarks=this.remarks,
+    )
