@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast import DfkdError, GeneratorA, Method, NonFiniteLossError, Optimizer, Replay, Trainer
+from dfkd_fast import DfkdError, Epoch, GeneratorA, Method, NonFiniteLossError, Optimizer, Replay, Trainer
 from dfkd_fast.models import build_model
 from tests.small import small_method, small_networks
 from tests.states import assert_equal, through_a_file, without_times
@@ -372,3 +372,44 @@ def test_loading_a_state_leaves_the_state_alone(make_trainer: MakeTrainer) -> No
     second.load_state_dict(state)
     second.fit()
     assert_equal(before["losses"], state["losses"])
+
+
+def test_callbacks_come_in_order_and_with_a_state_that_can_be_saved(make_trainer: MakeTrainer) -> None:
+    events: list[Any] = []
+    trainer = make_trainer(
+        small_method(epochs=2, iterations=2),
+        on_iteration=lambda trainer: events.append(("iteration", trainer.iterations_done)),
+        on_epoch=lambda trainer, epoch: events.append(("epoch", epoch.number, trainer.history[-1] is epoch)),
+        on_checkpoint=lambda trainer: events.append(("checkpoint", trainer.state_dict()["iteration"])),
+    )
+    trainer.fit()
+    first = [("iteration", 1), ("iteration", 2), ("epoch", 1, True), ("checkpoint", 0)]
+    assert events == [*first, ("iteration", 3), ("iteration", 4), ("epoch", 2, True), ("checkpoint", 0)]
+
+
+def test_a_loop_that_is_stopped_offers_a_checkpoint_from_which_it_ends_as_if_it_had_not(make_trainer: MakeTrainer) -> None:
+    whole = make_trainer(small_method(epochs=2, iterations=3))
+    whole.fit()
+    saved: list[dict[str, Any]] = []
+    stopped = make_trainer(
+        small_method(epochs=2, iterations=3),
+        on_iteration=lambda trainer: trainer.stop() if trainer.iterations_done == 2 else None,
+        on_checkpoint=lambda trainer: saved.append(trainer.state_dict()),
+    )
+    stopped.fit()
+    assert [state["iteration"] for state in saved] == [2]
+    resumed = make_trainer(small_method(epochs=2, iterations=3))
+    resumed.load_state_dict(saved[0])
+    resumed.fit()
+    assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
+
+
+def test_an_epochs_callback_disturbs_neither_random_numbers_nor_modes(make_trainer: MakeTrainer) -> None:
+    def disturb(trainer: Trainer, epoch: Epoch) -> None:
+        torch.manual_seed(99)
+        trainer.student.eval().requires_grad_(False)
+
+    undisturbed, disturbed = make_trainer(small_method()), make_trainer(small_method(), on_epoch=disturb)
+    for trainer in (undisturbed, disturbed):
+        trainer.fit()
+    assert_equal(without_times(disturbed.state_dict()), without_times(undisturbed.state_dict()))
