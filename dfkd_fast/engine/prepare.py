@@ -47,8 +47,8 @@ SAMPLES = 4
 
 
 @dataclass
-class Pass:
-    """What one pass over a network may look at."""
+class Context:
+    """What a pass over a network may look at."""
 
     role: str
     """Of the network: "teacher", "student" or "generator"."""
@@ -60,83 +60,83 @@ class Pass:
     remarks: list[str]
 
 
-def share(network: nn.Module, this: Pass) -> nn.Module:
+def share(network: nn.Module, context: Context) -> nn.Module:
     """A copy of the modules in training mode, with the network's own parameters, buffers and hooks."""
     return sharing_copy(network).train()
 
 
-def take_logits(network: nn.Module, this: Pass) -> nn.Module:
+def take_logits(network: nn.Module, context: Context) -> nn.Module:
     """Only the logits, where a network returns more."""
-    if (outputs := auxiliary_outputs(network, this.images)) is not None:
-        this.remarks.append(f"the {this.role} {outputs}")
-    return logits_only(network, this.images)
+    if (outputs := auxiliary_outputs(network, context.images)) is not None:
+        context.remarks.append(f"the {context.role} {outputs}")
+    return logits_only(network, context.images)
 
 
-def fold(network: nn.Module, this: Pass) -> nn.Module:
+def fold(network: nn.Module, context: Context) -> nn.Module:
     """Batch norms folded into convolutions, where that changes nothing."""
-    if not this.engine.fold_teacher or not any(map(has_running_statistics, network.modules())):
+    if not context.engine.fold_teacher or not any(map(has_running_statistics, network.modules())):
         return network
     try:
-        return folded_and_checked(network, this.images)
+        return folded_and_checked(network, context.images)
     except FoldingError as error:
-        this.remarks.append(f"the teacher's batch norms are not folded: {error}")
+        context.remarks.append(f"the teacher's batch norms are not folded: {error}")
         return network
 
 
-def place(network: nn.Module, this: Pass) -> nn.Module:
+def place(network: nn.Module, context: Context) -> nn.Module:
     """The network itself, on the device, in the memory format of the run."""
-    network.to(this.device)
-    return network.to(memory_format=torch.channels_last) if this.engine.channels_last else network
+    network.to(context.device)
+    return network.to(memory_format=torch.channels_last) if context.engine.channels_last else network
 
 
-def spectral_norms_in_float32(network: nn.Module, this: Pass) -> nn.Module:
+def spectral_norms_in_float32(network: nn.Module, context: Context) -> nn.Module:
     """A spectral norm's power iteration is not rounded to a lower precision."""
     keep_spectral_norms_in_float32(network)
     return network
 
 
-def cpu_convolutions(network: nn.Module, this: Pass) -> nn.Module:
+def cpu_convolutions(network: nn.Module, context: Context) -> nn.Module:
     """On a CPU, every convolution chooses its algorithm."""
-    return use_cpu_convolutions(network) if this.engine.cpu_convolutions and this.device.type == "cpu" else network
+    return use_cpu_convolutions(network) if context.engine.cpu_convolutions and context.device.type == "cpu" else network
 
 
-def sync_batch_norm(network: nn.Module, this: Pass) -> nn.Module:
+def sync_batch_norm(network: nn.Module, context: Context) -> nn.Module:
     """Batch norms in training see the batch of all processes."""
-    if not this.engine.sync_batch_norm or distributed.world_size() == 1:
+    if not context.engine.sync_batch_norm or distributed.world_size() == 1:
         return network
-    if this.device.type != "cuda":
+    if context.device.type != "cuda":
         raise DfkdError("engine.sync_batch_norm = true: PyTorch's SyncBatchNorm works on GPUs only")
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
-def fuse_norm_act(network: nn.Module, this: Pass) -> nn.Module:
+def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
     """Batch norm and leaky ReLU in one kernel; on a GPU also batch norms alone."""
-    if this.engine.fuse_norm_act:
-        fuse_leaky_relus(network, every_norm=this.device.type == "cuda")
+    if context.engine.fuse_norm_act:
+        fuse_leaky_relus(network, every_norm=context.device.type == "cuda")
     return network
 
 
-def lower(network: nn.Module, this: Pass) -> nn.Module:
+def lower(network: nn.Module, context: Context) -> nn.Module:
     """The teacher's weights in the precision of the run."""
-    return network if this.precision.dtype is None else lower_precision(copy.deepcopy(network), this.precision.dtype, this.images)
+    return network if context.precision.dtype is None else lower_precision(copy.deepcopy(network), context.precision.dtype, context.images)
 
 
-def logits_in_float32(network: nn.Module, this: Pass) -> nn.Module:
+def logits_in_float32(network: nn.Module, context: Context) -> nn.Module:
     """The layers that logits come out of compute in float32."""
-    this.precision.keep_logits(network, this.images)
+    context.precision.keep_logits(network, context.images)
     return network
 
 
-def tell_rounded_logits(network: nn.Module, this: Pass) -> nn.Module:
+def tell_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
     """A line where logits are rounded all the same."""
-    if this.precision.rounds_logits(network, this.images):
-        this.remarks.append(
-            f"engine.precision: the {this.role}'s logits are rounded to {this.precision.name}: its forward makes them, not a layer"
+    if context.precision.rounds_logits(network, context.images):
+        context.remarks.append(
+            f"engine.precision: the {context.role}'s logits are rounded to {context.precision.name}: its forward makes them, not a layer"
         )
     return network
 
 
-PASSES: dict[str, Sequence[Callable[[nn.Module, Pass], nn.Module]]] = {
+PASSES: dict[str, Sequence[Callable[[nn.Module, Context], nn.Module]]] = {
     "generator": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, fuse_norm_act),
     "teacher": (take_logits, fold, place, spectral_norms_in_float32, cpu_convolutions, lower, tell_rounded_logits),
     "student": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, take_logits, logits_in_float32, tell_rounded_logits),
@@ -162,30 +162,30 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
     for role, network in given.items():
         check_initialized(role, network)
 
-    this = Pass("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [])
+    context = Context("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [])
     for network in given.values():
-        place(network, this)
+        place(network, context)
     distributed.broadcast_([tensor for network in given.values() for tensor in network.state_dict().values()])
     frozen = frozen_copy(teacher, torch.get_default_dtype())
     image_shape, logits_shape = check_networks(frozen, student, generator, device, adversarial=objective.adversarial > 0)
     check_objective(objective, generator, logits_shape)
     if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
-        this.remarks.append(
+        context.remarks.append(
             "engine.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
         )
 
     working = {}
     for role, passes in PASSES.items():
-        this.role, network = role, frozen if role == "teacher" else given[role]
+        context.role, network = role, frozen if role == "teacher" else given[role]
         for each in passes:
-            network = each(network, this)
+            network = each(network, context)
         working[role] = network
         if role == "generator":
-            this.images = sample(network, SAMPLES, device)
+            context.images = sample(network, SAMPLES, device)
 
     layout = torch.channels_last if engine.channels_last else torch.contiguous_format
     rows = loop.batch_size + (method.replay.rows_of(loop.batch_size) if method.replay.replays else 0)
-    images = torch.zeros(rows, *image_shape, device=device, dtype=this.precision.images).to(memory_format=layout)
+    images = torch.zeros(rows, *image_shape, device=device, dtype=context.precision.images).to(memory_format=layout)
     logits = torch.empty(rows, *logits_shape, device=device)
     if logits.ndim == 4:
         logits = logits.to(memory_format=layout)
@@ -199,7 +199,7 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
     return TrainState(
         device=device,
         method=method,
-        precision=this.precision,
+        precision=context.precision,
         teacher=working["teacher"],
         observer=Observer(working["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0),
         student=working["student"],
@@ -223,5 +223,5 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
         losses=LossLog(loop, {"vae": method.replay.vae.steps}, device),
         drift=Drift(loop.drift_samples),
         clock=Clock(device),
-        remarks=this.remarks,
+        remarks=context.remarks,
     )
