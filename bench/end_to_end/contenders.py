@@ -19,7 +19,8 @@ from dfkd_fast.engine.device import keep_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.precision import PrecisionName
 from dfkd_fast.kernels import use_backend
-from dfkd_fast.models import CpuConv2d, build_generator, build_model
+from dfkd_fast.models import build_generator, build_model
+from dfkd_fast.surgery import CpuConv2d
 
 from ..baselines import plain
 

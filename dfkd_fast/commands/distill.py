@@ -21,10 +21,11 @@ from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import retention
-from dfkd_fast.models import evaluating, load_encoder, load_weights, read_metadata
+from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder, print_table
 from dfkd_fast.run import Run
+from dfkd_fast.surgery import evaluating
 
 from .evaluate import Evaluator
 from .networks import build_network, build_players, load_given_teacher

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dfkd_fast.data import Batches
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import FoldingError, Observer, evaluating, folded_and_checked, has_running_statistics, logits_only
 from dfkd_fast.recipe import Recipe
+from dfkd_fast.surgery import FoldingError, Observer, evaluating, folded_and_checked, has_running_statistics, logits_only
 
 from .evaluate import Evaluator
 from .networks import build_network, load_given_teacher

@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import conditioned, dry_run, evaluating, logits_of
+from dfkd_fast.models import conditioned
+from dfkd_fast.surgery import dry_run, evaluating, logits_of
 
 __all__ = ["check_classifier", "check_initialized", "check_networks", "check_objective"]
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.kernels import js_discrepancy
-from dfkd_fast.models import evaluating, logits_of, sample
+from dfkd_fast.models import sample
+from dfkd_fast.surgery import evaluating, logits_of
 
 __all__ = ["Drift"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import evaluating, find_heads, in_float32, logits_of
+from dfkd_fast.surgery import evaluating, find_heads, in_float32, logits_of
 
 __all__ = ["Precision", "PrecisionName", "PrecisionSetting", "ordinary_mode", "resolve_precision"]
 

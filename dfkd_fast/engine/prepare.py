@@ -12,7 +12,8 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import build_memory
-from dfkd_fast.models import (
+from dfkd_fast.models import sample, sha256_of
+from dfkd_fast.surgery import (
     FoldingError,
     Observer,
     auxiliary_outputs,
@@ -23,8 +24,6 @@ from dfkd_fast.models import (
     keep_spectral_norms_in_float32,
     logits_only,
     lower_precision,
-    sample,
-    sha256_of,
     sharing_copy,
     use_cpu_convolutions,
 )

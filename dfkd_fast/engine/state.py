@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import Batch, Memory, Part
-from dfkd_fast.models import Observer
+from dfkd_fast.surgery import Observer
 
 from .clock import Clock
 from .drift import Drift

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dfkd_fast import distributed
 from dfkd_fast.methods import Batch, Part
-from dfkd_fast.models import conditioned, draw_labels, generate, untaught
+from dfkd_fast.models import conditioned, draw_labels, generate
+from dfkd_fast.surgery import untaught
 
 from .method import Method
 from .state import TrainState

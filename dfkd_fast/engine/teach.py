@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
-from dfkd_fast.models import logits_of
 from dfkd_fast.settings import VOID
+from dfkd_fast.surgery import logits_of
 
 from .clock import Clock
 from .device import cudnn_benchmark

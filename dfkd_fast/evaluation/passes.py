@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import kl_discrepancy
-from dfkd_fast.models import evaluating, logits_of
 from dfkd_fast.settings import VOID
+from dfkd_fast.surgery import evaluating, logits_of
 
 __all__ = ["Agreement", "Evaluation", "run_pass"]
 

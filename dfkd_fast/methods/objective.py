@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dfkd_fast import distributed
 from dfkd_fast.kernels import js_discrepancy, kl_discrepancy, l1_discrepancy
-from dfkd_fast.models import Observation
 from dfkd_fast.settings import NonNegative, Temperature, settings
+from dfkd_fast.surgery import Observation
 
 __all__ = ["Objective", "activation", "bn_moments", "class_nll", "embedding_norm", "entropy", "one_hot"]
 

@@ -13,9 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import concat_generated
 from dfkd_fast.settings import Flag, NonNegative, Positive, PositiveInt, settings
-
-from .modes import evaluating
-from .norms import SpectralNorm, keep_spectral_norms_in_float32
+from dfkd_fast.surgery import SpectralNorm, evaluating, keep_spectral_norms_in_float32
 
 __all__ = [
     "Generator",

@@ -16,7 +16,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd_fast import DfkdError, Trainer
 from dfkd_fast.engine.compatibility import check_networks
-from dfkd_fast.models import GeneratorSettings, build_generator, build_model, freeze
+from dfkd_fast.models import GeneratorSettings, build_generator, build_model
+from dfkd_fast.surgery import freeze
 from tests.small import Networks, small_method, small_networks
 
 CPU = torch.device("cpu")

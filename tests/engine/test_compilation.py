@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 
 from dfkd_fast import Method, Objective, Optimizer, Trainer
 from dfkd_fast.engine.compilation import Compiled
-from dfkd_fast.models import GeneratorA, GeneratorB, GeneratorSettings, build_generator, build_model, fold, freeze
+from dfkd_fast.models import GeneratorA, GeneratorB, GeneratorSettings, build_generator, build_model
+from dfkd_fast.surgery import fold, freeze
 from tests.small import Networks, loop_and_engine
 
 MakeTrainer = Callable[..., Trainer]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import Engine, Loop, Method, Optimizer, Trainer
-from dfkd_fast.models import BatchNormLeakyReLU2d
+from dfkd_fast.surgery import BatchNormLeakyReLU2d
 from tests.small import small_networks
 
 pytestmark = pytest.mark.gpu

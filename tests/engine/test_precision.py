@@ -14,7 +14,7 @@ from dfkd_fast.engine.method import resolved
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.kernels import use_backend
-from dfkd_fast.models.norms import SpectralNorm
+from dfkd_fast.surgery import SpectralNorm
 from tests.small import Networks, loop_and_engine, small_networks
 
 MakeTrainer = Callable[..., Trainer]

@@ -9,7 +9,7 @@ from torch import nn
 
 from dfkd_fast import Engine, Method, Trainer
 from dfkd_fast.engine.prepare import PASSES
-from dfkd_fast.models import BatchNormLeakyReLU2d, CpuConv2d
+from dfkd_fast.surgery import BatchNormLeakyReLU2d, CpuConv2d
 from tests.small import small_method, small_networks
 
 PLAIN = Engine(precision="fp32", channels_last=False, cpu_convolutions=False, fuse_norm_act=False, fold_teacher=False, keep_memory=False)

@@ -23,7 +23,7 @@ from dfkd_fast.kernels import (
     use_backend,
 )
 from dfkd_fast.kernels.concat import Activation
-from dfkd_fast.kernels.winograd import cpu as winograd
+from dfkd_fast.kernels.conv import cpu as winograd
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Results = Iterator[tuple[str, Tensor]]

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_fast.kernels import use_backend, winograd, winograd_conv2d, winograd_pays
+from dfkd_fast.kernels import use_backend, winograd_conv2d, winograd_pays
+from dfkd_fast.kernels.conv import winograd
 
 
 def case(batch: int, channels: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def test_values_and_gradients_are_those_of_a_convolution(
     gradient = torch.randn_like(output)
     inputs = [x, weight, *([] if bias is None else [bias])]
     expected, *gradients = oracle(inputs, padding, gradient)
-    assert type(output.grad_fn).__name__ == "_WinogradBackward"
+    assert type(output.grad_fn).__name__ == "WinogradBackward"
     assert output.is_contiguous(memory_format=torch.channels_last)
     # Sums of some 9 · 70 products of numbers near 1, whose transforms are up to 100 times larger.
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=2e-3)
@@ -101,7 +102,7 @@ def test_second_derivatives_are_the_convolutions() -> None:
 
 @pytest.mark.parametrize("other", ["float64", "bfloat16", "contiguous", "forced", "autocast"])
 def test_what_it_does_not_serve_is_convolved(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd._Winograd, "apply", None)
+    monkeypatch.setattr(winograd.Winograd, "apply", None)
     x, weight = (tensor.detach() for tensor in case(16, (64, 64), (8, 8)))
     assert winograd_pays(x, weight)
     if other == "contiguous":

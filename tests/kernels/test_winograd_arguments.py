@@ -75,7 +75,7 @@ def test_other_convolutions_do_not_pay() -> None:
 
 
 def test_a_layer_of_such_convolutions_takes_one_image_without_a_batch() -> None:
-    from dfkd_fast.models.convolution import use_cpu_convolutions
+    from dfkd_fast.surgery import use_cpu_convolutions
 
     layer = nn.Conv2d(64, 64, 3, padding=1)
     x = torch.randn(64, 8, 8)

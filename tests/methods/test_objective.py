@@ -10,7 +10,7 @@ from scipy.special import entr, log_softmax, rel_entr, softmax
 from torch import Tensor
 
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import Observation
+from dfkd_fast.surgery import Observation
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -27,8 +27,8 @@ from dfkd_fast.models import (
     build_generator,
     conditioned,
     generate,
-    keep_spectral_norms_in_float32,
 )
+from dfkd_fast.surgery import keep_spectral_norms_in_float32
 
 
 def close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> None:

@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from dfkd_fast import DfkdError
-from dfkd_fast.models import Observer, build_model, folded_and_checked, freeze, load_encoder, logits_of, logits_only, save_weights
+from dfkd_fast.models import build_model, load_encoder, save_weights
+from dfkd_fast.surgery import Observer, folded_and_checked, freeze, logits_of, logits_only
 
 SMALL = "lraspp:mobilenetv3_small_050"
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from dfkd_fast import DfkdError
-from dfkd_fast.models import auxiliary_outputs, dry_run, fold, freeze, logits_of, logits_only
+from dfkd_fast.surgery import auxiliary_outputs, dry_run, fold, freeze, logits_of, logits_only
 
 Outputs = namedtuple("Outputs", ["features", "logits"])
 

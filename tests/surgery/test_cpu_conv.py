@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.kernels import winograd_conv2d
-from dfkd_fast.models import CpuConv2d, convolution, fold, freeze, untaught, use_cpu_convolutions
+from dfkd_fast.kernels.conv import col2im_conv2d, im2col_conv2d
+from dfkd_fast.surgery import CpuConv2d, cpu_conv, fold, freeze, untaught, use_cpu_convolutions
 
 FEW_PIXELS: list[dict[str, Any]] = [
     {"kernel_size": 3, "padding": 1},
@@ -61,12 +62,17 @@ def test_values_and_gradients_are_those_of_a_convolution(case: dict[str, Any], l
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
+def padding_of(layer: nn.Conv2d) -> tuple[int, ...]:
+    assert not isinstance(layer.padding, str)
+    return layer.padding
+
+
 @pytest.mark.parametrize("case", FEW_PIXELS, ids=str)
 def test_few_pixels_have_the_second_derivatives_of_finite_differences(case: dict[str, Any]) -> None:
     layer, images = layer_and_images({"out_channels": 2, **case})
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        return convolution._FewPixels.apply(x, weight, layer.stride, layer.padding, layer.dilation)
+        return im2col_conv2d(x, weight, layer.stride, padding_of(layer), layer.dilation)
 
     assert torch.autograd.gradcheck(product, (images, layer.weight))
     assert torch.autograd.gradgradcheck(product, (images, layer.weight))
@@ -77,7 +83,7 @@ def test_few_channels_have_the_second_derivatives_of_finite_differences(case: di
     layer, images = layer_and_images({"out_channels": 2, **case})
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        return convolution._FewChannels.apply(x, weight, layer.padding)
+        return col2im_conv2d(x, weight, padding_of(layer))
 
     assert torch.autograd.gradcheck(product, (images, layer.weight))
     assert torch.autograd.gradgradcheck(product, (images, layer.weight))
@@ -180,7 +186,7 @@ def test_kernels_of_three_by_three_are_winograds(frozen: bool, monkeypatch: pyte
         asked.append(keep)
         return winograd_conv2d(x, weight, bias, padding, keep=keep)
 
-    monkeypatch.setattr(convolution, "winograd_conv2d", ask)
+    monkeypatch.setattr(cpu_conv, "winograd_conv2d", ask)
     output = layer(images)
     assert asked == [frozen]
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
@@ -189,7 +195,7 @@ def test_kernels_of_three_by_three_are_winograds(frozen: bool, monkeypatch: pyte
 @pytest.mark.parametrize("change", [{"stride": 2}, {"dilation": 2}, {"kernel_size": 5}], ids=str)
 def test_other_kernels_are_not_winograds(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = use_cpu_convolutions(nn.Conv2d(64, 64, **{"kernel_size": 3} | change).to(memory_format=torch.channels_last))
-    monkeypatch.setattr(convolution, "winograd_conv2d", None)
+    monkeypatch.setattr(cpu_conv, "winograd_conv2d", None)
     assert layer(torch.randn(16, 64, 12, 12).to(memory_format=torch.channels_last)).shape[1] == 64
 
 

@@ -1,10 +1,6 @@
-"""How a network is called: its mode, whether its weights are to learn, and where its logits are."""
+"""Where a network's logits are in what it returns."""
 
-import copy
-import itertools
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,53 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 from dfkd_fast.errors import DfkdError
 
-__all__ = ["auxiliary_outputs", "dry_run", "evaluating", "logits_of", "logits_only", "untaught"]
+from .modes import dry_run, evaluating
+
+__all__ = ["auxiliary_outputs", "logits_of", "logits_only"]
 
 LOGITS_KEYS = ("out", "logits")
 """Of a dict: torchvision's segmenters return the one, transformers' models the other."""
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in, frozen ones too."""
-    modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]  # frozen scripts have none
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def untaught(network: nn.Module) -> Iterator[None]:
-    """What is called within passes gradients on to its input, and computes none of the weights: not even what they would need is kept."""
-    taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in taught:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in taught:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def dry_run(network: nn.Module) -> Iterator[nn.Module]:
-    """A copy of a network, in its mode, whose calls leave no trace in the network or the process.
-
-    Parameters, buffers, gradients and modes of the copy are its own; inside the context random states are forked, warnings are
-    ignored, and compiled networks run eagerly.
-    """
-    devices = {tensor.device for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-        warnings.simplefilter("ignore")
-        with torch.no_grad():  # or a copied script's parameters would be clones with a graph, and pass gradients on to the network's
-            trial = copy.deepcopy(network)
-        for own, parameter in zip(trial.parameters(), network.parameters(), strict=True):
-            own.requires_grad_(parameter.requires_grad)
-        yield trial
 
 
 def logits_of(output: Any) -> Tensor:

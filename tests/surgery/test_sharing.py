@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import frozen_copy, sharing_copy, use_cpu_convolutions
+from dfkd_fast.surgery import frozen_copy, sharing_copy, use_cpu_convolutions
 
 
 class Tied(nn.Module):

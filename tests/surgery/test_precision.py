@@ -10,8 +10,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm
 
-from dfkd_fast.models import build_model, find_heads, freeze, in_float32, logits_of, lower_precision
+from dfkd_fast.models import build_model
 from dfkd_fast.models.segmenters import build_segmenter
+from dfkd_fast.surgery import find_heads, freeze, in_float32, logits_of, lower_precision
 
 SIZE = 32
 

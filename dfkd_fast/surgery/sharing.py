@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, first_line
 
-from .frozen import freeze
+from .modes import freeze
 
 __all__ = ["frozen_copy", "sharing_copy"]
 

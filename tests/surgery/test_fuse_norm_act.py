@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from dfkd_fast.kernels import dispatch, use_backend
-from dfkd_fast.models import BatchNormLeakyReLU2d, GeneratorA, fuse_leaky_relus
+from dfkd_fast.models import GeneratorA
+from dfkd_fast.surgery import BatchNormLeakyReLU2d, fuse_leaky_relus
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from dfkd_fast import DfkdError
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import (
-    CifarResNet,
-    FoldingError,
-    Observer,
-    build_model,
-    fold,
-    folded_and_checked,
-    freeze,
-    frozen,
-    has_running_statistics,
-)
-from dfkd_fast.models.frozen import FOLDED_WITHIN
+from dfkd_fast.models import CifarResNet, build_model
+from dfkd_fast.surgery import FoldingError, Observer, fold, folded_and_checked, freeze, has_running_statistics
+from dfkd_fast.surgery.fold import FOLDED_WITHIN
 
 
 class Sequences(nn.Module):
@@ -395,7 +387,7 @@ def test_a_wrong_fold_is_refused_where_convolutions_round_to_tf32(monkeypatch: p
         fused.weight.mul_(1.01)
         return fused
 
-    monkeypatch.setattr(frozen, "fuse_conv_bn_eval", wrong)
+    monkeypatch.setattr(import_module("dfkd_fast.surgery.fold"), "fuse_conv_bn_eval", wrong)  # the package has a function of that name
     with pytest.raises(FoldingError, match="CifarResNet answers otherwise once folded"):
         folded_and_checked(*small_resnet())
 

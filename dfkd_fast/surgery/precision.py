@@ -1,4 +1,4 @@
-"""The layers that a network's logits come out of: found by running it, and computed in float32 under autocast.
+"""Layers in another precision than autocast gives them: a frozen network's weights are cast once, logits and spectral norms stay float32.
 
 Rounded to bfloat16, logits near 10 are multiples of 1/16, and the difference between a teacher and a student who nearly agree is noise.
 """
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._pytree import tree_map_only
 
-from .modes import evaluating, logits_of
+from .modes import evaluating
+from .outputs import logits_of
 
-__all__ = ["compute_in_float32", "find_heads", "in_float32"]
+__all__ = ["SpectralNorm", "compute_in_float32", "find_heads", "in_float32", "keep_spectral_norms_in_float32", "lower_precision"]
 
 
 def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
@@ -74,6 +76,43 @@ def in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer, before in reversed(classes):
             layer.__class__ = before
+
+
+def lower_precision(network: nn.Module, dtype: torch.dtype, images: Tensor) -> nn.Module:
+    """Cast the weights of a frozen network's convolutions and linear layers, in place; returns it.
+
+    Autocast would cast them at every call. The other layers keep float32, as autocast has it, and so do the layers that its
+    logits come out of (:func:`find_heads`), which compute in float32, too.
+
+    Args:
+        network: images → logits, with weights in float32.
+        dtype: of autocast.
+        images: some for it, (B, C, H, W).
+    """
+    heads = find_heads(network, images)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and layer not in heads:
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    for head in heads:
+        compute_in_float32(head)
+    return network
+
+
+class SpectralNorm(_SpectralNorm):
+    """PyTorch's parametrization of a weight, in float32 under autocast, which would round its power iteration at every product."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return super().forward(weight)
+
+
+def keep_spectral_norms_in_float32(network: nn.Module) -> nn.Module:
+    """Make every ``torch.nn.utils.parametrizations.spectral_norm`` of a network a :class:`SpectralNorm`, in place; returns the network."""
+    for norm in network.modules():
+        if type(norm) is _SpectralNorm:
+            norm.__class__ = SpectralNorm
+    return network
 
 
 class _Float32(nn.Module):

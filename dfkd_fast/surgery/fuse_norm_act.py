@@ -1,16 +1,14 @@
-"""A batch norm and the leaky ReLU behind it as one operation, and spectral norm in float32."""
+"""A batch norm and the leaky ReLU behind it as one operation."""
 
 import itertools
 from collections import Counter
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 
 from dfkd_fast.kernels import batch_norm_leaky_relu, dispatch
 
-__all__ = ["BatchNormLeakyReLU2d", "SpectralNorm", "fuse_leaky_relus", "keep_spectral_norms_in_float32"]
+__all__ = ["BatchNormLeakyReLU2d", "fuse_leaky_relus"]
 
 
 class BatchNormLeakyReLU2d(nn.BatchNorm2d):
@@ -79,19 +77,3 @@ def _is_watched(layer: nn.Module) -> bool:
 def _fuse(norm: nn.Module, slope: float) -> None:
     norm.__class__ = BatchNormLeakyReLU2d
     setattr(norm, "negative_slope", slope)  # noqa: B010  # of the class it now has
-
-
-class SpectralNorm(_SpectralNorm):
-    """PyTorch's parametrization of a weight, in float32 under autocast, which would round its power iteration at every product."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
-            return super().forward(weight)
-
-
-def keep_spectral_norms_in_float32(network: nn.Module) -> nn.Module:
-    """Make every ``torch.nn.utils.parametrizations.spectral_norm`` of a network a :class:`SpectralNorm`, in place; returns the network."""
-    for norm in network.modules():
-        if type(norm) is _SpectralNorm:
-            norm.__class__ = SpectralNorm
-    return network

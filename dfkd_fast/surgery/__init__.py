@@ -1,0 +1,42 @@
+"""What is done to networks, apart from what they are: to copies of their modules, which share their parameters.
+
+``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``observe``,
+``modes`` and ``outputs`` are how they are looked at and called.
+"""
+
+from .cpu_conv import CpuConv2d, use_cpu_convolutions
+from .fold import FoldingError, fold, folded_and_checked, has_running_statistics
+from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
+from .modes import dry_run, evaluating, freeze, untaught
+from .observe import Observation, Observer
+from .outputs import auxiliary_outputs, logits_of, logits_only
+from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
+from .sharing import frozen_copy, sharing_copy
+
+__all__ = [
+    "BatchNormLeakyReLU2d",
+    "CpuConv2d",
+    "FoldingError",
+    "Observation",
+    "Observer",
+    "SpectralNorm",
+    "auxiliary_outputs",
+    "compute_in_float32",
+    "dry_run",
+    "evaluating",
+    "find_heads",
+    "fold",
+    "folded_and_checked",
+    "freeze",
+    "frozen_copy",
+    "fuse_leaky_relus",
+    "has_running_statistics",
+    "in_float32",
+    "keep_spectral_norms_in_float32",
+    "logits_of",
+    "logits_only",
+    "lower_precision",
+    "sharing_copy",
+    "untaught",
+    "use_cpu_convolutions",
+]

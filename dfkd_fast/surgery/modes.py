@@ -1,0 +1,65 @@
+"""How a network is called: its mode, and whether its weights are to learn."""
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["dry_run", "evaluating", "freeze", "untaught"]
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """Put a network in evaluation mode and drop its weight gradients, in place; returns it.
+
+    The gradient with respect to its input stays: the generator learns through it.
+    """
+    for parameter in network.eval().parameters():  # of a script, too, which has no requires_grad_
+        parameter.requires_grad_(False)
+    return network
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in, frozen ones too."""
+    modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]  # frozen scripts have none
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def untaught(network: nn.Module) -> Iterator[None]:
+    """What is called within passes gradients on to its input, and computes none of the weights: not even what they would need is kept."""
+    taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in taught:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in taught:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def dry_run(network: nn.Module) -> Iterator[nn.Module]:
+    """A copy of a network, in its mode, whose calls leave no trace in the network or the process.
+
+    Parameters, buffers, gradients and modes of the copy are its own; inside the context random states are forked, warnings are
+    ignored, and compiled networks run eagerly.
+    """
+    devices = {tensor.device for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("ignore")
+        with torch.no_grad():  # or a copied script's parameters would be clones with a graph, and pass gradients on to the network's
+            trial = copy.deepcopy(network)
+        for own, parameter in zip(trial.parameters(), network.parameters(), strict=True):
+            own.requires_grad_(parameter.requires_grad)
+        yield trial

@@ -1,0 +1,91 @@
+"""Convolutions by products of matrices, and the sum that every algorithm here is held to."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd_fast.kernels import winograd_conv2d
+from dfkd_fast.kernels.conv import col2im_conv2d, im2col_conv2d, reference
+
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+GEOMETRIES: list[Geometry] = [
+    ((1, 1), (0, 0), (1, 1)),
+    ((2, 1), (1, 0), (1, 1)),
+    ((1, 3), (2, 1), (1, 2)),
+    ((2, 2), (0, 3), (2, 1)),
+]
+KERNELS = [(1, 1), (3, 3), (2, 3), (4, 1)]
+
+
+def case(kernel: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 9, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(4, 5, *kernel, dtype=dtype).to(memory_format=torch.channels_last)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+@pytest.mark.parametrize(("kernel", "geometry"), itertools.product(KERNELS, GEOMETRIES), ids=str)
+def test_the_reference_is_pytorchs_convolution_and_its_gradients(kernel: tuple[int, int], geometry: Geometry) -> None:
+    x, weight = case(kernel)
+    expected = F.conv2d(x, weight, None, *geometry)
+    torch.testing.assert_close(reference.conv2d(x, weight, *geometry), expected)
+    gradient = torch.randn_like(expected)
+    ours = reference.conv2d_backward(gradient, x.detach(), weight.detach(), *geometry)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, (x, weight), gradient))
+
+
+@pytest.mark.parametrize(("kernel", "geometry"), itertools.product(KERNELS, GEOMETRIES), ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_im2col_is_the_reference_in_values_and_gradients(kernel: tuple[int, int], geometry: Geometry, layout: torch.memory_format) -> None:
+    x, weight = (tensor.detach().contiguous(memory_format=layout).requires_grad_() for tensor in case(kernel))
+    output = im2col_conv2d(x, weight, *geometry)
+    gradient = torch.randn_like(output)
+    torch.testing.assert_close(output, reference.conv2d(x, weight, *geometry))
+    expected = reference.conv2d_backward(gradient, x.detach(), weight.detach(), *geometry)
+    torch.testing.assert_close(torch.autograd.grad(output, (x, weight), gradient), expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("padding", [(0, 0), (1, 0), (0, 2), (3, 2)], ids=str)
+def test_col2im_is_the_reference_in_values_and_gradients(kernel: tuple[int, int], padding: tuple[int, int]) -> None:
+    x, weight = case(kernel)
+    if any(pad >= size for pad, size in zip(padding, kernel, strict=True)):
+        with pytest.raises(ValueError, match=r"padding must be less than the kernel's \(\d, \d\), not \(\d, \d\)"):
+            col2im_conv2d(x, weight, padding)
+        return
+    output = col2im_conv2d(x, weight, padding)
+    gradient = torch.randn_like(output)
+    torch.testing.assert_close(output, reference.conv2d(x, weight, (1, 1), padding))
+    expected = reference.conv2d_backward(gradient, x.detach(), weight.detach(), (1, 1), padding)
+    torch.testing.assert_close(torch.autograd.grad(output, (x, weight), gradient), expected)
+
+
+def test_winograds_is_the_reference_within_float32() -> None:
+    x, weight = (tensor.detach().requires_grad_() for tensor in case((3, 3), torch.float32))
+    output = winograd_conv2d(x, weight, padding=(2, 1))
+    gradient = torch.randn_like(output)
+    wide = x.detach().double(), weight.detach().double()
+    torch.testing.assert_close(output.double(), reference.conv2d(*wide, padding=(2, 1)), rtol=1e-4, atol=1e-4)
+    expected = reference.conv2d_backward(gradient.double(), *wide, padding=(2, 1))
+    for ours, theirs in zip(torch.autograd.grad(output, (x, weight), gradient), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("conv2d", [im2col_conv2d, col2im_conv2d])
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        ((5, 9, 7), (4, 5, 3, 3), r"x must be \(N, C_in, H, W\) and weight \(C_out, C_in, kh, kw\), not \(5, 9, 7\) and \(4, 5, 3, 3\)"),
+        ((1, 5, 9, 7), (4, 3, 3, 3), r"not \(1, 5, 9, 7\) and \(4, 3, 3, 3\)"),
+        ((1, 5, 2, 7), (4, 5, 3, 3), r"no output is left of \(2, 7\) with kernel \(3, 3\) and padding \(0, 0\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_one_line(
+    conv2d: Callable[..., Tensor], x: tuple[int, ...], weight: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        conv2d(torch.zeros(x), torch.zeros(weight))
