@@ -2,6 +2,7 @@
 
 from .catalogue import build_model, names_code
 from .classifiers import CifarResNet, LeNet5, WideResNet
+from .generation import conditioned, draw_labels, generate, sample
 from .generators import (
     Generator,
     GeneratorA,
@@ -12,10 +13,6 @@ from .generators import (
     Standardize,
     UpsampleConv2d,
     build_generator,
-    conditioned,
-    draw_labels,
-    generate,
-    sample,
 )
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
