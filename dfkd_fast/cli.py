@@ -1,31 +1,27 @@
 """The command line: ``dfkd-fast``."""
 
-import json
 import os
+import re
 import sys
 import tomllib
 import warnings
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 from rich.console import Console
 
 from . import commands, distributed
-from .data import Loader
-from .doctor import choices, examine
+from .data import DATA_SETS, Loader
 from .engine.device import pick_device
 from .engine.precision import PrecisionName
 from .errors import DfkdError, first_line
-from .files import replacing
 from .interrupt import Interrupted
 from .kernels import BackendError, dispatch
 from .kernels.build import BuildError, compile_extension
 from .kernels.extension import BINARY
-from .recipe import load_recipe, recipe_to_toml, shipped_recipes
+from .recipe import load_recipe, recipe_to_toml
 from .renamed import RenamedKeyWarning
-from .report import COLUMNS, draw_comparison, print_table, read_run, table_rows
 from .run import open_run
 
 __all__ = ["app", "main"]
@@ -39,6 +35,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+if TYPE_CHECKING:
+    ImageFiles = str
+else:
+    ImageFiles = Literal[tuple(name for name, row in DATA_SETS.items() if row.image_files)]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see dfkd-fast recipes) or a TOML file.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE, numbered if taken.")]
 Changes = Annotated[
@@ -98,9 +98,7 @@ def evaluate(
     targets: Annotated[
         list[Path] | None, typer.Argument(metavar="[RUN_OR_WEIGHTS]...", help="Folders of runs, or files of weights.")
     ] = None,
-    data: Annotated[
-        Literal["imagenet", "places365", "folder", "list"] | None, typer.Option(help="Image files to evaluate on, in --data-root.")
-    ] = None,
+    data: Annotated[ImageFiles | None, typer.Option(help="Image files to evaluate on, in --data-root.")] = None,
     data_root: DataRoot = None,
     model: Annotated[
         list[str] | None,
@@ -126,46 +124,10 @@ def evaluate(
     chosen = {"data.loader": loader, "data.batch_size": batch_size, "data.workers": workers, "data.strict": strict}
     overrides = {path: value for path, value in chosen.items() if value is not None} | _overrides(changes, data_root=data_root)
     given = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
-    wanted = commands.Wanted(targets or [], data, model or [], given, role, overrides, precision, weights_key)
+    request = commands.EvaluationRequest(targets or [], data, model or [], given, role, overrides, precision, weights_key)
     place = distributed.local(pick_device(device))
     with distributed.process_group(place):
-        results = commands.evaluate_weights(wanted, place, _console())
-        if distributed.rank() > 0:
-            return
-    classified = [result for result in results if isinstance(result, commands.EvaluatedClassifier)]
-    segmented = [result for result in results if isinstance(result, commands.EvaluatedSegmenter)]
-    if classified:
-        rows = [(*_which(one), f"{one.top1:.2f} %", f"{one.top5:.2f} %", str(one.count)) for one in classified]
-        print_table(Console(), ("weights", "role", "model", "top-1", "top-5", "images"), rows)
-    if segmented:
-        rows = [(*_which(one), f"{one.miou:.2f} %", f"{one.pixel_accuracy:.2f} %", str(one.count)) for one in segmented]
-        print_table(Console(), ("weights", "role", "model", "mIoU", "pixels right", "images"), rows)
-        commands.print_iou(Console(), {one.weights: one.iou for one in segmented})
-    for result in results:
-        if result.agreement is not None:
-            agreement, what = result.agreement, "pixels" if result in segmented else "images"
-            typer.echo(
-                f"{result.weights} predicts as {agreement['reference']} on {agreement['top1']:.2f} % of the {what};"
-                f" mean KL {agreement['mean_kl']:.4f} nats"
-            )
-    for speed in dict.fromkeys(_speed(result) for result in results):
-        typer.echo(speed)
-    if json_file is not None:
-        figures = [asdict(result) for result in results]
-        with replacing(json_file) as part:
-            part.write_text(json.dumps(figures if len(figures) > 1 else figures[0], indent=2) + "\n")
-
-
-def _which(result: commands.Evaluated) -> tuple[str, str, str]:
-    return result.weights, result.role, result.model
-
-
-def _speed(result: commands.Evaluated) -> str:
-    seconds, left_out = result.seconds, f"; {len(result.unreadable)} files left out" if result.unreadable else ""
-    return (
-        f"{result.count} images in {seconds['total']:.1f} s, {result.images_per_second:.1f} a second:"
-        f" {seconds['decode']:.1f} s waiting for images, {seconds['network']:.1f} s for the networks{left_out}"
-    )
+        commands.evaluate_and_print(request, place, _console(), json_file)
 
 
 @app.command()
@@ -174,18 +136,13 @@ def compare(
     picture: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("compare.png"),
 ) -> None:
     """Accuracies and retention statistics of runs, as one table and one picture."""
-    found = [read_run(run) for run in runs]
-    print_table(Console(), ("run", "teacher", *COLUMNS.values()), table_rows(found), figures=True)
-    typer.echo("var: variance; ¾: of the last three quarters of the epochs; drop: the largest from a previous peak; kept: fraction of the")
-    typer.echo("epochs at most report.retained_within points below the teacher")
-    draw_comparison(found, picture)
-    typer.echo(picture)
+    commands.compare_runs(runs, picture, Console())
 
 
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    print_table(Console(), ("recipe", "what it does"), [(name, load_recipe(name).description) for name in shipped_recipes()])
+    commands.print_recipes(Console())
 
 
 @app.command()
@@ -205,15 +162,10 @@ def doctor(
 ) -> None:
     """Say what this machine has, and what is used; or whether a teacher is what its recipe takes it for."""
     if teacher is not None:
-        checks = commands.examine_teacher(
-            load_recipe(teacher, _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)), pick_device(device)
-        )
-        print_table(Console(), ("teacher", "found", ""), checks)
-        if wrong := [check.thing for check in checks if check.verdict == "wrong"]:
-            raise DfkdError(f"--teacher {teacher}: wrong are {', '.join(wrong)}")
-        return
-    print_table(Console(), ("", "found", "used"), examine())
-    print_table(Console(), ("operation", "on a CPU", "on a GPU"), choices())
+        overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)
+        commands.print_teacher(load_recipe(teacher, overrides), pick_device(device), Console())
+    else:
+        commands.print_machine(Console())
 
 
 @app.command()
@@ -233,7 +185,7 @@ def main() -> NoReturn:
         dispatch.forced()  # an unknown DFKD_FAST_BACKEND is said before anything is begun
         sys.exit(app(standalone_mode=False))
     except (DfkdError, BackendError) as error:
-        _fail(str(error), 2)
+        _fail(_with_flags(str(error)), 2)
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)
     except KeyboardInterrupt:
@@ -264,6 +216,28 @@ def _show_warning(
         typer.echo(f"dfkd-fast: {message}", err=True)
     else:
         SHOW_WARNING(message, category, filename, lineno, file, line)
+
+
+FLAGS = (
+    ("data.root", "--data-root"),
+    ("data.loader", "--loader"),
+    ("data.strict", "--no-strict"),
+    ("teacher.weights", "--teacher"),
+    ("teacher.weights", "--weights"),
+    ("teacher.weights_key", "--weights-key"),
+)
+"""Fields of a recipe, and the options that set them."""
+
+
+def _with_flags(message: str) -> str:
+    """An error that names fields, with the options that set these in the command that was given."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    known = getattr(typer.main.get_command(app), "commands", {}).get(command)
+    options = {flag for parameter in known.params for flag in (*parameter.opts, *parameter.secondary_opts)} if known else set()
+    for field, flag in FLAGS:
+        if flag in options and flag not in message:
+            message = re.sub(rf"\b{re.escape(field)}\b", f"{field} ({flag})", message, count=1)
+    return message
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -10,7 +10,7 @@ import torch
 
 from .kernels import dispatch
 
-__all__ = ["Choice", "Finding", "choices", "examine"]
+__all__ = ["Choice", "Finding", "choices", "findings"]
 
 
 class Finding(NamedTuple):
@@ -30,7 +30,7 @@ class Choice(NamedTuple):
     gpu: str
 
 
-def examine() -> list[Finding]:
+def findings() -> list[Finding]:
     """Look at everything that is optional; nothing is imported that could fail."""
     threads = f"{torch.get_num_threads()} threads"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -205,6 +205,8 @@ def _one_line(problem: ErrorDetails) -> str:
     annotation = _annotation(problem["loc"])
     if problem["type"] == "literal_error":
         return f"{path} = {problem['input']!r}: {unknown('choice', str(problem['input']), map(str, typing.get_args(annotation)))}"
+    if problem["type"] == "choice":
+        return f"{path} = {problem['input']!r}: {unknown('choice', str(problem['input']), problem['ctx']['allowed'])}"
     if problem["type"] == "missing":
         return f"{path} is missing"
     if problem["type"] == "value_error":

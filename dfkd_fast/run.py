@@ -20,7 +20,7 @@ from .errors import DfkdError, NonFiniteLossError, first_line
 from .interrupt import Interrupted, stopping_on_signals
 from .models import names_code
 from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
-from .report import RunFolder
+from .report import RunFolder, print_line
 
 __all__ = ["Run", "Training", "open_run"]
 
@@ -86,7 +86,7 @@ class Run:
 
     def say(self, remark: str) -> None:
         """Tell the user something in one line."""
-        self.console.print(remark, highlight=False, markup=False, soft_wrap=True)
+        print_line(self.console, remark)
 
     def begin(self) -> None:
         """Make the folder and put the recipe there; called once everything that can be checked was, by all processes."""

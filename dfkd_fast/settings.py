@@ -1,4 +1,4 @@
-"""The decorator and the bounded types that every section of a recipe is declared with, and the label that stands for none.
+"""The decorator and the bounded types that every section of a recipe is declared with.
 
 A section is a frozen dataclass that lives beside the code that reads it; its annotations are its
 validation, in Python as in TOML.
@@ -11,7 +11,6 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 __all__ = [
-    "VOID",
     "BelowOne",
     "Count",
     "FileName",
@@ -25,9 +24,6 @@ __all__ = [
     "Temperature",
     "settings",
 ]
-
-VOID = -100
-"""The label of a pixel that has none: what PyTorch's losses leave out unless told otherwise."""
 
 Section = TypeVar("Section")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.commands import examine_teacher
+from dfkd_fast.commands import check_teacher
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import LeNet5
 from dfkd_fast.recipe import load_recipe
@@ -83,7 +83,7 @@ def verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
             "data.mean": [0.45],
             "data.std": [0.25],
         }
-        return {check.thing: check.verdict for check in examine_teacher(load_recipe("digits", settings | changes), torch.device("cpu"))}
+        return {check.thing: check.verdict for check in check_teacher(load_recipe("digits", settings | changes), torch.device("cpu"))}
 
     return judge
 
@@ -120,23 +120,23 @@ def test_with_data_the_accuracy_is_measured(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(LeNet5(10).state_dict(), tmp_path / "untrained.pt")
     recipe = load_recipe("digits", {"teacher.weights": str(tmp_path / "untrained.pt")})
-    accuracy = next(check for check in examine_teacher(recipe, torch.device("cpu")) if check.thing == "accuracy")
+    accuracy = next(check for check in check_teacher(recipe, torch.device("cpu")) if check.thing == "accuracy")
     assert "chance is 10.00 %" in accuracy.found
     assert accuracy.verdict == "wrong"
 
 
 def test_a_teacher_that_is_yet_to_be_trained_cannot_be_looked_at() -> None:
     with pytest.raises(DfkdError, match="trains its teacher: name one with --weights"):
-        examine_teacher(load_recipe("digits"), torch.device("cpu"))
+        check_teacher(load_recipe("digits"), torch.device("cpu"))
 
 
 def test_a_file_with_another_checksum_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "teacher.pt"
     torch.save(LeNet5(10).state_dict(), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    examine_teacher(load_recipe("digits", {"teacher.weights": str(path), "teacher.sha256": digest[:8].upper()}), torch.device("cpu"))
+    check_teacher(load_recipe("digits", {"teacher.weights": str(path), "teacher.sha256": digest[:8].upper()}), torch.device("cpu"))
     with pytest.raises(DfkdError, match=f"teacher.sha256 = '1234': the file .* has {digest}"):
-        examine_teacher(load_recipe("digits", {"teacher.weights": str(path), "teacher.sha256": "1234"}), torch.device("cpu"))
+        check_teacher(load_recipe("digits", {"teacher.weights": str(path), "teacher.sha256": "1234"}), torch.device("cpu"))
 
 
 def test_the_command_prints_a_table_and_fails_where_something_is_wrong(run: Run, tmp_path: Path) -> None:

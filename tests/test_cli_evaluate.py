@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dfkd_fast.commands import EvaluatedClassifier, Wanted, evaluate_weights
+from dfkd_fast.commands import EvaluatedClassifier, EvaluationRequest, evaluate_weights
 from dfkd_fast.data import Batches, DaliBatches, FolderBatches, read_listing, view_of
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_model, load_pretrained, save_weights
@@ -81,7 +81,7 @@ def test_networks_that_nearly_agree_diverge_in_bf16_as_in_float32(tmp_path: Path
             save_weights(network, tmp_path / f"{role}.safetensors", {"role": role, "recipe": recipe_to_toml(recipe)})
     divergences = []
     for precision in ("fp32", "bf16"):
-        wanted = Wanted(
+        wanted = EvaluationRequest(
             [tmp_path / f"{role}.safetensors" for role in ("teacher", "student")],
             data="folder",
             overrides={"data.root": str(tmp_path), "data.workers": 0},
@@ -119,7 +119,7 @@ def test_broken_files_are_an_error_that_names_and_counts_them_unless_left_out(ru
     assert (said.code, said.err.count("\n")) == (2, 1)
     assert f"7 of {len(PLAIN) + 7} images cannot be decoded" in said.err
     assert "empty.jpg (is empty)" in said.err
-    assert "and 2 more; data.strict = false (--no-strict) leaves them out" in said.err
+    assert "and 2 more; data.strict (--no-strict) = false leaves them out" in said.err
     assert not Path("f.json").exists()
     said = run("evaluate", *arguments, "--no-strict")
     assert said.code == 0, said.err
@@ -144,7 +144,7 @@ def test_a_folder_of_nothing_but_broken_files_is_one_line(run: Run, tmp_path: Pa
         (["--model", "resnet50", "--data", "folder", "--data-root", "."], "nothing is downloaded"),
         (["--model", "efficientnet_lite0", "--data", "imagenet", "--data-root", "."], "ImageNet has 1000"),
         (["--model", "efficientnet_lite0", "--data", "folder", "--data-root", "nowhere"], "nowhere"),
-        (["w.safetensors", "--data", "folder"], "needs --data-root"),
+        (["w.safetensors", "--data", "folder"], "data.root (--data-root) = ''"),
         (["w.safetensors", "--data", "folder", "--data-root", ".", "--set", "data.num_classes=3"], "do not fit the network"),
         (
             ["w.safetensors", "--data", "folder", "--data-root", ".", "--set", "data.resize=9"],
@@ -167,15 +167,15 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, tmp_path: Pa
 def test_preprocessing_is_the_networks_own() -> None:
     said: list[str] = []
     assert view_of("efficientnet_lite0")[:3] == (256, 224, "bicubic")
-    assert view_of("torchvision:resnet50", Path("resnet50-0676ba61.pth"), say=said.append)[:3] == (256, 224, "bilinear")
-    assert view_of("resnet50", Path("resnet50-11ad3fa6.pth"), say=said.append)[:3] == (232, 224, "bilinear")
+    assert view_of("torchvision:resnet50", Path("resnet50-0676ba61.pth"), log=said.append)[:3] == (256, 224, "bilinear")
+    assert view_of("resnet50", Path("resnet50-11ad3fa6.pth"), log=said.append)[:3] == (232, 224, "bilinear")
     assert said == []
-    assert view_of("resnet50", Path("mine.pth"), say=said.append).resize == 256
+    assert view_of("resnet50", Path("mine.pth"), log=said.append).resize == 256
     assert "IMAGENET1K_V1, IMAGENET1K_V2" in said.pop()
-    deit = view_of("timm:deit_tiny_patch16_224", say=said.append)
+    deit = view_of("timm:deit_tiny_patch16_224", log=said.append)
     assert deit[:3] == (248, 224, "bicubic")  # a crop of .9
     assert (deit.mean, said) == ((0.485, 0.456, 0.406), [])
-    with pytest.raises(DfkdError, match=r"data\.mean="):
+    with pytest.raises(DfkdError, match=r"data\.mean"):
         view_of("mine:network")
 
 
@@ -191,7 +191,7 @@ def test_1003_images_are_1003_images_on_any_number_of_processes(tmp_path: Path, 
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["count"] == 1003
     assert done.stdout.count("1003 images in") == 1
-    wanted = Wanted([tmp_path / "w.safetensors"], "folder", overrides={"data.root": str(tmp_path)})
+    wanted = EvaluationRequest([tmp_path / "w.safetensors"], "folder", overrides={"data.root": str(tmp_path)})
     (alone,) = evaluate_weights(wanted, torch.device("cpu"), Console(quiet=True))
     assert isinstance(alone, EvaluatedClassifier)
     assert figures["top1"] == pytest.approx(alone.top1, rel=1e-12)

@@ -145,7 +145,7 @@ def test_the_key_on_the_command_line_chooses_for_teachers_and_for_evaluation(run
     for command in (evaluated, distilled, examined):
         said = run(*command)
         assert (said.code, said.err.count("\n")) == (2, 1), command
-        assert "'model' and 'ema': choose by --weights-key" in said.err
+        assert "'model' and 'ema': choose by key= or teacher.weights_key (--weights-key)" in said.err
     said = run(*evaluated, "--weights-key", "ema")
     assert said.code == 0, said.err
     assert taken.format("w.pth") in said.out
@@ -159,4 +159,4 @@ def test_the_key_on_the_command_line_chooses_for_teachers_and_for_evaluation(run
     assert said.code == 2
     assert "--weights-key 'ema': needs a file that another program left" in said.err
     said = run("distill", "digits", *changes, "--teacher", "package", "--weights-key", "ema", "--out", "r2")
-    assert (said.code, "teacher.weights_key = 'ema': must be empty" in said.err) == (2, True)
+    assert (said.code, "teacher.weights_key (--weights-key) = 'ema': must be empty" in said.err) == (2, True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dfkd_fast.data import DATA_SETS
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
@@ -209,7 +210,7 @@ def _run(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads((folder / "summary.json").read_text())
         recipe = tomllib.loads((folder / "recipe.toml").read_text())
-        root = " --data-root DIR" if recipe["data"]["root"] and recipe["data"]["name"] not in ("digits", "shapes") else ""
+        root = " --data-root DIR" if recipe["data"]["root"] and DATA_SETS[recipe["data"]["name"]].needs_root else ""
         line = f"dfkd-fast distill {summary['recipe']} --seed {summary['seed']}{root}"
         entry = {"command": line, "commit": provenance.commit(), **summary}
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:

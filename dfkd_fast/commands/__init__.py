@@ -1,20 +1,25 @@
-"""What the command line does: distil, teach, evaluate."""
+"""What each command does and prints."""
 
+from .candidates import EvaluationRequest
 from .distill import distill, fitted, teach
-from .evaluate import Evaluated, EvaluatedClassifier, EvaluatedSegmenter, Wanted, evaluate_weights
-from .examine import Check, examine_teacher
-from .segmentation import print_iou
+from .doctor import Check, check_teacher, print_machine, print_teacher
+from .evaluate import Evaluated, EvaluatedClassifier, EvaluatedSegmenter, evaluate_and_print, evaluate_weights
+from .recipes import compare_runs, print_recipes
 
 __all__ = [
     "Check",
     "Evaluated",
     "EvaluatedClassifier",
     "EvaluatedSegmenter",
-    "Wanted",
+    "EvaluationRequest",
+    "check_teacher",
+    "compare_runs",
     "distill",
+    "evaluate_and_print",
     "evaluate_weights",
-    "examine_teacher",
     "fitted",
-    "print_iou",
+    "print_machine",
+    "print_recipes",
+    "print_teacher",
     "teach",
 ]

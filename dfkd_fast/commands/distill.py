@@ -20,14 +20,13 @@ from dfkd_fast.engine.device import device_name
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.evaluation import retention
+from dfkd_fast.evaluation import Evaluator, retention
 from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder, print_table
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import evaluating
 
-from .evaluate import Evaluator
 from .networks import build_network, build_players, load_given_teacher
 from .segmentation import label_maps, print_iou
 
@@ -66,7 +65,7 @@ def distill(run: Run) -> dict[str, Any]:
     for optimizer in (recipe.teacher_optimizer, recipe.student_optimizer, recipe.generator_optimizer):
         build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1, device=device))], device)  # now, not after the teacher's training
     _begin_encoder(recipe, student, teacher)  # now, too, so that what does not fit is said before the teacher's training
-    evaluate = None if recipe.data.name == "none" else Evaluator(recipe.data, device, run.say)
+    evaluate = Evaluator(recipe.data, device, run.say) if recipe.data.has_images else None
     teacher_seconds = _obtain_teacher(run, teacher)
     teacher_accuracy = evaluate(teacher) if evaluate else None
     _begin_encoder(recipe, student, teacher)
@@ -111,7 +110,7 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
     def attempt(size: int) -> None:
         trainer = Trainer(*build_players(recipe, device), with_batch(size), device=device)
         trainer.steps.warm_up()
-        if data.name != "none":  # the evaluation between two epochs, beside what the steps keep
+        if data.has_images:  # the evaluation between two epochs, beside what the steps keep
             images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)
             with evaluating(trainer.result):
                 trainer.result(images.to(memory_format=torch.channels_last))
@@ -138,7 +137,7 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
         run.begin()
         return 0.0
     if run.recipe.teacher.sha256:
-        raise DfkdError(f"teacher.sha256 = {run.recipe.teacher.sha256!r}: is of a file, and none is given: name it with --teacher FILE")
+        raise DfkdError(f"teacher.sha256 = {run.recipe.teacher.sha256!r}: is of a file, and teacher.weights names none")
     if stored.is_file():
         metadata = read_metadata(stored)
         if "recipe" in metadata:

@@ -1,59 +1,41 @@
-"""Evaluating weights on labelled images."""
+"""``dfkd-fast evaluate``: accuracy of weights on labelled images, and how far they agree."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
 from dfkd_fast import distributed
-from dfkd_fast.data import CLASSES, DataSettings, evaluation_batches, label_names, read_listing, view_of
+from dfkd_fast.data import DataSettings, evaluation_batches
 from dfkd_fast.engine.precision import Precision, PrecisionName
-from dfkd_fast.errors import DfkdError
-from dfkd_fast.evaluation import Evaluation, Figures, SegmentationFigures, evaluate, evaluate_segmentation
-from dfkd_fast.models import load_pretrained, load_weights, names_code, read_metadata
-from dfkd_fast.recipe import Recipe, recipe_from_toml
-from dfkd_fast.report import RunFolder
+from dfkd_fast.evaluation import (
+    Evaluation,
+    Figures,
+    SegmentationFigures,
+    check_readable,
+    evaluate,
+    evaluate_segmentation,
+    named_iou,
+)
+from dfkd_fast.files import replacing
+from dfkd_fast.report import print_line, print_table
 
-from .networks import build_network, model_of
+from .candidates import Candidate, EvaluationRequest, candidates
+from .segmentation import print_iou
 
 __all__ = [
     "Evaluated",
     "EvaluatedClassifier",
     "EvaluatedSegmenter",
-    "Evaluator",
-    "Wanted",
+    "evaluate_and_print",
     "evaluate_weights",
 ]
-
-NAMED = 5
-"""Unreadable files that an error names."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What shall be evaluated, and on what."""
-
-    targets: Sequence[Path]
-    """Folders of runs, and files of weights."""
-    data: str | None = None
-    """A data set of image files, whatever the weights' own recipes name."""
-    models: Sequence[str] = ()
-    """Names of the networks whose files do not say what they are, in their order; then of networks that bring weights."""
-    recipe: Recipe | None = None
-    """What says network and data, where the file's header does not."""
-    role: str | None = None
-    """"teacher" or "student", where the file's header does not say."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Values by dotted path, over the recipe in the header."""
-    precision: PrecisionName = "fp32"
-    weights_key: str = ""
-    """Where in the files the weights are; those that a run left have them in one place only."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +75,53 @@ class EvaluatedSegmenter(Evaluated):
     """By class, None of one that occurs nowhere."""
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    name: str
-    role: str
-    model: str
-    data: DataSettings
-    network: nn.Module
+def evaluate_and_print(request: EvaluationRequest, device: torch.device, console: Console, json_file: Path | None = None) -> None:
+    """Test networks, print what they are worth, and write it to a JSON file, too, where one is named; only the first process does.
+
+    Raises:
+        DfkdError: as :func:`evaluate_weights`.
+    """
+    results = evaluate_weights(request, device, console)
+    if distributed.rank() > 0:
+        return
+    classified = [result for result in results if isinstance(result, EvaluatedClassifier)]
+    segmented = [result for result in results if isinstance(result, EvaluatedSegmenter)]
+    if classified:
+        rows = [(*_which(one), f"{one.top1:.2f} %", f"{one.top5:.2f} %", str(one.count)) for one in classified]
+        print_table(console, ("weights", "role", "model", "top-1", "top-5", "images"), rows)
+    if segmented:
+        rows = [(*_which(one), f"{one.miou:.2f} %", f"{one.pixel_accuracy:.2f} %", str(one.count)) for one in segmented]
+        print_table(console, ("weights", "role", "model", "mIoU", "pixels right", "images"), rows)
+        print_iou(console, {one.weights: one.iou for one in segmented})
+    for result in results:
+        if result.agreement is not None:
+            agreement, what = result.agreement, "pixels" if result in segmented else "images"
+            print_line(
+                console,
+                f"{result.weights} predicts as {agreement['reference']} on {agreement['top1']:.2f} % of the {what};"
+                f" mean KL {agreement['mean_kl']:.4f} nats",
+            )
+    for speed in dict.fromkeys(_speed(result) for result in results):
+        print_line(console, speed)
+    if json_file is not None:
+        metrics = [asdict(result) for result in results]
+        with replacing(json_file) as part:
+            part.write_text(json.dumps(metrics if len(metrics) > 1 else metrics[0], indent=2) + "\n")
 
 
-def evaluate_weights(wanted: Wanted, device: torch.device, console: Console) -> list[Evaluated]:
+def _which(result: Evaluated) -> tuple[str, str, str]:
+    return result.weights, result.role, result.model
+
+
+def _speed(result: Evaluated) -> str:
+    seconds, left_out = result.seconds, f"; {len(result.unreadable)} files left out" if result.unreadable else ""
+    return (
+        f"{result.count} images in {seconds['total']:.1f} s, {result.images_per_second:.1f} a second:"
+        f" {seconds['decode']:.1f} s waiting for images, {seconds['network']:.1f} s for the networks{left_out}"
+    )
+
+
+def evaluate_weights(request: EvaluationRequest, device: torch.device, console: Console) -> list[Evaluated]:
     """Test networks; those that see the same images share one pass over them.
 
     Raises:
@@ -110,71 +129,26 @@ def evaluate_weights(wanted: Wanted, device: torch.device, console: Console) -> 
             decoded.
     """
 
-    def say(remark: str) -> None:
-        console.print(remark, highlight=False, markup=False, soft_wrap=True)
-
-    candidates = list(_candidates(wanted, say))
-    passes: dict[DataSettings, list[_Candidate]] = {}
-    for candidate in candidates:
+    log = partial(print_line, console)
+    requested = list(candidates(request, log))
+    passes: dict[DataSettings, list[Candidate]] = {}
+    for candidate in requested:
         passes.setdefault(candidate.data, []).append(candidate)
     if len(passes) > 1:
-        say("these networks see images in different ways: a pass each, and no agreement between them")
+        log("these networks see images in different ways: a pass each, and no agreement between them")
     found: dict[str, Evaluated] = {}
     for data, together in passes.items():
-        found |= _one_pass(data, together, wanted.precision, device, console, say)
-    return [found[candidate.name] for candidate in candidates]
-
-
-class Evaluator:
-    """What a training calls for a network's accuracy, or mIoU, in percent.
-
-    Args:
-        data: what it is tested on.
-        device: where networks are.
-        say: told, in a line each, what a reader of the figures must know.
-
-    Raises:
-        DfkdError: files that cannot be decoded, where that is an error and already known.
-    """
-
-    def __init__(self, data: DataSettings, device: torch.device, say: Callable[[str], None] = lambda remark: None) -> None:
-        self.data = data
-        self.device = device
-        self.batches = evaluation_batches(data, device, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
-        # Images with a label a pixel are read by now; others tell in the pass.
-        bad = distributed.gathered(list(self.batches.unreadable))
-        _check_readable(bad, int(distributed.summed(torch.tensor(self.batches.count))) - len(bad), data)
-
-    def __call__(self, network: nn.Module) -> float:
-        """Test a network on all images."""
-        if self.data.task == "segmentation":
-            return self._segmented({"network": network}).networks["network"].miou
-        found = evaluate({"network": network}, self.batches, self.device)
-        _check_readable(found.unreadable, found.count, self.data)
-        return found.networks["network"].top1
-
-    def iou(self, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, float | None]]:
-        """IoU in percent by network and class, None of a class that occurs nowhere; nothing for classifiers."""
-        if self.data.task != "segmentation":
-            return {}
-        return {name: named_iou(self.data, found) for name, found in self._segmented(networks).networks.items()}
-
-    def _segmented(self, networks: Mapping[str, nn.Module]) -> Evaluation[SegmentationFigures]:
-        return evaluate_segmentation(networks, self.batches, self.device, num_classes=self.data.num_classes)
-
-
-def named_iou(data: DataSettings, figures: SegmentationFigures) -> dict[str, float | None]:
-    """A network's IoU in percent by the names of the data set's classes."""
-    return dict(zip(label_names(data), figures.iou, strict=True))
+        found |= _one_pass(data, together, request.precision, device, console, log)
+    return [found[candidate.name] for candidate in requested]
 
 
 def _one_pass(
     data: DataSettings,
-    candidates: Sequence[_Candidate],
+    candidates: Sequence[Candidate],
     precision: PrecisionName,
     device: torch.device,
     console: Console,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Evaluated]:
     networks = {one.name: one.network.to(device, memory_format=torch.channels_last) for one in candidates}  # type: ignore[call-overload]
     lowered = Precision(precision, device)
@@ -182,7 +156,7 @@ def _one_pass(
         lowered.keep_logits(network, torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
     reference = next((one.name for one in candidates if one.role == "teacher"), candidates[0].name)
     images = torch.float16 if precision == "fp16" else torch.float32
-    batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), say=say)
+    batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), log=log)
     with Progress(console=console, transient=True, disable=not console.is_terminal or console.quiet) as progress:
         bar = progress.add_task("images", total=batches.count)
         options: dict[str, Any] = {
@@ -195,10 +169,10 @@ def _one_pass(
             done = evaluate_segmentation(networks, batches, device, num_classes=data.num_classes, **options)
         else:
             done = evaluate(networks, batches, device, **options)
-    _check_readable(done.unreadable, done.count, data)
+    check_readable(done.unreadable, done.count, data)
     agreements = {one.network: {name: value for name, value in asdict(one).items() if name != "network"} for one in done.agreements}
 
-    def described(one: _Candidate, figures: Figures | SegmentationFigures) -> Evaluated:
+    def described(one: Candidate, figures: Figures | SegmentationFigures) -> Evaluated:
         common: dict[str, Any] = {
             "weights": one.name,
             "role": one.role,
@@ -215,107 +189,3 @@ def _one_pass(
         return EvaluatedClassifier(**common, top1=figures.top1, top5=figures.top5)
 
     return {one.name: described(one, done.networks[one.name]) for one in candidates}
-
-
-def _check_readable(bad: Sequence[str], count: int, data: DataSettings) -> None:
-    """Raise a :class:`DfkdError` for files that could not be decoded, beside so many that could, where that is an error."""
-    if bad and data.strict:
-        named = ", ".join(bad[:NAMED]) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
-        raise DfkdError(
-            f"{len(bad)} of {count + len(bad)} images cannot be decoded: {named}; data.strict = false (--no-strict) leaves them out"
-        )
-
-
-def _candidates(wanted: Wanted, say: Callable[[str], None]) -> Iterator[_Candidate]:
-    """The networks, with their weights, under names that differ."""
-    models = list(wanted.models)
-    names: dict[str, int] = {}
-    keyed = False
-
-    def unique(name: str) -> str:
-        names[name] = names.get(name, 0) + 1
-        return name if names[name] == 1 else f"{name} ({names[name]})"
-
-    for path in _files(wanted.targets):
-        role, recipe, key = _described(path, wanted, models, say)
-        network = build_network(recipe, role)
-        load_weights(network, path, key=key, log=say)
-        keyed |= key != ""
-        yield _Candidate(unique(str(path)), role, model_of(recipe, role), recipe.data, network)
-    for model in models:
-        recipe = _pretrained(model, None, wanted, say)
-        network = build_network(recipe, "student")
-        load_pretrained(network, model)
-        yield _Candidate(unique(model), wanted.role or "teacher", model, recipe.data, network)
-    if not names:
-        raise DfkdError("nothing to evaluate: name a run's folder, a file of weights, or --model")
-    if wanted.weights_key and not keyed:
-        raise DfkdError(
-            f"--weights-key {wanted.weights_key!r}: needs a file that another program left; what a run leaves has one state only"
-        )
-
-
-def _files(targets: Sequence[Path]) -> Iterator[Path]:
-    for target in targets:
-        if target.is_dir():
-            folder = RunFolder(target)
-            found = [file for file in (folder.student, folder.teacher) if file.is_file()]
-            if not found:
-                raise DfkdError(f"{target} holds neither student.safetensors nor teacher.safetensors")
-            yield from found
-        elif target.is_file():
-            yield target
-        else:
-            raise DfkdError(f"weights {target} not found")
-
-
-def _described(path: Path, wanted: Wanted, models: list[str], say: Callable[[str], None]) -> tuple[str, Recipe, str]:
-    """The role of a file of weights, a recipe that names its network and its data, and the key of its weights."""
-    metadata = read_metadata(path)
-    if "recipe" in metadata:
-        role = metadata.get("role", wanted.role)
-        if role not in ("teacher", "student"):
-            there = f"the role {role!r} in the header of {path}" if role else f"{path} has a recipe in its header and no role"
-            raise DfkdError(f"{there}: must be 'teacher' or 'student'" + ("" if role else ", as --role says"))
-        recipe = recipe_from_toml(metadata["recipe"], f"recipe in {path}", _data_of(wanted))
-        _confirm_code(path, role, recipe, wanted, models)
-        return role, recipe, ""
-    if models:
-        return wanted.role or "student", _pretrained(models.pop(0), path, wanted, say), wanted.weights_key
-    if wanted.recipe is None or wanted.role is None:
-        raise DfkdError(f"{path} does not say what network it is: give --model and --data, or --recipe and --role teacher or student")
-    return wanted.role, wanted.recipe, wanted.weights_key
-
-
-def _confirm_code(path: Path, role: str, recipe: Recipe, wanted: Wanted, models: list[str]) -> None:
-    """Raise a :class:`DfkdError` where a file alone names a function to run, and the command line does not."""
-    model = model_of(recipe, role)
-    if not names_code(model):
-        return
-    # --set replaces the name in the file's own recipe.
-    named = [*wanted.models, wanted.overrides.get(f"{role}.model")]
-    if wanted.recipe is not None:
-        named += [wanted.recipe.teacher.model, wanted.recipe.student.model]
-    if model not in named:
-        raise DfkdError(
-            f"{role}.model = {model!r} in the header of {path}: code that a file names is run only if the command line names it, too:"
-            f" --model {model}, or --recipe FILE"
-        )
-    if model in models:
-        models.remove(model)  # it confirms, and names no further network
-
-
-def _data_of(wanted: Wanted) -> dict[str, Any]:
-    return ({"data.name": wanted.data} if wanted.data else {}) | wanted.overrides
-
-
-def _pretrained(model: str, weights: Path | None, wanted: Wanted, say: Callable[[str], None]) -> Recipe:
-    """A recipe for a network that is known by name only, with the images seen as it was trained to."""
-    root = wanted.overrides.get("data.root")
-    if wanted.data is None or root is None:
-        raise DfkdError(f"--model {model}: needs --data and --data-root, the images to evaluate it on")
-    view = view_of(model, weights, say=say)
-    seen = {"image_size": view.crop, "resize": view.resize, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
-    classes = CLASSES.get(wanted.data) or read_listing(wanted.data, Path(root)).classes
-    content = {"name": model, "student": {"model": model}, "data": {"channels": len(view.mean), "num_classes": classes, **seen}}
-    return recipe_from_toml(tomli_w.dumps(content), f"--model {model}", _data_of(wanted))

@@ -1,15 +1,17 @@
 """Data sets, for evaluation and for training teachers. Nothing of the distillation loop imports this."""
 
 from .dali import DaliBatches
+from .files import read_listing
 from .folder import FolderBatches
-from .listing import CLASSES, Listing, read_listing
+from .listing import Listing
 from .preprocessing import view_of
-from .sets import Batches, DataSettings, Loader, evaluation_batches, label_names, open_split, palette
+from .settings import DATA_SETS, Batches, DataSettings, Loader
 from .splits import ArraySplit, Augment, PixelSplit, batches
+from .table import evaluation_batches, label_names, open_split, palette
 from .view import Interpolation, View
 
 __all__ = [
-    "CLASSES",
+    "DATA_SETS",
     "ArraySplit",
     "Augment",
     "Batches",

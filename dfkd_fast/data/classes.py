@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dfkd_fast.settings import VOID
+from dfkd_fast.labels import IGNORE_INDEX
 
-__all__ = ["UNKNOWN", "Classes", "classes_of"]
+__all__ = ["CAMVID", "NYUV2", "SHAPES", "UNKNOWN", "Classes", "numbered_classes"]
 
 Colour = tuple[int, int, int]
 UNKNOWN = -1
@@ -25,48 +25,54 @@ class Classes:
     """The numbers in label files of pixels without a label."""
 
     def table(self) -> np.ndarray:
-        """The labels, int16 (256,), of the numbers in label files: 0 to C − 1, VOID or UNKNOWN."""
+        """The labels, int16 (256,), of the numbers in label files: 0 to C − 1, IGNORE_INDEX or UNKNOWN."""
         labels = np.full(256, UNKNOWN, np.int16)
-        labels[list(self.void)] = VOID
+        labels[list(self.void)] = IGNORE_INDEX
         labels[self.first : self.first + len(self.colours)] = np.arange(len(self.colours))
         return labels
 
 
-CAMVID: dict[str, Colour] = {
-    "sky": (128, 128, 128),
-    "building": (128, 0, 0),
-    "pole": (192, 192, 128),
-    "road": (128, 64, 128),
-    "pavement": (60, 40, 222),
-    "tree": (128, 128, 0),
-    "sign": (192, 128, 128),
-    "fence": (64, 64, 128),
-    "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0),
-    "bicyclist": (0, 128, 192),
-}
-NYUV2: dict[str, Colour] = {
-    "bed": (0, 0, 255),
-    "books": (233, 89, 48),
-    "ceiling": (0, 218, 0),
-    "chair": (149, 0, 240),
-    "floor": (222, 241, 24),
-    "furniture": (255, 206, 206),
-    "objects": (0, 224, 229),
-    "picture": (106, 136, 204),
-    "sofa": (117, 29, 41),
-    "table": (240, 35, 235),
-    "tv": (0, 167, 156),
-    "wall": (249, 139, 0),
-    "window": (225, 229, 194),
-}
-SHAPES: dict[str, Colour] = {"background": (128, 128, 128), "circle": (200, 60, 60), "square": (60, 170, 60), "triangle": (70, 70, 210)}
-KNOWN = {"camvid": Classes(CAMVID, void=(11, 255)), "nyuv2": Classes(NYUV2, first=1, void=(0, 255)), "shapes": Classes(SHAPES)}
+CAMVID = Classes(
+    {
+        "sky": (128, 128, 128),
+        "building": (128, 0, 0),
+        "pole": (192, 192, 128),
+        "road": (128, 64, 128),
+        "pavement": (60, 40, 222),
+        "tree": (128, 128, 0),
+        "sign": (192, 128, 128),
+        "fence": (64, 64, 128),
+        "car": (64, 0, 128),
+        "pedestrian": (64, 64, 0),
+        "bicyclist": (0, 128, 192),
+    },
+    void=(11, 255),
+)
+NYUV2 = Classes(
+    {
+        "bed": (0, 0, 255),
+        "books": (233, 89, 48),
+        "ceiling": (0, 218, 0),
+        "chair": (149, 0, 240),
+        "floor": (222, 241, 24),
+        "furniture": (255, 206, 206),
+        "objects": (0, 224, 229),
+        "picture": (106, 136, 204),
+        "sofa": (117, 29, 41),
+        "table": (240, 35, 235),
+        "tv": (0, 167, 156),
+        "wall": (249, 139, 0),
+        "window": (225, 229, 194),
+    },
+    first=1,
+    void=(0, 255),
+)
+SHAPES = Classes({"background": (128, 128, 128), "circle": (200, 60, 60), "square": (60, 170, 60), "triangle": (70, 70, 210)})
 
 
-def classes_of(name: str, num_classes: int) -> Classes:
-    """The classes of a data set by name; where none are known, numbered ones in PASCAL VOC's colours."""
-    return KNOWN.get(name) or Classes({str(label): _voc_colour(label) for label in range(num_classes)})
+def numbered_classes(count: int) -> Classes:
+    """Classes that are called by their numbers, in PASCAL VOC's colours."""
+    return Classes({str(label): _voc_colour(label) for label in range(count)})
 
 
 def _voc_colour(label: int) -> Colour:

@@ -52,7 +52,7 @@ class DaliBatches:
 
     def __init__(self, listing: Listing, view: View, batch_size: int, threads: int, device: torch.device, dtype: torch.dtype) -> None:
         if (reason := why_not_dali(view)) is not None:
-            raise DfkdError(f"loader 'dali': {reason}; use --loader torchvision")
+            raise DfkdError(f"loader 'dali': {reason}; use data.loader = 'torchvision'")
         with ThreadPoolExecutor() as pool:
             plain = list(pool.map(is_plain, listing.paths))
         self.count = len(listing)

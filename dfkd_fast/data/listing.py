@@ -1,19 +1,16 @@
 """Which labelled image files a data set on disk has for testing, in the layouts users have it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from dfkd_fast.errors import DfkdError
 
-__all__ = ["CLASSES", "Listing", "class_folders", "read_listing"]
+__all__ = ["Listing", "class_folders", "list_file", "list_folder", "list_imagenet", "list_places365"]
 
 # torchvision's, and .gif, which PIL reads as well.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-CLASSES = {"imagenet": 1000, "places365": 365}
-PUBLISHED = {"imagenet": 50_000, "places365": 36_500}
-"""Validation images of the whole set."""
 
 
 @dataclass(frozen=True)
@@ -29,32 +26,10 @@ class Listing:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def take(self, indices: Iterator[int] | range | list[int]) -> Self:
+    def take(self, indices: Iterable[int]) -> Self:
         """Some of the images."""
         chosen = list(indices)
         return type(self)(tuple(self.paths[i] for i in chosen), tuple(self.labels[i] for i in chosen), self.classes, self.remark)
-
-
-def read_listing(name: str, root: Path) -> Listing:
-    """The images a data set is tested on.
-
-    Args:
-        name: ``imagenet``: ``val/`` (or the folder itself) with one folder a WordNet id, whose order is that of the classes.
-            ``places365``: ``places365_val.txt`` and ``categories_places365.txt`` beside ``val_256/``, ``val_large/`` or
-            ``val/``; or ``val/`` with a folder a category. ``folder``: ``val/`` or ``test/`` with one folder a class.
-            ``list``: a text file with a path and a class on every line, paths relative to it.
-        root: where it lies.
-
-    Raises:
-        DfkdError: it is not there, or not laid out so.
-    """
-    listing = READERS[name](root)
-    if not listing.paths:
-        raise DfkdError(f"data.root {root}: no images in it")
-    if (whole := PUBLISHED.get(name)) is not None and len(listing) != whole:
-        remark = f"{root} has {len(listing):,} of the {whole:,} validation images of {name}: what is measured is no {name} accuracy"
-        listing = Listing(listing.paths, listing.labels, listing.classes, remark)
-    return listing
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -69,15 +44,17 @@ def class_folders(folder: Path) -> list[Path]:
     return found
 
 
-def _imagenet(root: Path) -> Listing:
+def list_imagenet(root: Path, classes: int | None) -> Listing:
+    """``val/``, or the folder itself, with one folder a WordNet id, whose order is that of the classes."""
     folder = root / "val" if (root / "val").is_dir() else root
     folders = class_folders(folder)
-    if len(folders) != CLASSES["imagenet"]:
-        raise DfkdError(f"data.root {folder} has {len(folders)} class folders, ImageNet has {CLASSES['imagenet']}")
+    if len(folders) != classes:
+        raise DfkdError(f"data.root {folder} has {len(folders)} class folders, ImageNet has {classes}")
     return _of_folders(folders)
 
 
-def _folder(root: Path) -> Listing:
+def list_folder(root: Path, classes: int | None) -> Listing:
+    """``val/`` or ``test/`` with one folder a class."""
     folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if folder is None:
         raise DfkdError(f"data.root {root} has no folder val or test")
@@ -93,9 +70,11 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
 
 
-def _places365(root: Path) -> Listing:
+def list_places365(root: Path, classes: int | None) -> Listing:
+    """``places365_val.txt`` and ``categories_places365.txt`` beside ``val_256/``, ``val_large/`` or ``val/``; or ``val/`` with a folder
+    a category."""
     categories = dict(_pairs(root / "categories_places365.txt"))
-    classes = CLASSES["places365"]
+    assert classes is not None
     if len(categories) != classes or set(categories.values()) != set(range(classes)):
         raise DfkdError(f"{root / 'categories_places365.txt'} has {len(categories)} categories, Places365 has {classes}, numbered from 0")
     images = next((root / name for name in ("val_256", "val_large", "val") if (root / name).is_dir()), None)
@@ -118,7 +97,8 @@ def _category_folder(images: Path, name: str) -> Path:
     raise DfkdError(f"data.root {images} has no folder {flat.name} for category {name}, and no places365_val.txt lies beside it")
 
 
-def _list(path: Path) -> Listing:
+def list_file(path: Path, classes: int | None) -> Listing:
+    """A text file with a path and a class on every line, paths relative to it."""
     found = [(path.parent / name, label) for name, label in _pairs(path)]
     labels = [label for _, label in found]
     _check_labels(path, labels, max(labels, default=0) + 1)
@@ -143,6 +123,3 @@ def _pairs(path: Path) -> Iterator[tuple[str, int]]:
 def _check_labels(path: Path, labels: list[int], classes: int) -> None:
     if labels and not 0 <= min(labels) <= max(labels) < classes:
         raise DfkdError(f"{path}: classes run from {min(labels)} to {max(labels)}, allowed are 0 to {classes - 1}")
-
-
-READERS = {"imagenet": _imagenet, "places365": _places365, "folder": _folder, "list": _list}

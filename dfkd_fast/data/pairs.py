@@ -20,11 +20,9 @@ from .listing import EXTENSIONS
 from .splits import Split
 from .view import Interpolation
 
-__all__ = ["PUBLISHED", "find_pairs", "read_pairs"]
+__all__ = ["find_pairs", "read_pairs"]
 
 Pair = tuple[Path, Path]
-PUBLISHED = {"camvid": 233, "nyuv2": 654}
-"""Test images of the whole set."""
 NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 LAYOUTS = (
     ("{}/images", "{}/labels"),

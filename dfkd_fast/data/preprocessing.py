@@ -14,13 +14,13 @@ __all__ = ["view_of"]
 KNOWN = {"efficientnet_lite0": View(256, 224, "bicubic", 3 * (127 / 255,), 3 * (128 / 255,))}
 
 
-def view_of(model: str, weights: Path | None = None, *, say: Callable[[str], None] = lambda remark: None) -> View:
+def view_of(model: str, weights: Path | None = None, *, log: Callable[[str], None] = lambda note: None) -> View:
     """The preprocessing that a network by name was trained for.
 
     Args:
         model: a name of torchvision or timm, or of a network with weights in a package.
         weights: the file that is going to be loaded: its name tells which of torchvision's weights it holds.
-        say: told, in a line each, what had to be assumed.
+        log: told, in a line each, what had to be assumed.
 
     Raises:
         DfkdError: nothing is known about that name.
@@ -32,15 +32,13 @@ def view_of(model: str, weights: Path | None = None, *, say: Callable[[str], Non
 
     library, _, name = model.rpartition(":")
     if library in ("", "torchvision") and name in torchvision.models.list_models(torchvision.models):
-        return _torchvisions(name, weights, say)
+        return _torchvisions(name, weights, log)
     if library in ("", "timm") and timm.is_model(name):
-        return _timms(name, say)
-    raise DfkdError(
-        f"model {model!r}: neither torchvision nor timm says how it sees images; give --set data.image_size=, data.mean= and data.std="
-    )
+        return _timms(name, log)
+    raise DfkdError(f"model {model!r}: neither torchvision nor timm says how it sees images; set data.image_size, data.mean and data.std")
 
 
-def _torchvisions(name: str, weights: Path | None, say: Callable[[str], None]) -> View:
+def _torchvisions(name: str, weights: Path | None, log: Callable[[str], None]) -> View:
     import torchvision
 
     published = list(torchvision.models.get_model_weights(name))
@@ -49,14 +47,14 @@ def _torchvisions(name: str, weights: Path | None, say: Callable[[str], None]) -
     named = [entry for entry in published if weights is not None and Path(entry.url).stem in weights.stem]
     if not named and len({str(entry.transforms()) for entry in published}) > 1:
         others = ", ".join(entry.name for entry in published)
-        say(f"{name}: which of torchvision's weights these are ({others}) is not in the file's name; seen as {published[0].name}")
+        log(f"{name}: which of torchvision's weights these are ({others}) is not in the file's name; seen as {published[0].name}")
     seen = (named or published)[0].transforms()
     return View(
-        seen.resize_size[0], seen.crop_size[0], _interpolation(name, seen.interpolation.value, say), tuple(seen.mean), tuple(seen.std)
+        seen.resize_size[0], seen.crop_size[0], _interpolation(name, seen.interpolation.value, log), tuple(seen.mean), tuple(seen.std)
     )
 
 
-def _timms(name: str, say: Callable[[str], None]) -> View:
+def _timms(name: str, log: Callable[[str], None]) -> View:
     import timm
     from timm.data.config import resolve_data_config
 
@@ -66,14 +64,14 @@ def _timms(name: str, say: Callable[[str], None]) -> View:
     seen: dict[str, Any] = resolve_data_config({}, pretrained_cfg=known.to_dict())  # type: ignore[no-untyped-call]
     _, height, width = seen["input_size"]
     if height != width or seen["crop_mode"] != "center":
-        say(f"{name}: timm sees {height} x {width}, crop {seen['crop_mode']!r}; here a square from the middle, so figures may differ")
+        log(f"{name}: timm sees {height} x {width}, crop {seen['crop_mode']!r}; here a square from the middle, so figures may differ")
     resize = math.floor(height / seen["crop_pct"])
-    return View(resize, height, _interpolation(name, seen["interpolation"], say), tuple(seen["mean"]), tuple(seen["std"]))
+    return View(resize, height, _interpolation(name, seen["interpolation"], log), tuple(seen["mean"]), tuple(seen["std"]))
 
 
-def _interpolation(name: str, wanted: str, say: Callable[[str], None]) -> Interpolation:
+def _interpolation(name: str, wanted: str, log: Callable[[str], None]) -> Interpolation:
     if wanted == "bilinear":
         return "bilinear"
     if wanted != "bicubic":
-        say(f"{name}: is resized by {wanted!r}, here by 'bicubic', so figures may differ")
+        log(f"{name}: is resized by {wanted!r}, here by 'bicubic', so figures may differ")
     return "bicubic"

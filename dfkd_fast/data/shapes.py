@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .classes import classes_of
+from .classes import SHAPES
 from .splits import Split
 
 __all__ = ["draw_shapes"]
@@ -19,7 +19,7 @@ def draw_shapes(split: Split, size: int) -> tuple[Tensor, Tensor]:
     A later shape covers an earlier one. A shape has about its class's colour: colour tells most of them, form tells all.
     """
     count, draw = COUNTS[split], np.random.default_rng(list(COUNTS).index(split))
-    colours = np.array(list(classes_of("shapes", 4).colours.values()), np.float32)
+    colours = np.array(list(SHAPES.colours.values()), np.float32)
     steps = np.linspace(0, 1, size, dtype=np.float32)
     images = np.broadcast_to(draw.uniform(90, 170, (count, 1, 1, 1)).astype(np.float32), (count, size, size, 3))
     labels = np.zeros((count, size, size), np.int16)

@@ -21,7 +21,7 @@ def pick_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise DfkdError("device 'cuda': PyTorch sees no GPU here; use --device cpu, and see dfkd-fast doctor")
+        raise DfkdError("device 'cuda': PyTorch sees no GPU here; use 'cpu', and see dfkd-fast doctor")
     if name not in ("cpu", "cuda"):
         raise DfkdError(f"device {name!r}: must be auto, cpu or cuda")
     device = torch.device(name)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
-from dfkd_fast.settings import VOID
+from dfkd_fast.labels import IGNORE_INDEX
 from dfkd_fast.surgery import logits_of
 
 from .clock import Clock
@@ -25,7 +25,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 
     Args:
         logits: (N, C) or (N, C, H, W).
-        labels: classes (N,) or (N, H, W); ``VOID`` where there is none.
+        labels: classes (N,) or (N, H, W); ``IGNORE_INDEX`` where there is none.
         gamma: γ; 0 is cross-entropy.
     """
     if not gamma:
@@ -33,7 +33,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     surprise = F.cross_entropy(logits, labels, reduction="none")  # −log p, and 0 where there is no label
     # Not 1 − p: at p near 1 all of its digits would be lost, and its power's gradient at 0 is infinite for γ < 1.
     missed = -torch.expm1(-surprise)
-    return (missed.clamp(min=torch.finfo(missed.dtype).tiny).pow(gamma) * surprise).sum() / (labels != VOID).sum()
+    return (missed.clamp(min=torch.finfo(missed.dtype).tiny).pow(gamma) * surprise).sum() / (labels != IGNORE_INDEX).sum()
 
 
 class TeacherTrainer:

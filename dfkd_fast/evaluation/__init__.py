@@ -1,6 +1,7 @@
 """What a network is worth on data it has never seen, and how steadily it got there."""
 
 from .accuracy import Figures, evaluate, top1_accuracy
+from .evaluator import Evaluator, check_readable, named_iou
 from .passes import Agreement, Evaluation
 from .retention import Retention, retention
 from .segmentation import SegmentationFigures, evaluate_segmentation, mean_iou
@@ -8,12 +9,15 @@ from .segmentation import SegmentationFigures, evaluate_segmentation, mean_iou
 __all__ = [
     "Agreement",
     "Evaluation",
+    "Evaluator",
     "Figures",
     "Retention",
     "SegmentationFigures",
+    "check_readable",
     "evaluate",
     "evaluate_segmentation",
     "mean_iou",
+    "named_iou",
     "retention",
     "top1_accuracy",
 ]

@@ -47,11 +47,7 @@ def evaluate(
         DfkdError: there are no images at all, in any process, a network's output is no logits or no number, or a label none of
             its classes.
     """
-
-    def figures(right: Tensor, count: int) -> Figures:
-        return Figures(*(100 * right / count).tolist())
-
-    return run_pass(networks, batches, device, _right, 2, figures, classes=None, reference=reference, autocast=autocast, on_batch=on_batch)
+    return run_pass(networks, batches, device, _TopK, classes=None, reference=reference, autocast=autocast, on_batch=on_batch)
 
 
 def top1_accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu") -> float:
@@ -59,12 +55,17 @@ def top1_accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], 
     return evaluate({"network": network}, batches, device).networks["network"].top1
 
 
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
+class _TopK:
     """How many labels are the largest logit's, and how many are among the five largest's."""
-    classes = logits.shape[1]
-    return torch.stack(
-        [
-            multiclass_stat_scores(logits, labels, classes, top_k=among, average="micro", validate_args=False)[0].double()
-            for among in (1, min(5, classes))
-        ]
-    )
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        classes = logits.shape[1]
+        for index, among in enumerate((1, min(5, classes))):
+            right = multiclass_stat_scores(logits, labels, classes, top_k=among, average="micro", validate_args=False)[0]
+            self.sums[index] += right
+
+    def compute(self, count: int) -> Figures:
+        return Figures(*(100 * self.sums / count).tolist())

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import kl_discrepancy
-from dfkd_fast.settings import VOID
+from dfkd_fast.labels import IGNORE_INDEX
 from dfkd_fast.surgery import evaluating, logits_of
 
-__all__ = ["Agreement", "Evaluation", "run_pass"]
+__all__ = ["Agreement", "Evaluation", "Metric", "run_pass"]
 
 Element = TypeVar("Element")
-Worth = TypeVar("Worth")
+Metrics = TypeVar("Metrics", covariant=True)
 NO_TIME = 1e-9  # seconds
 
 
@@ -37,11 +37,11 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Evaluation(Generic[Worth]):
+class Evaluation(Generic[Metrics]):
     """One pass of networks over labelled images, of all processes together."""
 
-    networks: dict[str, Worth]
-    """The figures of each."""
+    networks: dict[str, Metrics]
+    """The metrics of each."""
     agreements: list[Agreement]
     """Of every network with the reference."""
     count: int
@@ -57,31 +57,46 @@ class Evaluation(Generic[Worth]):
         return self.count / max(self.seconds["total"], NO_TIME)
 
 
+class Metric(Protocol[Metrics]):
+    """What is added up over a pass, of one network."""
+
+    sums: Tensor
+    """float64, on the device; added up over the processes before :meth:`compute`."""
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Take a batch in.
+
+        Args:
+            logits: float32 (B, classes, …), of the labels' size.
+            labels: IGNORE_INDEX or a class.
+        """
+
+    def compute(self, count: int) -> Metrics:
+        """What the network is worth on so many images or pixels."""
+
+
 def run_pass(
     networks: Mapping[str, nn.Module],
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device | str,
-    measure: Callable[[Tensor, Tensor], Tensor],
-    measured: int,
-    figures: Callable[[Tensor, int], Worth],
+    metric: Callable[[torch.device], Metric[Metrics]],
     *,
     classes: int | None,
     reference: str | None,
     autocast: Callable[[], AbstractContextManager[object]],
     on_batch: Callable[[int], None],
-) -> Evaluation[Worth]:
+) -> Evaluation[Metrics]:
     """What :func:`~dfkd_fast.evaluation.evaluate` does, whatever is measured; so are the other arguments and the errors.
 
     Args:
         batches: (images (B, C, H, W), labels (B,) or (B, H, W)).
-        measure: float32 logits (B, classes, …) of the labels' size, and labels, each VOID or a class → numbers to add up.
-        measured: how many numbers.
-        figures: their sums, float64 (measured,) on the CPU, and of how many images or pixels → what the network is worth.
+        metric: makes an empty one, on a device.
         classes: how many every network must have; any number if None.
     """
     device = torch.device(device)
-    # Of each network: outputs that are no numbers, labels that are none of its classes, agreement, divergence; what is measured.
-    sums = {name: torch.zeros(4 + measured, dtype=torch.float64, device=device) for name in networks}
+    metrics = {name: metric(device) for name in networks}
+    # Of each network: outputs that are NaN or infinite, labels that are none of its classes, agreement, divergence.
+    sums = {name: torch.zeros(4, dtype=torch.float64, device=device) for name in networks}
     clock, waiting = time.perf_counter(), 0.0
     count = total = 0  # images, and labels
     with ExitStack() as modes:
@@ -94,32 +109,35 @@ def run_pass(
             with autocast():
                 outputs = {name: network(seen) for name, network in networks.items()}
             logits = {name: _fitted(name, output, labels, classes) for name, output in outputs.items()}
-            for name, found in logits.items():
-                strange = (labels >= found.shape[1]) | (labels < 0) & (labels != VOID)
-                known = labels.masked_fill(strange, 0)  # others are counted, and would end a GPU's process here
-                counts = (~found.isfinite()).any(dim=1).sum(), strange.sum(), *_agreeing(found, logits.get(reference or name, found))
-                sums[name] += torch.cat([torch.stack([number.double() for number in counts]), measure(found, known)])
+            for name, own in logits.items():
+                invalid = (labels >= own.shape[1]) | (labels < 0) & (labels != IGNORE_INDEX)
+                agreement, divergence = _agreeing(own, logits.get(reference or name, own))
+                counts = (~own.isfinite()).any(dim=1).sum(), invalid.sum(), agreement, divergence
+                sums[name] += torch.stack([number.double() for number in counts])
+                # Invalid labels are counted, and would end a GPU's process here.
+                metrics[name].update(own, labels.masked_fill(invalid, 0))
             count += len(labels)
             total += labels.numel()
             on_batch(len(labels))
-    sums = {name: distributed.summed(found).cpu() for name, found in sums.items()}
+    for name, own in sums.items():
+        sums[name], metrics[name].sums = (distributed.summed(each).cpu() for each in (own, metrics[name].sums))
     seconds = time.perf_counter() - clock
     count, total = distributed.summed(torch.tensor([count, total], device=device)).tolist()
     unreadable = sorted(distributed.gathered(list(getattr(batches, "unreadable", []))))
     if count == 0:
         raise DfkdError("no images to evaluate on" + (f": none of {len(unreadable)} can be decoded, {unreadable[0]}" if unreadable else ""))
-    for name, found in sums.items():
-        no_numbers, strangers = found[:2].long().tolist()
-        if no_numbers:
+    for name, own in sums.items():
+        nonfinite, invalid_labels = own[:2].long().tolist()
+        if nonfinite:
             what = "images" if total == count else "pixels"
-            raise DfkdError(f"network {name}: its output is NaN or infinite on {no_numbers} of {total} {what}")
-        if strangers:
-            raise DfkdError(f"network {name}: {strangers} of {total} labels are none of its classes")
+            raise DfkdError(f"network {name}: its output is NaN or infinite on {nonfinite} of {total} {what}")
+        if invalid_labels:
+            raise DfkdError(f"network {name}: {invalid_labels} of {total} labels are none of its classes")
     return Evaluation(
-        networks={name: figures(found[4:], total) for name, found in sums.items()},
+        networks={name: metrics[name].compute(total) for name in networks},
         agreements=[
-            Agreement(name, reference, 100 * found[2].item() / total, found[3].item() / total)
-            for name, found in sums.items()
+            Agreement(name, reference, 100 * own[2].item() / total, own[3].item() / total)
+            for name, own in sums.items()
             if reference is not None and name != reference
         ],
         count=count,

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.settings import VOID
+from dfkd_fast.labels import IGNORE_INDEX
 
 from .passes import Evaluation, run_pass
 
@@ -37,7 +38,7 @@ def evaluate_segmentation(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Evaluation[SegmentationFigures]:
-    """What :func:`evaluate` does, for a label a pixel: figures from one confusion matrix of all pixels, those that are VOID left out.
+    """What :func:`evaluate` does, for a label a pixel: figures from one confusion matrix of all pixels but those of IGNORE_INDEX.
 
     Agreement between networks asks for no labels, and is of all pixels.
 
@@ -51,18 +52,11 @@ def evaluate_segmentation(
     Raises:
         DfkdError: as there, or no pixel has a label.
     """
-
-    def confusion(logits: Tensor, labels: Tensor) -> Tensor:
-        found = multiclass_confusion_matrix(logits.argmax(1), labels, num_classes, ignore_index=VOID, validate_args=False)
-        return found.flatten().double()  # exact, up to 2⁵³ pixels
-
     return run_pass(
         networks,
         batches,
         device,
-        confusion,
-        num_classes**2,
-        lambda found, _: _figures(found.view(num_classes, num_classes)),
+        partial(_Confusion, num_classes),
         classes=num_classes,
         reference=reference,
         autocast=autocast,
@@ -75,14 +69,23 @@ def mean_iou(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_c
     return evaluate_segmentation({"network": network}, batches, device, num_classes=num_classes).networks["network"].miou
 
 
-def _figures(confusion: Tensor) -> SegmentationFigures:
-    """Of a matrix of labels (rows) and predictions."""
-    if not confusion.any():
-        raise DfkdError("no pixels to evaluate on: none has a label")
-    right = confusion.diagonal()
-    iou = 100 * right / (confusion.sum(0) + confusion.sum(1) - right)
-    return SegmentationFigures(
-        miou=iou.nanmean().item(),
-        iou=tuple(None if value.isnan() else value.item() for value in iou),
-        pixel_accuracy=(100 * right.sum() / confusion.sum()).item(),
-    )
+class _Confusion:
+    """A matrix of labels (rows) and predictions; exact, up to 2⁵³ pixels."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        classes = len(self.sums)
+        self.sums += multiclass_confusion_matrix(logits.argmax(1), labels, classes, ignore_index=IGNORE_INDEX, validate_args=False)
+
+    def compute(self, count: int) -> SegmentationFigures:
+        if not self.sums.any():
+            raise DfkdError("no pixels to evaluate on: none has a label")
+        right = self.sums.diagonal()
+        iou = 100 * right / (self.sums.sum(0) + self.sums.sum(1) - right)
+        return SegmentationFigures(
+            miou=iou.nanmean().item(),
+            iou=tuple(None if value.isnan() else value.item() for value in iou),
+            pixel_accuracy=(100 * right.sum() / self.sums.sum()).item(),
+        )

@@ -96,7 +96,7 @@ def _of_classifier(name: str) -> Mapping[str, Tensor]:
 def _packaged(name: str) -> list[Tensor]:
     """The tensors of a package, in its order."""
     if name not in PRETRAINED:
-        raise DfkdError(f"--model {name!r} needs a file of weights, nothing is downloaded; only {', '.join(PRETRAINED)} needs none")
+        raise DfkdError(f"model {name!r} needs a file of weights, nothing is downloaded; only {', '.join(PRETRAINED)} needs none")
     known = PRETRAINED[name]
     found = importlib.util.find_spec(known.package)
     if found is None or found.origin is None:

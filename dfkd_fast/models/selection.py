@@ -49,7 +49,7 @@ def select(
     where: str,
     *,
     key: str = "",
-    choose: str = "choose by --weights-key (teacher.weights_key, key=)",
+    choose: str = "choose by key= or teacher.weights_key",
     wrappers: frozenset[str] = WRAPPERS,
     partial: bool = False,
 ) -> Selection:

@@ -1,4 +1,4 @@
-"""Short tables for the terminal."""
+"""Lines and short tables for the terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,11 +6,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["print_table"]
+__all__ = ["print_line", "print_table"]
 
 NAME = 30
 """Characters of a name that is printed in one piece however narrow the terminal."""
 WIDEST = 1000
+
+
+def print_line(console: Console, text: str) -> None:
+    """A line as it is, without markup, which the terminal wraps and nobody crops."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(

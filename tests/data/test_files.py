@@ -160,7 +160,7 @@ def test_dali_leaves_grey_networks_to_torchvision(tmp_path: Path) -> None:
     write_folder(tmp_path, {"one": jpeg(noise(40, 50))}, classes=2)
     settings = {"root": str(tmp_path), "num_classes": 2, "channels": 1, "image_size": 28}
     said: list[str] = []
-    assert isinstance(evaluation_batches(DataSettings(name="folder", **settings), CPU, say=said.append), FolderBatches)  # type: ignore[arg-type]
+    assert isinstance(evaluation_batches(DataSettings(name="folder", **settings), CPU, log=said.append), FolderBatches)  # type: ignore[arg-type]
     assert "grey" in said[0]
     with pytest.raises(DfkdError, match="grey"):
         evaluation_batches(DataSettings(name="folder", loader="dali", **settings), CPU)  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def test_without_dali_torchvision_reads_and_says_so(tmp_path: Path, monkeypatch:
     colour = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     said: list[str] = []
     wanted = DataSettings(name="folder", root=str(tmp_path), num_classes=2, **colour)  # type: ignore[arg-type]
-    assert isinstance(evaluation_batches(wanted, CPU, say=said.append), FolderBatches)
+    assert isinstance(evaluation_batches(wanted, CPU, log=said.append), FolderBatches)
     assert said == ["DALI is not installed (pip install nvidia-dali-cuda130): images are read by torchvision"]
     with pytest.raises(DfkdError, match="loader 'dali': DALI is not installed"):
         evaluation_batches(DataSettings(name="folder", root=str(tmp_path), num_classes=2, loader="dali", **colour), CPU)  # type: ignore[arg-type]

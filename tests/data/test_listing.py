@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dfkd_fast.data import read_listing
-from dfkd_fast.data.listing import CLASSES
+from dfkd_fast.data import DATA_SETS, read_listing
 from dfkd_fast.errors import DfkdError
 
 
@@ -38,7 +37,7 @@ def test_imagenet_has_a_thousand_classes(tmp_path: Path) -> None:
 
 
 def categories() -> list[str]:
-    names = [f"/x/place{number}" for number in range(CLASSES["places365"])]
+    names = [f"/x/place{number}" for number in range(DATA_SETS["places365"].classes or 0)]
     names[5], names[6] = "/a/apartment_building/outdoor", "/a/arch"
     return names
 

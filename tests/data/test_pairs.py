@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfkd_fast.data import Batches, DataSettings, evaluation_batches, label_names, open_split, palette
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.settings import VOID
+from dfkd_fast.labels import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {"channels": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": 8}
@@ -117,16 +117,16 @@ def test_a_root_of_no_known_layout_is_named_and_the_layouts_too(tmp_path: Path) 
     (tmp_path / "test/images").mkdir(parents=True)
     with pytest.raises(DfkdError, match=rf"data\.root {tmp_path} has no folders .* test on; known are test/images \+ test/labels, "):
         evaluation_batches(settings(tmp_path), CPU)
-    with pytest.raises(DfkdError, match="data set 'camvid' needs --data-root"):
+    with pytest.raises(DfkdError, match=r"data\.root = '': data set 'camvid' needs the folder"):
         open_split(DataSettings(name="camvid", num_classes=11, **PLAIN), "train")
 
 
 @pytest.mark.parametrize(
     ("name", "numbers", "labels"),
     [
-        ("camvid", [0, 3, 10, 11, 255], [0, 3, 10, VOID, VOID]),
-        ("nyuv2", [0, 1, 6, 13, 255], [VOID, 0, 5, 12, VOID]),
-        ("pairs", [0, 2, 4, 255, 255], [0, 2, 4, VOID, VOID]),
+        ("camvid", [0, 3, 10, 11, 255], [0, 3, 10, IGNORE_INDEX, IGNORE_INDEX]),
+        ("nyuv2", [0, 1, 6, 13, 255], [IGNORE_INDEX, 0, 5, 12, IGNORE_INDEX]),
+        ("pairs", [0, 2, 4, 255, 255], [0, 2, 4, IGNORE_INDEX, IGNORE_INDEX]),
     ],
 )
 @pytest.mark.parametrize("mode", ["L", "P"])
@@ -218,8 +218,8 @@ def test_files_that_cannot_be_decoded_are_left_out_and_named(tmp_path: Path) -> 
 def test_a_part_of_a_published_set_is_said_to_be_one(tmp_path: Path) -> None:
     write_pair(tmp_path, "test/a.png", "testannot/a.png")
     said: list[str] = []
-    evaluation_batches(settings(tmp_path, "camvid"), CPU, say=said.append)
-    evaluation_batches(settings(tmp_path), CPU, say=said.append)
+    evaluation_batches(settings(tmp_path, "camvid"), CPU, log=said.append)
+    evaluation_batches(settings(tmp_path), CPU, log=said.append)
     assert said == [f"{tmp_path} has 1 of the 233 test images of camvid: what is measured is no camvid mIoU"]
 
 
@@ -248,10 +248,10 @@ def test_the_real_camvid_has_its_images_and_its_classes_look_like_themselves(tmp
         archive.extractall(tmp_path, [name for name in archive.namelist() if "test/" in name])
     said: list[str] = []
     wanted = settings(tmp_path, "camvid", image_size=128, batch_size=50)
-    served = list(evaluation_batches(wanted, CPU, say=said.append))
+    served = list(evaluation_batches(wanted, CPU, log=said.append))
     assert (sum(len(labels) for _, labels in served), said) == (233, [])
     labels = torch.cat([labels for _, labels in served])
-    assert labels.unique().tolist() == [VOID, *range(11)]
+    assert labels.unique().tolist() == [IGNORE_INDEX, *range(11)]
     brightness = torch.cat([images for images, _ in served]).mean(dim=1)
     by_name = {name: brightness[labels == label].mean().item() for label, name in enumerate(label_names(wanted))}
     assert max(by_name, key=by_name.__getitem__) == "sky"

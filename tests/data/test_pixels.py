@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfkd_fast.data import Augment, DataSettings, PixelSplit, batches, evaluation_batches, open_split, palette
 from dfkd_fast.data.splits import PixelBatches
-from dfkd_fast.settings import VOID
+from dfkd_fast.labels import IGNORE_INDEX
 from tests.data.draws import check_draws
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ SIZES = [(9, 12), (20, 9), (12, 9), (9, 12), (9, 12)]
 def labelled(index: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """An image that says of every pixel where it was, and labels that say the same; the last column is void."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    labels = (10 * rows + columns).masked_fill(columns == width - 1, VOID).short()
+    labels = (10 * rows + columns).masked_fill(columns == width - 1, IGNORE_INDEX).short()
     return torch.stack([rows, columns, torch.full_like(rows, index)]).byte(), labels
 
 
@@ -37,7 +37,7 @@ def places(images: Tensor) -> Tensor:
 def check_labels(images: Tensor, labels: Tensor) -> None:
     rows, columns, index = places(images).unbind(1)
     widths = torch.tensor([width for _, width in SIZES])[index]
-    assert torch.equal(labels, (10 * rows + columns).masked_fill(columns == widths - 1, VOID))
+    assert torch.equal(labels, (10 * rows + columns).masked_fill(columns == widths - 1, IGNORE_INDEX))
 
 
 @pytest.mark.parametrize("augment", ["none", "shift", "shift_flip"])

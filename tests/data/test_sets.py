@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from dfkd_fast.data import ArraySplit, DataSettings, evaluation_batches, open_split
-from dfkd_fast.data.sets import Split
+from dfkd_fast.data.splits import Split
 from dfkd_fast.errors import DfkdError
 
 SPLITS: list[Split] = ["train", "test"]
@@ -108,7 +108,7 @@ def test_a_root_without_the_data_set_is_named(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder"])
 def test_a_root_that_is_not_given_or_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DfkdError, match=f"data set '{name}' needs --data-root"):
+    with pytest.raises(DfkdError, match=f"data.root = '': data set '{name}' needs the folder"):
         open_split(settings(name), "test")
     with pytest.raises(DfkdError, match=r"data\.root .*absent does not exist"):
         open_split(settings(name, tmp_path / "absent"), "test")

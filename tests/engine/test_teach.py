@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dfkd_fast import DfkdError, NonFiniteLossError, Optimizer
 from dfkd_fast.engine import teach
 from dfkd_fast.engine.teach import TeacherTrainer, focal_loss
-from dfkd_fast.settings import VOID
+from dfkd_fast.labels import IGNORE_INDEX
 
 
 def blobs() -> TensorDataset:
@@ -83,24 +83,24 @@ def test_a_loss_that_is_not_finite_stops_it() -> None:
 def test_the_focal_loss_is_its_equation_over_what_has_a_label(shape: tuple[int, ...], gamma: float) -> None:
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(shape).double(), torch.randint(5, (shape[0], *shape[2:]))
-    labels[torch.rand(labels.shape) < 0.3] = VOID
+    labels[torch.rand(labels.shape) < 0.3] = IGNORE_INDEX
     log_p = np.take_along_axis(log_softmax(logits.numpy(), axis=1), labels.clamp(min=0).numpy()[:, None], axis=1)[:, 0]
     terms = -((1 - np.exp(log_p)) ** gamma) * log_p
-    assert focal_loss(logits, labels, gamma).item() == pytest.approx(terms[labels.numpy() != VOID].mean(), rel=1e-12)
+    assert focal_loss(logits, labels, gamma).item() == pytest.approx(terms[labels.numpy() != IGNORE_INDEX].mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
 def test_the_focal_losss_gradient_is_that_of_finite_differences(gamma: float) -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True), torch.randint(3, (2, 2, 2))
-    labels[0, 0, 0] = VOID
+    labels[0, 0, 0] = IGNORE_INDEX
     assert torch.autograd.gradcheck(lambda x: focal_loss(x, labels, gamma), logits)
 
 
 def test_without_focus_it_is_cross_entropy_to_the_bit() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 3, 5, 5), torch.randint(3, (4, 5, 5))
-    labels[0] = VOID
+    labels[0] = IGNORE_INDEX
     assert torch.equal(focal_loss(logits, labels, 0.0), F.cross_entropy(logits, labels))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import DfkdError
 from dfkd_fast.evaluation import evaluate_segmentation, mean_iou
-from dfkd_fast.settings import VOID
+from dfkd_fast.labels import IGNORE_INDEX
 
 CLASSES = 6
 Batch = tuple[Tensor, Tensor]
@@ -42,14 +42,14 @@ def examples(count: int = 7, size: tuple[int, int] = (5, 9), seed: int = 0) -> B
     logits = torch.randn(count, CLASSES, *size, generator=draw)
     logits[:, 3:5] = -10
     labels = torch.randint(0, 4, (count, *size), generator=draw)
-    return logits, labels.masked_fill(torch.rand(labels.shape, generator=draw) < 0.25, VOID)
+    return logits, labels.masked_fill(torch.rand(labels.shape, generator=draw) < 0.25, IGNORE_INDEX)
 
 
 def expected(batches: Sequence[Batch]) -> tuple[list[float], float]:
     """IoU by class, NaN for those that occur nowhere, and pixel accuracy, in percent."""
     predicted = np.concatenate([logits.argmax(1).flatten().numpy() for logits, _ in batches])
     labels = np.concatenate([labels.flatten().numpy() for _, labels in batches])
-    matrix = confusion_matrix(labels[labels != VOID], predicted[labels != VOID], labels=range(CLASSES))
+    matrix = confusion_matrix(labels[labels != IGNORE_INDEX], predicted[labels != IGNORE_INDEX], labels=range(CLASSES))
     right, union = np.diag(matrix), matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
     iou = [100 * hits / whole if whole else math.nan for hits, whole in zip(right, union, strict=True)]
     return iou, 100 * right.sum() / matrix.sum()
@@ -69,7 +69,7 @@ def test_the_figures_are_those_of_scikit_learns_confusion_matrix(network: nn.Mod
 
 
 def test_a_class_that_occurs_nowhere_is_left_out_of_the_mean() -> None:
-    labels = torch.tensor([[[0, 0, 1, VOID]]])
+    labels = torch.tensor([[[0, 0, 1, IGNORE_INDEX]]])
     logits = F.one_hot(torch.tensor([[[0, 1, 1, 2]]]), 4).movedim(-1, 1).float()
     found = evaluate_segmentation({"a": Shown()}, [(logits, labels)], num_classes=4).networks["a"]
     assert list(found.iou) == [50, 50, None, None]
@@ -155,7 +155,7 @@ def test_nothing_to_evaluate_on_is_refused() -> None:
         mean_iou(Shown(), [], CLASSES)
     logits, labels = examples()
     with pytest.raises(DfkdError, match="no pixels to evaluate on: none has a label"):
-        mean_iou(Shown(), [(logits, torch.full_like(labels, VOID))], CLASSES)
+        mean_iou(Shown(), [(logits, torch.full_like(labels, IGNORE_INDEX))], CLASSES)
 
 
 def test_the_network_is_evaluated_in_evaluation_mode_and_left_as_it_was() -> None:

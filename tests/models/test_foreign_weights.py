@@ -155,9 +155,7 @@ def test_a_prefix_that_no_wrapper_is_known_by_is_not_guessed_but_can_be_named(tm
     ],
 )
 def test_several_states_that_fit_are_named_and_the_key_chooses(tmp_path: Path, held: object, names: str, key: str, taken: str) -> None:
-    assert refused(tmp_path, held) == (
-        f"hold several states that fit the network, {names}: choose by --weights-key (teacher.weights_key, key=)"
-    )
+    assert refused(tmp_path, held) == (f"hold several states that fit the network, {names}: choose by key= or teacher.weights_key")
     (said,) = load(tmp_path, held, key)
     assert said.startswith(f"took {taken!r} (9 tensors), left out " if taken else "took 9 tensors, left out ")
     assert "the weights key 'nothing' is not in the file; there are " in refused(tmp_path, held, "nothing")

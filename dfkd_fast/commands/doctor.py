@@ -1,22 +1,25 @@
-"""Looking a teacher over before hours are spent on it."""
+"""``dfkd-fast doctor``: what this machine has, or whether a teacher is what its recipe takes it for."""
 
 import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from dfkd_fast.data import Batches
+from dfkd_fast.doctor import choices, findings
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
+from dfkd_fast.evaluation import Evaluator
 from dfkd_fast.recipe import Recipe
+from dfkd_fast.report import print_table
 from dfkd_fast.surgery import FoldingError, Observer, evaluating, folded_and_checked, has_running_statistics, logits_only
 
-from .evaluate import Evaluator
 from .networks import build_network, load_given_teacher
 
-__all__ = ["Check", "examine_teacher"]
+__all__ = ["Check", "check_teacher", "print_machine", "print_teacher"]
 
 IMAGES = 16
 
@@ -29,7 +32,25 @@ class Check(NamedTuple):
     verdict: Literal["good", "wrong", "note"]
 
 
-def examine_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
+def print_machine(console: Console) -> None:
+    """Tables of what this machine has and what is used, and of the backend of every operation."""
+    print_table(console, ("", "found", "used"), findings())
+    print_table(console, ("operation", "on a CPU", "on a GPU"), choices())
+
+
+def print_teacher(recipe: Recipe, device: torch.device, console: Console) -> None:
+    """A table of :func:`check_teacher`.
+
+    Raises:
+        DfkdError: as there; or something is wrong, once it is printed.
+    """
+    checks = check_teacher(recipe, device)
+    print_table(console, ("teacher", "found", ""), checks)
+    if wrong := [check.thing for check in checks if check.verdict == "wrong"]:
+        raise DfkdError(f"--teacher {recipe.name}: wrong are {', '.join(wrong)}")
+
+
+def check_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
     """Whether a recipe's teacher is what the recipe takes it for.
 
     Args:
@@ -44,8 +65,7 @@ def examine_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
     teacher = build_network(recipe, "teacher").to(device)
     notes: list[str] = []
     load_given_teacher(recipe, teacher, notes.append)
-    has_images = recipe.data.name in ("digits", "shapes") or (recipe.data.name != "none" and recipe.data.root != "")
-    evaluate = Evaluator(recipe.data, device) if has_images else None
+    evaluate = Evaluator(recipe.data, device) if recipe.data.can_be_opened else None
     images = _images(recipe, evaluate.batches if evaluate else None).to(device)
     check_classifier("teacher", teacher, images, "data.image_size's")
     teacher = logits_only(teacher.eval(), images)

@@ -1,0 +1,95 @@
+"""Data sets that are two arrays a split: images uint8 (N, H, W, C), and labels (N,)."""
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from typing_extensions import override
+
+from dfkd_fast.errors import DfkdError, first_line
+
+from .settings import Access, DataSet, DataSettings, root_of
+from .splits import ArrayBatches, ArraySplit, Augment, Split
+
+__all__ = ["ArraySet", "digits", "npz", "torchvision_arrays"]
+
+Arrays = tuple[np.ndarray, np.ndarray]
+Reader = Callable[[Path, Split], Arrays]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySet(DataSet):
+    """A data set that is read whole."""
+
+    read: Reader
+    """From where it lies, a split."""
+
+    @override
+    def test_batches(self, settings: DataSettings, access: Access) -> ArrayBatches:
+        split = self.open_split(settings, "test", "none")
+        return ArrayBatches(split.take(access.choose(len(split))), settings.batch_size)
+
+    @override
+    def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> ArraySplit:
+        images, labels = self.read(root_of(settings), split)
+        _check(images, labels, settings, split)
+        return ArraySplit(images, labels, settings.image_size, settings.mean, settings.std, augment=augment)
+
+
+def _check(images: np.ndarray, labels: np.ndarray, settings: DataSettings, split: Split) -> None:
+    where = f"data set {settings.name!r}, {split}:"
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise DfkdError(f"{where} images must be uint8 (N, H, W, C), not {images.dtype} {images.shape}")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise DfkdError(f"{where} labels must be integers ({len(images)},), not {labels.dtype} {labels.shape}")
+    if len(images) == 0:
+        raise DfkdError(f"{where} there are no images")
+    if images.shape[3] != settings.channels:
+        raise DfkdError(f"{where} images have {images.shape[3]} channels, data.channels is {settings.channels}")
+    if labels.min() < 0 or labels.max() >= settings.num_classes:
+        raise DfkdError(f"{where} labels run from {labels.min()} to {labels.max()}, data.num_classes is {settings.num_classes}")
+
+
+def digits(_: Path, split: Split) -> Arrays:
+    """scikit-learn's 1,797 scans of handwritten digits: a quarter, stratified and always the same, is held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=labels)
+    chosen = train if split == "train" else test
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return images[chosen], labels[chosen]
+
+
+def torchvision_arrays(name: str) -> Reader:
+    """A reader of one of torchvision's data sets, in its layout on disk."""
+
+    def read(root: Path, split: Split) -> Arrays:
+        from torchvision import datasets
+
+        try:
+            data = getattr(datasets, name)(str(root), train=split == "train", download=False)
+        except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+            raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {first_line(error)}") from error
+        images = np.asarray(data.data)
+        return images if images.ndim == 4 else images[..., None], np.asarray(data.targets)
+
+    return read
+
+
+def npz(path: Path, split: Split) -> Arrays:
+    """Arrays x_train, y_train, x_test and y_test of a file, uint8 NHWC and integers."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {f"x_{split}", f"y_{split}"} - set(arrays)
+            if missing:
+                raise DfkdError(f"data.root {path} lacks {', '.join(sorted(missing))}: it has {', '.join(sorted(arrays))}")
+            return arrays[f"x_{split}"], arrays[f"y_{split}"]
+    except DfkdError:
+        raise
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DfkdError(f"data.root {path} is not an .npz file that can be read: {first_line(error)}") from error

@@ -1,0 +1,110 @@
+"""Data sets that are image files with a label each: a listing to test on, folders of classes to train on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from dfkd_fast.errors import DfkdError, first_line
+
+from .dali import DaliBatches, why_not_dali
+from .folder import FolderBatches
+from .listing import Listing, class_folders
+from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings, check_channels, root_of
+from .splits import Augment, Split
+
+__all__ = ["FileSet", "read_listing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSet(DataSet):
+    """A data set of image files."""
+
+    list_files: Callable[[Path, int | None], Listing]
+    """From where it lies, and its number of classes where that is known, the files to test on."""
+    trainable: bool = True
+    """Whether train/ has a folder for each class."""
+    has_every_class: bool = True
+    """Whether some file is of the last class, so that the number of classes can be told from the files."""
+
+    image_files = True
+
+    @override
+    def test_batches(self, settings: DataSettings, access: Access) -> Batches:
+        listing = self.listing(settings.name, root_of(settings))
+        if listing.classes > settings.num_classes or (self.has_every_class and listing.classes != settings.num_classes):
+            raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.root} has {listing.classes} classes")
+        check_channels(settings)
+        if listing.remark:
+            access.log(listing.remark)
+        listing = listing.take(access.choose(len(listing)))
+        view, why_not = settings.view, why_not_dali(settings.view)
+        if settings.loader == "dali" or (settings.loader == "auto" and why_not is None):
+            if view.interpolation == "bicubic":
+                access.log("DALI's bicubic resizing rounds otherwise than PIL's; data.loader = 'torchvision' is exact")
+            return DaliBatches(listing, view, settings.batch_size, settings.workers, access.device, access.dtype)
+        if settings.loader == "auto":
+            access.log(f"{why_not}: images are read by torchvision")
+        return FolderBatches(listing, view, settings.batch_size, settings.workers)
+
+    @override
+    def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> Dataset[Any]:
+        if not self.trainable:
+            raise DfkdError(f"data.name = {settings.name!r}: is for testing only; teachers are trained on image folders")
+        return _training_images(settings, augment)
+
+    def listing(self, name: str, root: Path) -> Listing:
+        """The files to test on; see :func:`read_listing`."""
+        listing = self.list_files(root, self.classes)
+        if not listing.paths:
+            raise DfkdError(f"data.root {root}: no images in it")
+        if self.test_images is None or len(listing) == self.test_images:
+            return listing
+        part = f"{len(listing):,} of the {self.test_images:,} validation images of {name}"
+        return replace(listing, remark=f"{root} has {part}: what is measured is no {name} accuracy")
+
+
+def read_listing(name: str, root: Path) -> Listing:
+    """The image files that a data set is tested on.
+
+    Args:
+        name: of a data set of image files; its lister says how they lie on disk.
+        root: where it lies.
+
+    Raises:
+        DfkdError: it is not there, or not laid out so.
+    """
+    row = DATA_SETS[name]
+    assert isinstance(row, FileSet), name
+    return row.listing(name, root)
+
+
+def _training_images(settings: DataSettings, augment: Augment) -> Dataset[Any]:
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    check_channels(settings)
+    root = root_of(settings)
+    if not (root / "train").is_dir():
+        raise DfkdError(f"data.root {root} has no folder train")
+    classes = len(class_folders(root / "train"))
+    if classes != settings.num_classes:
+        raise DfkdError(f"data.num_classes is {settings.num_classes}, but {root / 'train'} has {classes} classes")
+    size = settings.image_size
+    if augment == "none":
+        seen = [
+            transforms.Resize(settings.view.resize, transforms.InterpolationMode(settings.interpolation)),
+            transforms.CenterCrop(size),
+        ]
+    else:
+        flip = [transforms.RandomHorizontalFlip()] if augment == "shift_flip" else []
+        seen = [transforms.RandomResizedCrop(size), *flip]
+    colour = [transforms.Grayscale()] if settings.channels == 1 else []
+    end = [transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
+    try:
+        return ImageFolder(str(root / "train"), transforms.Compose([*seen, *colour, *end]))
+    except (FileNotFoundError, RuntimeError) as error:
+        raise DfkdError(f"data.root {root / 'train'} holds no image folders: {first_line(error)}") from error

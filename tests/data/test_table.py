@@ -1,0 +1,81 @@
+"""The table of data sets: a row is all that a data set needs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dfkd_fast import load_recipe
+from dfkd_fast.data import DATA_SETS, DataSettings, evaluation_batches, label_names, open_split, palette
+from dfkd_fast.data.arrays import ArraySet
+from dfkd_fast.data.splits import Split
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.recipe import shipped_recipes
+
+
+def stripes(root: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Images of as many columns of white as their label says, in as many files as the root has letters."""
+    labels = np.arange(12 if split == "train" else 7) % len(root.name)
+    images = np.zeros((len(labels), 32, 32, 1), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, :label] = 255
+    return images, labels
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DataSettings:
+    monkeypatch.setitem(DATA_SETS, "stripes", ArraySet(read=stripes))
+    root = tmp_path / "abcd"
+    root.mkdir()
+    return DataSettings(name="stripes", root=str(root), num_classes=4, mean=(0.0,), std=(1.0,), batch_size=5)
+
+
+def test_a_row_is_all_that_a_data_set_needs(toy: DataSettings) -> None:
+    training = open_split(toy, "train")
+    image, label = training[6]
+    assert (int(label), int(image.sum())) == (2, 2 * 32)
+    batches = evaluation_batches(toy, torch.device("cpu"))
+    assert batches.count == 7
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 2, 3, 0], [1, 2]]
+    assert (toy.task, toy.metric, toy.has_images, toy.can_be_opened) == ("classification", "top-1 accuracy", True, True)
+    assert label_names(toy) == ["0", "1", "2", "3"]
+    assert palette(toy).shape == (4, 3)
+
+
+def test_a_recipe_can_name_it(toy: DataSettings) -> None:
+    recipe = load_recipe("digits", {"data.name": "stripes", "data.root": toy.root, "data.num_classes": 4})
+    assert recipe.data.data_set is DATA_SETS["stripes"]
+
+
+def test_a_name_without_a_row_is_one_line_that_suggests_the_nearest() -> None:
+    with pytest.raises(
+        DfkdError, match=r"data\.name = 'minst': unknown choice 'minst': did you mean 'mnist'\? there are camvid, cifar10, .*nyuv2"
+    ):
+        load_recipe("digits", {"data.name": "minst"})
+
+
+@pytest.mark.parametrize("name", [name for name, row in DATA_SETS.items() if row.needs_root])
+def test_what_lies_on_disk_says_that_it_needs_a_root(name: str) -> None:
+    settings = DataSettings(name=name, num_classes=DATA_SETS[name].classes or 11, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert not settings.can_be_opened
+    if name == "nyuv2":
+        settings = DataSettings(name=name, num_classes=13, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(DfkdError, match=rf"data\.root = '': data set '{name}' needs the folder that holds it"):
+        evaluation_batches(settings, torch.device("cpu"))
+
+
+def test_no_data_is_a_row_of_its_own() -> None:
+    settings = DataSettings(name="none")
+    assert not settings.has_images and not settings.can_be_opened
+    for use in (lambda: evaluation_batches(settings, torch.device("cpu")), lambda: open_split(settings, "train")):
+        with pytest.raises(DfkdError, match=r"data\.name is 'none': this recipe has no images to read"):
+            use()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_agree_with_the_table_on_the_number_of_classes(name: str) -> None:
+    data = load_recipe(name).data
+    assert data.data_set.classes in (None, data.num_classes)
+    if data.task == "segmentation":
+        assert len(label_names(data)) == data.num_classes
