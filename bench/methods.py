@@ -87,9 +87,11 @@ def _trainer(recipe: Recipe, device: torch.device) -> Trainer:
     teacher, student, generator = networks(recipe)
     trainer = Trainer(teacher, student, generator, recipe, device=device)
     _seconds(trainer)
-    if trainer.state.memory is not None and not trainer.state.memory.ready:
-        trainer.state.memory.end_epoch(recipe.replay.memory_bank.every, trainer.state.fresh)
-        if not trainer.state.memory.ready:
+    if (memory := trainer.state.memory) is not None:
+        for epoch in range(1, recipe.loop.epochs + 1):
+            if not memory.ready:
+                memory.end_epoch(epoch, trainer.state.fresh)
+        if not memory.ready:
             raise DfkdError(f"recipe {recipe.name!r}: its memory stays empty")
     return trainer
 

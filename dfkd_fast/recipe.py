@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from dfkd_fast.data import Augment, DataSettings
 from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, unknown
+from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
 from dfkd_fast.renamed import current_keys, current_path
 from dfkd_fast.settings import FileName, NonNegative, PositiveInt, Seed, settings
@@ -221,6 +222,8 @@ def _annotation(path: Sequence[str | int]) -> Any:
         if not dataclasses.is_dataclass(annotation):
             break
         annotation = typing.get_type_hints(annotation, include_extras=True).get(str(name))
+        if annotation is Replay:
+            annotation = Replay.complete()
     return annotation
 
 

@@ -17,6 +17,7 @@ RENAMED = {
     "loop.compile": "engine.compile",
     "loop.capture": "engine.capture",
     "loop.keep_memory": "engine.keep_memory",
+    "replay.ema_decay": "replay.ema_generator.decay",
 }
 """Dotted paths in a recipe, of version 0.1.0, and of now."""
 

@@ -34,7 +34,7 @@ def test_shipped_recipe_is_printed_completely_and_read_back_equal(name: str) -> 
         ("lop", {}, "unknown key 'lop': did you mean 'loop'?"),
         ("loop", 3, "loop = 3: must be a section"),
         ("engine.channels_last", 1, "engine.channels_last = 1: must be true or false"),
-        ("replay.ema_decay", 1.5, "replay.ema_decay = 1.5: must be a number ≥ 0 and ≤ 1"),
+        ("replay.ema_generator.decay", 1.5, "replay.ema_generator.decay = 1.5: must be a number ≥ 0 and ≤ 1"),
         ("replay.kind", "ema", "replay.kind = 'ema': unknown choice 'ema': did you mean 'ema_generator'?"),
         ("objective.discrepancy", "l2", "there are js, kl, l1"),
         ("student_optimizer.lr", float("nan"), "student_optimizer.lr = nan: must be a number > 0"),

@@ -19,6 +19,7 @@ from dfkd_fast.engine.device import keep_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.precision import PrecisionName
 from dfkd_fast.kernels import use_backend
+from dfkd_fast.methods import EmaGeneratorSettings
 from dfkd_fast.models import build_generator, build_model
 from dfkd_fast.surgery import CpuConv2d
 
@@ -244,7 +245,7 @@ def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, co
         batch_size=recipe.loop.batch_size,
         latent_dim=recipe.generator.latent_dim,
         student_steps=recipe.loop.student_steps,
-        ema_decay=recipe.replay.ema_decay if recipe.replay.replays else None,
+        ema_decay=recipe.replay.table(EmaGeneratorSettings).decay if recipe.replay.replays else None,
         fresh_weight=recipe.replay.fresh_weight,
         replay_weight=recipe.replay.weight,
         discrepancy=recipe.objective.discrepancy,  # type: ignore[arg-type]  # checked

@@ -116,7 +116,7 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
                 trainer.result(images.to(memory_format=torch.channels_last))
 
     # What a recipe may ask of a batch of its own.
-    smallest = max(2, recipe.engine.micro_batches, recipe.replay.rows, recipe.replay.vae.fresh_rows)
+    smallest = max(2, recipe.engine.micro_batches, recipe.replay.smallest_batch)
     size = largest_batch_size(attempt, smallest)
     if size == 0:
         raise DfkdError(

@@ -44,15 +44,14 @@ def state_dict(state: TrainState) -> dict[str, Any]:
 
 def _of_this_process(state: TrainState) -> dict[str, Any]:
     """What every process has another one of."""
-    bank = state.memory is not None and state.memory.private
+    memory = state.memory
     return {
         "streams": [state.fresh_stream.get_state(), state.replay_stream.get_state()],
         "torch_random_state": torch.get_rng_state(),
         "cuda_random_state": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
-        "memory": state.memory.state_dict() if state.memory is not None and bank else None,
+        "memory": memory.state_dict() if memory is not None and memory.private else None,
         "buffers": state.running_statistics() if distributed.world_size() > 1 else None,
-        # A bank takes the last batch of an epoch in.
-        "fresh": [state.images, state.logits] if bank else None,
+        "fresh": [state.images, state.logits] if memory is not None and memory.stores_fresh else None,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from dfkd_fast.methods import Objective, Replay, Update
+from dfkd_fast.methods import POLICIES, Objective, Replay, Update
 from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
 
 from .optim import Optimizer
@@ -86,9 +86,11 @@ class Method:
     def __post_init__(self) -> None:
         if self.update.retains and not self.replay.replays:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
-        if self.engine.precision == "fp16" and (self.update.retains or (self.replay.replays and self.replay.kind == "vae")):
+        policy = self.replay.policy
+        if self.engine.precision == "fp16" and (self.update.retains or (self.replay.replays and policy is not None and not policy.fp16)):
+            kinds = " or ".join(repr(kind) for kind, policy in POLICIES.items() if not policy.fp16)
             raise ValueError(
-                "engine.precision = 'fp16': not with replay.kind 'vae' nor with first-order or second-order updates; use 'bf16'"
+                f"engine.precision = 'fp16': not with replay.kind {kinds} nor with first-order or second-order updates; use 'bf16'"
             )
         batch_size, pieces = self.loop.batch_size, self.engine.micro_batches
         if pieces > 1 and self.update.retains:
@@ -98,10 +100,8 @@ class Method:
         least = min(batch_size, self.replay.rows_of(batch_size)) if self.replay.replays else batch_size
         if pieces > least:
             raise ValueError(f"engine.micro_batches = {pieces}: fresh or replayed samples are {least} only, and every piece needs some")
-        if self.replay.kind == "memory_bank" and self.replay.rows > batch_size:
-            raise ValueError(f"replay.rows = {self.replay.rows}: a bank stores rows of a fresh batch, of which there are {batch_size}")
-        if self.replay.kind == "vae" and self.replay.vae.fresh_rows > batch_size:
-            raise ValueError(f"replay.vae.fresh_rows = {self.replay.vae.fresh_rows}: a batch has {batch_size} fresh rows")
+        if policy is not None:
+            policy.check(self.replay.rows, batch_size)
         if self.loop.generator_pretraining and not self.objective.generator_alone:
             raise ValueError(
                 f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a term of the objective beside the adversary's"

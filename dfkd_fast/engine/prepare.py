@@ -219,7 +219,7 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
         logits=logits,
         fresh_stream=random_stream(seed, "fresh", device),
         replay_stream=random_stream(seed, "replay", device),
-        losses=LossLog(loop, {"vae": method.replay.vae.steps}, device),
+        losses=LossLog(loop, {} if memory is None else dict.fromkeys(memory.losses, memory.steps), device),
         drift=Drift(loop.drift_samples),
         clock=Clock(device),
         remarks=context.remarks,

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..dispatch import Backend, forced
 from . import Pairs, pairs
@@ -20,6 +21,8 @@ class _Checked(NamedTuple):
     gathered: Gathered
     forced: Backend | None
     pairs: Pairs
+    copied: tuple[list[Tensor], list[Tensor]]
+    """Averages and shadows that take over the values of their sources, and these."""
 
 
 # Not an attribute: a copy or a pickle of an average must not take the module along, nor an average keep it alive.
@@ -28,6 +31,9 @@ _checked: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Checked]] =
 
 class FusedEMA(nn.Module):
     """An exponential moving average of a module's parameters and buffers.
+
+    Integers are copied, having no average, and so are the singular vectors of ``torch.nn.utils.parametrizations.spectral_norm``: the
+    mean of unit vectors that turn is shorter than 1, and a weight that is normalised by it too large.
 
     ``ema.module`` is the averaged copy: float32, or float64 where the source is, in evaluation mode, without gradients.
     Calling ``ema`` calls it. ``state_dict`` and ``load_state_dict`` are those of ``nn.Module``. With a warm-up the decay
@@ -69,10 +75,13 @@ class FusedEMA(nn.Module):
         decay: float | Tensor = self.decay
         if self.warm_up:
             decay = ((1.0 + self.updates) / (10.0 + self.updates)).clamp_(max=self.decay)
-        self._pairs(model).update_(decay)
+        checked = self._check(model)
+        checked.pairs.update_(decay)
+        if checked.copied[0]:
+            torch._foreach_copy_(*checked.copied)
         self.updates.add_(1)
 
-    def _pairs(self, model: nn.Module) -> Pairs:
+    def _check(self, model: nn.Module) -> _Checked:
         known = _checked.setdefault(self, WeakKeyDictionary())
         checked = known.get(model)
         if checked is None or checked.forced != forced() or not checked.gathered.unchanged():
@@ -81,8 +90,9 @@ class FusedEMA(nn.Module):
             _lay_out(averages, sources)
             _lay_out(shadows or [], sources)
             found = pairs(averages, sources, shadows)
-            checked = known[model] = _Checked(Gathered(self, model), forced(), found)
-        return checked.pairs
+            copied = _singular_vectors(self), _singular_vectors(model) * (1 if shadows is None else 2)
+            checked = known[model] = _Checked(Gathered(self, model), forced(), found, copied)
+        return checked
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the averaged module returns."""
@@ -115,3 +125,7 @@ def _lay_out(averages: list[Tensor], sources: list[Tensor]) -> None:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+def _singular_vectors(model: nn.Module) -> list[Tensor]:
+    return [vector for module in model.modules() if isinstance(module, _SpectralNorm) for vector in module.buffers()]

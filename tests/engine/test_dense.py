@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import DfkdError, GeneratorA, Loop, Method, Objective, Optimizer, Replay, Trainer, Update
-from dfkd_fast.methods.replay import BankSettings
+from dfkd_fast.methods.replay import BankSettings, EmaGeneratorSettings
 from dfkd_fast.models import build_model
 from tests.small import Networks
 
@@ -83,8 +83,9 @@ def test_the_average_of_a_generator_follows_on_pixels_as_the_closed_form_says() 
     memory = trainer.state.memory
     assert memory is not None and memory.generator is not None
     expected = {name: value.double().clone() for name, value in trainer.generator.named_parameters()}
+    decay = wanted.replay.table(EmaGeneratorSettings).decay
     trainer.on_iteration = lambda trainer: [  # type: ignore[assignment]
-        expected[name].lerp_(value.detach().double(), 1 - wanted.replay.ema_decay) for name, value in trainer.generator.named_parameters()
+        expected[name].lerp_(value.detach().double(), 1 - decay) for name, value in trainer.generator.named_parameters()
     ]
     trainer.fit()
     for name, value in memory.generator.named_parameters():

@@ -24,6 +24,7 @@ from dfkd_fast import Method, Objective, Optimizer, Replay, Trainer, Update, dis
 from dfkd_fast.engine import steps
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.kernels import channel_moments
+from dfkd_fast.methods import EmaGeneratorSettings
 from dfkd_fast.methods.objective import bn_moments, entropy
 from tests.small import small_method, small_networks
 from tests.states import assert_equal, through_a_file, without_times
@@ -63,7 +64,7 @@ METHODS: dict[str, Method] = {
     "every term": Method(
         loop=small_method(batch_size=BATCH).loop,
         objective=Objective(adversary="log_l1", one_hot=0.5, entropy=2.0, activation=0.1, bn_moments=0.3, adversarial_cap=0.4),
-        replay=Replay(kind="ema_generator", ema_decay=0.8),
+        replay=Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=0.8)),
     ),
     **{
         kind: Method(

@@ -141,7 +141,7 @@ def test_a_bank_changes_nothing_before_it_holds_a_batch_and_something_after(make
 
 
 def test_a_bank_stores_the_first_rows_of_the_last_student_steps_fresh_batch(make_trainer: MakeTrainer) -> None:
-    replay = dataclasses.replace(REPLAYS["memory_bank"], memory_bank=BankSettings(slots=2, every=1, storage="float32"))
+    replay = dataclasses.replace(REPLAYS["memory_bank"], memory_bank=BankSettings(slots=2, every=1, storage="float32"))  # type: ignore[call-arg]
     trainer = make_trainer(method(replay=replay, epochs=1))
     seen: list[Tensor] = []
     trainer.student.register_forward_pre_hook(lambda _, given: None if given[0].requires_grad else seen.append(given[0].clone()))

@@ -33,7 +33,7 @@ def method(pieces: int, update: str = "plain", replay: str = "ema_generator") ->
         loop=Loop(batch_size=7),
         engine=Engine(micro_batches=pieces),
         objective=Objective(one_hot=0.5, class_nll=1.0, embedding_norm=0.3),
-        replay=Replay(kind=replay, rows=5, weight=0.7),  # type: ignore[arg-type]
+        replay=Replay(kind=replay, rows=5, weight=0.7),
         update=Update(kind=update),  # type: ignore[arg-type]
     )
 

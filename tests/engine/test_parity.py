@@ -11,6 +11,7 @@ from bench.baselines import plain
 from dfkd_fast import Method, Objective, Replay, Trainer
 from dfkd_fast.engine.streams import random_stream
 from dfkd_fast.kernels import Backend, use_backend
+from dfkd_fast.methods import EmaGeneratorSettings
 from tests.small import Networks, small_method, small_networks
 
 ITERATIONS = 24
@@ -78,7 +79,7 @@ def test_trajectory_equals_the_plain_loop(
     torch.set_default_dtype(dtype)
     try:
         networks = small_networks(teacher=network, student=network if channels == 3 else "lenet5_half", channels=channels)
-        replay = Replay() if ema_decay is None else Replay(kind="ema_generator", ema_decay=ema_decay)
+        replay = Replay() if ema_decay is None else Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=ema_decay))
         method = small_method(
             replay=replay,
             epochs=EPOCHS,
@@ -105,7 +106,7 @@ def test_trajectory_with_the_bn_objective_follows_the_plain_loop(fold_teacher: b
     torch.set_default_dtype(torch.float64)
     try:
         networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
-        replay = Replay(kind="ema_generator", ema_decay=0.9)
+        replay = Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=0.9))
         method = small_method(replay=replay, epochs=EPOCHS, iterations=ITERATIONS // EPOCHS, fold_teacher=fold_teacher)
         method = replace(method, objective=Objective(bn_moments=0.5))
         trainer, (_, student, generator), expected, _ = run_both(networks, method, ema_decay=0.9)
@@ -130,7 +131,9 @@ def test_the_largest_difference_sees_one_changed_bit() -> None:
 def test_first_iterations_with_fused_kernels_follow_the_plain_loop() -> None:
     # Only the first: the kernels round differently, and the game amplifies any difference.
     pytest.importorskip("numba", reason="numba is not installed")
-    method = small_method(replay=Replay(kind="ema_generator", ema_decay=0.9), epochs=EPOCHS, iterations=1, student_steps=2)
+    method = small_method(
+        replay=Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=0.9)), epochs=EPOCHS, iterations=1, student_steps=2
+    )
     networks = small_networks(teacher="lenet5", student="lenet5_half", channels=1)
     _, _, expected, losses = run_both(networks, method, ema_decay=0.9, backend="numba")
     flat = [[*iteration.student, iteration.generator] for iteration in expected[: len(losses)]]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dfkd_fast import Loop, Method, Objective, Replay, Trainer
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.engine.streams import random_stream
+from dfkd_fast.methods import EmaGeneratorSettings
 from tests.small import small_method, small_networks
 
 MakeTrainer = Callable[..., Trainer]
@@ -118,7 +119,7 @@ def test_replayed_rows_come_from_the_averaged_generator_and_a_stream_of_their_ow
 
 
 def test_averaged_generator_is_never_trained_and_follows_each_generator_step(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(small_method(replay=Replay(kind="ema_generator", ema_decay=0.7)))
+    trainer = make_trainer(small_method(replay=Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=0.7))))
     assert trainer.state.memory is not None and trainer.state.memory.generator is not None
     expected = {name: tensor.double() for name, tensor in snapshot(trainer.generator).items()}
     for _ in range(3):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import DfkdError, Epoch, GeneratorA, Method, NonFiniteLossError, Optimizer, Replay, Trainer
+from dfkd_fast.methods import BankSettings
 from dfkd_fast.models import build_model
 from tests.small import small_method, small_networks
 from tests.states import assert_equal, through_a_file, without_times
@@ -244,8 +245,7 @@ def test_a_state_stays_as_it_was_when_training_goes_on(make_trainer: MakeTrainer
 def test_going_on_after_an_evaluation_that_raised_ends_with_the_very_student(
     make_trainer: MakeTrainer, kind: Any, error: type[BaseException]
 ) -> None:
-    method = small_method(replay=Replay(kind=kind, rows=4), epochs=4)
-    method = replace(method, replay=replace(method.replay, memory_bank=replace(method.replay.memory_bank, every=1)))
+    method = small_method(replay=Replay(kind=kind, rows=4, memory_bank=BankSettings(every=1)), epochs=4)
     calls = count(1)
 
     def evaluate(_: nn.Module) -> float:

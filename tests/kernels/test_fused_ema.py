@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
 from dfkd_fast.kernels import Backend, FusedEMA
 
@@ -74,6 +75,31 @@ def test_the_number_of_batches_is_the_models_own(backend: Backend, device: torch
         train_a_step(model)
         ema.update(model)
         assert ema.module.state_dict()["1.num_batches_tracked"].item() == expected
+
+
+@pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16], ids=str)
+def test_a_spectral_norm_of_the_average_divides_by_the_averaged_weights_norm(
+    backend: Backend, device: torch.device, shadow_dtype: torch.dtype | None
+) -> None:
+    torch.manual_seed(0)
+    # The norm of a vector has no singular vectors.
+    model = nn.Sequential(spectral_norm(nn.Linear(6, 5)), spectral_norm(nn.LayerNorm(5))).to(device)
+    ema = FusedEMA(model, DECAY, shadow_dtype=shadow_dtype)
+    for _ in range(STEPS):
+        with torch.no_grad():
+            model[0].parametrizations.weight.original.copy_(torch.randn(5, 6))  # type: ignore[union-attr, operator]
+        for _ in range(20):
+            model.train()(torch.randn(4, 6, device=device))  # the power iteration goes on in every forward
+        ema.update(model)
+    averages = [ema.module] if ema.shadow is None else [ema.module, ema.shadow]
+    for average in averages:
+        for ours, theirs in zip(average.modules(), model.modules(), strict=True):
+            if isinstance(ours, _SpectralNorm):
+                for vector, expected in zip(ours.buffers(), theirs.buffers(), strict=True):
+                    assert torch.equal(vector, expected.to(vector.dtype))
+                    torch.testing.assert_close(
+                        vector.float().norm().item(), 1.0, rtol=0, atol=1e-5 if vector.dtype == torch.float32 else 0.01
+                    )
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999, 1.0, 0.0])

@@ -82,9 +82,7 @@ def test_the_average_normalises_with_its_statistics_and_leaves_them_alone() -> N
     torch.testing.assert_close(images[:1], average.generator(z[:1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"kind": "bank"}, {"ema_decay": 1.5}, {"ema_decay": -0.1}, {"weight": -1.0}, {"fresh_weight": -1.0}, {"decay": 0.9}]
-)
+@pytest.mark.parametrize("wrong", [{"kind": "bank"}, {"weight": -1.0}, {"fresh_weight": -1.0}, {"decay": 0.9}, {"ema_decay": 0.9}])
 def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Replay(**wrong)
@@ -93,6 +91,8 @@ def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"ema_generator": {"decay": 1.5}},
+        {"ema_generator": {"decay": -0.1}},
         {"memory_bank": {"slots": 0}},
         {"memory_bank": {"every": 0}},
         {"memory_bank": {"storage": "int8"}},

@@ -1,9 +1,22 @@
-"""Second axis: what the student sees beside fresh samples, so that it does not forget."""
+"""Second axis: what the student sees beside fresh samples, so that it does not forget. A policy is one file."""
 
-from .ema_generator import EmaGenerator
-from .memory import Memory
-from .memory_bank import MemoryBank
-from .settings import BankSettings, Replay, VaeSettings, build_memory
-from .vae import VaeReplay
+from .ema_generator import EmaGenerator, EmaGeneratorSettings
+from .memory_bank import BankSettings, MemoryBank
+from .policy import Memory, Policy
+from .section import POLICIES, Replay, build_memory, register
+from .vae import VaeReplay, VaeSettings
 
-__all__ = ["BankSettings", "EmaGenerator", "Memory", "MemoryBank", "Replay", "VaeReplay", "VaeSettings", "build_memory"]
+__all__ = [
+    "POLICIES",
+    "BankSettings",
+    "EmaGenerator",
+    "EmaGeneratorSettings",
+    "Memory",
+    "MemoryBank",
+    "Policy",
+    "Replay",
+    "VaeReplay",
+    "VaeSettings",
+    "build_memory",
+    "register",
+]

@@ -4,21 +4,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 from typing_extensions import override
 
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.models import conditioned, draw_labels
+from dfkd_fast.settings import Fraction
 
-from .memory import Memory
+from .policy import Memory, Policy
+from .section import register
 
-__all__ = ["EmaGenerator"]
+__all__ = ["EmaGenerator", "EmaGeneratorSettings"]
+
+
+@register("ema_generator")
+class EmaGeneratorSettings(Policy):
+    """Recipe section ``[replay.ema_generator]`` (MAD, arXiv 2209.10359)."""
+
+    decay: Fraction = 0.95
+    """Decay α of the averaged generator after each generator step."""
+
+    @override
+    def default_rows(self, batch_size: int) -> int:
+        return batch_size
+
+    @override
+    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> Memory:
+        return EmaGenerator(generator, self.decay, rows)
 
 
 class EmaGenerator(Memory):
     """MAD's slowly moving copy of the generator, θ̃ ← αθ̃ + (1 − α)θ (arXiv 2209.10359). It is never trained.
 
-    Floating buffers are averaged with the same α, integer ones and the singular vectors of a spectral norm copied; being in
+    Floating buffers are averaged with the same α, but for those that :class:`~dfkd_fast.kernels.FusedEMA` copies; being in
     evaluation mode, it normalises with the averaged statistics and leaves them alone. The class embeddings of a conditional
     generator are averaged with it.
 
@@ -52,11 +69,6 @@ class EmaGenerator(Memory):
     def follow(self, generator: nn.Module) -> None:
         """Move towards the generator's parameters and buffers."""
         self._average.update(generator)
-        # The mean of unit vectors that turn is shorter than 1, and what is divided by it too large.
-        for ours, theirs in zip(self.generator.modules(), generator.modules(), strict=True):
-            if isinstance(ours, _SpectralNorm) and isinstance(theirs, _SpectralNorm):
-                ours._u.copy_(theirs._u)
-                ours._v.copy_(theirs._v)
 
     @override
     def start(self, generator: nn.Module) -> None:

@@ -5,15 +5,42 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from ..batch import Batch
-from .memory import Memory
+from dfkd_fast.settings import Flag, PositiveInt
 
-__all__ = ["MemoryBank"]
+from ..batch import Batch
+from .policy import Memory, Policy
+from .section import register
+
+__all__ = ["BankSettings", "MemoryBank"]
 
 DTYPES = {"float32": torch.float32, "half": torch.float16, "uint8": torch.uint8}
+
+
+@register("memory_bank")
+class BankSettings(Policy):
+    """Recipe section ``[replay.memory_bank]`` (MB-DFKD, WACV 2022)."""
+
+    slots: PositiveInt = 10
+    """Batches it holds."""
+    every: PositiveInt = 5
+    """Epochs between two stored batches."""
+    storage: Literal["float32", "half", "uint8"] = "half"
+    """Of the images."""
+    cached_logits: Flag = False
+    """Keep the teacher's logits with the images, in place of asking it again."""
+
+    @override
+    def check(self, rows: int, batch_size: int) -> None:
+        if rows > batch_size:
+            raise ValueError(f"replay.rows = {rows}: a bank stores rows of a fresh batch, of which there are {batch_size}")
+
+    @override
+    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> Memory:
+        example, answers = images[:1].expand(rows, -1, -1, -1), logits[:1].expand(rows, *logits.shape[1:])
+        return MemoryBank(example, answers, slots=self.slots, every=self.every, storage=self.storage, cached_logits=self.cached_logits)
 
 
 class MemoryBank(Memory):
@@ -31,7 +58,7 @@ class MemoryBank(Memory):
         cached_logits: keep the teacher's logits, in place of asking it again.
     """
 
-    private = True
+    private = stores_fresh = True
 
     def __init__(
         self,

@@ -13,15 +13,77 @@ from typing_extensions import override
 from dfkd_fast import distributed
 from dfkd_fast.kernels import l1_discrepancy
 from dfkd_fast.models import Vae
+from dfkd_fast.settings import Count, Flag, NonNegative, Positive, PositiveInt
 
 from ..batch import Batch
 from ..objective import entropy, one_hot
-from .memory import Memory
+from .policy import Memory, Policy
+from .section import register
 
-__all__ = ["VaeReplay"]
+__all__ = ["VaeReplay", "VaeSettings"]
 
 DIVERSITY = 5.0
 """Weight of the entropy of the mean prediction in the latents' tuning."""
+
+
+@register("vae")
+class VaeSettings(Policy):
+    """Recipe section ``[replay.vae]`` (PRE-DFKD, arXiv 2201.03019)."""
+
+    fp16 = False
+
+    latent_dim: PositiveInt = 1000
+    width: PositiveInt = 64
+    """Channels of the encoder's first layer and the decoder's last hidden one."""
+    hidden_eps: Positive = 1e-5
+    """Of the decoder's batch norms; the public code has .8, as in its generator."""
+    uniform_init: NonNegative = 0.0
+    """Draw the decoder's weights from U(−this, this) (PRE-DFKD: .08); 0 for the layers' own way."""
+    fresh_rows: Count = 0
+    """Fresh samples that one of its steps learns from; 0 for half of the batch."""
+    lr: Positive = 5e-4
+    """Of its Adam."""
+    steps: PositiveInt = 4
+    """It learns in the first so many student steps of an iteration."""
+    latent_lr: NonNegative = 0.02
+    """Of the one step that replayed latents take before they are decoded; 0 for none."""
+    kl: NonNegative = 1e-5
+    """Weight of the divergence from N(0, I)."""
+    pixel_reconstruction: Flag = True
+    """Reconstruct the images as well as what the teacher says of them: the paper does only the latter, its code both."""
+    leak: Flag = False
+    """Let the gradients of the latents' step go into the decoder's next update, as the public code does by mistake."""
+
+    @property
+    @override
+    def smallest_batch(self) -> int:
+        return self.fresh_rows
+
+    @override
+    def check(self, rows: int, batch_size: int) -> None:
+        if self.fresh_rows > batch_size:
+            raise ValueError(f"replay.vae.fresh_rows = {self.fresh_rows}: a batch has {batch_size} fresh rows")
+
+    @override
+    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> Memory:
+        vae = Vae(self.latent_dim, images.shape[1], images.shape[2], self.width, hidden_eps=self.hidden_eps, uniform_init=self.uniform_init)
+        return VaeReplay(
+            vae.to(images.device).to(memory_format=_layout(images)),
+            teacher,
+            rows=rows,
+            fresh_rows=self.fresh_rows or max(1, len(images) // 2),
+            lr=self.lr,
+            steps=self.steps,
+            latent_lr=self.latent_lr,
+            kl=self.kl,
+            pixels=self.pixel_reconstruction,
+            leak=self.leak,
+        )
+
+
+def _layout(images: Tensor) -> torch.memory_format:
+    channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 class VaeReplay(Memory):
@@ -45,6 +107,7 @@ class VaeReplay(Memory):
     """
 
     generator: nn.Module
+    losses = ("vae",)
 
     def __init__(
         self,
