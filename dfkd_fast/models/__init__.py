@@ -3,17 +3,8 @@
 from .catalogue import build_model, names_code
 from .classifiers import CifarResNet, LeNet5, WideResNet
 from .generation import conditioned, draw_labels, generate, sample
-from .generators import (
-    Generator,
-    GeneratorA,
-    GeneratorB,
-    GeneratorC,
-    GeneratorD,
-    GeneratorSettings,
-    Standardize,
-    UpsampleConv2d,
-    build_generator,
-)
+from .generators import Generator, GeneratorA, GeneratorB, GeneratorC, GeneratorD, GeneratorSettings, build_generator
+from .layers import Standardize, UpsampleConv2d
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
 from .vae import Vae

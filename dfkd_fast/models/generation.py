@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from dfkd_fast.kernels import concat_generated
 from dfkd_fast.surgery import evaluating
 
-from .generators import Generator, Standardize
+from .generators import Generator
+from .layers import Standardize
 
 __all__ = ["conditioned", "draw_labels", "generate", "sample"]
 

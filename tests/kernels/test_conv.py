@@ -28,7 +28,7 @@ def case(kernel: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[T
     return x.requires_grad_(), weight.requires_grad_()
 
 
-@pytest.mark.parametrize(("kernel", "geometry"), itertools.product(KERNELS, GEOMETRIES), ids=str)
+@pytest.mark.parametrize(("kernel", "geometry"), list(itertools.product(KERNELS, GEOMETRIES)), ids=str)
 def test_the_reference_is_pytorchs_convolution_and_its_gradients(kernel: tuple[int, int], geometry: Geometry) -> None:
     x, weight = case(kernel)
     expected = F.conv2d(x, weight, None, *geometry)
@@ -38,7 +38,7 @@ def test_the_reference_is_pytorchs_convolution_and_its_gradients(kernel: tuple[i
     torch.testing.assert_close(ours, torch.autograd.grad(expected, (x, weight), gradient))
 
 
-@pytest.mark.parametrize(("kernel", "geometry"), itertools.product(KERNELS, GEOMETRIES), ids=str)
+@pytest.mark.parametrize(("kernel", "geometry"), list(itertools.product(KERNELS, GEOMETRIES)), ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_im2col_is_the_reference_in_values_and_gradients(kernel: tuple[int, int], geometry: Geometry, layout: torch.memory_format) -> None:
     x, weight = (tensor.detach().contiguous(memory_format=layout).requires_grad_() for tensor in case(kernel))
