@@ -173,21 +173,8 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
             "engine.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
         )
 
-    working = {}
-    for role, passes in PASSES.items():
-        context.role, network = role, frozen if role == "teacher" else given[role]
-        for each in passes:
-            network = each(network, context)
-        working[role] = network
-        if role == "generator":
-            context.images = sample(network, SAMPLES, device)
-
-    layout = torch.channels_last if engine.channels_last else torch.contiguous_format
-    rows = loop.batch_size + (method.replay.rows_of(loop.batch_size) if method.replay.replays else 0)
-    images = torch.zeros(rows, *image_shape, device=device, dtype=context.precision.images).to(memory_format=layout)
-    logits = torch.empty(rows, *logits_shape, device=device)
-    if logits.ndim == 4:
-        logits = logits.to(memory_format=layout)
+    working = _pass_over(given | {"teacher": frozen}, context)
+    images, logits = _static_batch(method, image_shape, logits_shape, context)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
         fresh = slice(loop.batch_size)
@@ -224,3 +211,26 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
         clock=Clock(device),
         remarks=context.remarks,
     )
+
+
+def _pass_over(networks: dict[str, nn.Module], context: Context) -> dict[str, nn.Module]:
+    """The networks as the steps call them, by role, once every pass was over them."""
+    working = {}
+    for role, passes in PASSES.items():
+        context.role, network = role, networks[role]
+        for each in passes:
+            network = each(network, context)
+        working[role] = network
+        if role == "generator":
+            context.images = sample(network, SAMPLES, context.device)
+    return working
+
+
+def _static_batch(method: Method, image_shape: torch.Size, logits_shape: torch.Size, context: Context) -> tuple[Tensor, Tensor]:
+    """Images and logits of a student step, fresh and replayed, in the memory format of the run."""
+    layout = torch.channels_last if method.engine.channels_last else torch.contiguous_format
+    fresh = method.loop.batch_size
+    rows = fresh + (method.replay.rows_of(fresh) if method.replay.replays else 0)
+    images = torch.zeros(rows, *image_shape, device=context.device, dtype=context.precision.images).to(memory_format=layout)
+    logits = torch.empty(rows, *logits_shape, device=context.device)
+    return images, logits.to(memory_format=layout) if logits.ndim == 4 else logits

@@ -127,12 +127,7 @@ def run_pass(
     if count == 0:
         raise DfkdError("no images to evaluate on" + (f": none of {len(unreadable)} can be decoded, {unreadable[0]}" if unreadable else ""))
     for name, own in sums.items():
-        nonfinite, invalid_labels = own[:2].long().tolist()
-        if nonfinite:
-            what = "images" if total == count else "pixels"
-            raise DfkdError(f"network {name}: its output is NaN or infinite on {nonfinite} of {total} {what}")
-        if invalid_labels:
-            raise DfkdError(f"network {name}: {invalid_labels} of {total} labels are none of its classes")
+        _check_sums(name, own, total, "images" if total == count else "pixels")
     return Evaluation(
         networks={name: metrics[name].compute(total) for name in networks},
         agreements=[
@@ -144,6 +139,14 @@ def run_pass(
         unreadable=unreadable,
         seconds={"total": seconds, "decode": waiting, "network": seconds - waiting},
     )
+
+
+def _check_sums(name: str, sums: Tensor, total: int, what: str) -> None:
+    nonfinite, invalid_labels = sums[:2].long().tolist()
+    if nonfinite:
+        raise DfkdError(f"network {name}: its output is NaN or infinite on {nonfinite} of {total} {what}")
+    if invalid_labels:
+        raise DfkdError(f"network {name}: {invalid_labels} of {total} labels are none of its classes")
 
 
 def _timed(elements: Iterable[Element]) -> Iterator[tuple[float, Element]]:
