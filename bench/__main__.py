@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn, cast, get_args
 
@@ -79,7 +78,7 @@ def run_gpu(
         campaign = schedule.Campaign(
             stages=STAGES,
             files=Folder(Path(temporary) if rehearse else schedule.folder_of(device_name(device)), target),
-            origin=runner.origin(device, commit, f"python -m bench {' '.join(sys.argv[1:])}") | {"rehearsal": rehearse},
+            origin=provenance.measured_on(device, _command(), commit).columns(provenance.KERNELS) | {"rehearsal": rehearse},
             data_root=data_root and data_root.resolve(),
             rehearse=rehearse,
             variables=rehearsal.environment() if rehearse else {},
@@ -125,18 +124,18 @@ def micro(
         repeats=repeats,
         turn=turn,
         copy_bandwidth=timing.copy_bandwidth(turn, place),
-        origin=runner.origin(place, commit, f"python -m bench {' '.join(sys.argv[1:])}"),
+        provenance=provenance.measured_on(place, _command(), commit),
     )
     target = out or RESULTS / f"micro-{provenance.file_name(place)}.csv"
     console, count, red = Console(), 0, 0
     console.print(f"{device_name(place)}: a large copy moves {run.copy_bandwidth / 1e9:.3g} GB/s", highlight=False)
-    if (load := float(run.origin["load"])) > BUSY * (os.cpu_count() or 1):
+    if (load := run.provenance.load) > BUSY * (os.cpu_count() or 1):
         console.print(f"this machine is busy (load {load}): nothing measured now is worth publishing", highlight=False)
     for workload in workloads:
         measured = [row for case in run.rows(workload) for row in case]
         if not measured:
             continue
-        rows.write(target, measured)
+        rows.write(target, map(table.cells, measured))
         title = " ".join(filter(None, (workload.kernel, workload.variant, workload.size, measured[0].dtype, workload.layout)))
         print_table(console, *rows.printed(measured), title=f"\n{title}")
         count += len(measured)
@@ -157,9 +156,9 @@ def run_host(
     """Time what the update of an average costs the host, its kernel replaced by nothing."""
     place = pick_device(device)
     chosen = _known("--network", network or list(host.NETWORKS), list(cases.ema.NETWORKS))
-    measured = host.measure(chosen, place, f"python -m bench {' '.join(sys.argv[1:])}")
+    measured = host.measure(chosen, place, _command())
     target = out or RESULTS / f"host-{provenance.file_name(place)}.csv"
-    host.write(target, measured)
+    table.write_anew(target, measured)
     header = ("network", "tensors", "call", "median µs", "20–80 %")
     cells = [(row.network, str(row.tensors), row.call, f"{row.median_us:.1f}", f"{row.q20_us:.1f}–{row.q80_us:.1f}") for row in measured]
     print_table(Console(), header, cells)
@@ -178,9 +177,9 @@ def methods(
     place = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    rows_ = costs.measure(recipe or list(METHODS), place, turns, f"python -m bench {' '.join(sys.argv[1:])}")
+    rows_ = costs.measure(recipe or list(METHODS), place, turns, _command())
     target = out or RESULTS / f"methods-{provenance.file_name(place)}.csv"
-    costs.write(target, rows_)
+    table.write_anew(target, rows_)
     header = ("recipe", "fresh + replayed", "ms an iteration", "× first", "peak MiB", "over first")
     cells = [
         (
@@ -225,7 +224,7 @@ def run_end_to_end(
         place,
         chosen,
         turns,
-        f"python -m bench {' '.join(sys.argv[1:])}",
+        _command(),
         compiled_engine=compiled_engine,
         failed=failures.append,
     ):
@@ -235,7 +234,7 @@ def run_end_to_end(
     end_to_end.draw(table.read(target), target.with_suffix(".png"))
     if json_file is not None:
         with replacing(json_file) as part:
-            part.write_text(json.dumps({row.contender: asdict(row) for row in found}, indent=2) + "\n")
+            part.write_text(json.dumps({row.contender: table.cells(row) for row in found}, indent=2) + "\n")
     header = ("contender", "s", "student", "generator", "images/s", "× plain", "× compiled", "MiB", "student MiB")
     cells = [
         (
@@ -246,9 +245,8 @@ def run_end_to_end(
         )
         for row in found
     ]
-    print_table(
-        Console(), header, cells, figures=True, title=f"{found[0].recipe}, batch {found[0].batch_size}, {chosen}, {found[0].device}"
-    )
+    title = f"{found[0].recipe}, batch {found[0].batch_size}, {chosen}, {found[0].provenance.device}"
+    print_table(Console(), header, cells, figures=True, title=title)
     typer.echo(target)
     if failures:
         _fail("; ".join(failures), 1)
@@ -264,9 +262,9 @@ def run_evaluation(
 ) -> None:
     """Time the loaders of image files on a CPU, alone and with EfficientNet-Lite0 behind them."""
     torch.set_num_threads(workers)
-    found = evaluation.measure(data_root, workers, images, turns, f"python -m bench {' '.join(sys.argv[1:])}")
+    found = evaluation.measure(data_root, workers, images, turns, _command())
     target = out or RESULTS / f"evaluation-{provenance.file_name(torch.device('cpu'))}.csv"
-    table.write(target, table.names(evaluation.Row), map(asdict, found))
+    table.write_anew(target, found)
     header = ("stage", "loader", "images/s", "× torchvision", "quartiles")
     cells = [
         (row.stage, row.loader, f"{row.images_per_second:.1f}", f"{row.times_torchvision:.2f}", f"{row.lower:.2f} to {row.upper:.2f}")
@@ -295,7 +293,7 @@ def run_kills(
     torch.set_num_threads(1)  # as the runs have it, and the device's name says
     runs, console = Path(tempfile.mkdtemp(prefix="kills-")), Console()
     results: list[trials.Result] = []
-    origin = runner.origin(torch.device("cpu"), None, f"python -m bench {' '.join(sys.argv[1:])}")
+    origin = provenance.measured_on(torch.device("cpu"), _command()).columns(provenance.KERNELS)
 
     def tell(result: trials.Result) -> None:
         results.append(result)
@@ -308,7 +306,7 @@ def run_kills(
         chosen = [trials.draw(seed, number, done) for number in sorted(set(trial or range(count)))]
         trials.run_all(chosen, done, runs, jobs, tell)
         table_ = trials.rows(results)
-        print_table(console, table.names(trials.Row), [tuple(map(str, asdict(row).values())) for row in table_], figures=True)
+        print_table(console, table.names(trials.Row), [tuple(map(str, table.cells(row).values())) for row in table_], figures=True)
         if target is not None:
             typer.echo(target)
         if failed := table_[-1].failed:
@@ -363,6 +361,10 @@ def _known(option: str, given: Names, known: Sequence[str] | dict[str, cases.Ker
         if name not in known:
             raise DfkdError(f"{option} {name!r}: must be one of {', '.join(known)}")
     return given or []
+
+
+def _command() -> str:
+    return f"python -m bench {' '.join(sys.argv[1:])}"
 
 
 def _echo(line: str) -> None:

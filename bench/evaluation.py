@@ -1,23 +1,20 @@
 """The loaders of image files beside each other: what decoding costs, and what is left of that behind a network."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from dfkd_fast.data import Batches, DaliBatches, FolderBatches, Listing, read_listing, view_of
-from dfkd_fast.engine.device import device_name
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import evaluate
 from dfkd_fast.models import build_model
 
-from . import provenance
+from .provenance import LOADERS, Provenance, measured_on
 
 __all__ = ["Row", "measure"]
 
@@ -43,12 +40,7 @@ class Row:
     upper: float
     """Their quartiles."""
     turns: int
-    device: str
-    load: float
-    torch: str
-    dali: str
-    commit: str
-    command: str
+    provenance: Provenance = field(kw_only=True, metadata={"columns": LOADERS})
 
 
 def measure(root: Path, workers: int, images: int, turns: int, command: str) -> list[Row]:
@@ -68,7 +60,7 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
         "decode": lambda batches: sum(len(labels) for _, labels in batches),
         "end to end": lambda batches: evaluate({MODEL: network}, batches),
     }
-    load = os.getloadavg()[0]
+    provenance = measured_on(CPU, command)
     rows = []
     for stage, work in stages.items():
         seconds: dict[str, list[float]] = {name: [] for name in loaders}
@@ -92,12 +84,7 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
                     lower=round(lower, 3),
                     upper=round(upper, 3),
                     turns=turns,
-                    device=device_name(CPU),
-                    load=round(load, 2),
-                    torch=str(torch.__version__),
-                    dali=metadata.version("nvidia-dali-cuda130"),
-                    commit=provenance.commit(),
-                    command=command,
+                    provenance=provenance,
                 )
             )
     return rows

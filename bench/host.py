@@ -6,9 +6,8 @@ A graph's replay has none of it; a step that is not captured waits for it wherev
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -18,10 +17,10 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import FusedEMA, ema_update_, operators
 from dfkd_fast.kernels.ema import pairs
 
-from . import table
-from .micro import ema, runner
+from .micro import ema
+from .provenance import KERNELS, Provenance, measured_on
 
-__all__ = ["NETWORKS", "Row", "measure", "write"]
+__all__ = ["NETWORKS", "Row", "measure"]
 
 NETWORKS = ("resnet18", "resnet50")
 CALLS, SAMPLES = 20, 50
@@ -39,14 +38,7 @@ class Row:
     """Of a call, over samples of several; in processor time of its thread, which other processes do not lengthen."""
     q20_us: float
     q80_us: float
-    device: str
-    threads: int
-    load: float
-    torch: str
-    triton: str
-    numba: str
-    commit: str
-    command: str
+    provenance: Provenance = field(kw_only=True, metadata={"columns": KERNELS})
 
 
 def measure(networks: Sequence[str], device: torch.device, command: str) -> list[Row]:
@@ -55,7 +47,7 @@ def measure(networks: Sequence[str], device: torch.device, command: str) -> list
     Raises:
         DfkdError: plain PyTorch serves a network here, which is no kernel that could be left out.
     """
-    origin = runner.origin(device, None, command)
+    provenance = measured_on(device, command)
     rows = []
     for name in networks:
         network = ema.NETWORKS[name]().to(device)
@@ -69,13 +61,8 @@ def measure(networks: Sequence[str], device: torch.device, command: str) -> list
         with mock.patch.object(operators, "operator", lambda *_: _nothing):
             for call, function in calls.items():
                 q20, median, q80 = np.quantile(_microseconds(function), (0.2, 0.5, 0.8)).round(2).tolist()
-                rows.append(Row(name, len(sources), call, median, q20, q80, **origin))  # type: ignore[arg-type]
+                rows.append(Row(name, len(sources), call, median, q20, q80, provenance=provenance))
     return rows
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write a file anew: times of different runs are not comparable."""
-    table.write(path, table.names(Row), map(asdict, rows))
 
 
 def _nothing(*_: object) -> None:

@@ -1,24 +1,20 @@
 """What each method costs: time and memory of an iteration, beside those of the first one."""
 
-import dataclasses
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 
 from dfkd_fast import Recipe, Trainer, load_recipe
-from dfkd_fast.engine.device import device_name
 from dfkd_fast.errors import DfkdError
 
-from . import provenance, table
 from .end_to_end import networks
+from .provenance import LOOPS, Provenance, measured_on
 
-__all__ = ["Row", "measure", "write"]
+__all__ = ["Row", "measure"]
 
 WARM_UP = 2
 
@@ -38,11 +34,7 @@ class Row:
     """Of a process that does nothing else; on a CPU everything it holds, PyTorch too."""
     memory_over_first_mib: float
     turns: int
-    device: str
-    load: float
-    torch: str
-    commit: str
-    command: str
+    provenance: Provenance = field(kw_only=True, metadata={"columns": LOOPS})
 
 
 def measure(names: Sequence[str], device: torch.device, turns: int, command: str) -> list[Row]:
@@ -52,7 +44,7 @@ def measure(names: Sequence[str], device: torch.device, turns: int, command: str
     for _ in range(WARM_UP):
         for trainer in trainers:
             _seconds(trainer)
-    load = os.getloadavg()[0]
+    provenance = measured_on(device, command)
     seconds = [[_seconds(trainer) for trainer in trainers] for _ in range(turns)]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         memory = [pool.apply(_peak_memory, (name, device.type, torch.get_num_threads())) / 2**20 for name in names]
@@ -68,19 +60,10 @@ def measure(names: Sequence[str], device: torch.device, turns: int, command: str
                 peak_memory_mib=round(memory[index], 1),
                 memory_over_first_mib=round(memory[index] - memory[0], 1),
                 turns=turns,
-                device=device_name(device),
-                load=round(load, 2),
-                torch=str(torch.__version__),
-                commit=provenance.commit(),
-                command=command,
+                provenance=provenance,
             )
         )
     return rows
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write a file anew: times of different runs are not comparable."""
-    table.write(path, table.names(Row), map(dataclasses.asdict, rows))
 
 
 def _trainer(recipe: Recipe, device: torch.device) -> Trainer:

@@ -1,18 +1,32 @@
-"""Files of rows in bench/results: CSV with a header, written whole."""
+"""Files of rows in bench/results: CSV with a header, written whole.
+
+A row is a dataclass whose fields are the columns. A field with ``columns`` in its metadata is a :class:`~bench.provenance.Provenance`, of
+which the table has these columns in its place.
+"""
 
 import csv
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dfkd_fast.files import replacing
 
-__all__ = ["names", "read", "write"]
+__all__ = ["cells", "names", "read", "replace", "write", "write_anew"]
 
 
 def names(row: type) -> tuple[str, ...]:
     """The columns of a dataclass of rows."""
-    return tuple(field.name for field in dataclasses.fields(row))
+    return tuple(name for field in dataclasses.fields(row) for name in field.metadata.get("columns", (field.name,)))
+
+
+def cells(row: Any) -> dict[str, Any]:
+    """A row by column, for CSV and JSON."""
+    columns: dict[str, Any] = {}
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        columns |= value.columns(field.metadata["columns"]) if "columns" in field.metadata else {field.name: value}
+    return columns
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -28,3 +42,15 @@ def write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_anew(path: Path, rows: Sequence[Any]) -> None:
+    """Write rows of one class, at least one, in the place of all others: times of different runs are not comparable."""
+    write(path, names(type(rows[0])), map(cells, rows))
+
+
+def replace(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]], key: Sequence[str]) -> None:
+    """Write rows in the place of those that have the same in the columns ``key``; the others come first."""
+    new = {tuple(str(row[name]) for name in key) for row in rows}
+    kept = [row for row in read(path) if tuple(row[name] for name in key) not in new] if path.exists() else []
+    write(path, columns, [*kept, *rows])

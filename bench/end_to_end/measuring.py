@@ -11,14 +11,13 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dfkd_fast import DfkdError, Recipe
-from dfkd_fast.engine.device import device_name
 from dfkd_fast.engine.precision import PrecisionName
 
-from .. import provenance
 from ..memory import PeakMemory, give_freed_memory_back
 from ..processes import Worker, WorkerError
+from ..provenance import measured_on
 from .contenders import Contender, Times, build, check, contenders
-from .rows import Memory, Row, circumstances, row_of
+from .rows import Memory, Row, row_of
 
 __all__ = ["Kernel", "Profile", "Start", "begin", "kernels", "measure", "memory", "time_for", "times"]
 
@@ -87,14 +86,14 @@ def measure(
         WorkerError: a contender failed on a CPU.
     """
     check(recipe)
-    shared = circumstances(recipe, precision, device_name(device), provenance.commit(), command)
+    shared = {"precision": precision, "provenance": measured_on(device, command)}
     starts: dict[str, Start] = {}
     seconds: dict[str, Times] = {}
     peaks: dict[str, Memory] = {}
 
     def rows() -> list[Row]:
         in_turns = device.type == "cpu"
-        return [row_of(recipe, name, seconds, peaks.get(name), shared, in_turns=in_turns, **starts[name]._asdict()) for name in seconds]
+        return [row_of(recipe, name, seconds, peaks.get(name), in_turns=in_turns, **shared, **starts[name]._asdict()) for name in seconds]
 
     builders = {
         name: partial(build, recipe, device, precision, name, compiled_engine=compiled_engine)

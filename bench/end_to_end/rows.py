@@ -1,14 +1,11 @@
 """Results: a row for each contender, a file of rows, and a plot of them."""
 
-import dataclasses
-import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -16,9 +13,13 @@ from dfkd_fast import Recipe
 from dfkd_fast.files import replacing
 
 from .. import table
+from ..provenance import LOOPS, Provenance
 from .contenders import Times
 
-__all__ = ["Memory", "Row", "circumstances", "draw", "row_of", "write"]
+__all__ = ["Memory", "Row", "draw", "row_of", "write"]
+
+CASE = ("recipe", "batch_size", "precision", "device")
+"""Columns that tell the contenders of one case from those of others."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,7 @@ class Row:
     """The same of its student steps only; None where they are replayed as a CUDA graph."""
     turns: int
     """Timed iterations."""
-    device: str
-    load: float
-    torch: str
-    commit: str
-    command: str
+    provenance: Provenance = field(kw_only=True, metadata={"columns": LOOPS})
     lower_quartile_seconds: float | None = None
     """Of the iterations; None for fewer than two."""
     upper_quartile_seconds: float | None = None
@@ -88,26 +85,11 @@ class Row:
     """Of an iteration, summed over its kernels."""
 
 
-def circumstances(recipe: Recipe, precision: str, device: str, commit: str, command: str) -> dict[str, Any]:
-    """The fields that the rows of all contenders of a case share."""
-    return {
-        "recipe": recipe.name,
-        "batch_size": recipe.loop.batch_size,
-        "precision": precision,
-        "device": device,
-        "load": round(os.getloadavg()[0], 2),
-        "torch": str(torch.__version__),
-        "commit": commit,
-        "command": command,
-    }
-
-
 def row_of(
     recipe: Recipe,
     name: str,
     times: Mapping[str, Times],
     memory: Memory | None,
-    shared: Mapping[str, Any],
     *,
     in_turns: bool,
     **others: Any,
@@ -119,7 +101,6 @@ def row_of(
         name: of the contender.
         times: of all contenders so far, by name.
         memory: of this one, if it was measured.
-        shared: see :func:`circumstances`.
         in_turns: whether the contenders took turns, so that times with the same index were taken together.
         others: the remaining fields of the row.
     """
@@ -137,6 +118,8 @@ def row_of(
 
     lower, upper = _quartiles([total for _, total in times[name]])
     return Row(
+        recipe=recipe.name,
+        batch_size=recipe.loop.batch_size,
         contender=name,
         seconds_per_iteration=round(seconds, 6),
         student_seconds=round(student, 6),
@@ -152,7 +135,7 @@ def row_of(
         upper_quartile_seconds=upper,
         allocated_mib=memory.allocated if memory else None,
         reserved_mib=memory.reserved if memory else None,
-        **{**shared, **others},
+        **others,
     )
 
 
@@ -165,12 +148,11 @@ def _quartiles(seconds: Sequence[float]) -> tuple[float | None, float | None]:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Write rows to a file, where they replace those of the same recipe, batch size, precision and device."""
-    kept = [row for row in (table.read(path) if path.exists() else []) if _case(row) != _case(dataclasses.asdict(rows[0]))]
-    table.write(path, table.names(Row), [*kept, *map(dataclasses.asdict, rows)])
+    table.replace(path, table.names(Row), list(map(table.cells, rows)), CASE)
 
 
-def _case(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in ("recipe", "batch_size", "precision", "device"))
+def _case(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in CASE)
 
 
 def draw(rows: Sequence[dict[str, str]], path: Path) -> None:

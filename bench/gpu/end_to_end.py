@@ -17,11 +17,13 @@ import torch._inductor.config
 from dfkd_fast import Recipe, load_recipe
 from dfkd_fast.engine.precision import resolve_precision
 
+from .. import table
 from ..end_to_end import measuring
 from ..end_to_end.contenders import Contender, Times, build, check, contenders
 from ..end_to_end.measuring import Profile
-from ..end_to_end.rows import Row, circumstances, row_of
+from ..end_to_end.rows import Row, row_of
 from ..processes import OutOfTime, Pool, WorkerError, Workers
+from ..provenance import measured_on
 from . import rehearsal
 from .context import Context
 
@@ -208,9 +210,16 @@ def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standin
         end = min(begin + case.priority.limit, end)
         start = worker.call(measuring.begin, case.build, context.device, limit=seconds_left())
         standing.times[case.contender] = worker.call(measuring.time_for, plan.seconds, plan.fewest, limit=seconds_left())
-        origin = (context.origin[name] for name in ("device", "commit", "command"))
-        shared = circumstances(case.recipe, resolve_precision("auto", context.device), *origin)
-        row_with = partial(row_of, case.recipe, case.contender, standing.times, shared=shared, in_turns=False, **start._asdict())
+        row_with = partial(
+            row_of,
+            case.recipe,
+            case.contender,
+            standing.times,
+            in_turns=False,
+            precision=resolve_precision("auto", context.device),
+            provenance=measured_on(*(context.origin[name] for name in ("device", "command", "commit"))),
+            **start._asdict(),
+        )
         _record(context, case, row_with(memory=None), begin)
         if case.contender in TITLES:
             _record_line(context, case.recipe, standing)
@@ -248,7 +257,7 @@ def _record(context: Context, case: Case, row: Row, begin: float) -> None:
         row.remarks,
     ]
     seconds = round(time.monotonic() - begin, 2)
-    context.record(case.name, text=", ".join(filter(None, facts)), seconds=seconds, table="end-to-end", row=asdict(row))
+    context.record(case.name, text=", ".join(filter(None, facts)), seconds=seconds, table="end-to-end", row=table.cells(row))
 
 
 def _record_line(context: Context, recipe: Recipe, standing: Standing) -> None:

@@ -8,7 +8,7 @@ code is not there.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -19,10 +19,12 @@ import torch._inductor.config
 
 from dfkd_fast.kernels import Backend
 
+from .. import table
 from ..micro import PROVIDERS, Case, discrepancy, runner, timing
 from ..micro.rows import Row
 from ..micro.workload import Mode, Provider
 from ..processes import Pool, WorkerError
+from ..provenance import measured_on
 from . import rehearsal
 from .context import Context, GpuLostError
 from .records import Status
@@ -120,7 +122,7 @@ def run(context: Context) -> None:
         repeats=None,
         turn=turn,
         copy_bandwidth=timing.copy_bandwidth(turn, context.device),
-        origin=runner.origin(context.device, context.origin.get("commit"), context.origin.get("command", "")),
+        provenance=measured_on(context.device, context.origin.get("command", ""), context.origin.get("commit")),
         backends=BACKENDS,
         seconds=plan.seconds,
     )
@@ -155,7 +157,7 @@ def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool
     begin = time.monotonic()
     for rows in replace(measured, modes=[case.mode]).rows(case.workload()):
         for row in rows:
-            context.record(f"{case} / {row.provider}", _status(row), _described(row), table="micro", row=asdict(row))
+            context.record(f"{case} / {row.provider}", _status(row), _described(row), table="micro", row=table.cells(row))
         # A provider whose row is a failure may have cost this process the GPU: then the case fails here, and the stage continues in
         # another process.
         torch.ones(1, device=context.device).sum().item()

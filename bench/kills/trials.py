@@ -279,7 +279,7 @@ def write(folder: Path, origin: Mapping[str, object], results: Sequence[Result])
     ordered = [result.to_dict() for result in sorted(results, key=lambda result: result.trial.number)]
     with replacing(folder / "kills.json") as part:
         part.write_text(json.dumps({"origin": dict(origin), "trials": ordered}, indent=1) + "\n")
-    table.write(folder / "kills.csv", table.names(Row), map(asdict, rows(results)))
+    table.write_anew(folder / "kills.csv", rows(results))
 
 
 def _row(label: str, group: Sequence[Result]) -> Row:

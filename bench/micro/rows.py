@@ -1,10 +1,11 @@
 """The rows of the results: what a file in bench/results holds, and what is printed."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import table
+from ..provenance import KERNELS, Provenance
 
 __all__ = ["COLUMNS", "KEY", "Row", "printed", "write"]
 
@@ -41,15 +42,7 @@ class Row:
     speedup_over_eager: float | None = None
     speedup_over_compile: float | None = None
     copy_gb_per_s: float | None = None
-    device: str = ""
-    threads: int | None = None
-    load: float | None = None
-    """Processes that wanted a core in the minute before the run: of a busy machine no time is worth much."""
-    torch: str = ""
-    triton: str = ""
-    numba: str = ""
-    commit: str = ""
-    command: str = ""
+    provenance: Provenance = field(kw_only=True, metadata={"columns": KERNELS})
 
     @property
     def red(self) -> bool:
@@ -61,11 +54,10 @@ COLUMNS = table.names(Row)
 KEY = COLUMNS[: COLUMNS.index("status")]
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Take rows into a file; they replace those of the same case and provider, also earlier ones among themselves."""
-    new = {_key(row): row for row in ({name: _text(getattr(row, name)) for name in COLUMNS} for row in rows)}
-    kept = [row for row in table.read(path) if _key(row) not in new] if path.exists() else []
-    table.write(path, COLUMNS, [*kept, *new.values()])
+def write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Take rows, by column, into a file; they replace those of the same case and provider, also earlier ones among themselves."""
+    new = {tuple(row[name] for name in KEY): {name: _text(row.get(name)) for name in COLUMNS} for row in rows}
+    table.replace(path, COLUMNS, list(new.values()), KEY)
 
 
 HEADER = ("mode", "provider", "median µs", "20–80 %", "timed", "GB/s", "of copy", "× eager", "× compile", "memory", "error", "")
@@ -92,10 +84,6 @@ def _cells(row: Row) -> Sequence[str]:
         "" if row.error is None else f"{row.error:.1e}",
         "" if row.status == "ok" else row.status,
     )
-
-
-def _key(row: dict[str, str]) -> tuple[str, ...]:
-    return tuple(row[name] for name in KEY)
 
 
 def _text(value: object) -> str:

@@ -1,6 +1,5 @@
 """From workloads to rows: check, time, compare."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,16 +8,15 @@ import numpy as np
 import torch
 import torch._inductor.config
 
-from dfkd_fast.engine.device import device_name
 from dfkd_fast.errors import first_line
 from dfkd_fast.kernels import Backend
 
-from .. import provenance
+from ..provenance import Provenance
 from . import check, timing
 from .rows import Row
 from .workload import Mode, Provider, Results, Trial, Workload, usual_backends
 
-__all__ = ["Run", "origin"]
+__all__ = ["Run"]
 
 
 class Examined(NamedTuple):
@@ -41,7 +39,7 @@ class Run:
         repeats: measured calls a provider; None for as many as fit into ``seconds``.
         turn: the clock (``timing.turn_on``).
         copy_bandwidth: of the device, in bytes a second.
-        origin: the columns that all rows share.
+        provenance: of all rows.
         backends: ours that are measured; None for those that are made for the device.
         seconds: for the measured calls of all providers of a case.
     """
@@ -52,7 +50,7 @@ class Run:
     repeats: int | None
     turn: timing.Turn
     copy_bandwidth: float
-    origin: dict[str, str | float]
+    provenance: Provenance
     backends: Sequence[Backend] | None = None
     seconds: float = timing.CASE_SECONDS
 
@@ -115,7 +113,7 @@ class Run:
             status=examined.status,
             error=examined.error,
             copy_gb_per_s=self.copy_bandwidth / 1e9,
-            **self.origin,  # type: ignore[arg-type]
+            provenance=self.provenance,
         )
         if examined.trial is None or not seconds:
             return row
@@ -132,20 +130,6 @@ class Run:
             share_of_copy=float(bandwidth / self.copy_bandwidth),
             peak_memory_bytes=timing.peak_memory_bytes(examined.trial, self.device),
         )
-
-
-def origin(device: torch.device, commit: str | None, command: str) -> dict[str, str | float]:
-    """The columns that say where and with what a figure was measured."""
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "torch": str(torch.__version__),
-        "triton": provenance.version("triton"),
-        "numba": provenance.version("numba"),
-        "commit": commit or provenance.commit(),
-        "command": command,
-    }
 
 
 def _ratio(baseline: float | None, time: float | None) -> float | None:

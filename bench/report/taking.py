@@ -41,8 +41,8 @@ class Intake:
     """What was read from the sources, checked and ready to be written."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
-    micro: dict[str, list[micro_rows.Row]] = field(default_factory=dict)
-    """By device, as the next ones."""
+    micro: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Rows by device, as the next ones."""
     end_to_end: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -121,8 +121,7 @@ class Intake:
         if row_device != device:
             raise DfkdError(f"{path}: {record.stage} / {record.case}: a row of {row_device} in a record of {device}")
         if record.table == "micro":
-            known = {name: row[name] for name in micro_rows.COLUMNS if name in row}
-            self.micro.setdefault(device, []).append(micro_rows.Row(**known))
+            self.micro.setdefault(device, []).append(row)
         elif record.table == "end-to-end":
             self.end_to_end.setdefault(device, []).append({name: _text(value) for name, value in row.items()})
         else:
@@ -239,15 +238,15 @@ def _write_end_to_end(path: Path, rows: Sequence[dict[str, str]]) -> None:
     table.write(path, tuple(columns), contenders.values())
 
 
-def _write_micro(path: Path, rows: Sequence[micro_rows.Row]) -> None:
+def _write_micro(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Add rows to those of other cases; one without a time does not take the place of another commit's time."""
     timed = [row for row in table.read(path) if row["median_us"]] if path.exists() else []
     commits = {tuple(row[name] for name in micro_rows.KEY): row["commit"] for row in timed}
 
-    def replaces(row: micro_rows.Row) -> bool:
-        return row.median_us is not None or commits.get(tuple(getattr(row, name) for name in micro_rows.KEY), row.commit) == row.commit
+    def replaces(row: dict[str, Any]) -> bool:
+        return row.get("median_us") is not None or commits.get(tuple(row[name] for name in micro_rows.KEY), row["commit"]) == row["commit"]
 
-    micro_rows.write(path, filter(replaces, rows))
+    micro_rows.write(path, [row for row in rows if replaces(row)])
 
 
 def _write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:

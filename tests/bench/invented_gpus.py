@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pytest
 from bench import report
 from bench.gpu.records import Record, Status
 from bench.micro.rows import Row
-from bench.provenance import ROOT
+from bench.provenance import ROOT, measured_on
 from bench.report.figures import Figures
 from bench.report.markdown import END
+from bench.table import cells
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 COMMAND = "python -m bench gpu --minutes 9 --out /scratch/out"
@@ -45,7 +45,7 @@ class Device:
             "dtype": "float32",
             "layout": "contiguous",
         }
-        row = asdict(Row(**{**case, "provider": provider, "status": status, **timed, **shared, **others}))
+        row = cells(Row(**case, provider=provider, status=status, **timed, provenance=measured_on("", "", "abc"))) | shared | others
         recorded: Status = "ok" if timed else "wrong"
         return self.record("micro", f"ema resnet50 / {provider}", recorded, status, table="micro", row=row)
 

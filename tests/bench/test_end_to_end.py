@@ -1,7 +1,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +13,12 @@ from PIL import Image
 from torch._C._autograd import DeviceType
 from torch._dynamo.utils import counters
 
-from bench import end_to_end, methods, report, table
+from bench import end_to_end, methods, provenance, report, table
 from bench.__main__ import main
 from bench.baselines.plain import textbook
 from bench.end_to_end import Row, contenders, measuring, rows
 from bench.processes import WorkerError
+from bench.provenance import measured_on
 from dfkd_fast import DfkdError, GeneratorA, Recipe, load_recipe
 from dfkd_fast.engine.clock import Clock
 
@@ -30,9 +31,9 @@ def tiny(**changes: object) -> Recipe:
 
 
 def row(contender: str, seconds: float) -> Row:
-    text = {"recipe": "r", "precision": "fp32", "contender": contender, "device": "d", "torch": "", "commit": "", "command": ""}
-    figures = {name: seconds for name in Row.__annotations__ if name not in text}
-    return Row(**text, **figures | {"batch_size": 4})  # type: ignore[arg-type]
+    text = {"recipe": "r", "precision": "fp32", "contender": contender}
+    figures = {name: seconds for name in Row.__annotations__ if name not in (*text, "provenance")}
+    return Row(**text, **figures | {"batch_size": 4}, provenance=measured_on("d", ""))  # type: ignore[arg-type]
 
 
 def test_the_textbook_generator_is_the_same_function_with_the_same_parameters() -> None:
@@ -169,7 +170,7 @@ def test_the_memory_of_an_iteration_on_a_gpu_counts_that_of_replayed_graphs(monk
 
 
 def test_on_a_gpu_contenders_are_alone_and_one_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(provenance, "device_name", lambda device: "a GPU")
     names = list(contenders.contenders(tiny(), torch.device("cuda"), "bf16"))
     alone: list[str] = []
 
@@ -336,7 +337,7 @@ def test_rows_replace_those_of_their_own_case_only(tmp_path: Path) -> None:
 
 
 def test_the_picture_has_a_panel_a_case(tmp_path: Path) -> None:
-    rows = [{name: str(value) for name, value in asdict(row(name, 1.0)).items()} for name in ("plain", "engine")]
+    rows = [{name: str(value) for name, value in table.cells(row(name, 1.0)).items()} for name in ("plain", "engine")]
     end_to_end.draw(rows, tmp_path / "one.png")
     end_to_end.draw([*rows, *({**found, "precision": "bf16"} for found in rows)], tmp_path / "two.png")
     assert Image.open(tmp_path / "two.png").height > Image.open(tmp_path / "one.png").height

@@ -14,6 +14,7 @@ from bench.gpu.context import Context, GpuLostError
 from bench.gpu.records import Record
 from bench.micro import Case, discrepancy, rows, runner, timing
 from bench.processes import WorkerError
+from bench.provenance import measured_on
 from dfkd_fast.kernels import dispatch
 
 SOON = 60.0
@@ -123,7 +124,8 @@ def test_a_case_has_one_line_that_names_the_fastest_of_ours(stage: Stage, compil
     ("provider", "kind"), [("reference", "neither"), ("numba", "ours"), ("fused_ema", "ours"), ("eager", "peer"), ("liger", "peer")]
 )
 def test_who_is_compared_with_whom(provider: str, kind: str) -> None:
-    usual = rows.Row("ema", "plain", "update", "toy", "float32", "contiguous", "cuda", "ok", median_us=9.0)
+    here = measured_on("a GPU", "")
+    usual = rows.Row("ema", "plain", "update", "toy", "float32", "contiguous", "cuda", "ok", median_us=9.0, provenance=here)
     slow = [usual, replace(usual, provider="foreach_lerp")]
     fast = replace(usual, provider=provider, median_us=3.0)
     said = micro._compared([*slow, fast])
@@ -238,10 +240,11 @@ def test_a_process_leaves_its_code_where_this_one_finds_it(monkeypatch: pytest.M
 
 
 def test_a_capture_that_failed_costs_the_process_but_not_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = rows.Row("kl", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", timed=f"behind a sleep, {timing.CAPTURE_FAILED}: x")
+    here, timed = measured_on("a GPU", ""), f"behind a sleep, {timing.CAPTURE_FAILED}: x"
+    row = rows.Row("kl", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", timed=timed, provenance=here)
     monkeypatch.setattr(runner.Run, "rows", lambda self, workload: iter([[row]]))
     cpu, records = torch.device("cpu"), list[Record]()
-    run = runner.Run(device=cpu, modes=(), providers=(), repeats=None, turn=timing.turn_on(cpu), copy_bandwidth=1.0, origin={})
+    run = runner.Run(device=cpu, modes=(), providers=(), repeats=None, turn=timing.turn_on(cpu), copy_bandwidth=1.0, provenance=here)
     with pytest.raises(GpuLostError, match=timing.CAPTURE_FAILED):
         micro._measure(Context("micro", cpu, True, time.monotonic() + SOON, records.append), run, KL, False)
     assert [record.case for record in records] == [f"{KL} / cuda", str(KL)]

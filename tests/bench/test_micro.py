@@ -16,6 +16,7 @@ from bench import table
 from bench.__main__ import main
 from bench.micro import KERNELS, PROVIDERS, Case, check, discrepancy, rows, select, timing
 from bench.micro.workload import Trial, usual_backends
+from bench.provenance import measured_on
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import dispatch
 
@@ -158,8 +159,8 @@ def test_rows_of_the_same_case_are_replaced_and_others_kept(run: Run) -> None:
 
 
 def test_of_two_rows_of_a_case_the_later_one_is_written(tmp_path: Path) -> None:
-    early = rows.Row("l1", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", median_us=9.0)
-    rows.write(tmp_path / "out.csv", [early, replace(early, provider="eager"), replace(early, median_us=3.0)])
+    early = rows.Row("l1", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", median_us=9.0, provenance=measured_on("a CPU", ""))
+    rows.write(tmp_path / "out.csv", map(table.cells, [early, replace(early, provider="eager"), replace(early, median_us=3.0)]))
     assert [(row["provider"], row["median_us"]) for row in table.read(tmp_path / "out.csv")] == [("cuda", "3"), ("eager", "9")]
 
 
