@@ -27,16 +27,20 @@ class Iteration(NamedTuple):
     student_seconds: float
 
 
-class _Textbook(UpsampleConv2d):
+class _Textbook(nn.Module):
+    def __init__(self, layer: UpsampleConv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(F.interpolate(x, scale_factor=2.0), self.weight, self.bias, padding=1)
 
 
 def textbook(generator: nn.Module) -> nn.Module:
     """The generator with upsampling and convolution one after the other, in place: the same function, more operations."""
-    for layer in generator.modules():
+    for name, layer in list(generator.named_modules()):
         if type(layer) is UpsampleConv2d:
-            layer.__class__ = _Textbook
+            generator.set_submodule(name, _Textbook(layer))
     return generator
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from typing_extensions import override
 
 from dfkd_fast import DfkdError, Recipe, Trainer
@@ -21,7 +20,6 @@ from dfkd_fast.engine.precision import PrecisionName
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import EmaGeneratorSettings
 from dfkd_fast.models import build_generator, build_model
-from dfkd_fast.surgery import CpuConv2d
 
 from ..baselines import plain
 
@@ -137,7 +135,8 @@ def contenders(
     }
     if device.type == "cpu":
         builders["plain, memory kept"] = lambda: _plain(recipe, device, "fp32", compiled=False, keep_memory=keep_memory)
-    textbook = dict.fromkeys(("engine.channels_last", "engine.fold_teacher", "engine.capture"), False) | {"engine.precision": "fp32"}
+    switches = ("channels_last", "cpu_convolutions", "keep_memory", "fold_teacher", "capture")
+    textbook = {"textbook": True, "kernels": False, "engine.precision": "fp32"} | {f"engine.{name}": False for name in switches}
     # What each adds to those before it.
     features: list[tuple[str, dict[str, Any]]] = [
         ("+ no wasted work", textbook),
@@ -147,7 +146,7 @@ def contenders(
         ("+ folded teacher", {"engine.fold_teacher": True}),
     ]
     if device.type == "cpu":
-        features[2:2] = [("+ chosen algorithms", {"algorithms": True}), ("+ kept memory", {"engine.keep_memory": keep_memory})]
+        features[2:2] = [("+ chosen algorithms", {"engine.cpu_convolutions": True}), ("+ kept memory", {"engine.keep_memory": keep_memory})]
     if precision != "fp32":
         features.append(("+ precision", {"engine.precision": precision}))
     if graphs or (graphs is None and device.type == "cuda"):
@@ -156,7 +155,7 @@ def contenders(
     features[-1] = ("engine", features[-1][1])
     if compiled_engine:
         features.append(("engine, compiled", {"engine.compile": True}))
-    changes: dict[str, Any] = {"textbook": True, "kernels": False, "algorithms": False, "engine.keep_memory": False}
+    changes: dict[str, Any] = {}
     for name, switched in features:
         changes = changes | switched
         builders[name] = partial(_engine, recipe, device, changes)
@@ -186,11 +185,6 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     kernels: bool = changes["kernels"]
     endless = {"loop.epochs": 1, "loop.iterations_per_epoch": MANY, "loop.generator_pretraining": 0}
     trainer = Trainer(teacher, student, generator, _changed(recipe, changes | endless), device=device)
-    if not changes["algorithms"]:
-        state = trainer.state
-        replaying = () if state.memory is None else state.memory.networks
-        for network in (state.teacher, state.observer.network, state.student, state.generator, *replaying):
-            _use_default_convolutions(network)
     marks = Marks(device)
     trainer.state.clock = _MarkingClock(device, marks)
     captured = device.type == "cuda" and trainer.method.engine.capture
@@ -212,12 +206,6 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
         captured,
         holds=lambda: trainer.steps.capturing == captured,
     )
-
-
-def _use_default_convolutions(network: nn.Module) -> None:
-    for layer in network.modules():
-        if type(layer) is CpuConv2d:
-            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, compiled: bool, keep_memory: bool = False) -> Contender:
