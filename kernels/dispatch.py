@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from . import extension
 
 __all__ = [
+    "SERVING",
     "WORTHWHILE",
     "Backend",
     "BackendError",
@@ -72,7 +73,7 @@ def why_not(backend: Backend) -> str | None:
 
 def backends(device: torch.device) -> list[Backend]:
     """The installed backends that serve a device, the preferred one first."""
-    return _SERVING.get(device.type, ["reference"])
+    return SERVING.get(device.type, ["reference"])
 
 
 def forced() -> Backend | None:
@@ -205,9 +206,10 @@ _PREFERRED: dict[str, tuple[Backend, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
     "cpu": ("numba", "triton", "reference") if interpreting() else ("numba", "reference"),
 }
-_SERVING: dict[str, list[Backend]] = {
+SERVING: dict[str, list[Backend]] = {
     device: [backend for backend in preferred if _ABSENT[backend] is None] for device, preferred in _PREFERRED.items()
 }
+"""The installed backends that serve a device's tensors, the preferred one first; what tests a GPU's kernels on a CPU changes it."""
 # Checked at the first call: an import that fails could not say so in one line.
 _environment: str | None = os.environ.get(VARIABLE) or None
 _context: ContextVar[str | None] = ContextVar("dfkd_fast_backend", default=_environment)

@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
 def prepare() -> None:
     """Let the backends of a GPU serve this process's CPU tensors, in the order in which they serve a GPU's."""
     preferred: tuple[Backend, ...] = ("cuda", "triton")
-    dispatch._SERVING["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
+    dispatch.SERVING["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
     # A GPU's kernels serve tensors of any size; those of a toy are too small for a CPU's to pay. What only Triton has stays with PyTorch
     # unless it is forced: the interpreter would take minutes for whole iterations.
     dispatch.WORTHWHILE.update({name: 0 if dispatch.has_kernel(name, "cuda") else sys.maxsize for name in dispatch.WORTHWHILE})

@@ -58,7 +58,7 @@ class Campaign:
     """Of this call and, for the same sources and device, of earlier ones."""
     troubles: list[str] = field(default_factory=list)
     """What went wrong outside the stages, in a line each."""
-    _anew: set[str] = field(default_factory=set)
+    restarted: set[str] = field(default_factory=set)
     """Stages whose records of earlier calls go once there are new ones."""
 
     @property
@@ -99,32 +99,32 @@ class Campaign:
         if deadline - begin < min(stage.needs, limit):
             text = f"{max(0.0, deadline - begin):.0f} s are left, and it needs {stage.needs:.0f}"
             if not anew:
-                self._take(Record(stage.name, "", "left", text))
+                self.take(Record(stage.name, "", "left", text))
             self.log(f"{stage.name}: {text}")
             return
         if anew:
-            self._anew.add(stage.name)
+            self.restarted.add(stage.name)
         self.log(f"{stage.name}: at most {deadline - begin:.0f} s")
         run = _StageRun(self, stage, deadline)
         try:
             reason = run.to_its_end()
         except KeyboardInterrupt:
-            if stage.name not in self._anew:
-                self._take(Record(stage.name, "", "left", "interrupted"))
+            if stage.name not in self.restarted:
+                self.take(Record(stage.name, "", "left", "interrupted"))
             raise
         seconds = round(time.monotonic() - begin, 2)
-        if stage.name in self._anew:
+        if stage.name in self.restarted:
             self.troubles.append(f"FAILED {stage.name}: {reason}; it recorded nothing, and what an earlier call found stays")
         elif reason is not None:
-            self._take(Record(stage.name, "", "failed", reason, run.log_end, seconds))
+            self.take(Record(stage.name, "", "failed", reason, run.log_end, seconds))
         self.log(f"{stage.name}: {summary.describe(self.records, stage.name)}, {seconds:.0f} s")
         self.files.copy()
 
-    def _take(self, record: Record) -> None:
+    def take(self, record: Record) -> None:
         """Keep a record; one that its stage could not send itself gets its origin here."""
         record = record if record.origin else replace(record, origin=dict(self.origin))
-        if record.stage in self._anew:
-            self._anew.remove(record.stage)
+        if record.stage in self.restarted:
+            self.restarted.remove(record.stage)
             self.records = [one for one in self.records if one.stage != record.stage]
             self.files.replace_records(self.records)
         self.records.append(record)
@@ -136,7 +136,7 @@ class _StageRun:
 
     def __init__(self, campaign: Campaign, stage: Stage, deadline: float) -> None:
         self.campaign, self.stage, self.deadline = campaign, stage, deadline
-        self.settled = set() if stage.name in campaign._anew else cases_done(campaign.records, stage.name)
+        self.settled = set() if stage.name in campaign.restarted else cases_done(campaign.records, stage.name)
         """Cases that are not to be run again."""
         self.running = ""
         """The case that was begun last, as long as it has not ended."""
@@ -155,7 +155,7 @@ class _StageRun:
             if self.running:
                 died_of, self.running = self.running, ""
                 self.settled.add(died_of)
-                self.campaign._take(Record(self.stage.name, died_of, "failed", reason, self.log_end))
+                self.campaign.take(Record(self.stage.name, died_of, "failed", reason, self.log_end))
             again = ending.code == GPU_LOST or (died_of and not ending.timed_out)
             if not again or self.deadline - time.monotonic() < self.stage.needs:
                 break
@@ -195,7 +195,7 @@ class _StageRun:
         self.running = "" if record.case == self.running else self.running
         if record.status != "left":
             self.settled.add(record.case)
-        self.campaign._take(record)
+        self.campaign.take(record)
 
     def _output(self, data: bytes) -> None:
         text = data.decode(errors="replace")
