@@ -30,7 +30,7 @@ from . import plot as pictures
 from .gpu import rehearsal, schedule
 from .gpu.folder import Folder, check_out
 from .gpu.stages import STAGES
-from .kills import trials
+from .kills import running, trials
 from .micro import rows, runner, timing
 from .micro.workload import Mode
 
@@ -302,9 +302,9 @@ def run_kills(
         _echo(f"{len(results)}/{len(chosen)}: {result}")
 
     try:
-        done = trials.references(runs)
+        done = running.references(runs)
         chosen = [trials.draw(seed, number, done) for number in sorted(set(trial or range(count)))]
-        trials.run_all(chosen, done, runs, jobs, tell)
+        running.run_all(chosen, done, runs, jobs, tell)
         table_ = trials.rows(results)
         print_table(console, table.names(trials.Row), [tuple(map(str, table.cells(row).values())) for row in table_], figures=True)
         if target is not None:

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.__main__ import main
-from bench.kills import trials
+from bench.kills import running, trials
 from bench.kills.child import STAGES, AtCall, Call, Order, file_kind
-from bench.kills.trials import AtTime, Done, Result, Trial, draw, finish, rows, try_kill
+from bench.kills.running import finish, try_kill
+from bench.kills.trials import AtTime, Done, Result, Trial, draw, rows
 from bench.kills.verdict import Reference, Verdict, contents, judge
 from bench.provenance import ROOT
 
@@ -200,12 +201,12 @@ def test_a_run_killed_in_its_teachers_training_at_its_weights_and_in_a_checkpoin
 
 @pytest.mark.parametrize("kill", [AtCall("checkpoint", "write", 99, "middle"), AtTime(0.5, "run")])
 def test_a_trial_whose_run_ended_before_its_kill_fails(kill: AtCall | AtTime, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(arguments: Sequence[str], *_: object) -> trials._Ending:
+    def end(arguments: Sequence[str], *_: object) -> running._Ending:
         Path(arguments[arguments.index("--out") + 1]).mkdir(exist_ok=True)
-        return trials._Ending(0, "", struck=False)
+        return running._Ending(0, "", struck=False)
 
     done = replace(invented(), reference=Reference.of(run_folder))
-    monkeypatch.setattr(trials, "_start", end)
+    monkeypatch.setattr(running, "_start", end)
     result = try_kill(Trial(0, "write", "tiny", (kill,)), done, run_folder)
     assert result.verdict.outcome == "FAILED"
     assert "ended before the kill" in result.verdict.why
@@ -261,8 +262,8 @@ def test_the_command_fails_if_any_trial_does_and_writes_every_trial(
         folder.mkdir()
         return Result(trial, ("somewhere",), "", verdict if trial.number == 2 else Verdict("identical"), 1.0)
 
-    monkeypatch.setattr(trials, "references", lambda folder: {"one": invented()})
-    monkeypatch.setattr(trials, "try_kill", give)
+    monkeypatch.setattr(running, "references", lambda folder: {"one": invented()})
+    monkeypatch.setattr(running, "try_kill", give)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["bench", "kills", "--count", "4", "--jobs", "2", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
