@@ -4,8 +4,9 @@
 ``python -m bench report SOURCE [SOURCE ...]``  first take in these sources: folders of runs, run at the commit checked out, and
                                                 what ``python -m bench gpu`` wrote on a GPU
 
-``taking.py`` reads the sources, which ``checks.py`` checks, and writes the files; ``figures.py`` reads the files. ``readme.py`` makes
-the README's tables of a CPU and ``gpu.py`` those of GPUs; ``markdown.py`` puts a table together and replaces it in a document.
+``taking.py`` reads the sources, which ``checks.py`` checks, and writes the files of rows, ``summaries.py`` those of what GPUs found beside
+them; ``figures.py`` reads the files. ``readme.py`` makes the README's tables of a CPU and ``gpu.py`` those of GPUs; ``markdown.py`` puts a
+table together and replaces it in a document.
 """
 
 import shutil

@@ -31,7 +31,7 @@ class Figures:
 
     @cached_property
     def gpus(self) -> list[dict[str, Any]]:
-        """What ``python -m bench gpu`` found beside these tables, an entry a device: see ``taking.summarize``."""
+        """What ``python -m bench gpu`` found beside these tables, an entry a device: see ``summaries.summarize``."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("gpu-*.json"))]
 
     @cached_property

@@ -1,9 +1,7 @@
 """Takes sources into bench/results: folders of runs, and what ``python -m bench gpu`` wrote."""
 
 import json
-import re
 import tomllib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,25 +12,20 @@ from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 from .. import end_to_end, provenance, table
-from ..gpu.records import FAILURES, Record
+from ..gpu.records import Record
 from ..gpu.records import read as read_records
-from ..gpu.stages import STAGES
-from ..gpu.summary import FIGURES, latest
+from ..gpu.summary import latest
 from ..micro import rows as micro_rows
 from .checks import check_record, check_row, check_run
 from .figures import Figures, is_gpu
 from .readme import command
+from .summaries import TABLES, merged, portable, summarize, write_summary
 
-__all__ = ["Intake", "summarize"]
+__all__ = ["Intake"]
 
 RECORDS = "results.jsonl"
-TABLES = ("micro", "end-to-end", "accuracy")
-"""What records' rows are taken into files of their own."""
 SHARED = ("device", "torch", "triton", "numba", "commit", "command")
 """What a row takes from its record's origin where it does not say it itself."""
-CASES = 10  # named of all that have the same reason
-KEPT = ("host", "ceilings", "kernels")
-"""Tables of a stage that documents show: a figure stays until there is a newer one, as those of TABLES."""
 END_TO_END_KEY = ("recipe", "batch_size", "precision", "contender")
 
 
@@ -81,7 +74,7 @@ class Intake:
         for device, contenders in self.end_to_end.items():
             _write_end_to_end(results / f"end-to-end-{provenance.file_name(device)}.csv", contenders)
         for device, summary in self.summaries.items():
-            stages = _write_summary(results / f"gpu-{provenance.file_name(device)}.json", summary)["stages"]
+            stages = write_summary(results / f"gpu-{provenance.file_name(device)}.json", summary)["stages"]
             counts = [(len(self.micro.get(device, ())), "kernel"), (len(self.end_to_end.get(device, ())), "end-to-end")]
             figures = ", ".join(f"{count} {name} rows" for count, name in counts)
             ended = [
@@ -101,7 +94,7 @@ class Intake:
             for record in records:
                 self._take_row(path, device, record)
             summary = summarize(device, records)
-            self.summaries[device] = _merged(self.summaries[device], summary) if device in self.summaries else summary
+            self.summaries[device] = merged(self.summaries[device], summary) if device in self.summaries else summary
 
     def _take_row(self, path: Path, device: str, record: Record) -> None:
         if not record.row:
@@ -116,7 +109,7 @@ class Intake:
         if record.table == "accuracy":
             row.setdefault("device_name", device)
         check_row(path, record, row)
-        row["command"] = _portable(row["command"])
+        row["command"] = portable(row["command"])
         row_device = row["device_name" if record.table == "accuracy" else "device"]  # a run's device is "cuda"
         if row_device != device:
             raise DfkdError(f"{path}: {record.stage} / {record.case}: a row of {row_device} in a record of {device}")
@@ -126,62 +119,6 @@ class Intake:
             self.end_to_end.setdefault(device, []).append({name: _text(value) for name, value in row.items()})
         else:
             self.runs.append(row)
-
-
-def summarize(device: str, records: Iterable[Record]) -> dict[str, Any]:
-    """What the tables of rows do not hold, without the thousands of cases that only passed.
-
-    Args:
-        device: its name.
-        records: its records, the last one of every case.
-
-    Returns:
-        ``device``, ``commit`` and ``stages``: by name, ``origin`` (commit, command, versions), ``status``, ``text`` and ``seconds`` of the
-        whole stage, ``counts`` of its cases by status, ``reasons`` (``status``, ``text``, ``count`` and some of the ``cases`` of all that
-        did not pass for the same reason), ``notes`` (highlighted texts, of a stage without rows), ``tables`` (rows that stand in no
-        other file, by the record's ``table``, each with its ``case`` and ``commit``) and ``origins`` (of these rows, by commit).
-    """
-    stages: dict[str, list[Record]] = {}
-    commit = "unknown"
-    for record in records:
-        stages.setdefault(record.stage, []).append(record)
-        commit = record.origin.get("commit") or commit
-    return {"device": device, "commit": commit, "stages": _in_order({name: _stage(of_stage) for name, of_stage in stages.items()})}
-
-
-def _stage(records: Sequence[Record]) -> dict[str, Any]:
-    whole = next((record for record in records if not record.case), None)
-    cases = [record for record in records if record.case]
-    has_rows = any(record.table in TABLES for record in cases)
-    alike: dict[tuple[str, str], list[str]] = {}
-    tables: dict[str, list[dict[str, Any]]] = {}
-    origins: dict[str, dict[str, Any]] = {}
-    for record in cases:
-        if record.status != "ok":
-            alike.setdefault((record.status, record.text), []).append(record.case)
-        if record.row and record.table not in TABLES:
-            origin = _origin(record)
-            origins[origin["commit"]] = origin
-            tables.setdefault(record.table, []).append({**record.row, "case": record.case, "commit": origin["commit"]})
-    return {
-        "origin": _origin(whole or records[-1]),
-        "status": whole.status if whole else "left",
-        "text": whole.text if whole else "it did not come to its end",
-        "seconds": whole.seconds if whole else None,
-        "counts": dict(Counter(record.status for record in cases if record.table not in FIGURES or record.status in FAILURES)),
-        "reasons": [
-            {"status": status, "text": text, "count": len(named), "cases": named[:CASES]} for (status, text), named in alike.items()
-        ],
-        "notes": [] if has_rows else [record.text for record in cases if record.highlight and not record.table],
-        "tables": tables,
-        "origins": origins,
-    }
-
-
-def _origin(record: Record) -> dict[str, Any]:
-    """Commit, command and versions."""
-    origin = {name: value for name, value in record.origin.items() if name not in ("device", "rehearsal")}
-    return {**origin, "commit": origin.get("commit") or "unknown", "command": _portable(origin.get("command", ""))}
 
 
 def _by_device(path: Path) -> dict[str, list[Record]]:
@@ -247,61 +184,6 @@ def _write_micro(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         return row.get("median_us") is not None or commits.get(tuple(row[name] for name in micro_rows.KEY), row["commit"]) == row["commit"]
 
     micro_rows.write(path, [row for row in rows if replaces(row)])
-
-
-def _write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Replace the stages that ran again, and return all of them."""
-    if path.exists():
-        old = json.loads(path.read_text())
-        if old["device"] != summary["device"]:
-            raise DfkdError(f"{path.name}: has the results of {old['device']}, whose name is too much like {summary['device']}")
-        summary = _merged(old, summary)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        # A stage a line: what ran again is what differs.
-        stages = ",\n".join(f"{json.dumps(name)}: {json.dumps(stage, ensure_ascii=False)}" for name, stage in summary["stages"].items())
-        head = f'"device": {json.dumps(summary["device"])}, "commit": {json.dumps(summary["commit"])}'
-        part.write_text(f'{{{head}, "stages": {{\n{stages}\n}}}}\n', encoding="utf-8")
-    return summary
-
-
-def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    stages = dict(old["stages"])
-    for name, stage in new["stages"].items():
-        if name not in stages:
-            stages[name] = stage
-        # A stage for which there was no time must not take the place of what an earlier call found.
-        elif stage["counts"] or stage["status"] != "left":
-            stages[name] = _with_older_figures(stage, stages[name])
-    return {**new, "stages": _in_order(stages)}
-
-
-def _in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    order = [stage.name for stage in STAGES]
-    return dict(sorted(stages.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
-
-
-def _with_older_figures(stage: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    tables = dict(stage["tables"])
-    for name in KEPT:
-        new = tables.get(name, [])
-        replaced = {_figure_of(row) for row in new}
-        rows = [*(row for row in old["tables"].get(name, ()) if _figure_of(row) not in replaced), *new]
-        if rows:
-            tables[name] = rows
-    shown = {row["commit"] for rows in tables.values() for row in rows}
-    origins = {commit: one for commit, one in (old["origins"] | stage["origins"]).items() if commit in shown}
-    return {**stage, "tables": tables, "origins": origins}
-
-
-def _figure_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a newer row replaces: the same case; of a profile, all kernels of the same contender."""
-    return tuple(row.get(name) for name in ("recipe", "batch_size", "contender")) if "contender" in row else (row["case"],)
-
-
-def _portable(line: str) -> str:
-    """A command line without the folders of the machine it ran on."""
-    return re.sub(r"(--(?:out|data-root))[ =]\S+", r"\1 DIR", line)
 
 
 def _text(value: object) -> str:
