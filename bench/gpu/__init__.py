@@ -7,3 +7,6 @@ prints the table, and ``rehearsal.py`` sets up a CPU to play the GPU.
 
 A stage's records are all that comes back: ``python -m bench report`` turns them into documents.
 """
+
+REHEARSAL = "DFKD_FAST_REHEARSAL"
+"""The variable that tells a worker that a CPU plays the GPU."""

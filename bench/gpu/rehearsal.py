@@ -10,7 +10,7 @@ import torch
 from dfkd_fast.kernels import Backend, dispatch
 
 from ..provenance import version
-from .worker import REHEARSAL
+from . import REHEARSAL
 
 __all__ = ["environment", "prepare", "unavailable_reason"]
 

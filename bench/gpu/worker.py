@@ -18,10 +18,8 @@ from typing import Any
 
 from .records import Record
 
-__all__ = ["GPU_LOST", "REHEARSAL", "main"]
+__all__ = ["GPU_LOST", "main"]
 
-REHEARSAL = "DFKD_FAST_REHEARSAL"
-"""Variable that is set where the backends of a GPU shall serve CPU tensors."""
 GPU_LOST = 75
 """Exit code where this process cannot use the GPU any more, but a new one may."""
 
@@ -61,6 +59,7 @@ def _end_with(parent: int) -> None:
 def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> None:
     import torch
 
+    from . import REHEARSAL
     from .context import Context, GpuLostError
 
     if os.environ.get(REHEARSAL):
