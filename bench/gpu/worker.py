@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import REHEARSAL
 from .records import Record
 
 __all__ = ["GPU_LOST", "main"]
@@ -59,7 +60,6 @@ def _end_with(parent: int) -> None:
 def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> None:
     import torch
 
-    from . import REHEARSAL
     from .context import Context, GpuLostError
 
     if os.environ.get(REHEARSAL):
