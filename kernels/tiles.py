@@ -18,6 +18,7 @@ __all__ = [
     "disguised",
     "launch",
     "layout",
+    "load",
     "packed",
     "place",
     "pointers",
@@ -186,6 +187,12 @@ def combined(
         first += tl.load(of, mask=mask, other=0).to(tl.float64)
         second += tl.load(of + parts * channel_count, mask=mask, other=0).to(tl.float64)
     return tl.sum(first, axis=0), tl.sum(second, axis=0)
+
+
+@triton.jit
+def load(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Values in float32, 0 where the mask is not set."""
+    return tl.load(pointers, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
