@@ -1,7 +1,7 @@
 """The discrepancies in Triton.
 
 A row is the logits of one sample or pixel. A program holds a tile of rows × classes; where rows fit no tile, it passes
-over their classes again and again. Every program leaves a partial sum, and ``_finish_kernel`` adds them in order.
+over their classes again and again, for L1 once. Every program leaves a partial sum, and ``_finish_kernel`` adds them in order.
 """
 
 from functools import partial
