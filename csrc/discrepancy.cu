@@ -16,7 +16,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <cfloat>
 
 namespace dfkd_fast {
@@ -60,6 +59,17 @@ __device__ __forceinline__ Row row_of(const Problem& problem, int64_t row) {
 }
 
 // ---- Writing the results
+
+template <int kCount>
+__device__ __forceinline__ void store_units(
+    const Problem& problem, const Row& row, int begin, const float (&student)[kCount], const float (&teacher)[kCount]) {
+  if (problem.student_unit.data != nullptr) {
+    store_share(problem.student_unit, row, begin, student);
+  }
+  if (problem.teacher_unit.data != nullptr) {
+    store_share(problem.teacher_unit, row, begin, teacher);
+  }
+}
 
 __device__ __forceinline__ void write_results(const Problem& problem, float loss, int agreements) {
   const double loss_sum = reduce(static_cast<double>(loss), kThreads, Sum());
@@ -118,14 +128,10 @@ __global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(con
       agreements += agreed(best_student, best_teacher, row);
     }
     if constexpr (std::is_same_v<Loss, L1>) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (i < row.count) {
-          const float difference = student[i] - teacher[i];
-          loss += fabsf(difference);
-          student[i] = static_cast<float>((difference > 0.0f) - (difference < 0.0f));
-        }
-      }
+      for_each_class<kHeld>(row, 0, [&](int i) {
+        loss += L1::loss(student[i], teacher[i]);
+        student[i] = L1::gradient(student[i], teacher[i]);
+      });
       if (problem.student_unit.data != nullptr) {
         store_share_as<int8_t>(problem.student_unit, row, 0, student);
       }
@@ -133,28 +139,22 @@ __global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(con
       // The greatest finite negative number, so that a row may begin with -inf.
       float student_max = -FLT_MAX;
       float teacher_max = -FLT_MAX;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (i < row.count) {
-          student_max = fmaxf(student_max, student[i]);
-          teacher_max = fmaxf(teacher_max, teacher[i]);
-        }
-      }
+      for_each_class<kHeld>(row, 0, [&](int i) {
+        student_max = fmaxf(student_max, student[i]);
+        teacher_max = fmaxf(teacher_max, teacher[i]);
+      });
       student_max = reduce(student_max, row.team, Max());
       teacher_max = reduce(teacher_max, row.team, Max());
       float log_ratio[kHeld];
       float student_sum = 0.0f;
       float teacher_sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (i < row.count) {
-          const float student_logit = (student[i] - student_max) * problem.inverse_temperature;
-          const float teacher_logit = (teacher[i] - teacher_max) * problem.inverse_temperature;
-          student_sum += student[i] = expf(student_logit);
-          teacher_sum += teacher[i] = expf(teacher_logit);
-          log_ratio[i] = teacher_logit - student_logit;
-        }
-      }
+      for_each_class<kHeld>(row, 0, [&](int i) {
+        const float student_logit = (student[i] - student_max) * problem.inverse_temperature;
+        const float teacher_logit = (teacher[i] - teacher_max) * problem.inverse_temperature;
+        student_sum += student[i] = expf(student_logit);
+        teacher_sum += teacher[i] = expf(teacher_logit);
+        log_ratio[i] = teacher_logit - student_logit;
+      });
       student_sum = reduce(student_sum, row.team, Sum());
       teacher_sum = reduce(teacher_sum, row.team, Sum());
       const float student_factor = 1.0f / student_sum;
@@ -162,34 +162,23 @@ __global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(con
       const float shift = logf(student_sum) - logf(teacher_sum);
       Pair divergence[kHeld];
       Pair mean{0.0f, 0.0f};
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (i < row.count) {
-          student[i] *= student_factor;
-          teacher[i] *= teacher_factor;
-          divergence[i] = Loss::divergence(student[i], teacher[i], log_ratio[i] + shift);
-          loss += Loss::loss(student[i], teacher[i], divergence[i]);
-          mean.student += student[i] * divergence[i].student;
-          mean.teacher += teacher[i] * divergence[i].teacher;
-        }
-      }
+      for_each_class<kHeld>(row, 0, [&](int i) {
+        student[i] *= student_factor;
+        teacher[i] *= teacher_factor;
+        divergence[i] = Loss::divergence(student[i], teacher[i], log_ratio[i] + shift);
+        loss += Loss::loss(student[i], teacher[i], divergence[i]);
+        mean.student += student[i] * divergence[i].student;
+        mean.teacher += teacher[i] * divergence[i].teacher;
+      });
       if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
         mean.student = reduce(mean.student, row.team, Sum());
         mean.teacher = reduce(mean.teacher, row.team, Sum());
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          if (i < row.count) {
-            const Pair gradient = Loss::gradient(student[i], teacher[i], divergence[i], mean);
-            student[i] = gradient.student * problem.inverse_temperature;
-            teacher[i] = gradient.teacher * problem.inverse_temperature;
-          }
-        }
-        if (problem.student_unit.data != nullptr) {
-          store_share(problem.student_unit, row, 0, student);
-        }
-        if (problem.teacher_unit.data != nullptr) {
-          store_share(problem.teacher_unit, row, 0, teacher);
-        }
+        for_each_class<kHeld>(row, 0, [&](int i) {
+          const Pair gradient = Loss::gradient(student[i], teacher[i], divergence[i], mean);
+          student[i] = gradient.student * problem.inverse_temperature;
+          teacher[i] = gradient.teacher * problem.inverse_temperature;
+        });
+        store_units(problem, row, 0, student, teacher);
       }
     }
   });
@@ -207,19 +196,9 @@ struct Softmax {
   template <int kCount>
   __device__ void add(const Row& row, int begin, const float (&logits)[kCount], float inverse_temperature) {
     const float before = max;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (begin + i < row.count) {
-        max = fmaxf(max, logits[i]);
-      }
-    }
+    for_each_class<kCount>(row, begin, [&](int i) { max = fmaxf(max, logits[i]); });
     float batch_sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (begin + i < row.count) {
-        batch_sum += expf((logits[i] - max) * inverse_temperature);
-      }
-    }
+    for_each_class<kCount>(row, begin, [&](int i) { batch_sum += expf((logits[i] - max) * inverse_temperature); });
     sum = sum * expf((before - max) * inverse_temperature) + batch_sum;
   }
 
@@ -257,14 +236,10 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
     if constexpr (std::is_same_v<Loss, L1>) {
       pass([&](int begin) {
         rank(begin);
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (begin + i < row.count) {
-            const float difference = student[i] - teacher[i];
-            loss += fabsf(difference);
-            student[i] = static_cast<float>((difference > 0.0f) - (difference < 0.0f));
-          }
-        }
+        for_each_class<kBatch>(row, begin, [&](int i) {
+          loss += L1::loss(student[i], teacher[i]);
+          student[i] = L1::gradient(student[i], teacher[i]);
+        });
         if (problem.student_unit.data != nullptr) {
           store_share_as<int8_t>(problem.student_unit, row, begin, student);
         }
@@ -296,15 +271,12 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
       pass([&](int begin) {
         float batch_loss = 0.0f;
         Pair sum{0.0f, 0.0f};
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (begin + i < row.count) {
-            const Pair divergence = compare(student[i], teacher[i]);
-            batch_loss += Loss::loss(student[i], teacher[i], divergence);
-            sum.student += student[i] * divergence.student;
-            sum.teacher += teacher[i] * divergence.teacher;
-          }
-        }
+        for_each_class<kBatch>(row, begin, [&](int i) {
+          const Pair divergence = compare(student[i], teacher[i]);
+          batch_loss += Loss::loss(student[i], teacher[i], divergence);
+          sum.student += student[i] * divergence.student;
+          sum.teacher += teacher[i] * divergence.teacher;
+        });
         loss_sum += batch_loss;
         student_sum += sum.student;
         teacher_sum += sum.teacher;
@@ -314,21 +286,13 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
         const Pair mean{
             static_cast<float>(reduce(student_sum, row.team, Sum())), static_cast<float>(reduce(teacher_sum, row.team, Sum()))};
         pass([&](int begin) {
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            if (begin + i < row.count) {
-              const Pair divergence = compare(student[i], teacher[i]);
-              const Pair gradient = Loss::gradient(student[i], teacher[i], divergence, mean);
-              student[i] = gradient.student * inverse_temperature;
-              teacher[i] = gradient.teacher * inverse_temperature;
-            }
-          }
-          if (problem.student_unit.data != nullptr) {
-            store_share(problem.student_unit, row, begin, student);
-          }
-          if (problem.teacher_unit.data != nullptr) {
-            store_share(problem.teacher_unit, row, begin, teacher);
-          }
+          for_each_class<kBatch>(row, begin, [&](int i) {
+            const Pair divergence = compare(student[i], teacher[i]);
+            const Pair gradient = Loss::gradient(student[i], teacher[i], divergence, mean);
+            student[i] = gradient.student * inverse_temperature;
+            teacher[i] = gradient.teacher * inverse_temperature;
+          });
+          store_units(problem, row, begin, student, teacher);
         });
       }
     }
@@ -378,63 +342,9 @@ void launch(const Launcher& launcher, Problem& problem, const Tensor& like) {
   }
 }
 
-struct Forward {
-  Tensor loss;
-  Tensor student_unit;
-  Tensor teacher_unit;
-  Tensor agreement;
-};
-
-// `units` are the dtypes of the student's and the teacher's unit, `wanted` which of them are computed.
+// The loss, the units of both sides and the agreement, empty where they are not asked for.
 template <typename Loss>
-Forward forward(
-    const Tensor& student,
-    const Tensor& teacher,
-    double temperature,
-    double scale,
-    std::array<ScalarType, 2> units,
-    std::array<bool, 2> wanted,
-    bool agreement) {
-  const Shape shape = shape_of(student);
-  const auto sizes = student.sizes();
-  STD_TORCH_CHECK(
-      teacher.dim() == student.dim() && std::equal(sizes.begin(), sizes.end(), teacher.sizes().begin()),
-      "student and teacher logits differ in shape");
-  STD_TORCH_CHECK(shape.channels <= INT32_MAX - kBatch * kThreads, "too many classes: ", shape.channels);
-  const auto unit = [](const Tensor& logits, ScalarType dtype, bool wanted) {
-    return wanted ? empty_like(logits, dtype) : torch::stable::new_empty(logits, {0}, dtype);
-  };
-  const auto unit_view = [](const Tensor& tensor, bool wanted) {
-    const bool signs = tensor.scalar_type() == ScalarType::Char;
-    return wanted ? view_of(tensor, signs ? Storage::kInt8 : storage_of(tensor.scalar_type(), "units")) : View{};
-  };
-  const std::vector<int64_t> scalar;
-  Forward results{
-      torch::stable::new_empty(student, scalar, ScalarType::Float),
-      unit(student, units[0], wanted[0]),
-      unit(teacher, units[1], wanted[1]),
-      agreement ? torch::stable::new_empty(student, scalar, ScalarType::Long)
-                : torch::stable::new_empty(student, {0}, ScalarType::Long)};
-  Problem problem{};
-  problem.student = view_of(student, "student");
-  problem.teacher = view_of(teacher, "teacher");
-  problem.student_unit = unit_view(results.student_unit, wanted[0]);
-  problem.teacher_unit = unit_view(results.teacher_unit, wanted[1]);
-  problem.rows = shape.channels == 0 ? 0 : shape.images * shape.pixels;
-  problem.pixels = shape.pixels;
-  problem.classes = static_cast<int32_t>(shape.channels);
-  problem.team = team_of(shape, problem.student);
-  problem.inverse_temperature = static_cast<float>(1.0 / temperature);
-  problem.results = {
-      scale,
-      static_cast<float*>(results.loss.mutable_data_ptr()),
-      agreement ? static_cast<int64_t*>(results.agreement.mutable_data_ptr()) : nullptr};
-  launch<Loss>(Launcher(student), problem, student);
-  return results;
-}
-
-template <typename Loss>
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& student,
     const Tensor& teacher,
     double temperature,
@@ -442,24 +352,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_forward(
     bool student_gradient,
     bool teacher_gradient,
     bool agreement) {
-  Forward results = forward<Loss>(
-      student,
-      teacher,
-      temperature,
+  const Shape shape = shape_of(student);
+  const auto sizes = student.sizes();
+  STD_TORCH_CHECK(
+      teacher.dim() == student.dim() && std::equal(sizes.begin(), sizes.end(), teacher.sizes().begin()),
+      "student and teacher logits differ in shape");
+  STD_TORCH_CHECK(shape.channels <= INT32_MAX - kBatch * kThreads, "too many classes: ", shape.channels);
+  const auto empty = [&](bool wanted, ScalarType dtype) {
+    return torch::stable::new_empty(student, wanted ? std::vector<int64_t>{} : std::vector<int64_t>{0}, dtype);
+  };
+  const auto unit_of = [&](const Tensor& logits, bool wanted) {
+    const ScalarType dtype = std::is_same_v<Loss, L1> ? ScalarType::Char : logits.scalar_type();
+    return wanted ? empty_like(logits, dtype) : empty(false, dtype);
+  };
+  const Tensor loss = empty(true, ScalarType::Float);
+  const Tensor student_unit = unit_of(student, student_gradient);
+  const Tensor teacher_unit = unit_of(teacher, teacher_gradient);
+  const Tensor count = empty(agreement, ScalarType::Long);
+  Problem problem{};
+  problem.student = view_of(student, "student");
+  problem.teacher = view_of(teacher, "teacher");
+  if (student_gradient) {
+    problem.student_unit = view_of(student_unit, std::is_same_v<Loss, L1> ? Storage::kInt8 : problem.student.storage);
+  }
+  if (teacher_gradient) {
+    problem.teacher_unit = view_of(teacher_unit, problem.teacher.storage);
+  }
+  problem.rows = shape.channels == 0 ? 0 : shape.images * shape.pixels;
+  problem.pixels = shape.pixels;
+  problem.classes = static_cast<int32_t>(shape.channels);
+  problem.team = team_of(shape, problem.student);
+  problem.inverse_temperature = static_cast<float>(1.0 / temperature);
+  problem.results = {
       scale,
-      {student.scalar_type(), teacher.scalar_type()},
-      {student_gradient, teacher_gradient},
-      agreement);
-  return {results.loss, results.student_unit, results.teacher_unit, results.agreement};
+      static_cast<float*>(loss.mutable_data_ptr()),
+      agreement ? static_cast<int64_t*>(count.mutable_data_ptr()) : nullptr};
+  launch<Loss>(Launcher(student), problem, student);
+  return {loss, student_unit, teacher_unit, count};
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> l1_forward(
     const Tensor& student, const Tensor& teacher, double scale, bool gradient, bool agreement) {
-  Forward results =
-      forward<L1>(student, teacher, 1.0, scale, {ScalarType::Char, teacher.scalar_type()}, {gradient, false}, agreement);
-  return {results.loss, results.student_unit, results.agreement};
+  const auto [loss, sign, none, count] = forward<L1>(student, teacher, 1.0, scale, gradient, false, agreement);
+  return {loss, sign, count};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kl_forward(
@@ -470,7 +407,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kl_forward(
     bool student_gradient,
     bool teacher_gradient,
     bool agreement) {
-  return softmax_forward<KullbackLeibler>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
+  return forward<KullbackLeibler>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> js_forward(
@@ -481,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> js_forward(
     bool student_gradient,
     bool teacher_gradient,
     bool agreement) {
-  return softmax_forward<JensenShannon>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
+  return forward<JensenShannon>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
 }
 
 }  // namespace dfkd_fast

@@ -1,5 +1,5 @@
-// What the discrepancies add up, and their gradients: with p of the teacher and q of the student, everything is told by
-// p, q and their log-ratio.
+// What tells the discrepancies apart: a class's part of the loss, and its gradients. With p of the teacher and q of the
+// student, those of the divergences follow from p, q and their log-ratio.
 #pragma once
 
 namespace dfkd_fast {
@@ -9,7 +9,15 @@ struct Pair {
   float teacher;
 };
 
-struct L1 {};
+// Of the logits themselves: a class's part, and its derivative by the student's logit; that by the teacher's is its negative.
+struct L1 {
+  __device__ static float loss(float student, float teacher) { return fabsf(student - teacher); }
+
+  __device__ static float gradient(float student, float teacher) {
+    const float difference = student - teacher;
+    return static_cast<float>((difference > 0.0f) - (difference < 0.0f));
+  }
+};
 
 // The finite size of a log-ratio where a probability of 0, which multiplies it, makes it infinite.
 constexpr float kHuge = 1e30f;

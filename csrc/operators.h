@@ -26,7 +26,7 @@ void ema_update_(
 std::tuple<Tensor, Tensor, Tensor> l1_forward(
     const Tensor& student, const Tensor& teacher, double scale, bool gradient, bool agreement);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kl_forward(
+using DivergenceForward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor& student,
     const Tensor& teacher,
     double temperature,
@@ -35,14 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kl_forward(
     bool teacher_gradient,
     bool agreement);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> js_forward(
-    const Tensor& student,
-    const Tensor& teacher,
-    double temperature,
-    double scale,
-    bool student_gradient,
-    bool teacher_gradient,
-    bool agreement);
+DivergenceForward kl_forward;
+DivergenceForward js_forward;
 
 std::tuple<Tensor, Tensor> scale_gradients(
     const Tensor& student_unit,

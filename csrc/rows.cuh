@@ -52,6 +52,17 @@ struct Row {
   int team;
 };
 
+// Calls `visit(i)` for those of kCount values, which begin at `begin` of the share, that are in it.
+template <int kCount, typename Visit>
+__device__ __forceinline__ void for_each_class(const Row& row, int begin, Visit&& visit) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (begin + i < row.count) {
+      visit(i);
+    }
+  }
+}
+
 // Values `begin` to `begin + kCount` of the share; beyond its end they are left alone.
 template <int kCount>
 __device__ __forceinline__ void load_share(const View& view, const Row& row, int begin, float (&values)[kCount]) {
@@ -97,12 +108,7 @@ __device__ __forceinline__ Rank rank_of(float logit, int class_index) {
 
 template <int kCount>
 __device__ __forceinline__ void raise(Rank& best, const Row& row, int begin, const float (&logits)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (begin + i < row.count) {
-      best = Max()(best, rank_of(logits[i], row.first + (begin + i) * row.team));
-    }
-  }
+  for_each_class<kCount>(row, begin, [&](int i) { best = Max()(best, rank_of(logits[i], row.first + (begin + i) * row.team)); });
 }
 
 // 1 in one thread of a team whose row has the same top class on both sides.

@@ -17,10 +17,13 @@ __all__ = [
     "combined",
     "disguised",
     "launch",
+    "launch_tiles",
     "layout",
+    "load",
     "packed",
     "place",
     "pointers",
+    "program_tile",
     "programs",
     "revealed",
     "splits",
@@ -93,6 +96,17 @@ def launch(on: Tensor, kernel: Any, grid: tuple[int, ...], *arguments: Any, warp
             kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=fuse)
 
 
+def launch_tiles(kernel: Any, tensors: Sequence[Tensor], *constants: Any) -> None:
+    """Run a kernel on every tile of tensors of one shape, which are cut as suits the first.
+
+    Its arguments are the tensors, the constants, those that ``packed`` returns, and the rows and channels of a tile.
+    """
+    sizes, strides = layout(*tensors)
+    block_rows, block_channels = tile(sizes, strides[0])
+    grid = programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
+    launch(tensors[0], kernel, grid, *tensors, *constants, *packed(sizes, tensors, strides), block_rows, block_channels)
+
+
 def packed(sizes: Sizes, tensors: Sequence[Tensor | None], strides: Sequence[Sizes]) -> tuple[Any, ...]:
     """A kernel's arguments ``sizes``, the ``strides`` of each tensor, and ``accesses``.
 
@@ -136,6 +150,15 @@ def place(index: tl.tensor, sizes: tl.tuple, block_rows: tl.constexpr) -> tl.tup
     """The outer × inner group of the tile of this index, and its rows."""
     tiles = tl.cdiv(sizes[2], block_rows)
     return index // tiles, (index % tiles).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+
+
+@triton.jit
+def program_tile(sizes: tl.tuple, accesses: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr) -> tl.tuple:
+    """For a program of ``launch_tiles``, the revealed sizes, and the group, rows, channels and mask of its tile."""
+    sizes = revealed(sizes, accesses)
+    group, rows = place(tl.program_id(0), sizes, block_rows)
+    channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    return sizes, group, rows, channels, (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
 
 
 @triton.jit
@@ -186,6 +209,12 @@ def combined(
         first += tl.load(of, mask=mask, other=0).to(tl.float64)
         second += tl.load(of + parts * channel_count, mask=mask, other=0).to(tl.float64)
     return tl.sum(first, axis=0), tl.sum(second, axis=0)
+
+
+@triton.jit
+def load(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Values in float32, 0 where the mask is not set."""
+    return tl.load(pointers, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit

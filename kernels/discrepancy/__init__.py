@@ -46,13 +46,7 @@ def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, ag
         BackendError: a forced backend does not serve the logits' device or dtype.
         RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
     """
-    _check(student, teacher, reduction, agreement)
-    backend = _choose("l1_discrepancy", student, teacher)
-    if backend == "reference":
-        loss = reference.l1_discrepancy(student, teacher, reduction)
-        return (loss, reference.agreement(student, teacher)) if agreement else loss
-    loss, count = _Fused.apply(student, teacher, "l1_forward", backend, None, _scale(student, reduction), agreement)
-    return (loss, count) if agreement else loss
+    return _discrepancy("l1", student, teacher, reduction, agreement)
 
 
 @overload
@@ -112,7 +106,7 @@ def kl_discrepancy(
         BackendError: a forced backend does not serve the logits' device or dtype.
         RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
     """
-    return _divergence("kl", student, teacher, temperature, reduction, scale_by_temperature_squared, agreement)
+    return _discrepancy("kl", student, teacher, reduction, agreement, temperature, scale_by_temperature_squared)
 
 
 @overload
@@ -150,27 +144,30 @@ def js_discrepancy(
     ½ log 2 times its probability on the other: value and gradients are finite. One minus this, over log 2, is what
     DeepInversion (arXiv 1912.08795, eq. 8) and PRE-DFKD compete with.
     """
-    return _divergence("js", student, teacher, temperature, reduction, scale_by_temperature_squared, agreement)
+    return _discrepancy("js", student, teacher, reduction, agreement, temperature, scale_by_temperature_squared)
 
 
-def _divergence(
-    kind: Literal["kl", "js"],
+def _discrepancy(
+    kind: Literal["l1", "kl", "js"],
     student: Tensor,
     teacher: Tensor,
-    temperature: float,
     reduction: Reduction,
-    scale_by_temperature_squared: bool,
     agreement: bool,
+    temperature: float | None = None,
+    scale_by_temperature_squared: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check(student, teacher, reduction, agreement)
-    temperature = _temperature(temperature)
-    _check_switch("scale_by_temperature_squared", scale_by_temperature_squared)
-    backend = _choose(f"{kind}_discrepancy", student, teacher)
+    factor = 1.0
+    if kind != "l1":
+        temperature = _temperature(temperature)
+        _check_switch("scale_by_temperature_squared", scale_by_temperature_squared)
+        factor = temperature**2 if scale_by_temperature_squared else 1.0
+    backend = choose(f"{kind}_discrepancy", student.device, (student.dtype, teacher.dtype), 2 * student.numel())
     if backend == "reference":
-        divergence = reference.kl_discrepancy if kind == "kl" else reference.js_discrepancy
-        loss = divergence(student, teacher, temperature, reduction, scale_by_temperature_squared)
+        loss = reference.discrepancy(kind, student, teacher, temperature, reduction)
+        loss = loss * factor if scale_by_temperature_squared else loss
         return (loss, reference.agreement(student, teacher)) if agreement else loss
-    scale = _scale(student, reduction) * (temperature**2 if scale_by_temperature_squared else 1.0)
+    scale = _scale(student, reduction) * factor
     loss, count = _Fused.apply(student, teacher, f"{kind}_forward", backend, temperature, scale, agreement)
     return (loss, count) if agreement else loss
 
@@ -222,10 +219,6 @@ def _last_use() -> bool:
     return not torch.compiler.is_compiling() and keeps_graph is not None and not keeps_graph()
 
 
-def _choose(operation: str, student: Tensor, teacher: Tensor) -> Backend:
-    return choose(operation, student.device, (student.dtype, teacher.dtype), 2 * student.numel())
-
-
 def _check(student: Tensor, teacher: Tensor, reduction: object, agreement: object) -> None:
     sides: tuple[tuple[str, object], ...] = ("student", student), ("teacher", teacher)
     for side, logits in sides:
@@ -269,27 +262,24 @@ def _scale(logits: Tensor, reduction: Reduction) -> float:
     return 1.0 / count if count else math.nan
 
 
-def _scalar(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    return logits.new_empty((), dtype=dtype)
+def _fake_scalar(logits: Tensor, dtype: torch.dtype, wanted: bool = True) -> Tensor:
+    return logits.new_empty(() if wanted else 0, dtype=dtype)
 
 
-def _nothing(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    return logits.new_empty(0, dtype=dtype)
+def _fake_unit(logits: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor:
+    return torch.empty_like(logits, dtype=dtype) if wanted else logits.new_empty(0, dtype=dtype)
 
 
 def _fake_l1(student: Tensor, teacher: Tensor, scale: float, gradient: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
-    sign = torch.empty_like(student, dtype=torch.int8) if gradient else _nothing(student, torch.int8)
-    count = _scalar(student, torch.int64) if agreement else _nothing(student, torch.int64)
-    return _scalar(student, torch.float32), sign, count
+    sign = _fake_unit(student, torch.int8, gradient)
+    return _fake_scalar(student, torch.float32), sign, _fake_scalar(student, torch.int64, agreement)
 
 
 def _fake_divergence(
     student: Tensor, teacher: Tensor, temperature: float, scale: float, student_gradient: bool, teacher_gradient: bool, agreement: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student_unit = torch.empty_like(student) if student_gradient else _nothing(student, student.dtype)
-    teacher_unit = torch.empty_like(teacher) if teacher_gradient else _nothing(teacher, teacher.dtype)
-    count = _scalar(student, torch.int64) if agreement else _nothing(student, torch.int64)
-    return _scalar(student, torch.float32), student_unit, teacher_unit, count
+    units = _fake_unit(student, student.dtype, student_gradient), _fake_unit(teacher, teacher.dtype, teacher_gradient)
+    return _fake_scalar(student, torch.float32), *units, _fake_scalar(student, torch.int64, agreement)
 
 
 def _fake_scale_gradients(
@@ -304,18 +294,20 @@ def _fake_scale_gradients(
     return torch.empty_like(student_unit, dtype=student_dtype), torch.empty_like(teacher_unit, dtype=teacher_dtype)
 
 
-_DIVERGENCE = (
-    "(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, bool teacher_gradient, bool agreement)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
 operators.define(
     __name__,
     "l1_forward",
     "(Tensor student, Tensor teacher, float scale, bool gradient, bool agreement) -> (Tensor, Tensor, Tensor)",
     _fake_l1,
 )
-operators.define(__name__, "kl_forward", _DIVERGENCE, _fake_divergence)
-operators.define(__name__, "js_forward", _DIVERGENCE, _fake_divergence)
+for _name in ("kl_forward", "js_forward"):
+    operators.define(
+        __name__,
+        _name,
+        "(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, bool teacher_gradient, bool agreement)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _fake_divergence,
+    )
 operators.define(
     __name__,
     "scale_gradients",

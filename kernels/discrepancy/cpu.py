@@ -7,6 +7,7 @@ terms that a rounded log-sum-exp changes to second order only (``_kl_term``).
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import numba
@@ -26,6 +27,9 @@ TILE = 2048  # elements a tile of rows holds: its three buffers stay in the firs
 # are class_stride apart. A plain tuple, which numba takes fastest: outer, inner, classes, outer_stride, inner_stride,
 # class_stride.
 Rows = tuple[int, int, int, int, int, int]
+# Of two types, so that numba compiles the kernels for each: a branch on it costs no loop its vectors.
+KL, JS = None, True
+Kind = bool | None
 HUGE: Any = np.float32(1e30)  # a log-ratio's finite size where a probability of 0, which multiplies it, makes it infinite
 NEAR: Any = np.float32(0.25)
 K2, K3, K4, K5, K6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
@@ -37,18 +41,6 @@ def l1_forward(student: Tensor, teacher: Tensor, scale: float, gradient: bool, a
     with simd.threads:
         _l1(simd.place(s), simd.place(t), simd.place(sign), simd.place(loss), s.numel(), gradient, scale)
     return loss, simd.laid_out_as(sign, student) if gradient else sign.view(-1), _agreement(s, t, agreement)
-
-
-def kl_forward(
-    student: Tensor, teacher: Tensor, temperature: float, scale: float, student_gradient: bool, teacher_gradient: bool, agreement: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _divergence(False, student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement)
-
-
-def js_forward(
-    student: Tensor, teacher: Tensor, temperature: float, scale: float, student_gradient: bool, teacher_gradient: bool, agreement: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _divergence(True, student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement)
 
 
 def scale_gradients(
@@ -69,7 +61,7 @@ def scale_gradients(
 
 
 def _divergence(
-    js: bool,
+    kind: Kind,
     student: Tensor,
     teacher: Tensor,
     temperature: float,
@@ -87,11 +79,14 @@ def _divergence(
     with simd.threads:
         kernel(
             *(simd.place(tensor) for tensor in (s, t, student_unit, teacher_unit, loss)),
-            *(rows, student_gradient, teacher_gradient, 1 / temperature, scale, js),
+            *(rows, student_gradient, teacher_gradient, 1 / temperature, scale, kind),
         )
     student_unit = simd.laid_out_as(student_unit, student) if student_gradient else student_unit.view(-1)
     teacher_unit = simd.laid_out_as(teacher_unit, teacher) if teacher_gradient else teacher_unit.view(-1)
     return loss, student_unit, teacher_unit, _agreement(s, t, agreement)
+
+
+kl_forward, js_forward = partial(_divergence, KL), partial(_divergence, JS)
 
 
 def _rows(logits: Tensor) -> Rows:
@@ -124,14 +119,11 @@ def _l1(student: Place, teacher: Place, sign: Place, loss: Place, size: int, gra
     for block in prange(len(partial)):
         start, end = block * simd.BLOCK, min((block + 1) * simd.BLOCK, size)
         total = ZERO
-        if gradient:
-            for i in range(start, end):
-                difference = simd.widen(s[i]) - simd.widen(t[i])
-                total += abs(difference)
+        for i in range(start, end):
+            difference = simd.widen(s[i]) - simd.widen(t[i])
+            total += abs(difference)
+            if gradient:
                 out[i] = np.int8(difference > ZERO) - np.int8(difference < ZERO)
-        else:
-            for i in range(start, end):
-                total += abs(simd.widen(s[i]) - simd.widen(t[i]))
         partial[block] = total
     simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
@@ -197,6 +189,26 @@ def _log_over_mean(d: Any) -> Any:
     return greater if d > ZERO else greater - abs(d)
 
 
+@simd.inline
+def _reciprocal(x: Any) -> Any:
+    return ONE / x  # rounded here: in a kernel, LLVM may divide by x instead of multiplying by this
+
+
+@simd.inline
+def _log_ratios(p: Any, q: Any, d: Any) -> tuple[Any, Any]:
+    """log p − log m and log q − log m, where m = (p + q) / 2, for d = log p − log q."""
+    d = HUGE if q == ZERO else d
+    d = -HUGE if p == ZERO else d
+    return _log_over_mean(d), _log_over_mean(-d)
+
+
+@simd.inline
+def _student_unit(weight: Any, p: Any, q: Any, b: Any, b_mean: Any, kind: Kind) -> Any:
+    if kind is KL:
+        return weight * (q - p)
+    return weight * q * (b - b_mean)
+
+
 # In both kernels p and q are the teacher's and the student's probabilities, a and b the log-ratios that they weight. KL has no b.
 @simd.parallel
 def _row_by_row(
@@ -210,12 +222,12 @@ def _row_by_row(
     teacher_gradient: bool,
     inverse_temperature: float,
     scale: float,
-    js: bool,
+    kind: Kind,
 ) -> None:
     s, t, s_unit, t_unit = simd.pointer(student), simd.pointer(teacher), simd.pointer(student_unit), simd.pointer(teacher_unit)
     _, count, classes, _, _, _ = rows
     sharpness = np.float32(inverse_temperature)
-    weight = HALF * sharpness if js else sharpness
+    weight = sharpness if kind is KL else HALF * sharpness
     rows_a_task = -(-simd.BLOCK // classes)
     partial = np.empty(-(-count // rows_a_task))
     for task in prange(len(partial)):
@@ -231,34 +243,24 @@ def _row_by_row(
                 p[c], q[c], a[c] = simd.exp_of_negative(x), simd.exp_of_negative(y), x - y
                 p_sum += p[c]
                 q_sum += q[c]
-            shift, p_scale, q_scale = np.log(p_sum) - np.log(q_sum), ONE / p_sum, ONE / q_sum
-            a_mean, b_mean = ZERO, ZERO
-            if js:
-                for c in range(classes):
-                    p[c], q[c], d = p[c] * p_scale, q[c] * q_scale, a[c] - shift
-                    d = HUGE if q[c] == ZERO else d
-                    d = -HUGE if p[c] == ZERO else d
-                    a[c], b[c] = _log_over_mean(d), _log_over_mean(-d)
-                    a_mean += p[c] * a[c]
-                    b_mean += q[c] * b[c]
-                total += HALF * (a_mean + b_mean)
-            else:
-                row_total = ZERO
-                for c in range(classes):
-                    p[c], q[c], d = p[c] * p_scale, q[c] * q_scale, a[c] - shift
+            shift, p_scale, q_scale = np.log(p_sum) - np.log(q_sum), _reciprocal(p_sum), _reciprocal(q_sum)
+            a_mean, b_mean, kl = ZERO, ZERO, ZERO
+            for c in range(classes):
+                p[c], q[c], d = p[c] * p_scale, q[c] * q_scale, a[c] - shift
+                if kind is KL:
                     a[c] = -HUGE if p[c] == ZERO else d
-                    a_mean += p[c] * a[c]
-                    row_total += _kl_term(p[c], q[c], a[c])
-                total += row_total
+                    kl += _kl_term(p[c], q[c], a[c])
+                else:
+                    a[c], b[c] = _log_ratios(p[c], q[c], d)
+                    b_mean += q[c] * b[c]
+                a_mean += p[c] * a[c]
+            total += kl if kind is KL else HALF * (a_mean + b_mean)
             if teacher_gradient:
                 for c in range(classes):
                     t_unit[start + c] = simd.narrow(weight * p[c] * (a[c] - a_mean), teacher_unit)
-            if student_gradient and js:
+            if student_gradient:
                 for c in range(classes):
-                    s_unit[start + c] = simd.narrow(weight * q[c] * (b[c] - b_mean), student_unit)
-            elif student_gradient:
-                for c in range(classes):
-                    s_unit[start + c] = simd.narrow(weight * (q[c] - p[c]), student_unit)
+                    s_unit[start + c] = simd.narrow(_student_unit(weight, p[c], q[c], b[c], b_mean, kind), student_unit)
         partial[task] = total
     simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
@@ -275,12 +277,12 @@ def _tile_by_tile(
     teacher_gradient: bool,
     inverse_temperature: float,
     scale: float,
-    js: bool,
+    kind: Kind,
 ) -> None:
     s, t, s_unit, t_unit = simd.pointer(student), simd.pointer(teacher), simd.pointer(student_unit), simd.pointer(teacher_unit)
     outer, inner, classes, outer_stride, inner_stride, class_stride = rows
     sharpness = np.float32(inverse_temperature)
-    weight = HALF * sharpness if js else sharpness
+    weight = sharpness if kind is KL else HALF * sharpness
     rows_a_tile = max(16, TILE // classes)
     tiles = -(-inner // rows_a_tile)
     partial = np.empty(outer * tiles)
@@ -304,29 +306,24 @@ def _tile_by_tile(
                 p[c, i], q[c, i], a[c, i] = simd.exp_of_negative(x), simd.exp_of_negative(y), x - y
                 p_sum[i] += p[c, i]
                 q_sum[i] += q[c, i]
-        shift, total = np.empty(size, np.float32), np.zeros(size, np.float32)
+        shift, kl = np.empty(size, np.float32), np.zeros(size, np.float32)
         a_mean, b_mean = np.zeros(size, np.float32), np.zeros(size, np.float32)
         for i in range(size):
             shift[i], p_sum[i], q_sum[i] = np.log(p_sum[i]) - np.log(q_sum[i]), ONE / p_sum[i], ONE / q_sum[i]
         for c in range(classes):
-            if js:
-                for i in range(size):
-                    p[c, i], q[c, i], d = p[c, i] * p_sum[i], q[c, i] * q_sum[i], a[c, i] - shift[i]
-                    d = HUGE if q[c, i] == ZERO else d
-                    d = -HUGE if p[c, i] == ZERO else d
-                    a[c, i], b[c, i] = _log_over_mean(d), _log_over_mean(-d)
-                    a_mean[i] += p[c, i] * a[c, i]
-                    b_mean[i] += q[c, i] * b[c, i]
-            else:
-                for i in range(size):
-                    p[c, i], q[c, i], d = p[c, i] * p_sum[i], q[c, i] * q_sum[i], a[c, i] - shift[i]
+            for i in range(size):
+                p[c, i], q[c, i], d = p[c, i] * p_sum[i], q[c, i] * q_sum[i], a[c, i] - shift[i]
+                if kind is KL:
                     a[c, i] = -HUGE if p[c, i] == ZERO else d
-                    a_mean[i] += p[c, i] * a[c, i]
-                    total[i] += _kl_term(p[c, i], q[c, i], a[c, i])
-        partial[task] = HALF * (a_mean.sum() + b_mean.sum()) if js else total.sum()
+                    kl[i] += _kl_term(p[c, i], q[c, i], a[c, i])
+                else:
+                    a[c, i], b[c, i] = _log_ratios(p[c, i], q[c, i], d)
+                    b_mean[i] += q[c, i] * b[c, i]
+                a_mean[i] += p[c, i] * a[c, i]
+        partial[task] = kl.sum() if kind is KL else HALF * (a_mean.sum() + b_mean.sum())
         for c in range(classes):
             for i in range(size):
-                q[c, i] = weight * (q[c, i] * (b[c, i] - b_mean[i]) if js else q[c, i] - p[c, i])
+                q[c, i] = _student_unit(weight, p[c, i], q[c, i], b[c, i], b_mean[i], kind)
                 p[c, i] = weight * p[c, i] * (a[c, i] - a_mean[i])
         if teacher_gradient:
             _scatter(p, t_unit, teacher_unit, start, class_stride, inner_stride)

@@ -1,39 +1,31 @@
 """The discrepancies in Triton.
 
 A row is the logits of one sample or pixel. A program holds a tile of rows × classes; where rows fit no tile, it passes
-over their classes again and again. Every program leaves a partial sum, and ``_finish_kernel`` adds them in order.
+over their classes again and again, for L1 once. Every program leaves a partial sum, and ``_finish_kernel`` adds them in order.
 """
+
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Sizes, launch, layout, packed, place, pointers, programs, revealed, store
+from ..tiles import Sizes, launch, layout, load, packed, place, pointers, programs, revealed, store
 
 BLOCK = 2048  # elements of a tile
 WHOLE = 8192  # elements of the largest tile that is kept in registers as a whole
-
-Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def l1_forward(student: Tensor, teacher: Tensor, scale: float, gradient: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See kernels/discrepancy."""
     sign = torch.empty_like(student, dtype=torch.int8) if gradient else None
-    sizes, strides = layout(student, teacher, student if sign is None else sign)
-    block_rows, block_classes, warps = _tile(sizes, strides[0], BLOCK)
-    if not agreement and _is_dense(student) and student.stride() == teacher.stride():  # then rows do not matter
-        sizes, strides = (1, 1, student.numel(), 1), [(0, 0, 1, 1)] * 3
-        block_rows, block_classes, warps = BLOCK, 1, 4
-    count = programs(sizes, block_rows)
-    losses, agreements = _partials(student, count, agreement)
-    arguments = student, teacher, sign, losses, agreements, *packed(sizes, (student, teacher, sign), strides)
-    launch(student, _l1_kernel, (count,), *arguments, block_rows, block_classes, warps=warps)
-    loss, agree = _finish(losses, agreements, scale)
-    return loss, _or_empty(sign, student, torch.int8), _or_empty(agree, student, torch.int64)
+    loss, count = _forward("l1", student, teacher, sign, None, None, scale, agreement)
+    return loss, _or_empty(sign, student, torch.int8), count
 
 
-def kl_forward(
+def _divergence(
+    kind: str,
     student: Tensor,
     teacher: Tensor,
     temperature: float,
@@ -41,22 +33,15 @@ def kl_forward(
     student_gradient: bool,
     teacher_gradient: bool,
     agreement: bool,
-) -> Forward:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See kernels/discrepancy."""
-    return _divergence(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement, js=False)
+    student_unit = torch.empty_like(student) if student_gradient else None
+    teacher_unit = torch.empty_like(teacher) if teacher_gradient else None
+    loss, count = _forward(kind, student, teacher, student_unit, teacher_unit, 1 / temperature, scale, agreement)
+    return loss, _or_empty(student_unit, student, student.dtype), _or_empty(teacher_unit, teacher, teacher.dtype), count
 
 
-def js_forward(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    scale: float,
-    student_gradient: bool,
-    teacher_gradient: bool,
-    agreement: bool,
-) -> Forward:
-    """See kernels/discrepancy."""
-    return _divergence(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement, js=True)
+kl_forward, js_forward = partial(_divergence, "kl"), partial(_divergence, "js")
 
 
 def scale_gradients(
@@ -80,37 +65,36 @@ def scale_gradients(
     return student_gradient, teacher_gradient
 
 
-def _divergence(
+def _forward(
+    kind: str,
     student: Tensor,
     teacher: Tensor,
-    temperature: float,
+    student_unit: Tensor | None,
+    teacher_unit: Tensor | None,
+    inverse_temperature: float | None,
     scale: float,
-    student_gradient: bool,
-    teacher_gradient: bool,
     agreement: bool,
-    js: bool,
-) -> Forward:
-    student_unit = torch.empty_like(student) if student_gradient else None
-    teacher_unit = torch.empty_like(teacher) if teacher_gradient else None
+) -> tuple[Tensor, Tensor]:
+    """The loss and the agreement; what is not None of the units is written."""
+    tensors = student, teacher, student_unit, teacher_unit
     units = (student if student_unit is None else student_unit, teacher if teacher_unit is None else teacher_unit)
     sizes, strides = layout(student, teacher, *units)
     block_rows, block_classes, warps = _tile(sizes, strides[0], WHOLE)
-    whole = block_classes >= sizes[3]
+    whole = kind != "l1" and block_classes >= sizes[3]
     if not whole:
         block_rows, block_classes, warps = _tile(sizes, strides[0], BLOCK)
+    if kind == "l1" and not agreement and _is_dense(student) and student.stride() == teacher.stride():  # then rows do not matter
+        sizes, strides = (1, 1, student.numel(), 1), [(0, 0, 1, 1)] * 4
+        block_rows, block_classes, warps = BLOCK, 1, 4
     count = programs(sizes, block_rows)
-    losses, agreements = _partials(student, count, agreement)
-    kernel = _whole_rows_kernel if whole else _long_rows_kernel
-    tensors = student, teacher, student_unit, teacher_unit
-    arguments = *tensors, losses, agreements, *packed(sizes, tensors, strides), 1 / temperature
-    launch(student, kernel, (count,), *arguments, js, block_rows, block_classes, warps=warps, fuse=False)
-    loss, agree = _finish(losses, agreements, scale)
-    return (
-        loss,
-        _or_empty(student_unit, student, student.dtype),
-        _or_empty(teacher_unit, teacher, teacher.dtype),
-        _or_empty(agree, student, torch.int64),
-    )
+    losses = student.new_empty(count, dtype=torch.float32)
+    agreements = student.new_empty(count, dtype=torch.int32) if agreement else None
+    arguments = *tensors, losses, agreements, *packed(sizes, tensors, strides), inverse_temperature
+    launch(student, _rows_kernel, (count,), *arguments, kind, whole, block_rows, block_classes, warps=warps, fuse=kind == "l1")
+    loss = losses.new_empty(())
+    agree = student.new_empty((), dtype=torch.int64) if agreement else None
+    launch(student, _finish_kernel, (1,), losses, agreements, loss, agree, count, scale, 1024)
+    return loss, _or_empty(agree, student, torch.int64)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -131,65 +115,12 @@ def _tile(sizes: Sizes, strides: Sizes, elements: int) -> tuple[int, int, int]:
     return rows, classes, min(max(warps, 1), 8)
 
 
-def _partials(logits: Tensor, count: int, agreement: bool) -> tuple[Tensor, Tensor | None]:
-    return logits.new_empty(count, dtype=torch.float32), logits.new_empty(count, dtype=torch.int32) if agreement else None
-
-
-def _finish(losses: Tensor, agreements: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    loss = losses.new_empty(())
-    agree = None if agreements is None else agreements.new_empty((), dtype=torch.int64)
-    launch(losses, _finish_kernel, (1,), losses, agreements, loss, agree, losses.numel(), scale, 1024)
-    return loss, agree
-
-
 def _or_empty(result: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.new_empty(0, dtype=dtype) if result is None else result
 
 
-@triton.jit(do_not_specialize=["student", "teacher", "sign"])
-def _l1_kernel(
-    student: tl.tensor,
-    teacher: tl.tensor,
-    sign: tl.tensor,
-    losses: tl.tensor,
-    agreements: tl.tensor,
-    sizes: tl.tuple,
-    student_strides: tl.tuple,
-    teacher_strides: tl.tuple,
-    sign_strides: tl.tuple,
-    accesses: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_classes: tl.constexpr,
-) -> None:
-    sizes = revealed(sizes, accesses)
-    program = tl.program_id(0)
-    group, rows = place(program, sizes, block_rows)
-    real = rows < sizes[2]
-    total = tl.zeros((block_rows,), tl.float32)
-    s_max = tl.full((block_rows,), -float("inf"), tl.float32)
-    t_max = s_max
-    s_top = tl.zeros((block_rows,), tl.int32)
-    t_top = s_top
-    for start in range(0, sizes[3], block_classes):
-        classes = start + tl.arange(0, block_classes)
-        mask = real[:, None] & (classes < sizes[3])[None, :]
-        s = tl.load(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
-        t = tl.load(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), mask=mask, other=0).to(tl.float32)
-        difference = s - t
-        total += tl.sum(tl.abs(difference), axis=1)
-        if sign is not None:
-            signs = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
-            tl.store(pointers(sign, group, rows, classes, sizes, sign_strides, accesses, 2), signs, mask=mask)
-        if agreements is not None:
-            s_max, s_top = _higher(s_max, s_top, tl.where(mask, s, -float("inf")), classes)
-            t_max, t_top = _higher(t_max, t_top, tl.where(mask, t, -float("inf")), classes)
-    tl.store(losses + program, tl.sum(total))
-    if agreements is not None:
-        tl.store(agreements + program, _agreeing(s_top, t_top, real))
-
-
 @triton.jit(do_not_specialize=["student", "teacher", "student_unit", "teacher_unit"])
-def _whole_rows_kernel(
+def _rows_kernel(
     student: tl.tensor,
     teacher: tl.tensor,
     student_unit: tl.tensor,
@@ -203,7 +134,8 @@ def _whole_rows_kernel(
     teacher_unit_strides: tl.tuple,
     accesses: tl.constexpr,
     inverse_temperature: tl.tensor,
-    js: tl.constexpr,
+    kind: tl.constexpr,
+    whole: tl.constexpr,
     block_rows: tl.constexpr,
     block_classes: tl.constexpr,
 ) -> None:
@@ -211,113 +143,100 @@ def _whole_rows_kernel(
     program = tl.program_id(0)
     group, rows = place(program, sizes, block_rows)
     real = rows < sizes[2]
-    classes = tl.arange(0, block_classes)
-    mask = real[:, None] & (classes < sizes[3])[None, :]
-    s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
-    t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
-    s_max = tl.max(s, axis=1)
-    t_max = tl.max(t, axis=1)
-    if agreements is not None:
-        agree = _agreeing(_top(s, s_max, classes), _top(t, t_max, classes), real)
-        tl.store(agreements + program, agree)
-
-    log_q = (s - s_max[:, None]) * inverse_temperature  # the maximum goes first: logits of 10⁴ lose nothing by it
-    log_p = (t - t_max[:, None]) * inverse_temperature
-    q = tl.exp(log_q)
-    p = tl.exp(log_p)
-    q_norm = tl.sum(q, axis=1)[:, None]
-    p_norm = tl.sum(p, axis=1)[:, None]
-    log_q -= tl.log(q_norm)
-    log_p -= tl.log(p_norm)
-    q *= 1 / q_norm
-    p *= 1 / p_norm
-    loss, q_sum, p_sum = _sums(log_q, log_p, q, p, js)
-    tl.store(losses + program, tl.sum(loss))
-    for_student, for_teacher = _units(log_q, log_p, q, p, q_sum, p_sum, inverse_temperature, js)
-    if student_unit is not None:
-        store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), for_student, mask)
-    if teacher_unit is not None:
-        store(pointers(teacher_unit, group, rows, classes, sizes, teacher_unit_strides, accesses, 3), for_teacher, mask)
-
-
-@triton.jit(do_not_specialize=["student", "teacher", "student_unit", "teacher_unit"])
-def _long_rows_kernel(
-    student: tl.tensor,
-    teacher: tl.tensor,
-    student_unit: tl.tensor,
-    teacher_unit: tl.tensor,
-    losses: tl.tensor,
-    agreements: tl.tensor,
-    sizes: tl.tuple,
-    student_strides: tl.tuple,
-    teacher_strides: tl.tuple,
-    student_unit_strides: tl.tuple,
-    teacher_unit_strides: tl.tuple,
-    accesses: tl.constexpr,
-    inverse_temperature: tl.tensor,
-    js: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_classes: tl.constexpr,
-) -> None:
-    sizes = revealed(sizes, accesses)
-    program = tl.program_id(0)
-    group, rows = place(program, sizes, block_rows)
-    real = rows < sizes[2]
-    s_max = tl.full((block_rows,), -float("inf"), tl.float32)
-    t_max = s_max
-    q_norm = tl.zeros((block_rows,), tl.float32)
-    p_norm = q_norm
-    s_top = tl.zeros((block_rows,), tl.int32)
-    t_top = s_top
-    for start in range(0, sizes[3], block_classes):
-        classes = start + tl.arange(0, block_classes)
-        s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
-        t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
-        q_norm = _norm(s_max, q_norm, s, inverse_temperature)
-        p_norm = _norm(t_max, p_norm, t, inverse_temperature)
-        s_max, s_top = _higher(s_max, s_top, s, classes)
-        t_max, t_top = _higher(t_max, t_top, t, classes)
-    if agreements is not None:
-        tl.store(agreements + program, _agreeing(s_top, t_top, real))
-
-    log_q_norm = tl.log(q_norm)
-    log_p_norm = tl.log(p_norm)
     loss = tl.zeros((block_rows,), tl.float32)
-    q_sum = loss
-    p_sum = loss
-    for start in range(0, sizes[3], block_classes):
-        classes = start + tl.arange(0, block_classes)
-        s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
-        t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
-        log_q = (s - s_max[:, None]) * inverse_temperature - log_q_norm[:, None]
-        log_p = (t - t_max[:, None]) * inverse_temperature - log_p_norm[:, None]
-        part, q_part, p_part = _sums(log_q, log_p, tl.exp(log_q), tl.exp(log_p), js)
-        loss += part
-        q_sum += q_part
-        p_sum += p_part
-    tl.store(losses + program, tl.sum(loss))
-
-    if student_unit is not None or teacher_unit is not None:
+    if whole:
+        classes = tl.arange(0, block_classes)
+        mask = real[:, None] & (classes < sizes[3])[None, :]
+        s = _logits(load(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), mask), classes, sizes)
+        t = _logits(load(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), mask), classes, sizes)
+        s_max = tl.max(s, axis=1)
+        t_max = tl.max(t, axis=1)
+        if agreements is not None:
+            tl.store(agreements + program, _agreeing(_top(s, s_max, classes), _top(t, t_max, classes), real))
+        log_q, q = _softmax(s, s_max, inverse_temperature)
+        log_p, p = _softmax(t, t_max, inverse_temperature)
+        loss, q_sum, p_sum = _sums(log_q, log_p, q, p, kind)
+        for_student, for_teacher = _units(log_q, log_p, q, p, q_sum, p_sum, inverse_temperature, kind)
+        if student_unit is not None:
+            store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), for_student, mask)
+        if teacher_unit is not None:
+            store(pointers(teacher_unit, group, rows, classes, sizes, teacher_unit_strides, accesses, 3), for_teacher, mask)
+    else:
+        s_max = tl.full((block_rows,), -float("inf"), tl.float32)
+        t_max = s_max
+        q_norm = loss
+        p_norm = loss
+        s_top = tl.zeros((block_rows,), tl.int32)
+        t_top = s_top
         for start in range(0, sizes[3], block_classes):
             classes = start + tl.arange(0, block_classes)
             mask = real[:, None] & (classes < sizes[3])[None, :]
-            s = _logits(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), real, classes, sizes)
-            t = _logits(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), real, classes, sizes)
-            log_q = (s - s_max[:, None]) * inverse_temperature - log_q_norm[:, None]
-            log_p = (t - t_max[:, None]) * inverse_temperature - log_p_norm[:, None]
-            for_student, for_teacher = _units(log_q, log_p, tl.exp(log_q), tl.exp(log_p), q_sum, p_sum, inverse_temperature, js)
-            if student_unit is not None:
-                store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), for_student, mask)
-            if teacher_unit is not None:
-                store(pointers(teacher_unit, group, rows, classes, sizes, teacher_unit_strides, accesses, 3), for_teacher, mask)
+            s = load(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), mask)
+            t = load(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), mask)
+            if kind == "l1":
+                difference = s - t
+                loss += tl.sum(tl.abs(difference), axis=1)
+                if student_unit is not None:
+                    signs = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
+                    tl.store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), signs, mask=mask)
+                s = tl.where(mask, s, -float("inf"))  # for the agreement; ``_logits`` would take more registers
+                t = tl.where(mask, t, -float("inf"))
+            else:
+                s = _logits(s, classes, sizes)
+                t = _logits(t, classes, sizes)
+                q_norm = _norm(s_max, q_norm, s, inverse_temperature)
+                p_norm = _norm(t_max, p_norm, t, inverse_temperature)
+            if kind != "l1" or agreements is not None:
+                s_max, s_top = _higher(s_max, s_top, s, classes)
+                t_max, t_top = _higher(t_max, t_top, t, classes)
+        if agreements is not None:
+            tl.store(agreements + program, _agreeing(s_top, t_top, real))
+
+        if kind != "l1":
+            log_q_norm = tl.log(q_norm)
+            log_p_norm = tl.log(p_norm)
+            q_sum = loss
+            p_sum = loss
+            for start in range(0, sizes[3], block_classes):
+                classes = start + tl.arange(0, block_classes)
+                mask = real[:, None] & (classes < sizes[3])[None, :]
+                s = _logits(load(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), mask), classes, sizes)
+                t = _logits(load(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), mask), classes, sizes)
+                log_q = (s - s_max[:, None]) * inverse_temperature - log_q_norm[:, None]
+                log_p = (t - t_max[:, None]) * inverse_temperature - log_p_norm[:, None]
+                part, q_part, p_part = _sums(log_q, log_p, tl.exp(log_q), tl.exp(log_p), kind)
+                loss += part
+                q_sum += q_part
+                p_sum += p_part
+        if kind != "l1" and (student_unit is not None or teacher_unit is not None):
+            for start in range(0, sizes[3], block_classes):
+                classes = start + tl.arange(0, block_classes)
+                mask = real[:, None] & (classes < sizes[3])[None, :]
+                s = _logits(load(pointers(student, group, rows, classes, sizes, student_strides, accesses, 0), mask), classes, sizes)
+                t = _logits(load(pointers(teacher, group, rows, classes, sizes, teacher_strides, accesses, 1), mask), classes, sizes)
+                log_q = (s - s_max[:, None]) * inverse_temperature - log_q_norm[:, None]
+                log_p = (t - t_max[:, None]) * inverse_temperature - log_p_norm[:, None]
+                for_student, for_teacher = _units(log_q, log_p, tl.exp(log_q), tl.exp(log_p), q_sum, p_sum, inverse_temperature, kind)
+                if student_unit is not None:
+                    store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), for_student, mask)
+                if teacher_unit is not None:
+                    store(pointers(teacher_unit, group, rows, classes, sizes, teacher_unit_strides, accesses, 3), for_teacher, mask)
+    tl.store(losses + program, tl.sum(loss))
 
 
 @triton.jit
-def _logits(pointers: tl.tensor, real: tl.tensor, classes: tl.tensor, sizes: tl.tuple) -> tl.tensor:
-    """Logits in float32: −∞ beyond the last class, where softmax is then 0, and 0 beyond the last row. Neither adds to a sum."""
-    mask = (classes < sizes[3])[None, :]
-    logits = tl.load(pointers, mask=real[:, None] & mask, other=0).to(tl.float32)
-    return tl.where(mask, logits, -float("inf"))
+def _logits(values: tl.tensor, classes: tl.tensor, sizes: tl.tuple) -> tl.tensor:
+    """−∞ beyond the last class, where softmax is then 0; beyond the last row they are 0. Neither adds to a sum."""
+    return tl.where((classes < sizes[3])[None, :], values, -float("inf"))
+
+
+@triton.jit
+def _softmax(logits: tl.tensor, maximum: tl.tensor, inverse_temperature: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The logarithms of the probabilities of whole rows, and the probabilities."""
+    log_p = (logits - maximum[:, None]) * inverse_temperature  # the maximum goes first: logits of 10⁴ lose nothing by it
+    p = tl.exp(log_p)
+    norm = tl.sum(p, axis=1)[:, None]
+    return log_p - tl.log(norm), p * (1 / norm)
 
 
 @triton.jit
@@ -330,13 +249,13 @@ def _norm(maximum: tl.tensor, norm: tl.tensor, logits: tl.tensor, inverse_temper
 
 
 @triton.jit
-def _sums(log_q: tl.tensor, log_p: tl.tensor, q: tl.tensor, p: tl.tensor, js: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def _sums(log_q: tl.tensor, log_p: tl.tensor, q: tl.tensor, p: tl.tensor, kind: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Every row's loss, and the expected log ratios of q and p that its derivatives are centred on."""
-    q_ratio, p_ratio = _log_ratios(log_q, log_p, q, p, js)
+    q_ratio, p_ratio = _log_ratios(log_q, log_p, q, p, kind)
     p_sum = tl.sum(p * p_ratio, axis=1)
     q_sum = p_sum
     loss = p_sum
-    if js:
+    if kind == "js":
         q_sum = tl.sum(q * q_ratio, axis=1)
         loss = 0.5 * (p_sum + q_sum)
     else:
@@ -363,31 +282,31 @@ def _units(
     q_sum: tl.tensor,
     p_sum: tl.tensor,
     inverse_temperature: tl.tensor,
-    js: tl.constexpr,
+    kind: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The loss's derivatives by the student's and the teacher's logits."""
-    q_ratio, p_ratio = _log_ratios(log_q, log_p, q, p, js)
+    q_ratio, p_ratio = _log_ratios(log_q, log_p, q, p, kind)
     for_student = q - p
     for_teacher = p * (p_ratio - p_sum[:, None])
-    if js:
+    if kind == "js":
         for_student = 0.5 * q * (q_ratio - q_sum[:, None])
         for_teacher *= 0.5
     return for_student * inverse_temperature, for_teacher * inverse_temperature
 
 
 @triton.jit
-def _log_ratios(log_q: tl.tensor, log_p: tl.tensor, q: tl.tensor, p: tl.tensor, js: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def _log_ratios(log_q: tl.tensor, log_p: tl.tensor, q: tl.tensor, p: tl.tensor, kind: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """log q − log m and log p − log m for JS, where m = (p + q)/2; log p − log q as the second for KL.
 
     They are finite where a probability of 0, which multiplies them, would make them infinite.
     """
     difference = log_p - log_q
-    if js:
+    if kind == "js":
         difference = tl.where(q == 0, 1e30, difference)
     difference = tl.where(p == 0, -1e30, difference)
     q_ratio = difference
     p_ratio = difference
-    if js:
+    if kind == "js":
         # From the difference alone, not from log m: nothing cancels, and equal logits give exactly 0.
         size = tl.abs(difference)
         square = size * size

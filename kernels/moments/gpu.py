@@ -9,11 +9,13 @@ from ..tiles import (
     activate,
     combined,
     launch,
+    launch_tiles,
     layout,
+    load,
     packed,
     place,
     pointers,
-    programs,
+    program_tile,
     revealed,
     splits,
     store,
@@ -43,11 +45,7 @@ def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor,
 def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -> Tensor:
     """See kernels/moments."""
     gradient = torch.empty_like(x)
-    sizes, strides = layout(x, gradient)
-    block_rows, block_channels = tile(sizes, strides[0])
-    grid = programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
-    arguments = x, gradient, offset, slope, center, *packed(sizes, (x, gradient), strides)
-    launch(x, _backward_kernel, grid, *arguments, block_rows, block_channels)
+    launch_tiles(_backward_kernel, (x, gradient), offset, slope, center)
     return gradient
 
 
@@ -80,7 +78,7 @@ def _partials_kernel(
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
         group, rows = place(index, sizes, block_rows)
         mask = (rows < sizes[2])[:, None] & real[None, :]
-        y = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask=mask, other=0).to(tl.float32)
+        y = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
         centred = tl.where(mask, activate(y, activation) - pivot[None, :], 0)
         total += centred
         square += centred * centred
@@ -136,12 +134,9 @@ def _backward_kernel(
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
-    sizes = revealed(sizes, accesses)
-    group, rows = place(tl.program_id(0), sizes, block_rows)
-    channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    sizes, group, rows, channels, mask = program_tile(sizes, accesses, block_rows, block_channels)
     real = channels < sizes[3]
-    mask = (rows < sizes[2])[:, None] & real[None, :]
-    values = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask=mask).to(tl.float32)
+    values = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
     centred = values - tl.load(center + channels, mask=real)[None, :]
     result = tl.load(offset + channels, mask=real)[None, :] + tl.load(slope + channels, mask=real)[None, :] * centred
     store(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 1), result, mask)

@@ -5,19 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import (
-    combined,
-    launch,
-    layout,
-    packed,
-    place,
-    pointers,
-    programs,
-    revealed,
-    splits,
-    store,
-    tile,
-)
+from ..tiles import combined, launch, launch_tiles, layout, load, packed, place, pointers, program_tile, revealed, splits, store, tile
 
 __all__ = ["backward", "backward_constants", "constants", "forward"]
 
@@ -34,10 +22,7 @@ def constants(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps:
 def forward(x: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
     """See kernels/norm/cpu.py."""
     y = torch.empty_like(x)
-    sizes, strides = layout(x, y)
-    block_rows, block_channels = tile(sizes, strides[0])
-    grid = programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
-    launch(x, _forward_kernel, grid, x, y, scale, shift, float(slope), *packed(sizes, (x, y), strides), block_rows, block_channels)
+    launch_tiles(_forward_kernel, (x, y), scale, shift, float(slope))
     return y
 
 
@@ -62,11 +47,7 @@ def backward_constants(
 def backward(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, by_x: Tensor, offset: Tensor, slope: float) -> Tensor:
     """See kernels/norm/cpu.py."""
     result = torch.empty_like(x)
-    sizes, strides = layout(gradient, x, result)
-    block_rows, block_channels = tile(sizes, strides[1])
-    grid = programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
-    arguments = gradient, x, result, scale, shift, by_x, offset, float(slope), *packed(sizes, (gradient, x, result), strides)
-    launch(x, _backward_kernel, grid, *arguments, block_rows, block_channels)
+    launch_tiles(_backward_kernel, (x, gradient, result), scale, shift, by_x, offset, float(slope))
     return result
 
 
@@ -119,12 +100,9 @@ def _forward_kernel(
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
-    sizes = revealed(sizes, accesses)
-    group, rows = place(tl.program_id(0), sizes, block_rows)
-    channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    sizes, group, rows, channels, mask = program_tile(sizes, accesses, block_rows, block_channels)
     real = channels < sizes[3]
-    mask = (rows < sizes[2])[:, None] & real[None, :]
-    values = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask=mask, other=0).to(tl.float32)
+    values = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
     values = values * _constant(scale, channels, real) + _constant(shift, channels, real)
     values = tl.where(values > 0, values, values * slope)
     store(pointers(y, group, rows, channels, sizes, y_strides, accesses, 1), values, mask)
@@ -157,8 +135,8 @@ def _partials_kernel(
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
         group, rows = place(index, sizes, block_rows)
         mask = (rows < sizes[2])[:, None] & real[None, :]
-        g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
-        values = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 1), mask=mask, other=0).to(tl.float32)
+        g = load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask)
+        values = load(pointers(x, group, rows, channels, sizes, strides, accesses, 1), mask)
         g = _before_relu(g, values, a, b, slope)
         total += g
         centred += tl.where(mask, g * (values - center), 0)
@@ -198,10 +176,10 @@ def _combine_kernel(
     tl.store(offsets + channels, (-scale * total / n - slope * mean).to(tl.float32), mask=real)
 
 
-@triton.jit(do_not_specialize=["gradient", "x", "result"])
+@triton.jit(do_not_specialize=["x", "gradient", "result"])
 def _backward_kernel(
-    gradient: tl.tensor,
     x: tl.tensor,
+    gradient: tl.tensor,
     result: tl.tensor,
     scale: tl.tensor,
     shift: tl.tensor,
@@ -209,20 +187,17 @@ def _backward_kernel(
     offset: tl.tensor,
     slope: float,
     sizes: tl.tuple,
-    gradient_strides: tl.tuple,
     strides: tl.tuple,
+    gradient_strides: tl.tuple,
     result_strides: tl.tuple,
     accesses: tl.constexpr,
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
-    sizes = revealed(sizes, accesses)
-    group, rows = place(tl.program_id(0), sizes, block_rows)
-    channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    sizes, group, rows, channels, mask = program_tile(sizes, accesses, block_rows, block_channels)
     real = channels < sizes[3]
-    mask = (rows < sizes[2])[:, None] & real[None, :]
-    g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
-    values = tl.load(pointers(x, group, rows, channels, sizes, strides, accesses, 1), mask=mask, other=0).to(tl.float32)
+    g = load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 1), mask)
+    values = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
     a = _constant(scale, channels, real)
     g = _before_relu(g, values, a, _constant(shift, channels, real), slope)
     values = g * a + values * _constant(by_x, channels, real) + _constant(offset, channels, real)

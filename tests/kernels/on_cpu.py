@@ -17,11 +17,8 @@ HERE = Path(__file__).parent
 # The tests that all backends share, for two processes of about the same length.
 SHARED = {
     "logits and averages": (
-        "test_discrepancy.py",
-        "test_ema.py",
-        "test_ema_arguments.py",
-        "test_fused_ema.py",
-        "test_fused_ema_changes.py",
+        *("test_discrepancy.py", "test_discrepancy_arguments.py", "test_discrepancy_limits.py"),
+        *("test_ema.py", "test_ema_arguments.py", "test_fused_ema.py", "test_fused_ema_changes.py"),
     ),
     "images": (
         *("test_concat.py", "test_concat_arguments.py", "test_moments.py", "test_moments_arguments.py"),

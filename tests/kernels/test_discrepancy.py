@@ -1,39 +1,25 @@
-import itertools
+"""Values, gradients and the agreement: those of float64, whatever the logits' shapes, layouts and dtypes."""
+
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor
 
-from dfkd_fast.kernels import Backend, js_discrepancy, kl_discrepancy, l1_discrepancy, use_backend
+from dfkd_fast.kernels import Backend, l1_discrepancy
 from dfkd_fast.kernels.discrepancy import Reduction
-from tests.kernels.oracles import (
-    INF,
-    LAYOUTS,
-    NAN,
-    PROPERTY,
-    STORAGE,
-    assert_as_exact_as_plain,
-    discrepancy,
-    laid_out,
-    layouts,
-    random,
-    reduction_factor,
-)
+from tests.kernels.discrepancies import KINDS, PAIRS_OF_DTYPES, REDUCTIONS, call, compare, counted
+from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, discrepancy, laid_out, layouts, random
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-FUNCTIONS: dict[str, Callable[..., Any]] = {"l1": l1_discrepancy, "kl": kl_discrepancy, "js": js_discrepancy}
-KINDS = list(FUNCTIONS)
-REDUCTIONS: list[Reduction] = ["batchmean", "mean", "sum"]
 SHAPES = [
     *[(1, 1), (3, 1), (4, 2), (3, 100), (2, 365), (4, 1000)],
     *[(1, 1, 1, 1), (2, 1, 3, 5), (3, 11, 5, 2), (1, 365, 1, 3), (2, 1001, 1, 1)],
@@ -50,78 +36,6 @@ PAIRS_OF_LAYOUTS = [
     ("expanded", "misaligned"),
     ("misaligned", "contiguous"),
 ]
-# Each costs numba some seconds for every kernel.
-PAIRS_OF_DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float16),
-]
-WEIGHTS, COTANGENT = torch.tensor([0.5, -2.0, 3.0]), torch.tensor([1.0, 0.25, -0.5])
-
-
-def call(
-    kind: str, student: Tensor, teacher: Tensor, *, temperature: float = 1.0, reduction: Reduction = "sum", scaled: bool = False
-) -> Tensor:
-    return counted(kind, student, teacher, temperature=temperature, reduction=reduction, scaled=scaled)[0]
-
-
-def counted(
-    kind: str,
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    temperature: float = 1.0,
-    reduction: Reduction = "sum",
-    scaled: bool = False,
-    agreement: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    softened: dict[str, Any] = {} if kind == "l1" else {"temperature": temperature, "scale_by_temperature_squared": scaled}
-    found = FUNCTIONS[kind](student, teacher, reduction=reduction, agreement=agreement, **softened)
-    return found if agreement else (found, None)
-
-
-def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Through more than one number, so that the upstream gradient is not 1; twice, so that the first pass leaves the graph whole."""
-    weighted = loss * WEIGHTS.to(loss)
-    first = torch.autograd.grad(weighted, inputs, COTANGENT.to(loss), retain_graph=True)
-    again = torch.autograd.grad(weighted, inputs, COTANGENT.to(loss))
-    for gradient, other in zip(first, again, strict=True):  # the last pass may round the factor once more
-        torch.testing.assert_close(gradient, other, rtol=2 * torch.finfo(gradient.dtype).eps, atol=torch.finfo(gradient.dtype).tiny)
-    return again
-
-
-def compare(
-    kind: str,
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    temperature: float = 1.0,
-    reduction: Reduction = "sum",
-    scaled: bool = False,
-    formula: Callable[[str, Tensor, Tensor, float], Tensor] = discrepancy,
-) -> None:
-    """Value, both gradients and the agreement against float64."""
-    loss, count = counted(kind, student, teacher, temperature=temperature, reduction=reduction, scaled=scaled)
-    factor = reduction_factor(reduction, student.shape) * (temperature**2 if scaled and kind != "l1" else 1.0)
-    exact_inputs = [side.detach().double().requires_grad_() for side in (student, teacher)]
-    plain_inputs = [side.detach().clone().requires_grad_() for side in (student, teacher)]
-    exact = factor * formula(kind, exact_inputs[0], exact_inputs[1], temperature)
-    plain = factor * formula(kind, plain_inputs[0].float(), plain_inputs[1].float(), temperature)
-    assert loss.shape == ()
-    assert loss.dtype == torch.float32
-    # A row's log p and log q are rounded at the size of the logarithm of C, their distances from log m at that of 2, and cancel.
-    logarithms = student.numel() // student.shape[1] * factor if kind != "l1" else 0.0
-    assert_as_exact_as_plain(loss.detach(), plain.detach(), exact.detach(), summed=logarithms)
-    truth = gradients(exact, *exact_inputs)
-    for side, gradient, usual, expected in zip(
-        (student, teacher), gradients(loss, student, teacher), gradients(plain, *plain_inputs), truth, strict=True
-    ):
-        assert gradient.dtype == side.dtype
-        assert_as_exact_as_plain(gradient, usual, expected, summed=factor if kind == "js" else 0.0)
-    assert count is not None
-    assert (count.shape, count.dtype) == ((), torch.int64)
-    assert count.item() == (exact_inputs[0].argmax(dim=1) == exact_inputs[1].argmax(dim=1)).sum().item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -196,153 +110,6 @@ def test_little_divergences_do_not_cancel_in_a_kernel(fused: Backend, device: to
     for student, temperature in ((nearby, 1.0), (random(*shape, device=device).detach(), 1000.0)):
         exact = discrepancy(kind, student.double(), teacher.double(), temperature).item()
         assert call(kind, student, teacher, temperature=temperature).item() == pytest.approx(exact, rel=1e-3)
-
-
-def of_possible_classes(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The definition: the sum over rows of KL, or of both halves of JS, each over the classes to which its distribution gives mass."""
-    log_q, log_p = F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1)
-    if kind == "kl":
-        possible = log_p.exp() > 0
-        return (log_p[possible].exp() * (log_p[possible] - log_q[possible])).sum()
-    total = log_p.new_zeros(())
-    for log, log_other in ((log_p, log_q), (log_q, log_p)):
-        possible = log.exp() > 0
-        log_m = ((log[possible].exp() + log_other[possible].exp()) / 2).log()
-        total = total + 0.5 * (log[possible].exp() * (log[possible] - log_m)).sum()
-    return total
-
-
-def with_masked(logits: Tensor, masked: Tensor, layout: str = "contiguous") -> Tensor:
-    return laid_out(logits.detach().masked_fill(masked.to(logits.device), -INF), layout).requires_grad_()
-
-
-@pytest.mark.parametrize("shape", [(6, 10), (3, 100), (3, 9000), (3, 11, 5, 3), (3, 70, 3, 1)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    ("kind", "masks"),
-    [*itertools.product(["kl", "js"], ["teacher", "both", "teacher more"]), ("js", "student"), ("js", "each another")],  # KL is infinite
-)
-def test_masked_classes_contribute_nothing_of_their_own(
-    backend: Backend, device: torch.device, kind: str, masks: str, layout: str, shape: tuple[int, ...]
-) -> None:
-    some, other = (torch.rand(shape) < 0.4 for _ in range(2))
-    for mask in (some, other):  # also the last class alone, all but one, and a random half
-        mask[0], mask[-1] = False, True
-        mask[0, -1], mask[1:, 1] = True, False
-    of_student = torch.zeros_like(some) if masks == "teacher" else some
-    of_teacher = {"student": torch.zeros_like(some), "both": some, "teacher more": some | other}.get(masks, other)
-    for dtype in STORAGE:
-        student, teacher = (random(*shape, dtype=dtype, device=device) for _ in range(2))
-        student, teacher = with_masked(student, of_student, layout), with_masked(teacher, of_teacher, layout)
-        compare(kind, student, teacher, temperature=1.3, reduction="mean", formula=of_possible_classes)
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (3, 100), (2, 11, 3, 3)], ids=str)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
-def test_kl_is_infinite_where_the_student_alone_masks_a_class_and_its_gradient_is_finite(
-    backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
-    teacher, masked = random(*shape, dtype=dtype, device=device).detach(), torch.zeros(shape, dtype=torch.bool)
-    masked[-1, 1] = True
-    student = with_masked(random(*shape, dtype=dtype, device=device), masked)
-    plain = student.detach().float().requires_grad_()
-    expected = F.kl_div(plain.log_softmax(dim=1), teacher.float().softmax(dim=1), reduction="sum")
-    loss = call("kl", student, teacher)
-    assert loss.item() == expected.item() == INF
-    (gradient,), (usual,) = torch.autograd.grad(loss, student), torch.autograd.grad(expected, plain)
-    torch.testing.assert_close(gradient, usual.to(dtype))
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (3, 100), (3, 5, 2, 2)], ids=str)
-@pytest.mark.parametrize("value", [NAN, INF, "a row of -inf"], ids=str)
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_logits_without_a_softmax_make_their_row_nan_as_in_pytorch(
-    backend: Backend, device: torch.device, kind: str, side: int, value: float | str, shape: tuple[int, ...]
-) -> None:
-    sides = [random(*shape, device=device) for _ in range(2)]
-    with torch.no_grad():
-        sides[side][(1,) if isinstance(value, str) else (1, 2)] = -INF if isinstance(value, str) else value
-    assert discrepancy(kind, sides[0], sides[1], 1.0).isnan()
-    loss = call(kind, *sides)
-    assert loss.isnan()
-    for gradient in torch.autograd.grad(loss, sides):
-        assert gradient[1].isnan().all()
-        assert gradient[[0, 2]].isfinite().all()
-
-
-@pytest.mark.parametrize("shape", [(4, 2), (3, 100), (2, 10, 3, 3)], ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("kind", KINDS)
-def test_huge_logits_are_as_exact_as_plain_pytorch(
-    backend: Backend, device: torch.device, kind: str, temperature: float, shape: tuple[int, ...]
-) -> None:
-    student, teacher = ((1e4 * random(*shape).detach().sign()).to(device).requires_grad_() for _ in range(2))
-    compare(kind, student, teacher, temperature=temperature)
-    student, teacher = (random(*shape, size=1e4, device=device) for _ in range(2))
-    compare(kind, student, teacher, temperature=temperature)
-
-
-@pytest.mark.parametrize("shape", [(4, 10), (3, 1000), (2, 11, 5, 3)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_equal_logits_have_neither_discrepancy_nor_gradient(
-    backend: Backend, device: torch.device, kind: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
-) -> None:
-    student = random(*shape, dtype=dtype, size=20.0, device=device)
-    teacher = laid_out(student.detach(), layout).detach().requires_grad_()
-    loss = call(kind, student, teacher, temperature=3.0)
-    # L1 and KL subtract equal numbers; log m = logaddexp(log p, log q) − log 2 is rounded, and so is what makes up a gradient.
-    # Triton may add the exponentials of two sides that lie differently in memory in different orders.
-    eps = torch.finfo(torch.float32).eps
-    other_order = kind == "kl" and backend == "triton" and student.stride() != teacher.stride()
-    assert abs(loss.item()) <= (student.numel() // shape[1] * eps if kind == "js" or other_order else 0.0)
-    for gradient in torch.autograd.grad(loss, (student, teacher)):
-        assert gradient.abs().max().item() <= (0.0 if kind == "l1" else (2 if other_order else 1) * eps)
-
-
-@pytest.mark.parametrize(("shape", "dtype"), [((4, 5), torch.bfloat16), ((4, 100), torch.float32), ((4, 5, 2, 3), torch.float32)], ids=str)
-@pytest.mark.parametrize("values", list(itertools.product([1.0, NAN, INF, -INF], repeat=2)), ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_finite_goes_where_it_goes_in_the_reference(
-    fused: Backend, device: torch.device, kind: str, values: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    """In the second of four rows, at the same class and at different ones, and as a whole row."""
-    for places in ([(1, 0), (1, 0)], [(1, 1), (1, 3)], [(1,), (1,)]):
-        sides = [random(*shape, dtype=dtype, device=device) for _ in range(2)]
-        with torch.no_grad():
-            for side, value, place in zip(sides, values, places, strict=True):
-                if value != 1.0:
-                    side[place] = value
-        with use_backend("reference"):
-            expected, expected_count = counted(kind, *sides)
-            expected_gradients = torch.autograd.grad(expected, sides)
-        loss, count = counted(kind, *sides)
-        tolerance = 4 * max(torch.finfo(dtype).eps, 1e-6)
-        torch.testing.assert_close(loss, expected, equal_nan=True, rtol=4e-6, atol=4e-6)
-        assert count == expected_count
-        for gradient, usual in zip(torch.autograd.grad(loss, sides), expected_gradients, strict=True):
-            torch.testing.assert_close(gradient, usual, equal_nan=True, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (0, 100), (0, 5, 3, 2), (2, 5, 0, 3)], ids=str)
-@pytest.mark.parametrize("dtypes", PAIRS_OF_DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_of_no_rows_the_sum_is_0_and_the_mean_is_nan(
-    backend: Backend, device: torch.device, kind: str, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...]
-) -> None:
-    student, teacher = (random(*shape, dtype=dtype, device=device) for dtype in dtypes)
-    loss, count = counted(kind, student, teacher, reduction="sum")
-    assert loss.item() == 0.0
-    assert count is not None
-    assert count.item() == 0
-    for retain in (True, False):  # the last pass of float32 scales what was saved in place
-        for gradient, side in zip(torch.autograd.grad(loss, (student, teacher), retain_graph=retain), (student, teacher), strict=True):
-            assert (gradient.shape, gradient.dtype) == (shape, side.dtype)
-    assert call(kind, student, teacher, reduction="mean").isnan()
-    if shape[0] == 0:
-        assert call(kind, student, teacher, reduction="batchmean").isnan()
 
 
 @PROPERTY
@@ -523,19 +290,6 @@ def test_l1_has_no_gradient_where_the_logits_agree(backend: Backend, device: tor
     assert student.grad.tolist() == [[0.0, 1.0, -1.0]]
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(1e4, torch.float32), (1e30, torch.float32), (1e30, torch.bfloat16), (6e4, torch.float16)])
-def test_kl_of_huge_logits_is_finite(backend: Backend, device: torch.device, size: float, dtype: torch.dtype) -> None:
-    student = torch.tensor([[size, -size, 0.0]], dtype=dtype, device=device, requires_grad=True)
-    teacher = torch.tensor([[-size, size, 0.0]], dtype=dtype, device=device, requires_grad=True)
-    loss = call("kl", student, teacher)
-    loss.backward()
-    assert loss.item() == pytest.approx(2 * size, rel=4e-3)
-    assert student.grad is not None
-    assert student.grad.tolist() == [[1.0, -1.0, 0.0]]
-    assert teacher.grad is not None
-    assert teacher.grad.tolist() == [[0.0, 0.0, 0.0]]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64_logits_are_computed_in_float64(kind: str) -> None:
     student, teacher = (random(3, 4000, dtype=torch.float64) for _ in range(2))
@@ -545,92 +299,3 @@ def test_float64_logits_are_computed_in_float64(kind: str) -> None:
     mixed = call(kind, student, teacher.float())
     assert mixed.dtype == torch.float64
     torch.testing.assert_close(mixed, discrepancy(kind, student, teacher.float().double(), 1.0), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "message"),
-    [
-        ((2, 3), (3, 2), r"differ in shape: \(2, 3\) and \(3, 2\)"),
-        ((2, 3), (1, 3), "differ in shape"),
-        ((3,), (3,), r"must be \(N, C\) or \(N, C, H, W\), not \(3,\)"),
-        ((2, 3, 4), (2, 3, 4), r"must be \(N, C\)"),
-        ((3, 0), (3, 0), r"no classes: \(3, 0\)"),
-    ],
-)
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_pair_of_logits_is_refused(kind: str, student: tuple[int, ...], teacher: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(kind, torch.zeros(student), torch.zeros(teacher))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_on_two_devices_are_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="differ in device: cpu and meta"):
-        call(kind, torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))
-
-
-@pytest.mark.parametrize("wrong", ["none", None, ["sum"], 1, torch.ones(2)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_unknown_reduction_is_refused(kind: str, wrong: Any) -> None:
-    with pytest.raises(ValueError, match="reduction must be 'batchmean', 'mean' or 'sum', not "):
-        call(kind, torch.zeros(2, 3), torch.zeros(2, 3), reduction=wrong)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
-@pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_a_dtype_that_is_not_floating_are_refused(backend: Backend, kind: str, side: str, dtype: torch.dtype) -> None:
-    sides: dict[str, Any] = {"student": torch.zeros(2, 3), "teacher": torch.zeros(2, 3)} | {side: torch.zeros(2, 3, dtype=dtype)}
-    with pytest.raises(ValueError, match=f"{side} logits must have a floating-point dtype, not {dtype}"):
-        call(kind, **sides)
-
-
-@pytest.mark.parametrize("wrong", [[[0.0, 1.0, 2.0]], None, 1.0], ids=["list", "None", "float"])
-@pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_that_are_no_dense_tensors_are_refused(kind: str, side: str, wrong: Any) -> None:
-    sides: dict[str, Any] = {"student": torch.zeros(1, 3), "teacher": torch.zeros(1, 3)}
-    with pytest.raises(TypeError, match=f"{side} must be a tensor of logits, not a {type(wrong).__name__}"):
-        call(kind, **sides | {side: wrong})
-    with pytest.raises(ValueError, match=f"{side} logits must be dense, not torch.sparse_coo"):
-        call(kind, **sides | {side: torch.zeros(1, 3).to_sparse()})
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, NAN, INF, -INF, 1e20, 1e5, 1e-5])
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_temperature_out_of_range_is_refused(backend: Backend, device: torch.device, kind: str, temperature: float) -> None:
-    with pytest.raises(ValueError, match=r"temperature must be > 0, from 0\.0001 to 10000, not "):
-        call(kind, torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device), temperature=temperature)
-
-
-@pytest.mark.parametrize("temperature", [True, None, "1", 1j, torch.tensor(2.0), torch.ones(2)], ids=str)
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_temperature_that_is_no_number_is_refused(backend: Backend, device: torch.device, kind: str, temperature: Any) -> None:
-    with pytest.raises(TypeError, match="temperature must be a float, not "):
-        call(kind, torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device), temperature=temperature)
-
-
-@pytest.mark.parametrize("temperature", [2, np.float32(2), np.int64(2)], ids=lambda number: type(number).__name__)
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_temperature_may_be_any_real_number(backend: Backend, device: torch.device, kind: str, temperature: Any) -> None:
-    student, teacher = (random(2, 3, device=device) for _ in range(2))
-    results = [call(kind, student, teacher, temperature=number, scaled=True) for number in (temperature, 2.0)]
-    assert torch.equal(*results)
-
-
-@pytest.mark.parametrize("temperature", [1e-4, 1e4])
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_divergences_are_right_at_the_ends_of_the_temperatures(fused: Backend, device: torch.device, kind: str, temperature: float) -> None:
-    student, teacher = (random(20, 100, device=device) for _ in range(2))
-    exact = discrepancy(kind, student.double(), teacher.double(), temperature).item() * temperature**2
-    assert call(kind, student, teacher, temperature=temperature, scaled=True).item() == pytest.approx(exact, rel=2e-3)
-
-
-@pytest.mark.parametrize("wrong", [1, "no", None, torch.tensor(True)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_switch_that_is_not_a_bool_is_refused(kind: str, wrong: Any) -> None:
-    with pytest.raises(TypeError, match="agreement must be True or False, not "):
-        counted(kind, torch.zeros(2, 3), torch.zeros(2, 3), agreement=wrong)
-    if kind != "l1":
-        with pytest.raises(TypeError, match="scale_by_temperature_squared must be True or False, not "):
-            call(kind, torch.zeros(2, 3), torch.zeros(2, 3), scaled=wrong)
