@@ -218,15 +218,15 @@ def _show_warning(
         SHOW_WARNING(message, category, filename, lineno, file, line)
 
 
-FLAGS = (
-    ("data.root", "--data-root"),
-    ("data.loader", "--loader"),
-    ("data.strict", "--no-strict"),
-    ("teacher.weights", "--teacher"),
-    ("teacher.weights", "--weights"),
-    ("teacher.weights_key", "--weights-key"),
-)
-"""Fields of a recipe, and the options that set them."""
+FLAGS = {
+    "data.root": ("--data-root",),
+    "data.loader = 'torchvision'": ("--loader torchvision",),
+    "data.strict = false": ("--no-strict",),
+    "teacher.weights": ("--weights", "--teacher"),  # doctor has both, and its --teacher takes a recipe
+    "teacher.weights_key": ("--weights-key",),
+    "use 'cpu'": ("--device cpu",),
+}
+"""What errors name, fields of a recipe or settings of them, and the options for it: the first one that a command has."""
 
 
 def _with_flags(message: str) -> str:
@@ -234,9 +234,11 @@ def _with_flags(message: str) -> str:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     known = getattr(typer.main.get_command(app), "commands", {}).get(command)
     options = {flag for parameter in known.params for flag in (*parameter.opts, *parameter.secondary_opts)} if known else set()
-    for field, flag in FLAGS:
-        if flag in options and flag not in message:
-            message = re.sub(rf"\b{re.escape(field)}\b", f"{field} ({flag})", message, count=1)
+    for named, flags in FLAGS.items():
+        flag = next((flag for flag in flags if flag.split()[0] in options), None)
+        if flag is not None:
+            # A key in quotes is a suggestion, and one after a comma is in a list of all keys: both are to be typed as they are.
+            message = re.sub(rf"(?<!\S)(?<!, ){re.escape(named)}(?!\w)", f"{named} ({flag})", message, count=1)
     return message
 
 

@@ -302,6 +302,35 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, arguments: l
     assert "Traceback" not in said.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "digits", "--set", "teacher.sha256='12'"], "is of a file, and teacher.weights (--teacher) names none"),
+        (
+            ["distill", "digits", "--teacher", "package", "--weights-key", "a"],
+            "teacher.weights_key (--weights-key) = 'a': must be empty for teacher.weights (--teacher) = 'package'",
+        ),
+        (
+            ["doctor", "--teacher", "digits", "--weights", "package", "--weights-key", "a"],
+            "teacher.weights_key (--weights-key) = 'a': must be empty for teacher.weights (--weights) = 'package'",
+        ),
+        (["teach", "digits", "--device", "cuda"], "PyTorch sees no GPU here; use 'cpu' (--device cpu), and see dfkd-fast doctor"),
+        (["show", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
+        (["evaluate", "--recipe", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
+        (["distill", "digits", "--set", "data.rot=2"], "did you mean 'data.root'? there are data.batch_size, "),
+        (["distill", "digits", "--set", "data.rot=2"], ", data.resize, data.root, data.std, "),
+        (["distill", "digits", "--set", "teacher.key=2"], ", teacher.weights, teacher.weights_key\n"),
+    ],
+)
+def test_an_error_names_a_field_and_the_option_that_sets_it_in_this_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = run(*arguments)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert message in said.err
+
+
 def test_a_run_in_a_taken_folder_is_refused_and_nothing_lost(run: Run, tiny_run: Path) -> None:
     before = (tiny_run / "recipe.toml").read_bytes()
     said = run("distill", "digits", "--out", tiny_run)

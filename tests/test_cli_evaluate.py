@@ -119,7 +119,7 @@ def test_broken_files_are_an_error_that_names_and_counts_them_unless_left_out(ru
     assert (said.code, said.err.count("\n")) == (2, 1)
     assert f"7 of {len(PLAIN) + 7} images cannot be decoded" in said.err
     assert "empty.jpg (is empty)" in said.err
-    assert "and 2 more; data.strict (--no-strict) = false leaves them out" in said.err
+    assert "and 2 more; data.strict = false (--no-strict) leaves them out" in said.err
     assert not Path("f.json").exists()
     said = run("evaluate", *arguments, "--no-strict")
     assert said.code == 0, said.err

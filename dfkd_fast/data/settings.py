@@ -56,7 +56,7 @@ class DataSet(abc.ABC):
     """A row of the table: what is known of a data set, and how it is opened."""
 
     classes: int | None = None
-    """How many there are; None where the recipe says."""
+    """How many there are of image files; None where the files say."""
     test_images: int | None = None
     """Of the whole published set."""
     needs_root: bool = True

@@ -50,10 +50,10 @@ DATA_SETS.update(
         "cifar100": ArraySet(read=torchvision_arrays("CIFAR100")),
         "npz": ArraySet(read=npz),
         # Image files.
-        "folder": FileSet(list_files=list_folder),
-        "list": FileSet(list_files=list_file, trainable=False, has_every_class=False),
         "imagenet": FileSet(list_files=list_imagenet, classes=1000, test_images=50_000),
         "places365": FileSet(list_files=list_places365, classes=365, test_images=36_500, trainable=False),
+        "folder": FileSet(list_files=list_folder),
+        "list": FileSet(list_files=list_file, trainable=False, has_every_class=False),
         # A label for every pixel.
         "shapes": PixelSet(labels=SHAPES, draw=draw_shapes, needs_root=False),  # a toy
         "camvid": PixelSet(labels=CAMVID, test_images=233),
