@@ -305,7 +305,6 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, arguments: l
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["distill", "digits", "--set", "teacher.sha256='12'"], "is of a file, and teacher.weights (--teacher) names none"),
         (
             ["distill", "digits", "--teacher", "package", "--weights-key", "a"],
             "teacher.weights_key (--weights-key) = 'a': must be empty for teacher.weights (--teacher) = 'package'",

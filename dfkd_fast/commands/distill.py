@@ -137,7 +137,7 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
         run.begin()
         return 0.0
     if run.recipe.teacher.sha256:
-        raise DfkdError(f"teacher.sha256 = {run.recipe.teacher.sha256!r}: is of a file, and teacher.weights names none")
+        raise DfkdError(f"teacher.sha256 = {run.recipe.teacher.sha256!r}: is of a file, and none is given: name it with --teacher FILE")
     if stored.is_file():
         metadata = read_metadata(stored)
         if "recipe" in metadata:
