@@ -153,8 +153,7 @@ def _rows_kernel(
         t_max = tl.max(t, axis=1)
         if agreements is not None:
             tl.store(agreements + program, _agreeing(_top(s, s_max, classes), _top(t, t_max, classes), real))
-        log_q, q = _softmax(s, s_max, inverse_temperature)
-        log_p, p = _softmax(t, t_max, inverse_temperature)
+        log_q, log_p, q, p = _softmax(s, t, s_max, t_max, inverse_temperature)
         loss, q_sum, p_sum = _sums(log_q, log_p, q, p, kind)
         for_student, for_teacher = _units(log_q, log_p, q, p, q_sum, p_sum, inverse_temperature, kind)
         if student_unit is not None:
@@ -231,12 +230,17 @@ def _logits(values: tl.tensor, classes: tl.tensor, sizes: tl.tuple) -> tl.tensor
 
 
 @triton.jit
-def _softmax(logits: tl.tensor, maximum: tl.tensor, inverse_temperature: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The logarithms of the probabilities of whole rows, and the probabilities."""
-    log_p = (logits - maximum[:, None]) * inverse_temperature  # the maximum goes first: logits of 10⁴ lose nothing by it
+def _softmax(
+    s: tl.tensor, t: tl.tensor, s_max: tl.tensor, t_max: tl.tensor, inverse_temperature: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """log q, log p, q and p of whole rows: both sides step by step, because one after the other takes more registers."""
+    log_q = (s - s_max[:, None]) * inverse_temperature  # the maximum goes first: logits of 10⁴ lose nothing by it
+    log_p = (t - t_max[:, None]) * inverse_temperature
+    q = tl.exp(log_q)
     p = tl.exp(log_p)
-    norm = tl.sum(p, axis=1)[:, None]
-    return log_p - tl.log(norm), p * (1 / norm)
+    q_norm = tl.sum(q, axis=1)[:, None]
+    p_norm = tl.sum(p, axis=1)[:, None]
+    return log_q - tl.log(q_norm), log_p - tl.log(p_norm), q * (1 / q_norm), p * (1 / p_norm)
 
 
 @triton.jit
