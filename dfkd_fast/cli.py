@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
@@ -180,7 +181,7 @@ def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the com
 
 def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _telling_once()
     try:
         dispatch.forced()  # an unknown DFKD_FAST_BACKEND is said before anything is begun
         sys.exit(app(standalone_mode=False))
@@ -208,14 +209,20 @@ def _console() -> Console:
     return Console(quiet=distributed.rank() > 0)
 
 
-def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
-) -> None:
-    """A renamed key is told as we tell everything, in one line; other warnings are Python's to show."""
-    if issubclass(category, RenamedKeyWarning):
-        typer.echo(f"dfkd-fast: {message}", err=True)
-    else:
-        SHOW_WARNING(message, category, filename, lineno, file, line)
+def _telling_once() -> Callable[..., None]:
+    """What shows warnings: a renamed key in one line, once in a command, by the first process; the others are Python's to show."""
+    told: set[str] = set()
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    ) -> None:
+        if not issubclass(category, RenamedKeyWarning):
+            SHOW_WARNING(message, category, filename, lineno, file, line)
+        elif str(message) not in told and distributed.rank() == 0:
+            told.add(str(message))
+            typer.echo(f"dfkd-fast: {message}", err=True)
+
+    return show
 
 
 FLAGS = {

@@ -181,6 +181,10 @@ def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
     for path, value in (overrides or {}).items():
         path = current_path(path)
         *sections, key = path.split(".")
+        if isinstance(value, Mapping):
+            moved = current_keys(_nested(path, value), path)
+            value = _take(moved, path)
+            content = _merge(content, moved)  # keys of it that are another section's by now
         section = content
         for name in sections:
             section = section.setdefault(name, {})
@@ -188,6 +192,20 @@ def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
                 raise DfkdError(f"{path}: {name} is no section of a recipe")
         section[key] = value
     return content
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return dict(value)
+
+
+def _take(tables: dict[str, Any], path: str) -> Any:
+    """Remove what stands at a path; returns it."""
+    *sections, key = path.split(".")
+    for name in sections:
+        tables = tables[name]
+    return tables.pop(key)
 
 
 def _validate(content: dict[str, Any], where: str) -> Recipe:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import DfkdError
 
-__all__ = ["RenamedKeyWarning", "current_keys", "current_path"]
+__all__ = ["RENAMED", "RenamedKeyWarning", "current_keys", "current_path"]
 
 RENAMED = {
     "loop.precision": "engine.precision",

@@ -1,5 +1,6 @@
 """Keys of earlier versions."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from dfkd_fast import DfkdError, load_recipe
 from dfkd_fast.renamed import RENAMED, RenamedKeyWarning, current_keys
+from tests.command_line import Run
 
 RUN = Path(__file__).parent / "artefacts" / "0.1.0" / "mad" / "finished" / "recipe.toml"
 
@@ -61,3 +63,18 @@ def test_a_recipe_tells_each_renamed_key_once_however_often_it_is_read() -> None
             load_recipe(str(RUN), {"loop.precision": "fp32"})
     texts = [str(warning.message) for warning in told]
     assert sorted(texts) == sorted(f"{old} is now called {new}" for old, new in RENAMED.items())
+
+
+@pytest.mark.filterwarnings("ignore::dfkd_fast.renamed.RenamedKeyWarning")
+def test_a_table_that_replaces_a_section_may_hold_earlier_names() -> None:
+    recipe = load_recipe("digits", {"loop": {"precision": "bf16", "epochs": 3}, "replay": {"kind": "ema_generator", "ema_decay": 0.3}})
+    assert (recipe.engine.precision, recipe.loop.epochs, recipe.loop.batch_size) == ("bf16", 3, 256)  # the section's own default
+    assert value_at(recipe, "replay.ema_generator.decay") == 0.3
+
+
+def test_a_command_tells_each_renamed_key_once_however_many_files_hold_it(run: Run, tmp_path: Path) -> None:
+    old, folder = RUN.parent.parent, tmp_path / "run"
+    shutil.copytree(old / "interrupted", folder)
+    said = run("distill", str(old / "tiny-mad.toml"), "--out", str(folder), "--resume", "--device", "cpu")
+    assert said.code == 0
+    assert sorted(said.err.splitlines()) == sorted(f"dfkd-fast: {old} is now called {new}" for old, new in RENAMED.items())

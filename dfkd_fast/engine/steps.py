@@ -41,7 +41,7 @@ def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
     if state.average is not None:
         state.average.update(state.student)
     learnt = {}
-    if state.memory is not None and state.memory.ready:
+    if state.memory is not None and state.memory.ready and step < state.memory.steps:
         learnt = state.memory.learn(batch, step, state.replay_stream, precision.autocast)
     return {"student": loss, **learnt}
 

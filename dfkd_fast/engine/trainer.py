@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import distributed
-from dfkd_fast.errors import NonFiniteLossError
+from dfkd_fast.errors import DfkdError, NonFiniteLossError
 from dfkd_fast.models import sample
 
 from . import checkpoint
@@ -127,7 +127,14 @@ class Trainer:
             yield epoch
 
     def iterate(self) -> None:
-        """One iteration: the student's steps and the generator's."""
+        """One iteration: the student's steps and the generator's, behind the generator's pretraining if that is left.
+
+        Raises:
+            DfkdError: the epoch under way has all of its iterations; iterating over the trainer closes it.
+        """
+        if self.finished or self.state.iteration >= self.method.loop.iterations_per_epoch:
+            raise DfkdError("iterate(): no iteration is left of this epoch; iterate over the trainer, which closes epochs")
+        self._pretrain()
         players = [self._student_steps, self._generator_steps]
         with ordinary_mode(self.device):
             for steps in reversed(players) if self.method.loop.generator_first else players:

@@ -54,7 +54,7 @@ def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), 
 
     False where a backend other than numba is forced, and of other convolutions.
     """
-    if x.ndim != 4 or weight.ndim != 4 or not _is_padding(padding):
+    if x.ndim != 4 or weight.ndim != 4 or not _is_pair(padding, 0):
         return False
     pixels = len(x) * math.prod(max(size, 0) for size in output_size(x, weight, (1, 1), padding, (1, 1)))
     return (
@@ -81,9 +81,11 @@ def im2col_conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pai
         (N, C_out, H_out, W_out), channels-last.
 
     Raises:
-        ValueError: shapes do not fit, or no output is left.
+        ValueError: shapes or dtypes do not fit, a number is outside its range, or no output is left.
     """
     _check_shapes(x, weight, stride, padding, dilation)
+    if dispatch.transforming():
+        return F.conv2d(x, weight, None, stride, padding, dilation)
     return Im2col.apply(x, weight, stride, padding, dilation)
 
 
@@ -101,15 +103,22 @@ def col2im_conv2d(x: Tensor, weight: Tensor, padding: Pair = (0, 0)) -> Tensor:
         (N, C_out, H_out, W_out), channels-last.
 
     Raises:
-        ValueError: shapes do not fit, or no output is left.
+        ValueError: shapes or dtypes do not fit, a number is outside its range, or no output is left.
     """
     _check_shapes(x, weight, (1, 1), padding, (1, 1))
     if any(pad >= size for pad, size in zip(padding, weight.shape[2:], strict=True)):
         raise ValueError(f"padding must be less than the kernel's {tuple(weight.shape[2:])}, not {padding}")
+    if dispatch.transforming():
+        return F.conv2d(x, weight, padding=padding)
     return Col2im.apply(x, weight, padding)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if not _is_pair(pair, least):
+            raise ValueError(f"{name} must be two integers of at least {least}, not {pair!r}")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"weight must be of x's dtype {x.dtype}, not {weight.dtype}")
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"x must be (N, C_in, H, W) and weight (C_out, C_in, kh, kw), not {tuple(x.shape)} and {tuple(weight.shape)}")
     if min(output_size(x, weight, stride, padding, dilation)) < 1:
@@ -131,16 +140,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, .
         # Autocast gives all three its own dtype.
         if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
             raise ValueError(f"{name} must be of x's dtype {dtype}, not {tensor.dtype}")
-    if not _is_padding(padding) or min(output_size(x, weight, (1, 1), padding, (1, 1))) < 1:
+    if not _is_pair(padding, 0) or min(output_size(x, weight, (1, 1), padding, (1, 1))) < 1:
         raise ValueError(f"padding must be two counts that leave an output of {tuple(x.shape[2:])}, not {padding}")
 
 
-def _is_padding(padding: tuple[int, ...]) -> bool:
-    """Whether these are two counts; layers have names and single numbers, too."""
-    if not isinstance(padding, tuple | list) or len(padding) != 2:
-        return False
-    rows, columns = padding
-    return isinstance(rows, int) and isinstance(columns, int) and rows >= 0 and columns >= 0
+def _is_pair(numbers: tuple[int, ...], least: int) -> bool:
+    """Whether these are two integers of at least so much; layers have names and single numbers, too."""
+    pair = isinstance(numbers, tuple | list) and len(numbers) == 2
+    return pair and all(isinstance(number, int) and number >= least for number in numbers)
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..dispatch import Backend, forced
 from . import Pairs, pairs
@@ -32,7 +33,7 @@ _checked: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Checked]] =
 class FusedEMA(nn.Module):
     """An exponential moving average of a module's parameters and buffers.
 
-    Integers are copied, having no average, and so are the singular vectors of ``torch.nn.utils.parametrizations.spectral_norm``: the
+    Integers are copied, having no average, and so are the singular vectors of PyTorch's spectral norms: the
     mean of unit vectors that turn is shorter than 1, and a weight that is normalised by it too large.
 
     ``ema.module`` is the averaged copy: float32, or float64 where the source is, in evaluation mode, without gradients.
@@ -128,4 +129,9 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _singular_vectors(model: nn.Module) -> list[Tensor]:
-    return [vector for module in model.modules() if isinstance(module, _SpectralNorm) for vector in module.buffers()]
+    """Of spectral norms, as parametrizations and as the hooks that ``torch.nn.utils.spectral_norm`` registers."""
+    vectors = [vector for module in model.modules() if isinstance(module, _SpectralNorm) for vector in module.buffers()]
+    for module in model.modules():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+        vectors += [getattr(module, f"{hook.name}_{side}") for hook in hooks for side in "uv"]
+    return vectors

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast import DfkdError, Epoch, GeneratorA, Method, NonFiniteLossError, Optimizer, Replay, Trainer
+from dfkd_fast import DfkdError, Epoch, GeneratorA, Method, NonFiniteLossError, Objective, Optimizer, Replay, Trainer
 from dfkd_fast.methods import BankSettings
 from dfkd_fast.models import build_model
 from tests.small import small_method, small_networks
@@ -413,3 +413,21 @@ def test_an_epochs_callback_disturbs_neither_random_numbers_nor_modes(make_train
     for trainer in (undisturbed, disturbed):
         trainer.fit()
     assert_equal(without_times(disturbed.state_dict()), without_times(undisturbed.state_dict()))
+
+
+def test_iterations_by_hand_are_those_of_the_loop_and_end_with_the_epoch(make_trainer: MakeTrainer) -> None:
+    pretrained = replace(small_method(epochs=2, iterations=3), objective=Objective(one_hot=1.0))
+    pretrained = replace(pretrained, loop=replace(pretrained.loop, generator_pretraining=2))
+    whole, stepped = make_trainer(pretrained), make_trainer(pretrained)
+    whole.fit()
+    for _ in range(3):
+        stepped.iterate()
+    assert stepped.state.pretrained == 2
+    before = stepped.state_dict()
+    with pytest.raises(DfkdError, match="no iteration is left of this epoch"):
+        stepped.iterate()
+    assert_equal(stepped.state_dict(), before)
+    stepped.fit()
+    assert_equal(without_times(stepped.state_dict()), without_times(whole.state_dict()))
+    with pytest.raises(DfkdError, match="no iteration is left"):
+        stepped.iterate()

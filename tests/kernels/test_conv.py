@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -89,3 +90,30 @@ def test_shapes_that_do_not_fit_are_one_line(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         conv2d(torch.zeros(x), torch.zeros(weight))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"stride": (0, 1)}, r"stride must be two integers of at least 1, not \(0, 1\)"),
+        ({"dilation": (1, 0)}, r"dilation must be two integers of at least 1, not \(1, 0\)"),
+        ({"padding": (-1, 0)}, r"padding must be two integers of at least 0, not \(-1, 0\)"),
+        ({"padding": "same"}, r"padding must be two integers of at least 0, not 'same'"),
+    ],
+)
+def test_a_geometry_outside_its_range_is_one_line(geometry: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        im2col_conv2d(*case((3, 3)), **geometry)
+
+
+@pytest.mark.parametrize("conv2d", [im2col_conv2d, col2im_conv2d])
+def test_transforms_of_torch_func_are_the_convolutions(conv2d: Callable[..., Tensor]) -> None:
+    x, weight = case((3, 3))
+    mapped = torch.func.vmap(lambda image: conv2d(image[None], weight)[0])(x)
+    torch.testing.assert_close(mapped, F.conv2d(x, weight))
+
+
+def test_a_weight_of_another_dtype_is_one_line() -> None:
+    x, weight = case((3, 3))
+    with pytest.raises(ValueError, match=r"weight must be of x's dtype torch\.float64, not torch\.float32"):
+        col2im_conv2d(x, weight.float())

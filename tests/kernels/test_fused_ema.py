@@ -1,4 +1,5 @@
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -211,3 +212,18 @@ def test_a_scripted_model_is_averaged_apart_from_its_gradients() -> None:
     for average, start in zip(ema.module.parameters(), before, strict=True):
         assert average.is_leaf and not average.requires_grad
         torch.testing.assert_close(average, start + 0.5)
+
+
+def test_singular_vectors_of_the_older_spectral_norm_are_copied_too(backend: Backend, device: torch.device) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings(action="ignore"):  # that it is deprecated
+        model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 5))).to(device)
+    ema = FusedEMA(model, DECAY)
+    for _ in range(STEPS):
+        with torch.no_grad():
+            model[0].weight_orig.copy_(torch.randn(5, 6))  # type: ignore[operator]
+        model.train()(torch.randn(4, 6, device=device))
+        ema.update(model)
+    ours, theirs = (dict(network.named_buffers()) for network in (ema.module, model))
+    assert ours.keys() >= {"0.weight_u", "0.weight_v"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("0.weight_u", "0.weight_v"))

@@ -167,7 +167,7 @@ def test_it_is_unknown_before_it_is_registered() -> None:
         Replay(kind="last_batch")
 
 
-@pytest.mark.parametrize("kind", ["vae", "none", "rows", "replays", "last-batch", "class", ""])
+@pytest.mark.parametrize("kind", ["vae", "none", "rows", "replays", "ema_decay", "last-batch", "class", ""])
 def test_a_kind_is_a_name_that_is_free(kind: str) -> None:
     with pytest.raises(ValueError, match=f"replay policy '{kind}': must be an identifier that"):
         register(kind)
@@ -201,3 +201,9 @@ def test_sections_are_compared_hashed_copied_and_pickled_by_their_values() -> No
 def test_without_a_policy_nothing_is_replayed() -> None:
     replay = Replay()
     assert (replay.policy, replay.replays, replay.rows_of(64), replay.smallest_batch) == (None, False, 0, 0)
+
+
+def test_what_is_no_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="replay policy 'numbers': int must be a subclass of Policy"):
+        register("numbers")(int)  # type: ignore[type-var]
+    assert "numbers" not in POLICIES

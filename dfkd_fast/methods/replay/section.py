@@ -10,6 +10,7 @@ from pydantic import GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 from torch import Tensor, nn
 
+from dfkd_fast.renamed import RENAMED
 from dfkd_fast.settings import Count, NonNegative, settings
 
 from .policy import Memory, Policy
@@ -31,10 +32,13 @@ def register(kind: str) -> Callable[[type[AnyPolicy]], type[AnyPolicy]]:
     Raises:
         ValueError: the kind is taken, or is no identifier; or a key has no default.
     """
-    if not kind.isidentifier() or iskeyword(kind) or kind == "none" or kind in POLICIES or hasattr(Replay, kind):
-        raise ValueError(f"replay policy {kind!r}: must be an identifier that neither a policy nor [replay] itself has taken")
+    taken = kind == "none" or kind in POLICIES or hasattr(Replay, kind) or f"replay.{kind}" in RENAMED
+    if taken or not kind.isidentifier() or iskeyword(kind):
+        raise ValueError(f"replay policy {kind!r}: must be an identifier that neither a policy nor [replay] has, or had before")
 
     def add(policy: type[AnyPolicy]) -> type[AnyPolicy]:
+        if not issubclass(policy, Policy):
+            raise ValueError(f"replay policy {kind!r}: {policy.__name__} must be a subclass of Policy")
         policy = settings(policy)
         policy()  # every Replay holds one
         POLICIES[kind] = policy
