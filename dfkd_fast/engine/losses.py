@@ -10,7 +10,7 @@ from dfkd_fast.errors import NonFiniteLossError
 
 from .method import Loop
 
-__all__ = ["LossLog"]
+__all__ = ["LossLog", "check_pretraining"]
 
 
 class LossLog:
@@ -67,3 +67,15 @@ class LossLog:
             player = "student" if name in self._student_steps else "generator"
             where = f"{player} step {column + 1} of iteration {row + 1}, epoch {epoch}"
             raise NonFiniteLossError(f"the {player}'s loss term {name!r} is {float(self.values[name][row, column])} at {where}")
+
+
+def check_pretraining(terms: Mapping[str, Tensor], steps: int) -> None:
+    """Look at the generator's terms, 0-d, of the last of so many steps of its pretraining, in all processes; waits for the device.
+
+    Raises:
+        NonFiniteLossError: one is NaN or infinite.
+    """
+    distributed.average_(list(terms.values()))  # so that all processes stop
+    for name, term in terms.items():
+        if not term.isfinite():
+            raise NonFiniteLossError(f"the generator's loss term {name!r} is {term.item()} after {steps} steps of its pretraining")

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import distributed
-from dfkd_fast.errors import DfkdError, NonFiniteLossError
+from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import sample
 
 from . import checkpoint
 from .capture import Steps
 from .epoch import Epoch
+from .losses import check_pretraining
 from .method import Method, resolved
 from .precision import ordinary_mode
 from .prepare import prepare
@@ -172,12 +173,7 @@ class Trainer:
             with state.clock.phase("generator", memory=False), ordinary_mode(self.device):
                 terms = self.steps.generator(adversarial=False)
             state.pretrained += 1
-        distributed.average_(list(terms.values()))  # so that all processes stop
-        for name, term in terms.items():
-            if not term.isfinite():
-                raise NonFiniteLossError(
-                    f"the generator's loss term {name!r} is {term.item()} after {state.pretrained} steps of its pretraining"
-                )
+        check_pretraining(terms, state.pretrained)
         if terms and state.pretrained == steps and state.memory is not None:
             state.memory.start(state.generator)
 
