@@ -167,7 +167,7 @@ def test_it_is_unknown_before_it_is_registered() -> None:
         Replay(kind="last_batch")
 
 
-@pytest.mark.parametrize("kind", ["vae", "none", "rows", "replays", "ema_decay", "last-batch", "class", ""])
+@pytest.mark.parametrize("kind", ["vae", "none", "rows", "replays", "ema_decay", "cls", "last-batch", "class", ""])
 def test_a_kind_is_a_name_that_is_free(kind: str) -> None:
     with pytest.raises(ValueError, match=f"replay policy '{kind}': must be an identifier that"):
         register(kind)

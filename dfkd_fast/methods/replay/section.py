@@ -32,7 +32,7 @@ def register(kind: str) -> Callable[[type[AnyPolicy]], type[AnyPolicy]]:
     Raises:
         ValueError: the kind is taken, or is no identifier; or a key has no default.
     """
-    taken = kind == "none" or kind in POLICIES or hasattr(Replay, kind) or f"replay.{kind}" in RENAMED
+    taken = kind in ("none", "cls") or kind in POLICIES or hasattr(Replay, kind) or f"replay.{kind}" in RENAMED
     if taken or not kind.isidentifier() or iskeyword(kind):
         raise ValueError(f"replay policy {kind!r}: must be an identifier that neither a policy nor [replay] has, or had before")
 
