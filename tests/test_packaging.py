@@ -1,6 +1,7 @@
 """kernels/ is dfkd_fast.kernels in an editable install, in a wheel, and in a wheel made from a source archive; csrc/ travels along."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,7 +29,12 @@ def python(*arguments: str | Path, cwd: Path, **environment: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that ``python -m build`` makes: through a source archive, as a release is; without the extension."""
     folder = tmp_path_factory.mktemp("dist")
-    python("-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder, DFKD_FAST_BUILD="0")
+    # A build writes beside its sources, where another process that runs these tests may be at the same time.
+    source = folder / "source"
+    shutil.copytree(
+        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__", "results")
+    )
+    python("-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder, DFKD_FAST_BUILD="0")
     return next(folder.glob("*.whl"))
 
 
