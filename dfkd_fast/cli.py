@@ -16,7 +16,6 @@ from rich.console import Console
 from .choices import DeviceName, Loader, PrecisionName
 from .errors import DfkdError, first_line, shown
 from .interrupt import Interrupted
-from .renamed import RenamedKeyWarning
 
 __all__ = ["app", "main"]
 
@@ -252,13 +251,13 @@ def _rank() -> int:
 
 
 def _telling_once() -> Callable[..., None]:
-    """What shows warnings: a renamed key in one line, once in a command, by the first process; the others are Python's to show."""
+    """What shows warnings: our own in one line, once in a command, by the first process; the others are Python's to show."""
     told: set[str] = set()
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
     ) -> None:
-        if not issubclass(category, RenamedKeyWarning):
+        if category.__module__.partition(".")[0] != __package__:
             SHOW_WARNING(message, category, filename, lineno, file, line)
         elif str(message) not in told and _rank() == 0:
             told.add(str(message))
