@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["is_temporary", "make_folders", "naming", "remove_temporaries", "replacing"]
+__all__ = ["expanded", "is_temporary", "make_folders", "naming", "remove_temporaries", "replacing"]
 
 TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.part(\.[^.]*)?")
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` in front replaced by the home folder that it means; as it is where there is none, as of an unknown user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises
 
 
 @contextmanager
