@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import options
+from tests.bad_input import networks, options, weights
 from tests.bad_input.case import Case
 from tests.command_line import Run, Said
 
-CASES: list[Case] = [case for area in (options,) for case in area.CASES]
+CASES: list[Case] = [case for area in (networks, options, weights) for case in area.CASES]
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    """Every file and folder below, with the content of files."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+    """Every file and folder below, with the content of files; but for what Python keeps of modules that it has imported."""
+    paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def in_own_process(case: Case, folder: Path) -> Said:
