@@ -42,6 +42,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(case: Case, run: Ru
         else:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
     before = listing(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which a user's module makes longer
     for variable, value in case.environment.items():
         monkeypatch.setenv(variable, value)
     said = in_own_process(case, tmp_path) if case.own_process else run(*case.command)
