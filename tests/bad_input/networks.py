@@ -63,7 +63,6 @@ NAMES = [
     named("a module without a function", "absent:", "model 'absent:': must be module:function"),
     named("a function without a module", ":build", "unknown model ':build'"),
     named("a relative module", ".absent:build", "model '.absent:build': must be module:function"),
-    named("a module whose name has a NUL", '"ab\\u0000sent:build"', "model 'ab\\x00sent:build': must be module:function"),
     named("a network without a name", "''", "unknown model ''"),
     named("a wide ResNet of more digits than Python reads", f"wrn{'9' * 5000}_1", "unknown model 'wrn999"),
     named("a wide ResNet that is too shallow", "wrn4_1", "a wide ResNet's depth is 6n + 4"),

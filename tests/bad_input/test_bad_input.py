@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import networks, options, weights
+from tests.bad_input import networks, options, recipes, weights
 from tests.bad_input.case import Case
 from tests.command_line import Run, Said
 
-CASES: list[Case] = [case for area in (networks, options, weights) for case in area.CASES]
+CASES: list[Case] = [case for area in (networks, options, recipes, weights) for case in area.CASES]
 
 
 def listing(folder: Path) -> dict[str, bytes]:
