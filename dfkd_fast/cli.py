@@ -15,6 +15,7 @@ from rich.console import Console
 # Nothing that imports PyTorch, which takes seconds: each command imports its own.
 from .choices import DeviceName, Loader, PrecisionName
 from .errors import DfkdError, first_line, shown
+from .files import expanded
 from .interrupt import Interrupted
 
 __all__ = ["app", "main"]
@@ -291,7 +292,9 @@ def _with_flags(message: str) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"dfkd-fast: {' '.join(message.split())}", err=True)
+    # Names that files hold may have letters that a terminal obeys, or none that it could be sent.
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    typer.echo(f"dfkd-fast: {line}", err=True)
     sys.exit(code)
 
 
@@ -320,7 +323,7 @@ def _overrides(
         overrides[path] = read["value"]
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:
-            overrides[path] = str(value) if str(value) == "package" else str(value.expanduser().resolve())
+            overrides[path] = str(value) if str(value) == "package" else os.path.realpath(expanded(value))
     if weights_key:
         overrides["teacher.weights_key"] = weights_key
     if seed is not None:

@@ -16,9 +16,10 @@ from dfkd_fast.console import print_table
 from dfkd_fast.data import batches, open_split, palette
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.batch_size import largest_batch_size
-from dfkd_fast.engine.compatibility import check_classifier
+from dfkd_fast.engine.compatibility import check_batch_of_one, check_learner
 from dfkd_fast.engine.device import device_name
 from dfkd_fast.engine.optim import build_optimizer
+from dfkd_fast.engine.prepare import prepare
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator, retention
@@ -28,7 +29,7 @@ from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import evaluating
 
-from .networks import build_network, build_players, load_given_teacher
+from .networks import build_network, build_players, check_storable, check_teacher, load_given_teacher, noise_images
 from .segmentation import label_maps, print_iou
 
 __all__ = ["distill", "fitted", "teach"]
@@ -41,8 +42,7 @@ def teach(run: Run) -> float:
     """Train the recipe's teacher and store it in the run's folder; returns its test accuracy, or mIoU, in percent."""
     recipe = run.recipe
     teacher = build_network(recipe, "teacher").to(run.device)
-    images = torch.zeros(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size, device=run.device)
-    check_classifier("teacher", teacher, images, "data.image_size's")
+    check_teacher(recipe, teacher, run.device)
     evaluate = Evaluator(recipe.data, run.device, run.say)
     _obtain_teacher(run, teacher)
     accuracy = evaluate(teacher)
@@ -63,9 +63,13 @@ def distill(run: Run) -> dict[str, Any]:
     """
     recipe, folder, device = run.recipe, run.folder, run.device
     teacher, student, generator = build_players(recipe, device)
-    for optimizer in (recipe.teacher_optimizer, recipe.student_optimizer, recipe.generator_optimizer):
-        build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1, device=device))], device)  # now, not after the teacher's training
-    _begin_encoder(recipe, student, teacher)  # now, too, so that what does not fit is said before the teacher's training
+    # Now, so that what does not fit is said before the teacher's training.
+    build_optimizer(recipe.teacher_optimizer, [nn.Parameter(torch.zeros(1, device=device))], device)
+    _begin_encoder(recipe, student, teacher)
+    check_teacher(recipe, teacher, device)
+    check_storable("student", student)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        prepare(teacher, student, generator, recipe, seed=recipe.seed, device=device, trained=False)
     evaluate = Evaluator(recipe.data, device, run.say) if recipe.data.has_images else None
     teacher_seconds = _obtain_teacher(run, teacher)
     teacher_accuracy = evaluate(teacher) if evaluate else None
@@ -154,7 +158,8 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
 
 def _train_teacher(run: Run, teacher: nn.Module) -> float:
     """Train on the training split, which nothing outside this function ever holds; returns the seconds it took."""
-    recipe = run.recipe
+    recipe, device = run.recipe, run.device
+    _check_trainable(recipe, teacher, device)
     stream = torch.Generator().manual_seed(recipe.seed)
     split = open_split(recipe.data, "train", augment=recipe.teacher.augment)
     loader = batches(split, recipe.teacher.batch_size, shuffle=True, workers=recipe.data.workers, generator=stream)
@@ -169,6 +174,14 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     seconds = training.clock.read()["teacher"]
     run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
     return seconds
+
+
+def _check_trainable(recipe: Recipe, teacher: nn.Module, device: torch.device) -> None:
+    """Raise a :class:`DfkdError` for a teacher that cannot be trained as its recipe says, or cannot be stored."""
+    check_storable("teacher", teacher)
+    check_learner("teacher", teacher, noise_images(recipe, 4, device), "data.image_size's")
+    if recipe.teacher.batch_size == 1:  # of larger batches, no last one has a single image
+        check_batch_of_one("teacher.batch_size = 1", "teacher", teacher, noise_images(recipe, 1, device), "data.image_size's")
 
 
 def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from dfkd_fast.choices import Loader
 from dfkd_fast.errors import DfkdError
+from dfkd_fast.files import expanded
 from dfkd_fast.settings import Count, Flag, Number, Positive, PositiveInt, settings
 
 from .classes import Classes, numbered_classes
@@ -170,7 +171,7 @@ def root_of(settings: DataSettings) -> Path:
         return Path()
     if not settings.root:
         raise DfkdError(f"data.root = '': data set {settings.name!r} needs the folder that holds it; nothing is downloaded")
-    root = Path(settings.root).expanduser()
+    root = expanded(settings.root)
     if not root.exists():
         raise DfkdError(f"data.root {root} does not exist")
     return root

@@ -50,7 +50,7 @@ class Trainer:
     ambient autocast, ``no_grad`` or inference mode does not reach the steps.
 
     Raises:
-        DfkdError: the networks do not fit each other, or cannot be copied.
+        DfkdError: the networks do not fit each other, the method or its batches, or cannot be copied.
     """
 
     def __init__(
