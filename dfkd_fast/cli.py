@@ -21,6 +21,7 @@ from .interrupt import Interrupted
 from .kernels import BackendError, dispatch
 from .kernels.build import BuildError, compile_extension
 from .kernels.extension import BINARY
+from .out_of_memory import in_one_line, is_out_of_memory
 from .recipe import load_recipe, recipe_to_toml
 from .renamed import RenamedKeyWarning
 from .run import open_run
@@ -198,6 +199,8 @@ def main() -> NoReturn:
     except OSError as error:
         _fail(str(error), 2)
     except Exception as error:
+        if is_out_of_memory(error):
+            _fail(in_one_line(error), 2)
         # typer's own complaints about the command line, whose class moved between its versions
         if not hasattr(error, "format_message"):
             raise

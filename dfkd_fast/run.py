@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +16,10 @@ from .claim import claim_folder
 from .engine import Epoch
 from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
-from .errors import DfkdError, NonFiniteLossError, first_line
+from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, first_line
 from .interrupt import Interrupted, stopping_on_signals
 from .models import names_code
+from .out_of_memory import memory_for, sizes_of
 from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
 from .report import RunFolder, print_line
 
@@ -73,7 +74,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.folder.release()
+        self.folder.release(failed=error is not None)
 
     @property
     def seconds(self) -> float:
@@ -152,12 +153,19 @@ class Run:
                 continue
             raise DfkdError(f"{what} is of another run: {name} is {before!r} there, and {after!r} in {self.folder.recipe}")
 
-    def drive(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None]) -> None:
+    def drive(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None], sizes: Sequence[str]) -> None:
         """Run the epochs that are left, with a checkpoint every so many of them, and one when interrupted.
+
+        Args:
+            training: what is run.
+            checkpoints: the folder for them.
+            on_epoch: called with every epoch.
+            sizes: dotted paths of the settings that its memory depends on.
 
         Raises:
             Interrupted: by a signal; everything is saved, unless a step failed meanwhile, as the message then says.
             NonFiniteLossError: a loss became NaN or infinite; the message names the last good checkpoint, too.
+            OutOfMemoryError: likewise.
             DfkdError: something could not be written, likewise.
         """
 
@@ -170,14 +178,15 @@ class Run:
             self.folder.remove_summary()
         with stopping_on_signals(training) as caught:
             try:
-                for epoch in training:
-                    on_epoch(epoch)
-                    if epoch.number % self.recipe.report.checkpoint_every == 0 or training.finished:
+                with memory_for("the training", sizes_of(self.recipe, *sizes)):
+                    for epoch in training:
+                        on_epoch(epoch)
+                        if epoch.number % self.recipe.report.checkpoint_every == 0 or training.finished:
+                            save()
+                    if not training.finished:
                         save()
-                if not training.finished:
-                    save()
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"{error}; {_last_good(checkpoints)}") from error
+            except (NonFiniteLossError, OutOfMemoryError) as error:
+                raise type(error)(f"{error}; {_last_good(checkpoints)}") from error
             except OSError as error:
                 raise DfkdError(f"{error}; {_last_good(checkpoints)}") from error
             except Exception as error:

@@ -14,7 +14,7 @@ ROOT = Path(dfkd_fast.__file__).parent
 FLOORS = [
     {"kernels"},
     {"errors", "labels", "settings", "files", "interrupt", "doctor", "distributed"},
-    {"locks", "renamed"},
+    {"locks", "renamed", "out_of_memory"},
     {"surgery"},
     {"models"},
     {"data", "methods"},

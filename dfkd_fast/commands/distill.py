@@ -1,5 +1,6 @@
 """Distilling, and teaching what is distilled."""
 
+import gc
 import platform
 from dataclasses import asdict, replace
 from statistics import fmean
@@ -22,6 +23,7 @@ from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator, retention
 from dfkd_fast.models import load_encoder, load_weights, read_metadata
+from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder, print_table
 from dfkd_fast.run import Run
@@ -34,14 +36,18 @@ __all__ = ["distill", "fitted", "teach"]
 
 OF_THE_TEACHER = {"seed", "data", "teacher", "teacher_optimizer"}
 """What a trained teacher depends on of a recipe."""
+TEACHER_SIZES = ("teacher.batch_size", "data.image_size", "data.channels")
+"""What the memory of its training depends on."""
 
 
 def teach(run: Run) -> float:
     """Train the recipe's teacher and store it in the run's folder; returns its test accuracy, or mIoU, in percent."""
     recipe = run.recipe
-    teacher = build_network(recipe, "teacher").to(run.device)
-    images = torch.zeros(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size, device=run.device)
-    check_classifier("teacher", teacher, images, "data.image_size's")
+    data = recipe.data
+    with memory_for("the teacher", sizes_of(recipe, "teacher.model", "data.image_size", "data.channels", "data.num_classes")):
+        teacher = build_network(recipe, "teacher").to(run.device)
+        images = torch.zeros(2, data.channels, data.image_size, data.image_size, device=run.device)
+        check_classifier("teacher", teacher, images, "data.image_size's")
     evaluate = Evaluator(recipe.data, run.device, run.say)
     _obtain_teacher(run, teacher)
     accuracy = evaluate(teacher)
@@ -61,13 +67,16 @@ def distill(run: Run) -> dict[str, Any]:
     Of the data, only ``evaluate`` reaches the trainer, and only to report.
     """
     recipe, folder, device = run.recipe, run.folder, run.device
+    if not run.resumed:
+        _rehearse(recipe, device)
     teacher, student, generator = build_players(recipe, device)
     for optimizer in (recipe.teacher_optimizer, recipe.student_optimizer, recipe.generator_optimizer):
         build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1, device=device))], device)  # now, not after the teacher's training
     _begin_encoder(recipe, student, teacher)  # now, too, so that what does not fit is said before the teacher's training
     evaluate = Evaluator(recipe.data, device, run.say) if recipe.data.has_images else None
     teacher_seconds = _obtain_teacher(run, teacher)
-    teacher_accuracy = evaluate(teacher) if evaluate else None
+    with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
+        teacher_accuracy = evaluate(teacher) if evaluate else None
     _begin_encoder(recipe, student, teacher)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
@@ -89,6 +98,37 @@ def distill(run: Run) -> dict[str, Any]:
 def _begin_encoder(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
     if initial := recipe.student.encoder_weights:
         load_encoder(student, teacher if initial == "teacher" else initial)
+
+
+def _rehearse(recipe: Recipe, device: torch.device) -> None:
+    """Take every kind of step with networks that are thrown away, so that what cannot work is said before a teacher is trained.
+
+    Raises:
+        DfkdError: networks and method do not fit each other, or need more memory than there is.
+    """
+    trainer = None
+    try:
+        players = build_players(recipe, device)
+        with memory_for("the steps", sizes_of(recipe, *_step_sizes(recipe))):
+            trainer = Trainer(*players, recipe, seed=recipe.seed, device=device)
+            if not recipe.engine.compile:  # which takes minutes, and less memory than the same steps would uncompiled
+                trainer.steps.warm_up()
+        with memory_for("a picture of samples", sizes_of(recipe, "report.samples", "data.image_size")):
+            trainer.sample(recipe.report.samples)
+        with memory_for("the comparison of predictions", sizes_of(recipe, "loop.drift_samples", "data.image_size")):
+            trainer.state.drift.measure(trainer.student, trainer.state.generators)
+    finally:
+        del trainer
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _step_sizes(recipe: Recipe) -> list[str]:
+    """What the memory of the steps depends on, beside the networks: dotted paths of settings."""
+    policy = recipe.replay.policy
+    of_policy = [f"replay.{recipe.replay.kind}.{name}" for name, value in vars(policy).items() if type(value) is int] if policy else []
+    return ["loop.batch_size", "data.image_size", "generator.width", "replay.rows", *of_policy]
 
 
 def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
@@ -163,7 +203,7 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     training = TeacherTrainer(teacher, loader, recipe.teacher_optimizer, wanted.epochs, stream, run.device, focal_gamma=wanted.focal_gamma)
     run.go_on(training, run.folder.teacher_checkpoints)
     with Progress(run.console, "teacher", recipe.teacher.epochs, done=training.done) as progress:
-        run.drive(training, run.folder.teacher_checkpoints, progress.epoch)
+        run.drive(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
     seconds = training.clock.read()["teacher"]
     run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
     return seconds
@@ -191,7 +231,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
         loop, metric = recipe.loop, recipe.data.metric
         with Progress(run.console, "student", loop.epochs, loop.iterations_per_epoch, trainer.iterations_done, metric) as progress:
             trainer.on_iteration = lambda trainer: progress.iteration(trainer.iterations_done)
-            run.drive(trainer, folder.checkpoints, report)
+            run.drive(trainer, folder.checkpoints, report, (*_step_sizes(recipe), "data.batch_size", "report.samples"))
     finally:
         folder.end_log()
 

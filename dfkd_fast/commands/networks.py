@@ -10,9 +10,16 @@ from torch import nn
 from dfkd_fast.engine.compatibility import check_networks
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights
+from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe
 
-__all__ = ["build_network", "build_players", "load_given_teacher", "model_of"]
+__all__ = ["NETWORK_SIZES", "build_network", "build_players", "load_given_teacher", "model_of"]
+
+NETWORK_SIZES = (
+    *("teacher.model", "student.model", "generator.width", "generator.latent_dim"),
+    *("data.image_size", "data.channels", "data.num_classes"),
+)
+"""What the memory of the networks depends on."""
 
 
 def model_of(recipe: Recipe, role: str) -> str:
@@ -30,14 +37,16 @@ def build_players(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.M
     """The recipe's teacher, student and generator, untrained, that fit each other.
 
     Raises:
-        DfkdError: they do not.
+        DfkdError: they do not, or need more memory than there is.
     """
     data = recipe.data
-    teacher, student = (build_network(recipe, role).to(device) for role in ("teacher", "student"))
-    generator = build_generator(
-        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
-    ).to(device)
-    check_networks(teacher, student, generator, device, trained=False, adversarial=recipe.objective.adversarial > 0)
+    sizes = sizes_of(recipe, *NETWORK_SIZES)
+    with memory_for("the networks", sizes):
+        teacher, student = (build_network(recipe, role).to(device) for role in ("teacher", "student"))
+        generator = build_generator(
+            recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+        ).to(device)
+        check_networks(teacher, student, generator, device, trained=False, adversarial=recipe.objective.adversarial > 0)
     return teacher, student, generator
 
 

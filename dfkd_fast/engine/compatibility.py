@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.methods import Objective
 from dfkd_fast.models import conditioned
+from dfkd_fast.out_of_memory import is_out_of_memory
 from dfkd_fast.surgery import dry_run, evaluating, logits_of
 
 __all__ = ["check_classifier", "check_initialized", "check_networks", "check_objective"]
@@ -227,9 +228,9 @@ def _differentiate(role: str, output: Tensor) -> None:
         return
     try:
         output.backward(_normal(output.shape, output.device).to(output.dtype))
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise DfkdError(f"the {role} cannot be differentiated: {first_line(error)}") from error
 
 
@@ -252,9 +253,9 @@ def _generated(generator: nn.Module, z: Tensor) -> Tensor:
     mode = " in training mode" if generator.training else ""
     try:
         images = generator(conditioned(generator, z, labels))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a user's code
+        if is_out_of_memory(error):
+            raise
         raise DfkdError(f"the generator cannot take latents {tuple(z.shape)}{mode}: {first_line(error)}") from error
     if not isinstance(images, Tensor):
         raise DfkdError(f"the generator must return images (B, C, H, W), not {type(images).__name__}")
@@ -267,9 +268,9 @@ def _called(name: str, network: nn.Module, images: Tensor, source: str) -> Tenso
     mode = " in training mode" if network.training else ""
     try:
         output = network(images)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a user's code
+        if is_out_of_memory(error):
+            raise
         size = "×".join(map(str, images.shape[1:]))
         raise DfkdError(f"the {name} cannot take {source} {size} images{mode}: {first_line(error)}") from error
     try:
