@@ -16,12 +16,13 @@ import torch
 import typer
 from rich.console import Console
 
+from dfkd_fast.choices import PrecisionSetting
+from dfkd_fast.console import print_table
 from dfkd_fast.engine.device import device_name, pick_device
-from dfkd_fast.engine.precision import PrecisionSetting, resolve_precision
+from dfkd_fast.engine.precision import resolve_precision
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import replacing
 from dfkd_fast.recipe import load_recipe
-from dfkd_fast.report import print_table
 
 from . import end_to_end, evaluation, host, provenance, report, table
 from . import methods as costs

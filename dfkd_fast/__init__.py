@@ -1,10 +1,15 @@
 """Data-free knowledge distillation: a frozen teacher's knowledge in a small student, without any data."""
 
-from .engine import Engine, Epoch, Loop, Method, Optimizer, Trainer
-from .errors import DfkdError, NonFiniteLossError
-from .methods import Objective, Replay, Update
-from .models import GeneratorA, GeneratorB
-from .recipe import Recipe, load_recipe
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import kernels
+    from .engine import Engine, Epoch, Loop, Method, Optimizer, Trainer
+    from .errors import DfkdError, NonFiniteLossError
+    from .methods import Objective, Replay, Update
+    from .models import GeneratorA, GeneratorB
+    from .recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 
@@ -24,5 +29,31 @@ __all__ = [
     "Trainer",
     "Update",
     "__version__",
+    "kernels",
     "load_recipe",
 ]
+
+# Imported at first use: PyTorch takes seconds, and neither --help nor one kernel shall pay for more than it needs.
+MODULES = {
+    "engine": ("Engine", "Epoch", "Loop", "Method", "Optimizer", "Trainer"),
+    "errors": ("DfkdError", "NonFiniteLossError"),
+    "methods": ("Objective", "Replay", "Update"),
+    "models": ("GeneratorA", "GeneratorB"),
+    "recipe": ("Recipe", "load_recipe"),
+}
+"""Where the public names are defined."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "kernels":
+        return importlib.import_module(".kernels", __name__)
+    for module, names in MODULES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f".{module}", __name__), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

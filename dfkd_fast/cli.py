@@ -7,24 +7,17 @@ import tomllib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
+from typing import Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 from rich.console import Console
 
-from . import commands, distributed
-from .data import DATA_SETS, Loader
-from .engine.device import pick_device
-from .engine.precision import PrecisionName
+# Nothing that imports PyTorch, which takes seconds: each command imports its own.
+from .choices import DeviceName, Loader, PrecisionName
 from .errors import DfkdError, first_line
 from .interrupt import Interrupted
-from .kernels import BackendError, dispatch
-from .kernels.build import BuildError, compile_extension
-from .kernels.extension import BINARY
 from .out_of_memory import in_one_line, is_out_of_memory
-from .recipe import load_recipe, recipe_to_toml
 from .renamed import RenamedKeyWarning
-from .run import open_run
 
 __all__ = ["app", "main"]
 
@@ -37,17 +30,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-if TYPE_CHECKING:
-    ImageFiles = str
-else:
-    ImageFiles = Literal[tuple(name for name, row in DATA_SETS.items() if row.image_files)]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see dfkd-fast recipes) or a TOML file.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE, numbered if taken.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a number of the recipe; may be repeated.")
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Where the data is; nothing is downloaded.")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+Device = Annotated[DeviceName, typer.Option(help="Where to compute.")]
 Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors; by default the recipe's.")]
 WeightsKey = Annotated[
     str, typer.Option(metavar="KEY", help="Where in a file with several states the weights are, such as model_ema or state_dict.teacher.")
@@ -69,13 +58,17 @@ def distill(
     resume: Resume = False,
 ) -> None:
     """Distil the recipe's student from its teacher."""
+    from .commands import distill as command
+    from .commands.computing import computing_on
+    from .recipe import load_recipe
+    from .run import open_run
+
     overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
-    place = distributed.local(pick_device(device))
-    with distributed.process_group(place):
+    with computing_on(device) as place:
         if fit:
-            overrides["loop.batch_size"] = commands.fitted(load_recipe(recipe, overrides), place, _console()).loop.batch_size
+            overrides["loop.batch_size"] = command.fitted(load_recipe(recipe, overrides), place, _console()).loop.batch_size
         with open_run("distill", recipe, overrides, out, resume, place, _console()) as run:
-            commands.distill(run)
+            command.distill(run)
 
 
 @app.command()
@@ -89,10 +82,13 @@ def teach(
     resume: Resume = False,
 ) -> None:
     """Train the recipe's teacher and store its weights."""
+    from .commands import distill as command
+    from .commands.computing import computing_on
+    from .run import open_run
+
     overrides = _overrides(changes, data_root=data_root, seed=seed)
-    place = distributed.local(pick_device(device))
-    with distributed.process_group(place), open_run("teach", recipe, overrides, out, resume, place, _console()) as run:
-        commands.teach(run)
+    with computing_on(device) as place, open_run("teach", recipe, overrides, out, resume, place, _console()) as run:
+        command.teach(run)
 
 
 @app.command()
@@ -100,7 +96,9 @@ def evaluate(
     targets: Annotated[
         list[Path] | None, typer.Argument(metavar="[RUN_OR_WEIGHTS]...", help="Folders of runs, or files of weights.")
     ] = None,
-    data: Annotated[ImageFiles | None, typer.Option(help="Image files to evaluate on, in --data-root.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SET", help="Image files to evaluate on, in --data-root: imagenet, places365, folder or list.")
+    ] = None,
     data_root: DataRoot = None,
     model: Annotated[
         list[str] | None,
@@ -121,15 +119,20 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
 ) -> None:
     """Accuracy of students and teachers on labelled images, and how far they agree."""
+    from .commands import evaluate as command
+    from .commands.candidates import EvaluationRequest
+    from .commands.computing import computing_on
+    from .recipe import load_recipe
+
     if data is not None:
+        command.check_image_files(data)
         batch_size, workers = batch_size or 64, os.cpu_count() if workers is None else workers
     chosen = {"data.loader": loader, "data.batch_size": batch_size, "data.workers": workers, "data.strict": strict}
     overrides = {path: value for path, value in chosen.items() if value is not None} | _overrides(changes, data_root=data_root)
     given = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
-    request = commands.EvaluationRequest(targets or [], data, model or [], given, role, overrides, precision, weights_key)
-    place = distributed.local(pick_device(device))
-    with distributed.process_group(place):
-        commands.evaluate_and_print(request, place, _console(), json_file)
+    request = EvaluationRequest(targets or [], data, model or [], given, role, overrides, precision, weights_key)
+    with computing_on(device) as place:
+        command.evaluate_and_print(request, place, _console(), json_file)
 
 
 @app.command()
@@ -138,18 +141,24 @@ def compare(
     picture: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("compare.png"),
 ) -> None:
     """Accuracies and retention statistics of runs, as one table and one picture."""
-    commands.compare_runs(runs, picture, Console())
+    from .commands.compare import compare_runs
+
+    compare_runs(runs, picture, Console())
 
 
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    commands.print_recipes(Console())
+    from .commands.recipes import print_recipes
+
+    print_recipes(Console())
 
 
 @app.command()
 def show(recipe: RecipeName, changes: Changes = None) -> None:
     """Print a recipe with every number of it resolved."""
+    from .recipe import load_recipe, recipe_to_toml
+
     typer.echo(recipe_to_toml(load_recipe(recipe, _overrides(changes))), nl=False)
 
 
@@ -163,16 +172,24 @@ def doctor(
     device: Device = "auto",
 ) -> None:
     """Say what this machine has, and what is used; or whether a teacher is what its recipe takes it for."""
-    if teacher is not None:
-        overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)
-        commands.print_teacher(load_recipe(teacher, overrides), pick_device(device), Console())
-    else:
-        commands.print_machine(Console())
+    from .commands import doctor as command
+    from .commands.computing import computing_on
+    from .recipe import load_recipe
+
+    if teacher is None:
+        command.print_machine(Console())
+        return
+    overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)
+    with computing_on(device) as place:
+        command.print_teacher(load_recipe(teacher, overrides), place, _console())
 
 
 @app.command()
 def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the compiler's commands and output.")] = False) -> None:
     """Compile the CUDA kernels, once for an installation; needs nvcc, but no GPU."""
+    from .kernels.build import BuildError, compile_extension
+    from .kernels.extension import BINARY
+
     try:
         compile_extension(BINARY, verbose)
     except BuildError as error:
@@ -184,9 +201,8 @@ def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
     warnings.showwarning = _telling_once()
     try:
-        dispatch.forced()  # an unknown DFKD_FAST_BACKEND is said before anything is begun
         sys.exit(app(standalone_mode=False))
-    except (DfkdError, BackendError) as error:
+    except DfkdError as error:
         _fail(_with_flags(str(error)), 2)
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)
@@ -209,7 +225,14 @@ def main() -> NoReturn:
 
 def _console() -> Console:
     """Where this process talks: the first one does, the others are silent."""
-    return Console(quiet=distributed.rank() > 0)
+    return Console(quiet=_rank() > 0)
+
+
+def _rank() -> int:
+    """Of this process in its group, from 0."""
+    from . import distributed
+
+    return distributed.rank()
 
 
 def _telling_once() -> Callable[..., None]:
@@ -221,7 +244,7 @@ def _telling_once() -> Callable[..., None]:
     ) -> None:
         if not issubclass(category, RenamedKeyWarning):
             SHOW_WARNING(message, category, filename, lineno, file, line)
-        elif str(message) not in told and distributed.rank() == 0:
+        elif str(message) not in told and _rank() == 0:
             told.add(str(message))
             typer.echo(f"dfkd-fast: {message}", err=True)
 

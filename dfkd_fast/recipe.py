@@ -1,12 +1,9 @@
 """Recipes: every number of a run, typed, validated, printable."""
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
@@ -19,6 +16,7 @@ from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, unknown
 from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
+from dfkd_fast.recipe_files import merged, parse_recipe, read_recipe
 from dfkd_fast.renamed import current_keys, current_path
 from dfkd_fast.settings import FileName, NonNegative, PositiveInt, Seed, settings
 
@@ -31,7 +29,6 @@ __all__ = [
     "recipe_from_toml",
     "recipe_to_dict",
     "recipe_to_toml",
-    "shipped_recipes",
 ]
 
 
@@ -100,12 +97,6 @@ class Recipe(Method):
 
 
 CHECKED = TypeAdapter(Recipe)
-SHIPPED = resources.files("dfkd_fast") / "recipes"
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in SHIPPED.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -121,12 +112,12 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         DfkdError: no such recipe, a key that does not exist, or a value that is not allowed; one line with
             the field, the value and what is allowed.
     """
-    return _validate(_with(_read(name_or_path, []), overrides), f"recipe {name_or_path!r}")
+    return _validate(_with(read_recipe(name_or_path), overrides), f"recipe {name_or_path!r}")
 
 
 def recipe_from_toml(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A complete recipe from its text, as a weights file holds it; ``where`` names it in errors."""
-    return _validate(_with(_parse(text, where), overrides), where)
+    return _validate(_with(parse_recipe(text, where), overrides), where)
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -139,44 +130,6 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return CHECKED.dump_python(recipe)
 
 
-def _read(name_or_path: str, chain: list[str]) -> dict[str, Any]:
-    if name_or_path in chain:
-        raise DfkdError(f"recipe {name_or_path!r} extends itself: {' → '.join([*chain, name_or_path])}")
-    if name_or_path.endswith(".toml"):
-        try:
-            text = Path(name_or_path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DfkdError(f"recipe {name_or_path!r} cannot be read: {error}") from error
-    elif name_or_path in shipped_recipes():
-        text = (SHIPPED / f"{name_or_path}.toml").read_text()
-    else:
-        raise unknown("recipe", name_or_path, shipped_recipes())
-    content = _parse(text, f"recipe {name_or_path!r}")
-    content.setdefault("name", Path(name_or_path).stem)
-    base = content.pop("extends", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise DfkdError(f"recipe {name_or_path!r}: extends = {base!r}: must be the name or path of a recipe")
-    return _merge(_read(base, [*chain, name_or_path]), content)
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise DfkdError(f"{where} is not TOML: {error}") from error
-    return current_keys(content, where)
-
-
 def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     for path, value in (overrides or {}).items():
         path = current_path(path)
@@ -184,7 +137,7 @@ def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
         if isinstance(value, Mapping):
             moved = current_keys(_nested(path, value), path)
             value = _take(moved, path)
-            content = _merge(content, moved)  # keys of it that are another section's by now
+            content = merged(content, moved)  # keys of it that are another section's by now
         section = content
         for name in sections:
             section = section.setdefault(name, {})

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from . import distributed
 from .claim import claim_folder
+from .console import print_line
 from .engine import Epoch
 from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
@@ -21,7 +22,7 @@ from .interrupt import Interrupted, stopping_on_signals
 from .models import names_code
 from .out_of_memory import memory_for, sizes_of
 from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
-from .report import RunFolder, print_line
+from .report import RunFolder
 
 __all__ = ["Run", "Training", "open_run"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.commands import check_teacher
+from dfkd_fast.commands.doctor import check_teacher
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import LeNet5
 from dfkd_fast.recipe import load_recipe

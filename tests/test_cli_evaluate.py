@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from dfkd_fast.commands import EvaluatedClassifier, EvaluationRequest, evaluate_weights
+from dfkd_fast.commands.candidates import EvaluationRequest
+from dfkd_fast.commands.evaluate import EvaluatedClassifier, evaluate_weights
 from dfkd_fast.data import Batches, DaliBatches, FolderBatches, read_listing, view_of
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_model, load_pretrained, save_weights

@@ -1,6 +1,5 @@
 """Which batch ``--fit`` finds, on a CPU whose students run out of memory when told to."""
 
-import importlib
 import io
 
 import pytest
@@ -9,11 +8,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dfkd_fast import DfkdError, Trainer
+from dfkd_fast.commands import distill
 from dfkd_fast.commands.networks import build_players
 from dfkd_fast.recipe import Recipe, load_recipe
 
 CPU = torch.device("cpu")
-distill = importlib.import_module("dfkd_fast.commands.distill")  # by the same name the package has its function
 
 
 def fit(monkeypatch: pytest.MonkeyPatch, kind: str, *, training: int, evaluating: int) -> int:

@@ -13,8 +13,9 @@ ROOT = Path(dfkd_fast.__file__).parent
 # From the ground up; what shares a floor must not know its neighbours.
 FLOORS = [
     {"kernels"},
-    {"errors", "labels", "settings", "files", "interrupt", "doctor", "distributed"},
+    {"errors", "labels", "choices", "console", "settings", "files", "interrupt", "doctor", "distributed"},
     {"locks", "renamed", "out_of_memory"},
+    {"recipe_files"},
     {"surgery"},
     {"models"},
     {"data", "methods"},

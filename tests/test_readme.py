@@ -30,7 +30,7 @@ def test_the_kernel_example_fills_both_gradients() -> None:
 
 def test_every_command_and_recipe_that_is_shipped_is_in_it() -> None:
     from dfkd_fast.cli import app
-    from dfkd_fast.recipe import shipped_recipes
+    from dfkd_fast.recipe_files import shipped_recipes
 
     commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     for name in [*commands, *shipped_recipes()]:

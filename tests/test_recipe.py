@@ -8,7 +8,8 @@ import pytest
 
 from dfkd_fast import DfkdError, Loop, Trainer, load_recipe
 from dfkd_fast.models import build_generator, build_model
-from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml, shipped_recipes
+from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml
+from dfkd_fast.recipe_files import shipped_recipes
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

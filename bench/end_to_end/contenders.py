@@ -13,10 +13,10 @@ import torch
 from typing_extensions import override
 
 from dfkd_fast import DfkdError, Recipe, Trainer
+from dfkd_fast.choices import PrecisionName
 from dfkd_fast.engine.clock import Clock
 from dfkd_fast.engine.device import keep_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
-from dfkd_fast.engine.precision import PrecisionName
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import EmaGeneratorSettings
 from dfkd_fast.models import build_generator, build_model

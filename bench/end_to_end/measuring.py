@@ -11,7 +11,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dfkd_fast import DfkdError, Recipe
-from dfkd_fast.engine.precision import PrecisionName
+from dfkd_fast.choices import PrecisionName
 
 from ..memory import PeakMemory, give_freed_memory_back
 from ..processes import Worker, WorkerError

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from typing_extensions import override
 
-from dfkd_fast import Recipe, commands, load_recipe
+from dfkd_fast import Recipe, load_recipe
+from dfkd_fast.commands import distill
 from dfkd_fast.engine import Epoch
 from dfkd_fast.engine.method import resolved
 from dfkd_fast.report import RunFolder
@@ -178,7 +179,7 @@ def _run(context: Context, case: Case, path: Path, teachers: dict[str, tuple[str
         shutil.copyfile(weights, folder.teacher)
     console = Console(file=sys.stdout, width=140)
     try:
-        summary = commands.distill(Run(resolved(case.recipe, context.device), folder, context.device, console, "dfkd-fast distill"))
+        summary = distill.distill(Run(resolved(case.recipe, context.device), folder, context.device, console, "dfkd-fast distill"))
     except _OutOfTime:
         context.left.append(case.name)
         return

@@ -8,8 +8,8 @@ from typing import Any
 import tomli_w
 from torch import nn
 
+from dfkd_fast.choices import PrecisionName
 from dfkd_fast.data import DATA_SETS, DataSettings, read_listing, view_of
-from dfkd_fast.engine.precision import PrecisionName
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import load_pretrained, load_weights, names_code, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_from_toml

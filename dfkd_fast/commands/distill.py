@@ -13,6 +13,7 @@ from torch import nn
 
 import dfkd_fast
 from dfkd_fast import distributed
+from dfkd_fast.console import print_table
 from dfkd_fast.data import batches, open_split, palette
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.batch_size import largest_batch_size
@@ -25,7 +26,7 @@ from dfkd_fast.evaluation import Evaluator, retention
 from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
-from dfkd_fast.report import Progress, RunFolder, print_table
+from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import evaluating
 

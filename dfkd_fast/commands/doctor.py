@@ -8,13 +8,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from dfkd_fast.console import print_table
 from dfkd_fast.data import Batches
 from dfkd_fast.doctor import choices, findings
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator
+from dfkd_fast.kernels import BackendError
 from dfkd_fast.recipe import Recipe
-from dfkd_fast.report import print_table
 from dfkd_fast.surgery import FoldingError, Observer, evaluating, folded_and_checked, has_running_statistics, logits_only
 
 from .networks import build_network, load_given_teacher
@@ -33,9 +34,17 @@ class Check(NamedTuple):
 
 
 def print_machine(console: Console) -> None:
-    """Tables of what this machine has and what is used, and of the backend of every operation."""
+    """Print tables of what this machine has and what is used, and of the backend of every operation.
+
+    Raises:
+        DfkdError: ``DFKD_FAST_BACKEND`` names a backend that does not exist or is not installed.
+    """
+    try:
+        backends = choices()
+    except BackendError as error:
+        raise DfkdError(str(error)) from error
     print_table(console, ("", "found", "used"), findings())
-    print_table(console, ("operation", "on a CPU", "on a GPU"), choices())
+    print_table(console, ("operation", "on a CPU", "on a GPU"), backends)
 
 
 def print_teacher(recipe: Recipe, device: torch.device, console: Console) -> None:

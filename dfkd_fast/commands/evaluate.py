@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dfkd_fast import distributed
-from dfkd_fast.data import DataSettings, evaluation_batches
-from dfkd_fast.engine.precision import Precision, PrecisionName
+from dfkd_fast.choices import PrecisionName
+from dfkd_fast.console import print_line, print_table
+from dfkd_fast.data import DATA_SETS, DataSettings, evaluation_batches
+from dfkd_fast.engine.precision import Precision
+from dfkd_fast.errors import DfkdError, unknown
 from dfkd_fast.evaluation import (
     Evaluation,
     Figures,
@@ -24,7 +27,6 @@ from dfkd_fast.evaluation import (
     named_iou,
 )
 from dfkd_fast.files import replacing
-from dfkd_fast.report import print_line, print_table
 
 from .candidates import Candidate, EvaluationRequest, candidates
 from .segmentation import print_iou
@@ -33,6 +35,7 @@ __all__ = [
     "Evaluated",
     "EvaluatedClassifier",
     "EvaluatedSegmenter",
+    "check_image_files",
     "evaluate_and_print",
     "evaluate_weights",
 ]
@@ -119,6 +122,12 @@ def _speed(result: Evaluated) -> str:
         f"{result.count} images in {seconds['total']:.1f} s, {result.images_per_second:.1f} a second:"
         f" {seconds['decode']:.1f} s waiting for images, {seconds['network']:.1f} s for the networks{left_out}"
     )
+
+
+def check_image_files(name: str) -> None:
+    """Raise a :class:`DfkdError` unless a data set of that name consists of image files with a label each."""
+    if name not in (names := [known for known, row in DATA_SETS.items() if row.image_files]):
+        raise DfkdError(f"--data: {unknown('data set of image files', name, names)}")
 
 
 def evaluate_weights(request: EvaluationRequest, device: torch.device, console: Console) -> list[Evaluated]:

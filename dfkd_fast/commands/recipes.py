@@ -1,35 +1,13 @@
-"""``dfkd-fast recipes`` and ``dfkd-fast compare``: what ships, and what runs came to."""
-
-from collections.abc import Sequence
-from pathlib import Path
+"""``dfkd-fast recipes``: what ships. Nothing here imports PyTorch."""
 
 from rich.console import Console
 
-from dfkd_fast.recipe import load_recipe, shipped_recipes
-from dfkd_fast.report import COLUMNS, draw_comparison, print_line, print_table, read_run, table_rows
+from dfkd_fast.console import print_table
+from dfkd_fast.recipe_files import read_recipe, shipped_recipes
 
-__all__ = ["compare_runs", "print_recipes"]
-
-LEGEND = (
-    "var: variance; ¾: of the last three quarters of the epochs; drop: the largest from a previous peak; kept: fraction of the",
-    "epochs at most report.retained_within points below the teacher",
-)
+__all__ = ["print_recipes"]
 
 
 def print_recipes(console: Console) -> None:
-    """A table of the recipes that come with the package."""
-    print_table(console, ("recipe", "what it does"), [(name, load_recipe(name).description) for name in shipped_recipes()])
-
-
-def compare_runs(runs: Sequence[Path], picture: Path, console: Console) -> None:
-    """Accuracies and retention statistics of finished runs, as a table and as a picture.
-
-    Raises:
-        DfkdError: a folder holds no finished run.
-    """
-    finished = [read_run(run) for run in runs]
-    print_table(console, ("run", "teacher", *COLUMNS.values()), table_rows(finished), figures=True)
-    for line in LEGEND:
-        print_line(console, line)
-    draw_comparison(finished, picture)
-    print_line(console, str(picture))
+    """Print a table of the recipes that come with the package."""
+    print_table(console, ("recipe", "what it does"), [(name, read_recipe(name)["description"]) for name in shipped_recipes()])

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from torch import Tensor, nn
 
-from dfkd_fast.report import print_table
+from dfkd_fast.console import print_table
 from dfkd_fast.surgery import evaluating, logits_of
 
 __all__ = ["label_maps", "print_iou"]

@@ -5,7 +5,7 @@ from .files import read_listing
 from .folder import FolderBatches
 from .listing import Listing
 from .preprocessing import view_of
-from .settings import DATA_SETS, Batches, DataSettings, Loader
+from .settings import DATA_SETS, Batches, DataSettings
 from .splits import ArraySplit, Augment, PixelSplit, batches
 from .table import evaluation_batches, label_names, open_split, palette
 from .view import Interpolation, View
@@ -20,7 +20,6 @@ __all__ = [
     "FolderBatches",
     "Interpolation",
     "Listing",
-    "Loader",
     "PixelSplit",
     "View",
     "batches",

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from dfkd_fast.errors import first_line
 
@@ -39,6 +38,8 @@ def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
 
 class _Images(Dataset[Any]):
     def __init__(self, listing: Listing, view: View) -> None:
+        from torchvision import transforms
+
         # Strings, which a worker process copies far faster than paths.
         self.paths = [str(path) for path in listing.paths]
         self.labels = listing.labels

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import pil_to_tensor, resize
 
 from dfkd_fast.errors import DfkdError
 
@@ -92,6 +90,9 @@ def read_pairs(
     Raises:
         DfkdError: a label file has colours or unknown numbers, or another size than its image.
     """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import pil_to_tensor, resize
+
     table = classes.table()
 
     def read(pair: Pair) -> tuple[Tensor, Tensor] | str:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dfkd_fast.choices import Loader
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.settings import Count, Flag, Number, Positive, PositiveInt, settings
 
@@ -19,9 +20,8 @@ from .classes import Classes, numbered_classes
 from .splits import Augment, Split
 from .view import Interpolation, View
 
-__all__ = ["DATA_SETS", "Access", "Batches", "DataSet", "DataSettings", "Loader", "check_channels", "root_of"]
+__all__ = ["DATA_SETS", "Access", "Batches", "DataSet", "DataSettings", "check_channels", "root_of"]
 
-Loader = Literal["auto", "dali", "torchvision"]
 Task = Literal["classification", "segmentation"]
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import resize
 
 __all__ = ["ArrayBatches", "ArraySplit", "Augment", "PixelBatches", "PixelSplit", "Split", "batches"]
 
@@ -52,6 +51,8 @@ class ArraySplit(InMemory):
     ) -> None:
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         if pixels.shape[-2:] != (image_size, image_size):
+            from torchvision.transforms.v2.functional import resize
+
             pixels = resize(pixels, [image_size, image_size], antialias=True)
         self.pixels = pixels.contiguous()
         self.labels = torch.from_numpy(np.ascontiguousarray(labels)).long()

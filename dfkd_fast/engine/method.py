@@ -6,11 +6,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from dfkd_fast.choices import PrecisionSetting
 from dfkd_fast.methods import POLICIES, Objective, Replay, Update
 from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
 
 from .optim import Optimizer
-from .precision import PrecisionSetting, resolve_precision
+from .precision import resolve_precision
 
 __all__ = ["Engine", "Loop", "Method", "differences", "method_to_dict", "resolved"]
 

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.choices import PrecisionName, PrecisionSetting
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.surgery import evaluating, find_heads, in_float32, logits_of
 
-__all__ = ["Precision", "PrecisionName", "PrecisionSetting", "ordinary_mode", "resolve_precision"]
+__all__ = ["Precision", "ordinary_mode", "resolve_precision"]
 
-PrecisionName = Literal["fp32", "bf16", "fp16"]
-PrecisionSetting = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_FROM = 8
 """Compute capability from which on NVIDIA's GPUs multiply bfloat16; PyTorch emulates it on older ones."""

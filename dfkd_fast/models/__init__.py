@@ -1,7 +1,7 @@
 """Networks: generators, classifiers and segmenters by name, and their weights on disk."""
 
 from .catalogue import build_model, names_code
-from .classifiers import CifarResNet, LeNet5, WideResNet
+from .classifiers import LeNet5, WideResNet, cifar_resnet
 from .generation import conditioned, draw_labels, generate, sample
 from .generators import Generator, GeneratorA, GeneratorB, GeneratorC, GeneratorD, GeneratorSettings, build_generator
 from .layers import Standardize, UpsampleConv2d
@@ -12,7 +12,6 @@ from .weights import load_weights, read_metadata, save_weights, sha256_of
 
 __all__ = [
     "PRETRAINED",
-    "CifarResNet",
     "Generator",
     "GeneratorA",
     "GeneratorB",
@@ -28,6 +27,7 @@ __all__ = [
     "WideResNet",
     "build_generator",
     "build_model",
+    "cifar_resnet",
     "conditioned",
     "draw_labels",
     "generate",

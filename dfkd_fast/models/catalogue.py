@@ -7,22 +7,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torchvision
 from torch import nn
 
 from dfkd_fast.errors import DfkdError, first_line, unknown
 
-from .classifiers import LENET5_HALF, CifarResNet, LeNet5, WideResNet
+from .classifiers import LENET5_HALF, LeNet5, WideResNet, cifar_resnet
 from .pretrained import PRETRAINED
-from .segmenters import SEGMENTERS, build_segmenter, is_segmenter
+from .segmenters import build_segmenter, is_segmenter, segmenters
 
 __all__ = ["build_model", "names_code"]
 
 SMALL: dict[str, Callable[[int, int], nn.Module]] = {
     "lenet5": lambda classes, channels: LeNet5(classes, channels),
     "lenet5_half": lambda classes, channels: LeNet5(classes, channels, LENET5_HALF),
-    "cifar_resnet18": lambda classes, channels: CifarResNet((2, 2, 2, 2), classes, channels),
-    "cifar_resnet34": lambda classes, channels: CifarResNet((3, 4, 6, 3), classes, channels),
+    "cifar_resnet18": lambda classes, channels: cifar_resnet((2, 2, 2, 2), classes, channels),
+    "cifar_resnet34": lambda classes, channels: cifar_resnet((3, 4, 6, 3), classes, channels),
 }
 
 
@@ -50,7 +49,9 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
             raise DfkdError(f"model {name!r}: a wide ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, 40) and its width at least 1")
         return WideResNet(depth, width, num_classes, channels)
 
-    import timm  # seconds to import, so only where one of its networks may be meant
+    # Seconds to import, so only where one of their networks may be meant.
+    import timm
+    import torchvision
 
     if name in PRETRAINED:
         return timm.create_model(PRETRAINED[name].timm_name, num_classes=num_classes, in_chans=channels)
@@ -69,7 +70,9 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
             return timm.create_model(rest, num_classes=num_classes, in_chans=channels)
         except (RuntimeError, TypeError, ValueError) as error:
             raise DfkdError(f"model {name!r}: {first_line(error)}") from error
-    nearest = difflib.get_close_matches(rest, [*torchvision.models.list_models(torchvision.models), *SEGMENTERS, *timm.list_models()], n=4)
+    nearest = difflib.get_close_matches(
+        rest, [*torchvision.models.list_models(torchvision.models), *segmenters(), *timm.list_models()], n=4
+    )
     raise unknown("model", name, [*SMALL, *PRETRAINED, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
 
 

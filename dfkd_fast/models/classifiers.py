@@ -1,9 +1,8 @@
 """The small classifiers of the papers; larger ones come from torchvision and timm."""
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
-__all__ = ["CifarResNet", "LeNet5", "WideResNet"]
+__all__ = ["LeNet5", "WideResNet", "cifar_resnet"]
 
 LENET5 = (6, 16, 120, 84)
 LENET5_HALF = (3, 8, 60, 42)
@@ -36,7 +35,7 @@ class LeNet5(nn.Sequential):
         )
 
 
-class CifarResNet(ResNet):  # type: ignore[misc]  # torchvision is untyped
+def cifar_resnet(blocks: tuple[int, int, int, int], num_classes: int = 10, channels: int = 3) -> nn.Module:
     """torchvision's basic-block ResNet with the CIFAR stem: a 3×3 convolution of stride 1 and no pooling.
 
     Args:
@@ -44,12 +43,13 @@ class CifarResNet(ResNet):  # type: ignore[misc]  # torchvision is untyped
         num_classes: number of logits.
         channels: of the input images.
     """
+    from torchvision.models.resnet import BasicBlock, ResNet
 
-    def __init__(self, blocks: tuple[int, int, int, int], num_classes: int = 10, channels: int = 3) -> None:
-        super().__init__(BasicBlock, list(blocks), num_classes=num_classes)
-        self.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
+    network: nn.Module = ResNet(BasicBlock, list(blocks), num_classes=num_classes)
+    network.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()
+    return network
 
 
 class WideResNet(nn.Module):

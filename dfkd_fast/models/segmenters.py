@@ -4,22 +4,25 @@ import re
 from typing import Any
 
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.segmentation.deeplabv3 import DeepLabHead
-from torchvision.models.segmentation.lraspp import LRASPPHead
 
 from dfkd_fast.errors import DfkdError, first_line, unknown
 
 from .pretrained import PRETRAINED
 
-__all__ = ["HEADS", "SEGMENTERS", "Segmenter", "SmallFcn", "build_segmenter", "is_segmenter"]
+__all__ = ["HEADS", "Segmenter", "SmallFcn", "build_segmenter", "is_segmenter", "segmenters"]
 
 HEADS = {"deeplabv3": 8, "lraspp": 16}
 """Heads by name, and the stride of the encoder's last map that their papers give them."""
 DEEPLAB_ON_MOBILENET = "deeplabv3_mobilenet_v2"
 SMALL = re.compile(r"small_fcn([1-9]\d*)")
-SEGMENTERS: list[str] = ["small_fcn16", DEEPLAB_ON_MOBILENET, *torchvision.models.list_models(torchvision.models.segmentation)]
+
+
+def segmenters() -> list[str]:
+    """Names of segmenters, but for those of the form ``HEAD:ENCODER``."""
+    import torchvision
+
+    return ["small_fcn16", DEEPLAB_ON_MOBILENET, *torchvision.models.list_models(torchvision.models.segmentation)]
 
 
 class Segmenter(nn.Module):
@@ -38,6 +41,8 @@ class Segmenter(nn.Module):
 
     def __init__(self, head: str, encoder: str, num_classes: int, channels: int = 3) -> None:
         import timm
+        from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+        from torchvision.models.segmentation.lraspp import LRASPPHead
 
         super().__init__()
         encoder, cut, stages = encoder.partition("/")
@@ -59,15 +64,16 @@ class Segmenter(nn.Module):
         widths, strides = maps.channels(), maps.reduction()
         self.low = max(index for index, stride in enumerate(strides) if stride <= 8 and index < len(strides) - 1)
         """The map that LR-ASPP has its skip from."""
+        self.skips = head == "lraspp"
         self.classifier: nn.Module
-        if head == "deeplabv3":
-            self.classifier = DeepLabHead(widths[-1], num_classes)
-        else:
+        if self.skips:
             self.classifier = LRASPPHead(widths[self.low], widths[-1], num_classes, inter_channels=128)
+        else:
+            self.classifier = DeepLabHead(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.backbone(images)
-        seen: Any = {"low": maps[self.low], "high": maps[-1]} if isinstance(self.classifier, LRASPPHead) else maps[-1]
+        seen: Any = {"low": maps[self.low], "high": maps[-1]} if self.skips else maps[-1]
         return F.interpolate(self.classifier(seen), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -95,11 +101,11 @@ class SmallFcn(nn.Sequential):
 
 def is_segmenter(name: str) -> bool:
     """Whether :func:`build_segmenter` knows the name, or what it begins with."""
-    return name.partition(":")[0] in HEADS or name.removeprefix("torchvision:") in SEGMENTERS or SMALL.fullmatch(name) is not None
+    return name.partition(":")[0] in HEADS or SMALL.fullmatch(name) is not None or name.removeprefix("torchvision:") in segmenters()
 
 
 def build_segmenter(name: str, num_classes: int, channels: int) -> nn.Module:
-    """A freshly initialised segmenter by a name of :data:`SEGMENTERS`, by ``small_fcn<width>``, or by ``HEAD:ENCODER``.
+    """A freshly initialised segmenter by a name of :func:`segmenters`, by ``small_fcn<width>``, or by ``HEAD:ENCODER``.
 
     torchvision's own return a dict with the logits under ``out``.
 
@@ -115,4 +121,6 @@ def build_segmenter(name: str, num_classes: int, channels: int) -> nn.Module:
         return Segmenter(head, encoder, num_classes, channels)
     if channels != 3:
         raise DfkdError(f"model {name!r}: torchvision's networks take 3 channels, not {channels}; HEAD:ENCODER takes any")
+    import torchvision
+
     return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)

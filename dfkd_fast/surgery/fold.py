@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd_fast.errors import first_line
 
@@ -61,11 +60,7 @@ def fold(network: nn.Module) -> nn.Module:
             node.target = operator.add
         elif "inplace" in node.kwargs:
             node.kwargs = {**node.kwargs, "inplace": False}
-        elif (
-            node.op == "call_module"
-            and isinstance(norm := layers[node.target], nn.BatchNorm2d | FrozenBatchNorm2d)
-            and has_running_statistics(norm)
-        ):
+        elif node.op == "call_module" and _is_batch_norm(norm := layers[node.target]) and has_running_statistics(norm):
             before = next(iter(node.all_input_nodes))
             conv = layers.get(before.target) if before.op == "call_module" else None
             # Its output must go nowhere else, and neither layer may serve a second place.
@@ -97,8 +92,15 @@ class _Tracer(fx.Tracer):
     """Takes convolutions, poolings and frozen batch norms as a whole: timm's, which pad as TensorFlow does, look at their input's size."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d | FrozenBatchNorm2d)
+        whole = isinstance(m, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d) or _is_batch_norm(m)
         return whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_batch_norm(layer: nn.Module) -> bool:
+    """Whether it is PyTorch's batch norm of images, or torchvision's frozen one."""
+    from torchvision.ops import FrozenBatchNorm2d  # a second to import, and not needed before there is a network
+
+    return isinstance(layer, nn.BatchNorm2d | FrozenBatchNorm2d)
 
 
 def _is_ordinary(layer: nn.Conv2d) -> bool:

@@ -10,7 +10,7 @@ from bench.gpu.accuracy import PLAN, REHEARSAL, Plan
 from bench.gpu.context import Context
 from bench.gpu.records import Record, cases_done
 from bench.gpu.summary import latest
-from dfkd_fast import commands
+from dfkd_fast.commands import distill
 from dfkd_fast.run import Run
 
 SEED_0 = [f"{settings.name} seed 0" for settings in REHEARSAL.recipes]
@@ -72,14 +72,14 @@ def test_a_run_that_the_deadline_cuts_short_is_left_with_the_accuracy_it_had(mon
 
 def test_a_run_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     two(monkeypatch)
-    distill = commands.distill
+    distilled = distill.distill
 
     def first_fails(run: Run) -> dict[str, Any]:
         if run.recipe.name == "digits-dfad":
             raise RuntimeError("no kernel image")
-        return distill(run)
+        return distilled(run)
 
-    monkeypatch.setattr(commands, "distill", first_fails)
+    monkeypatch.setattr(distill, "distill", first_fails)
     records: list[Record] = []
     accuracy.run(context_of(records))
     assert [(record.case, record.status) for record in latest(records)] == [(SEED_0[0], "failed"), (SEED_0[1], "ok")]

@@ -11,7 +11,7 @@ from dfkd_fast.data import DATA_SETS, DataSettings, evaluation_batches, label_na
 from dfkd_fast.data.arrays import ArraySet
 from dfkd_fast.data.splits import Split
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.recipe import shipped_recipes
+from dfkd_fast.recipe_files import shipped_recipes
 
 
 def stripes(root: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:

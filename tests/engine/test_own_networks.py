@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dfkd_fast import Replay, Trainer
-from dfkd_fast.engine.precision import PrecisionName
+from dfkd_fast.choices import PrecisionName
 from tests.engine.test_trainer import MakeTrainer
 from tests.small import Networks, small_method
 

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision.models import ResNet
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_model
+from dfkd_fast.models import LeNet5, WideResNet, build_model
 
 
 @pytest.mark.parametrize(
@@ -14,8 +15,8 @@ from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_model
     [
         ("lenet5", LeNet5),
         ("lenet5_half", LeNet5),
-        ("cifar_resnet18", CifarResNet),
-        ("cifar_resnet34", CifarResNet),
+        ("cifar_resnet18", ResNet),
+        ("cifar_resnet34", ResNet),
         ("wrn10_1", WideResNet),
         ("wrn40_2", WideResNet),
     ],

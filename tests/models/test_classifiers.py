@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet34
 
-from dfkd_fast.models import CifarResNet, LeNet5, WideResNet, build_model
+from dfkd_fast.models import LeNet5, WideResNet, build_model, cifar_resnet
 
 
 def parameters(network: nn.Module) -> int:
@@ -69,7 +70,8 @@ def test_the_cifar_resnet_is_torchvisions_but_for_a_stem_that_keeps_the_resoluti
     blocks: tuple[int, int, int, int], original: type[nn.Module]
 ) -> None:
     torch.manual_seed(0)
-    network, x = CifarResNet(blocks, 5, 1).eval(), torch.randn(2, 1, 8, 8)
+    network: Any = cifar_resnet(blocks, 5, 1).eval()
+    x = torch.randn(2, 1, 8, 8)
     stem = network.maxpool(network.relu(network.bn1(network.conv1(x))))
     assert stem.shape == (2, 64, 8, 8)
     twin = original(num_classes=5).eval()
@@ -105,7 +107,7 @@ def test_the_wide_resnet_computes_what_the_paper_describes(depth: int, width: in
     torch.testing.assert_close(network(x), wide_resnet(x, network, depth, width))
 
 
-@pytest.mark.parametrize("network", [CifarResNet((1, 1, 1, 1)), WideResNet(16, 2)])
+@pytest.mark.parametrize("network", [cifar_resnet((1, 1, 1, 1)), WideResNet(16, 2)])
 def test_convolutions_start_with_the_variance_of_he_for_their_outputs(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 400:

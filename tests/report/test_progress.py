@@ -3,7 +3,8 @@ import io
 from rich.console import Console
 
 from dfkd_fast import Epoch
-from dfkd_fast.report import Progress, print_table
+from dfkd_fast.console import print_table
+from dfkd_fast.report import Progress
 
 
 def test_without_a_terminal_about_ten_plain_lines_are_printed() -> None:

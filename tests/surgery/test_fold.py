@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from dfkd_fast import DfkdError
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import CifarResNet, build_model
+from dfkd_fast.models import build_model, cifar_resnet
 from dfkd_fast.surgery import FoldingError, Observer, fold, folded_and_checked, freeze, has_running_statistics
 from dfkd_fast.surgery.fold import FOLDED_WITHIN
 
@@ -359,7 +359,7 @@ def in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_resnet() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(1)
-    teacher = CifarResNet((1, 1, 1, 1))
+    teacher = cifar_resnet((1, 1, 1, 1))
     for _ in range(2):
         teacher(2 * torch.randn(4, 3, 16, 16))
     return freeze(teacher), torch.randn(4, 3, 16, 16)
@@ -388,7 +388,7 @@ def test_a_wrong_fold_is_refused_where_convolutions_round_to_tf32(monkeypatch: p
         return fused
 
     monkeypatch.setattr(import_module("dfkd_fast.surgery.fold"), "fuse_conv_bn_eval", wrong)  # the package has a function of that name
-    with pytest.raises(FoldingError, match="CifarResNet answers otherwise once folded"):
+    with pytest.raises(FoldingError, match="ResNet answers otherwise once folded"):
         folded_and_checked(*small_resnet())
 
 

@@ -1,0 +1,29 @@
+"""Where a command computes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dfkd_fast import distributed
+from dfkd_fast.choices import DeviceName
+from dfkd_fast.engine.device import pick_device
+from dfkd_fast.errors import DfkdError
+from dfkd_fast.kernels import BackendError
+
+__all__ = ["computing_on"]
+
+
+@contextmanager
+def computing_on(name: DeviceName) -> Iterator[torch.device]:
+    """Gives this process's device; inside, the processes that torchrun started are a group.
+
+    Raises:
+        DfkdError: there is no such device, or the kernels' backend that is forced does not exist or does not serve a call.
+    """
+    try:
+        device = distributed.local(pick_device(name))
+        with distributed.process_group(device):
+            yield device
+    except BackendError as error:
+        raise DfkdError(str(error)) from error
