@@ -15,7 +15,7 @@ from rich.console import Console
 # Nothing that imports PyTorch, which takes seconds: each command imports its own.
 from .choices import DeviceName, Loader, PrecisionName
 from .errors import DfkdError, first_line
-from .interrupt import Interrupted
+from .interrupt import Interrupted, interrupting_on_signals
 from .out_of_memory import in_one_line, is_out_of_memory
 from .renamed import RenamedKeyWarning
 
@@ -201,13 +201,12 @@ def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
     warnings.showwarning = _telling_once()
     try:
-        sys.exit(app(standalone_mode=False))
+        with interrupting_on_signals():
+            sys.exit(app(standalone_mode=False))
     except DfkdError as error:
         _fail(_with_flags(str(error)), 2)
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

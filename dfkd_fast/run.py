@@ -76,6 +76,10 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.folder.release(failed=error is not None)
+        if isinstance(error, KeyboardInterrupt):
+            error = Interrupted()
+        if isinstance(error, Interrupted) and not error.left:
+            raise Interrupted(error.what, error.signal_number, self._left()) from error
 
     @property
     def seconds(self) -> float:
@@ -164,7 +168,7 @@ class Run:
             sizes: dotted paths of the settings that its memory depends on.
 
         Raises:
-            Interrupted: by a signal; everything is saved, unless a step failed meanwhile, as the message then says.
+            Interrupted: by a signal; everything is saved, unless there was another or a step failed meanwhile, as the message then says.
             NonFiniteLossError: a loss became NaN or infinite; the message names the last good checkpoint, too.
             OutOfMemoryError: likewise.
             DfkdError: something could not be written, likewise.
@@ -194,12 +198,20 @@ class Run:
                 if not caught or isinstance(error, DfkdError):
                     raise
                 # A terminal's Ctrl-C reaches the C++ compiler, too, that torch.compile has started, and the step fails for want of it.
-                message = f"interrupted while a step failed: {first_line(error)}; {_last_good(checkpoints)}"
-                raise Interrupted(message, caught[0]) from error
+                raise Interrupted(f"interrupted while a step failed: {first_line(error)}", caught[0]) from error
         if caught and not training.finished:
-            raise Interrupted(
-                f"interrupted and saved; go on with: {self.command} --out {shlex.quote(str(self.folder.path))} --resume", caught[0]
-            )
+            raise Interrupted("interrupted and saved", caught[0], self._going_on)
+
+    @property
+    def _going_on(self) -> str:
+        return f"go on with: {self.command} --out {shlex.quote(str(self.folder.path))} --resume"
+
+    def _left(self) -> str:
+        """What is saved after an interruption, and how to go on; empty where nothing is."""
+        if not self.folder.holds_run:
+            return ""
+        newest = latest_checkpoint(self.folder.checkpoints) or latest_checkpoint(self.folder.teacher_checkpoints)
+        return f"{f'the last checkpoint is {newest}' if newest else 'there is no checkpoint yet'}; {self._going_on}"
 
 
 def open_run(
