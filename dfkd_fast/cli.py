@@ -218,6 +218,8 @@ def main() -> NoReturn:
             _fail(in_one_line(error), 2)
         # typer's own complaints about the command line, whose class moved between its versions
         if not hasattr(error, "format_message"):
+            if _is_one_of_several() and _ended_elsewhere():
+                sys.exit(1)
             raise
         _fail(error.format_message(), 2)
 
@@ -225,6 +227,25 @@ def main() -> NoReturn:
 def _console() -> Console:
     """Where this process talks: the first one does, the others are silent."""
     return Console(quiet=_rank() > 0)
+
+
+def _is_one_of_several() -> bool:
+    """Whether a launcher has started more processes than this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _says_the_end() -> bool:
+    """Whether it is this process that says why the command ends."""
+    from . import distributed
+
+    return distributed.says_the_end()
+
+
+def _ended_elsewhere() -> bool:
+    """Whether an error here only follows from that of another process, which says it."""
+    from . import distributed
+
+    return distributed.ended_elsewhere(wait=4 * distributed.GRACE)
 
 
 def _rank() -> int:
@@ -275,6 +296,11 @@ def _with_flags(message: str) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    if _is_one_of_several():
+        if not _says_the_end():
+            sys.exit(code)
+        if (number := os.environ.get("RANK", "0")) != "0":
+            message = f"process {number}: {message}"
     typer.echo(f"dfkd-fast: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
