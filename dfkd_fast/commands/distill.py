@@ -2,6 +2,7 @@
 
 import gc
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
@@ -22,7 +23,7 @@ from dfkd_fast.engine.device import device_name
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.evaluation import Evaluator, retention
+from dfkd_fast.evaluation import Evaluator, chance, is_at_chance, retention
 from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
@@ -78,6 +79,8 @@ def distill(run: Run) -> dict[str, Any]:
     teacher_seconds = _obtain_teacher(run, teacher)
     with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
         teacher_accuracy = evaluate(teacher) if evaluate else None
+    if teacher_accuracy is not None and (doubt := _doubt_of_teacher(recipe, teacher_accuracy)):
+        run.say(doubt)
     _begin_encoder(recipe, student, teacher)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
@@ -203,7 +206,8 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     wanted = recipe.teacher
     training = TeacherTrainer(teacher, loader, recipe.teacher_optimizer, wanted.epochs, stream, run.device, focal_gamma=wanted.focal_gamma)
     run.go_on(training, run.folder.teacher_checkpoints)
-    with Progress(run.console, "teacher", recipe.teacher.epochs, done=training.done) as progress:
+    with Progress(run.console, "teacher", wanted.epochs, len(loader), training.done * len(loader)) as progress:
+        training.on_batch = lambda count: progress.iteration(training.done * len(loader) + count)
         run.drive(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
     seconds = training.clock.read()["teacher"]
     run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
@@ -215,6 +219,9 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
 
     def report(epoch: Epoch) -> None:
         progress.epoch(epoch)
+        if epoch is _judged(recipe, trainer.history):
+            for doubt in _doubts(recipe, trainer.history, teacher_accuracy):
+                run.say(doubt)
         folder.log(epoch)
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
             folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
@@ -235,6 +242,41 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             run.drive(trainer, folder.checkpoints, report, (*_step_sizes(recipe), "data.batch_size", "report.samples"))
     finally:
         folder.end_log()
+
+
+def _doubts(recipe: Recipe, history: Sequence[Epoch], teacher_accuracy: float | None) -> list[str]:
+    """What to check of a run whose teacher, or else whose student after a quarter of the epochs, is no better than chance."""
+    if teacher_accuracy is None:
+        return []
+    if doubt := _doubt_of_teacher(recipe, teacher_accuracy):
+        return [doubt]
+    judged, data = _judged(recipe, history), recipe.data
+    if judged is None or judged.student_accuracy is None or not is_at_chance(judged.student_accuracy, data):
+        return []
+    rates = (f"{name}.lr = {getattr(recipe, name).lr}" for name in ("student_optimizer", "generator_optimizer"))
+    return [
+        f"after {judged.number} of {recipe.loop.epochs} epochs the student's {data.metric} is {judged.student_accuracy:.2f} %,"
+        f" which is chance ({chance(data):.2f} %); check that the teacher's, {teacher_accuracy:.2f} %, is what it should be,"
+        f" that data.mean and data.std are the teacher's, that teacher and student are the networks that were meant,"
+        f" and {' and '.join(rates)}"
+    ]
+
+
+def _doubt_of_teacher(recipe: Recipe, accuracy: float) -> str:
+    """A line for a teacher that is no better than chance; empty for others."""
+    data = recipe.data
+    if not is_at_chance(accuracy, data):
+        return ""
+    return (
+        f"the teacher's {data.metric} is {accuracy:.2f} %, which is chance ({chance(data):.2f} %), and its student can be no better;"
+        " check its weights, data.mean and data.std, and the order of the classes"
+    )
+
+
+def _judged(recipe: Recipe, history: Sequence[Epoch]) -> Epoch | None:
+    """The first epoch after a quarter of all of them whose student was evaluated."""
+    quarter = recipe.loop.epochs / 4
+    return next((epoch for epoch in history if epoch.number >= quarter and epoch.student_accuracy is not None), None)
 
 
 def _metadata(recipe: Recipe, role: str) -> dict[str, str]:
@@ -263,7 +305,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
         "retention": found,
-        "remarks": trainer.remarks,
+        "remarks": [*trainer.remarks, *_doubts(run.recipe, trainer.history, teacher_accuracy)],
         "drift": {name: fmean(drift[name] for drift in drifts) for name in drifts[0]} if drifts else None,
         "seconds": {
             "total": run.seconds,
