@@ -30,12 +30,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _path(text: str) -> Path:
+    """A path from the command line; an empty one, as a shell's unset variable is, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("an empty path")
+    return Path(text)
+
+
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see dfkd-fast recipes) or a TOML file.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE, numbered if taken.")]
+Out = Annotated[
+    Path | None, typer.Option(parser=_path, metavar="PATH", help="Folder of the run; by default runs/RECIPE, numbered if taken.")
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a number of the recipe; may be repeated.")
 ]
-DataRoot = Annotated[Path | None, typer.Option(help="Where the data is; nothing is downloaded.")]
+DataRoot = Annotated[Path | None, typer.Option(parser=_path, metavar="PATH", help="Where the data is; nothing is downloaded.")]
 Device = Annotated[DeviceName, typer.Option(help="Where to compute.")]
 Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors; by default the recipe's.")]
 WeightsKey = Annotated[
@@ -49,7 +59,9 @@ def distill(
     recipe: RecipeName,
     out: Out = None,
     changes: Changes = None,
-    teacher: Annotated[Path | None, typer.Option(help="Weights of the teacher; trained here if not given.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Weights of the teacher; trained here if not given.")
+    ] = None,
     weights_key: WeightsKey = "",
     data_root: DataRoot = None,
     device: Device = "auto",
@@ -94,7 +106,7 @@ def teach(
 @app.command()
 def evaluate(
     targets: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN_OR_WEIGHTS]...", help="Folders of runs, or files of weights.")
+        list[Path] | None, typer.Argument(parser=_path, metavar="[RUN_OR_WEIGHTS]...", help="Folders of runs, or files of weights.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="SET", help="Image files to evaluate on, in --data-root: imagenet, places365, folder or list.")
@@ -116,7 +128,9 @@ def evaluate(
     weights_key: WeightsKey = "",
     changes: Changes = None,
     device: Device = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", parser=_path, metavar="PATH", help="Write the figures to this file, too.")
+    ] = None,
 ) -> None:
     """Accuracy of students and teachers on labelled images, and how far they agree."""
     from .commands import evaluate as command
@@ -137,8 +151,8 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
-    picture: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("compare.png"),
+    runs: Annotated[list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Folders of finished runs.")],
+    picture: Annotated[Path, typer.Option("--out", parser=_path, metavar="PATH", help="Where the picture goes.")] = Path("compare.png"),
 ) -> None:
     """Accuracies and retention statistics of runs, as one table and one picture."""
     from .commands.compare import compare_runs
@@ -165,7 +179,9 @@ def show(recipe: RecipeName, changes: Changes = None) -> None:
 @app.command()
 def doctor(
     teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Look the recipe's teacher over, not this machine.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="The teacher's file; by default the recipe's teacher.weights.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="The teacher's file; by default the recipe's teacher.weights.")
+    ] = None,
     weights_key: WeightsKey = "",
     data_root: DataRoot = None,
     changes: Changes = None,
@@ -177,6 +193,9 @@ def doctor(
     from .recipe import load_recipe
 
     if teacher is None:
+        given = {"--weights": weights, "--weights-key": weights_key, "--data-root": data_root, "--set": changes}
+        if useless := [option for option, value in given.items() if value]:
+            raise DfkdError(f"{useless[0]}: is of a teacher, and none is named: --teacher RECIPE")
         command.print_machine(Console())
         return
     overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)

@@ -180,8 +180,9 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
         load_given_teacher(run.recipe, teacher, run.say)
         run.begin()
         return 0.0
-    if run.recipe.teacher.sha256:
-        raise DfkdError(f"teacher.sha256 = {run.recipe.teacher.sha256!r}: is of a file, and none is given: name it with --teacher FILE")
+    for name in ("sha256", "weights_key"):
+        if value := getattr(run.recipe.teacher, name):
+            raise DfkdError(f"teacher.{name} = {value!r}: is of a file, and none is given: name it with --teacher FILE")
     if stored.is_file():
         metadata = read_metadata(stored)
         if "recipe" in metadata:
