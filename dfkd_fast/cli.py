@@ -5,7 +5,8 @@ import re
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO
 
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 # Nothing that imports PyTorch, which takes seconds: each command imports its own.
-from .choices import DeviceName, Loader, PrecisionName
+from .choices import DeviceName, Loader, LogLevel, PrecisionName
 from .errors import DfkdError, first_line
 from .interrupt import Interrupted, interrupting_on_signals
 from .out_of_memory import in_one_line, is_out_of_memory
@@ -51,6 +52,8 @@ Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors; 
 WeightsKey = Annotated[
     str, typer.Option(metavar="KEY", help="Where in a file with several states the weights are, such as model_ema or state_dict.teacher.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Level = Annotated[LogLevel, typer.Option("--log-level", help="What to tell beside the results: progress is info, remarks are warnings.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint.")]
 
 
@@ -68,6 +71,8 @@ def distill(
     seed: Seed = None,
     fit: Annotated[bool, typer.Option("--fit", help="Set loop.batch_size to the largest that fits into the GPU.")] = False,
     resume: Resume = False,
+    quiet: Quiet = False,
+    log_level: Level = "info",
 ) -> None:
     """Distil the recipe's student from its teacher."""
     from .commands import distill as command
@@ -76,10 +81,10 @@ def distill(
     from .run import open_run
 
     overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
-    with computing_on(device) as place:
+    with computing_on(device) as place, _talking(quiet, log_level) as console:
         if fit:
-            overrides["loop.batch_size"] = command.fitted(load_recipe(recipe, overrides), place, _console()).loop.batch_size
-        with open_run("distill", recipe, overrides, out, resume, place, _console()) as run:
+            overrides["loop.batch_size"] = command.fitted(load_recipe(recipe, overrides), place).loop.batch_size
+        with open_run("distill", recipe, overrides, out, resume, place, console) as run:
             command.distill(run)
 
 
@@ -92,6 +97,8 @@ def teach(
     device: Device = "auto",
     seed: Seed = None,
     resume: Resume = False,
+    quiet: Quiet = False,
+    log_level: Level = "info",
 ) -> None:
     """Train the recipe's teacher and store its weights."""
     from .commands import distill as command
@@ -99,7 +106,11 @@ def teach(
     from .run import open_run
 
     overrides = _overrides(changes, data_root=data_root, seed=seed)
-    with computing_on(device) as place, open_run("teach", recipe, overrides, out, resume, place, _console()) as run:
+    with (
+        computing_on(device) as place,
+        _talking(quiet, log_level) as console,
+        open_run("teach", recipe, overrides, out, resume, place, console) as run,
+    ):
         command.teach(run)
 
 
@@ -131,6 +142,8 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", parser=_path, metavar="PATH", help="Write the figures to this file, too.")
     ] = None,
+    quiet: Quiet = False,
+    log_level: Level = "info",
 ) -> None:
     """Accuracy of students and teachers on labelled images, and how far they agree."""
     from .commands import evaluate as command
@@ -145,8 +158,8 @@ def evaluate(
     overrides = {path: value for path, value in chosen.items() if value is not None} | _overrides(changes, data_root=data_root)
     given = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
     request = EvaluationRequest(targets or [], data, model or [], given, role, overrides, precision, weights_key)
-    with computing_on(device) as place:
-        command.evaluate_and_print(request, place, _console(), json_file)
+    with computing_on(device) as place, _talking(quiet, log_level) as console:
+        command.evaluate_and_print(request, place, console, json_file)
 
 
 @app.command()
@@ -199,8 +212,8 @@ def doctor(
         command.print_machine(Console())
         return
     overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)
-    with computing_on(device) as place:
-        command.print_teacher(load_recipe(teacher, overrides), place, _console())
+    with computing_on(device) as place, _talking(False, "info") as console:
+        command.print_teacher(load_recipe(teacher, overrides), place, console)
 
 
 @app.command()
@@ -243,9 +256,14 @@ def main() -> NoReturn:
         _fail(error.format_message(), 2)
 
 
-def _console() -> Console:
-    """Where this process talks: the first one does, the others are silent."""
-    return Console(quiet=_rank() > 0)
+@contextmanager
+def _talking(quiet: bool, level: LogLevel) -> Iterator[Console]:
+    """Where this process prints results and what is logged: the first one does, the others are silent."""
+    from .log import shown_on
+
+    console = Console(quiet=quiet or _rank() > 0)
+    with shown_on(console, level):
+        yield console
 
 
 def _is_one_of_several() -> bool:

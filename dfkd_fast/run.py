@@ -13,12 +13,12 @@ from rich.console import Console
 
 from . import distributed
 from .claim import claim_folder
-from .console import print_line
 from .engine import Epoch
 from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, first_line
 from .interrupt import Interrupted, stopping_on_signals
+from .log import LOGGER
 from .models import names_code
 from .out_of_memory import memory_for, sizes_of
 from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
@@ -54,7 +54,7 @@ class Run:
         recipe: every number of it.
         folder: where it keeps everything.
         device: where it computes.
-        console: where it talks.
+        console: where it prints results.
         command: what goes on with it, up to its options.
         resumed: whether the folder holds it already.
     """
@@ -91,8 +91,8 @@ class Run:
         self._before = max(self._before, seconds)
 
     def say(self, remark: str) -> None:
-        """Tell the user something in one line."""
-        print_line(self.console, remark)
+        """Tell the user, in one line, what a reader of the figures must know."""
+        LOGGER.warning("%s", remark)
 
     def begin(self) -> None:
         """Make the folder and put the recipe there; called once everything that can be checked was, by all processes."""
@@ -178,6 +178,7 @@ class Run:
             state = training.state_dict()  # every process has something to say
             saved = {"training": state, "seconds": self.seconds, "recipe": recipe_to_toml(self.recipe)}
             self.folder.save_checkpoint(saved, checkpoints, training.iterations_done)
+            LOGGER.debug("a checkpoint after %d iterations is in %s", training.iterations_done, checkpoints)
 
         if not training.finished:
             self.folder.remove_summary()
@@ -229,7 +230,7 @@ def open_run(
         out: the folder; by default one in ``runs/`` that is named after the recipe, to go on the newest of them that holds a run.
         resume: go on with what is there.
         device: where to compute.
-        console: where to talk.
+        console: where to print results.
 
     Raises:
         DfkdError: the folder holds another run, or none to go on with, is in use by another process, or cannot be written.

@@ -14,7 +14,7 @@ ROOT = Path(dfkd_fast.__file__).parent
 FLOORS = [
     {"kernels"},
     {"errors", "labels", "choices", "console", "settings", "files", "interrupt", "doctor", "distributed"},
-    {"locks", "renamed", "out_of_memory"},
+    {"locks", "log", "renamed", "out_of_memory"},
     {"recipe_files"},
     {"surgery"},
     {"models"},

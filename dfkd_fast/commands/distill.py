@@ -24,6 +24,7 @@ from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator, chance, is_at_chance, retention
+from dfkd_fast.log import LOGGER
 from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
@@ -110,6 +111,7 @@ def _rehearse(recipe: Recipe, device: torch.device) -> None:
     Raises:
         DfkdError: networks and method do not fit each other, or need more memory than there is.
     """
+    LOGGER.debug("trying every kind of step once")
     trainer = None
     try:
         players = build_players(recipe, device)
@@ -135,7 +137,7 @@ def _step_sizes(recipe: Recipe) -> list[str]:
     return ["loop.batch_size", "data.image_size", "generator.width", "replay.rows", *of_policy]
 
 
-def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
+def fitted(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with the largest batch that fits into the GPU.
 
     Raises:
@@ -166,7 +168,7 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
         raise DfkdError(
             f"--fit: not even a batch of {smallest} fits: choose smaller networks, engine.micro_batches or generator.checkpointing"
         )
-    console.print(f"--fit: loop.batch_size = {size} (the recipe has {recipe.loop.batch_size})", highlight=False)
+    LOGGER.info("--fit: loop.batch_size = %d (the recipe has %d)", size, recipe.loop.batch_size)
     return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 
 
@@ -234,7 +236,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
 
     if trainer.state.pretrained < recipe.loop.generator_pretraining:
-        run.say(f"the generator learns alone for {recipe.loop.generator_pretraining - trainer.state.pretrained} steps")
+        LOGGER.info("the generator learns alone for %d steps", recipe.loop.generator_pretraining - trainer.state.pretrained)
     folder.begin_log(trainer.history)
     try:
         loop, metric = recipe.loop, recipe.data.metric

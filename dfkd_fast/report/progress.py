@@ -1,5 +1,6 @@
 """A progress bar on a terminal, a line now and then elsewhere."""
 
+import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,8 +10,8 @@ from typing import Self
 from rich import progress
 from rich.console import Console
 
-from dfkd_fast.console import print_line
 from dfkd_fast.engine import Epoch
+from dfkd_fast.log import LOGGER
 
 __all__ = ["Progress"]
 
@@ -25,11 +26,11 @@ SILENCE = 600.0
 class Progress:
     """Shows how far a training is, its losses and accuracy, and the time left.
 
-    Where the console is no terminal it prints plain lines, with the time of day, instead of a bar: about ten of epochs, another when
-    there was none for ten minutes, and an early one, so that a log shows that something happens.
+    Where the console is no terminal it logs lines, with the time of day, instead of a bar: about ten of epochs, another when there was
+    none for ten minutes, and an early one, so that a log shows that something happens.
 
     Args:
-        console: where it is shown.
+        console: where the bar is shown, unless information is not logged.
         name: what is trained.
         epochs: how many there are.
         iterations_per_epoch: how often :meth:`iteration` will be called an epoch.
@@ -60,7 +61,7 @@ class Progress:
             progress.TextColumn("{task.fields[figures]}"),
             progress.TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or not LOGGER.isEnabledFor(logging.INFO),
         )
         self.task = self.bar.add_task(name, total=epochs * iterations_per_epoch, completed=done, figures="")
         self._begin = done
@@ -109,5 +110,5 @@ class Progress:
         left = timedelta(seconds=round(each * (self.epochs * self.iterations_per_epoch - done)))
         now = self.clock()
         parts = (time.strftime("%H:%M:%S", time.localtime(now)), f"{self.name} {where}", figures, f"{each:.3g} s/iteration", f"{left} left")
-        print_line(self.console, "  ".join(filter(None, parts)))
+        LOGGER.info("%s", "  ".join(filter(None, parts)))
         self._said = done, now
