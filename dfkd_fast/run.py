@@ -211,8 +211,8 @@ class Run:
         """What is saved after an interruption, and how to go on; empty where nothing is."""
         if not self.folder.holds_run:
             return ""
-        newest = latest_checkpoint(self.folder.checkpoints) or latest_checkpoint(self.folder.teacher_checkpoints)
-        return f"{f'the last checkpoint is {newest}' if newest else 'there is no checkpoint yet'}; {self._going_on}"
+        begun = latest_checkpoint(self.folder.checkpoints) is not None
+        return f"{_last_good(self.folder.checkpoints if begun else self.folder.teacher_checkpoints)}; {self._going_on}"
 
 
 def open_run(

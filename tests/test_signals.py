@@ -117,7 +117,7 @@ def test_between_trainings_what_is_left_and_how_to_go_on_is_said(run: Run, monke
         said = run("distill", "digits", "--out", "a", *TINY)
     assert said.code == 130
     assert said.err == (
-        "dfkd-fast: interrupted; the last checkpoint is a/checkpoints/teacher/iteration-00000001.pt;"
+        "dfkd-fast: interrupted; the last good checkpoint is a/checkpoints/teacher/iteration-00000001.pt;"
         " go on with: dfkd-fast distill digits --out a --resume\n"
     )
     assert run("distill", "digits", "--out", "a", "--resume").code == 0
@@ -137,7 +137,7 @@ def test_interrupted_again_the_last_checkpoint_is_named(run: Run, monkeypatch: p
     said = run("distill", "digits", "--out", "a", *TINY)
     assert said.code == 143
     assert said.err == (
-        "dfkd-fast: interrupted again, at once; the last checkpoint is a/checkpoints/iteration-00000002.pt;"
+        "dfkd-fast: interrupted again, at once; the last good checkpoint is a/checkpoints/iteration-00000002.pt;"
         " go on with: dfkd-fast distill digits --out a --resume\n"
     )
 
