@@ -15,7 +15,7 @@ from rich.console import Console
 
 # Nothing that imports PyTorch, which takes seconds: each command imports its own.
 from .choices import DeviceName, Loader, LogLevel, PrecisionName
-from .errors import DfkdError, first_line
+from .errors import DfkdError, first_line, shown
 from .interrupt import Interrupted, interrupting_on_signals
 from .out_of_memory import in_one_line, is_out_of_memory
 from .renamed import RenamedKeyWarning
@@ -354,14 +354,17 @@ def _overrides(
     overrides: dict[str, Any] = {}
     for change in changes or []:
         path, equals, text = change.partition("=")
-        if not equals or not path:
-            raise DfkdError(f"--set {change!r}: must be key.path=value, such as loop.epochs=3")
+        if not equals or not all(path.split(".")):
+            raise DfkdError(f"--set {shown(change)}: must be key.path=value, such as loop.epochs=3")
         try:
-            overrides[path] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[path] = text
+            read = tomllib.loads(f"value = {text}")
         except RecursionError as error:
             raise DfkdError(f"--set {path}: the value is nested too deeply") from error
+        except ValueError:
+            read = {"value": text}
+        if read.keys() != {"value"}:
+            raise DfkdError(f"--set {shown(change)}: must be one value; repeat --set for another key")
+        overrides[path] = read["value"]
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:
             overrides[path] = str(value) if str(value) == "package" else str(value.expanduser().resolve())

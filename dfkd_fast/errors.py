@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 200
+"""Characters of a value in an error."""
+
 
 class DfkdError(ValueError):
     """Something a user can mend. The command line prints its message and exits with code 2."""
@@ -22,9 +25,18 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def shown(value: object) -> str:
+    """A value as an error shows it: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integers of thousands of digits
+        return f"a number of {int.bit_length(value)} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 4 :]}"
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> DfkdError:
     """The error for a name that does not exist: suggests the nearest one, then lists what there is."""
     choices = sorted(set(known))
     nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5) or [choice for choice in choices if choice.startswith(name)]
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return DfkdError(f"unknown {what} {name!r}: {hint}there are {', '.join(choices)}")
+    return DfkdError(f"unknown {what} {shown(name)}: {hint}there are {', '.join(choices)}")

@@ -1,6 +1,7 @@
 """Recipes: every number of a run, typed, validated, printable."""
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -13,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from dfkd_fast.data import Augment, DataSettings
 from dfkd_fast.engine import Method, Optimizer
-from dfkd_fast.errors import DfkdError, unknown
+from dfkd_fast.errors import DfkdError, shown, unknown
 from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
 from dfkd_fast.recipe_files import merged, parse_recipe, read_recipe
@@ -97,12 +98,15 @@ class Recipe(Method):
 
 
 CHECKED = TypeAdapter(Recipe)
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What Python makes of bytes that are no UTF-8."""
 
 
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A shipped recipe by its name, or one from a TOML file.
 
-    A file may begin with ``extends = "NAME"``: it then states only what differs from that recipe.
+    A file may begin with ``extends = "NAME"``: it then states only what differs from that recipe. The name of a
+    file is relative to the folder of the one that extends it.
 
     Args:
         name_or_path: ``digits``, or a path that ends in ``.toml``.
@@ -112,12 +116,12 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         DfkdError: no such recipe, a key that does not exist, or a value that is not allowed; one line with
             the field, the value and what is allowed.
     """
-    return _validate(_with(read_recipe(name_or_path), overrides), f"recipe {name_or_path!r}")
+    return _checked(read_recipe(name_or_path), overrides, f"recipe {name_or_path!r}")
 
 
 def recipe_from_toml(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A complete recipe from its text, as a weights file holds it; ``where`` names it in errors."""
-    return _validate(_with(parse_recipe(text, where), overrides), where)
+    return _checked(parse_recipe(text, where), overrides, where)
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -161,11 +165,34 @@ def _take(tables: dict[str, Any], path: str) -> Any:
     return tables.pop(key)
 
 
-def _validate(content: dict[str, Any], where: str) -> Recipe:
+def _checked(content: dict[str, Any], overrides: Mapping[str, Any] | None, where: str) -> Recipe:
     try:
-        return CHECKED.validate_python(content)
+        changed = _with(content, overrides)
+        if (path := _with_no_text(changed)) is not None:
+            raise DfkdError(f"{where}: {path} has a NUL character or bytes that are no UTF-8")
+        return CHECKED.validate_python(changed)
     except ValidationError as error:
         raise DfkdError(f"{where}: {_one_line(error.errors()[0])}") from error
+    except RecursionError as error:
+        raise DfkdError(f"{where} is nested too deeply") from error
+
+
+def _with_no_text(content: Any, path: str = "") -> str | None:
+    """Where a string is that TOML or the system cannot take; None where all are text."""
+    if isinstance(content, Mapping):
+        below = [(str(key), value) for key, value in content.items()]
+        if any(not _is_text(key) for key, _ in below):
+            return path or "a key"
+    elif isinstance(content, list | tuple):
+        below = [(str(index), value) for index, value in enumerate(content)]
+    else:
+        return path if isinstance(content, str) and not _is_text(content) else None
+    found = (_with_no_text(value, f"{path}.{key}" if path else key) for key, value in below)
+    return next((where for where in found if where is not None), None)
+
+
+def _is_text(string: str) -> bool:
+    return "\0" not in string and not SURROGATE.search(string)
 
 
 def _one_line(problem: ErrorDetails) -> str:
@@ -175,15 +202,17 @@ def _one_line(problem: ErrorDetails) -> str:
     if problem["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(owner):
         return str(unknown("key", path, [".".join(map(str, [*sections, f.name])) for f in dataclasses.fields(owner)]))
     annotation = _annotation(problem["loc"])
+    given = shown(problem["input"])
+    name = problem["input"] if isinstance(problem["input"], str) else given
     if problem["type"] == "literal_error":
-        return f"{path} = {problem['input']!r}: {unknown('choice', str(problem['input']), map(str, typing.get_args(annotation)))}"
+        return f"{path} = {given}: {unknown('choice', name, map(str, typing.get_args(annotation)))}"
     if problem["type"] == "choice":
-        return f"{path} = {problem['input']!r}: {unknown('choice', str(problem['input']), problem['ctx']['allowed'])}"
+        return f"{path} = {given}: {unknown('choice', name, problem['ctx']['allowed'])}"
     if problem["type"] == "missing":
         return f"{path} is missing"
     if problem["type"] == "value_error":
         return ": ".join(filter(None, (path, problem["msg"].removeprefix("Value error, "))))
-    return f"{path} = {problem['input']!r}: must be {_allowed(annotation)}"
+    return f"{path} = {given}: must be {_allowed(annotation)}"
 
 
 def _annotation(path: Sequence[str | int]) -> Any:

@@ -1,11 +1,12 @@
 """Recipes as they lie on disk: shipped ones, files, and what they extend. Nothing here imports PyTorch."""
 
+import os
 import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .errors import DfkdError, unknown
+from .errors import DfkdError, shown, unknown
 from .renamed import current_keys
 
 __all__ = ["merged", "parse_recipe", "read_recipe", "shipped_recipes"]
@@ -21,32 +22,50 @@ def shipped_recipes() -> list[str]:
 def read_recipe(name_or_path: str) -> dict[str, Any]:
     """The nested tables of a shipped recipe or a TOML file, over those of the recipe that it ``extends``; nothing is checked yet.
 
+    A path in ``extends`` is relative to the folder of the file that it stands in.
+
     Raises:
-        DfkdError: no such recipe, or no TOML.
+        DfkdError: no such recipe, no TOML, or one that extends itself.
     """
-    return _read(name_or_path, [])
+    changes: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    current: str | None = name_or_path
+    while current is not None:
+        content = parse_recipe(_text(current), f"recipe {current!r}")
+        content.setdefault("name", Path(current).stem)
+        changes.append(content)
+        identity = str(Path(current).resolve()) if current.endswith(".toml") else current
+        if identity in seen:
+            raise DfkdError(f"recipe {name_or_path!r} extends itself, by way of {current!r}")
+        seen.add(identity)
+        current = _base(current, content)
+    recipe = changes.pop()
+    while changes:
+        recipe = merged(recipe, changes.pop())
+    return recipe
 
 
-def _read(name_or_path: str, chain: list[str]) -> dict[str, Any]:
-    if name_or_path in chain:
-        raise DfkdError(f"recipe {name_or_path!r} extends itself: {' → '.join([*chain, name_or_path])}")
+def _text(name_or_path: str) -> str:
     if name_or_path.endswith(".toml"):
         try:
-            text = Path(name_or_path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DfkdError(f"recipe {name_or_path!r} cannot be read: {error}") from error
-    elif name_or_path in shipped_recipes():
-        text = (SHIPPED / f"{name_or_path}.toml").read_text()
-    else:
-        raise unknown("recipe", name_or_path, shipped_recipes())
-    content = parse_recipe(text, f"recipe {name_or_path!r}")
-    content.setdefault("name", Path(name_or_path).stem)
+            return Path(name_or_path).read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise DfkdError(f"recipe {shown(name_or_path)} cannot be read: {error}") from error
+    if name_or_path in shipped_recipes():
+        return (SHIPPED / f"{name_or_path}.toml").read_text("utf-8")
+    if os.path.lexists(name_or_path.partition("\0")[0]) and "/" in name_or_path:
+        raise DfkdError(f"recipe {shown(name_or_path)}: a recipe's file must end in .toml")
+    raise unknown("recipe", name_or_path, shipped_recipes())
+
+
+def _base(name_or_path: str, content: dict[str, Any]) -> str | None:
+    """Take out of a recipe what it extends; None where it extends nothing."""
     base = content.pop("extends", None)
     if base is None:
-        return content
+        return None
     if not isinstance(base, str):
-        raise DfkdError(f"recipe {name_or_path!r}: extends = {base!r}: must be the name or path of a recipe")
-    return merged(_read(base, [*chain, name_or_path]), content)
+        raise DfkdError(f"recipe {name_or_path!r}: extends = {shown(base)}: must be the name or path of a recipe")
+    return str(Path(name_or_path).parent / base) if base.endswith(".toml") else base
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +80,10 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def parse_recipe(text: str, where: str) -> dict[str, Any]:
     """A recipe's nested tables, under their present names, from TOML; ``where`` names it in errors."""
     try:
-        content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        return current_keys(tomllib.loads(text), where)
+    except DfkdError:
+        raise
+    except RecursionError as error:
+        raise DfkdError(f"{where} is nested too deeply") from error
+    except ValueError as error:  # no TOML, or an integer of thousands of digits
         raise DfkdError(f"{where} is not TOML: {error}") from error
-    return current_keys(content, where)

@@ -7,8 +7,10 @@ validation, in Python as in TOML.
 import dataclasses
 from typing import Annotated, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from .errors import shown
 
 __all__ = [
     "BelowOne",
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 Section = TypeVar("Section")
+LONGEST_NAME = 200
+"""Bytes of a file name, of the 255 that file systems take: a number or a suffix may follow."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
@@ -38,12 +42,24 @@ def settings(section: type[Section]) -> type[Section]:
 PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
-Number = Annotated[float, Field(strict=True)]
-Positive = Annotated[float, Field(strict=True, gt=0)]
-NonNegative = Annotated[float, Field(strict=True, ge=0)]
+# What float32 holds, which networks and losses are computed in.
+Number = Annotated[float, Field(strict=True, ge=-1e38, le=1e38)]
+Positive = Annotated[float, Field(strict=True, ge=1e-38, le=1e38)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, le=1e38)]
 Temperature = Annotated[float, Field(strict=True, ge=1e-4, le=1e4)]
 """What the divergences take: beyond it, float32 does not resolve them."""
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
-FileName = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*$")]
+
+
+def _names_a_file(name: str) -> str:
+    if not name or name[0] == "." or "/" in name or not name.isprintable() or name != name.strip() or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"{shown(name)} must be the name of a folder: printable, no '/', at most {LONGEST_NAME} bytes,"
+            " beginning with no dot, beginning and ending with no space"
+        )
+    return name
+
+
+FileName = Annotated[str, Field(strict=True), AfterValidator(_names_a_file)]
 Flag = Annotated[bool, Field(strict=True)]

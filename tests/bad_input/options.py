@@ -59,9 +59,7 @@ CASES: list[Case] = [
     case("a number for text", "show", "digits", "--set", "description=3", says="description = 3: must be a string"),
     case("a number for a list", "show", "digits", "--set", "data.mean=0.5", says="data.mean = 0.5: must be a list"),
     case("a number in a table of text", "show", "digits", "--set", "provenance.x=3", says="provenance.x = 3: must be a table of strings"),
-    case(
-        "NaN for a number", "show", "digits", "--set", "student_optimizer.lr=nan", says="student_optimizer.lr = nan: must be a number > 0"
-    ),
+    case("NaN for a number", "show", "digits", "--set", "student_optimizer.lr=nan", says="student_optimizer.lr = nan: must be a number"),
     case(
         "infinity for a number",
         "show",
