@@ -14,9 +14,6 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-GRACE = 0.5
-"""Seconds that other processes give rank 0 to say an error that all of them have."""
-
 __all__ = [
     "any_of",
     "average_",
@@ -34,6 +31,9 @@ __all__ = [
     "summed",
     "world_size",
 ]
+
+GRACE = 0.5
+"""Seconds that other processes give rank 0 to say an error that all of them have."""
 
 
 def rank() -> int:
