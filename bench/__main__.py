@@ -21,7 +21,7 @@ from dfkd_fast.console import print_table
 from dfkd_fast.engine.device import device_name, pick_device
 from dfkd_fast.engine.precision import resolve_precision
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.files import replacing
+from dfkd_fast.files import check_output, replacing
 from dfkd_fast.recipe import load_recipe
 
 from . import end_to_end, evaluation, host, provenance, report, table
@@ -209,6 +209,9 @@ def run_end_to_end(
     out: Annotated[Path | None, typer.Option(help="CSV that takes the rows in; by default bench/results/end-to-end-DEVICE.csv.")] = None,
 ) -> None:
     """Time whole iterations: plain eager, plain compiled with autocast and channels-last, and the engine feature by feature."""
+    for option, file in (("--json", json_file), ("--out", out)):
+        if file is not None:
+            check_output(option, file)
     place = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -18,7 +18,6 @@ from .choices import DeviceName, Loader, LogLevel, PrecisionName
 from .errors import DfkdError, first_line, shown
 from .interrupt import Interrupted, interrupting_on_signals
 from .out_of_memory import in_one_line, is_out_of_memory
-from .renamed import RenamedKeyWarning
 
 __all__ = ["app", "main"]
 
@@ -293,13 +292,13 @@ def _rank() -> int:
 
 
 def _telling_once() -> Callable[..., None]:
-    """What shows warnings: a renamed key in one line, once in a command, by the first process; the others are Python's to show."""
+    """What shows warnings: our own in one line, once in a command, by the first process; the others are Python's to show."""
     told: set[str] = set()
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
     ) -> None:
-        if not issubclass(category, RenamedKeyWarning):
+        if category.__module__.partition(".")[0] != __package__:
             SHOW_WARNING(message, category, filename, lineno, file, line)
         elif str(message) not in told and _rank() == 0:
             told.add(str(message))

@@ -6,10 +6,10 @@ int16; ``widen`` and ``narrow`` convert. The elementary functions are short poly
 keep LLVM from vectorising the loop around it.
 """
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,8 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 from torch import Tensor
+
+from .machine_code import keeping_machine_code
 
 __all__ = [
     "BLOCK",
@@ -49,12 +51,6 @@ __all__ = [
 
 Place = tuple[int, Any]
 BLOCK = 8192  # elements a task: partial sums are a block's, so that they do not depend on the number of threads
-
-# numba notices a change of a kernel's own file, but not of this one, whose functions are compiled into the kernel.
-_MACHINE_CODE = (
-    Path(numba.config.CACHE_DIR or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfkd_fast")
-    / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-)
 
 # Contracting and reordering sums is allowed, assuming that no NaN occurs is not.
 _RELAXED = {"contract", "reassoc", "nsz", "arcp"}
@@ -130,13 +126,8 @@ def parallel(kernel: Callable[..., Any]) -> Callable[..., Any]:
         "nogil": True,
         "pipeline_class": _KernelCompiler,
     }
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_MACHINE_CODE)
-    try:
-        return numba.njit(kernel, cache=True, **options)
-    except RuntimeError:  # nowhere to write: compiled anew in every process
-        return numba.njit(kernel, **options)
-    finally:
-        numba.config.CACHE_DIR = before
+    # numba notices a change of a kernel's own file, but not of this one, whose functions are compiled into the kernel.
+    return keeping_machine_code(partial(numba.njit, kernel, **options), Path(__file__))
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dfkd_fast.console import print_line, print_table
-from dfkd_fast.report import COLUMNS, draw_comparison, read_run, table_rows
+from dfkd_fast.report import COLUMNS, check_picture, draw_comparison, read_run, table_rows
 
 __all__ = ["compare_runs"]
 
@@ -20,8 +20,9 @@ def compare_runs(runs: Sequence[Path], picture: Path, console: Console) -> None:
     """Accuracies and retention statistics of finished runs, as a table and as a picture.
 
     Raises:
-        DfkdError: a folder holds no finished run.
+        DfkdError: a folder holds no finished run, or the picture cannot be written.
     """
+    check_picture("--out", picture)
     finished = [read_run(run) for run in runs]
     print_table(console, ("run", "teacher", *COLUMNS.values()), table_rows(finished), figures=True)
     for line in LEGEND:

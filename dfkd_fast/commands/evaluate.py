@@ -27,7 +27,7 @@ from dfkd_fast.evaluation import (
     evaluate_segmentation,
     named_iou,
 )
-from dfkd_fast.files import replacing
+from dfkd_fast.files import check_output, replacing
 from dfkd_fast.log import LOGGER
 
 from .candidates import Candidate, EvaluationRequest, candidates
@@ -84,8 +84,10 @@ def evaluate_and_print(request: EvaluationRequest, device: torch.device, console
     """Test networks, print what they are worth, and write it to a JSON file, too, where one is named; only the first process does.
 
     Raises:
-        DfkdError: as :func:`evaluate_weights`.
+        DfkdError: as :func:`evaluate_weights`, or the JSON file cannot be written.
     """
+    if json_file is not None:
+        check_output("--json", json_file)
     results = evaluate_weights(request, device, console)
     if distributed.rank() > 0:
         return

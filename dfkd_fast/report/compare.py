@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dfkd_fast.errors import DfkdError, first_line
-from dfkd_fast.files import replacing
+from dfkd_fast.files import check_output, replacing
 
 from .folder import RunFolder, read_metrics
 
-__all__ = ["COLUMNS", "Finished", "draw_comparison", "read_run", "table_rows"]
+__all__ = ["COLUMNS", "Finished", "check_picture", "draw_comparison", "read_run", "table_rows"]
 
 COLUMNS = {
     "last": "last",
@@ -29,6 +29,9 @@ COLUMNS = {
     "fraction_retained": "kept",
 }
 """Fields of ``evaluation.Retention`` and what the table calls them."""
+
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,13 @@ def _row(name: str, runs: Sequence[Finished]) -> list[str]:
     return [name, *(f"{fmean(column):.2f}" for column in zip(*figures, strict=True))]
 
 
+def check_picture(option: str, path: Path) -> None:
+    """Raise a :class:`DfkdError` unless a picture can be written to a path that an option names."""
+    check_output(option, path)
+    if path.suffix.lower() not in PICTURES and (path.suffix or not path.exists()):
+        raise DfkdError(f"{option} {path}: a picture's name ends in {', '.join(PICTURES)}")
+
+
 def draw_comparison(runs: Sequence[Finished], path: Path) -> None:
     """Accuracy over epochs, a colour a recipe, and below it how steady each recipe was: a dot a run, a bar their mean."""
     groups = _by_recipe(runs)
@@ -113,7 +123,7 @@ def draw_comparison(runs: Sequence[Finished], path: Path) -> None:
     for axis in axes.values():
         axis.grid(alpha=0.3)
     with replacing(path) as part:
-        figure.savefig(part, dpi=120)
+        figure.savefig(part, dpi=120, format=path.suffix[1:].lower() or "png")
 
 
 def _by_recipe(runs: Sequence[Finished]) -> list[list[Finished]]:
