@@ -21,6 +21,10 @@ class NonFiniteLossError(DfkdError):
     """A loss became NaN or infinite; the message names the epoch, the iteration, the step and the term."""
 
 
+class OutOfMemoryError(DfkdError):
+    """A command needs more memory than there is; the message names what for, and the settings to lower."""
+
+
 def first_line(error: BaseException) -> str:
     """An error's message cut to its first line, or its kind where it has none."""
     lines = str(error).strip().splitlines()

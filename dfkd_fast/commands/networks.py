@@ -10,9 +10,25 @@ from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import expanded
 from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights
+from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe
 
-__all__ = ["build_network", "build_players", "check_storable", "check_teacher", "load_given_teacher", "model_of", "noise_images"]
+__all__ = [
+    "NETWORK_SIZES",
+    "build_network",
+    "build_players",
+    "check_storable",
+    "check_teacher",
+    "load_given_teacher",
+    "model_of",
+    "noise_images",
+]
+
+NETWORK_SIZES = (
+    *("teacher.model", "student.model", "generator.width", "generator.latent_dim"),
+    *("data.image_size", "data.channels", "data.num_classes"),
+)
+"""What the memory of the networks depends on."""
 
 
 def model_of(recipe: Recipe, role: str) -> str:
@@ -27,12 +43,18 @@ def build_network(recipe: Recipe, role: str) -> nn.Module:
 
 
 def build_players(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The recipe's teacher, student and generator, untrained."""
+    """The recipe's teacher, student and generator, untrained.
+
+    Raises:
+        OutOfMemoryError: they need more memory than there is.
+    """
     data = recipe.data
-    teacher, student = (build_network(recipe, role).to(device) for role in ("teacher", "student"))
-    generator = build_generator(
-        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
-    ).to(device)
+    sizes = sizes_of(recipe, *NETWORK_SIZES)
+    with memory_for("the networks", sizes):
+        teacher, student = (build_network(recipe, role).to(device) for role in ("teacher", "student"))
+        generator = build_generator(
+            recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+        ).to(device)
     return teacher, student, generator
 
 

@@ -101,7 +101,7 @@ class DataSettings:
     """Folder (or file) that holds it; nothing is downloaded."""
     num_classes: Annotated[int, Field(strict=True, ge=2, le=1_000_000)] = 10
     channels: PositiveInt = 1
-    image_size: Annotated[int, Field(strict=True, ge=8)] = 32
+    image_size: Annotated[int, Field(strict=True, ge=8, le=2**14)] = 32
     """Side of the teacher's input in pixels; with a label a pixel, of what it is trained on: tests show whole images."""
     mean: tuple[Number, ...] = (0.5,)
     std: tuple[Positive, ...] = (0.5,)

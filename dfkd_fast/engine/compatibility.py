@@ -13,6 +13,7 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import FOREIGN, DfkdError, foreign
 from dfkd_fast.methods import Objective
 from dfkd_fast.models import conditioned
+from dfkd_fast.out_of_memory import is_out_of_memory
 from dfkd_fast.surgery import dry_run, evaluating, logits_of
 
 from .method import Method
@@ -299,9 +300,9 @@ def _differentiate(role: str, output: Tensor) -> None:
         return
     try:
         output.backward(_normal(output.shape, output.device).to(output.dtype))
-    except torch.OutOfMemoryError:
-        raise
     except FOREIGN as error:  # a user's autograd function
+        if is_out_of_memory(error):
+            raise
         raise DfkdError(f"the {role} cannot be differentiated: {foreign(error)}") from error
 
 
@@ -324,9 +325,9 @@ def _generated(generator: nn.Module, z: Tensor) -> Tensor:
     mode = " in training mode" if generator.training else ""
     try:
         images = generator(conditioned(generator, z, labels))
-    except torch.OutOfMemoryError:
-        raise
     except FOREIGN as error:
+        if is_out_of_memory(error):
+            raise
         raise DfkdError(f"the generator cannot take latents {tuple(z.shape)}{mode}: {foreign(error)}") from error
     if not isinstance(images, Tensor):
         raise DfkdError(f"the generator must return images (B, C, H, W), not {type(images).__name__}")
@@ -347,9 +348,9 @@ def _called(name: str, network: nn.Module, images: Tensor, source: str) -> Tenso
     mode = " in training mode" if network.training else ""
     try:
         output = network(images)
-    except torch.OutOfMemoryError:
-        raise
     except FOREIGN as error:
+        if is_out_of_memory(error):
+            raise
         size = "×".join(map(str, images.shape[1:]))
         count = "one of " if len(images) == 1 else ""
         raise DfkdError(f"the {name} cannot take {count}{source} {size} images{mode}: {foreign(error)}") from error

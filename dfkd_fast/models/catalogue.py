@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from dfkd_fast.errors import FOREIGN, DfkdError, first_line, foreign, unknown
+from dfkd_fast.out_of_memory import is_out_of_memory
 
 from .classifiers import LENET5_HALF, LeNet5, WideResNet, cifar_resnet
 from .pretrained import PRETRAINED
@@ -106,6 +107,8 @@ def _users_own(module: str, function: str, num_classes: int) -> nn.Module:
     try:
         network = build(num_classes=num_classes)
     except FOREIGN as error:
+        if is_out_of_memory(error):
+            raise
         raise DfkdError(f"model {name!r}: called as {function}(num_classes={num_classes}): {foreign(error)}") from error
     if not isinstance(network, nn.Module):
         raise DfkdError(f"model {name!r} must return a torch.nn.Module, not {type(network).__name__}")

@@ -9,6 +9,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dfkd_fast.errors import first_line
+from dfkd_fast.out_of_memory import is_out_of_memory
 
 from .cpu_conv import CpuConv2d
 from .modes import deep_copy, freeze
@@ -120,9 +121,9 @@ def folded_and_checked(network: nn.Module, images: Tensor) -> nn.Module:
     with torch.no_grad():
         try:
             expected, answer = (deep_copy(each).double()(images.double()) for each in (network, folded))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise FoldingError(f"{type(network).__name__} does not run in float64, to be compared there: {first_line(error)}") from error
         difference = (answer - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     if not difference < FOLDED_WITHIN:
