@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import options, outputs, recipes
+from tests.bad_input import data, options, outputs, recipes
 from tests.bad_input.case import Case
 from tests.command_line import Run, Said
 
-CASES: list[Case] = [case for area in (options, outputs, recipes) for case in area.CASES]
+CASES: list[Case] = [case for area in (data, options, outputs, recipes) for case in area.CASES]
 
 
 def listing(folder: Path) -> dict[str, bytes]:
