@@ -5,7 +5,8 @@ import re
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO
 
@@ -13,9 +14,11 @@ import typer
 from rich.console import Console
 
 # Nothing that imports PyTorch, which takes seconds: each command imports its own.
-from .choices import DeviceName, Loader, PrecisionName
+from .choices import DeviceName, Loader, LogLevel, PrecisionName
 from .errors import DfkdError, first_line, shown
-from .interrupt import Interrupted
+from .files import expanded
+from .interrupt import Interrupted, interrupting_on_signals
+from .out_of_memory import in_one_line, is_out_of_memory
 
 __all__ = ["app", "main"]
 
@@ -49,6 +52,8 @@ Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors; 
 WeightsKey = Annotated[
     str, typer.Option(metavar="KEY", help="Where in a file with several states the weights are, such as model_ema or state_dict.teacher.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Level = Annotated[LogLevel, typer.Option("--log-level", help="What to tell beside the results: progress is info, remarks are warnings.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint.")]
 
 
@@ -66,6 +71,8 @@ def distill(
     seed: Seed = None,
     fit: Annotated[bool, typer.Option("--fit", help="Set loop.batch_size to the largest that fits into the GPU.")] = False,
     resume: Resume = False,
+    quiet: Quiet = False,
+    log_level: Level = "info",
 ) -> None:
     """Distil the recipe's student from its teacher."""
     from .commands import distill as command
@@ -74,10 +81,10 @@ def distill(
     from .run import open_run
 
     overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
-    with computing_on(device) as place:
+    with computing_on(device) as place, _talking(quiet, log_level) as console:
         if fit:
-            overrides["loop.batch_size"] = command.fitted(load_recipe(recipe, overrides), place, _console()).loop.batch_size
-        with open_run("distill", recipe, overrides, out, resume, place, _console()) as run:
+            overrides["loop.batch_size"] = command.fitted(load_recipe(recipe, overrides), place).loop.batch_size
+        with open_run("distill", recipe, overrides, out, resume, place, console) as run:
             command.distill(run)
 
 
@@ -90,6 +97,8 @@ def teach(
     device: Device = "auto",
     seed: Seed = None,
     resume: Resume = False,
+    quiet: Quiet = False,
+    log_level: Level = "info",
 ) -> None:
     """Train the recipe's teacher and store its weights."""
     from .commands import distill as command
@@ -97,7 +106,11 @@ def teach(
     from .run import open_run
 
     overrides = _overrides(changes, data_root=data_root, seed=seed)
-    with computing_on(device) as place, open_run("teach", recipe, overrides, out, resume, place, _console()) as run:
+    with (
+        computing_on(device) as place,
+        _talking(quiet, log_level) as console,
+        open_run("teach", recipe, overrides, out, resume, place, console) as run,
+    ):
         command.teach(run)
 
 
@@ -129,6 +142,8 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", parser=_path, metavar="PATH", help="Write the figures to this file, too.")
     ] = None,
+    quiet: Quiet = False,
+    log_level: Level = "info",
 ) -> None:
     """Accuracy of students and teachers on labelled images, and how far they agree."""
     from .commands import evaluate as command
@@ -143,8 +158,8 @@ def evaluate(
     overrides = {path: value for path, value in chosen.items() if value is not None} | _overrides(changes, data_root=data_root)
     given = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
     request = EvaluationRequest(targets or [], data, model or [], given, role, overrides, precision, weights_key)
-    with computing_on(device) as place:
-        command.evaluate_and_print(request, place, _console(), json_file)
+    with computing_on(device) as place, _talking(quiet, log_level) as console:
+        command.evaluate_and_print(request, place, console, json_file)
 
 
 @app.command()
@@ -197,8 +212,8 @@ def doctor(
         command.print_machine(Console())
         return
     overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)
-    with computing_on(device) as place:
-        command.print_teacher(load_recipe(teacher, overrides), place, _console())
+    with computing_on(device) as place, _talking(False, "info") as console:
+        command.print_teacher(load_recipe(teacher, overrides), place, console)
 
 
 @app.command()
@@ -218,13 +233,12 @@ def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
     warnings.showwarning = _telling_once()
     try:
-        sys.exit(app(standalone_mode=False))
+        with interrupting_on_signals():
+            sys.exit(app(standalone_mode=False))
     except DfkdError as error:
         _fail(_with_flags(str(error)), 2)
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -232,15 +246,43 @@ def main() -> NoReturn:
     except OSError as error:
         _fail(str(error), 2)
     except Exception as error:
+        if is_out_of_memory(error):
+            _fail(in_one_line(error), 2)
         # typer's own complaints about the command line, whose class moved between its versions
         if not hasattr(error, "format_message"):
+            if _is_one_of_several() and _ended_elsewhere():
+                sys.exit(1)
             raise
         _fail(error.format_message(), 2)
 
 
-def _console() -> Console:
-    """Where this process talks: the first one does, the others are silent."""
-    return Console(quiet=_rank() > 0)
+@contextmanager
+def _talking(quiet: bool, level: LogLevel) -> Iterator[Console]:
+    """Where this process prints results and what is logged: the first one does, the others are silent."""
+    from .log import shown_on
+
+    console = Console(quiet=quiet or _rank() > 0)
+    with shown_on(console, level):
+        yield console
+
+
+def _is_one_of_several() -> bool:
+    """Whether a launcher has started more processes than this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _says_the_end() -> bool:
+    """Whether it is this process that says why the command ends."""
+    from . import distributed
+
+    return distributed.says_the_end()
+
+
+def _ended_elsewhere() -> bool:
+    """Whether an error here only follows from that of another process, which says it."""
+    from . import distributed
+
+    return distributed.ended_elsewhere(wait=4 * distributed.GRACE)
 
 
 def _rank() -> int:
@@ -291,7 +333,14 @@ def _with_flags(message: str) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"dfkd-fast: {' '.join(message.split())}", err=True)
+    if _is_one_of_several():
+        if not _says_the_end():
+            sys.exit(code)
+        if (number := os.environ.get("RANK", "0")) != "0":
+            message = f"process {number}: {message}"
+    # Names that files hold may have letters that a terminal obeys, or none that it could be sent.
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    typer.echo(f"dfkd-fast: {line}", err=True)
     sys.exit(code)
 
 
@@ -320,7 +369,7 @@ def _overrides(
         overrides[path] = read["value"]
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:
-            overrides[path] = str(value) if str(value) == "package" else str(value.expanduser().resolve())
+            overrides[path] = str(value) if str(value) == "package" else os.path.realpath(expanded(value))
     if weights_key:
         overrides["teacher.weights_key"] = weights_key
     if seed is not None:

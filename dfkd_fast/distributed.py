@@ -5,10 +5,12 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -17,6 +19,7 @@ __all__ = [
     "average_",
     "barrier",
     "broadcast_",
+    "ended_elsewhere",
     "fresh_part",
     "gathered",
     "local",
@@ -24,9 +27,13 @@ __all__ = [
     "process_group",
     "rank",
     "restarted",
+    "says_the_end",
     "summed",
     "world_size",
 ]
+
+GRACE = 0.5
+"""Seconds that other processes give rank 0 to say an error that all of them have."""
 
 
 def rank() -> int:
@@ -66,6 +73,47 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def ended_elsewhere(*, wait: float) -> bool:
+    """Whether another process of this attempt has said why the command ends; only torchrun's processes can know.
+
+    Args:
+        wait: seconds in which it still may.
+    """
+    try:
+        store = _launchers_store()
+        deadline = time.monotonic() + wait
+        while not store.check([_ended()]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return bool(store.check([_ended()]))
+    except (DistError, OSError, RuntimeError, ValueError):
+        return False
+
+
+def says_the_end() -> bool:
+    """Whether this process is to say why the command ends: only the first that asks is, or any where torchrun's store is out of reach.
+
+    Rank 0 need not wait; the others give it a moment, so that an error that all of them have is said by it.
+    """
+    if os.environ.get("RANK", "0") != "0" and ended_elsewhere(wait=GRACE):
+        return False
+    try:
+        return int(_launchers_store().add(_ended(), 1)) == 1
+    except (DistError, OSError, RuntimeError, ValueError):
+        return True
+
+
+def _ended() -> str:
+    return f"dfkd_fast/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _launchers_store() -> Store:
+    """The store that torchrun keeps beside its processes: it can be reached before they are a group, and after."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("not started by torchrun")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
 
 
 def fresh_part(store: Store, rank: int, world_size: int) -> Store:

@@ -1,7 +1,13 @@
 """Errors whose message is one line for a user: the field or file, what it is, and what is allowed."""
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+
+FOREIGN = (Exception, SystemExit)
+"""What a user's code may raise where it is called; an exit of its own must not end a command as if that had succeeded."""
 
 LONGEST = 200
 """Characters of a value in an error."""
@@ -15,10 +21,27 @@ class NonFiniteLossError(DfkdError):
     """A loss became NaN or infinite; the message names the epoch, the iteration, the step and the term."""
 
 
+class OutOfMemoryError(DfkdError):
+    """A command needs more memory than there is; the message names what for, and the settings to lower."""
+
+
 def first_line(error: BaseException) -> str:
     """An error's message cut to its first line, or its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def foreign(error: BaseException) -> str:
+    """What a user's code raised: its kind and its first line, and the last place of it that is no library's."""
+    if isinstance(error, SystemExit):
+        said = f"it exits, with the code {error.code!r}"
+    else:
+        said = ": ".join(dict.fromkeys((type(error).__name__, first_line(error))))
+    libraries = (*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")), str(Path(__file__).parent), "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(libraries) and not isinstance(error, SyntaxError):  # which says its place itself
+            return f"{said} ({Path(frame.filename).name}, line {frame.lineno})"
+    return said
 
 
 def shown(value: object) -> str:

@@ -14,13 +14,18 @@ from typing import IO
 
 from .errors import DfkdError
 
-__all__ = ["check_output", "is_temporary", "make_folders", "naming", "remove_temporaries", "replacing"]
+__all__ = ["check_output", "expanded", "is_temporary", "make_folders", "naming", "remove_temporaries", "replacing"]
 
 DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/(stdout|stderr|fd/\d+)")
 """Replacing a file that the shell has sent the output to would lose what else is written there."""
 LONGEST_STEM = 200
 """Bytes of a name in that of its temporary file, which may have 255."""
 TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.part(\.[^.]*)?")
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` in front replaced by the home folder that it means; as it is where there is none, as of an unknown user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises
 
 
 @contextmanager

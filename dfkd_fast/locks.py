@@ -47,8 +47,10 @@ class FolderLock:
         self.path = folder / LOCK
         self.effective = True
         """False where the file system has no locks: nothing keeps another process away."""
+        self.made = False
+        """Whether the file was not there before."""
         while True:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._open()
             try:
                 with naming(self.path):
                     self._lock()
@@ -83,6 +85,14 @@ class FolderLock:
     def job_of(folder: Path) -> str:
         """The job of the folder's last holder, living or not; empty if it had none or is unknown."""
         return str(_read(folder / LOCK).get("job", ""))
+
+    def _open(self) -> None:
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self.made = True
+        except FileExistsError:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.made = False
 
     def _lock(self) -> None:
         if fcntl is None:

@@ -5,10 +5,10 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -73,7 +73,7 @@ class Report:
     """Epochs between checkpoints."""
     samples_every: PositiveInt = 5
     """Epochs between pictures of generated images; the last epoch always has one."""
-    samples: PositiveInt = 64
+    samples: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 64
     """Images in a picture."""
     retained_within: NonNegative = 5.0
     """Points below the teacher's accuracy down to which an epoch counts as retained."""

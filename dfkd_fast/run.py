@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +13,14 @@ from rich.console import Console
 
 from . import distributed
 from .claim import claim_folder
-from .console import print_line
 from .engine import Epoch
 from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
-from .errors import DfkdError, NonFiniteLossError, first_line
+from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, first_line
 from .interrupt import Interrupted, stopping_on_signals
+from .log import LOGGER
 from .models import names_code
+from .out_of_memory import memory_for, sizes_of
 from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
 from .report import RunFolder
 
@@ -53,7 +54,7 @@ class Run:
         recipe: every number of it.
         folder: where it keeps everything.
         device: where it computes.
-        console: where it talks.
+        console: where it prints results.
         command: what goes on with it, up to its options.
         resumed: whether the folder holds it already.
     """
@@ -74,7 +75,11 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.folder.release()
+        self.folder.release(failed=error is not None)
+        if isinstance(error, KeyboardInterrupt):
+            error = Interrupted()
+        if isinstance(error, Interrupted) and not error.left:
+            raise Interrupted(error.what, error.signal_number, self._left()) from error
 
     @property
     def seconds(self) -> float:
@@ -86,8 +91,8 @@ class Run:
         self._before = max(self._before, seconds)
 
     def say(self, remark: str) -> None:
-        """Tell the user something in one line."""
-        print_line(self.console, remark)
+        """Tell the user, in one line, what a reader of the figures must know."""
+        LOGGER.warning("%s", remark)
 
     def begin(self) -> None:
         """Make the folder and put the recipe there; called once everything that can be checked was, by all processes."""
@@ -153,12 +158,19 @@ class Run:
                 continue
             raise DfkdError(f"{what} is of another run: {name} is {before!r} there, and {after!r} in {self.folder.recipe}")
 
-    def drive(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None]) -> None:
+    def drive(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None], sizes: Sequence[str]) -> None:
         """Run the epochs that are left, with a checkpoint every so many of them, and one when interrupted.
 
+        Args:
+            training: what is run.
+            checkpoints: the folder for them.
+            on_epoch: called with every epoch.
+            sizes: dotted paths of the settings that its memory depends on.
+
         Raises:
-            Interrupted: by a signal; everything is saved, unless a step failed meanwhile, as the message then says.
+            Interrupted: by a signal; everything is saved, unless there was another or a step failed meanwhile, as the message then says.
             NonFiniteLossError: a loss became NaN or infinite; the message names the last good checkpoint, too.
+            OutOfMemoryError: likewise.
             DfkdError: something could not be written, likewise.
         """
 
@@ -166,31 +178,41 @@ class Run:
             state = training.state_dict()  # every process has something to say
             saved = {"training": state, "seconds": self.seconds, "recipe": recipe_to_toml(self.recipe)}
             self.folder.save_checkpoint(saved, checkpoints, training.iterations_done)
+            LOGGER.debug("a checkpoint after %d iterations is in %s", training.iterations_done, checkpoints)
 
         if not training.finished:
             self.folder.remove_summary()
         with stopping_on_signals(training) as caught:
             try:
-                for epoch in training:
-                    on_epoch(epoch)
-                    if epoch.number % self.recipe.report.checkpoint_every == 0 or training.finished:
+                with memory_for("the training", sizes_of(self.recipe, *sizes)):
+                    for epoch in training:
+                        on_epoch(epoch)
+                        if epoch.number % self.recipe.report.checkpoint_every == 0 or training.finished:
+                            save()
+                    if not training.finished:
                         save()
-                if not training.finished:
-                    save()
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"{error}; {_last_good(checkpoints)}") from error
+            except (NonFiniteLossError, OutOfMemoryError) as error:
+                raise type(error)(f"{error}; {_last_good(checkpoints)}") from error
             except OSError as error:
                 raise DfkdError(f"{error}; {_last_good(checkpoints)}") from error
             except Exception as error:
                 if not caught or isinstance(error, DfkdError):
                     raise
                 # A terminal's Ctrl-C reaches the C++ compiler, too, that torch.compile has started, and the step fails for want of it.
-                message = f"interrupted while a step failed: {first_line(error)}; {_last_good(checkpoints)}"
-                raise Interrupted(message, caught[0]) from error
+                raise Interrupted(f"interrupted while a step failed: {first_line(error)}", caught[0]) from error
         if caught and not training.finished:
-            raise Interrupted(
-                f"interrupted and saved; go on with: {self.command} --out {shlex.quote(str(self.folder.path))} --resume", caught[0]
-            )
+            raise Interrupted("interrupted and saved", caught[0], self._going_on)
+
+    @property
+    def _going_on(self) -> str:
+        return f"go on with: {self.command} --out {shlex.quote(str(self.folder.path))} --resume"
+
+    def _left(self) -> str:
+        """What is saved after an interruption, and how to go on; empty where nothing is."""
+        if not self.folder.holds_run:
+            return ""
+        begun = latest_checkpoint(self.folder.checkpoints) is not None
+        return f"{_last_good(self.folder.checkpoints if begun else self.folder.teacher_checkpoints)}; {self._going_on}"
 
 
 def open_run(
@@ -208,7 +230,7 @@ def open_run(
         out: the folder; by default one in ``runs/`` that is named after the recipe, to go on the newest of them that holds a run.
         resume: go on with what is there.
         device: where to compute.
-        console: where to talk.
+        console: where to print results.
 
     Raises:
         DfkdError: the folder holds another run, or none to go on with, is in use by another process, or cannot be written.

@@ -116,7 +116,7 @@ HEADER = recipe_to_toml(load_recipe("digits"))
         ({"role": "student"}, "w.safetensors does not say what network it is"),
         ({"role": "student", "recipe": ""}, "recipe in w.safetensors: name is missing"),
         ({"role": "student", "recipe": "name = "}, "recipe in w.safetensors is not TOML"),
-        ({"role": "student", "recipe": "a = " + 4000 * "["}, "recipe in w.safetensors is not TOML"),
+        ({"role": "student", "recipe": "a = " + 4000 * "["}, "recipe in w.safetensors is nested too deeply"),
         ({"role": "student", "recipe": 'name = "x"\nextends = "digits"'}, "unknown key 'extends'"),
         ({"role": 3}, "w.safetensors cannot be read: 'dfkd_fast' in its header must be a table of strings"),
     ],

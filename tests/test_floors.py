@@ -15,7 +15,7 @@ FLOORS = [
     {"kernels"},
     {"errors", "labels", "choices", "console"},
     {"settings", "files", "interrupt", "doctor", "distributed"},
-    {"locks", "renamed"},
+    {"locks", "log", "renamed", "out_of_memory"},
     {"recipe_files"},
     {"surgery"},
     {"models"},

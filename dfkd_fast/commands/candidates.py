@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 from torch import nn
 
 from dfkd_fast.choices import PrecisionName
 from dfkd_fast.data import DATA_SETS, DataSettings, read_listing, view_of
+from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import load_pretrained, load_weights, names_code, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_from_toml
 from dfkd_fast.report import RunFolder
 
-from .networks import build_network, model_of
+from .networks import build_network, model_of, noise_images
 
 __all__ = ["Candidate", "EvaluationRequest", "candidates"]
 
@@ -66,6 +68,7 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
         role, recipe, key = _described(path, request, models, log)
         network = build_network(recipe, role)
         load_weights(network, path, key=key, log=log)
+        check_classifier(role, network, noise_images(recipe, 2, torch.device("cpu")), "data.image_size's")
         keyed |= key != ""
         yield Candidate(unique(str(path)), role, model_of(recipe, role), recipe.data, network)
     for model in models:
@@ -89,10 +92,8 @@ def _files(targets: Sequence[Path]) -> Iterator[Path]:
             if not found:
                 raise DfkdError(f"{target} holds neither student.safetensors nor teacher.safetensors")
             yield from found
-        elif target.is_file():
-            yield target
         else:
-            raise DfkdError(f"weights {target} not found")
+            yield target
 
 
 def _described(path: Path, request: EvaluationRequest, models: list[str], log: Callable[[str], None]) -> tuple[str, Recipe, str]:

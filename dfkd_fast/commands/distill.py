@@ -1,6 +1,7 @@
 """Distilling, and teaching what is distilled."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
@@ -16,33 +17,36 @@ from dfkd_fast.console import print_table
 from dfkd_fast.data import batches, open_split, palette
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.batch_size import largest_batch_size
-from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.engine.device import device_name
-from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.evaluation import Evaluator, retention
+from dfkd_fast.evaluation import Evaluator, chance, is_at_chance, retention
+from dfkd_fast.log import LOGGER
 from dfkd_fast.models import load_encoder, load_weights, read_metadata
+from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import evaluating
 
-from .networks import build_network, build_players, load_given_teacher
+from .networks import build_network, build_players, check_teacher, load_given_teacher
+from .rehearsal import begin_encoder, check_trainable, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
 
 __all__ = ["distill", "fitted", "teach"]
 
 OF_THE_TEACHER = {"seed", "data", "teacher", "teacher_optimizer"}
 """What a trained teacher depends on of a recipe."""
+TEACHER_SIZES = ("teacher.batch_size", "data.image_size", "data.channels")
+"""What the memory of its training depends on."""
 
 
 def teach(run: Run) -> float:
     """Train the recipe's teacher and store it in the run's folder; returns its test accuracy, or mIoU, in percent."""
     recipe = run.recipe
-    teacher = build_network(recipe, "teacher").to(run.device)
-    images = torch.zeros(2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size, device=run.device)
-    check_classifier("teacher", teacher, images, "data.image_size's")
+    with memory_for("the teacher", sizes_of(recipe, "teacher.model", "data.image_size", "data.channels", "data.num_classes")):
+        teacher = build_network(recipe, "teacher").to(run.device)
+        check_teacher(recipe, teacher, run.device)
     evaluate = Evaluator(recipe.data, run.device, run.say)
     _obtain_teacher(run, teacher)
     accuracy = evaluate(teacher)
@@ -63,13 +67,14 @@ def distill(run: Run) -> dict[str, Any]:
     """
     recipe, folder, device = run.recipe, run.folder, run.device
     teacher, student, generator = build_players(recipe, device)
-    for optimizer in (recipe.teacher_optimizer, recipe.student_optimizer, recipe.generator_optimizer):
-        build_optimizer(optimizer, [torch.nn.Parameter(torch.zeros(1, device=device))], device)  # now, not after the teacher's training
-    _begin_encoder(recipe, student, teacher)  # now, too, so that what does not fit is said before the teacher's training
+    rehearse(run, teacher, student, generator)
     evaluate = Evaluator(recipe.data, device, run.say) if recipe.data.has_images else None
     teacher_seconds = _obtain_teacher(run, teacher)
-    teacher_accuracy = evaluate(teacher) if evaluate else None
-    _begin_encoder(recipe, student, teacher)
+    with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
+        teacher_accuracy = evaluate(teacher) if evaluate else None
+    if teacher_accuracy is not None and (doubt := _doubt_of_teacher(recipe, teacher_accuracy)):
+        run.say(doubt)
+    begin_encoder(recipe, student, teacher)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
     run.go_on(trainer, folder.checkpoints)
@@ -87,12 +92,7 @@ def distill(run: Run) -> dict[str, Any]:
     return summary
 
 
-def _begin_encoder(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
-    if initial := recipe.student.encoder_weights:
-        load_encoder(student, teacher if initial == "teacher" else initial)
-
-
-def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
+def fitted(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with the largest batch that fits into the GPU.
 
     Raises:
@@ -123,7 +123,7 @@ def fitted(recipe: Recipe, device: torch.device, console: Console) -> Recipe:
         raise DfkdError(
             f"--fit: not even a batch of {smallest} fits: choose smaller networks, engine.micro_batches or generator.checkpointing"
         )
-    console.print(f"--fit: loop.batch_size = {size} (the recipe has {recipe.loop.batch_size})", highlight=False)
+    LOGGER.info("--fit: loop.batch_size = %d (the recipe has %d)", size, recipe.loop.batch_size)
     return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 
 
@@ -154,7 +154,8 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
 
 def _train_teacher(run: Run, teacher: nn.Module) -> float:
     """Train on the training split, which nothing outside this function ever holds; returns the seconds it took."""
-    recipe = run.recipe
+    recipe, device = run.recipe, run.device
+    check_trainable(recipe, teacher, device)
     stream = torch.Generator().manual_seed(recipe.seed)
     split = open_split(recipe.data, "train", augment=recipe.teacher.augment)
     loader = batches(split, recipe.teacher.batch_size, shuffle=True, workers=recipe.data.workers, generator=stream)
@@ -164,8 +165,9 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     wanted = recipe.teacher
     training = TeacherTrainer(teacher, loader, recipe.teacher_optimizer, wanted.epochs, stream, run.device, focal_gamma=wanted.focal_gamma)
     run.go_on(training, run.folder.teacher_checkpoints)
-    with Progress(run.console, "teacher", recipe.teacher.epochs, done=training.done) as progress:
-        run.drive(training, run.folder.teacher_checkpoints, progress.epoch)
+    with Progress(run.console, "teacher", wanted.epochs, len(loader), training.done * len(loader)) as progress:
+        training.on_batch = lambda count: progress.iteration(training.done * len(loader) + count)
+        run.drive(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
     seconds = training.clock.read()["teacher"]
     run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
     return seconds
@@ -176,6 +178,9 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
 
     def report(epoch: Epoch) -> None:
         progress.epoch(epoch)
+        if epoch is _judged(recipe, trainer.history):
+            for doubt in _doubts(recipe, trainer.history, teacher_accuracy):
+                run.say(doubt)
         folder.log(epoch)
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
             folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
@@ -187,15 +192,50 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
 
     if trainer.state.pretrained < recipe.loop.generator_pretraining:
-        run.say(f"the generator learns alone for {recipe.loop.generator_pretraining - trainer.state.pretrained} steps")
+        LOGGER.info("the generator learns alone for %d steps", recipe.loop.generator_pretraining - trainer.state.pretrained)
     folder.begin_log(trainer.history)
     try:
         loop, metric = recipe.loop, recipe.data.metric
         with Progress(run.console, "student", loop.epochs, loop.iterations_per_epoch, trainer.iterations_done, metric) as progress:
             trainer.on_iteration = lambda trainer: progress.iteration(trainer.iterations_done)
-            run.drive(trainer, folder.checkpoints, report)
+            run.drive(trainer, folder.checkpoints, report, (*step_sizes(recipe), "data.batch_size", "report.samples"))
     finally:
         folder.end_log()
+
+
+def _doubts(recipe: Recipe, history: Sequence[Epoch], teacher_accuracy: float | None) -> list[str]:
+    """What to check of a run whose teacher, or else whose student after a quarter of the epochs, is no better than chance."""
+    if teacher_accuracy is None:
+        return []
+    if doubt := _doubt_of_teacher(recipe, teacher_accuracy):
+        return [doubt]
+    judged, data = _judged(recipe, history), recipe.data
+    if judged is None or judged.student_accuracy is None or not is_at_chance(judged.student_accuracy, data):
+        return []
+    rates = (f"{name}.lr = {getattr(recipe, name).lr}" for name in ("student_optimizer", "generator_optimizer"))
+    return [
+        f"after {judged.number} of {recipe.loop.epochs} epochs the student's {data.metric} is {judged.student_accuracy:.2f} %,"
+        f" which is chance ({chance(data):.2f} %); check that the teacher's, {teacher_accuracy:.2f} %, is what it should be,"
+        f" that data.mean and data.std are the teacher's, that teacher and student are the networks that were meant,"
+        f" and {' and '.join(rates)}"
+    ]
+
+
+def _doubt_of_teacher(recipe: Recipe, accuracy: float) -> str:
+    """A line for a teacher that is no better than chance; empty for others."""
+    data = recipe.data
+    if not is_at_chance(accuracy, data):
+        return ""
+    return (
+        f"the teacher's {data.metric} is {accuracy:.2f} %, which is chance ({chance(data):.2f} %), and its student can be no better;"
+        " check its weights, data.mean and data.std, and the order of the classes"
+    )
+
+
+def _judged(recipe: Recipe, history: Sequence[Epoch]) -> Epoch | None:
+    """The first epoch after a quarter of all of them whose student was evaluated."""
+    quarter = recipe.loop.epochs / 4
+    return next((epoch for epoch in history if epoch.number >= quarter and epoch.student_accuracy is not None), None)
 
 
 def _metadata(recipe: Recipe, role: str) -> dict[str, str]:
@@ -224,7 +264,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
         "retention": found,
-        "remarks": trainer.remarks,
+        "remarks": [*trainer.remarks, *_doubts(run.recipe, trainer.history, teacher_accuracy)],
         "drift": {name: fmean(drift[name] for drift in drifts) for name in drifts[0]} if drifts else None,
         "seconds": {
             "total": run.seconds,

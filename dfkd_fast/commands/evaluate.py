@@ -1,6 +1,7 @@
 """``dfkd-fast evaluate``: accuracy of weights on labelled images, and how far they agree."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from dfkd_fast.evaluation import (
     named_iou,
 )
 from dfkd_fast.files import check_output, replacing
+from dfkd_fast.log import LOGGER
 
 from .candidates import Candidate, EvaluationRequest, candidates
 from .segmentation import print_iou
@@ -140,7 +142,7 @@ def evaluate_weights(request: EvaluationRequest, device: torch.device, console: 
             decoded.
     """
 
-    log = partial(print_line, console)
+    log = partial(LOGGER.warning, "%s")
     requested = list(candidates(request, log))
     passes: dict[DataSettings, list[Candidate]] = {}
     for candidate in requested:
@@ -151,6 +153,10 @@ def evaluate_weights(request: EvaluationRequest, device: torch.device, console: 
     for data, together in passes.items():
         found |= _one_pass(data, together, request.precision, device, console, log)
     return [found[candidate.name] for candidate in requested]
+
+
+def _is_silent(console: Console) -> bool:
+    return not console.is_terminal or console.quiet or not LOGGER.isEnabledFor(logging.INFO)
 
 
 def _one_pass(
@@ -168,7 +174,7 @@ def _one_pass(
     reference = next((one.name for one in candidates if one.role == "teacher"), candidates[0].name)
     images = torch.float16 if precision == "fp16" else torch.float32
     batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), log=log)
-    with Progress(console=console, transient=True, disable=not console.is_terminal or console.quiet) as progress:
+    with Progress(console=console, transient=True, disable=_is_silent(console)) as progress:
         bar = progress.add_task("images", total=batches.count)
         options: dict[str, Any] = {
             "reference": reference,

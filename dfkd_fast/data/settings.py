@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from dfkd_fast.choices import Loader
 from dfkd_fast.errors import DfkdError
+from dfkd_fast.files import expanded
 from dfkd_fast.settings import Count, Flag, Number, Positive, PositiveInt, settings
 
 from .classes import Classes, numbered_classes
@@ -23,8 +24,8 @@ from .view import Interpolation, View
 __all__ = ["DATA_SETS", "Access", "Batches", "DataSet", "DataSettings", "check_channels", "root_of"]
 
 Task = Literal["classification", "segmentation"]
-LONGEST_SIDE = 65_535
-"""Of an image in pixels; a JPEG's longest."""
+LONGEST_SIDE = 2**14
+"""Of an image, in pixels."""
 
 
 class Batches(Protocol):
@@ -174,7 +175,7 @@ def root_of(settings: DataSettings) -> Path:
         return Path()
     if not settings.root:
         raise DfkdError(f"data.root = '': data set {settings.name!r} needs the folder that holds it; nothing is downloaded")
-    root = Path(settings.root).expanduser()
+    root = expanded(settings.root)
     if not root.exists():
         raise DfkdError(f"data.root {root} does not exist")
     if root.is_dir() == settings.data_set.is_file:

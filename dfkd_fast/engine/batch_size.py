@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["is_out_of_memory", "largest_batch_size"]
+from dfkd_fast.out_of_memory import is_out_of_memory
+
+__all__ = ["largest_batch_size"]
 
 
 def largest_batch_size(attempt: Callable[[int], object], smallest: int = 2, limit: int = 1 << 14) -> int:
@@ -29,10 +31,3 @@ def largest_batch_size(attempt: Callable[[int], object], smallest: int = 2, limi
             torch.cuda.empty_cache()
         best, size = size, 2 * size
     return best
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a GPU's memory is short; only PyTorch's allocator has a type of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED"))
-    )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dfkd_fast import distributed
 from dfkd_fast.errors import first_line
+from dfkd_fast.out_of_memory import is_out_of_memory
 
-from .batch_size import is_out_of_memory
 from .compilation import Compiled, networks_to_compile
 from .device import cudnn_benchmark
 from .state import TrainState, preserved

@@ -9,12 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast import distributed
+from dfkd_fast.errors import FOREIGN, DfkdError, foreign
 from dfkd_fast.methods import Objective
 from dfkd_fast.models import conditioned
+from dfkd_fast.out_of_memory import is_out_of_memory
 from dfkd_fast.surgery import dry_run, evaluating, logits_of
 
-__all__ = ["check_classifier", "check_initialized", "check_networks", "check_objective"]
+from .method import Method
+
+__all__ = [
+    "check_batch_of_one",
+    "check_classifier",
+    "check_initialized",
+    "check_learner",
+    "check_networks",
+    "check_objective",
+    "check_smallest_batches",
+]
 
 SAMPLES = 4
 """Of the batches that are tried. Behind a batch norm of two samples, gradients to its input are rounding, and may be 0."""
@@ -32,13 +44,38 @@ def check_classifier(name: str, network: nn.Module, images: Tensor, source: str)
     Raises:
         DfkdError: it cannot take them, or does not return logits for each.
     """
-    with evaluating(network):
-        output = _called(name, network, images.clone(), source)
-    if output.ndim < 2 or len(output) != len(images):
-        raise DfkdError(
-            f"the {name} must return logits (B, classes) or (B, classes, H, W), not {tuple(output.shape)} for B = {len(images)}"
-        )
-    return output.shape[1:]
+    return _evaluated(name, network, images, source).shape[1:]
+
+
+def check_learner(name: str, network: nn.Module, images: Tensor, source: str) -> None:
+    """Raise a :class:`DfkdError` for a network that cannot be trained on images; arguments as :func:`check_classifier`'s."""
+    _check_trainable(name, network)
+    _learn(name, network, partial(_called, name, source=source), images)
+
+
+def check_batch_of_one(field: str, name: str, network: nn.Module, image: Tensor, source: str) -> None:
+    """Refuse that a network is trained on one image at a time which it cannot take, as batch norms cannot a single value a channel.
+
+    Args:
+        field: what makes batches that small, with its value: an error begins with it.
+        name: what to call the network in errors.
+        network: images (B, C, H, W) → logits; nothing of it changes.
+        image: one, (1, C, H, W).
+        source: whose image it is.
+
+    Raises:
+        DfkdError: it cannot take it in training mode.
+    """
+    _try_one(field, network, partial(_called, name, source=source), image)
+
+
+def _try_one(field: str, network: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> None:
+    with dry_run(network) as trial, torch.no_grad():
+        trial.train()
+        try:
+            call(trial, x.clone())
+        except DfkdError as error:
+            raise DfkdError(f"{field}: {error}") from error
 
 
 def check_networks(
@@ -63,8 +100,8 @@ def check_networks(
         adversarial: whether the generator learns through the student, too.
 
     Raises:
-        DfkdError: their shapes do not fit, two share weights, a network to be trained has none to train or none in the default
-            precision, or no gradient reaches what must learn by it.
+        DfkdError: their shapes do not fit, images or logits are not finite, two share weights, a network to be trained has none to
+            train or none in the default precision, or no gradient reaches what must learn by it.
     """
     latent_dim = getattr(generator, "latent_dim", None)
     if not isinstance(latent_dim, int):
@@ -79,8 +116,13 @@ def check_networks(
     z = _normal((SAMPLES, latent_dim), device)
     with evaluating(generator):
         images = _generated(generator, z)
-    teacher_shape = check_classifier("teacher", teacher, images, "the generator's")
-    student_shape = check_classifier("student", student, images, "the generator's")
+    if not images.isfinite().all():
+        raise DfkdError("the generator's images have values that are NaN or infinite before any training")
+    logits = {role: _evaluated(role, networks[role], images, "the generator's") for role in ("teacher", "student")}
+    for role, values in logits.items():
+        if not values.isfinite().all():
+            raise DfkdError(f"the {role}'s logits have values that are NaN or infinite before any step")
+    teacher_shape, student_shape = (logits[role].shape[1:] for role in ("teacher", "student"))
     if teacher_shape != student_shape:
         raise DfkdError(
             f"teacher and student disagree on the classes: the teacher gives {tuple(teacher_shape)} logits an image, "
@@ -89,7 +131,7 @@ def check_networks(
 
     images, statistics = _learn("generator", generator, _generated, z)
     _check_unshared("generator", statistics, networks)
-    _check_passes_gradient("teacher", teacher, images, training=False, initial=not trained)
+    _check_passes_gradient("teacher", teacher, images, training=False, initial=not trained, frozen=True)
     _, statistics = _learn("student", student, partial(_called, "student", source="the generator's"), images)
     _check_unshared("student", statistics, networks)
     if adversarial:
@@ -108,11 +150,40 @@ def check_objective(objective: Objective, generator: nn.Module, logits_shape: to
         raise DfkdError(f"the generator has {embedding.num_embeddings} class embeddings, the teacher {logits_shape[0]} classes")
 
 
+def check_smallest_batches(method: Method, student: nn.Module, generator: nn.Module, device: torch.device, *, alone: bool) -> None:
+    """Raise a :class:`DfkdError` where steps give student or generator one sample at a time, and they cannot be trained on one.
+
+    Args:
+        method: its batch size and pieces.
+        student, generator: that fit each other.
+        device: where they are.
+        alone: whether student steps may have fresh samples only.
+    """
+    loop, engine, replay = method.loop, method.engine, method.replay
+    if distributed.world_size() > 1 and engine.sync_batch_norm:  # they see the samples of all processes
+        return
+    field = f"loop.batch_size = {loop.batch_size}"
+    if engine.micro_batches > 1:
+        field = f"engine.micro_batches = {engine.micro_batches} of {field}"
+    z = _normal((1, int(generator.latent_dim)), device)  # type: ignore[arg-type]
+    with evaluating(generator):
+        image = _generated(generator, z)
+    if loop.batch_size // engine.micro_batches == 1:
+        _try_one(field, generator, _generated, z)
+        in_generator_step = method.objective.adversarial > 0 and loop.student_in_generator_step == "train"
+        if alone or in_generator_step or method.update.retains:
+            check_batch_of_one(field, "student", student, image, "the generator's")
+    if method.update.retains and replay.rows_of(loop.batch_size) == 1:
+        check_batch_of_one("replay.rows = 1", "student", student, image, "the generator's")
+
+
 def check_initialized(role: str, network: nn.Module) -> None:
-    """Raise a :class:`DfkdError` for a network with parameters or buffers that have no shape yet."""
+    """Raise a :class:`DfkdError` for a network with parameters or buffers that have no shape or no values yet."""
     for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
         if is_lazy(tensor):
             raise DfkdError(f"the {role}'s {name} has no shape yet: call a network with lazy layers once before it is given")
+        if tensor.is_meta:
+            raise DfkdError(f"the {role}'s {name} is on the meta device, without values: build the network on the CPU")
 
 
 def _check_trainable(role: str, network: nn.Module) -> None:
@@ -177,7 +248,8 @@ def _learn(role: str, network: nn.Module, call: Callable[[nn.Module, Tensor], Te
         Its output in training mode, and its buffers that training changes, such as running statistics, by name.
     """
     with dry_run(network) as trial, torch.enable_grad():
-        _fill_zeros(trial.train())
+        trial.train()  # whose result a user's own may lack
+        _fill_zeros(trial)
         output = call(trial, x.clone())  # which a network may change in place
         _differentiate(role, output)
         if not any(_arrived(parameter) for parameter in trial.parameters()):
@@ -187,7 +259,7 @@ def _learn(role: str, network: nn.Module, call: Callable[[nn.Module, Tensor], Te
         return output.detach(), changed
 
 
-def _check_passes_gradient(role: str, network: nn.Module, images: Tensor, *, training: bool, initial: bool) -> None:
+def _check_passes_gradient(role: str, network: nn.Module, images: Tensor, *, training: bool, initial: bool, frozen: bool = False) -> None:
     """Refuse a network that passes no gradient on to the images; nothing of it changes.
 
     Args:
@@ -196,12 +268,13 @@ def _check_passes_gradient(role: str, network: nn.Module, images: Tensor, *, tra
         images: a small batch.
         training: in which mode.
         initial: whether its weights are those it starts training with.
+        frozen: whether it is a frozen copy of a network that is yet to be trained.
     """
     leaf = images.clone().requires_grad_()
     with dry_run(network) as trial, torch.enable_grad():
         trial.train(training)
         if initial:
-            _fill_zeros(trial)
+            _fill_zeros(trial, frozen=frozen)
         for parameter in trial.parameters():
             parameter.requires_grad_(False)  # as in the generator's step
         output = _called(role, trial, leaf.clone(), "the generator's")  # a leaf of the graph must not be changed in place
@@ -211,13 +284,13 @@ def _check_passes_gradient(role: str, network: nn.Module, images: Tensor, *, tra
 
 
 @torch.no_grad()
-def _fill_zeros(network: nn.Module) -> None:
+def _fill_zeros(network: nn.Module, *, frozen: bool = False) -> None:
     """Give parameters that begin at 0, as a last layer or a residual branch's gain may, small random values.
 
     They stop the gradients of what is before them, but for the first step of training only.
     """
     for parameter in network.parameters():
-        if parameter.requires_grad and not parameter.any():
+        if (parameter.requires_grad or frozen) and not parameter.any():
             parameter.copy_(0.02 * _normal(parameter.shape, parameter.device))
 
 
@@ -227,10 +300,10 @@ def _differentiate(role: str, output: Tensor) -> None:
         return
     try:
         output.backward(_normal(output.shape, output.device).to(output.dtype))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise DfkdError(f"the {role} cannot be differentiated: {first_line(error)}") from error
+    except FOREIGN as error:  # a user's autograd function
+        if is_out_of_memory(error):
+            raise
+        raise DfkdError(f"the {role} cannot be differentiated: {foreign(error)}") from error
 
 
 def _arrived(tensor: Tensor) -> bool:
@@ -252,30 +325,55 @@ def _generated(generator: nn.Module, z: Tensor) -> Tensor:
     mode = " in training mode" if generator.training else ""
     try:
         images = generator(conditioned(generator, z, labels))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a user's code
-        raise DfkdError(f"the generator cannot take latents {tuple(z.shape)}{mode}: {first_line(error)}") from error
+    except FOREIGN as error:
+        if is_out_of_memory(error):
+            raise
+        raise DfkdError(f"the generator cannot take latents {tuple(z.shape)}{mode}: {foreign(error)}") from error
     if not isinstance(images, Tensor):
         raise DfkdError(f"the generator must return images (B, C, H, W), not {type(images).__name__}")
+    _check_plain("generator", "images", images, z.device)
     if images.ndim != 4 or len(images) != len(z):
         raise DfkdError(f"the generator must return images (B, C, H, W), not {tuple(images.shape)} for B = {len(z)}")
     return images
+
+
+def _evaluated(name: str, network: nn.Module, images: Tensor, source: str) -> Tensor:
+    """Logits for images in evaluation mode; arguments as :func:`check_classifier`'s."""
+    check_initialized(name, network)
+    with evaluating(network):
+        return _called(name, network, images.clone(), source)
 
 
 def _called(name: str, network: nn.Module, images: Tensor, source: str) -> Tensor:
     mode = " in training mode" if network.training else ""
     try:
         output = network(images)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a user's code
+    except FOREIGN as error:
+        if is_out_of_memory(error):
+            raise
         size = "×".join(map(str, images.shape[1:]))
-        raise DfkdError(f"the {name} cannot take {source} {size} images{mode}: {first_line(error)}") from error
+        count = "one of " if len(images) == 1 else ""
+        raise DfkdError(f"the {name} cannot take {count}{source} {size} images{mode}: {foreign(error)}") from error
     try:
-        return logits_of(output)
+        logits = logits_of(output)
     except DfkdError as error:
         raise DfkdError(f"the {name} {error}") from error
+    _check_plain(name, "logits", logits, images.device)
+    if logits.ndim not in (2, 4) or len(logits) != len(images) or not logits.numel():
+        raise DfkdError(
+            f"the {name} must return logits (B, classes) or (B, classes, H, W), not {tuple(logits.shape)} for B = {len(images)}"
+        )
+    return logits
+
+
+def _check_plain(name: str, what: str, tensor: Tensor, device: torch.device) -> None:
+    """Refuse what a network returns where it is no dense tensor of floating-point numbers on the device of its input."""
+    kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse" if tensor.layout != torch.strided else ""
+    if kind or not tensor.is_floating_point():
+        found = kind or str(tensor.dtype).removeprefix("torch.")
+        raise DfkdError(f"the {name} must return {what} as a dense tensor of floating-point numbers, not {found}")
+    if tensor.device != device:
+        raise DfkdError(f"the {name} must return {what} on the device of its input, {device}, not on {tensor.device}")
 
 
 def _normal(shape: tuple[int, ...], device: torch.device) -> Tensor:

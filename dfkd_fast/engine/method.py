@@ -93,6 +93,13 @@ class Method:
             raise ValueError(
                 f"engine.precision = 'fp16': not with replay.kind {kinds} nor with first-order or second-order updates; use 'bf16'"
             )
+        loop = self.loop
+        steps = loop.iterations_per_epoch * max(loop.student_steps, loop.generator_steps)
+        if steps > MOST_STEPS:
+            raise ValueError(
+                f"loop.iterations_per_epoch = {loop.iterations_per_epoch}: an epoch keeps the losses of its {steps} steps,"
+                f" and can have {MOST_STEPS} of a kind; loop.epochs has no such limit"
+            )
         batch_size, pieces = self.loop.batch_size, self.engine.micro_batches
         if pieces > 1 and self.update.retains:
             raise ValueError(
@@ -109,6 +116,8 @@ class Method:
             )
 
 
+MOST_STEPS = 10**8
+"""Steps of a kind in an epoch: their losses stay on the device."""
 FREE = {"loop.evaluate_every", "loop.drift_samples", "engine.keep_memory", "engine.capture"}
 """What may differ when a training goes on: it changes no weight."""
 

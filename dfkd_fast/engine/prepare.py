@@ -1,6 +1,5 @@
 """From networks as they are given to a state that is ready to step: passes over the networks, in order, each with its switch."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from dfkd_fast.surgery import (
     FoldingError,
     Observer,
     auxiliary_outputs,
+    deep_copy,
     folded_and_checked,
     frozen_copy,
     fuse_leaky_relus,
@@ -29,7 +29,7 @@ from dfkd_fast.surgery import (
 )
 
 from .clock import Clock
-from .compatibility import check_initialized, check_networks, check_objective
+from .compatibility import check_initialized, check_networks, check_objective, check_smallest_batches
 from .device import keep_freed_memory
 from .drift import Drift
 from .losses import LossLog
@@ -61,7 +61,9 @@ class Context:
 
 def share(network: nn.Module, context: Context) -> nn.Module:
     """A copy of the modules in training mode, with the network's own parameters, buffers and hooks."""
-    return sharing_copy(network).train()
+    copied = sharing_copy(network)
+    copied.train()  # whose result a user's own may lack
+    return copied
 
 
 def take_logits(network: nn.Module, context: Context) -> nn.Module:
@@ -117,7 +119,7 @@ def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
 
 def lower(network: nn.Module, context: Context) -> nn.Module:
     """The teacher's weights in the precision of the run."""
-    return network if context.precision.dtype is None else lower_precision(copy.deepcopy(network), context.precision.dtype, context.images)
+    return network if context.precision.dtype is None else lower_precision(deep_copy(network), context.precision.dtype, context.images)
 
 
 def logits_in_float32(network: nn.Module, context: Context) -> nn.Module:
@@ -142,7 +144,9 @@ PASSES: dict[str, Sequence[Callable[[nn.Module, Context], nn.Module]]] = {
 }
 
 
-def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method: Method, *, seed: int, device: torch.device) -> TrainState:
+def prepare(
+    teacher: nn.Module, student: nn.Module, generator: nn.Module, method: Method, *, seed: int, device: torch.device, trained: bool = True
+) -> TrainState:
     """The state of a training before its first step.
 
     Args:
@@ -150,9 +154,10 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
         method: its ``precision`` resolved.
         seed: of the latent vectors.
         device: of the training.
+        trained: False for a teacher without its weights yet, to find out what would be refused before they are trained.
 
     Raises:
-        DfkdError: the networks do not fit each other or the method, or cannot be copied.
+        DfkdError: the networks do not fit each other, the method or its batches, or cannot be copied.
     """
     loop, engine, objective = method.loop, method.engine, method.objective
     if engine.keep_memory and device.type == "cpu":
@@ -166,7 +171,7 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
         place(network, context)
     distributed.broadcast_([tensor for network in given.values() for tensor in network.state_dict().values()])
     frozen = frozen_copy(teacher, torch.get_default_dtype())
-    image_shape, logits_shape = check_networks(frozen, student, generator, device, adversarial=objective.adversarial > 0)
+    image_shape, logits_shape = check_networks(frozen, student, generator, device, trained=trained, adversarial=objective.adversarial > 0)
     check_objective(objective, generator, logits_shape)
     if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
         context.remarks.append(
@@ -179,6 +184,11 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
         torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
         fresh = slice(loop.batch_size)
         memory = build_memory(method.replay, working["generator"], working["teacher"], images[fresh], logits[fresh])
+    alone = memory is None or not memory.ready  # the first steps have fresh samples only
+    check_smallest_batches(method, student, generator, device, alone=alone)
+    observer = Observer(working["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0)
+    with torch.no_grad(), context.precision.autocast():
+        observer(context.images)  # what it does not get to see is said now, not by the first step
     average = FusedEMA(student, loop.student_ema_decay) if loop.student_ema_decay else None
     student_optimizer = build_optimizer(method.student_optimizer, student.parameters(), device)
     generator_optimizer = build_optimizer(method.generator_optimizer, generator.parameters(), device)
@@ -187,7 +197,7 @@ def prepare(teacher: nn.Module, student: nn.Module, generator: nn.Module, method
         method=method,
         precision=context.precision,
         teacher=working["teacher"],
-        observer=Observer(working["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0),
+        observer=observer,
         student=working["student"],
         generator=working["generator"],
         memory=memory,

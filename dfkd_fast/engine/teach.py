@@ -1,7 +1,7 @@
 """Supervised training of a teacher: the only training that sees data, handed to it as batches."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class TeacherTrainer:
         stream: the random stream of ``batches``, kept in the state.
         device: where the network is moved.
         focal_gamma: of :func:`focal_loss`.
+        on_batch: called after every batch with how many of the epoch are done, for a progress bar.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class TeacherTrainer:
         device: torch.device,
         *,
         focal_gamma: float = 0.0,
+        on_batch: Callable[[int], None] | None = None,
     ) -> None:
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.batches = batches
@@ -66,6 +68,7 @@ class TeacherTrainer:
         self.stream = stream
         self.device = device
         self.focal_gamma = focal_gamma
+        self.on_batch = on_batch
         self.optimizer = build_optimizer(optimizer, network.parameters(), device)
         self.schedule = build_schedule(optimizer, self.optimizer, epochs)
         self.clock = Clock(device)
@@ -113,6 +116,8 @@ class TeacherTrainer:
             self.optimizer.step()
             total += loss.detach()
             count += 1
+            if self.on_batch is not None:
+                self.on_batch(count)
             if self._stopping:
                 return None
         self.schedule.step()

@@ -1,5 +1,6 @@
 """The trainer: alternates student and generator steps, and can stop and continue at any iteration."""
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from .prepare import prepare
 from .state import undisturbed
 
 __all__ = ["Trainer"]
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -50,7 +53,7 @@ class Trainer:
     ambient autocast, ``no_grad`` or inference mode does not reach the steps.
 
     Raises:
-        DfkdError: the networks do not fit each other, or cannot be copied.
+        DfkdError: the networks do not fit each other, the method or its batches, or cannot be copied.
     """
 
     def __init__(
@@ -211,6 +214,7 @@ class Trainer:
         epoch = Epoch(number, seconds, losses, accuracy, unaveraged, drift)
         self.history.append(epoch)
         state.iteration = 0
+        LOGGER.debug("epoch %d of %d in %.3f s: %s; accuracy %s", number, loop.epochs, seconds, losses, accuracy)
         return epoch
 
     def _check_losses(self) -> None:

@@ -1,6 +1,7 @@
 """What a network is worth on data it has never seen, and how steadily it got there."""
 
 from .accuracy import Figures, evaluate, top1_accuracy
+from .chance import chance, is_at_chance
 from .evaluator import Evaluator, check_readable, named_iou
 from .passes import Agreement, Evaluation
 from .retention import Retention, retention
@@ -13,9 +14,11 @@ __all__ = [
     "Figures",
     "Retention",
     "SegmentationFigures",
+    "chance",
     "check_readable",
     "evaluate",
     "evaluate_segmentation",
+    "is_at_chance",
     "mean_iou",
     "named_iou",
     "retention",

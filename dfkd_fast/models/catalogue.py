@@ -2,14 +2,17 @@
 
 import difflib
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from dfkd_fast.errors import DfkdError, first_line, unknown
+from dfkd_fast.errors import FOREIGN, DfkdError, first_line, foreign, unknown
+from dfkd_fast.out_of_memory import is_out_of_memory
 
 from .classifiers import LENET5_HALF, LeNet5, WideResNet, cifar_resnet
 from .pretrained import PRETRAINED
@@ -43,7 +46,7 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
     """
     if name in SMALL:
         return SMALL[name](num_classes, channels)
-    if wide := re.fullmatch(r"wrn(\d+)_(\d+)", name):
+    if wide := re.fullmatch(r"wrn(\d{1,4})_(\d{1,4})", name):
         depth, width = int(wide[1]), int(wide[2])
         if depth < 10 or (depth - 4) % 6 or width < 1:
             raise DfkdError(f"model {name!r}: a wide ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, 40) and its width at least 1")
@@ -85,15 +88,40 @@ def names_code(name: str) -> bool:
 
 
 def _users_own(module: str, function: str, num_classes: int) -> nn.Module:
+    name = f"{module}:{function}"
+    if not all(part.isidentifier() for part in (*module.split("."), function)):
+        plain = ".".join(re.findall(r"\w+", module.removesuffix(".py")))
+        raise DfkdError(
+            f"model {name!r}: must be module:function, the module as in import, such as {plain or 'networks'}:{function or 'build'}"
+        )
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise DfkdError(f"model '{module}:{function}': {first_line(error)}") from error
-    if not callable(build):
-        raise DfkdError(f"model '{module}:{function}' must be a function, not {type(build).__name__}")
-    network = build(num_classes=num_classes)
+    except ModuleNotFoundError as error:
+        raise DfkdError(f"model {name!r}: {_missing(module, str(error.name))}") from error
+    except FOREIGN as error:
+        raise DfkdError(f"model {name!r}: {foreign(error)}") from error
+    if not callable(build) or isinstance(build, nn.Module):
+        raise DfkdError(f"model {name!r} must be a function, not {type(build).__name__}")
+    try:
+        network = build(num_classes=num_classes)
+    except FOREIGN as error:
+        if is_out_of_memory(error):
+            raise
+        raise DfkdError(f"model {name!r}: called as {function}(num_classes={num_classes}): {foreign(error)}") from error
     if not isinstance(network, nn.Module):
-        raise DfkdError(f"model '{module}:{function}' must return a torch.nn.Module, not {type(network).__name__}")
+        raise DfkdError(f"model {name!r} must return a torch.nn.Module, not {type(network).__name__}")
+    for tensor_name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
+        if tensor.is_meta and not is_lazy(tensor):
+            raise DfkdError(f"model {name!r}: {tensor_name} is on the meta device, without values: build the network on the CPU")
     return network
+
+
+def _missing(module: str, absent: str) -> str:
+    """What to say of a module that was not found while another one was imported."""
+    if module.endswith(".py"):
+        return f"must be a module's name as in import, without .py: {module.removesuffix('.py')}"
+    if module == absent or module.startswith(f"{absent}."):
+        return f"there is no module {absent!r}, neither in the working folder {Path.cwd()} nor among the installed packages"
+    return f"it needs the module {absent!r}, which is not installed"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
+from dfkd_fast.files import expanded
 
 from .selection import ENCODERS, convert, select
 from .weight_files import read_weights
@@ -68,7 +69,7 @@ def load_encoder(segmenter: nn.Module, weights: str | nn.Module) -> None:
         named, held = f"those of a {type(weights).__name__}", _encoder(weights).state_dict()
     else:
         named = repr(weights)
-        held = _of_classifier(weights) if weights in PRETRAINED else read_weights(Path(weights).expanduser())
+        held = _of_classifier(weights) if weights in PRETRAINED else read_weights(expanded(weights))
     where = f"encoder_weights: {named}"
     chosen = select(held, own, where, choose="store the right one in a file of its own", wrappers=ENCODERS, partial=True)
     for kind, names in chosen.problems.items():

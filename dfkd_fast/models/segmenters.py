@@ -15,7 +15,7 @@ __all__ = ["HEADS", "Segmenter", "SmallFcn", "build_segmenter", "is_segmenter", 
 HEADS = {"deeplabv3": 8, "lraspp": 16}
 """Heads by name, and the stride of the encoder's last map that their papers give them."""
 DEEPLAB_ON_MOBILENET = "deeplabv3_mobilenet_v2"
-SMALL = re.compile(r"small_fcn([1-9]\d*)")
+SMALL = re.compile(r"small_fcn([1-9]\d{0,3})")
 
 
 def segmenters() -> list[str]:

@@ -25,6 +25,8 @@ DEPTH = 4
 """Dictionaries within dictionaries in which weights are looked for."""
 NAMED = 3
 """Names in an error."""
+LENGTH = 200
+"""Letters of a name in an error."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -189,7 +191,7 @@ def _fitted(
     differing = [
         f"{name} ({tuple(tensors[name].shape)} in the file, {tuple(theirs.shape)} in the network)"
         for name, theirs in own.items()
-        if name in tensors and not is_lazy(theirs) and tensors[name].shape != theirs.shape
+        if name in tensors and not is_lazy(theirs) and not tensors[name].is_nested and tensors[name].shape != theirs.shape
     ]
     problems = {"Missing keys": missing, "Unexpected keys": unexpected, "size mismatch for": differing}
     label = ".".join(filter(None, (path, prefix.removesuffix("."))))
@@ -215,5 +217,5 @@ def _beside(held: Mapping[Any, Any], path: str, state: Mapping[str, Tensor], abo
 
 def listed(names: Iterable[str], count: int = NAMED) -> str:
     """The first few names, and how many more there are."""
-    every = list(names)
+    every = [name if len(name) <= LENGTH else f"{name[:LENGTH]}…" for name in names]
     return ", ".join(every[:count]) + (f" and {len(every) - count} more" if len(every) > count else "")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dfkd_fast.errors import DfkdError, first_line
 
-__all__ = ["is_safetensors", "read_weights"]
+__all__ = ["check_file", "is_safetensors", "read_weights"]
 
 
 class _Discarded:
@@ -64,8 +64,7 @@ def read_weights(path: Path) -> Mapping[Any, Any]:
     Raises:
         DfkdError: no such file, or not readable as weights; the line says how such a file is converted, where that is known.
     """
-    if not path.is_file():
-        raise DfkdError(f"weights {path} not found")
+    check_file(path)
     try:
         if known := _known_otherwise(path):
             raise DfkdError(f"weights {path} cannot be read: {known}")
@@ -86,6 +85,14 @@ def read_weights(path: Path) -> Mapping[Any, Any]:
     return held
 
 
+def check_file(path: Path) -> None:
+    """Raise a :class:`DfkdError` where no file is at a path, or something that is none: to read a pipe or a device may never end."""
+    if not path.exists():
+        raise DfkdError(f"weights {path} not found")
+    if not path.is_file():
+        raise DfkdError(f"weights {path} {'are a folder' if path.is_dir() else 'are a pipe or a device'}: a file is needed")
+
+
 def is_safetensors(path: Path) -> bool:
     """Whether a file is safetensors by its content: a length that it has, and a JSON object; a damaged one goes by its suffix."""
     with path.open("rb") as file:
@@ -100,6 +107,8 @@ def _known_otherwise(path: Path) -> str:
     """What a file is that is often taken for weights, and what to do about it; empty for all others."""
     with path.open("rb") as file:
         head = file.read(4096)
+    if not head:
+        return "it is empty"
     if head.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS: fetch the file itself by git lfs pull"
     if head.lstrip()[:9].lower() in (b"<!doctype", b"<html>"):

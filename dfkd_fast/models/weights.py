@@ -17,7 +17,7 @@ from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 from .selection import NAMED, convert, listed, select
-from .weight_files import is_safetensors, read_weights
+from .weight_files import check_file, is_safetensors, read_weights
 
 __all__ = ["load_weights", "read_metadata", "save_weights", "sha256_of"]
 
@@ -97,6 +97,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> dict[str, str]:
+    check_file(path)
     try:
         if not is_safetensors(path):
             return {}

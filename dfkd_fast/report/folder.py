@@ -25,6 +25,7 @@ temporary files              are named as such, and deleted when a process claim
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -64,11 +65,13 @@ class RunFolder:
         self.teacher = path / "teacher.safetensors"
         self.curves = path / "curves.png"
         self.samples = path / "samples"
+        self.events = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.teacher_checkpoints = path / "checkpoints" / "teacher"
         self._events: EventFile | None = None
         self._lock: FolderLock | None = None
         self._made: list[Path] = []
+        self._begun_here = self._written = False
 
     @property
     def is_unused(self) -> bool:
@@ -116,13 +119,21 @@ class RunFolder:
         for folder in (self.path, self.samples, self.checkpoints, self.teacher_checkpoints):
             remove_temporaries(folder)
 
-    def release(self) -> None:
-        """Let others have the folder; where no run has begun, it is as it was before :meth:`claim`."""
+    def release(self, *, failed: bool = False) -> None:
+        """Let others have the folder; where no run has begun, it is as it was before :meth:`claim`.
+
+        Args:
+            failed: the run has; where nothing came of it yet, it counts as not begun.
+        """
         if self._lock is None:
             return
+        if failed and self._begun_here and self._holds_nothing:
+            self.metrics.unlink(missing_ok=True)
+            shutil.rmtree(self.events, ignore_errors=True)
+            self.recipe.unlink(missing_ok=True)  # the last: without it there is no run
         unused = self.is_unused and not self.holds_run
         lock, self._lock = self._lock, None
-        lock.release(remove=unused)
+        lock.release(remove=unused or (lock.made and not self._written))
         if unused:
             self._unmake()
 
@@ -140,6 +151,8 @@ class RunFolder:
 
     def write_recipe(self, recipe: str) -> None:
         """Write the recipe's TOML, with what shows that it is whole."""
+        self._begun_here = self._begun_here or not self.recipe.exists()
+        self._written = True
         self.write_text(self.recipe, f"{BEGIN_MARK}\n{recipe}{END_MARK}\n")
 
     def write_text(self, path: Path, text: str) -> None:
@@ -155,7 +168,7 @@ class RunFolder:
         if not self.writes:
             return
         self.write_text(self.metrics, "".join(_line(epoch) for epoch in done))
-        self._events = EventFile(self.path / "tensorboard", first_step=len(done) + 1)
+        self._events = EventFile(self.events, first_step=len(done) + 1)
 
     def log(self, epoch: Epoch) -> None:
         """Add an epoch to the logs."""
@@ -207,6 +220,14 @@ class RunFolder:
         """Of a run that has epochs left: it would tell of other epochs than the logs do."""
         if self.writes:
             self.summary.unlink(missing_ok=True)
+
+    @property
+    def _holds_nothing(self) -> bool:
+        """Whether there is nothing beside the recipe that was worth its time: no epoch, no weights, no checkpoint."""
+        return all(
+            entry in (self.recipe, self.events) or (entry == self.metrics and not entry.stat().st_size) or self._is_leftover(entry)
+            for entry in self.path.iterdir()
+        )
 
     def _is_leftover(self, entry: Path) -> bool:
         if entry in (self.samples, self.checkpoints, self.teacher_checkpoints) and entry.is_dir():

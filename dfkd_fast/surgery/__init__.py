@@ -7,7 +7,7 @@
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
 from .fold import FoldingError, fold, folded_and_checked, has_running_statistics
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
-from .modes import dry_run, evaluating, freeze, untaught
+from .modes import deep_copy, dry_run, evaluating, freeze, untaught
 from .observe import Observation, Observer
 from .outputs import auxiliary_outputs, logits_of, logits_only
 from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
@@ -22,6 +22,7 @@ __all__ = [
     "SpectralNorm",
     "auxiliary_outputs",
     "compute_in_float32",
+    "deep_copy",
     "dry_run",
     "evaluating",
     "find_heads",

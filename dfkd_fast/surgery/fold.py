@@ -1,6 +1,5 @@
 """Batch norms folded into convolutions, and whether a network is the same without them."""
 
-import copy
 import operator
 from typing import Any
 
@@ -10,9 +9,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dfkd_fast.errors import first_line
+from dfkd_fast.out_of_memory import is_out_of_memory
 
 from .cpu_conv import CpuConv2d
-from .modes import freeze
+from .modes import deep_copy, freeze
 
 __all__ = ["FoldingError", "fold", "folded_and_checked", "has_running_statistics"]
 
@@ -48,7 +48,7 @@ def fold(network: nn.Module) -> nn.Module:
         FoldingError: its forward cannot be traced (it branches on its input, say), or it has nothing to fold.
     """
     try:
-        own = _without_timms_pairs(copy.deepcopy(network))
+        own = _without_timms_pairs(deep_copy(network))
         traced = fx.GraphModule(own, _Tracer().trace(own))
     except Exception as error:  # a tracer runs the user's code
         raise FoldingError(f"{type(network).__name__} cannot be traced: {first_line(error)}") from error
@@ -105,7 +105,8 @@ def _is_batch_norm(layer: nn.Module) -> bool:
 
 def _is_ordinary(layer: nn.Conv2d) -> bool:
     """Whether it convolves with its weight as it is, so that a factor on its output is one on the weight."""
-    return type(layer) in (nn.Conv2d, CpuConv2d) or type(layer).__name__ == "Conv2dSame"
+    computed = "weight" not in layer._parameters  # by a hook at every call, as torch.nn.utils.weight_norm has it
+    return not computed and (type(layer) in (nn.Conv2d, CpuConv2d) or type(layer).__name__ == "Conv2dSame")
 
 
 def folded_and_checked(network: nn.Module, images: Tensor) -> nn.Module:
@@ -119,10 +120,10 @@ def folded_and_checked(network: nn.Module, images: Tensor) -> nn.Module:
     folded = fold(network)
     with torch.no_grad():
         try:
-            expected, answer = (copy.deepcopy(each).double()(images.double()) for each in (network, folded))
-        except torch.OutOfMemoryError:
-            raise
+            expected, answer = (deep_copy(each).double()(images.double()) for each in (network, folded))
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise FoldingError(f"{type(network).__name__} does not run in float64, to be compared there: {first_line(error)}") from error
         difference = (answer - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     if not difference < FOLDED_WITHIN:

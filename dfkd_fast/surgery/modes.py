@@ -1,15 +1,18 @@
-"""How a network is called: its mode, and whether its weights are to learn."""
+"""How a network is called: its mode, and whether its weights are to learn; and copies of it to try."""
 
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["dry_run", "evaluating", "freeze", "untaught"]
+from dfkd_fast.errors import FOREIGN, DfkdError, foreign
+from dfkd_fast.out_of_memory import is_out_of_memory
+
+__all__ = ["deep_copy", "dry_run", "evaluating", "freeze", "untaught"]
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -17,7 +20,8 @@ def freeze(network: nn.Module) -> nn.Module:
 
     The gradient with respect to its input stays: the generator learns through it.
     """
-    for parameter in network.eval().parameters():  # of a script, too, which has no requires_grad_
+    network.eval()  # whose result a user's own may lack
+    for parameter in network.parameters():  # of a script, too, which has no requires_grad_
         parameter.requires_grad_(False)
     return network
 
@@ -48,6 +52,31 @@ def untaught(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def deep_copy(network: nn.Module, shared: Mapping[int, object] | None = None) -> nn.Module:
+    """A copy of a network with tensors of its own, but for those that are shared.
+
+    Args:
+        network: left as it is; what it has computed and kept, as ``torch.nn.utils.weight_norm`` keeps its weight, is copied without
+            its graph.
+        shared: what the copy holds itself, by the id of the same in the network.
+
+    Raises:
+        DfkdError: it holds something that cannot be copied.
+    """
+    held = dict(shared or {})
+    for module in network.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:  # no leaf, which deepcopy refuses
+                held.setdefault(id(value), value.detach().clone())
+    try:
+        with torch.no_grad():  # or a copied script's parameters would be clones with a graph, and pass gradients on to the network's
+            return copy.deepcopy(network, held)
+    except FOREIGN as error:  # whatever a user's module holds
+        if is_out_of_memory(error):
+            raise
+        raise DfkdError(f"the network {type(network).__name__} cannot be copied: {foreign(error)}") from error
+
+
 @contextmanager
 def dry_run(network: nn.Module) -> Iterator[nn.Module]:
     """A copy of a network, in its mode, whose calls leave no trace in the network or the process.
@@ -58,8 +87,7 @@ def dry_run(network: nn.Module) -> Iterator[nn.Module]:
     devices = {tensor.device for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
-        with torch.no_grad():  # or a copied script's parameters would be clones with a graph, and pass gradients on to the network's
-            trial = copy.deepcopy(network)
+        trial = deep_copy(network)
         for own, parameter in zip(trial.parameters(), network.parameters(), strict=True):
             own.requires_grad_(parameter.requires_grad)
         yield trial

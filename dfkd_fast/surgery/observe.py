@@ -1,6 +1,5 @@
 """What a frozen teacher's layers are given, beside its logits."""
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import channel_moments
 
 from .fold import has_running_statistics
+from .modes import deep_copy
 from .outputs import logits_of
 
 __all__ = ["Observation", "Observer"]
@@ -57,7 +57,7 @@ class Observer:
         if not statistics and not features:
             return
         shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(teacher.parameters(), teacher.buffers())}
-        self.network = copy.deepcopy(teacher, shared)
+        self.network = deep_copy(teacher, shared)
         if statistics:
             self._folded = [layer for layer in self.network.modules() if hasattr(layer, "folded_norm")]
             inside = {id(layer.folded_norm) for layer in self._folded}
@@ -80,6 +80,8 @@ class Observer:
         # A layer has seen more than one tensor where the network calls it again.
         given = [(norm, _as_images(x)) for norm in self._norms for x, _ in norm.seen]
         given += [(layer, y) for layer in self._folded for _, y in layer.seen]
+        if self._classifier is not None and not self._classifier.seen:
+            raise DfkdError(f"objective.activation: the teacher {type(self.network).__name__} does not call its last layer as a module")
         features = None if self._classifier is None else self._classifier.seen[-1][0]
         for layer in self._looked_at():
             layer.seen = []

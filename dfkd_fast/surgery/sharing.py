@@ -1,14 +1,13 @@
 """Copies of a network's modules that share its tensors: the copy is changed for speed, the network is trained."""
 
-import copy
 from types import CellType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast.errors import DfkdError
 
-from .modes import freeze
+from .modes import deep_copy, freeze
 
 __all__ = ["frozen_copy", "sharing_copy"]
 
@@ -75,11 +74,7 @@ def _copied(network: nn.Module, shared: dict[int, object]) -> nn.Module:
                 shared[id(value)] = value
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             shared[id(tensor)] = tensor
-    try:
-        with torch.no_grad():  # what a scripted module clones would have a graph
-            copied = copy.deepcopy(network, shared)
-    except Exception as error:  # whatever a user's module holds
-        raise DfkdError(f"the network {type(network).__name__} cannot be copied: {first_line(error)}") from error
+    copied = deep_copy(network, shared)
     originals = dict(network.named_modules())
     for name, module in copied.named_modules():
         if name in originals and originals[name]._compiled_call_impl is not None and module._compiled_call_impl is None:

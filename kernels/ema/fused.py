@@ -48,7 +48,8 @@ class FusedEMA(nn.Module):
         shadow_dtype: keep a second copy, ``ema.shadow``, in this floating dtype, written in the same pass.
 
     Raises:
-        ValueError: decay is not in [0, 1], or an update finds tensors that no longer match.
+        ValueError: decay is not in [0, 1], the module holds something that cannot be copied, or an update finds tensors that no
+            longer match.
     """
 
     updates: Tensor
@@ -111,7 +112,15 @@ def _frozen_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
-    average = copy.deepcopy(model)._apply(cast).eval()
+    # What a module has computed and kept, as torch.nn.utils.weight_norm keeps its weight, has a graph, which cannot be copied.
+    kept = {id(value): value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)}
+    memo = {place: value.detach().clone() for place, value in kept.items() if value.grad_fn is not None}
+    try:
+        copied = copy.deepcopy(model, memo)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:  # whatever a user's module holds
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the module {type(model).__name__} cannot be copied: {problem}") from error
+    average = copied._apply(cast).eval()
     for parameter in average.parameters():  # of a script, too, which has no requires_grad_
         parameter.requires_grad_(False)
     return average

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import data, options, outputs, recipes
+from tests.bad_input import data, memory, networks, options, outputs, recipes, weights
 from tests.bad_input.case import Case
 from tests.command_line import Run, Said
 
-CASES: list[Case] = [case for area in (data, options, outputs, recipes) for case in area.CASES]
+CASES: list[Case] = [case for area in (data, memory, networks, options, outputs, recipes, weights) for case in area.CASES]
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    """Every file and folder below, with the content of files."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+    """Every file and folder below, with the content of files; but for what Python keeps of modules that it has imported."""
+    paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def in_own_process(case: Case, folder: Path) -> Said:
@@ -41,6 +42,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(case: Case, run: Ru
         else:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
     before = listing(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which a user's module makes longer
     for variable, value in case.environment.items():
         monkeypatch.setenv(variable, value)
     said = in_own_process(case, tmp_path) if case.own_process else run(*case.command)

@@ -378,7 +378,7 @@ def test_what_a_student_cannot_do_in_training_mode_is_said() -> None:
             return self.network(x)
 
     teacher, student, generator = networks()
-    message = re.escape("the student cannot take the generator's 3×16×16 images in training mode: input height 16 does not match")
+    message = re.escape("the generator's 3×16×16 images in training mode: AssertionError: input height 16 does not match")
     refused(message, teacher, OnlyInEvaluation(student), generator)
     check(freeze(OnlyInEvaluation(teacher)), student, generator)
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -233,3 +234,39 @@ def test_a_state_dict_changes_nothing(make_trainer: MakeTrainer) -> None:
         torch.manual_seed(5)
         one.fit()
     assert all(map(torch.equal, weights(trainer), weights(undisturbed)))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_networks_with_older_norms_that_were_trained_before_are_distilled_and_averaged(norm: Callable[[nn.Module], nn.Module]) -> None:
+    given = networks()
+    with warnings.catch_warnings(action="ignore"):  # that they are deprecated
+        for layer in (given[0][0], given[1][0], given[2][3]):  # type: ignore[index]
+            norm(layer)
+    for network, x in zip(given, (torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.randn(2, 6)), strict=True):
+        network(x).sum().backward()  # what the norm keeps of it has a graph, which copy.deepcopy refuses
+    method = small_method(replay=Replay(kind="ema_generator"))
+    method = replace(method, loop=replace(method.loop, student_ema_decay=0.5), objective=replace(method.objective, bn_moments=1.0))
+    trainer = Trainer(*given, method)
+    average = trainer.fit()
+    assert average is not trainer.student and average(torch.zeros(1, 1, 8, 8)).isfinite().all()
+    assert not any("cannot be" in remark for remark in trainer.remarks)
+
+
+class WithoutResult(nn.Sequential):
+    """Sets its mode and returns nothing, as some networks that freeze their batch norms do."""
+
+    latent_dim = 6
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_a_network_whose_train_returns_nothing_is_distilled(make_trainer: MakeTrainer) -> None:
+    given = networks()
+    wrapped = tuple(WithoutResult(network) for network in given)
+    students = []
+    for each in (given, wrapped):
+        trainer = make_trainer(small_method(), networks=each)
+        torch.manual_seed(0)  # of the dropout
+        students.append(list(trainer.fit().parameters()))
+    assert all(torch.equal(*pair) for pair in zip(*students, strict=True))

@@ -1,5 +1,6 @@
 """The passes over networks as they are given: each has a switch, and none changes what was given."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_fast import Engine, Method, Trainer
-from dfkd_fast.engine.prepare import PASSES
+from dfkd_fast import Engine, Method, Replay, Trainer
+from dfkd_fast.engine.prepare import PASSES, prepare
+from dfkd_fast.errors import DfkdError
 from dfkd_fast.surgery import BatchNormLeakyReLU2d, CpuConv2d
 from tests.small import small_method, small_networks
 
@@ -76,3 +78,41 @@ def test_what_is_trained_shares_its_tensors_with_what_was_given(role: str) -> No
 
 def test_the_generator_is_prepared_first_since_the_other_passes_look_at_its_images() -> None:
     assert next(iter(PASSES)) == "generator"
+
+
+def test_a_trial_without_the_teachers_weights_changes_no_tensor() -> None:
+    teacher, student, generator = networks = small_networks()
+    with torch.no_grad():
+        teacher[-1].weight.zero_()  # type: ignore[index]  # as some last layers begin
+    before = [tensor.clone() for network in networks for tensor in network.state_dict().values()]
+    prepare(teacher, student, generator, small_method(), seed=0, device=torch.device("cpu"), trained=False)
+    after = [tensor for network in networks for tensor in network.state_dict().values()]
+    assert all(torch.equal(*pair) for pair in zip(after, before, strict=True))
+    with pytest.raises(DfkdError, match="no gradient through the teacher"):
+        Trainer(teacher, student, generator, small_method())
+
+
+def with_norms() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+
+@pytest.mark.parametrize(
+    ("loop", "engine", "message"),
+    [
+        ({"batch_size": 1}, {}, "loop.batch_size = 1: the student cannot take one of the generator's 1×32×32 images in training mode"),
+        ({"batch_size": 4}, {"micro_batches": 3}, "engine.micro_batches = 3 of loop.batch_size = 4: the student cannot take one of"),
+    ],
+)
+def test_batches_of_one_image_are_refused_before_the_first_step(loop: dict[str, Any], engine: dict[str, Any], message: str) -> None:
+    teacher, _, generator = small_networks()
+    method = replace(small_method(), loop=replace(small_method().loop, **loop), engine=replace(small_method().engine, **engine))
+    with pytest.raises(DfkdError, match=re.escape(message)):
+        Trainer(teacher, with_norms(), generator, method)
+    Trainer(teacher, small_networks()[1], generator, method).fit()  # without batch norms
+
+
+def test_a_batch_of_one_that_a_replayed_image_joins_is_none_of_one() -> None:
+    teacher, _, generator = small_networks()
+    method = small_method(replay=Replay(kind="ema_generator"), batch_size=1)
+    method = replace(method, loop=replace(method.loop, student_in_generator_step="eval"))
+    Trainer(teacher, with_norms(), generator, method).fit()

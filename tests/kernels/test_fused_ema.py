@@ -1,4 +1,5 @@
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -227,3 +228,27 @@ def test_singular_vectors_of_the_older_spectral_norm_are_copied_too(backend: Bac
     ours, theirs = (dict(network.named_buffers()) for network in (ema.module, model))
     assert ours.keys() >= {"0.weight_u", "0.weight_v"}
     assert all(torch.equal(ours[name], theirs[name]) for name in ("0.weight_u", "0.weight_v"))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_module_that_keeps_the_weight_it_has_computed_is_averaged(
+    norm: Callable[[nn.Module], nn.Module], backend: Backend, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings(action="ignore"):  # that it is deprecated
+        model = nn.Sequential(norm(nn.Linear(6, 5))).to(device)
+    x = torch.randn(4, 6, device=device)
+    model(x).sum().backward()
+    assert model[0].weight.grad_fn is not None  # which copy.deepcopy refuses
+    ema = FusedEMA(model, 0.0)
+    with torch.no_grad():
+        model[0].bias.add_(1.0)  # type: ignore[operator]
+    ema.update(model)
+    torch.testing.assert_close(ema(x), model.eval()(x))
+
+
+def test_a_module_that_cannot_be_copied_is_named() -> None:
+    model = nn.Linear(3, 2)
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^the module Linear cannot be copied: cannot pickle '_thread.lock' object$"):
+        FusedEMA(model, 0.5)

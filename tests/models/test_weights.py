@@ -183,9 +183,12 @@ def test_the_metadata_of_a_damaged_file_is_an_error_for_the_user(tmp_path: Path)
         read_metadata(path)
 
 
-@pytest.mark.parametrize("name", ["absent.safetensors", "absent.pt", "."])
-def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DfkdError, match="not found"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent.safetensors", "absent.safetensors not found"), ("absent.pt", "absent.pt not found"), (".", "are a folder: a file is needed")],
+)
+def test_a_missing_file_is_named(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(DfkdError, match=message):
         load_weights(network(), tmp_path / name)
 
 

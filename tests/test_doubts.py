@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dfkd_fast.evaluation import Evaluator
+from tests.command_line import Run
+
+TINY = [
+    *("--set", "loop.epochs=8", "--set", "loop.iterations_per_epoch=1", "--set", "loop.batch_size=8", "--set", "loop.student_steps=1"),
+    *("--set", "teacher.epochs=1", "--set", "generator.width=2", "--set", "report.samples=9", "--set", "report.samples_every=100"),
+]
+OF_STUDENT = "epochs the student's top-1 accuracy is 9.80 %, which is chance (10.00 %); check that the teacher's, 97.00 %, is"
+
+
+def evaluating_to(patch: pytest.MonkeyPatch, *accuracies: float) -> None:
+    """First the teacher, then the student epoch by epoch, the last figure on and on."""
+    left = list(accuracies)
+    patch.setattr(Evaluator, "__call__", lambda *_: left.pop(0) if len(left) > 1 else left[0])
+
+
+def remarks() -> list[str]:
+    return list(json.loads(Path("a/summary.json").read_text())["remarks"])
+
+
+def test_a_student_at_chance_after_a_quarter_of_the_epochs_is_told_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluating_to(monkeypatch, 97.0, 9.8)
+    said = run("distill", "digits", "--out", "a", *TINY)
+    assert said.code == 0
+    assert said.err == ""
+    lines = [line for line in said.out.splitlines() if line.startswith(f"after 2 of 8 {OF_STUDENT}")]
+    assert len(lines) == 1
+    assert "data.mean" in lines[0]
+    assert "student_optimizer.lr = 0.002" in lines[0]
+    assert remarks() == lines
+
+
+def test_it_is_told_at_the_first_evaluation_after_the_quarter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluating_to(monkeypatch, 97.0, 9.8)
+    run("distill", "digits", "--out", "a", *TINY, "--set", "loop.evaluate_every=3")
+    assert [remark.partition(" epochs")[0] for remark in remarks()] == ["after 3 of 8"]
+
+
+def test_a_student_that_has_learnt_something_by_then_is_not_doubted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluating_to(monkeypatch, 97.0, 9.8, 60.0, 9.8)
+    said = run("distill", "digits", "--out", "a", *TINY)
+    assert "chance" not in said.out
+    assert remarks() == []
+
+
+def test_a_teacher_at_chance_is_told_before_the_distillation_and_its_student_is_not_doubted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluating_to(monkeypatch, 10.0)
+    said = run("distill", "digits", "--out", "a", *TINY)
+    doubt = "the teacher's top-1 accuracy is 10.00 %, which is chance (10.00 %), and its student can be no better"
+    lines = said.out.splitlines()
+    told = next(number for number, line in enumerate(lines) if line.startswith(doubt))
+    assert told < next(number for number, line in enumerate(lines) if "student 1/8" in line)
+    assert len(remarks()) == 1
+    assert remarks()[0].startswith(doubt)

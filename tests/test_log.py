@@ -1,0 +1,69 @@
+import io
+import logging
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dfkd_fast.log import LOGGER, shown_on
+from tests.command_line import Run
+
+TINY = [
+    *("--set", "loop.epochs=3", "--set", "loop.iterations_per_epoch=2", "--set", "loop.batch_size=8", "--set", "loop.student_steps=2"),
+    *("--set", "teacher.epochs=1", "--set", "generator.width=2", "--set", "report.samples=9", "--set", "replay.kind=none"),
+]
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_a_message_is_shown_as_it_is_from_its_level_on(level: str) -> None:
+    out = io.StringIO()
+    with shown_on(Console(file=out), level):  # type: ignore[arg-type]
+        for name in ("debug", "info", "warning", "error"):
+            LOGGER.log(getattr(logging, name.upper()), "[b]%s[/b]", name)
+    names = ["debug", "info", "warning", "error"]
+    assert out.getvalue().splitlines() == [f"[b]{name}[/b]" for name in names[names.index(level) :]]
+
+
+def test_outside_of_a_command_the_logger_is_the_user_s(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    before = list(LOGGER.handlers)
+    with shown_on(Console(quiet=True), "error"):
+        pass
+    assert LOGGER.handlers == before
+    assert LOGGER.propagate
+    with caplog.at_level(logging.INFO, "dfkd_fast"):
+        LOGGER.info("heard")
+    assert "heard" in caplog.text
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_prints_nothing_but_errors(run: Run) -> None:
+    said = run("distill", "digits", "--out", "a", *TINY, "--quiet")
+    assert said == (0, "", "")
+    assert run("evaluate", "a/student.safetensors", "--quiet", "--json", "a.json") == (0, "", "")
+    assert Path("a.json").is_file()
+    said = run("teach", "digits", "--out", "a", "--quiet")
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("dfkd-fast: --out a already exists")
+
+
+@pytest.mark.parametrize(
+    ("level", "trial", "progress", "remark"),
+    [("debug", True, True, True), ("info", False, True, True), ("warning", False, False, True), ("error", False, False, False)],
+)
+def test_the_level_says_what_is_told_beside_the_results(
+    run: Run, monkeypatch: pytest.MonkeyPatch, level: str, trial: bool, progress: bool, remark: bool
+) -> None:
+    monkeypatch.setattr("dfkd_fast.evaluation.Evaluator.__call__", lambda *_: 10.0)
+    said = run("distill", "digits", "--out", "a", *TINY, "--log-level", level)
+    assert said.code == 0
+    before, table, after = said.out.partition("\ndigits" if level != "error" else "digits")
+    assert table and "folder" in after
+    assert ("trying every kind of step" in before) is trial
+    assert ("s/iteration" in before) is progress
+    assert ("which is chance" in before) is remark
+
+
+def test_an_unknown_level_is_refused(run: Run) -> None:
+    said = run("distill", "digits", "--log-level", "loud")
+    assert said.code == 2
+    assert "--log-level" in said.err
