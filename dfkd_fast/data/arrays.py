@@ -72,9 +72,10 @@ def torchvision_arrays(name: str) -> Reader:
 
         try:
             data = getattr(datasets, name)(str(root), train=split == "train", download=False)
-        except KeyError as error:
-            raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: a file is of no known type") from error
-        except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+        except (KeyError, AssertionError) as error:  # without a word that means something to a user
+            reason = "a file has another header, or another size than its header says"
+            raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {reason}") from error
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
             raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {first_line(error)}") from error
         images = np.asarray(data.data)
         return images if images.ndim == 4 else images[..., None], np.asarray(data.targets)

@@ -1,6 +1,8 @@
 """Data sets that are not what their names promise: arrays, lists, folders of images, MNIST's and CIFAR's files, label images."""
 
+import gzip
 import io
+import math
 import pickle
 import struct
 import zipfile
@@ -10,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from safetensors.torch import save_file
 
 from dfkd_fast.models import build_model
 from tests.bad_input.case import Case, Content, case
-from tests.pictures import PLAIN
+from tests.pictures import PLAIN, encoded, noise
 
 PICTURE = PLAIN["png"]
 COLOUR = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
@@ -219,7 +222,7 @@ LISTS = [
     wrong_line("a class of 5,000 digits", f"b.png {'9' * 5000}", says="list.txt, line 2: 'b.png 999"),
     wrong_line("a comma for the space", "b.png,1", says="list.txt, line 2: 'b.png,1' must be"),
     wrong_line("a line of ten million characters", "a" * 10_000_000, says="list.txt, line 2: 'aaa"),
-    wrong_line("NUL in a path", "b\0.png 1", says="list.txt, line 2: 'b\\x00.png 1' must be"),
+    wrong_line("NUL in a listed path", "b\0.png 1", says="list.txt, line 2: 'b\\x00.png 1' must be"),
     wrong_line("a class below 0", "b.png -1", says="list.txt, line 2: 'b.png -1' must be"),
     wrong_line("a class too large", "a.png 2", says="list.txt has 3 classes"),
     wrong_line("a path that does not exist", "sub/b.png 1", says="/sub/b.png ([Errno 2]"),
@@ -283,4 +286,166 @@ FOLDERS = [
     ),
 ]
 
-CASES: list[Case] = [*ARRAY_FILES, *LISTS, *IMAGE_FILES, *FOLDERS]
+# ImageNet and Places365.
+VALIDATION = "val/ILSVRC2012_val_00000001.JPEG"
+
+
+def labelled(name: str, file: str, content: str, says: str) -> Case:
+    """Images of ImageNet in one folder, and a file of their classes."""
+    return teaches(name, "imagenet", ".", *COLOUR, "data.num_classes=1000", says=says, files={VALIDATION: PICTURE, file: content})
+
+
+def places(name: str, categories: str, says: str, **files: Content) -> Case:
+    return evaluates(
+        name,
+        *("places365", "."),
+        says=says,
+        files={"categories_places365.txt": categories} | {path.replace("__", "/"): content for path, content in files.items()},
+    )
+
+
+CATEGORIES = "".join(f"/x/place{number} {number}\n" for number in range(365))
+
+NAMED_SETS = [
+    folders("a folder that is no class of ImageNet", "val/n01440764/0.png", "val/cat/0.png", data="imagenet", says="the first is 'cat'"),
+    folders("a synset that is not among the 1,000", "val/n00000001/0.png", data="imagenet", says="the first is 'n00000001'"),
+    folders("another number of classes than ImageNet's", "val/n01440764/0.png", data="imagenet", says=" has 1000 classes"),
+    folders("ImageNet without its validation images", "train/n01440764/0.png", data="imagenet", says="the first is 'train'"),
+    labelled("a flat folder of ImageNet's", "readme", "", says="val has images and no class folders"),
+    labelled(
+        "a flat folder with labels in another order",
+        *("ILSVRC2012_validation_ground_truth.txt", "490\n"),
+        says="the numbers of ILSVRC2012_validation_ground_truth.txt are in another order",
+    ),
+    labelled("a file of labels without classes", "val.txt", "ILSVRC2012_val_00000001.JPEG\n", says="val.txt, line 1: 'ILSVRC2012_val_0"),
+    labelled("a file of labels from 1 to 1,000", "val.txt", "a.JPEG 1\nb.JPEG 1000\n", says="val.txt, line 2: 'b.JPEG 1000' must be"),
+    labelled("a file of labels of other images", "val.txt", "a.JPEG 1\n", says="val.txt has no class of 1 of the 1 images"),
+    labelled(
+        "a file of labels that is no text", "val.txt", "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"), says="val.txt, line 1"
+    ),
+    places("Places365 without categories", "", says="categories_places365.txt has 0 categories, Places365 has 365"),
+    places("categories that are numbered from 1", CATEGORIES.replace("0 0\n", "0 365\n"), says="Places365 has 365, numbered from 0"),
+    places("Places365 without images", CATEGORIES, says=" has no folder val_256, val_large or val"),
+    places("Places365 without a category's folder", CATEGORIES, says="no folder place0 for category /x/place0", val__a=PICTURE),
+]
+
+
+# MNIST and CIFAR.
+def idx(*shape: int, kind: int = 8) -> bytes:
+    """A file of MNIST's of zeros."""
+    return bytes([0, 0, kind, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes(math.prod(shape))
+
+
+def mnist(name: str, says: str, images: bytes = idx(4, 28, 28), labels: bytes = idx(4)) -> Case:
+    raw = {f"MNIST/raw/{part}-{what}-ubyte": idx(4) for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")}
+    test = {"MNIST/raw/t10k-images-idx3-ubyte": images, "MNIST/raw/t10k-labels-idx1-ubyte": labels}
+    return teaches(name, "mnist", ".", says=says, files=raw | test)
+
+
+MNIST_FILES = [
+    teaches("MNIST that is not there", "mnist", ".", says="does not hold MNIST in torchvision's layout: Dataset not found"),
+    teaches("MNIST that is a file", "mnist", "a", says=" is a file: data set 'mnist' is a folder", files={"a": ""}),
+    mnist("an empty file of MNIST's", "in torchvision's layout", images=b""),
+    mnist("a file of MNIST's that is half there", "in torchvision's layout", images=idx(4, 28, 28)[:1000]),
+    mnist("a file of MNIST's that is still packed", "in torchvision's layout", images=gzip.compress(idx(4, 28, 28))),
+    mnist("a file of MNIST's of an unknown type", "layout: a file has another header", images=idx(4, 28, 28, kind=7)),
+    mnist("a file of MNIST's of a huge shape", "in torchvision's layout", images=idx(0, 28, 28)[:4] + struct.pack(">3I", 2**31, 2**31, 9)),
+    mnist("labels for MNIST's images", "MNIST in torchvision's layout", images=idx(4)),
+    mnist("images for MNIST's labels", "MNIST in torchvision's layout", labels=idx(4, 28, 28)),
+    mnist("fewer labels than MNIST has images", "test: labels must be integers (4,), not int64 (3,)", labels=idx(3)),
+    mnist("no images in MNIST", "MNIST in torchvision's layout", images=idx(0, 28, 28), labels=idx(0)),
+    teaches(
+        "MNIST in colour",
+        "mnist",
+        ".",
+        *COLOUR,
+        says="images have 1 channels, data.channels is 3",
+        files={
+            "MNIST/raw/t10k-images-idx3-ubyte": idx(4, 28, 28),
+            "MNIST/raw/t10k-labels-idx1-ubyte": idx(4),
+            "MNIST/raw/train-images-idx3-ubyte": idx(4, 28, 28),
+            "MNIST/raw/train-labels-idx1-ubyte": idx(4),
+        },
+    ),
+    teaches("CIFAR-10 that is not there", "cifar10", ".", *COLOUR, says="does not hold CIFAR10 in torchvision's layout: Dataset not found"),
+    teaches(
+        "CIFAR-10 of another content",
+        *("cifar10", ".", *COLOUR),
+        says="does not hold CIFAR10 in torchvision's layout: Dataset not found or corrupted",
+        files={f"cifar-10-batches-py/{name}": pickle.dumps({}) for name in ("test_batch", "batches.meta", "data_batch_1")},
+    ),
+]
+
+
+# Labels for every pixel.
+def pixels(name: str, files: Mapping[str, Content], says: str, data: str = "camvid", classes: int = 11, sets: tuple[str, ...] = ()) -> Case:
+    """A segmenter that is to be trained on pairs of images and labels."""
+    changes = (*COLOUR, f"data.num_classes={classes}", "teacher.model=small_fcn8", "data.image_size=32", *sets)
+    return teaches(name, data, ".", *changes, says=says, files=files)
+
+
+def labels_of(value: int, side: int = 32, mode: str = "L") -> bytes:
+    image = Image.new(mode, (side, side), value)
+    if mode == "P":
+        image.putpalette(bytes(range(256)) * 3)
+    return encoded(image, "PNG")
+
+
+IMAGE = encoded(noise(32, 32), "PNG")
+PAIR: dict[str, Content] = {"test/a.png": IMAGE, "testannot/a.png": labels_of(0)}
+
+PAIRS = [
+    pixels("no folders of images and labels", {"test/a.png": IMAGE}, says=" has no folders of images and of labels to test on"),
+    pixels("a folder of labels alone", {"test/readme": "", "testannot/a.png": labels_of(0)}, says="test: no images in it"),
+    pixels("a label that has no image", PAIR | {"testannot/b.png": labels_of(0)}, says="not so testannot/b.png"),
+    pixels("an image that has no label", PAIR | {"test/b.png": IMAGE}, says="not so test/b.png"),
+    pixels("labels of another size", PAIR | {"testannot/a.png": labels_of(0, side=31)}, says="a.png has 31 × 31 pixels, its image 32 × 32"),
+    pixels("labels in colours", PAIR | {"testannot/a.png": IMAGE}, says="a.png must hold class numbers in one channel of 8 bits"),
+    pixels(
+        "labels of one bit", PAIR | {"testannot/a.png": labels_of(1, mode="1")}, says="in one channel of 8 bits (PIL's mode L or P), not 1"
+    ),
+    pixels("labels of 16 bits", PAIR | {"testannot/a.png": labels_of(1, mode="I;16")}, says="8 bits (PIL's mode L or P), not I;16"),
+    pixels(
+        "a label that is no class", PAIR | {"testannot/a.png": labels_of(12)}, says="class number 12: allowed are 0 to 10, and 11 or 255"
+    ),
+    pixels(
+        "a label that is no class of NYUv2",
+        {"test_rgb/1.png": IMAGE, "test_seg13/1.png": labels_of(14)},
+        *("class number 14: allowed are 1 to 13, and 0 or 255", "nyuv2", 13),
+    ),
+    pixels(
+        "a palette with a number that is no class",
+        PAIR | {"testannot/a.png": labels_of(9, mode="P")},
+        *("class number 9: allowed are 0 to 4", "pairs", 5),
+    ),
+    pixels("an image of a pair that is broken", PAIR | {"test/a.png": b""}, says="test/a.png (is empty)"),
+    pixels("a label file that is broken", PAIR | {"testannot/a.png": "text"}, says="testannot/a.png (cannot identify"),
+    pixels("no pairs to train on", PAIR, says=" has no folders of images and of labels to train on"),
+    pixels("another number of classes than CamVid's", PAIR, "data.num_classes is 12, but 'camvid' has 11 classes", classes=12),
+    pixels("a larger subset than there are pairs", PAIR, "data.subset = 2: there are 1 test images", sets=("data.subset=2",)),
+]
+
+
+# The section [data].
+def sets(name: str, *changes: str, says: str) -> Case:
+    return case(name, "show", "digits", *(option for change in changes for option in ("--set", change)), says=says)
+
+
+SECTION = [
+    sets("a data set that does not exist", "data.name=imagenette", says="data.name = 'imagenette': "),
+    sets("a mean that is NaN", "data.mean=[nan]", says="data.mean.0 = nan"),
+    sets("a mean beyond float32", "data.mean=[1e39]", says="data.mean.0 = 1e+39"),
+    sets("a negative deviation", "data.std=[-0.5]", says="data.std.0 = -0.5"),
+    sets("no deviation", "data.std=[]", says="std has 0 numbers for 1 channels"),
+    sets("a mean that is text", "data.mean=['half']", says="data.mean.0 = 'half'"),
+    sets("one class", "data.num_classes=1", says="data.num_classes = 1: "),
+    sets("too many classes", "data.num_classes=1000001", says="data.num_classes = 1000001: "),
+    sets("a crop larger than the picture", "data.image_size=64", "data.resize=48", says="resize = 48: must be at least image_size, 64"),
+    sets("a huge side to resize to", "data.resize=100000", says="data.resize = 100000: "),
+    sets("too many workers", "data.workers=100000", says="data.workers = 100000: "),
+    sets("a negative subset", "data.subset=-1", says="data.subset = -1: "),
+    sets("an unknown interpolation", "data.interpolation=nearest", says="data.interpolation = 'nearest': "),
+    sets("a root that is a number", "data.root=3", says="data.root = 3: must be a string"),
+]
+
+CASES: list[Case] = [*ARRAY_FILES, *LISTS, *IMAGE_FILES, *FOLDERS, *NAMED_SETS, *MNIST_FILES, *PAIRS, *SECTION]
