@@ -69,7 +69,8 @@ def list_imagenet(root: Path, classes: int | None) -> Listing:
     listing = _of_imagenets_folders(folder, folders)
     if (count := len(folders)) == len(IMAGENET):
         return listing
-    return replace(listing, remark=f"{folder} has {count} of ImageNet's 1,000 classes, {folders[0].name} to {folders[-1].name}")
+    part = f"{count} of ImageNet's 1,000 classes, {folders[0].name} to {folders[-1].name}"
+    return replace(listing, remark=f"{folder} has {part}, and predictions are of all 1,000")
 
 
 def list_imagenet_training(root: Path) -> Listing:
@@ -118,17 +119,24 @@ def _labelled_elsewhere(root: Path, folder: Path) -> Listing:
 
 def list_folder(root: Path, classes: int | None) -> Listing:
     """``val/`` or ``test/`` with one folder a class."""
-    folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if folder is None:
+    if (folder := _tested_folder(root)) is None:
         raise DfkdError(f"data.root {root} has no folder val or test")
     folders = _class_folders(folder)
     return _of_folders(folders, range(len(folders)), len(folders))
 
 
 def list_folder_training(root: Path) -> Listing:
-    """``train/`` with one folder a class, none of them empty."""
+    """``train/`` with one folder a class, none of them empty, and the same classes as in ``val/`` or ``test/``."""
     folders = _class_folders(_training(root))
-    return _complete(root / "train", _of_folders(folders, range(len(folders)), len(folders)), [path.name for path in folders])
+    names = [path.name for path in folders]
+    # Classes are numbered in each by name: one that is missing shifts the others.
+    if (tested := _tested_folder(root)) and (alone := sorted({*names} ^ {path.name for path in _class_folders(tested)})):
+        raise DfkdError(f"data.root {root}: train and {tested.name} have not the same classes, {shown(alone[0])} is in one only")
+    return _complete(root / "train", _of_folders(folders, range(len(folders)), len(folders)), names)
+
+
+def _tested_folder(root: Path) -> Path | None:
+    return next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
 
 
 def _training(root: Path) -> Path:
@@ -173,7 +181,7 @@ def _images_below(folder: Path) -> list[Path]:
         raise DfkdError(f"data.root {folder} cannot be read: {error}") from error
 
     found = []
-    for place, below, files in os.walk(folder, onerror=refuse):
+    for place, below, files in os.walk(folder, onerror=refuse, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
         found += [Path(place, name) for name in files if is_image(name)]
     return sorted(found)

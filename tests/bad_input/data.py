@@ -277,6 +277,12 @@ FOLDERS = [
     folders("a class too few", "val/a/0.png", says=" has 1 classes"),
     folders("two channels", "val/a/0.png", "val/b/0.png", sets=("data.channels=2",), says="mean has 3 numbers for 2 channels"),
     teaches(
+        "other classes to train on",
+        *("folder", ".", "data.num_classes=2"),
+        says=": train and val have not the same classes, 'b' is in one only",
+        files=dict.fromkeys(("val/a/0.png", "val/b/0.png", "train/a/0.png", "train/c/0.png"), PICTURE),
+    ),
+    teaches(
         "no folder to train on",
         "folder",
         ".",

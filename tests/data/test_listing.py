@@ -53,7 +53,8 @@ def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
     listing = read_listing("imagenet", tmp_path)
     assert (listing.labels, listing.classes) == (labels, 1000)
     assert str(listing.remark).startswith(
-        f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {folders[0]} to {folders[-1]}; {tmp_path} has "
+        f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {folders[0]} to {folders[-1]},"
+        f" and predictions are of all 1,000; {tmp_path} has "
     )
 
 
@@ -143,10 +144,11 @@ def test_class_folders_and_images_may_be_links_and_folders_of_an_images_name_are
     touch(tmp_path / "elsewhere/cats/1.png", tmp_path / "val/b/old.png/2.png")
     (tmp_path / "val/a").symlink_to(tmp_path / "elsewhere/cats")
     (tmp_path / "val/b/3.png").symlink_to(tmp_path / "elsewhere/cats/1.png")
+    (tmp_path / "val/b/more").symlink_to(tmp_path / "elsewhere/cats")
     (tmp_path / "val/broken").symlink_to(tmp_path / "nowhere")
     listing = read_listing("folder", tmp_path)
-    assert [str(path.relative_to(tmp_path / "val")) for path in listing.paths] == ["a/1.png", "b/3.png", "b/old.png/2.png"]
-    assert (listing.labels, listing.classes) == ((0, 1, 1), 2)
+    assert [str(path.relative_to(tmp_path / "val")) for path in listing.paths] == ["a/1.png", "b/3.png", "b/more/1.png", "b/old.png/2.png"]
+    assert (listing.labels, listing.classes) == ((0, 1, 1, 1), 2)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
