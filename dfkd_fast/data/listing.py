@@ -65,18 +65,18 @@ def list_imagenet(root: Path, classes: int | None) -> Listing:
     folder = root / "val" if (root / "val").is_dir() else root
     if not _folders(folder) and _images_below(folder):
         return _labelled_elsewhere(root, folder)
-    folders = _class_folders(folder)
-    listing = _of_imagenets_folders(folder, folders)
-    if (count := len(folders)) == len(IMAGENET):
+    listing = _of_imagenets_folders(folder, _class_folders(folder))
+    present = sorted(set(listing.labels))
+    if len(present) in (0, len(IMAGENET)):
         return listing
-    part = f"{count} of ImageNet's 1,000 classes, {folders[0].name} to {folders[-1].name}"
+    part = f"{len(present)} of ImageNet's 1,000 classes, {IMAGENET[present[0]]} to {IMAGENET[present[-1]]}"
     return replace(listing, remark=f"{folder} has {part}, and predictions are of all 1,000")
 
 
 def list_imagenet_training(root: Path) -> Listing:
     """``train/`` with folders that are called by their classes, all 1,000."""
-    folders = _class_folders(_training(root))
-    return _complete(root / "train", _of_imagenets_folders(root / "train", folders), IMAGENET)
+    folder = _training(root)
+    return _complete(folder, _of_imagenets_folders(folder, _class_folders(folder)), IMAGENET)
 
 
 def _of_imagenets_folders(folder: Path, folders: Sequence[Path]) -> Listing:
@@ -127,12 +127,13 @@ def list_folder(root: Path, classes: int | None) -> Listing:
 
 def list_folder_training(root: Path) -> Listing:
     """``train/`` with one folder a class, none of them empty, and the same classes as in ``val/`` or ``test/``."""
-    folders = _class_folders(_training(root))
+    folder = _training(root)
+    folders = _class_folders(folder)
     names = [path.name for path in folders]
     # Classes are numbered in each by name: one that is missing shifts the others.
     if (tested := _tested_folder(root)) and (alone := sorted({*names} ^ {path.name for path in _class_folders(tested)})):
         raise DfkdError(f"data.root {root}: train and {tested.name} have not the same classes, {shown(alone[0])} is in one only")
-    return _complete(root / "train", _of_folders(folders, range(len(folders)), len(folders)), names)
+    return _complete(folder, _of_folders(folders, range(len(folders)), len(folders)), names)
 
 
 def _tested_folder(root: Path) -> Path | None:

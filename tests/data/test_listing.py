@@ -53,7 +53,7 @@ def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
     listing = read_listing("imagenet", tmp_path)
     assert (listing.labels, listing.classes) == (labels, 1000)
     assert str(listing.remark).startswith(
-        f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {folders[0]} to {folders[-1]},"
+        f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {IMAGENET[labels[0]]} to {IMAGENET[max(labels)]},"
         f" and predictions are of all 1,000; {tmp_path} has "
     )
 
