@@ -108,7 +108,8 @@ def _labelled_elsewhere(root: Path, folder: Path) -> Listing:
     for number, line in _lines(source):
         name, label = (*line.replace(",", " ").split(), "", "")[:2]
         if label in known:
-            labels[PurePath(name).stem] = known[label]
+            if labels.setdefault(PurePath(name).stem, known[label]) != known[label]:
+                raise DfkdError(f"{source}, line {number}: {shown(name)} is of another class than in an earlier line")
         elif number > 1 or source.suffix != ".csv":  # the first line of a table has the names of its columns
             raise DfkdError(f"{source}, line {number}: {shown(line)} must be a name and a WordNet id or a number, 0 to 999")
     images = _images_below(folder)

@@ -440,7 +440,7 @@ def sets(name: str, *changes: str, says: str) -> Case:
 SECTION = [
     sets("a data set that does not exist", "data.name=imagenette", says="data.name = 'imagenette': "),
     sets("a mean that is NaN", "data.mean=[nan]", says="data.mean.0 = nan"),
-    sets("a mean beyond float32", "data.mean=[1e39]", says="data.mean.0 = 1e+39"),
+    sets("a mean of image files beyond float32", "data.mean=[1e39]", says="data.mean.0 = 1e+39"),
     sets("a negative deviation", "data.std=[-0.5]", says="data.std.0 = -0.5"),
     sets("no deviation", "data.std=[]", says="std has 0 numbers for 1 channels"),
     sets("a mean that is text", "data.mean=['half']", says="data.mean.0 = 'half'"),

@@ -106,6 +106,7 @@ def test_imagenets_images_in_one_folder_have_the_classes_of_a_file_beside_them(
     [
         ("val.txt", "1.JPEG 1000\n", r"val\.txt, line 1: '1\.JPEG 1000' must be a name and a WordNet id or a number, 0 to 999"),
         ("val.txt", "1.JPEG 0\n2.JPEG\n", r"val\.txt, line 2: '2\.JPEG' must be"),
+        ("val.txt", "1.JPEG 0\n2.JPEG 1\n1.JPEG 1\n", r"val\.txt, line 3: '1\.JPEG' is of another class than in an earlier line"),
         ("val.txt", "3.JPEG 0\n", r"val\.txt has no class of 2 of the 2 images in .*val, the first 1\.JPEG"),
         ("labels.csv", "name,class\n1.JPEG,tench\n", r"labels\.csv, line 2: '1\.JPEG,tench' must be"),
         ("ILSVRC2012_validation_ground_truth.txt", "490\n361\n", r"are read from val\.txt, .* are in another order and cannot be used"),
