@@ -32,6 +32,8 @@ __all__ = [
     "world_size",
 ]
 
+SETTLING = 0.1
+"""Seconds after the last message in which gloo's threads come to rest."""
 GRACE = 0.5
 """Seconds that other processes give rank 0 to say an error that all of them have."""
 
@@ -73,6 +75,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+        # gloo's threads drop their tensors a moment after whoever waited for them went on, and need the GIL for that: where the
+        # interpreter has ended by then, they abort the process (PyTorch 2.14).
+        time.sleep(SETTLING)
 
 
 def ended_elsewhere(*, wait: float) -> bool:
