@@ -1,7 +1,6 @@
 """Data sets that are two arrays a split: images uint8 (N, H, W, C), and labels (N,)."""
 
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import override
 
-from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast.errors import DfkdError, first_line, shown
 
 from .settings import Access, DataSet, DataSettings, root_of
 from .splits import ArrayBatches, ArraySplit, Augment, Split
@@ -36,13 +35,13 @@ class ArraySet(DataSet):
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> ArraySplit:
         images, labels = self.read(root_of(settings), split)
         _check(images, labels, settings, split)
-        return ArraySplit(images, labels, settings.image_size, settings.mean, settings.std, augment=augment)
+        return ArraySplit(images, labels.astype(np.int64), settings.image_size, settings.mean, settings.std, augment=augment)
 
 
 def _check(images: np.ndarray, labels: np.ndarray, settings: DataSettings, split: Split) -> None:
     where = f"data set {settings.name!r}, {split}:"
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise DfkdError(f"{where} images must be uint8 (N, H, W, C), not {images.dtype} {images.shape}")
+    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape[1:]:
+        raise DfkdError(f"{where} images must be uint8 (N, H, W, C) of at least one pixel, not {images.dtype} {images.shape}")
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise DfkdError(f"{where} labels must be integers ({len(images)},), not {labels.dtype} {labels.shape}")
     if len(images) == 0:
@@ -73,7 +72,10 @@ def torchvision_arrays(name: str) -> Reader:
 
         try:
             data = getattr(datasets, name)(str(root), train=split == "train", download=False)
-        except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+        except (KeyError, AssertionError) as error:  # without a word that means something to a user
+            reason = "a file has another header, or another size than its header says"
+            raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {reason}") from error
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
             raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {first_line(error)}") from error
         images = np.asarray(data.data)
         return images if images.ndim == 4 else images[..., None], np.asarray(data.targets)
@@ -84,12 +86,20 @@ def torchvision_arrays(name: str) -> Reader:
 def npz(path: Path, split: Split) -> Arrays:
     """Arrays x_train, y_train, x_test and y_test of a file, uint8 NHWC and integers."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = {f"x_{split}", f"y_{split}"} - set(arrays)
-            if missing:
-                raise DfkdError(f"data.root {path} lacks {', '.join(sorted(missing))}: it has {', '.join(sorted(arrays))}")
-            return arrays[f"x_{split}"], arrays[f"y_{split}"]
-    except DfkdError:
-        raise
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        archive = zipfile.ZipFile(path)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DfkdError(f"data.root {path} is not an .npz file that can be read: {first_line(error)}") from error
+    with archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        if missing := {f"x_{split}", f"y_{split}"} - names:
+            raise DfkdError(f"data.root {path} lacks {', '.join(sorted(missing))}: it has {shown(sorted(names))}")
+        return _member(archive, f"x_{split}"), _member(archive, f"y_{split}")
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    try:
+        with archive.open(f"{name}.npy") as file:
+            # Not numpy.load, which takes what is no array for a pickle, and advises to allow it.
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # the parsers of zip files and arrays let through whatever a damaged file makes of them
+        raise DfkdError(f"data.root {archive.filename}, {name} is no array that can be read: {first_line(error)}") from error

@@ -7,6 +7,7 @@ clips) to a byte after each of its two passes of resizing, DALI once.
 import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,11 +33,20 @@ def why_not_dali(view: View) -> str | None:
     return None
 
 
+def _is_dalis(path: Path) -> bool:
+    """Whether DALI decodes a file as PIL does, and can be told its name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return is_plain(path)
+
+
 class DaliBatches:
     """Batches of a listing: images (B, 3, crop, crop), channels-last, and labels (B,) on the device; the last may be smaller.
 
-    Files that decoders disagree on (:func:`~dfkd_fast.data.headers.is_plain`) come last, and through PIL. A batch is a
-    view of DALI's buffer: use it before the next one is asked for.
+    Files that decoders disagree on (:func:`~dfkd_fast.data.headers.is_plain`), or whose names are no UTF-8, come last, and
+    through PIL. A batch is a view of DALI's buffer: use it before the next one is asked for.
 
     Args:
         listing: the files.
@@ -54,11 +64,12 @@ class DaliBatches:
         if (reason := why_not_dali(view)) is not None:
             raise DfkdError(f"loader 'dali': {reason}; use data.loader = 'torchvision'")
         with ThreadPoolExecutor() as pool:
-            plain = list(pool.map(is_plain, listing.paths))
+            plain = list(pool.map(_is_dalis, listing.paths))
         self.count = len(listing)
         self.unreadable: list[str] = []
         """Files of the last pass that could not be decoded, and why."""
-        self.view, self.batch_size, self.threads, self.device, self.dtype = view, batch_size, max(threads, 1), device, dtype
+        self.view, self.threads, self.device, self.dtype = view, max(threads, 1), device, dtype
+        self.batch_size = min(batch_size, max(self.count, 1))  # DALI makes room for all of it
         self._files = listing.take([index for index, good in enumerate(plain) if good])
         self._others = listing.take([index for index, good in enumerate(plain) if not good])
         self._labels = torch.tensor(self._files.labels, dtype=torch.long, device=device)

@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from dfkd_fast.errors import DfkdError, first_line
+from dfkd_fast.errors import DfkdError
 
 from .dali import DaliBatches, why_not_dali
-from .folder import FolderBatches
-from .listing import Listing, class_folders
+from .folder import FolderBatches, TrainingImages
+from .listing import Listing
 from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings, check_channels, root_of
 from .splits import Augment, Split
 
@@ -25,8 +27,8 @@ class FileSet(DataSet):
 
     list_files: Callable[[Path, int | None], Listing]
     """From where it lies, and its number of classes where that is known, the files to test on."""
-    trainable: bool = True
-    """Whether train/ has a folder for each class."""
+    list_training: Callable[[Path], Listing] | None = None
+    """The files to train on, some of every class; None where there are none."""
     has_every_class: bool = True
     """Whether some file is of the last class, so that the number of classes can be told from the files."""
 
@@ -52,9 +54,13 @@ class FileSet(DataSet):
 
     @override
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> Dataset[Any]:
-        if not self.trainable:
+        if self.list_training is None:
             raise DfkdError(f"data.name = {settings.name!r}: is for testing only; teachers are trained on image folders")
-        return _training_images(settings, augment)
+        check_channels(settings)
+        listing = self.list_training(root_of(settings))
+        if listing.classes != settings.num_classes:
+            raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.root}/train has {listing.classes} classes")
+        return TrainingImages(listing, _changes(settings, augment), strict=settings.strict)
 
     def listing(self, name: str, root: Path) -> Listing:
         """The files to test on; see :func:`read_listing`."""
@@ -64,7 +70,8 @@ class FileSet(DataSet):
         if self.test_images is None or len(listing) == self.test_images:
             return listing
         part = f"{len(listing):,} of the {self.test_images:,} validation images of {name}"
-        return replace(listing, remark=f"{root} has {part}: what is measured is no {name} accuracy")
+        remark = f"{root} has {part}: what is measured is no {name} accuracy"
+        return replace(listing, remark=f"{listing.remark}; {remark}" if listing.remark else remark)
 
 
 def read_listing(name: str, root: Path) -> Listing:
@@ -82,17 +89,10 @@ def read_listing(name: str, root: Path) -> Listing:
     return row.listing(name, root)
 
 
-def _training_images(settings: DataSettings, augment: Augment) -> Dataset[Any]:
+def _changes(settings: DataSettings, augment: Augment) -> Callable[[Image.Image], Tensor]:
+    """What becomes of a picture in training."""
     from torchvision import transforms
-    from torchvision.datasets import ImageFolder
 
-    check_channels(settings)
-    root = root_of(settings)
-    if not (root / "train").is_dir():
-        raise DfkdError(f"data.root {root} has no folder train")
-    classes = len(class_folders(root / "train"))
-    if classes != settings.num_classes:
-        raise DfkdError(f"data.num_classes is {settings.num_classes}, but {root / 'train'} has {classes} classes")
     size = settings.image_size
     if augment == "none":
         seen = [
@@ -103,8 +103,7 @@ def _training_images(settings: DataSettings, augment: Augment) -> Dataset[Any]:
         flip = [transforms.RandomHorizontalFlip()] if augment == "shift_flip" else []
         seen = [transforms.RandomResizedCrop(size), *flip]
     colour = [transforms.Grayscale()] if settings.channels == 1 else []
-    end = [transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
-    try:
-        return ImageFolder(str(root / "train"), transforms.Compose([*seen, *colour, *end]))
-    except (FileNotFoundError, RuntimeError) as error:
-        raise DfkdError(f"data.root {root / 'train'} holds no image folders: {first_line(error)}") from error
+    changed: Callable[[Image.Image], Tensor] = transforms.Compose(
+        [*seen, *colour, transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
+    )
+    return changed

@@ -1,6 +1,6 @@
 """Labelled image files through torchvision and a DataLoader: what every other way of reading them must agree with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dfkd_fast.errors import first_line
+from dfkd_fast.errors import DfkdError, first_line
 
 from .listing import Listing
 from .view import View
 
-__all__ = ["FolderBatches", "Unreadable", "open_image"]
+__all__ = ["FolderBatches", "TrainingImages", "Unreadable", "open_image"]
 
 
 class Unreadable(Exception):  # noqa: N818  # it is found, not raised at anyone
@@ -33,7 +33,8 @@ def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
             return image.convert(mode) if mode else image.copy()
     except Exception as error:  # PIL's plugins let through whatever a broken file makes of them
         reason = "is empty" if path.is_file() and not path.stat().st_size else first_line(error)
-        raise Unreadable(f"{path} ({reason})") from error
+        name = str(path).encode(errors="backslashreplace").decode()  # which may be no UTF-8, and then cannot be printed
+        raise Unreadable(f"{name} ({reason})") from error
 
 
 class _Images(Dataset[Any]):
@@ -104,3 +105,40 @@ def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tenso
     labels = torch.tensor([label for _, label in read], dtype=torch.long)
     channels_last = images.contiguous(memory_format=torch.channels_last) if read else images
     return channels_last, labels, [sample for sample in samples if isinstance(sample, str)]
+
+
+class TrainingImages(Dataset[tuple[Tensor, int]]):
+    """The files of a listing to train on, changed anew each time they are served.
+
+    Args:
+        listing: the files.
+        changed: what becomes of a picture.
+        strict: whether a file that cannot be decoded is an error, or left out of its batch.
+    """
+
+    def __init__(self, listing: Listing, changed: Callable[[Image.Image], Tensor], *, strict: bool) -> None:
+        self.paths = [str(path) for path in listing.paths]
+        self.labels = listing.labels
+        self.changed = changed
+        self.strict = strict
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Raise a :class:`DfkdError` where the file cannot be decoded."""
+        try:
+            return self.changed(open_image(Path(self.paths[index]))), self.labels[index]
+        except Unreadable as error:
+            raise DfkdError(f"image {error} cannot be decoded; data.strict = false leaves it out") from error
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | DfkdError:
+        """What can be decoded of a batch, or the error, which a worker process hands over as it is."""
+        served = []
+        for index in indices:
+            try:
+                served.append(self[index])
+            except DfkdError as error:
+                if self.strict:
+                    return error
+        return served

@@ -1,4 +1,4 @@
-"""Which image files every decoder agrees on: whole, 8 bits a channel, grey or RGB, one frame."""
+"""Which image files every decoder agrees on: whole, 8 bits a channel, grey or RGB, one frame, of no more pixels than PIL trusts."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -6,6 +6,8 @@ from typing import BinaryIO
 __all__ = ["is_plain"]
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+MOST_PIXELS = 89_478_485
+"""Beyond them PIL warns of decompression bombs; twice as many it refuses."""
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN, ADOBE, END_OF_IMAGE = 0xDA, 0xEE, b"\xff\xd9"
@@ -50,7 +52,8 @@ def _plain_jpeg(file: BinaryIO) -> bool:
                 return False  # RGB or CMYK, not YCbCr
         elif marker in FRAMES:
             body = file.read(length)
-            return marker in (BASELINE, EXTENDED, PROGRESSIVE) and len(body) > 5 and body[0] == 8 and body[5] in (1, 3)
+            known = marker in (BASELINE, EXTENDED, PROGRESSIVE) and len(body) > 5 and body[0] == 8 and body[5] in (1, 3)
+            return known and _fits(body[1:3], body[3:5])
         elif marker == START_OF_SCAN or length < 0:
             return False
         else:
@@ -65,7 +68,7 @@ def _plain_png(file: BinaryIO) -> bool:
         if kind == b"IHDR":
             body = file.read(length)
             depth, colour, interlaced = body[8], body[9], body[12]
-            if depth != 8 or colour not in (0, 2) or interlaced:
+            if depth != 8 or colour not in (0, 2) or interlaced or not _fits(body[:4], body[4:8]):
                 return False
             file.seek(4, 1)
         elif kind in (b"acTL", b"tRNS"):
@@ -75,3 +78,7 @@ def _plain_png(file: BinaryIO) -> bool:
         else:
             file.seek(length + 4, 1)
     return False
+
+
+def _fits(height: bytes, width: bytes) -> bool:
+    return int.from_bytes(height, "big") * int.from_bytes(width, "big") <= MOST_PIXELS

@@ -14,7 +14,7 @@ from dfkd_fast.errors import DfkdError
 
 from .classes import UNKNOWN, Classes
 from .folder import Unreadable, open_image
-from .listing import EXTENSIONS
+from .listing import EXTENSIONS, is_image
 from .splits import Split
 from .view import Interpolation
 
@@ -64,7 +64,7 @@ def find_pairs(root: Path, split: Split) -> list[Pair]:
 
 
 def _files(folder: Path, extensions: set[str]) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in extensions)
+    return sorted(path for path in folder.iterdir() if is_image(path.name, extensions))
 
 
 def _last_number(stem: str) -> str:

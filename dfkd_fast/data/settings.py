@@ -24,6 +24,8 @@ from .view import Interpolation, View
 __all__ = ["DATA_SETS", "Access", "Batches", "DataSet", "DataSettings", "check_channels", "root_of"]
 
 Task = Literal["classification", "segmentation"]
+LONGEST_SIDE = 2**14
+"""Of an image, in pixels."""
 
 
 class Batches(Protocol):
@@ -62,6 +64,8 @@ class DataSet(abc.ABC):
     """Of the whole published set."""
     needs_root: bool = True
     """Whether it lies on disk."""
+    is_file: bool = False
+    """Whether it is a file there, and no folder."""
 
     task: ClassVar[Task] = "classification"
     has_images: ClassVar[bool] = True
@@ -101,19 +105,19 @@ class DataSettings:
     """Folder (or file) that holds it; nothing is downloaded."""
     num_classes: Annotated[int, Field(strict=True, ge=2, le=1_000_000)] = 10
     channels: PositiveInt = 1
-    image_size: Annotated[int, Field(strict=True, ge=8, le=2**14)] = 32
+    image_size: Annotated[int, Field(strict=True, ge=8, le=LONGEST_SIDE)] = 32
     """Side of the teacher's input in pixels; with a label a pixel, of what it is trained on: tests show whole images."""
     mean: tuple[Number, ...] = (0.5,)
     std: tuple[Positive, ...] = (0.5,)
     """Normalisation of images in [0, 1], one number a channel."""
-    resize: Count = 0
+    resize: Annotated[int, Field(strict=True, ge=0, le=LONGEST_SIDE)] = 0
     """Of image files: pixels of the shorter side before the crop to ``image_size``; 0 for 256/224 of that, or for just that
     with a label a pixel."""
     interpolation: Interpolation = "bilinear"
     """Of image files, when they are resized."""
     batch_size: PositiveInt = 1000
     """Images at a time in evaluation."""
-    workers: Count = 0
+    workers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 0
     """Of image files: processes of torchvision's loader, threads of DALI's."""
     loader: Loader = "auto"
     """What decodes image files: ``auto`` is DALI where it is installed."""
@@ -165,7 +169,7 @@ def root_of(settings: DataSettings) -> Path:
     """Where the data lies; nothing for a data set that does not lie on disk.
 
     Raises:
-        DfkdError: ``data.root`` is empty, or does not exist.
+        DfkdError: ``data.root`` is empty, does not exist, or is a folder for a file.
     """
     if not settings.data_set.needs_root:
         return Path()
@@ -174,6 +178,9 @@ def root_of(settings: DataSettings) -> Path:
     root = expanded(settings.root)
     if not root.exists():
         raise DfkdError(f"data.root {root} does not exist")
+    if root.is_dir() == settings.data_set.is_file:
+        found, expected = ("folder", "file") if root.is_dir() else ("file", "folder")
+        raise DfkdError(f"data.root {root} is a {found}: data set {settings.name!r} is a {expected}")
     return root
 
 

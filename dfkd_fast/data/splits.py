@@ -8,7 +8,9 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from dfkd_fast.errors import DfkdError
 
 __all__ = ["ArrayBatches", "ArraySplit", "Augment", "PixelBatches", "PixelSplit", "Split", "batches"]
 
@@ -153,16 +155,31 @@ def batches(
     a last one of a single image, whose batch norms would have nothing to normalise by, is left out.
     """
     alone = shuffle and len(split) % batch_size == 1  # type: ignore[arg-type]
-    return DataLoader(
+    return _Loader(
         split,
         batch_size,
         shuffle=shuffle,
         drop_last=alone,
         num_workers=0 if isinstance(split, InMemory) else workers,
-        collate_fn=_as_is if isinstance(split, InMemory) else None,
+        collate_fn=_as_is if isinstance(split, InMemory) else _collate,
         generator=generator if generator is not None else torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+class _Loader(DataLoader[Any]):
+    """Raises the errors that it is served, for a worker process would wrap them, and leaves out batches of nothing."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, DfkdError):
+                raise batch
+            if len(batch):
+                yield batch
+
+
+def _collate(served: Any) -> Any:
+    return default_collate(served) if isinstance(served, list) and served else served
 
 
 class ArrayBatches:

@@ -13,7 +13,7 @@ from dfkd_fast.errors import DfkdError
 from .arrays import ArraySet, digits, npz, torchvision_arrays
 from .classes import CAMVID, NYUV2, SHAPES
 from .files import FileSet
-from .listing import list_file, list_folder, list_imagenet, list_places365
+from .listing import list_file, list_folder, list_folder_training, list_imagenet, list_imagenet_training, list_places365
 from .pixels import PixelSet
 from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings
 from .shapes import draw_shapes
@@ -48,12 +48,12 @@ DATA_SETS.update(
         "fashion-mnist": ArraySet(read=torchvision_arrays("FashionMNIST")),
         "cifar10": ArraySet(read=torchvision_arrays("CIFAR10")),
         "cifar100": ArraySet(read=torchvision_arrays("CIFAR100")),
-        "npz": ArraySet(read=npz),
+        "npz": ArraySet(read=npz, is_file=True),
         # Image files.
-        "imagenet": FileSet(list_files=list_imagenet, classes=1000, test_images=50_000),
-        "places365": FileSet(list_files=list_places365, classes=365, test_images=36_500, trainable=False),
-        "folder": FileSet(list_files=list_folder),
-        "list": FileSet(list_files=list_file, trainable=False, has_every_class=False),
+        "imagenet": FileSet(list_files=list_imagenet, list_training=list_imagenet_training, classes=1000, test_images=50_000),
+        "places365": FileSet(list_files=list_places365, classes=365, test_images=36_500),
+        "folder": FileSet(list_files=list_folder, list_training=list_folder_training),
+        "list": FileSet(list_files=list_file, has_every_class=False, is_file=True),
         # A label for every pixel.
         "shapes": PixelSet(labels=SHAPES, draw=draw_shapes, needs_root=False),  # a toy
         "camvid": PixelSet(labels=CAMVID, test_images=233),

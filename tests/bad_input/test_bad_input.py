@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import memory, networks, options, outputs, recipes, weights
+from tests.bad_input import data, memory, networks, options, outputs, recipes, weights
 from tests.bad_input.case import Case
 from tests.command_line import Run, Said
 
-CASES: list[Case] = [case for area in (memory, networks, options, outputs, recipes, weights) for case in area.CASES]
+CASES: list[Case] = [case for area in (data, memory, networks, options, outputs, recipes, weights) for case in area.CASES]
 
 
 def listing(folder: Path) -> dict[str, bytes]:

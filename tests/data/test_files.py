@@ -1,6 +1,7 @@
 """Image files through torchvision and through DALI: the same pixels, the same count, and broken ones are found."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,36 @@ def test_batches_are_channels_last_and_the_last_may_be_smaller(tmp_path: Path, l
         assert images.dtype == torch.float32
         sizes.append((len(images), len(labels)))
     assert sizes == [(3, 3), (2, 2)]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("name", [b"\xff.jpg", b"a\nb.jpg", "ä\u2028'\"$.jpg".encode(), b"-.jpg", b"a" * 250 + b".jpg"])
+def test_files_may_have_any_name(tmp_path: Path, loader: str, name: bytes) -> None:
+    write_folder(tmp_path, {"one": jpeg(noise(40, 50)), "two": jpeg(noise(40, 50, 1))}, classes=1)
+    (tmp_path / "val/a/two.jpg").rename(tmp_path / "val/a" / os.fsdecode(name))
+    listing = read_listing("folder", tmp_path)
+    images, _ = seen(open_batches(loader, listing))
+    found = [path for image in images for path in listing.paths if levels(image, expected(path)).max() < 1.01]
+    assert sorted(found) == sorted(listing.paths)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_files_of_more_pixels_than_pil_trusts_are_not_plain(tmp_path: Path, kind: str) -> None:
+    content = bytearray(PLAIN[kind])
+    # A height of 60 and a width of 80, as the header has them.
+    width = 2 if kind == "jpeg" else 4
+    sizes = [side.to_bytes(width, "big") for side in ((60, 80) if kind == "jpeg" else (80, 60))]
+    place = content.index(b"".join(sizes))
+    content[place : place + 2 * width] = (9_999).to_bytes(width, "big") * 2
+    (tmp_path / "file").write_bytes(content)
+    assert not is_plain(tmp_path / "file")
+
+
+@needs_dali
+def test_a_batch_of_dalis_needs_no_room_for_more_files_than_there_are(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"one": jpeg(noise(40, 50))})
+    batches = open_batches("dali", read_listing("folder", tmp_path), 2**31 - 1)
+    assert len(seen(batches)[1]) == len(batches) == 1
 
 
 @needs_dali

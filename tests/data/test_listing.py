@@ -1,8 +1,12 @@
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from timm.data.imagenet_info import ImageNetInfo
 
-from dfkd_fast.data import DATA_SETS, read_listing
+from dfkd_fast.data import DATA_SETS, DataSettings, open_split, read_listing
+from dfkd_fast.data.listing import IMAGENET
 from dfkd_fast.errors import DfkdError
 
 
@@ -22,18 +26,138 @@ def test_a_folder_a_class_is_numbered_by_name_and_files_are_sorted(tmp_path: Pat
 
 @pytest.mark.parametrize("below", ["val", "."])
 def test_imagenets_wordnet_ids_sort_into_its_classes(tmp_path: Path, below: str) -> None:
-    touch(*(tmp_path / below / f"n{number:08}" / "image.JPEG" for number in reversed(range(1000))))
+    touch(*(tmp_path / below / wnid / "image.JPEG" for wnid in reversed(IMAGENET)))
     listing = read_listing("imagenet", tmp_path)
     assert listing.labels == tuple(range(1000))
-    assert listing.paths[7].parent.name == "n00000007"
-    assert listing.remark is not None
-    assert "1,000 of the 50,000" in listing.remark
+    assert listing.paths[7].parent.name == "n01514668"  # a cock
+    assert listing.remark == f"{tmp_path} has 1,000 of the 50,000 validation images of imagenet: what is measured is no imagenet accuracy"
 
 
-def test_imagenet_has_a_thousand_classes(tmp_path: Path) -> None:
-    touch(tmp_path / "val/n01440764/1.JPEG")
-    with pytest.raises(DfkdError, match="has 1 class folders, ImageNet has 1000"):
+def test_imagenets_classes_are_in_the_order_of_others() -> None:
+    assert list(IMAGENET) == ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        pytest.param(["n01440764", "n02102040", "n02979186", "n03000684"], (0, 217, 482, 491), id="Imagenette's"),
+        pytest.param(["n15075141"], (999,), id="one"),
+        pytest.param(["0", "1", "10", "2", "999"], (0, 1, 10, 2, 999), id="ImageNet-V2's numbers"),
+        pytest.param(["000", "010", "0999"], (0, 10, 999), id="numbers with zeros in front"),
+    ],
+)
+def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
+    tmp_path: Path, folders: list[str], labels: tuple[int, ...]
+) -> None:
+    touch(*(tmp_path / "val" / name / "1.JPEG" for name in folders))
+    listing = read_listing("imagenet", tmp_path)
+    assert (listing.labels, listing.classes) == (labels, 1000)
+    assert str(listing.remark).startswith(
+        f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {IMAGENET[labels[0]]} to {IMAGENET[max(labels)]},"
+        f" and predictions are of all 1,000; {tmp_path} has "
+    )
+
+
+def test_folders_that_are_no_classes_of_imagenet_are_named(tmp_path: Path) -> None:
+    touch(tmp_path / "val/n01440764/1.JPEG", tmp_path / "val/tench/1.JPEG", tmp_path / "val/1000/1.JPEG")
+    with pytest.raises(DfkdError, match=r"2 of 3 folders are no classes of ImageNet, the first is '1000'; .* such as n01440764"):
         read_listing("imagenet", tmp_path)
+
+
+def test_a_teacher_for_imagenet_is_trained_on_all_of_its_classes(tmp_path: Path) -> None:
+    colour = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    wanted = DataSettings(name="imagenet", root=str(tmp_path), num_classes=1000, **colour)  # type: ignore[arg-type]
+    touch(*(tmp_path / "train" / str(number) / "1.JPEG" for number in range(1000)))
+    split: Any = open_split(wanted, "train")
+    assert [int(Path(path).parent.name) for path in split.paths] == list(split.labels)
+    (tmp_path / "train/7/1.JPEG").unlink()
+    with pytest.raises(DfkdError, match="train has no images of 1 of 1000 classes, the first is n01514668"):
+        open_split(wanted, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        pytest.param("val.txt", "1.JPEG 217\n2.JPEG 0\n", id="numbers"),
+        pytest.param("val.txt", "val/1.JPEG n02102040\nval/2.JPEG n01440764\n3.JPEG n15075141\n", id="WordNet ids, paths, one more"),
+        pytest.param("val/labels.txt", "1\tn02102040\r\n2\tn01440764\r\n", id="tabs and Windows' line ends"),
+        pytest.param(
+            "LOC_val_solution.csv",
+            "ImageId,PredictionString\n2,n01440764 85 1 499 272 n01440764 1 2 3 4 \n1,n02102040 1 1 9 9 \n",
+            id="Kaggle's",
+        ),
+        pytest.param("labels.csv", "1.JPEG,n02102040\n2.JPEG,n01440764\n", id="a table without a header"),
+    ],
+)
+@pytest.mark.parametrize("junk", [(), ("val/.ipynb_checkpoints/1.JPEG", "val/._1.JPEG")])
+def test_imagenets_images_in_one_folder_have_the_classes_of_a_file_beside_them(
+    tmp_path: Path, name: str, text: str, junk: tuple[str, ...]
+) -> None:
+    touch(tmp_path / "val/1.JPEG", tmp_path / "val/2.JPEG", *(tmp_path / path for path in junk))
+    (tmp_path / name).write_bytes(text.encode())
+    listing = read_listing("imagenet", tmp_path)
+    assert [path.name for path in listing.paths] == ["1.JPEG", "2.JPEG"]
+    assert (listing.labels, listing.classes) == ((217, 0), 1000)
+    assert str(listing.remark).startswith(f"classes are those of {tmp_path / name}; ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("val.txt", "1.JPEG 1000\n", r"val\.txt, line 1: '1\.JPEG 1000' must be a name and a WordNet id or a number, 0 to 999"),
+        ("val.txt", "1.JPEG 0\n2.JPEG\n", r"val\.txt, line 2: '2\.JPEG' must be"),
+        ("val.txt", "1.JPEG 0\n2.JPEG 1\n1.JPEG 1\n", r"val\.txt, line 3: '1\.JPEG' is of another class than in an earlier line"),
+        ("val.txt", "3.JPEG 0\n", r"val\.txt has no class of 2 of the 2 images in .*val, the first 1\.JPEG"),
+        ("labels.csv", "name,class\n1.JPEG,tench\n", r"labels\.csv, line 2: '1\.JPEG,tench' must be"),
+        ("ILSVRC2012_validation_ground_truth.txt", "490\n361\n", r"are read from val\.txt, .* are in another order and cannot be used"),
+    ],
+)
+def test_a_file_of_imagenets_classes_that_cannot_be_used_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    touch(tmp_path / "val/1.JPEG", tmp_path / "val/2.JPEG")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DfkdError, match=message) as refused:
+        read_listing("imagenet", tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+JUNK = ("._1.png", ".1.png", ".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt", ".ipynb_checkpoints/1-checkpoint.png")
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet", "places365"])
+def test_what_other_programs_leave_beside_images_is_none_of_them(tmp_path: Path, name: str) -> None:
+    classes = {"folder": ("a", "b"), "imagenet": ("n01440764", "n01443537"), "places365": ("place0", "place1")}[name]
+    write_places365(tmp_path, None)
+    (tmp_path / "val").mkdir()
+    if name == "places365":
+        for category in categories():
+            (tmp_path / "val" / "-".join(category.split("/")[2:])).mkdir()
+    touch(*(tmp_path / "val" / folder / file for folder in classes for file in ("1.PNG", "2.jpeg", *JUNK)))
+    touch(*(tmp_path / "val" / folder / "1.png" for folder in (".ipynb_checkpoints", ".Trash-1000", "__MACOSX", "@eaDir", "lost+found")))
+    touch(tmp_path / "val/.DS_Store", tmp_path / "val/stray.png")
+    listing = read_listing(name, tmp_path)
+    assert [str(path.relative_to(tmp_path / "val")) for path in listing.paths] == [
+        f"{folder}/{file}" for folder in classes for file in ("1.PNG", "2.jpeg")
+    ]
+    assert listing.labels == (0, 0, 1, 1)
+
+
+def test_class_folders_and_images_may_be_links_and_folders_of_an_images_name_are_looked_into(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere/cats/1.png", tmp_path / "val/b/old.png/2.png")
+    (tmp_path / "val/a").symlink_to(tmp_path / "elsewhere/cats")
+    (tmp_path / "val/b/3.png").symlink_to(tmp_path / "elsewhere/cats/1.png")
+    (tmp_path / "val/b/more").symlink_to(tmp_path / "elsewhere/cats")
+    (tmp_path / "val/broken").symlink_to(tmp_path / "nowhere")
+    listing = read_listing("folder", tmp_path)
+    assert [str(path.relative_to(tmp_path / "val")) for path in listing.paths] == ["a/1.png", "b/3.png", "b/more/1.png", "b/old.png/2.png"]
+    assert (listing.labels, listing.classes) == ((0, 1, 1, 1), 2)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    touch(tmp_path / "val/a/1.png", tmp_path / "val/b/1.png")
+    (tmp_path / "val/b").chmod(0)
+    with pytest.raises(DfkdError, match=r"val/b cannot be read: \[Errno 13\]"):
+        read_listing("folder", tmp_path)
 
 
 def categories() -> list[str]:
@@ -89,12 +213,40 @@ def test_a_list_names_files_beside_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "files", "labels"),
+    [
+        pytest.param(b"a.png 1\r\nb.png 0\r\n", ("a.png", "b.png"), (1, 0), id="Windows' line ends"),
+        pytest.param(b"\xef\xbb\xbfa.png 1\n", ("a.png",), (1,), id="a mark of UTF-8 in front"),
+        pytest.param(b"a.png\t1\nb.png  \t 0", ("a.png", "b.png"), (1, 0), id="tabs, no last line end"),
+        pytest.param("ä b.png 1\n".encode(), ("ä b.png",), (1,), id="blanks and letters beyond ASCII"),
+        pytest.param("a\u2028b\x0c.png 1\n".encode(), ("a\u2028b\x0c.png",), (1,), id="characters that only look like line ends"),
+        pytest.param(b"../a.png 1\n/tmp/b.png 007\n", ("../a.png", "/tmp/b.png"), (1, 7), id="other folders, zeros in front"),
+    ],
+)
+def test_lists_are_read_as_other_programs_write_them(
+    tmp_path: Path, content: bytes, files: tuple[str, ...], labels: tuple[int, ...]
+) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    listing = read_listing("list", tmp_path / "list.txt")
+    assert (listing.paths, listing.labels) == (tuple(tmp_path / name for name in files), labels)
+    assert listing.remark is None
+
+
+def test_a_list_that_names_files_twice_says_so(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\na.png 0\n")
+    listing = read_listing("list", tmp_path / "list.txt")
+    assert len(listing) == 3
+    assert "has 1 lines of files that it had before" in str(listing.remark)
+
+
+@pytest.mark.parametrize(
     ("name", "made", "message"),
     [
         ("folder", [], "has no folder val or test"),
         ("folder", ["val/image.jpg"], "has no folders, one a class is expected"),
         ("folder", ["val/a/notes.txt"], "no images in it"),
-        ("imagenet", ["val/ILSVRC2012_val_00000001.JPEG"], "has no folders"),
+        ("imagenet", ["val/ILSVRC2012_val_00000001.JPEG"], "has images and no class folders"),
+        ("imagenet", ["val/.DS_Store"], "has no folders, one a class is expected"),
         ("places365", ["val_256/a.jpg"], "categories_places365.txt cannot be read"),
         ("list", ["val/a/1.jpg"], "cannot be read"),
     ],

@@ -1,5 +1,6 @@
 import gzip
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from dfkd_fast.data import ArraySplit, DataSettings, evaluation_batches, open_split
+from dfkd_fast.data import ArraySplit, DataSettings, batches, evaluation_batches, open_split
 from dfkd_fast.data.splits import Split
 from dfkd_fast.errors import DfkdError
 
@@ -133,12 +134,26 @@ def test_an_npz_file_is_read(tmp_path: Path, split: Split, count: int) -> None:
     np.testing.assert_allclose(images.numpy(), normalised(noise(count, 9, 9, 3), COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [">i8", ">i2", "<u2", ">u8", "<i4", "u1"])
+def test_labels_in_an_npz_file_may_be_integers_of_any_size_and_byte_order(tmp_path: Path, kind: str) -> None:
+    wanted = settings("npz", write_npz(tmp_path / "set.npz", y_test=np.arange(5).astype(kind)), image_size=9, **COLOUR)
+    ((_, labels),) = evaluation_batches(wanted, torch.device("cpu"))
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == list(range(5))
+
+
+def test_images_in_an_npz_file_may_be_in_fortrans_order(tmp_path: Path) -> None:
+    wanted = settings("npz", write_npz(tmp_path / "set.npz", x_test=np.asfortranarray(noise(5, 9, 9, 3))), image_size=9, **COLOUR)
+    images, _ = images_of(open_split(wanted, "test"))
+    np.testing.assert_allclose(images.numpy(), normalised(noise(5, 9, 9, 3), COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x_test": None}, "set.npz lacks x_test: it has x_train, y_test, y_train"),
+        ({"x_test": None}, r"set.npz lacks x_test: it has \['x_train', 'y_test', 'y_train'\]"),
         ({"x_test": None, "y_test": None}, "lacks x_test, y_test"),
-        ({"x_test": np.zeros((5, 9, 9, 3))}, r"images must be uint8 \(N, H, W, C\), not float64 \(5, 9, 9, 3\)"),
+        ({"x_test": np.zeros((5, 9, 9, 3))}, r"images must be uint8 \(N, H, W, C\) of at least one pixel, not float64 \(5, 9, 9, 3\)"),
         ({"x_test": noise(5, 9, 9)}, r"images must be .* not uint8 \(5, 9, 9\)"),
         ({"x_test": noise(5, 9, 9, 1)}, "images have 1 channels, data.channels is 3"),
         ({"y_test": np.arange(4)}, r"labels must be integers \(5,\), not int64 \(4,\)"),
@@ -147,7 +162,7 @@ def test_an_npz_file_is_read(tmp_path: Path, split: Split, count: int) -> None:
         ({"y_test": np.full(5, 10)}, "labels run from 10 to 10, data.num_classes is 10"),
         ({"y_test": np.arange(-1, 4)}, "labels run from -1 to 3"),
         ({"x_test": noise(0, 9, 9, 3), "y_test": np.arange(0)}, "there are no images"),
-        ({"x_test": np.array([{}], dtype=object)}, "set.npz is not an .npz file that can be read"),
+        ({"x_test": np.array([{}], dtype=object)}, "set.npz, x_test is no array that can be read: Object arrays"),
     ],
 )
 def test_arrays_that_do_not_fit_the_recipe_are_named(tmp_path: Path, changed: dict[str, object], message: str) -> None:
@@ -155,7 +170,7 @@ def test_arrays_that_do_not_fit_the_recipe_are_named(tmp_path: Path, changed: di
         open_split(settings("npz", write_npz(tmp_path / "set.npz", **changed), **COLOUR), "test")
 
 
-@pytest.mark.parametrize("damage", ["half", "flipped byte", "text", "empty", "npy", "folder"])
+@pytest.mark.parametrize("damage", ["half", "flipped byte", "text", "empty", "npy"])
 def test_a_damaged_npz_file_is_an_error_for_the_user(tmp_path: Path, damage: str) -> None:
     path = write_npz(tmp_path / "set.npz")
     whole = path.read_bytes()
@@ -163,17 +178,15 @@ def test_a_damaged_npz_file_is_an_error_for_the_user(tmp_path: Path, damage: str
     if damage == "npy":
         with path.open("wb") as file:
             np.save(file, noise(5, 9, 9, 3))
-    elif damage == "folder":
-        path.mkdir()
     else:
         middle = whole.index(noise(5, 9, 9, 3).tobytes())
         flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
         path.write_bytes({"half": whole[: len(whole) // 2], "flipped byte": flipped, "text": b"hello", "empty": b""}[damage])
-    with pytest.raises(DfkdError, match=r"set\.npz is not an \.npz file that can be read: \S"):
+    with pytest.raises(DfkdError, match=r"set\.npz(, x_test is no array| is not an \.npz file) that can be read: \S"):
         open_split(settings("npz", path, **COLOUR), "test")
 
 
-def write_folder(root: Path, name: str, picture: Pixels, classes: str = "ab") -> None:
+def write_folder(root: Path, name: str, picture: Pixels, classes: Sequence[str] = "ab") -> None:
     for label in classes:
         (root / name / label).mkdir(parents=True)
         Image.fromarray(picture).save(root / name / label / "0.png")
@@ -206,6 +219,39 @@ def test_teachers_are_trained_on_the_folder_train(tmp_path: Path) -> None:
         write_folder(tmp_path, name, np.full((9, 9, 3), 255 if name == "train" else 0, np.uint8))
     images, _ = images_of(open_split(settings("folder", tmp_path, num_classes=2), "train"))
     torch.testing.assert_close(images, torch.ones(2, 1, 32, 32))
+
+
+def test_what_other_programs_leave_in_folders_is_not_trained_on(tmp_path: Path) -> None:
+    write_folder(tmp_path, "train", np.full((9, 9, 3), 255, np.uint8))
+    write_folder(tmp_path, "train", np.zeros((9, 9, 3), np.uint8), [".ipynb_checkpoints", "__MACOSX", "a/.ipynb_checkpoints"])
+    (tmp_path / "train/a/._0.png").write_bytes(b"of macOS")
+    (tmp_path / "train/b/Thumbs.db").write_bytes(b"of Windows")
+    images, labels = images_of(open_split(settings("folder", tmp_path, num_classes=2), "train"))
+    torch.testing.assert_close(images, torch.ones(2, 1, 32, 32))
+    assert labels == [0, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_image_that_cannot_be_decoded_is_named_or_left_out(tmp_path: Path, workers: int) -> None:
+    write_folder(tmp_path, "train", noise(9, 9, 3), "abc")
+    (tmp_path / "train/b/0.png").write_bytes(b"")
+
+    def served(**others: Any) -> list[list[int]]:
+        split = open_split(settings("folder", tmp_path, num_classes=3, **others), "train")
+        return [labels.tolist() for _, labels in batches(split, 2, workers=workers)]
+
+    with pytest.raises(DfkdError, match=r"^image .*train/b/0\.png \(is empty\) cannot be decoded; data\.strict = false leaves it out$"):
+        served()
+    assert served(strict=False) == [[0], [2]]
+    (tmp_path / "train/a/0.png").write_bytes(b"")
+    assert served(strict=False) == [[2]]
+
+
+def test_a_class_without_images_to_train_on_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, "train", noise(9, 9, 3), "abc")
+    (tmp_path / "train/b/0.png").unlink()
+    with pytest.raises(DfkdError, match="train has no images of 1 of 3 classes, the first is b"):
+        open_split(settings("folder", tmp_path, num_classes=3), "train")
 
 
 @pytest.mark.parametrize(("augment", "rising"), [("shift", {True}), ("shift_flip", {True, False})])

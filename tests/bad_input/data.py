@@ -1,0 +1,457 @@
+"""Data sets that are not what their names promise: arrays, lists, folders of images, MNIST's and CIFAR's files, label images."""
+
+import gzip
+import io
+import math
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+
+from dfkd_fast.models import build_model
+from tests.bad_input.case import Case, Content, case
+from tests.pictures import PLAIN, encoded, noise
+
+PICTURE = PLAIN["png"]
+COLOUR = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
+
+
+def teaches(name: str, data: str, root: str, *sets: str, says: str, files: Mapping[str, Content] | None = None) -> Case:
+    """A teacher that is to be trained on a data set."""
+    changes = [option for change in (f"data.name={data}", *sets) for option in ("--set", change)]
+    return case(name, "teach", "digits", *changes, "--data-root", root, says=says, files=files)
+
+
+def evaluates(name: str, data: str, root: str, *sets: str, says: str, files: Mapping[str, Content] | None = None) -> Case:
+    """A network that is to be tested on image files."""
+    changes = [option for change in (*COLOUR, f"data.name={data}", "data.num_classes=2", *sets) for option in ("--set", change)]
+    return case(
+        name,
+        *("evaluate", "net.safetensors", "--recipe", "digits", "--role", "teacher", "--set", "teacher.model=lenet5", *changes),
+        *("--data-root", root),
+        says=says,
+        files={"net.safetensors": weights, **(files or {})},
+    )
+
+
+def weights(path: Path) -> None:
+    save_file(build_model("lenet5", num_classes=2, channels=3).state_dict(), path)
+
+
+# Arrays in a file.
+IMAGES, LABELS = np.zeros((4, 8, 8, 1), np.uint8), np.arange(4)
+ARRAYS = {"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES, "y_test": LABELS}
+
+
+def packed(**changed: Any) -> bytes:
+    """An .npz file of four images a split, with changed arrays; those that are None are left out."""
+    file = io.BytesIO()
+    arrays: dict[str, Any] = {name: array for name, array in (ARRAYS | changed).items() if array is not None}
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def with_member(name: str, content: bytes) -> bytes:
+    """An .npz file with a member of any content."""
+    file = io.BytesIO(packed(**{name: None}))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(f"{name}.npy", content)
+    return file.getvalue()
+
+
+def array_header(shape: tuple[int, ...], kind: str = "|u1") -> bytes:
+    """The head of an .npy file of a shape, without the array."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def encrypted() -> bytes:
+    """An .npz file whose members are flagged as encrypted, in their own headers and in the directory."""
+    content = bytearray(packed())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = content.find(signature)
+        while place >= 0:
+            content[place + flags] |= 1
+            place = content.find(signature, place + 4)
+    return bytes(content)
+
+
+def arrays(name: str, content: Content, *sets: str, says: str) -> Case:
+    return teaches(name, "npz", "set.npz", *sets, says=says, files={"set.npz": content})
+
+
+ARRAY_FILES = [
+    arrays("an .npz file that is a folder", Path.mkdir, says="set.npz is a folder: data set 'npz' is a file"),
+    arrays("an .npz file that is empty", b"", says="set.npz is not an .npz file that can be read"),
+    arrays("an .npz file that is text", "images", says="set.npz is not an .npz file that can be read"),
+    arrays("an .npz file that is a pickle", pickle.dumps(ARRAYS), says="set.npz is not an .npz file that can be read"),
+    arrays("an .npz file that is one array", array_header((0,)), says="set.npz is not an .npz file that can be read"),
+    arrays("an .npz file that ends in the middle", packed()[:700], says="set.npz is not an .npz file that can be read"),
+    arrays(
+        "an .npz file with a flipped byte", packed().replace(b"\0" * 64, b"\1" * 64), says="x_test is no array that can be read: Bad CRC"
+    ),
+    arrays("an encrypted .npz file", encrypted(), says="x_test is no array that can be read: File 'x_test.npy' is encrypted"),
+    arrays("an .npz file without members", b"PK\x05\x06" + bytes(18), says="set.npz lacks x_test, y_test: it has []"),
+    arrays("an .npz file of other members", packed(x_test=None), says="set.npz lacks x_test: it has ['x_train', 'y_test', 'y_train']"),
+    arrays("an .npz file without a training split", packed(y_train=None), says="set.npz lacks y_train: it has ["),
+    arrays("an empty member", with_member("x_test", b""), says="set.npz, x_test is no array that can be read: "),
+    arrays("a member that is no array", with_member("x_test", b"not an array"), says="set.npz, x_test is no array that can be read: "),
+    arrays(
+        "a member that ends in its header",
+        with_member("y_test", array_header((4,))[:40]),
+        says="set.npz, y_test is no array that can be read: ",
+    ),
+    arrays(
+        "a member shorter than its shape",
+        with_member("x_test", array_header((4, 8, 8, 1))),
+        says="set.npz, x_test is no array that can be read: ",
+    ),
+    arrays(
+        "a member of a huge shape",
+        with_member("x_test", array_header((2**40, 8, 8, 1))),
+        says="set.npz, x_test is no array that can be read: ",
+    ),
+    arrays(
+        "a member of an impossible shape",
+        with_member("x_test", array_header((2**80, 8, 8, 1))),
+        says="set.npz, x_test is no array that can be read: ",
+    ),
+    arrays(
+        "a member of a negative shape",
+        with_member("x_test", array_header((-4, 8, 8, 1))),
+        says="set.npz, x_test is no array that can be read: ",
+    ),
+    arrays(
+        "a member of an unknown type",
+        with_member("x_test", array_header((4,), "|z9")),
+        says="set.npz, x_test is no array that can be read: ",
+    ),
+    arrays(
+        "a member that is a pickle",
+        packed(x_test=np.array([{}], object)),
+        says="set.npz, x_test is no array that can be read: Object arrays cannot be",
+    ),
+    arrays(
+        "images that are fractions",
+        packed(x_test=IMAGES / 255),
+        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not float64 (4, 8, 8, 1)",
+    ),
+    arrays(
+        "images that are truths", packed(x_test=IMAGES > 0), says="test: images must be uint8 (N, H, W, C) of at least one pixel, not bool"
+    ),
+    arrays(
+        "images that are signed",
+        packed(x_test=IMAGES.astype(np.int64)),
+        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not int64",
+    ),
+    arrays(
+        "images that are complex",
+        packed(x_test=IMAGES * 1j),
+        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not complex128",
+    ),
+    arrays(
+        "images that are text",
+        packed(x_test=np.array(["a"] * 4)),
+        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not <U1",
+    ),
+    arrays(
+        "images without channels",
+        packed(x_test=IMAGES[..., 0]),
+        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 (4, 8, 8)",
+    ),
+    arrays(
+        "one number for images",
+        packed(x_test=np.uint8(0)),
+        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 ()",
+    ),
+    arrays("images in channels-first order", packed(x_test=IMAGES.transpose(0, 3, 1, 2)), says="test: images have 8 channels"),
+    arrays("no images", packed(x_test=IMAGES[:0], y_test=LABELS[:0]), says="test: there are no images"),
+    arrays(
+        "images of no pixels",
+        packed(x_test=IMAGES[:, :0]),
+        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 (4, 0, 8, 1)",
+    ),
+    arrays("training images of no width", packed(x_train=IMAGES[:, :, :0]), says="not uint8 (4, 8, 0, 1)"),
+    arrays("images of other channels", packed(x_test=IMAGES.repeat(3, 3)), says="test: images have 3 channels, data.channels is 1"),
+    arrays("fewer labels than images", packed(y_test=LABELS[:3]), says="test: labels must be integers (4,), not int64 (3,)"),
+    arrays("labels that are fractions", packed(y_test=LABELS / 1), says="test: labels must be integers (4,), not float64 (4,)"),
+    arrays("labels that are truths", packed(y_test=LABELS > 1), says="test: labels must be integers (4,), not bool (4,)"),
+    arrays("labels one-hot", packed(y_test=np.eye(4, dtype=int)), says="test: labels must be integers (4,), not int64 (4, 4)"),
+    arrays("a label below 0", packed(y_test=LABELS - 1), says="test: labels run from -1 to 2, data.num_classes is 10"),
+    arrays("a label too large", packed(y_test=LABELS + 7), says="test: labels run from 7 to 10, data.num_classes is 10"),
+    arrays("a label beyond 64 bits", packed(y_test=LABELS.astype(np.uint64) + 2**63), says="test: labels run from 9223372036854775808"),
+    arrays("a training label too large", packed(y_train=LABELS + 7), says="train: labels run from 7 to 10, data.num_classes is 10"),
+    arrays("a subset larger than the set", packed(), "data.subset=5", says="data.subset = 5: there are 4 test images"),
+]
+
+
+# Lists of files.
+def lists(name: str, content: Content, says: str) -> Case:
+    return evaluates(name, "list", "list.txt", says=says, files={"list.txt": content, "a.png": PICTURE})
+
+
+def wrong_line(name: str, line: str, says: str | None = None) -> Case:
+    """A list whose second line is wrong."""
+    return lists(name, f"a.png 0\n{line}\n", says or "list.txt, line 2: ")
+
+
+LISTS = [
+    lists("a list that is a folder", Path.mkdir, says="list.txt is a folder: data set 'list' is a file"),
+    lists("a list that is no text", b"a.png 0\n\xff.png 1\n", says="list.txt cannot be read: 'utf-8' codec"),
+    lists("a list in UTF-16", "a.png 0\n".encode("utf-16"), says="list.txt cannot be read: 'utf-8' codec"),
+    lists("a list that is an image", PICTURE, says="list.txt cannot be read: 'utf-8' codec"),
+    lists("an empty list", "", says="list.txt: no images in it"),
+    lists("a list of blank lines", "\n  \n\t\n", says="list.txt: no images in it"),
+    lists("a list of comments", "# path class\n# a.png 0\n", says="list.txt, line 1: '# path class' must be"),
+    wrong_line("a line without a class", "b.png", says="list.txt, line 2: 'b.png' must be a path, a space and a class's number"),
+    wrong_line("a line without a path", "1", says="list.txt, line 2: '1' must be"),
+    wrong_line("a class that is a name", "b.png cat", says="list.txt, line 2: 'b.png cat' must be"),
+    wrong_line("a class of two signs", "b.png --5", says="list.txt, line 2: 'b.png --5' must be"),
+    wrong_line("a class that is a fraction", "b.png 5.0", says="list.txt, line 2: 'b.png 5.0' must be"),
+    wrong_line("a class with an exponent", "b.png 1e0", says="list.txt, line 2: 'b.png 1e0' must be"),
+    wrong_line("a class in other digits", "b.png ٥", says="list.txt, line 2: 'b.png ٥' must be"),
+    wrong_line("a class in powers", "b.png ²", says="list.txt, line 2: 'b.png ²' must be"),
+    wrong_line("a class of 5,000 digits", f"b.png {'9' * 5000}", says="list.txt, line 2: 'b.png 999"),
+    wrong_line("a comma for the space", "b.png,1", says="list.txt, line 2: 'b.png,1' must be"),
+    wrong_line("a line of ten million characters", "a" * 10_000_000, says="list.txt, line 2: 'aaa"),
+    wrong_line("NUL in a listed path", "b\0.png 1", says="list.txt, line 2: 'b\\x00.png 1' must be"),
+    wrong_line("a class below 0", "b.png -1", says="list.txt, line 2: 'b.png -1' must be"),
+    wrong_line("a class too large", "a.png 2", says="list.txt has 3 classes"),
+    wrong_line("a path that does not exist", "sub/b.png 1", says="/sub/b.png ([Errno 2]"),
+    wrong_line("an absolute path that does not exist", "/none/b.png 1", says="1 of 2 images cannot be decoded: /none/b.png ([Errno 2]"),
+    wrong_line("a path that is a folder", "../ 1", says="/.. ([Errno 21]"),
+    wrong_line("a path that is too long", "b" * 300 + " 1", says="File name too long"),
+]
+
+
+# Image files.
+def image(name: str, content: Content, says: str, *, file: str = "val/b/1.JPEG", loader: str = "torchvision") -> Case:
+    """One good picture, and another one."""
+    return evaluates(name, "folder", ".", f"data.loader={loader}", says=says, files={"val/a/0.JPEG": PICTURE, file: content})
+
+
+def huge_png() -> bytes:
+    """A PNG of 2³⁰ pixels that are not there."""
+    content = bytearray(PICTURE)
+    content[16:24] = struct.pack(">II", 2**15, 2**15)
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+    return bytes(content)
+
+
+IMAGE_FILES = [
+    image("an empty image", b"", says="/val/b/1.JPEG (is empty)"),
+    image("an image that is text", "a cat", says="val/b/1.JPEG (cannot identify image file"),
+    image("an image that ends in the middle", PLAIN["jpeg"][:-400], says="val/b/1.JPEG (image file is truncated"),
+    image("an image that is a link to nothing", lambda path: path.symlink_to("none.JPEG"), says="val/b/1.JPEG ([Errno 2]"),
+    image("an image of a billion pixels", huge_png(), says="val/b/1.JPEG (Image size (1073741824 pixels) exceeds limit"),
+    image("an image that is HTML", "<html>404</html>", says="val/b/1 2.JPEG (cannot identify", file="val/b/1\n2.JPEG"),
+    image("an image under a name that is no text", b"", says="val/b/\\udcff.JPEG (is empty)", file="val/b/\udcff.JPEG"),
+    image("a broken image under DALI", PICTURE[:-100], says="/val/b/1.JPEG (", loader="dali"),
+]
+
+
+# Folders.
+def folders(name: str, *paths: str, says: str, data: str = "folder", sets: tuple[str, ...] = ()) -> Case:
+    """Folders with a picture each."""
+    return evaluates(name, data, ".", *sets, says=says, files=dict.fromkeys(paths, PICTURE))
+
+
+FOLDERS = [
+    evaluates("a root that does not exist", "folder", "none", says="none does not exist"),
+    evaluates("a root that is a file", "folder", "net.safetensors", says="net.safetensors is a file: data set '"),
+    evaluates("a root that is a file for ImageNet", "imagenet", "net.safetensors", says="net.safetensors is a file: data set '"),
+    teaches("no root", "folder", "''", says="data.root"),
+    folders("no folder to test on", "train/a/0.png", says=" has no folder val or test"),
+    folders("images without folders", "val/0.png", "val/1.png", says="/val has no folders"),
+    folders("hidden folders only", "val/.ipynb_checkpoints/0.png", says="/val has no folders"),
+    folders("folders without images", "val/a/notes.txt", "val/b/._0.png", says=": no images in it"),
+    folders("a class too many", "val/a/0.png", "val/b/0.png", "val/c/0.png", says=" has 3 classes"),
+    folders("a class too few", "val/a/0.png", says=" has 1 classes"),
+    folders("two channels", "val/a/0.png", "val/b/0.png", sets=("data.channels=2",), says="mean has 3 numbers for 2 channels"),
+    teaches(
+        "other classes to train on",
+        *("folder", ".", "data.num_classes=2"),
+        says=": train and val have not the same classes, 'b' is in one only",
+        files=dict.fromkeys(("val/a/0.png", "val/b/0.png", "train/a/0.png", "train/c/0.png"), PICTURE),
+    ),
+    teaches(
+        "no folder to train on",
+        "folder",
+        ".",
+        "data.num_classes=2",
+        says=" has no folder train",
+        files={"val/a/0.png": PICTURE, "val/b/0.png": PICTURE},
+    ),
+]
+
+# ImageNet and Places365.
+VALIDATION = "val/ILSVRC2012_val_00000001.JPEG"
+
+
+def labelled(name: str, file: str, content: str, says: str) -> Case:
+    """Images of ImageNet in one folder, and a file of their classes."""
+    return teaches(name, "imagenet", ".", *COLOUR, "data.num_classes=1000", says=says, files={VALIDATION: PICTURE, file: content})
+
+
+def places(name: str, categories: str, says: str, **files: Content) -> Case:
+    return evaluates(
+        name,
+        *("places365", "."),
+        says=says,
+        files={"categories_places365.txt": categories} | {path.replace("__", "/"): content for path, content in files.items()},
+    )
+
+
+CATEGORIES = "".join(f"/x/place{number} {number}\n" for number in range(365))
+
+NAMED_SETS = [
+    folders("a folder that is no class of ImageNet", "val/n01440764/0.png", "val/cat/0.png", data="imagenet", says="the first is 'cat'"),
+    folders("a synset that is not among the 1,000", "val/n00000001/0.png", data="imagenet", says="the first is 'n00000001'"),
+    folders("another number of classes than ImageNet's", "val/n01440764/0.png", data="imagenet", says=" has 1000 classes"),
+    folders("ImageNet without its validation images", "train/n01440764/0.png", data="imagenet", says="the first is 'train'"),
+    labelled("a flat folder of ImageNet's", "readme", "", says="val has images and no class folders"),
+    labelled(
+        "a flat folder with labels in another order",
+        *("ILSVRC2012_validation_ground_truth.txt", "490\n"),
+        says="the numbers of ILSVRC2012_validation_ground_truth.txt are in another order",
+    ),
+    labelled("a file of labels without classes", "val.txt", "ILSVRC2012_val_00000001.JPEG\n", says="val.txt, line 1: 'ILSVRC2012_val_0"),
+    labelled("a file of labels from 1 to 1,000", "val.txt", "a.JPEG 1\nb.JPEG 1000\n", says="val.txt, line 2: 'b.JPEG 1000' must be"),
+    labelled("a file of labels of other images", "val.txt", "a.JPEG 1\n", says="val.txt has no class of 1 of the 1 images"),
+    labelled(
+        "a file of labels that is no text", "val.txt", "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"), says="val.txt, line 1"
+    ),
+    places("Places365 without categories", "", says="categories_places365.txt has 0 categories, Places365 has 365"),
+    places("categories that are numbered from 1", CATEGORIES.replace("0 0\n", "0 365\n"), says="Places365 has 365, numbered from 0"),
+    places("Places365 without images", CATEGORIES, says=" has no folder val_256, val_large or val"),
+    places("Places365 without a category's folder", CATEGORIES, says="no folder place0 for category /x/place0", val__a=PICTURE),
+]
+
+
+# MNIST and CIFAR.
+def idx(*shape: int, kind: int = 8) -> bytes:
+    """A file of MNIST's of zeros."""
+    return bytes([0, 0, kind, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes(math.prod(shape))
+
+
+def mnist(name: str, says: str, images: bytes = idx(4, 28, 28), labels: bytes = idx(4)) -> Case:
+    raw = {f"MNIST/raw/{part}-{what}-ubyte": idx(4) for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")}
+    test = {"MNIST/raw/t10k-images-idx3-ubyte": images, "MNIST/raw/t10k-labels-idx1-ubyte": labels}
+    return teaches(name, "mnist", ".", says=says, files=raw | test)
+
+
+MNIST_FILES = [
+    teaches("MNIST that is not there", "mnist", ".", says="does not hold MNIST in torchvision's layout: Dataset not found"),
+    teaches("MNIST that is a file", "mnist", "a", says=" is a file: data set 'mnist' is a folder", files={"a": ""}),
+    mnist("an empty file of MNIST's", "in torchvision's layout", images=b""),
+    mnist("a file of MNIST's that is half there", "in torchvision's layout", images=idx(4, 28, 28)[:1000]),
+    mnist("a file of MNIST's that is still packed", "in torchvision's layout", images=gzip.compress(idx(4, 28, 28))),
+    mnist("a file of MNIST's of an unknown type", "layout: a file has another header", images=idx(4, 28, 28, kind=7)),
+    mnist("a file of MNIST's of a huge shape", "in torchvision's layout", images=idx(0, 28, 28)[:4] + struct.pack(">3I", 2**31, 2**31, 9)),
+    mnist("labels for MNIST's images", "MNIST in torchvision's layout", images=idx(4)),
+    mnist("images for MNIST's labels", "MNIST in torchvision's layout", labels=idx(4, 28, 28)),
+    mnist("fewer labels than MNIST has images", "test: labels must be integers (4,), not int64 (3,)", labels=idx(3)),
+    mnist("no images in MNIST", "MNIST in torchvision's layout", images=idx(0, 28, 28), labels=idx(0)),
+    teaches(
+        "MNIST in colour",
+        "mnist",
+        ".",
+        *COLOUR,
+        says="images have 1 channels, data.channels is 3",
+        files={
+            "MNIST/raw/t10k-images-idx3-ubyte": idx(4, 28, 28),
+            "MNIST/raw/t10k-labels-idx1-ubyte": idx(4),
+            "MNIST/raw/train-images-idx3-ubyte": idx(4, 28, 28),
+            "MNIST/raw/train-labels-idx1-ubyte": idx(4),
+        },
+    ),
+    teaches("CIFAR-10 that is not there", "cifar10", ".", *COLOUR, says="does not hold CIFAR10 in torchvision's layout: Dataset not found"),
+    teaches(
+        "CIFAR-10 of another content",
+        *("cifar10", ".", *COLOUR),
+        says="does not hold CIFAR10 in torchvision's layout: Dataset not found or corrupted",
+        files={f"cifar-10-batches-py/{name}": pickle.dumps({}) for name in ("test_batch", "batches.meta", "data_batch_1")},
+    ),
+]
+
+
+# Labels for every pixel.
+def pixels(name: str, files: Mapping[str, Content], says: str, data: str = "camvid", classes: int = 11, sets: tuple[str, ...] = ()) -> Case:
+    """A segmenter that is to be trained on pairs of images and labels."""
+    changes = (*COLOUR, f"data.num_classes={classes}", "teacher.model=small_fcn8", "data.image_size=32", *sets)
+    return teaches(name, data, ".", *changes, says=says, files=files)
+
+
+def labels_of(value: int, side: int = 32, mode: str = "L") -> bytes:
+    image = Image.new(mode, (side, side), value)
+    if mode == "P":
+        image.putpalette(bytes(range(256)) * 3)
+    return encoded(image, "PNG")
+
+
+IMAGE = encoded(noise(32, 32), "PNG")
+PAIR: dict[str, Content] = {"test/a.png": IMAGE, "testannot/a.png": labels_of(0)}
+
+PAIRS = [
+    pixels("no folders of images and labels", {"test/a.png": IMAGE}, says=" has no folders of images and of labels to test on"),
+    pixels("a folder of labels alone", {"test/readme": "", "testannot/a.png": labels_of(0)}, says="test: no images in it"),
+    pixels("a label that has no image", PAIR | {"testannot/b.png": labels_of(0)}, says="not so testannot/b.png"),
+    pixels("an image that has no label", PAIR | {"test/b.png": IMAGE}, says="not so test/b.png"),
+    pixels("labels of another size", PAIR | {"testannot/a.png": labels_of(0, side=31)}, says="a.png has 31 × 31 pixels, its image 32 × 32"),
+    pixels("labels in colours", PAIR | {"testannot/a.png": IMAGE}, says="a.png must hold class numbers in one channel of 8 bits"),
+    pixels(
+        "labels of one bit", PAIR | {"testannot/a.png": labels_of(1, mode="1")}, says="in one channel of 8 bits (PIL's mode L or P), not 1"
+    ),
+    pixels("labels of 16 bits", PAIR | {"testannot/a.png": labels_of(1, mode="I;16")}, says="8 bits (PIL's mode L or P), not I;16"),
+    pixels(
+        "a label that is no class", PAIR | {"testannot/a.png": labels_of(12)}, says="class number 12: allowed are 0 to 10, and 11 or 255"
+    ),
+    pixels(
+        "a label that is no class of NYUv2",
+        {"test_rgb/1.png": IMAGE, "test_seg13/1.png": labels_of(14)},
+        *("class number 14: allowed are 1 to 13, and 0 or 255", "nyuv2", 13),
+    ),
+    pixels(
+        "a palette with a number that is no class",
+        PAIR | {"testannot/a.png": labels_of(9, mode="P")},
+        *("class number 9: allowed are 0 to 4", "pairs", 5),
+    ),
+    pixels("an image of a pair that is broken", PAIR | {"test/a.png": b""}, says="test/a.png (is empty)"),
+    pixels("a label file that is broken", PAIR | {"testannot/a.png": "text"}, says="testannot/a.png (cannot identify"),
+    pixels("no pairs to train on", PAIR, says=" has no folders of images and of labels to train on"),
+    pixels("another number of classes than CamVid's", PAIR, "data.num_classes is 12, but 'camvid' has 11 classes", classes=12),
+    pixels("a larger subset than there are pairs", PAIR, "data.subset = 2: there are 1 test images", sets=("data.subset=2",)),
+]
+
+
+# The section [data].
+def sets(name: str, *changes: str, says: str) -> Case:
+    return case(name, "show", "digits", *(option for change in changes for option in ("--set", change)), says=says)
+
+
+SECTION = [
+    sets("a data set that does not exist", "data.name=imagenette", says="data.name = 'imagenette': "),
+    sets("a mean that is NaN", "data.mean=[nan]", says="data.mean.0 = nan"),
+    sets("a mean of image files beyond float32", "data.mean=[1e39]", says="data.mean.0 = 1e+39"),
+    sets("a negative deviation", "data.std=[-0.5]", says="data.std.0 = -0.5"),
+    sets("no deviation", "data.std=[]", says="std has 0 numbers for 1 channels"),
+    sets("a mean that is text", "data.mean=['half']", says="data.mean.0 = 'half'"),
+    sets("one class", "data.num_classes=1", says="data.num_classes = 1: "),
+    sets("too many classes", "data.num_classes=1000001", says="data.num_classes = 1000001: "),
+    sets("a crop larger than the picture", "data.image_size=64", "data.resize=48", says="resize = 48: must be at least image_size, 64"),
+    sets("a huge side to resize to", "data.resize=100000", says="data.resize = 100000: "),
+    sets("too many workers", "data.workers=100000", says="data.workers = 100000: "),
+    sets("a negative subset", "data.subset=-1", says="data.subset = -1: "),
+    sets("an unknown interpolation", "data.interpolation=nearest", says="data.interpolation = 'nearest': "),
+    sets("a root that is a number", "data.root=3", says="data.root = 3: must be a string"),
+]
+
+CASES: list[Case] = [*ARRAY_FILES, *LISTS, *IMAGE_FILES, *FOLDERS, *NAMED_SETS, *MNIST_FILES, *PAIRS, *SECTION]
