@@ -23,10 +23,10 @@ def print_table(
 ) -> None:
     """A table whose cells are printed as they are, without markup; short names in front and ``figures`` behind are never broken."""
     cells = list(rows)
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title and Text(title), title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(header):
         whole = figures if index else all(len(row[0]) <= NAME for row in cells)
-        table.add_column(name, overflow="fold", no_wrap=whole, justify="right" if figures and index else "left")
+        table.add_column(Text(name), overflow="fold", no_wrap=whole, justify="right" if figures and index else "left")
     for row in cells:
         table.add_row(*map(Text, row))
     # Figures that a narrow terminal crops are lost; a line that it wraps is not.

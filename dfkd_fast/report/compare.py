@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
-from dfkd_fast.errors import DfkdError, first_line
-from dfkd_fast.files import check_output, replacing
+from dfkd_fast.errors import DfkdError, first_line, shown
+from dfkd_fast.files import check_output
+from dfkd_fast.settings import FileName, Seed
 
 from .folder import RunFolder, read_metrics
+from .pictures import plain, save_figure
 
 __all__ = ["COLUMNS", "Finished", "check_picture", "draw_comparison", "read_run", "table_rows"]
 
@@ -32,20 +35,23 @@ COLUMNS = {
 
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
+Percent = Annotated[float, Field(ge=0, le=100)]
+Figures = Annotated[float, Field(ge=0, le=10000)]
+"""Of percents, their differences and their squares."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Finished:
     """What a finished run left."""
 
     path: Path
-    recipe: str
-    seed: int
-    teacher_accuracy: float
+    recipe: FileName
+    seed: Seed
+    teacher_accuracy: Percent
     metric: str
     """What its accuracies are."""
-    retention: dict[str, float]
-    curve: list[tuple[int, float]]
+    retention: dict[str, Figures]
+    curve: Annotated[list[tuple[Annotated[int, Field(ge=1, le=2**31)], Percent]], Field(min_length=1)]
     """Epochs and the student's accuracy in percent."""
 
     @property
@@ -58,21 +64,33 @@ def read_run(path: Path) -> Finished:
     """Read a run's folder.
 
     Raises:
-        DfkdError: it holds no finished run, or one that was never evaluated.
+        DfkdError: it holds no finished run, one that was never evaluated, or what no run writes.
     """
     folder = RunFolder(path)
     if not folder.summary.is_file():
         raise DfkdError(f"{path} holds no finished run (no {folder.summary.name})")
+    file = folder.summary
     try:
-        summary: dict[str, Any] = json.loads(folder.summary.read_text())
-        epochs = read_metrics(folder.metrics)
-        curve = [(epoch["epoch"], epoch["student_accuracy"]) for epoch in epochs if epoch["student_accuracy"] is not None]
+        summary: dict[str, Any] = json.loads(file.read_text("utf-8"))
         if summary["retention"] is None:
             raise DfkdError(f"{path} was never evaluated: there is nothing to compare")
+        statistics = {name: summary["retention"][name] for name in COLUMNS}
+        of_run = {name: summary[name] for name in ("recipe", "seed", "teacher_accuracy")}
         metric = summary.get("metric", "top-1 accuracy")
-        return Finished(path, summary["recipe"], summary["seed"], summary["teacher_accuracy"], metric, summary["retention"], curve)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DfkdError(f"{path} holds no run that can be read: {type(error).__name__} {first_line(error)}") from error
+        file = folder.metrics
+        curve = [(epoch["epoch"], epoch["student_accuracy"]) for epoch in read_metrics(file) if epoch["student_accuracy"] is not None]
+        return Finished(path, metric=metric, retention=statistics, curve=curve, **of_run)
+    except DfkdError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DfkdError(f"{path} holds no run that can be read: {_damage(file, error)}") from error
+
+
+def _damage(file: Path, error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(map(str, problem['loc']))} = {shown(problem['input'])}: {problem['msg']}"
+    return f"{file.name}: " + (f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__} {first_line(error)}")
 
 
 def table_rows(runs: Sequence[Finished]) -> list[list[str]]:
@@ -103,27 +121,26 @@ def draw_comparison(runs: Sequence[Finished], path: Path) -> None:
     figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic([["curves"] * 3, ["settled_variance", "largest_drop", "last"]], height_ratios=[3, 2])
+    names, handles = [plain(alike[0].recipe) for alike in groups], []
     for index, alike in enumerate(groups):
-        for run in alike:
-            label = alike[0].recipe if run is alike[0] else None
-            axes["curves"].plot(*zip(*run.curve, strict=True), color=f"C{index}", alpha=0.8, linewidth=1, label=label)
+        lines = [axes["curves"].plot(*zip(*run.curve, strict=True), color=f"C{index}", alpha=0.8, linewidth=1)[0] for run in alike]
+        handles.append(lines[0])
         for name, title in (("settled_variance", "variance"), ("largest_drop", "largest drop"), ("last", "last epoch")):
             values = [run.retention[name] for run in alike]
             axes[name].barh(index, fmean(values), color=f"C{index}", alpha=0.4)
             axes[name].plot(values, [index] * len(values), "o", color=f"C{index}", markersize=3)
             axes[name].set(title=title, yticks=[])
-    axes["curves"].set(xlabel="epoch", ylabel=f"{', '.join(dict.fromkeys(run.metric for run in runs))} (%)")
+    axes["curves"].set(xlabel="epoch", ylabel=plain(f"{', '.join(dict.fromkeys(run.metric for run in runs))} (%)"))
     axes["curves"].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes["curves"].legend(loc="lower right")
+    axes["curves"].legend(handles, names, loc="lower right")
     axes["settled_variance"].set(xlabel="percent², last ¾ of the epochs", yticks=range(len(groups)))
-    axes["settled_variance"].set_yticklabels([alike[0].recipe for alike in groups])
+    axes["settled_variance"].set_yticklabels(names)
     axes["largest_drop"].set(xlabel="points")
     lowest = min(run.retention["last"] for run in runs)
     axes["last"].set(xlabel="%", xlim=(max(0.0, lowest - 5), None))
     for axis in axes.values():
         axis.grid(alpha=0.3)
-    with replacing(path) as part:
-        figure.savefig(part, dpi=120, format=path.suffix[1:].lower() or "png")
+    save_figure(figure, path)
 
 
 def _by_recipe(runs: Sequence[Finished]) -> list[list[Finished]]:

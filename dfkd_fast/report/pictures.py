@@ -1,6 +1,7 @@
 """Pictures of a run: what the generator makes, and how the student fared."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,22 @@ from torchvision.utils import make_grid
 from dfkd_fast.engine import Epoch
 from dfkd_fast.files import replacing
 
-__all__ = ["draw_curves", "draw_samples"]
+__all__ = ["draw_curves", "draw_samples", "plain", "save_figure"]
+
+LONGEST_LABEL = 60
+"""Characters: a longer one would leave no room for what it labels."""
+
+
+def plain(text: str) -> str:
+    """A label that is drawn as it is, cut where it is long: matplotlib takes what stands between dollars for mathematics."""
+    return (text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL]}…").replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to a file, as its suffix says; as PNG where it has none, as a device."""
+    with replacing(path) as part, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
+        figure.savefig(part, dpi=120, format=path.suffix[1:].lower() or "png")
 
 
 def draw_samples(images: Tensor, mean: Sequence[float], std: Sequence[float], path: Path, beside: Sequence[Tensor] = ()) -> None:
@@ -45,7 +61,7 @@ def draw_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: 
     FigureCanvasAgg(figure)
     panels = figure.subplots(2 if tested else 1, 1, sharex=True, squeeze=False)[:, 0]
     losses = panels[-1]
-    panels[0].set_title(title)
+    panels[0].set_title(plain(title))
     if tested:
         panels[0].set_ylabel(f"{metric} (%)")
         if evaluated:
@@ -61,5 +77,4 @@ def draw_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: 
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels:
         axes.grid(alpha=0.3)
-    with replacing(path) as part:
-        figure.savefig(part, dpi=120)
+    save_figure(figure, path)

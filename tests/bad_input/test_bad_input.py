@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import data, memory, networks, options, outputs, recipes, weights
+from tests.bad_input import data, finished_runs, memory, networks, options, outputs, recipes, weights
 from tests.bad_input.case import Case
 from tests.command_line import Run, Said
 
-CASES: list[Case] = [case for area in (data, memory, networks, options, outputs, recipes, weights) for case in area.CASES]
+AREAS = (data, finished_runs, memory, networks, options, outputs, recipes, weights)
+CASES: list[Case] = [case for area in AREAS for case in area.CASES]
 
 
 def listing(folder: Path) -> dict[str, bytes]:

@@ -1,12 +1,17 @@
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import RendererAgg
 from PIL import Image
+from rich.console import Console
 
 from dfkd_fast import DfkdError
+from dfkd_fast.commands.compare import compare_runs
 from dfkd_fast.evaluation import retention
 from dfkd_fast.report import COLUMNS, draw_comparison, read_run, table_rows
 
@@ -58,6 +63,26 @@ def test_the_picture_shows_every_recipe_in_a_colour_of_its_own(tmp_path: Path) -
 
     assert all(near(colour, colours["all.png"]) for colour in (blue, orange, green))
     assert [near(colour, colours["one.png"]) for colour in (blue, orange, green)] == [True, False, False]
+
+
+@pytest.mark.parametrize("name", [r"$\foo{$", "$x$", r"\$", "{%", "_hidden", "[red]", "日本", "a" * 200, "#1"])
+def test_a_recipe_of_any_name_has_its_row_and_its_picture_as_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    drawn: list[str] = []
+    draw = RendererAgg.draw_text
+
+    def note(self: RendererAgg, gc: object, x: float, y: float, s: str, *rest: Any, **options: Any) -> None:
+        drawn.append(s)
+        draw(self, gc, x, y, s, *rest, **options)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(RendererAgg, "draw_text", note)
+    run = finished_run(tmp_path / "run", name, 0, [50.0, 90.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare_runs([run], tmp_path / "picture.png", Console(width=300))
+    assert f"{name}, seed 0" in capsys.readouterr().out
+    assert drawn.count(name if len(name) <= 60 else f"{name[:60]}…") == 2  # in the legend, and beside its bars
 
 
 @pytest.mark.parametrize(
