@@ -84,10 +84,12 @@ def evaluate_and_print(request: EvaluationRequest, device: torch.device, console
     """Test networks, print what they are worth, and write it to a JSON file, too, where one is named; only the first process does.
 
     Raises:
-        DfkdError: as :func:`evaluate_weights`, or the JSON file cannot be written.
+        DfkdError: as :func:`evaluate_weights`, or the JSON file cannot be written, or is one of the weights.
     """
     if json_file is not None:
         check_output("--json", json_file)
+        if json_file.exists() and any(target.exists() and target.samefile(json_file) for target in request.targets):
+            raise DfkdError(f"--json {json_file}: would replace what is to be evaluated")
     results = evaluate_weights(request, device, console)
     if distributed.rank() > 0:
         return

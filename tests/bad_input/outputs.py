@@ -20,6 +20,12 @@ CASES: list[Case] = [
     evaluates("a folder for figures", "run", says="--json run is a folder, and must be a file"),
     evaluates("this folder for figures", ".", says="--json . is a folder, and must be a file"),
     evaluates("the folder above for figures", "..", says="--json .. is a folder, and must be a file"),
+    case(
+        "figures in place of the weights",
+        *("evaluate", "./weights.pt", "--json", "weights.pt"),
+        says="--json weights.pt: would replace what is to be evaluated",
+        files={"weights.pt": b"weights"},
+    ),
     evaluates("figures in no folder", "none/figures.json", says="--json none/figures.json: there is no folder"),
     evaluates("figures below a file", "run/summary.json/figures.json", says="run/summary.json/figures.json"),
     evaluates("figures where nobody may write", "/proc/none/figures.json", says="there is no folder /proc/none"),
