@@ -192,13 +192,19 @@ def _check_known(backend: str, where: str) -> None:
         raise BackendError(f"{where} is {backend!r}, which is not here: {reason}")
 
 
+def _without_numba() -> str | None:
+    # The kernels are machine code by way of LLVM: as plain Python they mean nothing.
+    off = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+    return _missing("numba") or ("NUMBA_DISABLE_JIT is set" if off else None)
+
+
 def _missing(package: str) -> str | None:
     return None if find_spec(package) else f"{package} is not installed"
 
 
 _ABSENT: dict[str, str | None] = {
     "reference": None,
-    "numba": _missing("numba"),
+    "numba": _without_numba(),
     "triton": _missing("triton"),
     "cuda": extension.why_not_loaded(),
 }

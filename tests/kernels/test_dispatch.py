@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,13 @@ def test_environment_forces_a_backend() -> None:
     backend = "reference" if why_not("numba") else "numba"
     code = "from dfkd_fast.kernels import dispatch; print(dispatch.forced())"
     assert python(code, DFKD_FAST_BACKEND=backend).stdout == f"{backend}\n"
+
+
+def test_where_numba_is_not_to_compile_the_reference_serves_and_doctor_can_say_why() -> None:
+    call = CALL.format(size="(8, 64, 32, 32)", dtype="dtype=torch.float32")
+    said = python(f"{call}; from dfkd_fast.kernels import dispatch; print(dispatch.why_not('numba'))", NUMBA_DISABLE_JIT="1")
+    reason = "NUMBA_DISABLE_JIT is set" if find_spec("numba") else "numba is not installed"
+    assert (said.returncode, said.stdout.splitlines()[-1], said.stderr) == (0, reason, "")
 
 
 def test_an_extension_that_the_environment_names_and_is_not_there_is_named(tmp_path: Path) -> None:
