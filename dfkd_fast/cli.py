@@ -1,5 +1,6 @@
 """The command line: ``dfkd-fast``."""
 
+import io
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 
 # Nothing that imports PyTorch, which takes seconds: each command imports its own.
 from .choices import DeviceName, Loader, LogLevel, PrecisionName
+from .environment import check_environment
 from .errors import DfkdError, first_line, shown
 from .files import expanded
 from .interrupt import Interrupted, interrupting_on_signals
@@ -23,6 +25,8 @@ from .out_of_memory import in_one_line, is_out_of_memory
 __all__ = ["app", "main"]
 
 SHOW_WARNING = warnings.showwarning
+COLUMNS = "[2-9][0-9]|[1-9][0-9]{2,3}"
+"""Of a terminal in which something can be read: 20 to 9999."""
 
 app = typer.Typer(
     help="Distil a frozen teacher into a small student, without any data.",
@@ -186,7 +190,10 @@ def show(recipe: RecipeName, changes: Changes = None) -> None:
     """Print a recipe with every number of it resolved."""
     from .recipe import load_recipe, recipe_to_toml
 
-    typer.echo(recipe_to_toml(load_recipe(recipe, _overrides(changes))), nl=False)
+    shown_recipe = recipe_to_toml(load_recipe(recipe, _overrides(changes)))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # TOML is, whatever the terminal has
+    typer.echo(shown_recipe, nl=False)
 
 
 @app.command()
@@ -232,7 +239,9 @@ def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the com
 def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
     warnings.showwarning = _telling_once()
+    _prepare_terminal()
     try:
+        check_environment()
         with interrupting_on_signals():
             sys.exit(app(standalone_mode=False))
     except DfkdError as error:
@@ -254,6 +263,15 @@ def main() -> NoReturn:
                 sys.exit(1)
             raise
         _fail(error.format_message(), 2)
+
+
+def _prepare_terminal() -> None:
+    """Let output lose letters that its encoding lacks, rather than end the command, and ignore what was said for other programs."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if not re.fullmatch(COLUMNS, os.environ.get("COLUMNS", "")):
+        os.environ.pop("COLUMNS", None)
+    os.environ.pop("MPLBACKEND", None)  # of windows; one that matplotlib does not know ends its import
 
 
 @contextmanager

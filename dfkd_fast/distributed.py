@@ -14,6 +14,9 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from .environment import whole_number
+from .errors import DfkdError, first_line
+
 __all__ = [
     "any_of",
     "average_",
@@ -50,25 +53,45 @@ def world_size() -> int:
 
 def restarted() -> bool:
     """Whether torchrun started this process anew, after one of the group had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return whole_number("TORCHELASTIC_RESTART_COUNT", default=0) > 0
 
 
 def local(device: torch.device) -> torch.device:
-    """This process's own device of that type."""
+    """This process's own device of that type.
+
+    Raises:
+        DfkdError: more processes were started on this machine than it has GPUs.
+    """
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        index, count = whole_number("LOCAL_RANK"), torch.cuda.device_count()
+        if index >= count:
+            raise DfkdError(f"environment variable LOCAL_RANK = {index}: must be less than {count}, the number of GPUs here")
+        return torch.device("cuda", index)
     return device
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Inside, the processes that torchrun started are a group: NCCL for what is on a GPU, gloo for the rest."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Inside, the processes that torchrun started are a group: NCCL for what is on a GPU, gloo for the rest.
+
+    Raises:
+        DfkdError: the environment does not say which of them this is and where they meet, or they cannot meet there.
+    """
+    size = whole_number("WORLD_SIZE", default=1)
+    if size == 1:
         yield
         return
+    if (number := whole_number("RANK")) >= size:
+        raise DfkdError(f"environment variable RANK = {number}: must be less than WORLD_SIZE = {size}")
+    address, port = os.environ.get("MASTER_ADDR"), whole_number("MASTER_PORT")
+    if not address:
+        raise DfkdError("environment variable MASTER_ADDR is not set: torchrun sets it")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, world_size = next(rendezvous("env://"))
+    try:
+        store, rank, world_size = next(rendezvous("env://"))
+    except DistError as error:
+        raise DfkdError(f"MASTER_ADDR = {address!r}, MASTER_PORT = {port}: the processes cannot meet there: {first_line(error)}") from error
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=fresh_part(store, rank, world_size), rank=rank, world_size=world_size)
     try:

@@ -14,6 +14,7 @@ ROOT = Path(dfkd_fast.__file__).parent
 FLOORS = [
     {"kernels"},
     {"errors", "labels", "choices", "console"},
+    {"environment"},
     {"settings", "files", "interrupt", "doctor", "distributed"},
     {"locks", "log", "renamed", "out_of_memory"},
     {"recipe_files"},

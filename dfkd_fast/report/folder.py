@@ -161,7 +161,7 @@ class RunFolder:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
-            part.write_text(text)
+            part.write_text(text, "utf-8")
 
     def begin_log(self, done: Sequence[Epoch]) -> None:
         """Start the logs; of a run that goes on, keep just the epochs its checkpoint knows."""
@@ -174,7 +174,7 @@ class RunFolder:
         """Add an epoch to the logs."""
         if not self.writes:
             return
-        with naming(self.metrics), self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(_line(epoch))
         if self._events is not None:
             accuracy = {} if epoch.student_accuracy is None else {"accuracy/student": epoch.student_accuracy}
@@ -252,7 +252,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is no JSON.
     """
-    *whole, last = path.read_text().split("\n")
+    *whole, last = path.read_text("utf-8").split("\n")
     epochs = [json.loads(line) for line in whole]
     with suppress(ValueError):
         epochs += [json.loads(last)] if last else []

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import data, finished_runs, memory, networks, options, outputs, recipes, weights
+from tests.bad_input import data, environment, finished_runs, memory, networks, options, outputs, recipes, weights
 from tests.bad_input.case import Case
 from tests.command_line import Run, Said
 
-AREAS = (data, finished_runs, memory, networks, options, outputs, recipes, weights)
+AREAS = (data, environment, finished_runs, memory, networks, options, outputs, recipes, weights)
 CASES: list[Case] = [case for area in AREAS for case in area.CASES]
 
 

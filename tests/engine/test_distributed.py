@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.multiprocessing.spawn import spawn
 
-from dfkd_fast import Method, Objective, Optimizer, Replay, Trainer, Update, distributed
+from dfkd_fast import DfkdError, Method, Objective, Optimizer, Replay, Trainer, Update, distributed
 from dfkd_fast.engine import steps
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.kernels import channel_moments
@@ -311,3 +311,24 @@ def test_a_killed_process_is_restarted_and_the_run_ends_as_if_nothing_had_happen
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("broken", "whole")]
     broken_losses, whole_losses = ([json.loads(line)["losses"] for line in log] for log in logs)
     assert broken_losses == whole_losses
+
+
+def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DfkdError, match="LOCAL_RANK = 2: must be less than 2, the number of GPUs here"):
+        distributed.local(torch.device("cuda"))
+
+
+def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(variable, value)
+        with (
+            pytest.raises(DfkdError, match=f"MASTER_ADDR = 'localhost', MASTER_PORT = {port}: the processes cannot meet there"),
+            distributed.process_group(torch.device("cpu")),
+        ):
+            pytest.fail("there is no group")

@@ -1,0 +1,79 @@
+"""Commands print in whatever encoding and width the environment gives them; what is data is UTF-8 wherever it goes."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.finished_runs import METRICS, SUMMARY
+from tests.command_line import Run
+
+
+def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "dfkd_fast", *arguments], cwd=cwd, env=os.environ | environment, capture_output=True)
+
+
+def finished(folder: Path, recipe: str) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "summary.json").write_text(json.dumps(SUMMARY | {"recipe": recipe}))
+    (folder / "run" / "metrics.jsonl").write_text(METRICS)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_letters_that_the_terminal_lacks_are_replaced(tmp_path: Path, encoding: str) -> None:
+    finished(tmp_path, "größer-日本")
+    said = command("compare", "run", cwd=tmp_path, PYTHONIOENCODING=encoding)
+    assert (said.returncode, said.stderr) == (0, b"")
+    assert ("größer-日本, seed 0".encode(encoding, "replace")) in said.stdout
+    assert (tmp_path / "compare.png").stat().st_size > 0
+
+
+def test_help_is_printed_in_ascii(tmp_path: Path) -> None:
+    for arguments in ((), ("distill",)):
+        said = command(*arguments, "--help", cwd=tmp_path, PYTHONIOENCODING="ascii")
+        assert (said.returncode, said.stderr) == (0, b"")
+        assert b"Usage:" in said.stdout
+
+
+def test_an_error_whose_letters_the_terminal_lacks_is_one_line(tmp_path: Path) -> None:
+    said = command("show", "digits", "--set", "loop.epochs=0", cwd=tmp_path, PYTHONIOENCODING="latin-1")
+    assert said.returncode == 2
+    assert said.stderr == b"dfkd-fast: recipe 'digits': loop.epochs = 0: must be a whole number \\u2265 1 and \\u2264 2147483647\n"
+
+
+def test_a_recipe_is_shown_as_toml_in_utf_8_whatever_the_terminal_has(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "digits"\ndescription = "größer, 日本"\n', "utf-8")
+    said = command("show", "mine.toml", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (said.returncode, said.stderr) == (0, b"")
+    assert tomllib.loads(said.stdout.decode())["description"] == "größer, 日本"
+
+
+def test_a_run_of_any_name_is_written_and_read_in_utf_8_whatever_the_locale_has(tmp_path: Path) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    code = (
+        "from pathlib import Path; from dfkd_fast.report import RunFolder; "
+        "folder = RunFolder(Path('run')); folder.write_recipe('name = \"gr\\u00f6\\u00dfer\"\\n'); folder.check_recipe()"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | locale, capture_output=True)
+    assert (said.returncode, said.stderr) == (0, b"")
+    assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text("utf-8"))["name"] == "größer"
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "-5", "many", "", "9" * 30])
+def test_a_width_that_no_terminal_has_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for arguments, line in ((("recipes",), "digits-dfad"), (("--help",), "Distil a frozen teacher")):
+        said = run(*arguments)
+        assert (said.code, said.err) == (0, "")
+        assert line in said.out
+        assert max(map(len, said.out.splitlines())) < 1000
+
+
+def test_a_backend_of_windows_that_matplotlib_does_not_know_is_none_of_ours(tmp_path: Path) -> None:
+    finished(tmp_path, "digits")
+    said = command("compare", "run", cwd=tmp_path, MPLBACKEND="nonsense")
+    assert (said.returncode, said.stderr) == (0, b"")
