@@ -3,10 +3,11 @@
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -35,6 +36,7 @@ __all__ = [
     "world_size",
 ]
 
+T = TypeVar("T")
 SETTLING = 0.1
 """Seconds after the last message in which gloo's threads come to rest."""
 GRACE = 0.5
@@ -89,11 +91,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        store, rank, world_size = next(rendezvous("env://"))
+        store, rank, world_size = _interruptible(_meet)
     except DistError as error:
         raise DfkdError(f"MASTER_ADDR = {address!r}, MASTER_PORT = {port}: the processes cannot meet there: {first_line(error)}") from error
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=fresh_part(store, rank, world_size), rank=rank, world_size=world_size)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield
     finally:
@@ -101,6 +103,29 @@ def process_group(device: torch.device) -> Iterator[None]:
         # gloo's threads drop their tensors a moment after whoever waited for them went on, and need the GIL for that: where the
         # interpreter has ended by then, they abort the process (PyTorch 2.14).
         time.sleep(SETTLING)
+
+
+def _meet() -> tuple[Store, int, int]:
+    store, rank, world_size = next(rendezvous("env://"))
+    return fresh_part(store, rank, world_size), rank, world_size
+
+
+def _interruptible(wait: Callable[[], T]) -> T:
+    """What a function returns that may wait in C++ for long, where Python handles no signal: it runs in a thread of its own."""
+    outcome: list[T | Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(wait())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def ended_elsewhere(*, wait: float) -> bool:

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,3 +77,20 @@ def test_ctrl_c_saves_and_is_said_once(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does; torchrun then signals its processes once more
     assert said_by(running) == ["dfkd-fast: interrupted and saved; go on with: dfkd-fast distill digits --out a --resume"]
+
+
+def test_a_process_that_waits_for_others_is_interrupted(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        environment = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(nobody.getsockname()[1])}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dfkd_fast", "distill", "digits", "--device", "cpu"],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process, nobody.accept()[0]:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate()
+    assert said.splitlines()[-1] == "dfkd-fast: process 1: interrupted; nothing was saved yet"
+    assert process.returncode == 128 + signal.SIGTERM
