@@ -182,8 +182,12 @@ def _images_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise DfkdError(f"data.root {folder} cannot be read: {error}") from error
 
-    found = []
+    found, seen = [], set(map(str, Path(os.path.realpath(folder)).parents))
     for place, below, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # by way of a link to a folder above it, whose images would count again
+            below.clear()
+            continue
+        seen.add(real)
         below[:] = [name for name in below if not name.startswith(".")]
         found += [Path(place, name) for name in files if is_image(name)]
     return sorted(found)

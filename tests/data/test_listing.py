@@ -152,6 +152,14 @@ def test_class_folders_and_images_may_be_links_and_folders_of_an_images_name_are
     assert (listing.labels, listing.classes) == ((0, 1, 1, 1), 2)
 
 
+def test_a_link_to_a_folder_above_counts_no_image_again(tmp_path: Path) -> None:
+    touch(tmp_path / "val/a/1.png", tmp_path / "val/b/below/2.png")
+    (tmp_path / "val/a/again").symlink_to(".")
+    (tmp_path / "val/b/below/above").symlink_to("../..")
+    listing = read_listing("folder", tmp_path)
+    assert ([path.name for path in listing.paths], listing.labels) == (["1.png", "2.png"], (0, 1))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     touch(tmp_path / "val/a/1.png", tmp_path / "val/b/1.png")
