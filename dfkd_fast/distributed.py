@@ -140,7 +140,7 @@ def ended_elsewhere(*, wait: float) -> bool:
         while not store.check([_ended()]) and time.monotonic() < deadline:
             time.sleep(0.01)
         return bool(store.check([_ended()]))
-    except (DistError, OSError, RuntimeError, ValueError):
+    except (DistError, KeyError, OSError, RuntimeError, ValueError):
         return False
 
 
@@ -153,7 +153,7 @@ def says_the_end() -> bool:
         return False
     try:
         return int(_launchers_store().add(_ended(), 1)) == 1
-    except (DistError, OSError, RuntimeError, ValueError):
+    except (DistError, KeyError, OSError, RuntimeError, ValueError):
         return True
 
 
