@@ -145,7 +145,7 @@ def test_a_recipe_file_names_it_and_is_printed_with_its_table(settings: type[Pol
         ("replay.last_batch", 3, "replay.last_batch = 3: must be a section"),
         ("replay.last_batch.least", 999, "replay.last_batch.least = 999: a batch has 48 rows"),
         ("replay.kind", "last_bach", "replay.kind = 'last_bach': unknown choice 'last_bach': did you mean 'last_batch'?"),
-        ("replay.vae.lr", 0.0, "replay.vae.lr = 0.0: must be a number > 0"),
+        ("replay.vae.lr", 0.0, "replay.vae.lr = 0.0: must be a number ≥ 1e-38"),
         ("replay.bank", {}, "unknown key 'replay.bank'"),
         ("replay", 3, "replay = 3: must be a section"),
         ("engine.precision", "fp16", "engine.precision = 'fp16': not with replay.kind 'vae' or 'last_batch' nor with"),
