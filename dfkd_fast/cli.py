@@ -16,8 +16,9 @@ from rich.console import Console
 
 # Nothing that imports PyTorch, which takes seconds: each command imports its own.
 from .choices import DeviceName, Loader, LogLevel, PrecisionName
+from .console import Terminal
 from .environment import check_environment
-from .errors import DfkdError, first_line, shown
+from .errors import DfkdError, first_line, in_words, shown
 from .files import expanded
 from .interrupt import Interrupted, interrupting_on_signals
 from .out_of_memory import in_one_line, is_out_of_memory
@@ -253,7 +254,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _fail(str(error), 2)
+        _fail(in_words(error), 2)
     except Exception as error:
         if is_out_of_memory(error):
             _fail(in_one_line(error), 2)
@@ -279,7 +280,7 @@ def _talking(quiet: bool, level: LogLevel) -> Iterator[Console]:
     """Where this process prints results and what is logged: the first one does, the others are silent."""
     from .log import shown_on
 
-    console = Console(quiet=quiet or _rank() > 0)
+    console = Terminal(quiet=quiet or _rank() > 0)
     with shown_on(console, level):
         yield console
 

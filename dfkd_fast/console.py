@@ -1,16 +1,44 @@
 """Lines and short tables for the terminal."""
 
+import os
+import shlex
+import signal
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["print_line", "print_table"]
+from .interrupt import Interrupted
+
+__all__ = ["Terminal", "print_line", "print_table", "shell_quoted"]
 
 NAME = 30
 """Characters of a name that is printed in one piece however narrow the terminal."""
 WIDEST = 1000
+
+
+class Terminal(Console):
+    """A console that says so where nobody reads it any more, as behind ``| head``: rich's own ends the process without a word."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise :class:`Interrupted`, once, and be silent from then on."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise Interrupted("nobody reads the output any more", signal.SIGPIPE)
+
+
+def shell_quoted(path: Path) -> str:
+    """A path as it is typed in a shell; with ``$'…'``, which bash and zsh know, where it has letters that cannot be printed."""
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = (chr(byte) if 32 <= byte < 127 and chr(byte) not in "'\\" else f"\\x{byte:02x}" for byte in os.fsencode(path))
+    return f"$'{''.join(escaped)}'"
 
 
 def print_line(console: Console, text: str) -> None:

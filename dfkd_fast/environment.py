@@ -16,6 +16,8 @@ BOUNDS = {
     "NUMBA_DISABLE_JIT": (0, 1),
 }
 """The least and the largest value of each."""
+LAYERS = ("default", "safe", "forksafe", "threadsafe", "tbb", "omp", "workqueue")
+"""Of numba's threads."""
 READ_BY_LIBRARIES = ("LOCAL_RANK", "NUMBA_NUM_THREADS", "NUMBA_DISABLE_JIT")
 
 
@@ -54,3 +56,5 @@ def check_environment() -> None:
     """
     for variable in READ_BY_LIBRARIES:
         whole_number(variable, default=1)
+    if (layer := os.environ.get("NUMBA_THREADING_LAYER", "default")) not in LAYERS:
+        raise DfkdError(f"environment variable NUMBA_THREADING_LAYER = {shown(layer)}: must be one of {', '.join(LAYERS)}")

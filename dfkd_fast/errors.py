@@ -1,6 +1,7 @@
 """Errors whose message is one line for a user: the field or file, what it is, and what is allowed."""
 
 import difflib
+import errno
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -29,6 +30,11 @@ def first_line(error: BaseException) -> str:
     """An error's message cut to its first line, or its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def in_words(error: OSError) -> str:
+    """A system's error with what it is about: where it names no file it is of the output, as on a full disk that a log is on."""
+    return f"the output: {error}" if error.errno == errno.ENOSPC and error.filename is None else str(error)
 
 
 def foreign(error: BaseException) -> str:

@@ -14,6 +14,7 @@ SIGNS = (
     "ALLOC_FAILED",  # cuBLAS, cuDNN
     "can't allocate memory",
     "bad_alloc",
+    "failed to map segment",  # a library's, where a limit is set
     "array is too big",  # NumPy
     "size calculation overflowed",
     "multiplication overflow",
@@ -27,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     # By name, for this file is imported where PyTorch is not.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError | ValueError | TypeError) and any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, ImportError | RuntimeError | ValueError | TypeError) and any(sign in str(error) for sign in SIGNS)
 
 
 def sizes_of(recipe: object, *paths: str) -> dict[str, object]:

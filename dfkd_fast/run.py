@@ -13,10 +13,11 @@ from rich.console import Console
 
 from . import distributed
 from .claim import claim_folder
+from .console import shell_quoted
 from .engine import Epoch
 from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
-from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, first_line
+from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, first_line, in_words
 from .interrupt import Interrupted, stopping_on_signals
 from .log import LOGGER
 from .models import names_code
@@ -80,6 +81,11 @@ class Run:
             error = Interrupted()
         if isinstance(error, Interrupted) and not error.left:
             raise Interrupted(error.what, error.signal_number, self._left()) from error
+        if isinstance(error, SystemExit):
+            said = f"sys.exit({error.code!r}) was called, as a network's own code may; {self._left() or 'nothing was saved yet'}"
+            raise DfkdError(said) from error
+        if error is not None and not isinstance(error, DfkdError | Interrupted) and (left := self._left()):
+            error.add_note(f"dfkd-fast: {left}")
 
     @property
     def seconds(self) -> float:
@@ -194,7 +200,7 @@ class Run:
             except (NonFiniteLossError, OutOfMemoryError) as error:
                 raise type(error)(f"{error}; {_last_good(checkpoints)}") from error
             except OSError as error:
-                raise DfkdError(f"{error}; {_last_good(checkpoints)}") from error
+                raise DfkdError(f"{in_words(error)}; {_last_good(checkpoints)}; {self._going_on}") from error
             except Exception as error:
                 if not caught or isinstance(error, DfkdError):
                     raise
@@ -205,7 +211,7 @@ class Run:
 
     @property
     def _going_on(self) -> str:
-        return f"go on with: {self.command} --out {shlex.quote(str(self.folder.path))} --resume"
+        return f"go on with: {self.command} --out {shell_quoted(self.folder.path)} --resume"
 
     def _left(self) -> str:
         """What is saved after an interruption, and how to go on; empty where nothing is."""

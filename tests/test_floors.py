@@ -13,9 +13,9 @@ ROOT = Path(dfkd_fast.__file__).parent
 # From the ground up; what shares a floor must not know its neighbours.
 FLOORS = [
     {"kernels"},
-    {"errors", "labels", "choices", "console"},
-    {"environment"},
-    {"settings", "files", "interrupt", "doctor", "distributed"},
+    {"errors", "labels", "choices", "interrupt"},
+    {"environment", "console"},
+    {"settings", "files", "doctor", "distributed"},
     {"locks", "log", "renamed", "out_of_memory"},
     {"recipe_files"},
     {"surgery"},

@@ -177,3 +177,47 @@ def test_under_nohup_a_run_survives_the_hangup(tmp_path: Path) -> None:
         _, err = process.communicate()
     assert process.returncode == 143
     assert err.strip().splitlines()[-1].startswith("dfkd-fast: interrupted and saved; go on with: ")
+
+
+def test_whoever_stops_reading_the_output_ends_a_run_that_says_how_to_go_on(tmp_path: Path, run: Run) -> None:
+    command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", *TINY, "--set", "loop.epochs=50"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read() if process.stderr else ""
+    assert said.startswith("dfkd-fast: nobody reads the output any more; ")
+    assert said.endswith("; go on with: dfkd-fast distill digits --out runs/digits --resume\n")
+    assert said.count("\n") == 1
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert run("distill", "digits", "--resume", "--quiet").code == 0
+
+
+def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = Trainer.iterate
+
+    def exits(trainer: Trainer) -> None:
+        if trainer.iterations_done == 3:
+            sys.exit(0)
+        iterate(trainer)
+
+    monkeypatch.setattr(Trainer, "iterate", exits)
+    said = run("distill", "digits", "--out", "a", *TINY)
+    assert said.err.startswith("dfkd-fast: sys.exit(0) was called, as a network's own code may; the last good checkpoint is a/checkpoints/")
+    assert said.err.endswith("; go on with: dfkd-fast distill digits --out a --resume\n")
+    assert said.code == 2
+
+
+def test_a_fault_in_the_middle_of_a_run_is_shown_with_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = Trainer.iterate
+
+    def fails(trainer: Trainer) -> None:
+        if trainer.iterations_done == 3:
+            raise IndexError("of a user's own network")
+        iterate(trainer)
+
+    monkeypatch.setattr(Trainer, "iterate", fails)
+    with pytest.raises(BaseException, match="user's own network") as error:
+        run("distill", "digits", "--out", "a", *TINY)
+    assert error.value.__notes__[0].startswith("dfkd-fast: the last good checkpoint is a/checkpoints/")
+    assert error.value.__notes__[0].endswith("; go on with: dfkd-fast distill digits --out a --resume")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dfkd_fast.console import shell_quoted
 from tests.bad_input.finished_runs import METRICS, SUMMARY
 from tests.command_line import Run
 
@@ -77,3 +78,18 @@ def test_a_backend_of_windows_that_matplotlib_does_not_know_is_none_of_ours(tmp_
     finished(tmp_path, "digits")
     said = command("compare", "run", cwd=tmp_path, MPLBACKEND="nonsense")
     assert (said.returncode, said.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("name", ["plain", "a b'c", "new\nline", "tab\t'quoted'\\", os.fsdecode(b"\xff\xfe"), "\u00e4\u200b"])
+def test_a_path_is_quoted_as_a_shell_reads_it(name: str) -> None:
+    said = subprocess.run(["bash", "-c", f"printf %s {shell_quoted(Path(name))}"], capture_output=True, check=True).stdout
+    assert said == os.fsencode(name)
+    assert shell_quoted(Path(name)).isprintable()
+
+
+@pytest.mark.parametrize("command", [["recipes"], ["show", "digits"]])
+def test_an_output_on_a_full_disk_is_said_to_be_one(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        said = subprocess.run([sys.executable, "-m", "dfkd_fast", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1), said.stderr
+    assert said.stderr.startswith("dfkd-fast: the output: [Errno 28] No space left on device")

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dfkd_fast.console import print_line, print_table
+from dfkd_fast.errors import DfkdError
 from dfkd_fast.report import COLUMNS, check_picture, draw_comparison, read_run, table_rows
 
 __all__ = ["compare_runs"]
@@ -23,6 +24,9 @@ def compare_runs(runs: Sequence[Path], picture: Path, console: Console) -> None:
         DfkdError: a folder holds no finished run, or the picture cannot be written.
     """
     check_picture("--out", picture)
+    for index, run in enumerate(runs):
+        if any(run.exists() and other.exists() and run.samefile(other) for other in runs[:index]):
+            raise DfkdError(f"{run} is given twice")
     finished = [read_run(run) for run in runs]
     print_table(console, ("run", "teacher", *COLUMNS.values()), table_rows(finished), figures=True)
     for line in LEGEND:

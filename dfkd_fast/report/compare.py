@@ -1,6 +1,8 @@
 """Finished runs side by side: one table and one picture."""
 
 import json
+import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -53,11 +55,8 @@ class Finished:
     retention: dict[str, Figures]
     curve: Annotated[list[tuple[Annotated[int, Field(ge=1, le=2**31)], Percent]], Field(min_length=1)]
     """Epochs and the student's accuracy in percent."""
-
-    @property
-    def name(self) -> str:
-        """Of its row."""
-        return f"{self.recipe}, seed {self.seed}"
+    settings: str = ""
+    """All of its recipe that repetitions of a run have in common, as JSON; empty of a folder without one."""
 
 
 def read_run(path: Path) -> Finished:
@@ -79,11 +78,23 @@ def read_run(path: Path) -> Finished:
         metric = summary.get("metric", "top-1 accuracy")
         file = folder.metrics
         curve = [(epoch["epoch"], epoch["student_accuracy"]) for epoch in read_metrics(file) if epoch["student_accuracy"] is not None]
-        return Finished(path, metric=metric, retention=statistics, curve=curve, **of_run)
+        file = folder.recipe
+        settings = _settings(file.read_text("utf-8")) if file.is_file() else ""
+        return Finished(path, metric=metric, retention=statistics, curve=curve, settings=settings, **of_run)
     except DfkdError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DfkdError(f"{path} holds no run that can be read: {_damage(file, error)}") from error
+
+
+def _settings(recipe: str) -> str:
+    """A recipe but for its seed and what changes no figure, such as where its data lies."""
+    content = tomllib.loads(recipe)
+    kept = {name: value for name, value in content.items() if name not in ("seed", "description", "provenance", "report")}
+    for section, keys in (("data", ("root", "workers")), ("teacher", ("weights", "weights_key"))):
+        if isinstance(kept.get(section), dict):
+            kept[section] = {key: value for key, value in kept[section].items() if key not in keys}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _damage(file: Path, error: BaseException) -> str:
@@ -94,12 +105,12 @@ def _damage(file: Path, error: BaseException) -> str:
 
 
 def table_rows(runs: Sequence[Finished]) -> list[list[str]]:
-    """A row a run, and one with the means of a recipe that has several; first its name, then the teacher and ``COLUMNS``."""
+    """A row a run, and one with the means of several that differ in their seeds alone; first its name, then the teacher and ``COLUMNS``."""
     rows = []
-    for alike in _by_recipe(runs):
-        rows += [_row(run.name, [run]) for run in alike]
+    for name, alike in _repetitions(runs):
+        rows += [_row(f"{name}, seed {run.seed}", [run]) for run in alike]
         if len(alike) > 1:
-            rows.append(_row(f"{alike[0].recipe}, mean of {len(alike)}", alike))
+            rows.append(_row(f"{name}, mean of {len(alike)}", alike))
     return rows
 
 
@@ -117,11 +128,12 @@ def check_picture(option: str, path: Path) -> None:
 
 def draw_comparison(runs: Sequence[Finished], path: Path) -> None:
     """Accuracy over epochs, a colour a recipe, and below it how steady each recipe was: a dot a run, a bar their mean."""
-    groups = _by_recipe(runs)
+    repetitions = _repetitions(runs)
+    groups = [alike for _, alike in repetitions]
     figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic([["curves"] * 3, ["settled_variance", "largest_drop", "last"]], height_ratios=[3, 2])
-    names, handles = [plain(alike[0].recipe) for alike in groups], []
+    names, handles = [plain(name) for name, _ in repetitions], []
     for index, alike in enumerate(groups):
         lines = [axes["curves"].plot(*zip(*run.curve, strict=True), color=f"C{index}", alpha=0.8, linewidth=1)[0] for run in alike]
         handles.append(lines[0])
@@ -143,8 +155,10 @@ def draw_comparison(runs: Sequence[Finished], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _by_recipe(runs: Sequence[Finished]) -> list[list[Finished]]:
-    groups: dict[str, list[Finished]] = {}
+def _repetitions(runs: Sequence[Finished]) -> list[tuple[str, list[Finished]]]:
+    """Runs that differ in their seeds alone, and what to call them: the recipe, with the first one's folder where others share its name."""
+    groups: dict[tuple[str, str], list[Finished]] = {}
     for run in runs:
-        groups.setdefault(run.recipe, []).append(run)
-    return list(groups.values())
+        groups.setdefault((run.recipe, run.settings), []).append(run)
+    named = Counter(recipe for recipe, _ in groups)
+    return [(recipe if named[recipe] == 1 else f"{recipe} in {alike[0].path}", alike) for (recipe, _), alike in groups.items()]

@@ -17,6 +17,7 @@ def in_group(name: str, says: str, **changes: str) -> Case:
 
 CASES: list[Case] = [
     # of one process
+    runs_with("threads of no kind", "NUMBA_THREADING_LAYER", "foo", "NUMBA_THREADING_LAYER = 'foo': must be one of default, safe"),
     runs_with("a number of processes that is text", "WORLD_SIZE", "two", "WORLD_SIZE = 'two': must be a whole number ≥ 1"),
     runs_with("no processes", "WORLD_SIZE", "0", "WORLD_SIZE = '0': must be a whole number ≥ 1"),
     runs_with("an empty number of processes", "WORLD_SIZE", "", "WORLD_SIZE = '': must be a whole number"),

@@ -30,6 +30,7 @@ CASES: list[Case] = [
     evaluates("figures below a file", "run/summary.json/figures.json", says="run/summary.json/figures.json"),
     evaluates("figures where nobody may write", "/proc/none/figures.json", says="there is no folder /proc/none"),
     evaluates("a name too long for figures", "a" * 300, says="File name too long"),
+    case("a run that is given twice", "compare", "run", "./run", says="run is given twice", files=RUN),
     compares("a folder for a picture", "run", says="--out run is a folder, and must be a file"),
     compares("a picture in no folder", "none/picture.png", says="--out none/picture.png: there is no folder"),
     compares("a picture of no kind", "picture.foo", says="--out picture.foo: a picture's name ends in .png, .svg"),

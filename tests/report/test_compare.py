@@ -38,6 +38,18 @@ def test_every_run_has_a_row_and_runs_of_one_recipe_a_row_of_means(tmp_path: Pat
     assert [row[2] for row in rows] == ["94.00", "96.00", "95.00", "76.00"]
 
 
+def test_means_are_of_runs_that_differ_in_their_seeds_alone(tmp_path: Path) -> None:
+    runs = []
+    for name, seed, epochs, root in (("a", 0, 4, "/here"), ("b", 1, 4, "/there"), ("c", 0, 60, "/here")):
+        folder = finished_run(tmp_path / name, "same", seed, [50.0, 90.0])
+        settings = f'name = "same"\nseed = {seed}\n[loop]\nepochs = {epochs}\n[data]\nroot = "{root}"\n'
+        (folder / "recipe.toml").write_text(settings)
+        runs.append(read_run(folder))
+    first, other = f"same in {tmp_path}/a", f"same in {tmp_path}/c"
+    assert [row[0] for row in table_rows(runs)] == [f"{first}, seed 0", f"{first}, seed 1", f"{first}, mean of 2", f"{other}, seed 0"]
+    assert [row[0] for row in table_rows(runs[:2])] == ["same, seed 0", "same, seed 1", "same, mean of 2"]
+
+
 def test_epochs_without_evaluation_are_no_points_of_the_curve(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "a", "a", 0, [50.0, 90.0])
     lines = ['{"epoch": 1, "student_accuracy": null}', '{"epoch": 2, "student_accuracy": 50.0}', '{"epoch": 3, "student_accuracy": 90.0}']
