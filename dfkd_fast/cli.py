@@ -250,8 +250,7 @@ def main() -> NoReturn:
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)
     except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has gone; there is nobody left to tell
         sys.exit(1)
     except OSError as error:
         _fail(in_words(error), 2)
@@ -264,6 +263,11 @@ def main() -> NoReturn:
                 sys.exit(1)
             raise
         _fail(error.format_message(), 2)
+
+
+def _drop_output() -> None:
+    """Send nowhere what is still to be printed: Python tries again at its end, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_terminal() -> None:
@@ -360,6 +364,10 @@ def _fail(message: str, code: int) -> NoReturn:
     # Names that files hold may have letters that a terminal obeys, or none that it could be sent.
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
     typer.echo(f"dfkd-fast: {line}", err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
     sys.exit(code)
 
 
