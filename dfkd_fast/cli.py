@@ -20,7 +20,7 @@ from .console import Terminal
 from .environment import check_environment
 from .errors import DfkdError, first_line, in_words, shown
 from .files import expanded
-from .interrupt import Interrupted, interrupting_on_signals
+from .interrupt import Interrupted, discard, interrupting_on_signals
 from .out_of_memory import in_one_line, is_out_of_memory
 
 __all__ = ["app", "main"]
@@ -238,7 +238,7 @@ def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the com
 
 
 def main() -> NoReturn:
-    """Run the command line; what a user can mend is one line on standard error and exit code 2."""
+    """Run the command line; what a user can fix is one line on standard error and exit code 2."""
     warnings.showwarning = _telling_once()
     _prepare_terminal()
     try:
@@ -250,7 +250,7 @@ def main() -> NoReturn:
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)
     except BrokenPipeError:
-        _drop_output()  # whoever read it has gone; there is nobody left to tell
+        discard(sys.stdout.fileno())  # whoever read it has gone; there is nobody left to tell
         sys.exit(1)
     except OSError as error:
         _fail(in_words(error), 2)
@@ -263,11 +263,6 @@ def main() -> NoReturn:
                 sys.exit(1)
             raise
         _fail(error.format_message(), 2)
-
-
-def _drop_output() -> None:
-    """Send nowhere what is still to be printed: Python tries again at its end, and would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_terminal() -> None:
@@ -367,7 +362,7 @@ def _fail(message: str, code: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:
-        _drop_output()
+        discard(sys.stdout.fileno())  # or Python tries again at its end, and fails again
     sys.exit(code)
 
 

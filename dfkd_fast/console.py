@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .interrupt import Interrupted
+from .interrupt import Interrupted, discard
 
 __all__ = ["Terminal", "print_line", "print_table", "shell_quoted"]
 
@@ -26,9 +26,7 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         """Raise :class:`Interrupted`, once, and be silent from then on."""
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        discard(sys.stdout.fileno())
         raise Interrupted("nobody reads the output any more", signal.SIGPIPE)
 
 

@@ -15,7 +15,7 @@ LONGEST = 200
 
 
 class DfkdError(ValueError):
-    """Something a user can mend. The command line prints its message and exits with code 2."""
+    """Something a user can fix. The command line prints its message and exits with code 2."""
 
 
 class NonFiniteLossError(DfkdError):

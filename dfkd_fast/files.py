@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
         return
     named, path = path, Path(os.path.realpath(path)) if path.is_symlink() else path
     # The suffix stays at the end: writers of pictures take the format from it.
-    stem = path.stem.encode()[:LONGEST_STEM].decode(errors="ignore")
+    stem = os.fsdecode(os.fsencode(path.stem)[:LONGEST_STEM])
     part = path.with_name(f".{stem}.{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}")
     try:
         with naming(named, part):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Protocol
 
-__all__ = ["Interrupted", "interrupting_on_signals", "stopping_on_signals"]
+__all__ = ["Interrupted", "discard", "interrupting_on_signals", "stopping_on_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 TOGETHER = 1.0
@@ -102,6 +102,11 @@ def _leave_hung_up(terminals: list[int]) -> None:
     """Write no more to what was a terminal and has hung up: it would fail what is still to be saved."""
     for file in terminals:
         if not os.isatty(file):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, file)
-            os.close(nowhere)
+            discard(file)
+
+
+def discard(descriptor: int) -> None:
+    """Let what is written to a file descriptor from now on go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

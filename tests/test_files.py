@@ -73,7 +73,7 @@ def test_what_the_shell_has_sent_the_output_to_is_not_replaced(tmp_path: Path, n
     assert (tmp_path / "out").read_text() == "a\nbc\n"
 
 
-@pytest.mark.parametrize("name", ["a" * 250, "ä" * 120 + ".json", "." * 3 + "x"])
+@pytest.mark.parametrize("name", ["a" * 250, "ä" * 120 + ".json", "." * 3 + "x", os.fsdecode(b"\xff.json")])
 def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with replacing(path) as part:

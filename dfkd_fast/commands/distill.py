@@ -162,10 +162,12 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     if recipe.teacher.encoder_weights:
         load_encoder(teacher, recipe.teacher.encoder_weights)
     run.begin()
-    wanted = recipe.teacher
-    training = TeacherTrainer(teacher, loader, recipe.teacher_optimizer, wanted.epochs, stream, run.device, focal_gamma=wanted.focal_gamma)
+    settings = recipe.teacher
+    training = TeacherTrainer(
+        teacher, loader, recipe.teacher_optimizer, settings.epochs, stream, run.device, focal_gamma=settings.focal_gamma
+    )
     run.go_on(training, run.folder.teacher_checkpoints)
-    with Progress(run.console, "teacher", wanted.epochs, len(loader), training.done * len(loader)) as progress:
+    with Progress(run.console, "teacher", settings.epochs, len(loader), training.done * len(loader)) as progress:
         training.on_batch = lambda count: progress.iteration(training.done * len(loader) + count)
         run.drive(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
     seconds = training.clock.read()["teacher"]

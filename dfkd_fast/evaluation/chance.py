@@ -1,4 +1,4 @@
-"""What a network that has learnt nothing is worth."""
+"""Accuracy at chance level."""
 
 from dfkd_fast.data import DataSettings
 

@@ -105,7 +105,7 @@ def _damage(file: Path, error: BaseException) -> str:
 
 
 def table_rows(runs: Sequence[Finished]) -> list[list[str]]:
-    """A row a run, and one with the means of several that differ in their seeds alone; first its name, then the teacher and ``COLUMNS``."""
+    """A row a run, and one with the mean of those that differ in their seeds alone; first its name, then the teacher and ``COLUMNS``."""
     rows = []
     for name, alike in _repetitions(runs):
         rows += [_row(f"{name}, seed {run.seed}", [run]) for run in alike]
