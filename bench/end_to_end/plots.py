@@ -23,6 +23,7 @@ GREY, DARK_GREY, BLUE, ORANGE = "#9aa0a6", "#6b7278", "#4e79a7", "#e8710a"
 ENGINE = "engine"
 HEADLINE = {"plain + malloc reuse": GREY, "plain compiled + malloc reuse": DARK_GREY, ENGINE: ORANGE}
 """The contenders of the headline figure, and their colors."""
+HEADLINE_LABELS = {"plain + malloc reuse": "plain + malloc reuse (eager fp32)", ENGINE: "dfkd_fast engine"}
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -49,7 +50,7 @@ def _panel(axes: Axes, case: Sequence[Row]) -> None:
     axes.barh(range(len(case)), seconds, color=[_color(row) for row in case])
     for position, (row, value) in enumerate(zip(case, seconds, strict=True)):
         speedup = row[SPEEDUPS[peer]] if peer else ""
-        text = f" {value:.3g}" + (f" ({float(speedup):.2f}×)" if speedup else "")
+        text = f" {value:#.3g}" + (f" ({float(speedup):.2f}×)" if speedup else "")
         axes.text(value, position, text, va="center", fontsize=8, fontweight="bold" if is_engine(row["contender"]) else "normal")
     axes.set_yticks(range(len(case)), [_label(row) for row in case], fontsize=9)
     axes.set_ylim(len(case) - 0.4, -0.6)
@@ -85,13 +86,13 @@ def plot_headline(rows: Sequence[Row], path: Path) -> None:
 def _headline(rows: Sequence[Row]) -> Figure:
     cases = headline_cases(rows)
     devices = list(dict.fromkeys(case[ENGINE]["device"] for case in cases))
-    figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
+    figure = Figure(figsize=(600 / 72, 225 / 72), layout="constrained")  # 800 × 300 pixels in a browser
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for index, (name, color) in enumerate(HEADLINE.items()):
         seconds = [float(case[name]["seconds_per_iteration"]) for case in cases]
         positions = [case + 0.27 * (index - 1) for case in range(len(cases))]
-        axes.bar(positions, seconds, width=0.25, color=color, label="dfkd_fast engine" if name == ENGINE else name)
+        axes.bar(positions, seconds, width=0.25, color=color, label=HEADLINE_LABELS.get(name, name))
         for position, value, case in zip(positions, seconds, cases, strict=True):
             text = f"{value:.2f}"
             if name == ENGINE:

@@ -487,7 +487,7 @@ def test_the_chart_has_the_peers_first_then_the_rungs_and_the_engine_last(tmp_pa
     assert axes.yaxis_inverted(), "the first bar is at the top"
     assert [round(bar.get_width(), 4) for bar in axes.patches] == [3.6, 1.46, 1.5, 0.79, 3.5, 1.1, 0.31]  # type: ignore[attr-defined]
     assert [text.get_text().strip() for text in axes.texts] == [
-        *("3.6 (0.22×)", "1.46 (0.54×)", "1.5 (0.53×)", "0.79 (1.00×)", "3.5 (0.23×)", "1.1 (0.72×)", "0.31 (2.55×)")
+        *("3.60 (0.22×)", "1.46 (0.54×)", "1.50 (0.53×)", "0.790 (1.00×)", "3.50 (0.23×)", "1.10 (0.72×)", "0.310 (2.55×)")
     ]
     colors = [bar.get_facecolor() for bar in axes.patches]
     assert [len(set(group)) for group in (colors[:4], colors[4:6], colors)] == [1, 1, 3]
@@ -498,7 +498,7 @@ def test_the_chart_compares_with_the_strongest_peer_that_was_measured(tmp_path: 
     first, second = panels([*case(), *weaker], tmp_path / "chart.png", monkeypatch)
     assert first.get_xlabel() == "s/iteration (speedup over plain compiled + malloc reuse)"
     assert second.get_xlabel() == "s/iteration (speedup over plain compiled)"
-    assert second.texts[-1].get_text() == " 0.31 (4.84×)"
+    assert second.texts[-1].get_text() == " 0.310 (4.84×)"
 
 
 def test_the_chart_is_a_png_with_a_panel_per_case(tmp_path: Path) -> None:
@@ -515,7 +515,7 @@ def test_the_headline_figure_has_the_numbers_of_the_csv() -> None:
     assert axes.get_ylabel() == "s/iteration (lower is better)"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["mnist-dfad, bf16\nbatch size 4"]
     labels = axes.get_legend_handles_labels()[1]
-    assert labels == ["plain + malloc reuse", "plain compiled + malloc reuse", "dfkd_fast engine"]
+    assert labels == ["plain + malloc reuse (eager fp32)", "plain compiled + malloc reuse", "dfkd_fast engine"]
 
 
 def test_the_headline_command_writes_the_same_svg_again(

@@ -57,7 +57,7 @@ def falls_back() -> Contender:
 
 
 class Inside:
-    """Calls functions in this process, as workers would in others."""
+    """Calls functions in this process instead of a worker."""
 
     def __init__(self, count: int, prepare: object) -> None:
         measuring._contender.clear()
@@ -110,7 +110,7 @@ def test_contenders_that_fail_hang_or_die_are_failures_and_the_others_are_measur
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_contender_that_fell_back_to_eager_steps_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_fell_back_to_eager_steps_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     records: list[Record] = []
     run(monkeypatch, [[case(ENGINE, falls_back), case("plain")]], context_of(records))
     failed = records[0]
@@ -152,7 +152,7 @@ def test_the_rehearsal_records_whole_rows_kernels_and_a_line_a_recipe() -> None:
 
 @pytest.mark.usefixtures("inside")
 @pytest.mark.parametrize("part", ["memory", "kernels"])
-def test_a_figure_is_recorded_before_the_part_that_fails(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+def test_results_are_recorded_before_the_part_that_fails(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no CUPTI")
 
@@ -176,7 +176,7 @@ def test_without_time_every_case_is_left() -> None:
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_contender_that_the_stages_end_cuts_off_is_left_and_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_the_deadline_stops_is_left_and_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(*_: object, **__: object) -> None:
         raise OutOfTime("out of time")
 
@@ -207,7 +207,7 @@ def test_a_later_call_measures_what_is_left_and_keeps_the_line_of_the_former(mon
 
 
 class Compilers:
-    """In the place of a pool of processes."""
+    """Fake of a pool of processes."""
 
     def __init__(self, function: Callable[[end_to_end.Job], float], processes: int) -> None:
         self.function, self.processes = function, processes
@@ -227,10 +227,10 @@ class Compilers:
 
 
 @pytest.mark.usefixtures("inside")
-def test_what_is_compiled_is_compiled_before_anything_is_timed_and_a_failure_is_only_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_are_compiled_before_anything_is_timed_and_a_failure_affects_only_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_to_end, "Pool", Compilers)
-    monkeypatch.setattr(end_to_end, "prepare", lambda rehearse: None)  # which is for a process of its own
-    monkeypatch.setattr(end_to_end, "COMPILED", ENGINE)  # whose code is not compiled, so that it is there at once
+    monkeypatch.setattr(end_to_end, "prepare", lambda rehearse: None)  # it configures a worker process
+    monkeypatch.setattr(end_to_end, "COMPILED", ENGINE)  # which needs no compilation
     records: list[Record] = []
     run(monkeypatch, [[case("plain"), case(ENGINE), replace(case(ENGINE, fails), recipe=OTHER)]], context_of(records))
     first = records[0]
