@@ -184,8 +184,8 @@ class _StageRun:
 
     def _line(self, line: bytes) -> None:
         try:
-            if line.startswith(b'{"begun"'):
-                self.running = json.loads(line)["begun"]
+            if line.startswith(b'{"started"'):
+                self.running = json.loads(line)["started"]
                 return
             record = parse(line.decode())
         except (TypeError, ValueError) as error:

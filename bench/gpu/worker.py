@@ -72,7 +72,7 @@ def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> 
         rehearse=job["rehearse"],
         deadline=deadline,
         send=lambda record: write(record.line()),
-        announce=lambda case: write(json.dumps({"begun": case})),
+        announce=lambda case: write(json.dumps({"started": case})),
         done=frozenset(job["done"]),
         data_root=Path(job["data_root"]) if job["data_root"] else None,
         origin=job["origin"],
