@@ -58,7 +58,7 @@ WeightsKey = Annotated[
     str, typer.Option(metavar="KEY", help="Where in a file with several states the weights are, such as model_ema or state_dict.teacher.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-Level = Annotated[LogLevel, typer.Option("--log-level", help="What to tell beside the results: progress is info, remarks are warnings.")]
+Level = Annotated[LogLevel, typer.Option("--log-level", help="What to tell beside the results: progress is info, notes are warnings.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint.")]
 
 
@@ -88,7 +88,7 @@ def distill(
     overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
     with computing_on(device) as place, _talking(quiet, log_level) as console:
         if fit:
-            overrides["loop.batch_size"] = command.fitted(load_recipe(recipe, overrides), place).loop.batch_size
+            overrides["loop.batch_size"] = command.with_largest_batch(load_recipe(recipe, overrides), place).loop.batch_size
         with open_run("distill", recipe, overrides, out, resume, place, console) as run:
             command.distill(run)
 

@@ -27,7 +27,7 @@ def fit(monkeypatch: pytest.MonkeyPatch, kind: str, *, training: int, evaluating
     monkeypatch.setattr(distill, "build_players", build)
     monkeypatch.setattr(distill, "Trainer", lambda *networks, device: Trainer(*networks, device=CPU))
     recipe = load_recipe("digits", {"replay.kind": kind, "data.batch_size": 20, "generator.width": 2, "loop.student_steps": 1})
-    return distill.fitted(recipe, torch.device("cuda")).loop.batch_size
+    return distill.with_largest_batch(recipe, torch.device("cuda")).loop.batch_size
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("none", 8), ("memory_bank", 4)])

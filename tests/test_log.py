@@ -47,11 +47,11 @@ def test_quiet_prints_nothing_but_errors(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "trial", "progress", "remark"),
+    ("level", "trial", "progress", "note"),
     [("debug", True, True, True), ("info", False, True, True), ("warning", False, False, True), ("error", False, False, False)],
 )
 def test_the_level_says_what_is_told_beside_the_results(
-    run: Run, monkeypatch: pytest.MonkeyPatch, level: str, trial: bool, progress: bool, remark: bool
+    run: Run, monkeypatch: pytest.MonkeyPatch, level: str, trial: bool, progress: bool, note: bool
 ) -> None:
     monkeypatch.setattr("dfkd_fast.evaluation.Evaluator.__call__", lambda *_: 10.0)
     said = run("distill", "digits", "--out", "a", *TINY, "--log-level", level)
@@ -60,7 +60,7 @@ def test_the_level_says_what_is_told_beside_the_results(
     assert table and "folder" in after
     assert ("trying every kind of step" in before) is trial
     assert ("s/iteration" in before) is progress
-    assert ("which is chance" in before) is remark
+    assert ("which is chance" in before) is note
 
 
 def test_an_unknown_level_is_refused(run: Run) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from dfkd_fast import DfkdError, Recipe, Trainer
 from dfkd_fast.choices import PrecisionName
 from dfkd_fast.engine.clock import Clock
-from dfkd_fast.engine.device import keep_freed_memory
+from dfkd_fast.engine.device import reuse_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import EmaGeneratorSettings
@@ -41,7 +41,7 @@ class Contender:
     student_optimizer: torch.optim.Optimizer
     autocast: PrecisionName = "fp32"
     """What its networks compute in."""
-    remarks: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     """What the engine does differently from what was asked."""
     captured: bool = False
     """Whether its steps are to be replayed as CUDA graphs."""
@@ -146,7 +146,10 @@ def contenders(
         ("+ folded teacher", {"engine.fold_teacher": True}),
     ]
     if device.type == "cpu":
-        features[2:2] = [("+ chosen algorithms", {"engine.cpu_convolutions": True}), ("+ kept memory", {"engine.keep_memory": keep_memory})]
+        features[2:2] = [
+            ("+ chosen algorithms", {"engine.cpu_convolutions": True}),
+            ("+ kept memory", {"engine.malloc_reuse": keep_memory}),
+        ]
     if precision != "fp32":
         features.append(("+ precision", {"engine.precision": precision}))
     if graphs or (graphs is None and device.type == "cuda"):
@@ -202,7 +205,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
         run,
         trainer.state.student_optimizer,
         trainer.state.precision.name,
-        trainer.remarks,
+        trainer.notes,
         captured,
         holds=lambda: trainer.steps.capturing == captured,
     )
@@ -210,7 +213,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
 
 def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, compiled: bool, keep_memory: bool = False) -> Contender:
     if keep_memory:
-        keep_freed_memory()
+        reuse_freed_memory()
     teacher, student, generator = (network.to(device) for network in networks(recipe))
     plain.textbook(generator)
     teacher.requires_grad_(True)

@@ -32,7 +32,7 @@ class Start(NamedTuple):
     autocast: str
     tf32: str
     captured: bool
-    remarks: str
+    notes: str
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ def begin(build: Callable[[], Contender], device: torch.device) -> Start:
     contender = build()
     _contender[:] = [contender]
     contender.run(WARM_UP)
-    remarks = "; ".join(contender.remarks)
+    notes = "; ".join(contender.notes)
     if not contender.holds():
-        raise DfkdError(remarks or "its steps were not captured, and nothing says why")
-    return Start(contender.autocast, _tf32(device, contender.autocast), contender.captured, remarks)
+        raise DfkdError(notes or "its steps were not captured, and nothing says why")
+    return Start(contender.autocast, _tf32(device, contender.autocast), contender.captured, notes)
 
 
 def times(iterations: int) -> Times:

@@ -75,7 +75,7 @@ class Row:
     """Where an NVIDIA GPU may use TF32, of what this contender computes in float32; empty on a CPU."""
     captured: bool = False
     """Whether its steps are replayed as CUDA graphs."""
-    remarks: str = ""
+    notes: str = ""
     """What the engine does differently from what was asked."""
     kernels_per_iteration: float | None = None
     """Kernels that the device runs, memory copies included; None if it was not profiled."""

@@ -215,5 +215,5 @@ def _line(case: Case, row: dict[str, Any]) -> str:
     return (
         f"{case.title} seed {case.recipe.seed}: student {student['last']:.2f} % (best {student['best']:.2f}), teacher"
         f" {row['teacher_accuracy']:.2f} %, {seconds['total']:.1f} s, of which the teacher's {seconds['teacher']:.1f}"
-        f"{''.join(f'; {remark}' for remark in row['remarks'])}"
+        f"{''.join(f'; {note}' for note in row['notes'])}"
     )

@@ -254,7 +254,7 @@ def _record(context: Context, case: Case, row: Row, begin: float) -> None:
         f"TF32 {row.tf32}" if row.tf32 == "nowhere" else f"TF32 in {row.tf32}" if row.tf32 else "",
         f"{row.reserved_mib:.0f} MiB" if row.reserved_mib is not None else "",
         f"{row.kernels_per_iteration:.0f} kernels" if row.kernels_per_iteration is not None else "",
-        row.remarks,
+        row.notes,
     ]
     seconds = round(time.monotonic() - begin, 2)
     context.record(case.name, text=", ".join(filter(None, facts)), seconds=seconds, table="end-to-end", row=table.cells(row))

@@ -115,9 +115,9 @@ def run(context: Context) -> None:
     for name in context.cases(RECIPES, needs=1.0):
         with context.attempt(name):
             iterations = TOY_ITERATIONS if context.rehearse else ITERATIONS
-            remarks, seconds = _steps(name, iterations, context.device)
-            text = "; ".join(remarks) or f"{iterations} iterations, nothing remarked"
-            context.record(name, text=text, seconds=seconds, highlight=bool(remarks))
+            notes, seconds = _steps(name, iterations, context.device)
+            text = "; ".join(notes) or f"{iterations} iterations, nothing remarked"
+            context.record(name, text=text, seconds=seconds, highlight=bool(notes))
     for case in context.cases([Case(*parts) for parts in product(OPERATIONS, BACKENDS, DTYPES, LAYOUTS)]):
         if case.backend not in backends(context.device):
             context.record(str(case), "skipped", why_not(case.backend) or f"does not serve {context.device.type} tensors")
@@ -197,4 +197,4 @@ def _steps(name: str, iterations: int, device: torch.device) -> tuple[list[str],
     if not all(map(math.isfinite, losses.values())):
         raise ArithmeticError(f"losses are not finite: {losses}")
     seconds = trainer.state.clock.read()
-    return trainer.remarks, round(sum(seconds.get(phase, 0.0) for phase in ("student", "generator")), 3)
+    return trainer.notes, round(sum(seconds.get(phase, 0.0) for phase in ("student", "generator")), 3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfkd_fast.errors import FOREIGN, DfkdError, foreign
 from dfkd_fast.out_of_memory import is_out_of_memory
 
-__all__ = ["deep_copy", "dry_run", "evaluating", "freeze", "untaught"]
+__all__ = ["deep_copy", "dry_run", "evaluating", "freeze", "weights_frozen"]
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -40,7 +40,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untaught(network: nn.Module) -> Iterator[None]:
+def weights_frozen(network: nn.Module) -> Iterator[None]:
     """What is called within passes gradients on to its input, and computes none of the weights: not even what they would need is kept."""
     taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in taught:

@@ -67,7 +67,7 @@ def test_the_features_are_switched_on_one_after_another(monkeypatch: pytest.Monk
     assert differences == [
         {"engine.channels_last"},
         {"engine.cpu_convolutions"},
-        {"engine.keep_memory"},
+        {"engine.malloc_reuse"},
         {"textbook"},
         {"kernels"},
         {"engine.fold_teacher"},
@@ -197,7 +197,7 @@ def test_a_contender_that_is_not_captured_as_it_should_be_is_refused(monkeypatch
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 
     def build() -> contenders.Contender:
-        return contenders.Contender(lambda _: [], optimizer, remarks=["the student step: no"], captured=True, holds=lambda: False)
+        return contenders.Contender(lambda _: [], optimizer, notes=["the student step: no"], captured=True, holds=lambda: False)
 
     with pytest.raises(DfkdError, match=r"^the student step: no$"):
         measuring.begin(build, CPU)

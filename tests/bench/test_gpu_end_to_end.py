@@ -52,8 +52,8 @@ def dies() -> Contender:
 
 def falls_back() -> Contender:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    remark = "steps run eagerly, not as CUDA graphs: the student step: an operation waits"
-    return Contender(lambda count: [(1.0, 2.0)] * count, optimizer, "bf16", [remark], captured=True, holds=lambda: False)
+    note = "steps run eagerly, not as CUDA graphs: the student step: an operation waits"
+    return Contender(lambda count: [(1.0, 2.0)] * count, optimizer, "bf16", [note], captured=True, holds=lambda: False)
 
 
 class Inside:
