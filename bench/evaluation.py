@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dfkd_fast.data import Batches, DaliBatches, FolderBatches, Listing, read_listing, view_of
+from dfkd_fast.data import Batches, DaliBatches, FolderBatches, ImageList, eval_transform_of, read_listing
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import evaluate
 from dfkd_fast.models import build_model
@@ -49,7 +49,7 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
     Raises:
         DfkdError: There are no such files, or the loaders return different labels or pixels.
     """
-    listing, view = _originals(root, images), view_of(MODEL)
+    listing, view = _originals(root, images), eval_transform_of(MODEL)
     loaders: dict[str, Batches] = {
         "torchvision": FolderBatches(listing, view, BATCH, workers),
         "dali": DaliBatches(listing, view, BATCH, workers, CPU, torch.float32),
@@ -90,7 +90,7 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
     return rows
 
 
-def _originals(root: Path, images: int) -> Listing:
+def _originals(root: Path, images: int) -> ImageList:
     """Return ``images`` files that must be resized; files are repeated if there are fewer."""
     everything = read_listing("imagenet", root)
     large = [index for index, path in enumerate(everything.paths) if min(Image.open(path).size) > 256]

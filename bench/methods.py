@@ -54,7 +54,7 @@ def measure(names: Sequence[str], device: torch.device, turns: int, command: str
             Row(
                 recipe=recipe.name,
                 fresh_rows=recipe.loop.batch_size,
-                replayed_rows=trainer.state.memory.rows if trainer.state.memory else 0,
+                replayed_rows=trainer.state.replay_source.rows if trainer.state.replay_source else 0,
                 iteration_ms=round(1e3 * statistics.median(turn[index] for turn in seconds), 3),
                 times_first=round(statistics.median(turn[index] / turn[0] for turn in seconds), 4),
                 peak_memory_mib=round(memory[index], 1),
@@ -70,11 +70,11 @@ def _trainer(recipe: Recipe, device: torch.device) -> Trainer:
     teacher, student, generator = networks(recipe)
     trainer = Trainer(teacher, student, generator, recipe, device=device)
     _seconds(trainer)
-    if (memory := trainer.state.memory) is not None:
+    if (replay_source := trainer.state.replay_source) is not None:
         for epoch in range(1, recipe.loop.epochs + 1):
-            if not memory.ready:
-                memory.end_epoch(epoch, trainer.state.fresh)
-        if not memory.ready:
+            if not replay_source.ready:
+                replay_source.end_epoch(epoch, trainer.state.fresh)
+        if not replay_source.ready:
             raise DfkdError(f"recipe {recipe.name!r}: its replay source stays empty")
     return trainer
 

@@ -19,20 +19,20 @@ from .environment import whole_number
 from .errors import DfkdError, first_line
 
 __all__ = [
-    "any_of",
+    "all_gather",
+    "all_reduce_sum",
+    "any_rank",
     "average_",
     "barrier",
     "broadcast_",
-    "ended_elsewhere",
+    "failed_elsewhere",
     "fresh_part",
-    "gathered",
     "local",
     "mean",
     "process_group",
     "rank",
+    "reports_exit",
     "restarted",
-    "says_the_end",
-    "summed",
     "world_size",
 ]
 
@@ -128,7 +128,7 @@ def _interruptible(wait: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def ended_elsewhere(*, wait: float) -> bool:
+def failed_elsewhere(*, wait: float) -> bool:
     """Whether another process of this attempt has said why the command ends; only torchrun's processes can know.
 
     Args:
@@ -144,12 +144,12 @@ def ended_elsewhere(*, wait: float) -> bool:
         return False
 
 
-def says_the_end() -> bool:
+def reports_exit() -> bool:
     """Whether this process is to say why the command ends: only the first that asks is, or any where torchrun's store is out of reach.
 
     Rank 0 need not wait; the others give it a moment, so that an error that all of them have is said by it.
     """
-    if os.environ.get("RANK", "0") != "0" and ended_elsewhere(wait=GRACE):
+    if os.environ.get("RANK", "0") != "0" and failed_elsewhere(wait=GRACE):
         return False
     try:
         return int(_launchers_store().add(_ended(), 1)) == 1
@@ -191,7 +191,7 @@ def fresh_part(store: Store, rank: int, world_size: int) -> Store:
     return PrefixStore(part, store)
 
 
-def summed(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum of every process's tensor, in place."""
     if world_size() > 1:
         distributed.all_reduce(tensor)
@@ -208,11 +208,11 @@ def mean(tensor: Tensor) -> Tensor:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return summed(tensor.clone())
+        return all_reduce_sum(tensor.clone())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return summed(gradient.clone())
+        return all_reduce_sum(gradient.clone())
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = summed(torch.cat([tensor.reshape(-1) for tensor in alike])).div_(world_size())
+        flat = all_reduce_sum(torch.cat([tensor.reshape(-1) for tensor in alike])).div_(world_size())
         parts = flat.split([tensor.numel() for tensor in alike])
         torch._foreach_copy_(alike, [part.view(tensor.shape) for part, tensor in zip(parts, alike, strict=True)])
 
@@ -235,7 +235,7 @@ def broadcast_(tensors: Sequence[Tensor]) -> None:
             distributed.broadcast(tensor, 0)
 
 
-def gathered(found: list[Any]) -> list[Any]:
+def all_gather(found: list[Any]) -> list[Any]:
     """Every process's list, one after the other."""
     if world_size() == 1:
         return found
@@ -244,11 +244,11 @@ def gathered(found: list[Any]) -> list[Any]:
     return [entry for theirs in everyone for entry in theirs]
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether any process says so; through gloo, so that no GPU is waited for."""
-    return flag if world_size() == 1 else bool(summed(torch.tensor(float(flag))))
+    return flag if world_size() == 1 else bool(all_reduce_sum(torch.tensor(float(flag))))
 
 
 def barrier() -> None:
     """Wait for the others."""
-    any_of(False)
+    any_rank(False)

@@ -16,7 +16,8 @@ RENAMED = {
     "loop.micro_batches": "engine.micro_batches",
     "loop.compile": "engine.compile",
     "loop.capture": "engine.capture",
-    "loop.keep_memory": "engine.keep_memory",
+    "loop.keep_memory": "engine.malloc_reuse",
+    "engine.keep_memory": "engine.malloc_reuse",
     "replay.ema_decay": "replay.ema_generator.decay",
 }
 """Dotted paths in a recipe, of version 0.1.0, and of now."""

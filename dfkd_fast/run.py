@@ -17,7 +17,7 @@ from .console import shell_quoted
 from .engine import Epoch
 from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
-from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, first_line, in_words
+from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, describe_os_error, first_line
 from .interrupt import Interrupted, stopping_on_signals
 from .log import LOGGER
 from .models import names_code
@@ -96,17 +96,17 @@ class Run:
         """Count the seconds of earlier processes; what is told again, as part of a larger sum, counts once."""
         self._before = max(self._before, seconds)
 
-    def say(self, remark: str) -> None:
+    def note(self, note: str) -> None:
         """Tell the user, in one line, what a reader of the figures must know."""
-        LOGGER.warning("%s", remark)
+        LOGGER.warning("%s", note)
 
     def begin(self) -> None:
         """Make the folder and put the recipe there; called once everything that can be checked was, by all processes."""
         distributed.barrier()
-        if not self.resumed:  # else its checkpoints have a say first, see go_on
+        if not self.resumed:  # else its checkpoints have a say first, see resume
             self.folder.write_recipe(recipe_to_toml(self.recipe))
 
-    def go_on(self, training: Training, checkpoints: Path) -> None:
+    def resume(self, training: Training, checkpoints: Path) -> None:
         """Load the newest undamaged checkpoint into a training, if there is one; damaged ones are named, and renamed.
 
         Only then is the folder's recipe what this run's is, for options may have moved data and teacher.
@@ -129,7 +129,7 @@ class Run:
         if found is not None:
             path, problems = found
             for problem in problems:
-                self.say(f"{problem}; going on from {path}")
+                self.note(f"{problem}; going on from {path}")
             self._load(training, path, loaded[0] if loaded else load_checkpoint(path))
         self.folder.write_recipe(recipe_to_toml(self.recipe))
 
@@ -164,7 +164,7 @@ class Run:
                 continue
             raise DfkdError(f"{what} is of another run: {name} is {before!r} there, and {after!r} in {self.folder.recipe}")
 
-    def drive(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None], sizes: Sequence[str]) -> None:
+    def train(self, training: Training, checkpoints: Path, on_epoch: Callable[[Epoch], None], sizes: Sequence[str]) -> None:
         """Run the epochs that are left, with a checkpoint every so many of them, and one when interrupted.
 
         Args:
@@ -200,7 +200,7 @@ class Run:
             except (NonFiniteLossError, OutOfMemoryError) as error:
                 raise type(error)(f"{error}; {_last_good(checkpoints)}") from error
             except OSError as error:
-                raise DfkdError(f"{in_words(error)}; {_last_good(checkpoints)}; {self._going_on}") from error
+                raise DfkdError(f"{describe_os_error(error)}; {_last_good(checkpoints)}; {self._going_on}") from error
             except Exception as error:
                 if not caught or isinstance(error, DfkdError):
                     raise
@@ -267,7 +267,7 @@ def open_run(
             folder.release()
         raise
     if not lockable:
-        run.say(f"the file system of {path} has no locks: nothing keeps another process from the same folder")
+        run.note(f"the file system of {path} has no locks: nothing keeps another process from the same folder")
     return run
 
 
@@ -279,7 +279,7 @@ def _first_decides(decide: Callable[[], T]) -> T:
             outcome = [decide()]
         except (DfkdError, OSError) as error:
             outcome = [error]
-    decided = distributed.gathered(outcome)[0]
+    decided = distributed.all_gather(outcome)[0]
     if isinstance(decided, DfkdError | OSError):
         raise decided
     return decided

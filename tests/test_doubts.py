@@ -19,8 +19,8 @@ def evaluating_to(patch: pytest.MonkeyPatch, *accuracies: float) -> None:
     patch.setattr(Evaluator, "__call__", lambda *_: left.pop(0) if len(left) > 1 else left[0])
 
 
-def remarks() -> list[str]:
-    return list(json.loads(Path("a/summary.json").read_text())["remarks"])
+def notes() -> list[str]:
+    return list(json.loads(Path("a/summary.json").read_text())["notes"])
 
 
 def test_a_student_at_chance_after_a_quarter_of_the_epochs_is_told_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,20 +32,20 @@ def test_a_student_at_chance_after_a_quarter_of_the_epochs_is_told_once(run: Run
     assert len(lines) == 1
     assert "data.mean" in lines[0]
     assert "student_optimizer.lr = 0.002" in lines[0]
-    assert remarks() == lines
+    assert notes() == lines
 
 
 def test_it_is_told_at_the_first_evaluation_after_the_quarter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluating_to(monkeypatch, 97.0, 9.8)
     run("distill", "digits", "--out", "a", *TINY, "--set", "loop.evaluate_every=3")
-    assert [remark.partition(" epochs")[0] for remark in remarks()] == ["after 3 of 8"]
+    assert [note.partition(" epochs")[0] for note in notes()] == ["after 3 of 8"]
 
 
 def test_a_student_that_has_learnt_something_by_then_is_not_doubted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluating_to(monkeypatch, 97.0, 9.8, 60.0, 9.8)
     said = run("distill", "digits", "--out", "a", *TINY)
     assert "chance" not in said.out
-    assert remarks() == []
+    assert notes() == []
 
 
 def test_a_teacher_at_chance_is_told_before_the_distillation_and_its_student_is_not_doubted(
@@ -57,5 +57,5 @@ def test_a_teacher_at_chance_is_told_before_the_distillation_and_its_student_is_
     lines = said.out.splitlines()
     told = next(number for number, line in enumerate(lines) if line.startswith(doubt))
     assert told < next(number for number, line in enumerate(lines) if "student 1/8" in line)
-    assert len(remarks()) == 1
-    assert remarks()[0].startswith(doubt)
+    assert len(notes()) == 1
+    assert notes()[0].startswith(doubt)

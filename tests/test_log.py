@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dfkd_fast.log import LOGGER, shown_on
+from dfkd_fast.log import LOGGER, log_to_console
 from tests.command_line import Run
 
 TINY = [
@@ -17,7 +17,7 @@ TINY = [
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_a_message_is_shown_as_it_is_from_its_level_on(level: str) -> None:
     out = io.StringIO()
-    with shown_on(Console(file=out), level):  # type: ignore[arg-type]
+    with log_to_console(Console(file=out), level):  # type: ignore[arg-type]
         for name in ("debug", "info", "warning", "error"):
             LOGGER.log(getattr(logging, name.upper()), "[b]%s[/b]", name)
     names = ["debug", "info", "warning", "error"]
@@ -26,7 +26,7 @@ def test_a_message_is_shown_as_it_is_from_its_level_on(level: str) -> None:
 
 def test_outside_of_a_command_the_logger_is_the_user_s(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     before = list(LOGGER.handlers)
-    with shown_on(Console(quiet=True), "error"):
+    with log_to_console(Console(quiet=True), "error"):
         pass
     assert LOGGER.handlers == before
     assert LOGGER.propagate
@@ -47,11 +47,11 @@ def test_quiet_prints_nothing_but_errors(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "trial", "progress", "remark"),
+    ("level", "trial", "progress", "note"),
     [("debug", True, True, True), ("info", False, True, True), ("warning", False, False, True), ("error", False, False, False)],
 )
 def test_the_level_says_what_is_told_beside_the_results(
-    run: Run, monkeypatch: pytest.MonkeyPatch, level: str, trial: bool, progress: bool, remark: bool
+    run: Run, monkeypatch: pytest.MonkeyPatch, level: str, trial: bool, progress: bool, note: bool
 ) -> None:
     monkeypatch.setattr("dfkd_fast.evaluation.Evaluator.__call__", lambda *_: 10.0)
     said = run("distill", "digits", "--out", "a", *TINY, "--log-level", level)
@@ -60,7 +60,7 @@ def test_the_level_says_what_is_told_beside_the_results(
     assert table and "folder" in after
     assert ("trying every kind of step" in before) is trial
     assert ("s/iteration" in before) is progress
-    assert ("which is chance" in before) is remark
+    assert ("which is chance" in before) is note
 
 
 def test_an_unknown_level_is_refused(run: Run) -> None:

@@ -11,6 +11,7 @@ from dfkd_fast import DfkdError, load_recipe
 from dfkd_fast.renamed import RENAMED, RenamedKeyWarning, current_keys
 from tests.command_line import Run
 
+OF_0_1_0 = {old: new for old, new in RENAMED.items() if not old.startswith("engine.")}
 RUN = Path(__file__).parent / "artefacts" / "0.1.0" / "mad" / "finished" / "recipe.toml"
 
 
@@ -21,11 +22,11 @@ def value_at(content: Any, path: str) -> Any:
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_an_earlier_name_is_read_as_the_present_one_and_told(old: str, new: str) -> None:
+def test_an_old_key_is_read_as_the_new_one_with_a_warning(old: str, new: str) -> None:
     section, key = old.split(".")
-    with pytest.warns(RenamedKeyWarning) as told:
+    with pytest.warns(RenamedKeyWarning) as caught:
         current = current_keys({section: {key: 7, "other": 1}}, "it")
-    assert [str(warning.message) for warning in told] == [f"{old} is now called {new}"]
+    assert [str(warning.message) for warning in caught] == [f"{old} is now called {new}"]
     assert value_at(current, new) == 7
     assert current[section]["other"] == 1
     assert key not in current[section]
@@ -44,7 +45,7 @@ def test_a_key_under_both_names_is_refused(old: str, new: str) -> None:
         current_keys(content, "it")
 
 
-def test_what_was_given_is_left_alone_and_other_content_is_as_it_was() -> None:
+def test_the_input_is_not_modified() -> None:
     given = {"loop": {"epochs": 3, "capture": False}, "name": "a"}
     with pytest.warns(RenamedKeyWarning):
         assert current_keys(given, "it") == {"loop": {"epochs": 3}, "engine": {"capture": False}, "name": "a"}
@@ -52,29 +53,29 @@ def test_what_was_given_is_left_alone_and_other_content_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("content", [{"loop": 3}, {"loop": {"capture": False}, "engine": 5}])
-def test_what_is_no_section_is_left_to_the_recipes_checks(content: dict[str, Any]) -> None:
+def test_a_section_that_is_not_a_table_is_left_to_validation(content: dict[str, Any]) -> None:
     assert current_keys(content, "it") == content
 
 
-def test_a_recipe_tells_each_renamed_key_once_however_often_it_is_read() -> None:
-    with warnings.catch_warnings(record=True) as told:
+def test_a_renamed_key_is_warned_about_once_however_often_the_recipe_is_read() -> None:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default", RenamedKeyWarning)
         for _ in range(3):
             load_recipe(str(RUN), {"loop.precision": "fp32"})
-    texts = [str(warning.message) for warning in told]
-    assert sorted(texts) == sorted(f"{old} is now called {new}" for old, new in RENAMED.items())
+    texts = [str(warning.message) for warning in caught]
+    assert sorted(texts) == sorted(f"{old} is now called {new}" for old, new in OF_0_1_0.items())
 
 
 @pytest.mark.filterwarnings("ignore::dfkd_fast.renamed.RenamedKeyWarning")
-def test_a_table_that_replaces_a_section_may_hold_earlier_names() -> None:
+def test_an_override_that_replaces_a_section_may_use_old_keys() -> None:
     recipe = load_recipe("digits", {"loop": {"precision": "bf16", "epochs": 3}, "replay": {"kind": "ema_generator", "ema_decay": 0.3}})
     assert (recipe.engine.precision, recipe.loop.epochs, recipe.loop.batch_size) == ("bf16", 3, 256)  # the section's own default
     assert value_at(recipe, "replay.ema_generator.decay") == 0.3
 
 
-def test_a_command_tells_each_renamed_key_once_however_many_files_hold_it(run: Run, tmp_path: Path) -> None:
+def test_a_command_warns_about_a_renamed_key_once_however_many_files_hold_it(run: Run, tmp_path: Path) -> None:
     old, folder = RUN.parent.parent, tmp_path / "run"
     shutil.copytree(old / "interrupted", folder)
-    said = run("distill", str(old / "tiny-mad.toml"), "--out", str(folder), "--resume", "--device", "cpu")
-    assert said.code == 0
-    assert sorted(said.err.splitlines()) == sorted(f"dfkd-fast: {old} is now called {new}" for old, new in RENAMED.items())
+    result = run("distill", str(old / "tiny-mad.toml"), "--out", str(folder), "--resume", "--device", "cpu")
+    assert result.code == 0
+    assert sorted(result.err.splitlines()) == sorted(f"dfkd-fast: {old} is now called {new}" for old, new in OF_0_1_0.items())

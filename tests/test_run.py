@@ -342,7 +342,7 @@ def check_agreement(folder: Path) -> None:
     if distributed.rank() > 0:
         time.sleep(0.5)  # the first process has made the folder by then
     with opened() as one:
-        assert distributed.gathered([str(one.folder.path)]) == ["runs/digits-2"] * 2
+        assert distributed.all_gather([str(one.folder.path)]) == ["runs/digits-2"] * 2
         one.begin()
         distributed.barrier()
         with pytest.raises(ValueError, match="in use by process"):
@@ -360,7 +360,7 @@ def check_agreement(folder: Path) -> None:
     class Told:
         load_state_dict = staticmethod(loaded.append)
 
-    one.go_on(Told(), checkpoints)  # type: ignore[arg-type]
+    one.resume(Told(), checkpoints)  # type: ignore[arg-type]
     assert loaded == [{"at": 1}]
 
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 from dfkd_fast import DfkdError, Recipe, Trainer
 from dfkd_fast.choices import PrecisionName
 from dfkd_fast.engine.clock import Clock
-from dfkd_fast.engine.device import keep_freed_memory
+from dfkd_fast.engine.device import reuse_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import EmaGeneratorSettings
@@ -160,7 +160,7 @@ def contenders(
             builders[name] = partial(
                 _plain, recipe, device, precision if compiled else "fp32", compiled=compiled, malloc_reuse=reused and malloc_reuse
             )
-    switches = ("channels_last", "cpu_convolutions", "keep_memory", "fold_teacher", "capture")
+    switches = ("channels_last", "cpu_convolutions", "malloc_reuse", "fold_teacher", "capture")
     textbook = {"textbook": True, "kernels": False, "engine.precision": "fp32"} | {f"engine.{name}": False for name in switches}
     features: list[tuple[str, dict[str, Any]]] = [
         ("+ no redundant gradients", textbook),
@@ -168,7 +168,7 @@ def contenders(
     ]
     if on_cpu:
         features.append(("+ CPU convolution selection", {"engine.cpu_convolutions": True}))
-        features.append(("+ malloc reuse", {"engine.keep_memory": malloc_reuse}))
+        features.append(("+ malloc reuse", {"engine.malloc_reuse": malloc_reuse}))
     features.append(("+ transposed convolution", {"textbook": False}))
     features.append(("+ fused kernels", {"kernels": True}))
     features.append(("+ folded teacher", {"engine.fold_teacher": True}))
@@ -226,7 +226,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
         run,
         trainer.state.student_optimizer,
         trainer.state.precision.name,
-        trainer.remarks,
+        trainer.notes,
         captured,
         capture_succeeded=lambda: trainer.steps.capturing == captured,
     )
@@ -234,7 +234,7 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
 
 def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, compiled: bool, malloc_reuse: bool = False) -> Contender:
     if malloc_reuse:
-        keep_freed_memory()
+        reuse_freed_memory()
     teacher, student, generator = (network.to(device) for network in networks(recipe))
     plain.textbook(generator)
     teacher.requires_grad_(True)

@@ -197,4 +197,4 @@ def _steps(name: str, iterations: int, device: torch.device) -> tuple[list[str],
     if not all(map(math.isfinite, losses.values())):
         raise ArithmeticError(f"losses are not finite: {losses}")
     seconds = trainer.state.clock.read()
-    return trainer.remarks, round(sum(seconds.get(phase, 0.0) for phase in ("student", "generator")), 3)
+    return trainer.notes, round(sum(seconds.get(phase, 0.0) for phase in ("student", "generator")), 3)

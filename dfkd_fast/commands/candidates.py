@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dfkd_fast.choices import PrecisionName
-from dfkd_fast.data import DATA_SETS, DataSettings, read_listing, view_of
+from dfkd_fast.data import DATA_SETS, DataSettings, eval_transform_of, read_listing
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import load_pretrained, load_weights, names_code, read_metadata
@@ -141,7 +141,7 @@ def _pretrained(model: str, weights: Path | None, request: EvaluationRequest, lo
     root = request.overrides.get("data.root")
     if request.data is None or root is None:
         raise DfkdError(f"--model {model}: needs --data and --data-root, the images to evaluate it on")
-    view = view_of(model, weights, log=log)
+    view = eval_transform_of(model, weights, log=log)
     seen = {"image_size": view.crop, "resize": view.resize, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
     classes = DATA_SETS[request.data].classes or read_listing(request.data, Path(root)).classes
     content = {"name": model, "student": {"model": model}, "data": {"channels": len(view.mean), "num_classes": classes, **seen}}

@@ -29,11 +29,11 @@ from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import evaluating
 
-from .networks import build_network, build_players, check_teacher, load_given_teacher
-from .rehearsal import begin_encoder, check_trainable, rehearse, step_sizes
+from .networks import build_network, build_networks, check_teacher, load_given_teacher
+from .rehearsal import check_trainable, initialize_encoder, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
 
-__all__ = ["distill", "fitted", "teach"]
+__all__ = ["auto_batch_size", "distill", "teach"]
 
 OF_THE_TEACHER = {"seed", "data", "teacher", "teacher_optimizer"}
 """What a trained teacher depends on of a recipe."""
@@ -47,7 +47,7 @@ def teach(run: Run) -> float:
     with memory_for("the teacher", sizes_of(recipe, "teacher.model", "data.image_size", "data.channels", "data.num_classes")):
         teacher = build_network(recipe, "teacher").to(run.device)
         check_teacher(recipe, teacher, run.device)
-    evaluate = Evaluator(recipe.data, run.device, run.say)
+    evaluate = Evaluator(recipe.data, run.device, run.note)
     _obtain_teacher(run, teacher)
     accuracy = evaluate(teacher)
     rows = [
@@ -66,20 +66,20 @@ def distill(run: Run) -> dict[str, Any]:
     Of the data, only ``evaluate`` reaches the trainer, and only to report.
     """
     recipe, folder, device = run.recipe, run.folder, run.device
-    teacher, student, generator = build_players(recipe, device)
+    teacher, student, generator = build_networks(recipe, device)
     rehearse(run, teacher, student, generator)
-    evaluate = Evaluator(recipe.data, device, run.say) if recipe.data.has_images else None
+    evaluate = Evaluator(recipe.data, device, run.note) if recipe.data.has_images else None
     teacher_seconds = _obtain_teacher(run, teacher)
     with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
         teacher_accuracy = evaluate(teacher) if evaluate else None
     if teacher_accuracy is not None and (doubt := _doubt_of_teacher(recipe, teacher_accuracy)):
-        run.say(doubt)
-    begin_encoder(recipe, student, teacher)
+        run.note(doubt)
+    initialize_encoder(recipe, student, teacher)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
-    run.go_on(trainer, folder.checkpoints)
-    for remark in trainer.remarks:
-        run.say(remark)
+    run.resume(trainer, folder.checkpoints)
+    for note in trainer.notes:
+        run.note(note)
     _train_student(run, trainer, teacher_accuracy)
     iou = evaluate.iou({"teacher": teacher, "student": trainer.result}) if evaluate else {}
 
@@ -92,7 +92,7 @@ def distill(run: Run) -> dict[str, Any]:
     return summary
 
 
-def fitted(recipe: Recipe, device: torch.device) -> Recipe:
+def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with the largest batch that fits into the GPU.
 
     Raises:
@@ -109,7 +109,7 @@ def fitted(recipe: Recipe, device: torch.device) -> Recipe:
         return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 
     def attempt(size: int) -> None:
-        trainer = Trainer(*build_players(recipe, device), with_batch(size), device=device)
+        trainer = Trainer(*build_networks(recipe, device), with_batch(size), device=device)
         trainer.steps.warm_up()
         if data.has_images:  # the evaluation between two epochs, beside what the steps keep
             images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)
@@ -134,7 +134,7 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
     """
     wanted, stored = run.recipe.teacher.weights, run.folder.teacher
     if wanted:
-        load_given_teacher(run.recipe, teacher, run.say)
+        load_given_teacher(run.recipe, teacher, run.note)
         run.begin()
         return 0.0
     for name in ("sha256", "weights_key"):
@@ -166,10 +166,10 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     training = TeacherTrainer(
         teacher, loader, recipe.teacher_optimizer, settings.epochs, stream, run.device, focal_gamma=settings.focal_gamma
     )
-    run.go_on(training, run.folder.teacher_checkpoints)
+    run.resume(training, run.folder.teacher_checkpoints)
     with Progress(run.console, "teacher", settings.epochs, len(loader), training.done * len(loader)) as progress:
         training.on_batch = lambda count: progress.iteration(training.done * len(loader) + count)
-        run.drive(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
+        run.train(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
     seconds = training.clock.read()["teacher"]
     run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
     return seconds
@@ -182,7 +182,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
         progress.epoch(epoch)
         if epoch is _judged(recipe, trainer.history):
             for doubt in _doubts(recipe, trainer.history, teacher_accuracy):
-                run.say(doubt)
+                run.note(doubt)
         folder.log(epoch)
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
             folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
@@ -200,7 +200,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
         loop, metric = recipe.loop, recipe.data.metric
         with Progress(run.console, "student", loop.epochs, loop.iterations_per_epoch, trainer.iterations_done, metric) as progress:
             trainer.on_iteration = lambda trainer: progress.iteration(trainer.iterations_done)
-            run.drive(trainer, folder.checkpoints, report, (*step_sizes(recipe), "data.batch_size", "report.samples"))
+            run.train(trainer, folder.checkpoints, report, (*step_sizes(recipe), "data.batch_size", "report.samples"))
     finally:
         folder.end_log()
 
@@ -266,7 +266,7 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
         "retention": found,
-        "remarks": [*trainer.remarks, *_doubts(run.recipe, trainer.history, teacher_accuracy)],
+        "notes": [*trainer.notes, *_doubts(run.recipe, trainer.history, teacher_accuracy)],
         "drift": {name: fmean(drift[name] for drift in drifts) for name in drifts[0]} if drifts else None,
         "seconds": {
             "total": run.seconds,
@@ -290,7 +290,7 @@ def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder)
             ("student, all epochs", f"best {student['best']:.2f} %, mean {student['mean']:.2f} %, variance {student['variance']:.2f}"),
             ("largest drop", f"{summary['retention']['largest_drop']:.2f} points"),
         ]
-    rows += [("remark", remark) for remark in summary["remarks"]]
+    rows += [("note", note) for note in summary["notes"]]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     rows += [("seconds", f"{seconds['total']:.1f} ({parts})"), ("folder", str(folder.path))]
     print_table(console, (summary["recipe"], f"seed {summary['seed']}, {summary['device']}"), rows)

@@ -19,9 +19,9 @@ from dfkd_fast.data import DATA_SETS, DataSettings, evaluation_batches
 from dfkd_fast.engine.precision import Precision
 from dfkd_fast.errors import DfkdError, unknown
 from dfkd_fast.evaluation import (
+    ClassificationMetrics,
     Evaluation,
-    Figures,
-    SegmentationFigures,
+    SegmentationMetrics,
     check_readable,
     evaluate,
     evaluate_segmentation,
@@ -183,7 +183,7 @@ def _one_pass(
             "autocast": lowered.autocast,
             "on_batch": lambda count: progress.advance(bar, count),
         }
-        done: Evaluation[Figures] | Evaluation[SegmentationFigures]
+        done: Evaluation[ClassificationMetrics] | Evaluation[SegmentationMetrics]
         if data.task == "segmentation":
             done = evaluate_segmentation(networks, batches, device, num_classes=data.num_classes, **options)
         else:
@@ -191,7 +191,7 @@ def _one_pass(
     check_readable(done.unreadable, done.count, data)
     agreements = {one.network: {name: value for name, value in asdict(one).items() if name != "network"} for one in done.agreements}
 
-    def described(one: Candidate, figures: Figures | SegmentationFigures) -> Evaluated:
+    def described(one: Candidate, figures: ClassificationMetrics | SegmentationMetrics) -> Evaluated:
         common: dict[str, Any] = {
             "weights": one.name,
             "role": one.role,
@@ -202,7 +202,7 @@ def _one_pass(
             "agreement": agreements.get(one.name),
             "unreadable": done.unreadable,
         }
-        if isinstance(figures, SegmentationFigures):
+        if isinstance(figures, SegmentationMetrics):
             iou = named_iou(data, figures)
             return EvaluatedSegmenter(**common, miou=figures.miou, pixel_accuracy=figures.pixel_accuracy, iou=iou)
         return EvaluatedClassifier(**common, top1=figures.top1, top5=figures.top5)

@@ -16,15 +16,15 @@ from torch.utils.dlpack import from_dlpack
 
 from dfkd_fast.errors import DfkdError
 
+from .eval_transform import EvalTransform
 from .folder import FolderBatches
 from .headers import is_plain
-from .listing import Listing
-from .view import View
+from .image_lists import ImageList
 
-__all__ = ["DaliBatches", "why_not_dali"]
+__all__ = ["DaliBatches", "dali_unavailable_reason"]
 
 
-def why_not_dali(view: View) -> str | None:
+def dali_unavailable_reason(view: EvalTransform) -> str | None:
     """Why DALI cannot serve this view here; None if it can."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return "DALI is not installed (pip install nvidia-dali-cuda130)"
@@ -60,8 +60,10 @@ class DaliBatches:
         DfkdError: DALI cannot serve this here.
     """
 
-    def __init__(self, listing: Listing, view: View, batch_size: int, threads: int, device: torch.device, dtype: torch.dtype) -> None:
-        if (reason := why_not_dali(view)) is not None:
+    def __init__(
+        self, listing: ImageList, view: EvalTransform, batch_size: int, threads: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if (reason := dali_unavailable_reason(view)) is not None:
             raise DfkdError(f"loader 'dali': {reason}; use data.loader = 'torchvision'")
         with ThreadPoolExecutor() as pool:
             plain = list(pool.map(_is_dalis, listing.paths))

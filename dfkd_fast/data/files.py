@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from dfkd_fast.errors import DfkdError
 
-from .dali import DaliBatches, why_not_dali
+from .dali import DaliBatches, dali_unavailable_reason
 from .folder import FolderBatches, TrainingImages
-from .listing import Listing
+from .image_lists import ImageList
 from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings, check_channels, root_of
 from .splits import Augment, Split
 
@@ -25,9 +25,9 @@ __all__ = ["FileSet", "read_listing"]
 class FileSet(DataSet):
     """A data set of image files."""
 
-    list_files: Callable[[Path, int | None], Listing]
+    list_files: Callable[[Path, int | None], ImageList]
     """From where it lies, and its number of classes where that is known, the files to test on."""
-    list_training: Callable[[Path], Listing] | None = None
+    list_training: Callable[[Path], ImageList] | None = None
     """The files to train on, some of every class; None where there are none."""
     has_every_class: bool = True
     """Whether some file is of the last class, so that the number of classes can be told from the files."""
@@ -40,10 +40,10 @@ class FileSet(DataSet):
         if listing.classes > settings.num_classes or (self.has_every_class and listing.classes != settings.num_classes):
             raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.root} has {listing.classes} classes")
         check_channels(settings)
-        if listing.remark:
-            access.log(listing.remark)
+        if listing.note:
+            access.log(listing.note)
         listing = listing.take(access.choose(len(listing)))
-        view, why_not = settings.view, why_not_dali(settings.view)
+        view, why_not = settings.view, dali_unavailable_reason(settings.view)
         if settings.loader == "dali" or (settings.loader == "auto" and why_not is None):
             if view.interpolation == "bicubic":
                 access.log("DALI's bicubic resizing rounds otherwise than PIL's; data.loader = 'torchvision' is exact")
@@ -62,7 +62,7 @@ class FileSet(DataSet):
             raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.root}/train has {listing.classes} classes")
         return TrainingImages(listing, _changes(settings, augment), strict=settings.strict)
 
-    def listing(self, name: str, root: Path) -> Listing:
+    def listing(self, name: str, root: Path) -> ImageList:
         """The files to test on; see :func:`read_listing`."""
         listing = self.list_files(root, self.classes)
         if not listing.paths:
@@ -70,11 +70,11 @@ class FileSet(DataSet):
         if self.test_images is None or len(listing) == self.test_images:
             return listing
         part = f"{len(listing):,} of the {self.test_images:,} validation images of {name}"
-        remark = f"{root} has {part}: what is measured is no {name} accuracy"
-        return replace(listing, remark=f"{listing.remark}; {remark}" if listing.remark else remark)
+        note = f"{root} has {part}: what is measured is no {name} accuracy"
+        return replace(listing, note=f"{listing.note}; {note}" if listing.note else note)
 
 
-def read_listing(name: str, root: Path) -> Listing:
+def read_listing(name: str, root: Path) -> ImageList:
     """The image files that a data set is tested on.
 
     Args:

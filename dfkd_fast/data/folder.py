@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dfkd_fast.errors import DfkdError, first_line
 
-from .listing import Listing
-from .view import View
+from .eval_transform import EvalTransform
+from .image_lists import ImageList
 
 __all__ = ["FolderBatches", "TrainingImages", "Unreadable", "open_image"]
 
@@ -38,7 +38,7 @@ def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
 
 
 class _Images(Dataset[Any]):
-    def __init__(self, listing: Listing, view: View) -> None:
+    def __init__(self, listing: ImageList, view: EvalTransform) -> None:
         from torchvision import transforms
 
         # Strings, which a worker process copies far faster than paths.
@@ -75,7 +75,7 @@ class FolderBatches:
         workers: processes that decode; 0 for this one.
     """
 
-    def __init__(self, listing: Listing, view: View, batch_size: int, workers: int) -> None:
+    def __init__(self, listing: ImageList, view: EvalTransform, batch_size: int, workers: int) -> None:
         self.count = len(listing)
         self.unreadable: list[str] = []
         """Files of the last pass that could not be decoded, and why."""
@@ -116,7 +116,7 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
         strict: whether a file that cannot be decoded is an error, or left out of its batch.
     """
 
-    def __init__(self, listing: Listing, changed: Callable[[Image.Image], Tensor], *, strict: bool) -> None:
+    def __init__(self, listing: ImageList, changed: Callable[[Image.Image], Tensor], *, strict: bool) -> None:
         self.paths = [str(path) for path in listing.paths]
         self.labels = listing.labels
         self.changed = changed

@@ -13,10 +13,10 @@ from torch import Tensor
 from dfkd_fast.errors import DfkdError
 
 from .classes import UNKNOWN, Classes
+from .eval_transform import Interpolation
 from .folder import Unreadable, open_image
-from .listing import EXTENSIONS, is_image
+from .image_lists import EXTENSIONS, is_image
 from .splits import Split
-from .view import Interpolation
 
 __all__ = ["find_pairs", "read_pairs"]
 

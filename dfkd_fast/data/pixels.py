@@ -12,15 +12,15 @@ from dfkd_fast.errors import DfkdError
 from .classes import Classes, numbered_classes
 from .pairs import find_pairs, read_pairs
 from .settings import Access, DataSet, DataSettings, Task, root_of
-from .splits import Augment, PixelBatches, PixelSplit, Split
+from .splits import Augment, SegmentationBatches, SegmentationDataset, Split
 
-__all__ = ["PixelSet"]
+__all__ = ["SegmentationSet"]
 
 MOST_CLASSES = 255  # that label files have room for
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelSet(DataSet):
+class SegmentationSet(DataSet):
     """A data set with a label for every pixel."""
 
     labels: Classes | None = None
@@ -35,12 +35,12 @@ class PixelSet(DataSet):
         return self.labels or numbered_classes(settings.num_classes)
 
     @override
-    def test_batches(self, settings: DataSettings, access: Access) -> PixelBatches:
+    def test_batches(self, settings: DataSettings, access: Access) -> SegmentationBatches:
         whole, unreadable = self._read(settings, "test", access.choose, log=access.log)
-        return PixelBatches(whole, settings.batch_size, unreadable)
+        return SegmentationBatches(whole, settings.batch_size, unreadable)
 
     @override
-    def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> PixelSplit:
+    def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> SegmentationDataset:
         squares, unreadable = self._read(settings, split, range, crop=settings.image_size, augment=augment)
         if unreadable and (settings.strict or not len(squares)):
             raise DfkdError(f"{len(unreadable)} files cannot be decoded, the first {unreadable[0]}; data.strict = false leaves them out")
@@ -55,7 +55,7 @@ class PixelSet(DataSet):
         crop: int | None = None,
         augment: Augment = "none",
         log: Callable[[str], None] = lambda note: None,
-    ) -> tuple[PixelSplit, list[str]]:
+    ) -> tuple[SegmentationDataset, list[str]]:
         """Chosen ones of a split's images, and the files that cannot be decoded."""
         classes = self.classes_of(settings)
         if settings.channels != 3:
@@ -75,4 +75,4 @@ class PixelSet(DataSet):
                 log(f"{settings.root} has {part}: what is measured is no {settings.name} mIoU")
             shorter = settings.resize or settings.image_size
             images, labels, unreadable = read_pairs([pairs[i] for i in choose(len(pairs))], classes, shorter, settings.interpolation)
-        return PixelSplit(images, labels, settings.mean, settings.std, crop=crop, augment=augment), unreadable
+        return SegmentationDataset(images, labels, settings.mean, settings.std, crop=crop, augment=augment), unreadable

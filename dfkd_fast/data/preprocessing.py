@@ -7,14 +7,14 @@ from typing import Any
 
 from dfkd_fast.errors import DfkdError
 
-from .view import Interpolation, View
+from .eval_transform import EvalTransform, Interpolation
 
-__all__ = ["view_of"]
+__all__ = ["eval_transform_of"]
 
-KNOWN = {"efficientnet_lite0": View(256, 224, "bicubic", 3 * (127 / 255,), 3 * (128 / 255,))}
+KNOWN = {"efficientnet_lite0": EvalTransform(256, 224, "bicubic", 3 * (127 / 255,), 3 * (128 / 255,))}
 
 
-def view_of(model: str, weights: Path | None = None, *, log: Callable[[str], None] = lambda note: None) -> View:
+def eval_transform_of(model: str, weights: Path | None = None, *, log: Callable[[str], None] = lambda note: None) -> EvalTransform:
     """The preprocessing that a network by name was trained for.
 
     Args:
@@ -38,7 +38,7 @@ def view_of(model: str, weights: Path | None = None, *, log: Callable[[str], Non
     raise DfkdError(f"model {model!r}: neither torchvision nor timm says how it sees images; set data.image_size, data.mean and data.std")
 
 
-def _torchvisions(name: str, weights: Path | None, log: Callable[[str], None]) -> View:
+def _torchvisions(name: str, weights: Path | None, log: Callable[[str], None]) -> EvalTransform:
     import torchvision
 
     published = list(torchvision.models.get_model_weights(name))
@@ -49,12 +49,12 @@ def _torchvisions(name: str, weights: Path | None, log: Callable[[str], None]) -
         others = ", ".join(entry.name for entry in published)
         log(f"{name}: which of torchvision's weights these are ({others}) is not in the file's name; seen as {published[0].name}")
     seen = (named or published)[0].transforms()
-    return View(
+    return EvalTransform(
         seen.resize_size[0], seen.crop_size[0], _interpolation(name, seen.interpolation.value, log), tuple(seen.mean), tuple(seen.std)
     )
 
 
-def _timms(name: str, log: Callable[[str], None]) -> View:
+def _timms(name: str, log: Callable[[str], None]) -> EvalTransform:
     import timm
     from timm.data.config import resolve_data_config
 
@@ -66,7 +66,7 @@ def _timms(name: str, log: Callable[[str], None]) -> View:
     if height != width or seen["crop_mode"] != "center":
         log(f"{name}: timm sees {height} x {width}, crop {seen['crop_mode']!r}; here a square from the middle, so figures may differ")
     resize = math.floor(height / seen["crop_pct"])
-    return View(resize, height, _interpolation(name, seen["interpolation"], log), tuple(seen["mean"]), tuple(seen["std"]))
+    return EvalTransform(resize, height, _interpolation(name, seen["interpolation"], log), tuple(seen["mean"]), tuple(seen["std"]))
 
 
 def _interpolation(name: str, wanted: str, log: Callable[[str], None]) -> Interpolation:

@@ -18,8 +18,8 @@ from dfkd_fast.files import expanded
 from dfkd_fast.settings import Count, Flag, Number, Positive, PositiveInt, settings
 
 from .classes import Classes, numbered_classes
+from .eval_transform import EvalTransform, Interpolation
 from .splits import Augment, Split
-from .view import Interpolation, View
 
 __all__ = ["DATA_SETS", "Access", "Batches", "DataSet", "DataSettings", "check_channels", "root_of"]
 
@@ -159,10 +159,10 @@ class DataSettings:
         return self.has_images and (self.root != "" or not self.data_set.needs_root)
 
     @property
-    def view(self) -> View:
+    def view(self) -> EvalTransform:
         """What an image file becomes in a test."""
         resize = self.resize or round(self.image_size * 256 / 224)
-        return View(resize, self.image_size, self.interpolation, self.mean, self.std)
+        return EvalTransform(resize, self.image_size, self.interpolation, self.mean, self.std)
 
 
 def root_of(settings: DataSettings) -> Path:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dfkd_fast.errors import DfkdError
 
-__all__ = ["ArrayBatches", "ArraySplit", "Augment", "PixelBatches", "PixelSplit", "Split", "batches"]
+__all__ = ["ArrayBatches", "ArraySplit", "Augment", "SegmentationBatches", "SegmentationDataset", "Split", "batches"]
 
 Split = Literal["train", "test"]
 Augment = Literal["none", "shift", "shift_flip"]
@@ -93,7 +93,7 @@ def shift(images: Tensor, *, flip: bool, pixels: int = 4) -> Tensor:
     return padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows, columns].permute(0, 3, 1, 2)
 
 
-class PixelSplit(InMemory):
+class SegmentationDataset(InMemory):
     """Images with a label a pixel.
 
     Args:
@@ -197,7 +197,7 @@ class ArrayBatches:
         return iter(self.loader)
 
 
-class PixelBatches:
+class SegmentationBatches:
     """Whole images in batches of one size each: those of a size as they come, sizes as they first come.
 
     Args:
@@ -206,7 +206,7 @@ class PixelBatches:
         unreadable: files that could not be decoded, and why.
     """
 
-    def __init__(self, split: PixelSplit, batch_size: int, unreadable: list[str]) -> None:
+    def __init__(self, split: SegmentationDataset, batch_size: int, unreadable: list[str]) -> None:
         self.count = len(split) + len(unreadable)
         self.unreadable = unreadable
         sizes: dict[torch.Size, list[int]] = {}

@@ -13,8 +13,8 @@ from dfkd_fast.errors import DfkdError
 from .arrays import ArraySet, digits, npz, torchvision_arrays
 from .classes import CAMVID, NYUV2, SHAPES
 from .files import FileSet
-from .listing import list_file, list_folder, list_folder_training, list_imagenet, list_imagenet_training, list_places365
-from .pixels import PixelSet
+from .image_lists import list_file, list_folder, list_folder_training, list_imagenet, list_imagenet_training, list_places365
+from .pixels import SegmentationSet
 from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings
 from .shapes import draw_shapes
 from .splits import Augment, Split
@@ -55,10 +55,10 @@ DATA_SETS.update(
         "folder": FileSet(list_files=list_folder, list_training=list_folder_training),
         "list": FileSet(list_files=list_file, has_every_class=False, is_file=True),
         # A label for every pixel.
-        "shapes": PixelSet(labels=SHAPES, draw=draw_shapes, needs_root=False),  # a toy
-        "camvid": PixelSet(labels=CAMVID, test_images=233),
-        "nyuv2": PixelSet(labels=NYUV2, test_images=654),
-        "pairs": PixelSet(),
+        "shapes": SegmentationSet(labels=SHAPES, draw=draw_shapes, needs_root=False),  # a toy
+        "camvid": SegmentationSet(labels=CAMVID, test_images=233),
+        "nyuv2": SegmentationSet(labels=NYUV2, test_images=654),
+        "pairs": SegmentationSet(),
         "none": NoData(needs_root=False),
     }
 )

@@ -50,7 +50,7 @@ class Steps:
     valid until the next step only.
 
     Args:
-        state: of the training. Its method says what is captured and compiled; its remarks are told in a line what is not, and why.
+        state: of the training. Its method says what is captured and compiled; its notes are told in a line what is not, and why.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -61,7 +61,7 @@ class Steps:
         self._pool: Any = None
         if self.capturing and distributed.world_size() > 1:
             self._give_up("several processes average their gradients")
-        if self.capturing and state.memory is not None and not state.memory.capturable:
+        if self.capturing and state.replay_source is not None and not state.replay_source.capturable:
             self._give_up("the memory's steps depend on each other's gradients")
         if self.capturing and "apex_sgd" in (state.method.student_optimizer.kind, state.method.generator_optimizer.kind):
             self._give_up("apex's SGD has its learning rate on the host, and a graph would never see it change")
@@ -72,10 +72,10 @@ class Steps:
 
     def student(self, step: int) -> Losses:
         """A student step, number ``step`` of its iteration."""
-        memory = self.state.memory
+        replay_source = self.state.replay_source
         # Steps that do something else are other graphs: an empty memory replays nothing, an autoencoder learns in some.
-        ready = memory is not None and memory.ready
-        learns = memory is not None and step < memory.steps
+        ready = replay_source is not None and replay_source.ready
+        learns = replay_source is not None and step < replay_source.steps
         with self.compiled:
             return self._run(("student", ready, learns), lambda: student_step(self.state, step))
 
@@ -90,17 +90,17 @@ class Steps:
         Raises:
             torch.OutOfMemoryError: there is not enough.
         """
-        memory = self.state.memory
+        replay_source = self.state.replay_source
         with preserved(self.state):
             if self.state.method.loop.generator_pretraining:
                 self.generator(adversarial=False)
             self._take_each()
-            if memory is not None and not memory.ready:
-                with memory.assumed_ready():
+            if replay_source is not None and not replay_source.ready:
+                with replay_source.assumed_ready():
                     self._take_each()
 
     def _take_each(self) -> None:
-        learning = 0 if self.state.memory is None else self.state.memory.steps
+        learning = 0 if self.state.replay_source is None else self.state.replay_source.steps
         for step in dict.fromkeys((0, min(learning, self.state.method.loop.student_steps - 1))):
             self.student(step)
         self.generator()
@@ -190,7 +190,7 @@ class Steps:
     def _give_up(self, why: str) -> None:
         self.capturing = False
         self.forget()
-        self.state.remarks.append(f"steps run eagerly, not as CUDA graphs: {why}")
+        self.state.notes.append(f"steps run eagerly, not as CUDA graphs: {why}")
 
 
 def _chain(error: BaseException) -> Iterator[RuntimeError]:

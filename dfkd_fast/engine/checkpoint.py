@@ -13,7 +13,7 @@ from dfkd_fast.renamed import current_keys
 
 from .epoch import Epoch
 from .method import differences, method_to_dict
-from .optim import settle_rates
+from .optim import restore_learning_rates
 from .state import TrainState
 
 __all__ = ["load_state_dict", "state_dict"]
@@ -21,15 +21,15 @@ __all__ = ["load_state_dict", "state_dict"]
 
 def state_dict(state: TrainState) -> dict[str, Any]:
     """Everything a training needs to go on bit for bit: tensors, numbers and containers, as copies on the CPU. Changes nothing."""
-    shared_memory = state.memory is not None and not state.memory.private
+    shared_memory = state.replay_source is not None and not state.replay_source.per_rank
     live = {
         "teacher": state.teacher_sha256,
         "method": method_to_dict(state.method),
         "networks": {name: network.state_dict() for name, network in state.trained.items()},
-        "memory": state.memory.state_dict() if state.memory is not None and shared_memory else None,
+        "memory": state.replay_source.state_dict() if state.replay_source is not None and shared_memory else None,
         "optimizers": [state.student_optimizer.state_dict(), state.generator_optimizer.state_dict()],
         "schedules": [schedule.state_dict() for schedule in state.schedules],
-        "processes": distributed.gathered([_of_this_process(state)]),
+        "processes": distributed.all_gather([_of_this_process(state)]),
         "precision": state.precision.state_dict(),
         "losses": state.losses.values,
         "drift": state.drift.state_dict(),
@@ -44,14 +44,14 @@ def state_dict(state: TrainState) -> dict[str, Any]:
 
 def _of_this_process(state: TrainState) -> dict[str, Any]:
     """What every process has another one of."""
-    memory = state.memory
+    replay_source = state.replay_source
     return {
         "streams": [state.fresh_stream.get_state(), state.replay_stream.get_state()],
         "torch_random_state": torch.get_rng_state(),
         "cuda_random_state": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
-        "memory": memory.state_dict() if memory is not None and memory.private else None,
+        "memory": replay_source.state_dict() if replay_source is not None and replay_source.per_rank else None,
         "buffers": state.running_statistics() if distributed.world_size() > 1 else None,
-        "fresh": [state.images, state.logits] if memory is not None and memory.stores_fresh else None,
+        "fresh": [state.images, state.logits] if replay_source is not None and replay_source.stores_fresh else None,
     }
 
 
@@ -87,7 +87,7 @@ def load_state_dict(state: TrainState, saved: dict[str, Any]) -> None:
 def _check(state: TrainState, saved: dict[str, Any]) -> None:
     """Raise a :class:`DfkdError` for a state that another teacher or schedule left; nothing is changed yet."""
     if (teacher := saved.get("teacher")) is None:
-        state.remarks.append("the checkpoint does not say which teacher it is of: whether it is this one was not checked")
+        state.notes.append("the checkpoint does not say which teacher it is of: whether it is this one was not checked")
     elif teacher != state.teacher_sha256:
         raise DfkdError(
             f"the state is of a run with another teacher: of sha256 {teacher[:12]}, and this one's is {state.teacher_sha256[:12]}"
@@ -110,11 +110,11 @@ def _load(state: TrainState, saved: dict[str, Any]) -> None:
     for name, network in state.trained.items():
         network.load_state_dict(saved["networks"][name])
     own = saved["processes"][distributed.rank()]
-    if state.memory is not None:
-        state.memory.load_state_dict(own["memory"] if state.memory.private else saved["memory"])
+    if state.replay_source is not None:
+        state.replay_source.load_state_dict(own["memory"] if state.replay_source.per_rank else saved["memory"])
     for optimizer, values in zip((state.student_optimizer, state.generator_optimizer), saved["optimizers"], strict=True):
         optimizer.load_state_dict(copy.deepcopy(values))  # it would keep the very tensors
-        settle_rates(optimizer, state.device)
+        restore_learning_rates(optimizer, state.device)
     for schedule, values in zip(state.schedules, saved["schedules"], strict=True):
         # The milestones are the method's: some checkpoints hold a miscounted copy, which is never reached.
         own_milestones = {name: value for name, value in schedule.state_dict().items() if name == "milestones"}

@@ -53,10 +53,10 @@ def networks_to_compile(state: TrainState) -> Iterator[nn.Module]:
         return
     yield from (state.teacher, state.observer.network)
     if state.method.update.retains:
-        state.remarks.append(f"the student is not compiled: update.kind {state.method.update.kind!r} differentiates it twice")
+        state.notes.append(f"the student is not compiled: update.kind {state.method.update.kind!r} differentiates it twice")
     else:
         yield state.student
-    for generator in (state.generator, None if state.memory is None else state.memory.generator):
+    for generator in (state.generator, None if state.replay_source is None else state.replay_source.generator):
         if generator is not None:
             # The steps call the body of ours, and make its end a kernel of its own.
             yield generator.body if isinstance(generator, Generator) else generator

@@ -11,7 +11,7 @@ import torch
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import dispatch
 
-__all__ = ["cudnn_benchmark", "device_name", "keep_freed_memory", "pick_device"]
+__all__ = ["cudnn_benchmark", "device_name", "pick_device", "reuse_freed_memory"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -37,7 +37,7 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def keep_freed_memory() -> None:
+def reuse_freed_memory() -> None:
     """Tell glibc's malloc to keep what is freed for the next request, from now on and in the whole process; elsewhere nothing.
 
     It would give blocks above 32 MiB back to the system, as tensors of a step are, and get them anew page by page, cleared.

@@ -68,7 +68,7 @@ class Engine:
     """Compile teacher, student and generators with torch.compile, for the steps; evaluation runs them as they are."""
     capture: Flag = True
     """On a GPU, replay steps as CUDA graphs."""
-    keep_memory: Flag = True
+    malloc_reuse: Flag = True
     """On a CPU, let the process keep the memory it frees: the system clears every page of a large block anew at every step."""
 
 
@@ -118,7 +118,7 @@ class Method:
 
 MOST_STEPS = 10**8
 """Steps of a kind in an epoch: their losses stay on the device."""
-FREE = {"loop.evaluate_every", "loop.drift_samples", "engine.keep_memory", "engine.capture"}
+FREE = {"loop.evaluate_every", "loop.drift_samples", "engine.malloc_reuse", "engine.capture"}
 """What may differ when a training goes on: it changes no weight."""
 
 

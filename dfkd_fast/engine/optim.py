@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.settings import BelowOne, Fraction, NonNegative, Positive, PositiveInt, settings
 
-__all__ = ["Optimizer", "build_optimizer", "build_schedule", "settle_rates"]
+__all__ = ["Optimizer", "build_optimizer", "build_schedule", "restore_learning_rates"]
 
 
 @settings
@@ -70,7 +70,7 @@ def _start_momentum(optimizer: torch.optim.SGD) -> None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def settle_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+def restore_learning_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Put what was loaded from a checkpoint, whatever device it is of, where :func:`build_optimizer` has it."""
     on_gpu = device.type == "cuda" and (type(optimizer).__module__.startswith("torch.") or getattr(optimizer, "capturable", False))
     for group in optimizer.param_groups:

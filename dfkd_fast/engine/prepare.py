@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import FusedEMA
-from dfkd_fast.methods import build_memory
+from dfkd_fast.methods import build_replay_source
 from dfkd_fast.models import sample, sha256_of
 from dfkd_fast.surgery import (
     FoldingError,
@@ -30,7 +30,7 @@ from dfkd_fast.surgery import (
 
 from .clock import Clock
 from .compatibility import check_initialized, check_networks, check_objective, check_smallest_batches
-from .device import keep_freed_memory
+from .device import reuse_freed_memory
 from .drift import Drift
 from .losses import LossLog
 from .method import Engine, Method
@@ -56,7 +56,7 @@ class Context:
     device: torch.device
     images: Tensor
     """A few of the generator's, (SAMPLES, C, H, W); none yet when the generator is prepared."""
-    remarks: list[str]
+    notes: list[str]
 
 
 def share(network: nn.Module, context: Context) -> nn.Module:
@@ -69,7 +69,7 @@ def share(network: nn.Module, context: Context) -> nn.Module:
 def take_logits(network: nn.Module, context: Context) -> nn.Module:
     """Only the logits, where a network returns more."""
     if (outputs := auxiliary_outputs(network, context.images)) is not None:
-        context.remarks.append(f"the {context.role} {outputs}")
+        context.notes.append(f"the {context.role} {outputs}")
     return logits_only(network, context.images)
 
 
@@ -80,7 +80,7 @@ def fold(network: nn.Module, context: Context) -> nn.Module:
     try:
         return folded_and_checked(network, context.images)
     except FoldingError as error:
-        context.remarks.append(f"the teacher's batch norms are not folded: {error}")
+        context.notes.append(f"the teacher's batch norms are not folded: {error}")
         return network
 
 
@@ -131,7 +131,7 @@ def logits_in_float32(network: nn.Module, context: Context) -> nn.Module:
 def tell_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
     """A line where logits are rounded all the same."""
     if context.precision.rounds_logits(network, context.images):
-        context.remarks.append(
+        context.notes.append(
             f"engine.precision: the {context.role}'s logits are rounded to {context.precision.name}: its forward makes them, not a layer"
         )
     return network
@@ -160,8 +160,8 @@ def prepare(
         DfkdError: the networks do not fit each other, the method or its batches, or cannot be copied.
     """
     loop, engine, objective = method.loop, method.engine, method.objective
-    if engine.keep_memory and device.type == "cpu":
-        keep_freed_memory()
+    if engine.malloc_reuse and device.type == "cpu":
+        reuse_freed_memory()
     given = {"teacher": teacher, "student": student, "generator": generator}
     for role, network in given.items():
         check_initialized(role, network)
@@ -174,7 +174,7 @@ def prepare(
     image_shape, logits_shape = check_networks(frozen, student, generator, device, trained=trained, adversarial=objective.adversarial > 0)
     check_objective(objective, generator, logits_shape)
     if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
-        context.remarks.append(
+        context.notes.append(
             "engine.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
         )
 
@@ -183,8 +183,8 @@ def prepare(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
         fresh = slice(loop.batch_size)
-        memory = build_memory(method.replay, working["generator"], working["teacher"], images[fresh], logits[fresh])
-    alone = memory is None or not memory.ready  # the first steps have fresh samples only
+        replay_source = build_replay_source(method.replay, working["generator"], working["teacher"], images[fresh], logits[fresh])
+    alone = replay_source is None or not replay_source.ready  # the first steps have fresh samples only
     check_smallest_batches(method, student, generator, device, alone=alone)
     observer = Observer(working["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0)
     with torch.no_grad(), context.precision.autocast():
@@ -200,7 +200,7 @@ def prepare(
         observer=observer,
         student=working["student"],
         generator=working["generator"],
-        memory=memory,
+        replay_source=replay_source,
         average=average,
         trained={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
         teacher_sha256=sha256_of(teacher.state_dict()),
@@ -216,10 +216,10 @@ def prepare(
         logits=logits,
         fresh_stream=random_stream(seed, "fresh", device),
         replay_stream=random_stream(seed, "replay", device),
-        losses=LossLog(loop, {} if memory is None else dict.fromkeys(memory.losses, memory.steps), device),
+        losses=LossLog(loop, {} if replay_source is None else dict.fromkeys(replay_source.losses, replay_source.steps), device),
         drift=Drift(loop.drift_samples),
         clock=Clock(device),
-        remarks=context.remarks,
+        notes=context.notes,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_fast.kernels import FusedEMA
-from dfkd_fast.methods import Batch, Memory, Part
+from dfkd_fast.methods import Batch, Part, ReplaySource
 from dfkd_fast.surgery import Observer
 
 from .clock import Clock
@@ -37,7 +37,7 @@ class TrainState:
     student: nn.Module
     """As the steps call it; shares parameters and buffers with the one that was given, as the generator does."""
     generator: nn.Module
-    memory: Memory | None
+    replay_source: ReplaySource | None
     average: FusedEMA | None
     """Of the student."""
     trained: dict[str, nn.Module]
@@ -63,7 +63,7 @@ class TrainState:
     losses: LossLog
     drift: Drift
     clock: Clock
-    remarks: list[str]
+    notes: list[str]
     """What was asked for and is done another way, a line each."""
     history: list[Epoch] = field(default_factory=list)
     iteration: int = 0
@@ -80,13 +80,13 @@ class TrainState:
     @property
     def generators(self) -> dict[str, nn.Module]:
         """What makes the student's images: "generator" and, where the memory has one, "replay"."""
-        replay = None if self.memory is None else self.memory.generator
+        replay = None if self.replay_source is None else self.replay_source.generator
         return {"generator": self.generator} | ({} if replay is None else {"replay": replay})
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """All that steps use."""
-        return [self.student_optimizer, self.generator_optimizer, *([] if self.memory is None else self.memory.optimizers)]
+        return [self.student_optimizer, self.generator_optimizer, *([] if self.replay_source is None else self.replay_source.optimizers)]
 
     @property
     def random_devices(self) -> list[torch.device]:
@@ -95,14 +95,14 @@ class TrainState:
 
     def running_statistics(self) -> list[Tensor]:
         """Floating-point buffers, of which processes have different ones until an epoch ends: they have seen other images."""
-        networks = [*self.trained.values(), *([] if self.memory is None else self.memory.networks)]
+        networks = [*self.trained.values(), *([] if self.replay_source is None else self.replay_source.networks)]
         return [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that a step changes and a later one reads: weights, buffers, and the optimizers' and scalers' state."""
         networks: list[nn.Module] = [self.student, self.generator]
         networks += [] if self.average is None else [self.average]
-        networks += [] if self.memory is None else self.memory.networks
+        networks += [] if self.replay_source is None else self.replay_source.networks
         for network in networks:
             yield from network.parameters()
             yield from network.buffers()

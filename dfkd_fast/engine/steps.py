@@ -9,7 +9,7 @@ from torch import Tensor
 from dfkd_fast import distributed
 from dfkd_fast.methods import Batch, Part
 from dfkd_fast.models import conditioned, draw_labels, generate
-from dfkd_fast.surgery import untaught
+from dfkd_fast.surgery import weights_frozen
 
 from .method import Method
 from .state import TrainState
@@ -41,8 +41,8 @@ def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
     if state.average is not None:
         state.average.update(state.student)
     learnt = {}
-    if state.memory is not None and state.memory.ready and step < state.memory.steps:
-        learnt = state.memory.learn(batch, step, state.replay_stream, precision.autocast)
+    if state.replay_source is not None and state.replay_source.ready and step < state.replay_source.steps:
+        learnt = state.replay_source.learn(batch, step, state.replay_stream, precision.autocast)
     return {"student": loss, **learnt}
 
 
@@ -69,8 +69,8 @@ def generator_step(state: TrainState, *, adversarial: bool = True) -> dict[str, 
     distributed.average_([weight.grad for weight in weights if weight.grad is not None])
     precision.step("generator", state.generator_optimizer)
     distributed.average_([buffer for buffer in state.generator.buffers() if buffer.is_floating_point()])
-    if state.memory is not None and adversarial:
-        state.memory.follow(state.generator)
+    if state.replay_source is not None and adversarial:
+        state.replay_source.follow(state.generator)
     return totals
 
 
@@ -81,7 +81,7 @@ def _generator_terms(state: TrainState, z: Tensor, labels: Tensor, adversarial: 
         images = generate([state.generator], [conditioned(state.generator, z, labels)], memory_format=_layout(state.method))
         if adversarial and objective.adversarial:
             state.student.train(state.method.loop.student_in_generator_step == "train")
-            with untaught(state.student):
+            with weights_frozen(state.student):
                 answers = state.student(images)
             state.student.train()
         observed = state.observer(images)
@@ -92,21 +92,21 @@ def _generator_terms(state: TrainState, z: Tensor, labels: Tensor, adversarial: 
 @torch.no_grad()
 def _draw_batch(state: TrainState) -> Batch:
     """Fresh and replayed images in the state's buffers, with the teacher's logits."""
-    replay, memory, fresh = state.method.replay, state.memory, len(state.latents)
+    replay, replay_source, fresh = state.method.replay, state.replay_source, len(state.latents)
     z = _draw_latents(state)
     generators, latents, parts = [state.generator], [conditioned(state.generator, z, state.labels)], [Part(fresh, replay.fresh_weight)]
     images, kept = state.images[:fresh], None
     with state.precision.autocast():
-        if memory is not None and memory.ready:
-            parts.append(Part(memory.rows, replay.weight))
-            if memory.generator is not None:
-                generators.append(memory.generator)
-                latents.append(memory.latents(state.replay_stream))
+        if replay_source is not None and replay_source.ready:
+            parts.append(Part(replay_source.rows, replay.weight))
+            if replay_source.generator is not None:
+                generators.append(replay_source.generator)
+                latents.append(replay_source.latents(state.replay_stream))
                 images = state.images
         generate(generators, latents, out=images)
-        if len(parts) > len(generators) and memory is not None:
+        if len(parts) > len(generators) and replay_source is not None:
             images = state.images
-            kept = memory.recall(images[fresh:], state.replay_stream)
+            kept = replay_source.recall(images[fresh:], state.replay_stream)
         asked = images if kept is None else images[:fresh]
         logits = state.logits[: len(images)]
         logits[: len(asked)] = state.teacher(asked)

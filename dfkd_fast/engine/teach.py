@@ -15,7 +15,7 @@ from dfkd_fast.surgery import logits_of
 from .clock import Clock
 from .device import cudnn_benchmark
 from .epoch import Epoch
-from .optim import Optimizer, build_optimizer, build_schedule, settle_rates
+from .optim import Optimizer, build_optimizer, build_schedule, restore_learning_rates
 
 __all__ = ["TeacherTrainer", "focal_loss"]
 
@@ -147,7 +147,7 @@ class TeacherTrainer:
                 raise DfkdError(f"teacher.epochs = {self.epochs}: the state has {state['done']} epochs done already")
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
-            settle_rates(self.optimizer, self.device)
+            restore_learning_rates(self.optimizer, self.device)
             self.schedule.load_state_dict(state["schedule"])
             self.stream.set_state(state["stream"])
             torch.set_rng_state(state["torch_random_state"])

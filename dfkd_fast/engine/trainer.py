@@ -85,9 +85,9 @@ class Trainer:
         return self.state.history
 
     @property
-    def remarks(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What was asked for and is done another way, a line each."""
-        return self.state.remarks
+        return self.state.notes
 
     @property
     def finished(self) -> bool:
@@ -119,7 +119,7 @@ class Trainer:
         self._pretrain()
         while not self.finished:
             while self.state.iteration < self.method.loop.iterations_per_epoch:
-                if distributed.any_of(self._stopping):
+                if distributed.any_rank(self._stopping):
                     self._check_losses()
                     self._call(self.on_checkpoint)
                     return
@@ -172,13 +172,13 @@ class Trainer:
     def _pretrain(self) -> None:
         state, steps = self.state, self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
-        while state.pretrained < steps and not distributed.any_of(self._stopping):
+        while state.pretrained < steps and not distributed.any_rank(self._stopping):
             with state.clock.phase("generator", memory=False), ordinary_mode(self.device):
                 terms = self.steps.generator(adversarial=False)
             state.pretrained += 1
         check_pretraining(terms, state.pretrained)
-        if terms and state.pretrained == steps and state.memory is not None:
-            state.memory.start(state.generator)
+        if terms and state.pretrained == steps and state.replay_source is not None:
+            state.replay_source.start(state.generator)
 
     def _student_steps(self) -> None:
         with self.state.clock.phase("student", memory=self.state.iteration == 0):
@@ -203,8 +203,8 @@ class Trainer:
                     unaveraged = None if state.average is None else float(self.evaluate(self.student))
             drift = state.drift.measure(state.student, state.generators)
         # From here on nothing raises: after an evaluation that did, the epoch is closed anew.
-        if state.memory is not None:
-            state.memory.end_epoch(number, state.fresh)
+        if state.replay_source is not None:
+            state.replay_source.end_epoch(number, state.fresh)
         with warnings.catch_warnings():
             # Resumed at an epoch's end, the optimizers have taken their steps in another process.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")

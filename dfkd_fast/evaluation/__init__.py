@@ -1,19 +1,19 @@
 """What a network is worth on data it has never seen, and how steadily it got there."""
 
-from .accuracy import Figures, evaluate, top1_accuracy
+from .accuracy import ClassificationMetrics, evaluate, top1_accuracy
 from .chance import chance, is_at_chance
 from .evaluator import Evaluator, check_readable, named_iou
 from .passes import Agreement, Evaluation
 from .retention import Retention, retention
-from .segmentation import SegmentationFigures, evaluate_segmentation, mean_iou
+from .segmentation import SegmentationMetrics, evaluate_segmentation, mean_iou
 
 __all__ = [
     "Agreement",
+    "ClassificationMetrics",
     "Evaluation",
     "Evaluator",
-    "Figures",
     "Retention",
-    "SegmentationFigures",
+    "SegmentationMetrics",
     "chance",
     "check_readable",
     "evaluate",

@@ -10,11 +10,11 @@ from torchmetrics.functional.classification import multiclass_stat_scores
 
 from .passes import Evaluation, run_pass
 
-__all__ = ["Figures", "evaluate", "top1_accuracy"]
+__all__ = ["ClassificationMetrics", "evaluate", "top1_accuracy"]
 
 
 @dataclass(frozen=True)
-class Figures:
+class ClassificationMetrics:
     """One network's accuracy, in percent."""
 
     top1: float
@@ -30,7 +30,7 @@ def evaluate(
     reference: str | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     on_batch: Callable[[int], None] = lambda images: None,
-) -> Evaluation[Figures]:
+) -> Evaluation[ClassificationMetrics]:
     """Show every image once to all networks, in evaluation mode; every module is left in the mode it was in.
 
     Under torchrun each process brings its share of the images, and all get the figures of the whole.
@@ -67,5 +67,5 @@ class _TopK:
             right = multiclass_stat_scores(logits, labels, classes, top_k=among, average="micro", validate_args=False)[0]
             self.sums[index] += right
 
-    def compute(self, count: int) -> Figures:
-        return Figures(*(100 * self.sums / count).tolist())
+    def compute(self, count: int) -> ClassificationMetrics:
+        return ClassificationMetrics(*(100 * self.sums / count).tolist())

@@ -11,7 +11,7 @@ from dfkd_fast.errors import DfkdError
 
 from .accuracy import evaluate
 from .passes import Evaluation
-from .segmentation import SegmentationFigures, evaluate_segmentation
+from .segmentation import SegmentationMetrics, evaluate_segmentation
 
 __all__ = ["Evaluator", "check_readable", "named_iou"]
 
@@ -36,8 +36,8 @@ class Evaluator:
         self.device = device
         self.batches = evaluation_batches(data, device, rank=distributed.rank(), world_size=distributed.world_size(), log=log)
         # Images with a label a pixel are read by now; others tell in the pass.
-        bad = distributed.gathered(list(self.batches.unreadable))
-        check_readable(bad, int(distributed.summed(torch.tensor(self.batches.count))) - len(bad), data)
+        bad = distributed.all_gather(list(self.batches.unreadable))
+        check_readable(bad, int(distributed.all_reduce_sum(torch.tensor(self.batches.count))) - len(bad), data)
 
     def __call__(self, network: nn.Module) -> float:
         """Test a network on all images."""
@@ -53,11 +53,11 @@ class Evaluator:
             return {}
         return {name: named_iou(self.data, found) for name, found in self._segmented(networks).networks.items()}
 
-    def _segmented(self, networks: Mapping[str, nn.Module]) -> Evaluation[SegmentationFigures]:
+    def _segmented(self, networks: Mapping[str, nn.Module]) -> Evaluation[SegmentationMetrics]:
         return evaluate_segmentation(networks, self.batches, self.device, num_classes=self.data.num_classes)
 
 
-def named_iou(data: DataSettings, figures: SegmentationFigures) -> dict[str, float | None]:
+def named_iou(data: DataSettings, figures: SegmentationMetrics) -> dict[str, float | None]:
     """A network's IoU in percent by the names of the data set's classes."""
     return dict(zip(label_names(data), figures.iou, strict=True))
 

@@ -120,10 +120,10 @@ def run_pass(
             total += labels.numel()
             on_batch(len(labels))
     for name, own in sums.items():
-        sums[name], metrics[name].sums = (distributed.summed(each).cpu() for each in (own, metrics[name].sums))
+        sums[name], metrics[name].sums = (distributed.all_reduce_sum(each).cpu() for each in (own, metrics[name].sums))
     seconds = time.perf_counter() - clock
-    count, total = distributed.summed(torch.tensor([count, total], device=device)).tolist()
-    unreadable = sorted(distributed.gathered(list(getattr(batches, "unreadable", []))))
+    count, total = distributed.all_reduce_sum(torch.tensor([count, total], device=device)).tolist()
+    unreadable = sorted(distributed.all_gather(list(getattr(batches, "unreadable", []))))
     if count == 0:
         raise DfkdError("no images to evaluate on" + (f": none of {len(unreadable)} can be decoded, {unreadable[0]}" if unreadable else ""))
     for name, own in sums.items():

@@ -14,11 +14,11 @@ from dfkd_fast.labels import IGNORE_INDEX
 
 from .passes import Evaluation, run_pass
 
-__all__ = ["SegmentationFigures", "evaluate_segmentation", "mean_iou"]
+__all__ = ["SegmentationMetrics", "evaluate_segmentation", "mean_iou"]
 
 
 @dataclass(frozen=True)
-class SegmentationFigures:
+class SegmentationMetrics:
     """One network's figures over all pixels that have a label, in percent."""
 
     miou: float
@@ -37,7 +37,7 @@ def evaluate_segmentation(
     reference: str | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     on_batch: Callable[[int], None] = lambda images: None,
-) -> Evaluation[SegmentationFigures]:
+) -> Evaluation[SegmentationMetrics]:
     """What :func:`evaluate` does, for a label a pixel: figures from one confusion matrix of all pixels but those of IGNORE_INDEX.
 
     Agreement between networks asks for no labels, and is of all pixels.
@@ -79,12 +79,12 @@ class _Confusion:
         classes = len(self.sums)
         self.sums += multiclass_confusion_matrix(logits.argmax(1), labels, classes, ignore_index=IGNORE_INDEX, validate_args=False)
 
-    def compute(self, count: int) -> SegmentationFigures:
+    def compute(self, count: int) -> SegmentationMetrics:
         if not self.sums.any():
             raise DfkdError("no pixels to evaluate on: none has a label")
         right = self.sums.diagonal()
         iou = 100 * right / (self.sums.sum(0) + self.sums.sum(1) - right)
-        return SegmentationFigures(
+        return SegmentationMetrics(
             miou=iou.nanmean().item(),
             iou=tuple(None if value.isnan() else value.item() for value in iou),
             pixel_accuracy=(100 * right.sum() / self.sums.sum()).item(),

@@ -7,7 +7,7 @@
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
 from .fold import FoldingError, fold, folded_and_checked, has_running_statistics
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
-from .modes import deep_copy, dry_run, evaluating, freeze, untaught
+from .modes import deep_copy, dry_run, evaluating, freeze, weights_frozen
 from .observe import Observation, Observer
 from .outputs import auxiliary_outputs, logits_of, logits_only
 from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
@@ -38,6 +38,6 @@ __all__ = [
     "logits_only",
     "lower_precision",
     "sharing_copy",
-    "untaught",
     "use_cpu_convolutions",
+    "weights_frozen",
 ]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import evaluation
-from dfkd_fast.data import Listing, read_listing
+from dfkd_fast.data import ImageList, read_listing
 from dfkd_fast.errors import DfkdError
 from tests.pictures import jpeg, noise
 
@@ -14,7 +14,7 @@ needs_dali = pytest.mark.skipif(not HAS_DALI, reason="nvidia-dali is not install
 
 
 @pytest.fixture
-def listing(tmp_path: Path) -> Listing:
+def listing(tmp_path: Path) -> ImageList:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(noise(270, 300, number)))
     (tmp_path / "list.txt").write_text("".join(f"{number}.jpg {number}\n" for number in range(3)))
@@ -22,7 +22,7 @@ def listing(tmp_path: Path) -> Listing:
 
 
 @needs_dali
-def test_both_loaders_are_timed_alone_and_followed_by_a_network(monkeypatch: pytest.MonkeyPatch, listing: Listing) -> None:
+def test_both_loaders_are_timed_alone_and_followed_by_a_network(monkeypatch: pytest.MonkeyPatch, listing: ImageList) -> None:
     monkeypatch.setattr(evaluation, "_originals", lambda root, images: listing)
     rows = evaluation.measure(Path(), 1, 3, 1, "")
     assert [(row.stage, row.loader) for row in rows] == [

@@ -53,7 +53,7 @@ BAD_ROWS: list[tuple[str, str, object]] = [
     *(("end-to-end", "batch_size", value) for value in ("256", 0, 2.5)),
     *(("end-to-end", name, None) for name in ("recipe", "contender", "commit")),
     ("end-to-end", "peak_memory_mib", INFINITE),
-    ("end-to-end", "remarks", "\ud800"),
+    ("end-to-end", "notes", "\ud800"),
     *(("accuracy", "seconds", value) for value in (5, {}, {"total": NAN}, {"total": -1})),
     *(("accuracy", "retention", value) for value in ([98.0], "98", {"last": "98", "best": 98, "largest_drop": 0}, None)),
     *(("accuracy", "seed", value) for value in ("0", 1.5, True, None)),

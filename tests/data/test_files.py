@@ -11,19 +11,29 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from dfkd_fast.data import Batches, DaliBatches, DataSettings, FolderBatches, Interpolation, Listing, View, evaluation_batches, read_listing
+from dfkd_fast.data import (
+    Batches,
+    DaliBatches,
+    DataSettings,
+    EvalTransform,
+    FolderBatches,
+    ImageList,
+    Interpolation,
+    evaluation_batches,
+    read_listing,
+)
 from dfkd_fast.data.headers import is_plain
 from dfkd_fast.errors import DfkdError
 from tests.pictures import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
 
 CPU = torch.device("cpu")
-VIEW = View(resize=32, crop=28, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
+VIEW = EvalTransform(resize=32, crop=28, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="nvidia-dali is not installed")
 LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
 
 
-def open_batches(loader: str, listing: Listing, batch_size: int = 4, view: View = VIEW) -> Batches:
+def open_batches(loader: str, listing: ImageList, batch_size: int = 4, view: EvalTransform = VIEW) -> Batches:
     if loader == "dali":
         return DaliBatches(listing, view, batch_size, 1, CPU, torch.float32)
     return FolderBatches(listing, view, batch_size, 0)
@@ -34,7 +44,7 @@ def seen(batches: Batches) -> tuple[Tensor, list[int]]:
     return torch.cat([images for images, _ in served]), torch.cat([labels for _, labels in served]).tolist()
 
 
-def expected(path: Path, view: View = VIEW) -> Tensor:
+def expected(path: Path, view: EvalTransform = VIEW) -> Tensor:
     """By PIL and torchvision, written out."""
     resize = transforms.Resize(view.resize, transforms.InterpolationMode(view.interpolation))
     picture = transforms.CenterCrop(view.crop)(resize(Image.open(path).convert("RGB")))
@@ -42,7 +52,7 @@ def expected(path: Path, view: View = VIEW) -> Tensor:
     return torch.from_numpy(((pixels - np.array(view.mean)) / np.array(view.std)).transpose(2, 0, 1))
 
 
-def levels(ours: Tensor, theirs: Tensor, view: View = VIEW) -> Tensor:
+def levels(ours: Tensor, theirs: Tensor, view: EvalTransform = VIEW) -> Tensor:
     """Differences in steps of a byte."""
     return (ours.double() - theirs.double()).abs() * 255 * torch.tensor(view.std)[:, None, None]
 

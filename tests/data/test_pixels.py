@@ -8,8 +8,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from dfkd_fast.data import Augment, DataSettings, PixelSplit, batches, evaluation_batches, open_split, palette
-from dfkd_fast.data.splits import PixelBatches
+from dfkd_fast.data import Augment, DataSettings, SegmentationDataset, batches, evaluation_batches, open_split, palette
+from dfkd_fast.data.splits import SegmentationBatches
 from dfkd_fast.labels import IGNORE_INDEX
 from tests.data.draws import check_draws
 
@@ -24,9 +24,9 @@ def labelled(index: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.stack([rows, columns, torch.full_like(rows, index)]).byte(), labels
 
 
-def split(crop: int | None = None, augment: Augment = "none", sizes: list[tuple[int, int]] = SIZES) -> PixelSplit:
+def split(crop: int | None = None, augment: Augment = "none", sizes: list[tuple[int, int]] = SIZES) -> SegmentationDataset:
     images, labels = zip(*(labelled(index, *size) for index, size in enumerate(sizes)), strict=True)
-    return PixelSplit(images, labels, (0.0,) * 3, (1.0,) * 3, crop=crop, augment=augment)
+    return SegmentationDataset(images, labels, (0.0,) * 3, (1.0,) * 3, crop=crop, augment=augment)
 
 
 def places(images: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def test_a_crop_as_large_as_the_image_is_the_image() -> None:
 def test_images_are_normalised_channel_by_channel() -> None:
     image, labels = labelled(3, 9, 12)
     mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.5, 3.0])
-    served, _ = PixelSplit([image], [labels], mean.tolist(), std.tolist())[0]
+    served, _ = SegmentationDataset([image], [labels], mean.tolist(), std.tolist())[0]
     torch.testing.assert_close(served, (image / 255 - mean[:, None, None]) / std[:, None, None])
 
 
@@ -115,7 +115,7 @@ def test_a_last_batch_of_one_image_is_not_trained_on_but_tested_on(batch_size: i
     ("batch_size", "expected"), [(2, [[0, 3], [4], [1], [2]]), (5, [[0, 3, 4], [1], [2]]), (1, [[0], [3], [4], [1], [2]])]
 )
 def test_whole_images_come_in_batches_of_one_size_each(batch_size: int, expected: list[list[int]]) -> None:
-    served = PixelBatches(split(), batch_size, [])
+    served = SegmentationBatches(split(), batch_size, [])
     for _ in range(2):
         assert [places(images)[:, 2, 0, 0].tolist() for images, _ in served] == expected
     assert len(served) == len(expected)
@@ -127,7 +127,7 @@ def test_whole_images_come_in_batches_of_one_size_each(batch_size: int, expected
 
 def test_serving_whole_images_leaves_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
-    list(PixelBatches(split(), 2, []))
+    list(SegmentationBatches(split(), 2, []))
     assert torch.equal(torch.get_rng_state(), before)
 
 

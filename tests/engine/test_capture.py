@@ -37,7 +37,7 @@ def method(replay: Replay, kind: str) -> Method:
 
 def everything(trainer: Trainer) -> list[Tensor]:
     state = trainer.state
-    networks = [trainer.student, trainer.generator, state.average, *(state.memory.networks if state.memory else ())]
+    networks = [trainer.student, trainer.generator, state.average, *(state.replay_source.networks if state.replay_source else ())]
     tensors = [tensor for network in networks if network is not None for tensor in network.state_dict().values()]
     return [tensor.clone() for tensor in tensors] + [state.fresh_stream.get_state(), state.replay_stream.get_state()]
 
@@ -79,12 +79,12 @@ def test_nothing_is_read_back_inside_a_step(
     chosen = Method(loop=chosen.loop, replay=replay, update={"kind": update}, generator_optimizer=Optimizer(lr=0.01))  # type: ignore[arg-type]
     trainer = make_trainer(chosen)
     state = trainer.state
-    if isinstance(state.memory, VaeReplay):
+    if isinstance(state.replay_source, VaeReplay):
         # PyTorch's Adam reads its own count of steps on a CPU; on a GPU it is built not to.
-        state.memory.optimizer = torch.optim.SGD(state.memory.vae.parameters(), lr=0.01)  # type: ignore[assignment]
+        state.replay_source.optimizer = torch.optim.SGD(state.replay_source.vae.parameters(), lr=0.01)  # type: ignore[assignment]
     student_step(state)
-    if state.memory is not None:
-        state.memory.end_epoch(5, state.fresh)
+    if state.replay_source is not None:
+        state.replay_source.end_epoch(5, state.fresh)
 
     def refuse(name: str) -> Callable[..., object]:
         def read(*_: object, **__: object) -> object:
@@ -144,9 +144,9 @@ def test_a_step_that_waits_for_the_device_is_found_before_its_capture(make_train
     trainer.fit()
     assert "capture" not in cuda.events
     assert cuda.unharmed
-    (remark,) = trainer.remarks
-    assert SYNCHRONIZING in remark
-    assert "(fake_cuda.py, line " in remark
+    (note,) = trainer.notes
+    assert SYNCHRONIZING in note
+    assert "(fake_cuda.py, line " in note
     assert_equal(without_times(trainer.state_dict()), without_times(eager.state_dict()))
 
 
@@ -160,9 +160,9 @@ def test_a_capture_that_fails_leaves_the_process_as_it_was(make_trainer: MakeTra
     assert trainer.finished
     assert cuda.unharmed
     assert cuda.released == cuda.pools[:1]
-    (remark,) = trainer.remarks
-    assert NOT_PERMITTED in remark
-    assert CAPTURE_FAILED not in remark
+    (note,) = trainer.notes
+    assert NOT_PERMITTED in note
+    assert CAPTURE_FAILED not in note
 
 
 def test_the_line_that_cannot_be_captured_is_the_users_and_not_pytorchs(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
@@ -172,8 +172,8 @@ def test_the_line_that_cannot_be_captured_is_the_users_and_not_pytorchs(make_tra
 
     trainer = captured(make_trainer(short()), during)
     trainer.fit()
-    (remark,) = trainer.remarks
-    assert "(test_capture.py, line" in remark
+    (note,) = trainer.notes
+    assert "(test_capture.py, line" in note
 
 
 @pytest.mark.parametrize("when", ["warming up", "capturing", "capturing, and the capture cannot end"])
@@ -186,7 +186,7 @@ def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer,
     trainer = captured(make_trainer(short()), during)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.fit()
-    assert not trainer.remarks
+    assert not trainer.notes
     assert cuda.unharmed
 
 
@@ -202,7 +202,7 @@ def test_what_warming_up_computes_is_waited_for_even_where_it_fails(make_trainer
 def test_graphs_share_a_pool_and_the_stream_its_blocks_belong_to(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
     trainer = captured(make_trainer(short()))
     trainer.fit()
-    assert not trainer.remarks
+    assert not trainer.notes
     student, generator = cuda.captures
     assert student.where[1:] == generator.where[1:]
     assert student.where[0] == trainer.state.images.device
@@ -259,7 +259,7 @@ def test_a_learning_rate_that_a_graph_would_not_see_change_is_not_captured(make_
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     steps = Steps(dataclasses.replace(state, method=apex, images=on_gpu))
     assert not steps.capturing
-    assert "learning rate" in state.remarks[0]
+    assert "learning rate" in state.notes[0]
 
 
 def rehearsal(kind: str) -> Method:

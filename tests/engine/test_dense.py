@@ -80,15 +80,15 @@ def test_every_combination_plays_on_pixels_and_its_student_learns(discrepancy: s
 def test_the_average_of_a_generator_follows_on_pixels_as_the_closed_form_says() -> None:
     wanted = method("ema_generator")
     trainer = Trainer(*dense_networks(), wanted)
-    memory = trainer.state.memory
-    assert memory is not None and memory.generator is not None
+    replay_source = trainer.state.replay_source
+    assert replay_source is not None and replay_source.generator is not None
     expected = {name: value.double().clone() for name, value in trainer.generator.named_parameters()}
     decay = wanted.replay.table(EmaGeneratorSettings).decay
     trainer.on_iteration = lambda trainer: [  # type: ignore[assignment]
         expected[name].lerp_(value.detach().double(), 1 - decay) for name, value in trainer.generator.named_parameters()
     ]
     trainer.fit()
-    for name, value in memory.generator.named_parameters():
+    for name, value in replay_source.generator.named_parameters():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
 
 

@@ -36,9 +36,9 @@ def test_the_peak_stays_when_memory_is_given_back() -> None:
 FREE = """
 import sys, torch
 from pathlib import Path
-from dfkd_fast.engine.device import keep_freed_memory
+from dfkd_fast.engine.device import reuse_freed_memory
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    reuse_freed_memory()
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 before = resident()
 large = torch.ones(1 << 28, dtype=torch.uint8)
@@ -53,12 +53,12 @@ def test_freed_memory_stays_with_a_process_that_asked_for_it(how: str, kept: boo
     assert (int(done.stdout) > 1 << 27) is kept
 
 
-@pytest.mark.parametrize("keep_memory", [True, False])
-def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(keep_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("malloc_reuse", [True, False])
+def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(malloc_reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(preparing, "keep_freed_memory", lambda: asked.append(True))
-    Trainer(*small_networks(), Method(loop=Loop(batch_size=2), engine=Engine(keep_memory=keep_memory)))
-    assert asked == [True] * keep_memory
+    monkeypatch.setattr(preparing, "reuse_freed_memory", lambda: asked.append(True))
+    Trainer(*small_networks(), Method(loop=Loop(batch_size=2), engine=Engine(malloc_reuse=malloc_reuse)))
+    assert asked == [True] * malloc_reuse
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])

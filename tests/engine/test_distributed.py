@@ -89,8 +89,8 @@ def play(method: Method, latents: list[Tensor]) -> tuple[Trainer, list[dict[str,
         return state.latents.copy_(next(given)[rank::world])
 
     original, steps._draw_latents = steps._draw_latents, draw
-    if trainer.state.memory is not None:
-        trainer.state.memory.latents = lambda stream: next(given)[rank::world]  # type: ignore[method-assign]
+    if trainer.state.replay_source is not None:
+        trainer.state.replay_source.latents = lambda stream: next(given)[rank::world]  # type: ignore[method-assign]
     try:
         losses = [terms for _ in range(2) for terms in (trainer.steps.student(0), trainer.steps.generator())]
     finally:
@@ -184,8 +184,8 @@ def test_terms_that_are_no_means_are_those_of_the_global_batch(world: int) -> No
 
 def check_draws() -> None:
     trainer = Trainer(*networks(), METHODS["every term"], seed=5)
-    drawn = [steps._draw_latents(trainer.state).clone(), trainer.state.memory.latents(trainer.state.replay_stream).clone()]  # type: ignore[union-attr]
-    everyone = distributed.gathered(drawn)
+    drawn = [steps._draw_latents(trainer.state).clone(), trainer.state.replay_source.latents(trainer.state.replay_stream).clone()]  # type: ignore[union-attr]
+    everyone = distributed.all_gather(drawn)
     assert all(not torch.equal(one, other) for index, one in enumerate(everyone) for other in everyone[:index])
     again = Trainer(*networks(), METHODS["every term"], seed=5)
     assert torch.equal(steps._draw_latents(again.state), drawn[0])
@@ -196,14 +196,14 @@ def check_average() -> None:
     trainer = Trainer(*small_networks(distributed.rank()), small_method(replay=Replay(kind="ema_generator"), epochs=1))
     for _ in trainer:
         pass
-    assert trainer.state.memory is not None
-    players = {"student": trainer.student, "generator": trainer.generator, "average": trainer.state.memory.generator}
+    assert trainer.state.replay_source is not None
+    players = {"student": trainer.student, "generator": trainer.generator, "average": trainer.state.replay_source.generator}
     own = {f"{player} {name}": tensor for player, network in players.items() for name, tensor in network.state_dict().items()}  # type: ignore[union-attr]
-    states = distributed.gathered([own])
+    states = distributed.all_gather([own])
     for name, tensor in states[0].items():
         for other in states[1:]:
             torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, msg=name)
-    losses = distributed.gathered([trainer.history[0].losses])
+    losses = distributed.all_gather([trainer.history[0].losses])
     assert all(one == losses[0] for one in losses)
 
 
@@ -218,7 +218,7 @@ def check_interruption() -> None:
     stopped.on_iteration = lambda trainer: trainer.stop() if trainer.iterations_done == 2 else None
     stopped.fit()
     before = [buffer.clone() for buffer in stopped.student.buffers()]
-    states = distributed.gathered([through_a_file(stopped.state_dict())])
+    states = distributed.all_gather([through_a_file(stopped.state_dict())])
     assert all(map(torch.equal, stopped.student.buffers(), before))
     statistics = [state["processes"][rank]["buffers"] for rank, state in enumerate(states)]
     assert not all(map(torch.equal, *statistics))  # of the processes' own batches

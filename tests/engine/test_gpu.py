@@ -67,7 +67,7 @@ def test_a_captured_run_equals_the_eager_run(make_trainer: MakeTrainer, replay: 
     if update == "second-order" and replay["kind"] == "none":
         pytest.skip("needs replayed samples")
     eager, captured = (run(make_trainer, method(replay, update, capture=wanted, precision=precision)) for wanted in (False, True))
-    assert captured.remarks == eager.remarks == []
+    assert captured.notes == eager.notes == []
     for ours, theirs in zip(captured.history, eager.history, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=2e-2 if precision == "bf16" else 1e-3)
 
@@ -77,7 +77,7 @@ def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer)
     eager = method({"kind": "ema_generator"}, "plain", capture=False)
     compiled = replace(eager, engine=replace(eager.engine, capture=True, compile=True))
     theirs, ours = (run(make_trainer, chosen) for chosen in (eager, compiled))
-    assert ours.remarks == theirs.remarks == []
+    assert ours.notes == theirs.notes == []
     for one, other in zip(ours.history, theirs.history, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=2e-2)
 
@@ -157,10 +157,10 @@ def test_what_waits_for_the_gpu_runs_eagerly_and_is_said(make_trainer: MakeTrain
     trainer = student_calling(make_trainer, lambda x: x.sum().item())
     trainer.fit()
     assert trainer.finished
-    (remark,) = trainer.remarks
-    assert "run eagerly, not as CUDA graphs" in remark
-    assert "synchronizing" in remark
-    assert "(test_gpu.py, line" in remark
+    (note,) = trainer.notes
+    assert "run eagerly, not as CUDA graphs" in note
+    assert "synchronizing" in note
+    assert "(test_gpu.py, line" in note
     assert torch.cuda.get_sync_debug_mode() == 0
 
 
@@ -173,9 +173,9 @@ def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTra
     failing = student_calling(make_trainer, query)
     failing.fit()
     assert failing.finished
-    (remark,) = failing.remarks
-    assert "captur" in remark
-    assert "(test_gpu.py, line" in remark
+    (note,) = failing.notes
+    assert "captur" in note
+    assert "(test_gpu.py, line" in note
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.empty_cache()
     torch.randn(3, device="cuda")
@@ -183,7 +183,7 @@ def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTra
     for trainer in (earlier, small_trainer(make_trainer, chosen)):  # graphs from before, and new ones
         trainer.fit()
         assert trainer.finished
-        assert not trainer.remarks
+        assert not trainer.notes
 
 
 @pytest.mark.parametrize("capturing", [False, True])
@@ -198,7 +198,7 @@ def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer,
     stepping.append(True)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.fit()
-    assert not trainer.remarks
+    assert not trainer.notes
     torch.cuda.empty_cache()
     torch.randn(3, device="cuda")
 
@@ -243,5 +243,5 @@ def test_a_trainer_captures_on_its_own_gpu_whatever_the_current_one(make_trainer
         trainer.fit()
         assert torch.cuda.current_device() == 0
     assert trainer.finished
-    assert not trainer.remarks
+    assert not trainer.notes
     assert {"student", "generator"} <= trainer.state.clock.seconds.keys()

@@ -83,7 +83,7 @@ def test_every_update_runs_with_every_replay_and_each_trains_another_student(
             {"student", "adversarial"} | ({"vae"} if replay == "vae" else set())
         ]
         assert all(torch.tensor(value).isfinite() for epoch in trainer.history for value in epoch.losses.values())
-        assert trainer.state.memory is not None and trainer.state.memory.ready
+        assert trainer.state.replay_source is not None and trainer.state.replay_source.ready
         students.append(weights(trainer.student))
     assert not any(equal(one, other) for index, one in enumerate(students) for other in students[:index])
 
@@ -125,9 +125,9 @@ def test_logits_that_were_kept_are_what_the_student_learns_in_place_of_the_teach
     trainer = make_trainer(method(replay="memory_bank, uint8"))
     next(iter(trainer))
     student_step(trainer.state)
-    assert isinstance(trainer.state.memory, MemoryBank) and trainer.state.memory.logits is not None
+    assert isinstance(trainer.state.replay_source, MemoryBank) and trainer.state.replay_source.logits is not None
     images, logits = trainer.state.images[8:], trainer.state.logits[8:]
-    assert torch.equal(logits, trainer.state.memory.logits[0])
+    assert torch.equal(logits, trainer.state.replay_source.logits[0])
     with torch.no_grad():
         answers = trainer.teacher(images)
     torch.testing.assert_close(logits, answers, rtol=0.1, atol=0.1)
@@ -146,9 +146,9 @@ def test_a_bank_stores_the_first_rows_of_the_last_student_steps_fresh_batch(make
     seen: list[Tensor] = []
     trainer.student.register_forward_pre_hook(lambda _, given: None if given[0].requires_grad else seen.append(given[0].clone()))
     trainer.fit()
-    assert isinstance(trainer.state.memory, MemoryBank)
-    assert torch.equal(trainer.state.memory.images[0], seen[-1][:3])
-    assert not trainer.state.memory.images[1].any()
+    assert isinstance(trainer.state.replay_source, MemoryBank)
+    assert torch.equal(trainer.state.replay_source.images[0], seen[-1][:3])
+    assert not trainer.state.replay_source.images[1].any()
 
 
 @pytest.mark.parametrize(
@@ -222,13 +222,13 @@ def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_en
     stop_in_pretraining(trainer, 4)
     trainer.fit()
     assert equal(weights(trainer.student), student)
-    assert trainer.state.memory is not None and trainer.state.memory.generator is not None
-    assert equal(weights(trainer.state.memory.generator), weights(trainer.generator))
+    assert trainer.state.replay_source is not None and trainer.state.replay_source.generator is not None
+    assert equal(weights(trainer.state.replay_source.generator), weights(trainer.generator))
     assert not any(torch.equal(tensor, generator[name]) for name, tensor in trainer.generator.named_parameters())
     assert trainer.state.losses.values == {}
     # The game itself does not begin again with it.
     trainer.fit()
-    assert not equal(weights(trainer.state.memory.generator), weights(trainer.generator))
+    assert not equal(weights(trainer.state.replay_source.generator), weights(trainer.generator))
 
 
 def test_pretraining_takes_the_steps_of_a_game_without_adversary(make_trainer: MakeTrainer) -> None:

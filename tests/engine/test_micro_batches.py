@@ -47,7 +47,7 @@ def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
 @pytest.mark.parametrize("update", ["plain", "pooled"])
 def test_pieces_give_the_losses_and_gradients_of_the_whole(pieces: int, update: str) -> None:
     whole, cut = (Trainer(*networks(), method(count, update), seed=1) for count in (1, pieces))
-    assert cut.remarks == []
+    assert cut.notes == []
     for player in ("student", "generator"):
         theirs, ours = (trainer.steps.student(0) if player == "student" else trainer.steps.generator() for trainer in (whole, cut))
         assert ours.keys() == theirs.keys()
@@ -81,7 +81,7 @@ def test_the_pieces_of_a_batch_are_its_rows_and_its_weight() -> None:
 
 def test_batch_norms_in_training_are_said_to_make_it_inexact() -> None:
     inexact = dataclasses.replace(method(2), objective=Objective())
-    assert "batch norms in training see a piece" in Trainer(*small_networks(), inexact).remarks[0]
+    assert "batch norms in training see a piece" in Trainer(*small_networks(), inexact).notes[0]
 
 
 @pytest.mark.parametrize(

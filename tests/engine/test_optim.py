@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import Optimizer, Trainer
-from dfkd_fast.engine.optim import build_optimizer, settle_rates
+from dfkd_fast.engine.optim import build_optimizer, restore_learning_rates
 from tests.small import small_method
 from tests.states import assert_equal, without_times
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_without_momentum_gets_one(buffer: str) -> None:
     state = copy.deepcopy(optimizer.state_dict())
     state["state"] = {} if buffer == "absent" else {key: {"momentum_buffer": None} for key in state["state"]}
     optimizer.load_state_dict(state)
-    settle_rates(optimizer, CPU)
+    restore_learning_rates(optimizer, CPU)
     for parameter in parameters:
         momentum = optimizer.state[parameter]["momentum_buffer"]
         assert isinstance(momentum, Tensor)

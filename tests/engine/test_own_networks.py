@@ -141,8 +141,8 @@ class Auxiliary(nn.Module):
 def test_a_student_with_auxiliary_outputs_in_training_learns_by_its_logits() -> None:
     teacher, _, generator = networks()
     trainer = Trainer(teacher, Auxiliary(), generator, small_method(channels_last=True))
-    (remark,) = trainer.remarks
-    assert remark.startswith("the student returns tuple in training mode: element 0 is used as logits, not element 1")
+    (note,) = trainer.notes
+    assert note.startswith("the student returns tuple in training mode: element 0 is used as logits, not element 1")
     before = [parameter.clone() for parameter in trainer.student.network.parameters()]  # type: ignore[union-attr]
     trainer.fit()
     assert not any(map(torch.equal, before, trainer.student.network.parameters()))  # type: ignore[union-attr]
@@ -249,7 +249,7 @@ def test_networks_with_older_norms_that_were_trained_before_are_distilled_and_av
     trainer = Trainer(*given, method)
     average = trainer.fit()
     assert average is not trainer.student and average(torch.zeros(1, 1, 8, 8)).isfinite().all()
-    assert not any("cannot be" in remark for remark in trainer.remarks)
+    assert not any("cannot be" in note for note in trainer.notes)
 
 
 class WithoutResult(nn.Sequential):

@@ -104,8 +104,10 @@ def test_weights_averages_and_optimiser_states_stay_float32_in_bf16(make_trainer
     )
     trainer = make_trainer(chosen, networks=networks())
     trainer.fit()
-    assert trainer.state.average is not None and trainer.state.memory is not None and trainer.state.memory.generator is not None
-    for network in (trainer.student, trainer.generator, trainer.teacher, trainer.state.average, trainer.state.memory.generator):
+    assert (
+        trainer.state.average is not None and trainer.state.replay_source is not None and trainer.state.replay_source.generator is not None
+    )
+    for network in (trainer.student, trainer.generator, trainer.teacher, trainer.state.average, trainer.state.replay_source.generator):
         assert {tensor.dtype for tensor in network.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
     states = [value for state in trainer.state.student_optimizer.state.values() for value in state.values()]
     assert {value.dtype for value in states if value.ndim} == {torch.float32}
@@ -196,7 +198,7 @@ def test_no_logits_are_rounded_before_they_are_compared(
     )
     trainer = make_trainer(chosen, networks=networks())
     trainer.fit()
-    assert trainer.remarks == []
+    assert trainer.notes == []
     assert len(compared) >= 8
     for logits in compared:
         assert logits.dtype == torch.float32
@@ -218,7 +220,7 @@ def test_logits_that_no_layer_makes_are_rounded_and_that_is_said(make_trainer: M
     teacher, _, generator = networks()
     trainer = make_trainer(method("bf16"), networks=(teacher, Product(), generator))
     trainer.fit()
-    assert trainer.remarks == ["engine.precision: the student's logits are rounded to bf16: its forward makes them, not a layer"]
+    assert trainer.notes == ["engine.precision: the student's logits are rounded to bf16: its forward makes them, not a layer"]
 
 
 @pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank", "vae"])
@@ -314,5 +316,5 @@ def test_a_teacher_that_cannot_be_folded_is_used_as_it_is_and_that_is_said(make_
     _, student, generator = networks()
     trainer = make_trainer(method("fp32"), networks=(Branching(), student, generator))
     trainer.fit()
-    assert len(trainer.remarks) == 1
-    assert "not folded: Branching cannot be traced" in trainer.remarks[0]
+    assert len(trainer.notes) == 1
+    assert "not folded: Branching cannot be traced" in trainer.notes[0]

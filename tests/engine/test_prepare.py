@@ -14,7 +14,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.surgery import BatchNormLeakyReLU2d, CpuConv2d
 from tests.small import small_method, small_networks
 
-PLAIN = Engine(precision="fp32", channels_last=False, cpu_convolutions=False, fuse_norm_act=False, fold_teacher=False, keep_memory=False)
+PLAIN = Engine(precision="fp32", channels_last=False, cpu_convolutions=False, fuse_norm_act=False, fold_teacher=False, malloc_reuse=False)
 
 
 def trainer(engine: Engine) -> Trainer:

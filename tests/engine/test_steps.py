@@ -112,21 +112,21 @@ def test_replayed_rows_come_from_the_averaged_generator_and_a_stream_of_their_ow
     seen: list[Tensor] = []
     trainer.teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     student_step(trainer.state)
-    assert trainer.state.memory is not None and trainer.state.memory.generator is not None
+    assert trainer.state.replay_source is not None and trainer.state.replay_source.generator is not None
     z = torch.randn(4, 20, generator=random_stream(3, "replay", torch.device("cpu")))
     assert seen[0].shape[0] == 8
-    torch.testing.assert_close(seen[0][4:], trainer.state.memory.generator(z))
+    torch.testing.assert_close(seen[0][4:], trainer.state.replay_source.generator(z))
 
 
 def test_averaged_generator_is_never_trained_and_follows_each_generator_step(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(small_method(replay=Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=0.7))))
-    assert trainer.state.memory is not None and trainer.state.memory.generator is not None
+    assert trainer.state.replay_source is not None and trainer.state.replay_source.generator is not None
     expected = {name: tensor.double() for name, tensor in snapshot(trainer.generator).items()}
     for _ in range(3):
         student_step(trainer.state)
         generator_step(trainer.state)
         for name, tensor in trainer.generator.state_dict().items():
             expected[name] = 0.7 * expected[name] + 0.3 * tensor.double() if tensor.is_floating_point() else tensor.double()
-    for name, tensor in trainer.state.memory.generator.state_dict().items():
+    for name, tensor in trainer.state.replay_source.generator.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.state.memory.generator.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.state.replay_source.generator.parameters())

@@ -304,7 +304,7 @@ def test_a_state_from_before_teachers_were_recorded_is_loaded_with_a_remark(make
     del state["teacher"]
     trainer = make_trainer(small_method())
     trainer.load_state_dict(state)
-    assert trainer.remarks == ["the checkpoint does not say which teacher it is of: whether it is this one was not checked"]
+    assert trainer.notes == ["the checkpoint does not say which teacher it is of: whether it is this one was not checked"]
 
 
 def test_a_users_own_generator_needs_only_latent_dim(make_trainer: MakeTrainer) -> None:

@@ -120,15 +120,15 @@ def conditional(num_classes: int) -> Generator:
 def test_singular_vectors_of_a_spectral_norm_are_copied_so_that_the_average_is_normalised() -> None:
     torch.manual_seed(0)
     player = build_generator(GeneratorSettings(model="B", latent_dim=6, width=2, spectral_norm=True), 3, 16).train()
-    memory = EmaGenerator(player, 0.5)
+    source = EmaGenerator(player, 0.5)
     for _ in range(3):
         with torch.no_grad():
             for parameter in player.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for _ in range(20):
             player(torch.randn(4, 6))  # the power iteration goes on in every forward
-        memory.follow(player)
-    averaged = dict(memory.generator.named_buffers())
+        source.follow(player)
+    averaged = dict(source.generator.named_buffers())
     vectors = [(averaged[name], vector) for name, vector in player.named_buffers() if name.endswith(("._u", "._v"))]
     assert len(vectors) == 10
     for ours, theirs in vectors:
@@ -180,23 +180,23 @@ def fresh(number: int, rows: int = 4) -> Batch:
     return Batch(number + torch.rand(rows, 3, 4, 5) / 2, number + torch.rand(rows, 7) / 2, [Part(rows, 1.0)])
 
 
-def draws(memory: MemoryBank, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor | None]]:
+def draws(source: MemoryBank, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor | None]]:
     found, drawn = stream(seed), []
     for _ in range(count):
-        images = torch.full((memory.rows, 3, 4, 5), float("nan"))
-        drawn.append((images, memory.recall(images, found)))
+        images = torch.full((source.rows, 3, 4, 5), float("nan"))
+        drawn.append((images, source.recall(images, found)))
     return drawn
 
 
 @pytest.mark.parametrize("stored", [1, 2, 3, 4, 5, 7])
 def test_a_ring_replays_the_newest_batches_uniformly_and_no_slot_that_is_not_filled(stored: int) -> None:
-    memory = bank(slots=3)
+    source = bank(slots=3)
     for number in range(1, stored + 1):
-        memory.end_epoch(number, fresh(number))
+        source.end_epoch(number, fresh(number))
     alive = [number for number in range(1, stored + 1) if number > stored - 3]
     counts = dict.fromkeys(alive, 0)
     stored_images = {number: fresh(number).images[:2] for number in alive}
-    for images, logits in draws(memory, 300):
+    for images, logits in draws(source, 300):
         assert logits is None
         number = int(images.min())
         assert torch.equal(images, stored_images[number])
@@ -206,46 +206,46 @@ def test_a_ring_replays_the_newest_batches_uniformly_and_no_slot_that_is_not_fil
 
 
 def test_a_bank_that_is_empty_is_not_ready_and_stores_at_the_end_of_every_nth_epoch() -> None:
-    memory, filled = bank(slots=2, every=3), []
+    source, filled = bank(slots=2, every=3), []
     for epoch in range(1, 10):
-        memory.end_epoch(epoch, fresh(epoch))
-        filled.append(memory.ready)
+        source.end_epoch(epoch, fresh(epoch))
+        filled.append(source.ready)
     assert filled == [False, False, *7 * [True]]
-    assert {int(images.min()) for images, _ in draws(memory, 40)} == {6, 9}
+    assert {int(images.min()) for images, _ in draws(source, 40)} == {6, 9}
 
 
 def test_half_storage_returns_the_images_rounded_to_half() -> None:
-    memory = bank(storage="half")
-    memory.end_epoch(1, fresh(1))
-    ((images, _),) = draws(memory, 1)
+    source = bank(storage="half")
+    source.end_epoch(1, fresh(1))
+    ((images, _),) = draws(source, 1)
     assert torch.equal(images, fresh(1).images[:2].half().float())
-    assert memory.images.dtype == torch.float16
+    assert source.images.dtype == torch.float16
 
 
 def test_uint8_storage_errs_by_half_a_256th_of_each_channels_own_range_at_most() -> None:
     torch.manual_seed(0)
     # Far apart in scale and place; the last channel is constant.
     images = torch.randn(2, 3, 4, 5) * torch.tensor([1e-3, 50.0, 0.0])[:, None, None] + torch.tensor([7.0, -30.0, 0.3])[:, None, None]
-    memory = bank(storage="uint8")
-    memory.store(2 * images, torch.zeros(2, 7))
-    memory.store(images, torch.zeros(2, 7))
-    assert memory.images.dtype == torch.uint8
-    found = next(recalled for recalled, _ in draws(memory, 20) if abs(recalled[0, 0, 0, 0].item() - 7) < 1)
+    source = bank(storage="uint8")
+    source.store(2 * images, torch.zeros(2, 7))
+    source.store(images, torch.zeros(2, 7))
+    assert source.images.dtype == torch.uint8
+    found = next(recalled for recalled, _ in draws(source, 20) if abs(recalled[0, 0, 0, 0].item() - 7) < 1)
     ranges = images.amax((0, 2, 3)) - images.amin((0, 2, 3))
     errors = (found - images).abs().amax((0, 2, 3))
     # Half a step, and a rounding of the largest magnitude.
     assert (errors <= ranges / 255 / 2 + 4e-7 * images.abs().amax((0, 2, 3))).all()
     assert (errors[:2] > ranges[:2] / 255 / 4).all()
     assert torch.equal(found[:, 2], images[:, 2])
-    assert memory.images[1, :, :2].amax((0, 2, 3)).tolist() == [255, 255]
+    assert source.images[1, :, :2].amax((0, 2, 3)).tolist() == [255, 255]
 
 
 @pytest.mark.parametrize("storage", ["float32", "half", "uint8"])
 def test_cached_logits_are_those_of_the_batch_that_is_replayed(storage: Storage) -> None:
-    memory, seen = bank(storage=storage, cached_logits=True), set()
+    source, seen = bank(storage=storage, cached_logits=True), set()
     for number in range(1, 5):
-        memory.end_epoch(number, fresh(number))
-    for images, logits in draws(memory, 30):
+        source.end_epoch(number, fresh(number))
+    for images, logits in draws(source, 30):
         number = round(images.min().item() - 0.1)
         seen.add(number)
         assert logits is not None
@@ -257,17 +257,17 @@ def test_cached_logits_are_those_of_the_batch_that_is_replayed(storage: Storage)
 @pytest.mark.parametrize("cached_logits", [False, True])
 @pytest.mark.parametrize("stored", [0, 2, 4])
 def test_a_restored_bank_draws_the_same_batches_and_overwrites_the_same_slot(storage: Storage, cached_logits: bool, stored: int) -> None:
-    memory, restored = (bank(storage=storage, cached_logits=cached_logits) for _ in range(2))
+    source, restored = (bank(storage=storage, cached_logits=cached_logits) for _ in range(2))
     for number in range(1, stored + 1):
-        memory.end_epoch(number, fresh(number))
-    restored.load_state_dict(through_a_file(memory.state_dict()))
-    assert restored.ready is memory.ready
+        source.end_epoch(number, fresh(number))
+    restored.load_state_dict(through_a_file(source.state_dict()))
+    assert restored.ready is source.ready
     for number in (8, 9):
-        if memory.ready:
-            drawn = draws(memory, 12)
+        if source.ready:
+            drawn = draws(source, 12)
             assert_equal(draws(restored, 12), drawn)
             assert all((logits is not None) is cached_logits for _, logits in drawn)
-        for one in (memory, restored):
+        for one in (source, restored):
             one.end_epoch(number, fresh(number))
 
 
@@ -295,29 +295,29 @@ def gradients(parameters: Any) -> list[Tensor | None]:
 @pytest.mark.parametrize("pixels", [True, False])
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_the_autoencoders_loss_is_l1_on_logits_and_pixels_and_the_divergence_from_a_normal(pixels: bool, kl: float) -> None:
-    memory = vae_replay(pixels=pixels, kl=kl)
-    memory.vae.double()
-    memory.teacher.double()
-    twin = copy.deepcopy(memory.vae)
+    source = vae_replay(pixels=pixels, kl=kl)
+    source.vae.double()
+    source.teacher.double()
+    twin = copy.deepcopy(source.vae)
     x, noise = torch.randn(7, 2, 8, 8).double(), torch.randn(7, 5).double()
     logits = torch.randn(7, 6).double()
-    loss = memory.loss(x, logits, noise)
-    loss.backward(inputs=list(memory.vae.parameters()))
+    loss = source.loss(x, logits, noise)
+    loss.backward(inputs=list(source.vae.parameters()))
 
     mean, log_variance = twin.encoder(x).split(5, dim=1)
     deviation = torch.exp(log_variance).sqrt()
     rebuilt = twin.decoder(mean + deviation * noise)
-    expected = (memory.teacher(rebuilt) - logits).abs().sum() / (7 * 6)
+    expected = (source.teacher(rebuilt) - logits).abs().sum() / (7 * 6)
     expected = expected + kl * kl_divergence(Normal(mean, deviation), Normal(0.0, 1.0)).sum() / 7
     if pixels:
         expected = expected + (rebuilt - x).abs().sum() / (7 * 2 * 8 * 8)
     expected.backward(inputs=list(twin.parameters()))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradients(memory.vae.parameters()), gradients(twin.parameters()), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients(source.vae.parameters()), gradients(twin.parameters()), rtol=1e-9, atol=1e-12)
 
 
-def tuning_loss(memory: VaeReplay, z: Tensor) -> Tensor:
-    logits = memory.teacher(memory.vae.decoder(z))
+def tuning_loss(source: VaeReplay, z: Tensor) -> Tensor:
+    logits = source.teacher(source.vae.decoder(z))
     mean_prediction = logits.softmax(1).mean(0)
     moments = F.mse_loss(z.var(0), torch.ones(5)) + F.mse_loss(z.mean(0), torch.zeros(5)) if len(z) > 1 else 0.0
     return F.cross_entropy(logits, logits.argmax(1)) + 5 * (mean_prediction * mean_prediction.log()).sum() + moments
@@ -326,9 +326,9 @@ def tuning_loss(memory: VaeReplay, z: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("leak", [False, True])
 def test_replayed_latents_have_taken_one_step_of_adam_on_the_tuning_loss(rows: int, leak: bool) -> None:
-    memory = vae_replay(rows=rows, latent_lr=0.03, leak=leak)
-    twin = copy.deepcopy(memory)
-    found = memory.latents(stream(2))
+    source = vae_replay(rows=rows, latent_lr=0.03, leak=leak)
+    twin = copy.deepcopy(source)
+    found = source.latents(stream(2))
     start = torch.empty(rows, 5).normal_(generator=stream(2))
     z = start.clone().requires_grad_()
     adam = torch.optim.Adam([z], lr=0.03)
@@ -345,32 +345,32 @@ def test_latents_that_take_no_step_are_those_that_were_drawn() -> None:
 
 @pytest.mark.parametrize("leak", [False, True])
 def test_drawing_latents_moves_neither_weights_nor_statistics_and_gives_the_teacher_no_gradient(leak: bool) -> None:
-    memory = vae_replay(leak=leak)
-    before = state(memory.vae)
+    source = vae_replay(leak=leak)
+    before = state(source.vae)
     with torch.no_grad():  # as in a student step
-        memory.generator(memory.latents(stream()))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in memory.vae.state_dict().items())
-    assert gradients(memory.teacher.parameters()) == 4 * [None]
-    assert not any(module.training for module in memory.generator.modules())
+        source.generator(source.latents(stream()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.vae.state_dict().items())
+    assert gradients(source.teacher.parameters()) == 4 * [None]
+    assert not any(module.training for module in source.generator.modules())
 
 
 def test_drawing_latents_leaves_no_gradient_in_the_decoder_and_its_next_update_is_the_same_without_it() -> None:
-    memory, twin = vae_replay(), vae_replay()
-    memory.latents(stream(1))
-    memory.latents(stream(2))
-    assert all(gradient is None for gradient in gradients(memory.vae.parameters()))
-    for one in (memory, twin):
+    source, twin = vae_replay(), vae_replay()
+    source.latents(stream(1))
+    source.latents(stream(2))
+    assert all(gradient is None for gradient in gradients(source.vae.parameters()))
+    for one in (source, twin):
         one.learn(student_batch(), 0, stream(3))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(state(memory.vae).values(), state(twin.vae).values(), strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(state(source.vae).values(), state(twin.vae).values(), strict=True))
 
 
 def test_a_leak_adds_the_gradients_of_every_draw_since_to_the_decoders_next_update() -> None:
-    memory = vae_replay(leak=True)
-    twin, batch = copy.deepcopy(memory), student_batch()
-    decoder = list(memory.vae.decoder.parameters())
-    memory.latents(stream(1))
-    memory.latents(stream(2))
-    memory.learn(batch, 0, stream(3))
+    source = vae_replay(leak=True)
+    twin, batch = copy.deepcopy(source), student_batch()
+    decoder = list(source.vae.decoder.parameters())
+    source.latents(stream(1))
+    source.latents(stream(2))
+    source.learn(batch, 0, stream(3))
 
     for seed in (1, 2):
         z = torch.empty(4, 5).normal_(generator=stream(seed)).requires_grad_()
@@ -382,14 +382,14 @@ def test_a_leak_adds_the_gradients_of_every_draw_since_to_the_decoders_next_upda
     for parameter, other in zip(decoder, twin.vae.decoder.parameters(), strict=True):
         # Adam's first average is a tenth of the gradient it was given.
         assert other.grad is not None
-        torch.testing.assert_close(10 * memory.optimizer.state[parameter]["exp_avg"], other.grad, rtol=1e-4, atol=1e-5)
-    assert all(gradient is None for gradient in gradients(memory.vae.parameters()))
+        torch.testing.assert_close(10 * source.optimizer.state[parameter]["exp_avg"], other.grad, rtol=1e-4, atol=1e-5)
+    assert all(gradient is None for gradient in gradients(source.vae.parameters()))
 
 
 def test_the_autoencoder_learns_the_first_fresh_rows_and_all_of_its_own_by_adam() -> None:
-    memory, batch = vae_replay(lr=2e-3), student_batch()
-    twin = copy.deepcopy(memory.vae).train()
-    losses = memory.learn(batch, 3, stream(3))
+    source, batch = vae_replay(lr=2e-3), student_batch()
+    twin = copy.deepcopy(source.vae).train()
+    losses = source.learn(batch, 3, stream(3))
     adam = torch.optim.Adam(twin.parameters(), lr=2e-3)
     reference = vae_replay()
     reference.vae = twin
@@ -398,35 +398,35 @@ def test_the_autoencoder_learns_the_first_fresh_rows_and_all_of_its_own_by_adam(
     loss.backward()
     adam.step()
     torch.testing.assert_close(losses, {"vae": loss.detach()})
-    torch.testing.assert_close(memory.vae.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
-    assert gradients(memory.teacher.parameters()) == 4 * [None]
-    assert not any(module.training for module in memory.vae.modules())
+    torch.testing.assert_close(source.vae.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+    assert gradients(source.teacher.parameters()) == 4 * [None]
+    assert not any(module.training for module in source.vae.modules())
 
 
 def test_the_autoencoder_learns_in_the_first_steps_of_an_iteration_only() -> None:
-    memory, moved = vae_replay(steps=2), []
+    source, moved = vae_replay(steps=2), []
     for step in range(4):
-        before = state(memory.vae)
-        losses = memory.learn(student_batch(step), step, stream(step))
-        moved.append((list(losses), any(not torch.equal(tensor, before[name]) for name, tensor in memory.vae.state_dict().items())))
+        before = state(source.vae)
+        losses = source.learn(student_batch(step), step, stream(step))
+        moved.append((list(losses), any(not torch.equal(tensor, before[name]) for name, tensor in source.vae.state_dict().items())))
     assert moved == [(["vae"], True), (["vae"], True), ([], False), ([], False)]
 
 
 @pytest.mark.parametrize("leak", [False, True])
 def test_a_restored_autoencoder_goes_on_bit_for_bit_with_what_had_leaked(leak: bool) -> None:
-    def go_on(memory: VaeReplay) -> list[Tensor]:
+    def go_on(source: VaeReplay) -> list[Tensor]:
         drawn = []
         for step in range(2):
-            drawn.append(memory.latents(random))
-            memory.learn(student_batch(step), step, random)
-        return [*drawn, *state(memory.vae).values()]
+            drawn.append(source.latents(random))
+            source.learn(student_batch(step), step, random)
+        return [*drawn, *state(source.vae).values()]
 
-    memory, restored = vae_replay(leak=leak), vae_replay(leak=leak)
+    source, restored = vae_replay(leak=leak), vae_replay(leak=leak)
     random = stream(5)
-    go_on(memory)
-    memory.latents(random)  # the leak of this draw is not yet in an update
-    saved, place = through_a_file(memory.state_dict()), random.get_state()
-    expected = go_on(memory)
+    go_on(source)
+    source.latents(random)  # the leak of this draw is not yet in an update
+    saved, place = through_a_file(source.state_dict()), random.get_state()
+    expected = go_on(source)
     random.set_state(place)
     restored.load_state_dict(saved)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(go_on(restored), expected, strict=True))
@@ -439,6 +439,6 @@ def test_the_state_of_an_autoencoder_on_a_gpu_goes_on_on_a_cpu() -> None:
     for group in saved["optimizer"]["param_groups"]:
         group |= {"fused": True, "capturable": True}  # of which the last is an error on a CPU
     second.load_state_dict(saved)
-    expected, found = (memory.learn(student_batch(), 0, stream(1))["vae"] for memory in (first, second))
+    expected, found = (source.learn(student_batch(), 0, stream(1))["vae"] for source in (first, second))
     assert torch.equal(expected, found)
     assert second.optimizer.param_groups[0]["capturable"] is False

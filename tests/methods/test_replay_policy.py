@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dfkd_fast import DfkdError, Engine, Loop, Method, Replay, Trainer, load_recipe
-from dfkd_fast.methods import POLICIES, BankSettings, Batch, Memory, Policy, VaeSettings, register
+from dfkd_fast.methods import POLICIES, BankSettings, Batch, Policy, ReplaySource, VaeSettings, register
 from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml
 from dfkd_fast.settings import Fraction
 from tests.small import small_method, small_networks
@@ -24,10 +24,10 @@ from tests.states import assert_equal, through_a_file, without_times
 MakeTrainer = Callable[..., Trainer]
 
 
-class LastBatch(Memory):
+class LastBatch(ReplaySource):
     """Replays the last batch of the epoch before."""
 
-    private = stores_fresh = True
+    per_rank = stores_fresh = True
     steps = 1
     losses = ("distance",)
 
@@ -88,7 +88,7 @@ def settings() -> Iterator[type[Policy]]:
                 raise ValueError(f"replay.last_batch.least = {self.least}: a batch has {batch_size} rows")
 
         @override
-        def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> Memory:
+        def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> ReplaySource:
             return LastBatch(images[:rows], self.share)
 
     yield LastBatchSettings

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import winograd_conv2d
 from dfkd_fast.kernels.conv import col2im_conv2d, im2col_conv2d
-from dfkd_fast.surgery import CpuConv2d, cpu_conv, fold, freeze, untaught, use_cpu_convolutions
+from dfkd_fast.surgery import CpuConv2d, cpu_conv, fold, freeze, use_cpu_convolutions, weights_frozen
 
 FEW_PIXELS: list[dict[str, Any]] = [
     {"kernel_size": 3, "padding": 1},
@@ -134,7 +134,7 @@ def test_autocast_computes_in_its_dtype_as_a_convolution_does(lowered: bool, mon
 def test_frozen_weights_cost_no_gradient(channels: dict[str, int]) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
     use_cpu_convolutions(layer)
-    with untaught(layer):
+    with weights_frozen(layer):
         output = layer(images)
     assert layer.weight.requires_grad
     assert output.grad_fn is not None

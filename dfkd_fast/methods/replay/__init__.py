@@ -2,8 +2,8 @@
 
 from .ema_generator import EmaGenerator, EmaGeneratorSettings
 from .memory_bank import BankSettings, MemoryBank
-from .policy import Memory, Policy
-from .section import POLICIES, Replay, build_memory, register
+from .policy import Policy, ReplaySource
+from .section import POLICIES, Replay, build_replay_source, register
 from .vae import VaeReplay, VaeSettings
 
 __all__ = [
@@ -11,12 +11,12 @@ __all__ = [
     "BankSettings",
     "EmaGenerator",
     "EmaGeneratorSettings",
-    "Memory",
     "MemoryBank",
     "Policy",
     "Replay",
+    "ReplaySource",
     "VaeReplay",
     "VaeSettings",
-    "build_memory",
+    "build_replay_source",
     "register",
 ]

@@ -10,7 +10,7 @@ from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.models import conditioned, draw_labels
 from dfkd_fast.settings import Fraction
 
-from .policy import Memory, Policy
+from .policy import Policy, ReplaySource
 from .section import register
 
 __all__ = ["EmaGenerator", "EmaGeneratorSettings"]
@@ -28,11 +28,11 @@ class EmaGeneratorSettings(Policy):
         return batch_size
 
     @override
-    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> Memory:
+    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> ReplaySource:
         return EmaGenerator(generator, self.decay, rows)
 
 
-class EmaGenerator(Memory):
+class EmaGenerator(ReplaySource):
     """MAD's slowly moving copy of the generator, θ̃ ← αθ̃ + (1 − α)θ (arXiv 2209.10359). It is never trained.
 
     Floating buffers are averaged with the same α, but for those that :class:`~dfkd_fast.kernels.FusedEMA` copies; being in

@@ -11,7 +11,7 @@ from typing_extensions import override
 from dfkd_fast.settings import Flag, PositiveInt
 
 from ..batch import Batch
-from .policy import Memory, Policy
+from .policy import Policy, ReplaySource
 from .section import register
 
 __all__ = ["BankSettings", "MemoryBank"]
@@ -38,12 +38,12 @@ class BankSettings(Policy):
             raise ValueError(f"replay.rows = {rows}: a bank stores rows of a fresh batch, of which there are {batch_size}")
 
     @override
-    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> Memory:
+    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> ReplaySource:
         example, answers = images[:1].expand(rows, -1, -1, -1), logits[:1].expand(rows, *logits.shape[1:])
         return MemoryBank(example, answers, slots=self.slots, every=self.every, storage=self.storage, cached_logits=self.cached_logits)
 
 
-class MemoryBank(Memory):
+class MemoryBank(ReplaySource):
     """A ring of stored synthetic batches on the device (MB-DFKD, WACV 2022).
 
     Now and then the first rows of the last fresh batch are stored over the oldest; a student step replays one stored
@@ -58,7 +58,7 @@ class MemoryBank(Memory):
         cached_logits: keep the teacher's logits, in place of asking it again.
     """
 
-    private = stores_fresh = True
+    per_rank = stores_fresh = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 
-__all__ = ["Memory", "Policy"]
+__all__ = ["Policy", "ReplaySource"]
 
 
 class Policy:
@@ -41,7 +41,7 @@ class Policy:
             ValueError: it cannot; one line with the key, its value and what is allowed.
         """
 
-    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> "Memory":
+    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> "ReplaySource":
         """What the student is shown again.
 
         Args:
@@ -57,7 +57,7 @@ class Policy:
         raise NotImplementedError
 
 
-class Memory:
+class ReplaySource:
     """Where replayed samples come from. A policy overrides what it does otherwise; the rest is nothing.
 
     A memory either has a ``generator``, whose images are made in one go with the fresh ones, or writes finished images.
@@ -75,7 +75,7 @@ class Memory:
     optimizers: Sequence[torch.optim.Optimizer] = ()
     capturable: bool = True
     """Whether its part of a step can be recorded in a CUDA graph."""
-    private: bool = False
+    per_rank: bool = False
     """Whether every process has another one."""
     stores_fresh: bool = False
     """Whether :meth:`end_epoch` stores fresh rows, so that a checkpoint needs those of the last student step, too."""

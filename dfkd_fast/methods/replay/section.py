@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dfkd_fast.renamed import RENAMED
 from dfkd_fast.settings import Count, NonNegative, settings
 
-from .policy import Memory, Policy
+from .policy import Policy, ReplaySource
 
-__all__ = ["POLICIES", "Replay", "build_memory", "register"]
+__all__ = ["POLICIES", "Replay", "build_replay_source", "register"]
 
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
@@ -121,7 +121,7 @@ def _validated(section: Any) -> Replay:
     return section if isinstance(section, Replay) else TypeAdapter(Replay.complete()).validate_python(section)
 
 
-def build_memory(wanted: Replay, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> Memory | None:
+def build_replay_source(wanted: Replay, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> ReplaySource | None:
     """What the student is shown again, as :meth:`Policy.build` has it; None for nothing."""
     if wanted.policy is None or not wanted.replays:
         return None

@@ -17,7 +17,7 @@ from dfkd_fast.settings import Count, Flag, NonNegative, Positive, PositiveInt
 
 from ..batch import Batch
 from ..objective import entropy, one_hot
-from .policy import Memory, Policy
+from .policy import Policy, ReplaySource
 from .section import register
 
 __all__ = ["VaeReplay", "VaeSettings"]
@@ -65,7 +65,7 @@ class VaeSettings(Policy):
             raise ValueError(f"replay.vae.fresh_rows = {self.fresh_rows}: a batch has {batch_size} fresh rows")
 
     @override
-    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> Memory:
+    def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> ReplaySource:
         vae = Vae(self.latent_dim, images.shape[1], images.shape[2], self.width, hidden_eps=self.hidden_eps, uniform_init=self.uniform_init)
         return VaeReplay(
             vae.to(images.device).to(memory_format=_layout(images)),
@@ -86,7 +86,7 @@ def _layout(images: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-class VaeReplay(Memory):
+class VaeReplay(ReplaySource):
     """Generative pseudo replay (PRE-DFKD, arXiv 2201.03019).
 
     The autoencoder learns fresh samples and some of its own, which keep it from forgetting, in the first student steps

@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path, PurePath
 from typing import Self
 
-from dfkd_fast.errors import DfkdError, shown
+from dfkd_fast.errors import DfkdError, short_repr
 
 __all__ = [
     "EXTENSIONS",
-    "Listing",
+    "ImageList",
     "is_image",
     "list_file",
     "list_folder",
@@ -34,13 +34,13 @@ LABEL = re.compile("[0-9]{1,7}")
 
 
 @dataclass(frozen=True)
-class Listing:
+class ImageList:
     """Image files and their classes, always in the same order."""
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
     classes: int
-    remark: str | None = None
+    note: str | None = None
     """What a reader of the figures must know, in one line."""
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class Listing:
     def take(self, indices: Iterable[int]) -> Self:
         """Some of the images."""
         chosen = list(indices)
-        return type(self)(tuple(self.paths[i] for i in chosen), tuple(self.labels[i] for i in chosen), self.classes, self.remark)
+        return type(self)(tuple(self.paths[i] for i in chosen), tuple(self.labels[i] for i in chosen), self.classes, self.note)
 
 
 def is_image(name: str, extensions: Iterable[str] = EXTENSIONS) -> bool:
@@ -57,7 +57,7 @@ def is_image(name: str, extensions: Iterable[str] = EXTENSIONS) -> bool:
     return not name.startswith(".") and PurePath(name).suffix.lower() in extensions
 
 
-def list_imagenet(root: Path, classes: int | None) -> Listing:
+def list_imagenet(root: Path, classes: int | None) -> ImageList:
     """``val/``, or the folder itself, with folders that are called by their classes, or images with a file of labels beside them.
 
     A class is called by its WordNet id or by its number among the 1,000; some of them are enough.
@@ -70,20 +70,20 @@ def list_imagenet(root: Path, classes: int | None) -> Listing:
     if len(present) in (0, len(IMAGENET)):
         return listing
     part = f"{len(present)} of ImageNet's 1,000 classes, {IMAGENET[present[0]]} to {IMAGENET[present[-1]]}"
-    return replace(listing, remark=f"{folder} has {part}, and predictions are of all 1,000")
+    return replace(listing, note=f"{folder} has {part}, and predictions are of all 1,000")
 
 
-def list_imagenet_training(root: Path) -> Listing:
+def list_imagenet_training(root: Path) -> ImageList:
     """``train/`` with folders that are called by their classes, all 1,000."""
     folder = _training(root)
     return _complete(folder, _of_imagenets_folders(folder, _class_folders(folder)), IMAGENET)
 
 
-def _of_imagenets_folders(folder: Path, folders: Sequence[Path]) -> Listing:
+def _of_imagenets_folders(folder: Path, folders: Sequence[Path]) -> ImageList:
     known = _imagenet_classes()
     if unknown := [path.name for path in folders if path.name not in known]:
         raise DfkdError(
-            f"data.root {folder}: {len(unknown)} of {len(folders)} folders are no classes of ImageNet, the first is {shown(unknown[0])};"
+            f"data.root {folder}: {len(unknown)} of {len(folders)} folders are not ImageNet classes, the first is {short_repr(unknown[0])};"
             " a class's folder is called by its WordNet id, such as n01440764, or by its number, 0 to 999"
         )
     return _of_folders(folders, [known[path.name] for path in folders], len(IMAGENET))
@@ -94,7 +94,7 @@ def _imagenet_classes() -> dict[str, int]:
     return {name: label for label, wnid in enumerate(IMAGENET) for name in (wnid, str(label), f"{label:03}", f"{label:04}")}
 
 
-def _labelled_elsewhere(root: Path, folder: Path) -> Listing:
+def _labelled_elsewhere(root: Path, folder: Path) -> ImageList:
     """Images of one folder, whose classes a text file beside them has: a name and a class on every line."""
     known = _imagenet_classes()
     source = next((place / name for place in (root, folder) for name in LABEL_FILES if (place / name).is_file()), None)
@@ -109,16 +109,16 @@ def _labelled_elsewhere(root: Path, folder: Path) -> Listing:
         name, label = (*line.replace(",", " ").split(), "", "")[:2]
         if label in known:
             if labels.setdefault(PurePath(name).stem, known[label]) != known[label]:
-                raise DfkdError(f"{source}, line {number}: {shown(name)} is of another class than in an earlier line")
+                raise DfkdError(f"{source}, line {number}: {short_repr(name)} is of another class than in an earlier line")
         elif number > 1 or source.suffix != ".csv":  # the first line of a table has the names of its columns
-            raise DfkdError(f"{source}, line {number}: {shown(line)} must be a name and a WordNet id or a number, 0 to 999")
+            raise DfkdError(f"{source}, line {number}: {short_repr(line)} must be a name and a WordNet id or a number, 0 to 999")
     images = _images_below(folder)
     if alone := [path for path in images if path.stem not in labels]:
         raise DfkdError(f"{source} has no class of {len(alone)} of the {len(images)} images in {folder}, the first {alone[0].name}")
-    return Listing(tuple(images), tuple(labels[path.stem] for path in images), len(IMAGENET), f"classes are those of {source}")
+    return ImageList(tuple(images), tuple(labels[path.stem] for path in images), len(IMAGENET), f"classes are those of {source}")
 
 
-def list_folder(root: Path, classes: int | None) -> Listing:
+def list_folder(root: Path, classes: int | None) -> ImageList:
     """``val/`` or ``test/`` with one folder a class."""
     if (folder := _tested_folder(root)) is None:
         raise DfkdError(f"data.root {root} has no folder val or test")
@@ -126,14 +126,14 @@ def list_folder(root: Path, classes: int | None) -> Listing:
     return _of_folders(folders, range(len(folders)), len(folders))
 
 
-def list_folder_training(root: Path) -> Listing:
+def list_folder_training(root: Path) -> ImageList:
     """``train/`` with one folder a class, none of them empty, and the same classes as in ``val/`` or ``test/``."""
     folder = _training(root)
     folders = _class_folders(folder)
     names = [path.name for path in folders]
     # Classes are numbered in each by name: one that is missing shifts the others.
     if (tested := _tested_folder(root)) and (alone := sorted({*names} ^ {path.name for path in _class_folders(tested)})):
-        raise DfkdError(f"data.root {root}: train and {tested.name} have not the same classes, {shown(alone[0])} is in one only")
+        raise DfkdError(f"data.root {root}: train and {tested.name} have not the same classes, {short_repr(alone[0])} is in one only")
     return _complete(folder, _of_folders(folders, range(len(folders)), len(folders)), names)
 
 
@@ -147,7 +147,7 @@ def _training(root: Path) -> Path:
     return root / "train"
 
 
-def _complete(folder: Path, listing: Listing, names: Sequence[str]) -> Listing:
+def _complete(folder: Path, listing: ImageList, names: Sequence[str]) -> ImageList:
     """The listing, which has images of every class."""
     if missing := sorted(set(range(listing.classes)) - set(listing.labels)):
         raise DfkdError(
@@ -171,9 +171,9 @@ def _folders(folder: Path) -> list[Path]:
         raise DfkdError(f"data.root {folder} cannot be read: {error}") from error
 
 
-def _of_folders(folders: Sequence[Path], labels: Sequence[int], classes: int) -> Listing:
+def _of_folders(folders: Sequence[Path], labels: Sequence[int], classes: int) -> ImageList:
     found = [(path, label) for folder, label in zip(folders, labels, strict=True) for path in _images_below(folder)]
-    return Listing(tuple(path for path, _ in found), tuple(label for _, label in found), classes)
+    return ImageList(tuple(path for path, _ in found), tuple(label for _, label in found), classes)
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -193,7 +193,7 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def list_places365(root: Path, classes: int | None) -> Listing:
+def list_places365(root: Path, classes: int | None) -> ImageList:
     """``places365_val.txt`` and ``categories_places365.txt`` beside ``val_256/``, ``val_large/`` or ``val/``; or ``val/`` with a folder
     a category."""
     categories = dict(_pairs(root / "categories_places365.txt"))
@@ -208,7 +208,7 @@ def list_places365(root: Path, classes: int | None) -> Listing:
         _check_labels(root / "places365_val.txt", [label for _, label in found], classes)
     else:
         found = [(path, label) for name, label in categories.items() for path in _images_below(_category_folder(images, name))]
-    return Listing(tuple(path for path, _ in found), tuple(label for _, label in found), classes)
+    return ImageList(tuple(path for path, _ in found), tuple(label for _, label in found), classes)
 
 
 def _category_folder(images: Path, name: str) -> Path:
@@ -220,13 +220,13 @@ def _category_folder(images: Path, name: str) -> Path:
     raise DfkdError(f"data.root {images} has no folder {flat.name} for category {name}, and no places365_val.txt lies beside it")
 
 
-def list_file(path: Path, classes: int | None) -> Listing:
+def list_file(path: Path, classes: int | None) -> ImageList:
     """A text file with a path and a class on every line, paths relative to it."""
     found = [(path.parent / name, label) for name, label in _pairs(path)]
     labels = [label for _, label in found]
     again = len(found) - len({image for image, _ in found})
-    remark = f"{path} has {again} lines of files that it had before: these images count more than once" if again else None
-    return Listing(tuple(image for image, _ in found), tuple(labels), max(labels, default=0) + 1, remark)
+    note = f"{path} has {again} lines of files that it had before: these images count more than once" if again else None
+    return ImageList(tuple(image for image, _ in found), tuple(labels), max(labels, default=0) + 1, note)
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, int]]:
@@ -234,7 +234,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, int]]:
     for number, line in _lines(path):
         parts = line.rsplit(maxsplit=1)
         if len(parts) < 2 or not LABEL.fullmatch(parts[1]) or "\0" in line:
-            raise DfkdError(f"{path}, line {number}: {shown(line)} must be a path, a space and a class's number, from 0 on")
+            raise DfkdError(f"{path}, line {number}: {short_repr(line)} must be a path, a space and a class's number, from 0 on")
         yield parts[0], int(parts[1])
 
 

@@ -2,12 +2,12 @@
 
 from typing import Literal, NamedTuple
 
-__all__ = ["Interpolation", "View"]
+__all__ = ["EvalTransform", "Interpolation"]
 
 Interpolation = Literal["bilinear", "bicubic"]
 
 
-class View(NamedTuple):
+class EvalTransform(NamedTuple):
     """What torchvision's ``Resize(resize)``, ``CenterCrop(crop)``, ``ToTensor`` and ``Normalize`` make of a PIL image."""
 
     resize: int

@@ -6,7 +6,7 @@ import pytest
 from timm.data.imagenet_info import ImageNetInfo
 
 from dfkd_fast.data import DATA_SETS, DataSettings, open_split, read_listing
-from dfkd_fast.data.listing import IMAGENET
+from dfkd_fast.data.image_lists import IMAGENET
 from dfkd_fast.errors import DfkdError
 
 
@@ -21,7 +21,7 @@ def test_a_folder_a_class_is_numbered_by_name_and_files_are_sorted(tmp_path: Pat
     (tmp_path / "val/c").mkdir()
     listing = read_listing("folder", tmp_path)
     assert [path.name for path in listing.paths] == ["deep.jpg", "1.JPEG", "2.png"]
-    assert (listing.labels, listing.classes, listing.remark) == ((0, 1, 1), 3, None)
+    assert (listing.labels, listing.classes, listing.note) == ((0, 1, 1), 3, None)
 
 
 @pytest.mark.parametrize("below", ["val", "."])
@@ -30,7 +30,7 @@ def test_imagenets_wordnet_ids_sort_into_its_classes(tmp_path: Path, below: str)
     listing = read_listing("imagenet", tmp_path)
     assert listing.labels == tuple(range(1000))
     assert listing.paths[7].parent.name == "n01514668"  # a cock
-    assert listing.remark == f"{tmp_path} has 1,000 of the 50,000 validation images of imagenet: what is measured is no imagenet accuracy"
+    assert listing.note == f"{tmp_path} has 1,000 of the 50,000 validation images of imagenet: what is measured is no imagenet accuracy"
 
 
 def test_imagenets_classes_are_in_the_order_of_others() -> None:
@@ -52,7 +52,7 @@ def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
     touch(*(tmp_path / "val" / name / "1.JPEG" for name in folders))
     listing = read_listing("imagenet", tmp_path)
     assert (listing.labels, listing.classes) == (labels, 1000)
-    assert str(listing.remark).startswith(
+    assert str(listing.note).startswith(
         f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {IMAGENET[labels[0]]} to {IMAGENET[max(labels)]},"
         f" and predictions are of all 1,000; {tmp_path} has "
     )
@@ -60,7 +60,7 @@ def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
 
 def test_folders_that_are_no_classes_of_imagenet_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "val/n01440764/1.JPEG", tmp_path / "val/tench/1.JPEG", tmp_path / "val/1000/1.JPEG")
-    with pytest.raises(DfkdError, match=r"2 of 3 folders are no classes of ImageNet, the first is '1000'; .* such as n01440764"):
+    with pytest.raises(DfkdError, match=r"2 of 3 folders are not ImageNet classes, the first is '1000'; .* such as n01440764"):
         read_listing("imagenet", tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_imagenets_images_in_one_folder_have_the_classes_of_a_file_beside_them(
     listing = read_listing("imagenet", tmp_path)
     assert [path.name for path in listing.paths] == ["1.JPEG", "2.JPEG"]
     assert (listing.labels, listing.classes) == ((217, 0), 1000)
-    assert str(listing.remark).startswith(f"classes are those of {tmp_path / name}; ")
+    assert str(listing.note).startswith(f"classes are those of {tmp_path / name}; ")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_places365_takes_its_classes_from_its_own_list(tmp_path: Path, folder: s
     listing = read_listing("places365", tmp_path)
     assert listing.paths == tuple(tmp_path / folder / f"Places365_val_0000000{number}.jpg" for number in (1, 2))
     assert (listing.labels, listing.classes) == ((165, 6), 365)
-    assert "of the 36,500" in str(listing.remark)
+    assert "of the 36,500" in str(listing.note)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -237,14 +237,14 @@ def test_lists_are_read_as_other_programs_write_them(
     (tmp_path / "list.txt").write_bytes(content)
     listing = read_listing("list", tmp_path / "list.txt")
     assert (listing.paths, listing.labels) == (tuple(tmp_path / name for name in files), labels)
-    assert listing.remark is None
+    assert listing.note is None
 
 
 def test_a_list_that_names_files_twice_says_so(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\na.png 0\n")
     listing = read_listing("list", tmp_path / "list.txt")
     assert len(listing) == 3
-    assert "has 1 lines of files that it had before" in str(listing.remark)
+    assert "has 1 lines of files that it had before" in str(listing.note)
 
 
 @pytest.mark.parametrize(
