@@ -40,8 +40,8 @@ struct Results {
 struct Problem {
   View student;
   View teacher;
-  View student_unit;  // their data is null if they are not wanted
-  View teacher_unit;
+  View student_grad_unscaled;  // their data is null if they are not wanted
+  View teacher_grad_unscaled;
   int64_t rows;
   int64_t pixels;
   int32_t classes;
@@ -63,11 +63,11 @@ __device__ __forceinline__ Row row_of(const Problem& problem, int64_t row) {
 template <int kCount>
 __device__ __forceinline__ void store_units(
     const Problem& problem, const Row& row, int begin, const float (&student)[kCount], const float (&teacher)[kCount]) {
-  if (problem.student_unit.data != nullptr) {
-    store_share(problem.student_unit, row, begin, student);
+  if (problem.student_grad_unscaled.data != nullptr) {
+    store_share(problem.student_grad_unscaled, row, begin, student);
   }
-  if (problem.teacher_unit.data != nullptr) {
-    store_share(problem.teacher_unit, row, begin, teacher);
+  if (problem.teacher_grad_unscaled.data != nullptr) {
+    store_share(problem.teacher_grad_unscaled, row, begin, teacher);
   }
 }
 
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(con
         loss += L1::loss(student[i], teacher[i]);
         student[i] = L1::gradient(student[i], teacher[i]);
       });
-      if (problem.student_unit.data != nullptr) {
-        store_share_as<int8_t>(problem.student_unit, row, 0, student);
+      if (problem.student_grad_unscaled.data != nullptr) {
+        store_share_as<int8_t>(problem.student_grad_unscaled, row, 0, student);
       }
     } else {
       // The greatest finite negative number, so that a row may begin with -inf.
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(con
         mean.student += student[i] * divergence[i].student;
         mean.teacher += teacher[i] * divergence[i].teacher;
       });
-      if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
+      if (problem.student_grad_unscaled.data != nullptr || problem.teacher_grad_unscaled.data != nullptr) {
         mean.student = reduce(mean.student, row.team, Sum());
         mean.teacher = reduce(mean.teacher, row.team, Sum());
         for_each_class<kHeld>(row, 0, [&](int i) {
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
           loss += L1::loss(student[i], teacher[i]);
           student[i] = L1::gradient(student[i], teacher[i]);
         });
-        if (problem.student_unit.data != nullptr) {
-          store_share_as<int8_t>(problem.student_unit, row, begin, student);
+        if (problem.student_grad_unscaled.data != nullptr) {
+          store_share_as<int8_t>(problem.student_grad_unscaled, row, begin, student);
         }
       });
     } else {
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
         teacher_sum += sum.teacher;
       });
       loss += static_cast<float>(loss_sum);
-      if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
+      if (problem.student_grad_unscaled.data != nullptr || problem.teacher_grad_unscaled.data != nullptr) {
         const Pair mean{
             static_cast<float>(reduce(student_sum, row.team, Sum())), static_cast<float>(reduce(teacher_sum, row.team, Sum()))};
         pass([&](int begin) {
@@ -366,17 +366,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     return wanted ? empty_like(logits, dtype) : empty(false, dtype);
   };
   const Tensor loss = empty(true, ScalarType::Float);
-  const Tensor student_unit = unit_of(student, student_gradient);
-  const Tensor teacher_unit = unit_of(teacher, teacher_gradient);
+  const Tensor student_grad_unscaled = unit_of(student, student_gradient);
+  const Tensor teacher_grad_unscaled = unit_of(teacher, teacher_gradient);
   const Tensor count = empty(agreement, ScalarType::Long);
   Problem problem{};
   problem.student = view_of(student, "student");
   problem.teacher = view_of(teacher, "teacher");
   if (student_gradient) {
-    problem.student_unit = view_of(student_unit, std::is_same_v<Loss, L1> ? Storage::kInt8 : problem.student.storage);
+    problem.student_grad_unscaled = view_of(student_grad_unscaled, std::is_same_v<Loss, L1> ? Storage::kInt8 : problem.student.storage);
   }
   if (teacher_gradient) {
-    problem.teacher_unit = view_of(teacher_unit, problem.teacher.storage);
+    problem.teacher_grad_unscaled = view_of(teacher_grad_unscaled, problem.teacher.storage);
   }
   problem.rows = shape.channels == 0 ? 0 : shape.images * shape.pixels;
   problem.pixels = shape.pixels;
@@ -388,7 +388,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       static_cast<float*>(loss.mutable_data_ptr()),
       agreement ? static_cast<int64_t*>(count.mutable_data_ptr()) : nullptr};
   launch<Loss>(Launcher(student), problem, student);
-  return {loss, student_unit, teacher_unit, count};
+  return {loss, student_grad_unscaled, teacher_grad_unscaled, count};
 }
 
 }  // namespace

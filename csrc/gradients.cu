@@ -88,20 +88,20 @@ Scaling scaling_of(const Tensor& unit, const Tensor& gradient, double scale) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> scale_gradients(
-    const Tensor& student_unit,
-    const Tensor& teacher_unit,
+    const Tensor& student_grad_unscaled,
+    const Tensor& teacher_grad_unscaled,
     const Tensor& upstream,
     double student_scale,
     double teacher_scale,
     ScalarType student_dtype,
     ScalarType teacher_dtype) {
-  const Tensor student_gradient = empty_like(student_unit, student_dtype);
-  const Tensor teacher_gradient = empty_like(teacher_unit, teacher_dtype);
-  const int64_t largest = std::max(student_unit.numel(), teacher_unit.numel());
+  const Tensor student_gradient = empty_like(student_grad_unscaled, student_dtype);
+  const Tensor teacher_gradient = empty_like(teacher_grad_unscaled, teacher_dtype);
+  const int64_t largest = std::max(student_grad_unscaled.numel(), teacher_grad_unscaled.numel());
   Scalings scalings{};
   scalings.upstream = floats(upstream, "upstream");
-  scalings.sides[0] = scaling_of(student_unit, student_gradient, student_scale);
-  scalings.sides[1] = scaling_of(teacher_unit, teacher_gradient, teacher_scale);
+  scalings.sides[0] = scaling_of(student_grad_unscaled, student_gradient, student_scale);
+  scalings.sides[1] = scaling_of(teacher_grad_unscaled, teacher_gradient, teacher_scale);
   if (scalings.sides[0].count == 0) {
     std::swap(scalings.sides[0], scalings.sides[1]);
   }

@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfkd_fast, library) {
       "js_forward.cuda(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, "
       "bool teacher_gradient, bool agreement) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "scale_gradients.cuda(Tensor student_unit, Tensor teacher_unit, Tensor upstream, float student_scale, "
+      "scale_gradients.cuda(Tensor student_grad_unscaled, Tensor teacher_grad_unscaled, Tensor upstream, float student_scale, "
       "float teacher_scale, ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)");
 
   library.def("moments_forward.cuda(Tensor x, str activation) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -39,8 +39,8 @@ DivergenceForward kl_forward;
 DivergenceForward js_forward;
 
 std::tuple<Tensor, Tensor> scale_gradients(
-    const Tensor& student_unit,
-    const Tensor& teacher_unit,
+    const Tensor& student_grad_unscaled,
+    const Tensor& teacher_grad_unscaled,
     const Tensor& upstream,
     double student_scale,
     double teacher_scale,

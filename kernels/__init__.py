@@ -8,7 +8,7 @@ Nothing here knows the rest of the project, only tensors.
 """
 
 from .concat import concat_generated
-from .conv import winograd_conv2d, winograd_pays
+from .conv import winograd_conv2d, winograd_is_faster
 from .discrepancy import js_discrepancy, kl_discrepancy, l1_discrepancy
 from .dispatch import Backend, BackendError, use_backend
 from .ema import ema_multi_avg_fn, ema_update_
@@ -31,5 +31,5 @@ __all__ = [
     "l1_discrepancy",
     "use_backend",
     "winograd_conv2d",
-    "winograd_pays",
+    "winograd_is_faster",
 ]

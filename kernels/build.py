@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["BuildError", "compile_extension", "why_not_buildable"]
+__all__ = ["BuildError", "compile_extension", "unbuildable_reason"]
 
 SOURCES = Path(__file__).parent.parent / "csrc"  # beside kernels/ in the repository and in an installed package
 SWITCH = "DFKD_FAST_BUILD"
@@ -35,7 +35,7 @@ class BuildError(RuntimeError):
     """The extension could not be compiled; the message's first line is the cause, the compiler's output follows."""
 
 
-def why_not_buildable() -> str | None:
+def unbuildable_reason() -> str | None:
     """None if the extension can be compiled here, else the reason in one line. No GPU is needed."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
@@ -68,7 +68,7 @@ def compile_extension(
     Raises:
         BuildError: it cannot be built here, or the compiler failed.
     """
-    if (reason := why_not_buildable()) is not None:
+    if (reason := unbuildable_reason()) is not None:
         raise BuildError(reason)
     import torch
 

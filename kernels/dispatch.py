@@ -23,8 +23,8 @@ from torch.autograd import forward_ad
 from . import extension
 
 __all__ = [
+    "MIN_NUMEL",
     "SERVING",
-    "WORTHWHILE",
     "Backend",
     "BackendError",
     "backends",
@@ -34,15 +34,15 @@ __all__ = [
     "has_kernel",
     "interpreting",
     "transforming",
+    "unavailable_reason",
     "use_backend",
-    "why_not",
 ]
 
 Backend = Literal["reference", "numba", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 VARIABLE = "DFKD_FAST_BACKEND"
 # Elements of an operation's tensors from which, on a CPU, numba was faster, forward and backward (two AVX2 cores).
-WORTHWHILE = {
+MIN_NUMEL = {
     "ema_update_": 1 << 17,
     "l1_discrepancy": 1 << 18,
     "kl_discrepancy": 1 << 11,
@@ -53,7 +53,7 @@ WORTHWHILE = {
     "winograd_conv2d": 1 << 15,
 }
 # Operations that leave the calls which their kernels do not serve to PyTorch, and the backends that have kernels for them.
-PARTLY_SERVED: dict[str, tuple[Backend, ...]] = {"batch_norm_leaky_relu": ("numba", "triton"), "winograd_conv2d": ("numba",)}
+PARTIALLY_SUPPORTED: dict[str, tuple[Backend, ...]] = {"batch_norm_leaky_relu": ("numba", "triton"), "winograd_conv2d": ("numba",)}
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write
 
 
@@ -66,7 +66,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(backend: Backend) -> str | None:
+def unavailable_reason(backend: Backend) -> str | None:
     """None if the backend is installed, else the reason in a few words."""
     return _ABSENT[backend]
 
@@ -131,7 +131,7 @@ def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype]
     """The backend for a call.
 
     Args:
-        operation: its name, a key of ``WORTHWHILE``.
+        operation: its name, a key of ``MIN_NUMEL``.
         device: that all its tensors are on.
         dtypes: of its floating-point tensors.
         elements: how many it reads.
@@ -143,7 +143,7 @@ def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype]
     transformed = transforming()
     others = [dtype for dtype in dtypes if dtype not in STORAGE]
     if name is None:
-        if transformed or others or (device.type == "cpu" and elements < WORTHWHILE[operation]):
+        if transformed or others or (device.type == "cpu" and elements < MIN_NUMEL[operation]):
             return "reference"
         return backends(device)[0]
     if name != "reference":
@@ -158,7 +158,7 @@ def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype]
 
 def has_kernel(operation: str, backend: Backend) -> bool:
     """Whether a backend has the operation at all; the reference always has."""
-    return backend == "reference" or backend in PARTLY_SERVED.get(operation, BACKENDS)
+    return backend == "reference" or backend in PARTIALLY_SUPPORTED.get(operation, BACKENDS)
 
 
 def check_forced(operation: str, device: torch.device) -> None:
@@ -206,7 +206,7 @@ _ABSENT: dict[str, str | None] = {
     "reference": None,
     "numba": _without_numba(),
     "triton": _missing("triton"),
-    "cuda": extension.why_not_loaded(),
+    "cuda": extension.load_error(),
 }
 _PREFERRED: dict[str, tuple[Backend, ...]] = {
     "cuda": ("cuda", "triton", "reference"),

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BINARY", "loaded", "why_not_loaded"]
+__all__ = ["BINARY", "load_error", "loaded"]
 
 VARIABLE = "DFKD_FAST_EXTENSION"
 BINARY = Path(os.environ.get(VARIABLE) or Path(__file__).parent / "dfkd_fast_cuda.so")
 
 
 @functools.cache
-def why_not_loaded() -> str | None:
+def load_error() -> str | None:
     """Load the extension once; None if it is loaded, else the reason in one line."""
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
@@ -31,4 +31,4 @@ def why_not_loaded() -> str | None:
 
 def loaded() -> bool:
     """Whether ``torch.ops.dfkd_fast`` has the CUDA overloads."""
-    return why_not_loaded() is None
+    return load_error() is None

@@ -29,7 +29,7 @@ from .machine_code import keeping_machine_code
 
 __all__ = [
     "BLOCK",
-    "Place",
+    "TypedPointer",
     "exp",
     "exp_of_negative",
     "expm1_of_negative",
@@ -39,17 +39,17 @@ __all__ = [
     "log1p",
     "narrow",
     "parallel",
-    "place",
     "pointer",
     "sigmoid",
     "stored_as",
     "tanh",
     "threads",
     "total",
+    "typed_pointer",
     "widen",
 ]
 
-Place = tuple[int, Any]
+TypedPointer = tuple[int, Any]
 BLOCK = 8192  # elements a task: partial sums are a block's, so that they do not depend on the number of threads
 
 # Contracting and reordering sums is allowed, assuming that no NaN occurs is not.
@@ -187,7 +187,7 @@ class _Threads:
 threads = _Threads()
 
 
-def place(tensor: Tensor) -> Place:
+def typed_pointer(tensor: Tensor) -> TypedPointer:
     """The address of a tensor's first element, and how its elements are stored."""
     return tensor.data_ptr(), _STORED_AS[tensor.dtype]
 

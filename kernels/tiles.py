@@ -21,7 +21,6 @@ __all__ = [
     "layout",
     "load",
     "packed",
-    "place",
     "pointers",
     "program_tile",
     "programs",
@@ -29,6 +28,7 @@ __all__ = [
     "splits",
     "store",
     "tile",
+    "tile_rows",
 ]
 
 Sizes = tuple[int, int, int, int]
@@ -146,7 +146,7 @@ def revealed(sizes: tl.tuple, accesses: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
-def place(index: tl.tensor, sizes: tl.tuple, block_rows: tl.constexpr) -> tl.tuple:
+def tile_rows(index: tl.tensor, sizes: tl.tuple, block_rows: tl.constexpr) -> tl.tuple:
     """The outer × inner group of the tile of this index, and its rows."""
     tiles = tl.cdiv(sizes[2], block_rows)
     return index // tiles, (index % tiles).to(tl.int64) * block_rows + tl.arange(0, block_rows)
@@ -156,7 +156,7 @@ def place(index: tl.tensor, sizes: tl.tuple, block_rows: tl.constexpr) -> tl.tup
 def program_tile(sizes: tl.tuple, accesses: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr) -> tl.tuple:
     """For a program of ``launch_tiles``, the revealed sizes, and the group, rows, channels and mask of its tile."""
     sizes = revealed(sizes, accesses)
-    group, rows = place(tl.program_id(0), sizes, block_rows)
+    group, rows = tile_rows(tl.program_id(0), sizes, block_rows)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     return sizes, group, rows, channels, (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
 

@@ -94,7 +94,7 @@ def _reason(context: Context, backend: Backend) -> str | None:
         from . import rehearsal
 
         return rehearsal.unavailable_reason(backend)
-    reason = dispatch.why_not(backend)
+    reason = dispatch.unavailable_reason(backend)
     if backend == "cuda" and reason is not None and not BINARY.is_file():
         try:
             compile_extension(BINARY, architectures=[_gencode(context.device)])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dfkd_fast.kernels import dispatch
-from dfkd_fast.kernels.dispatch import Backend, interpreting, use_backend, why_not
+from dfkd_fast.kernels.dispatch import Backend, interpreting, unavailable_reason, use_backend
 
 __all__ = [
     "DTYPES",
@@ -221,13 +221,13 @@ def parse_shape(size: str, *lengths: int) -> tuple[int, ...] | None:
 
 def _no_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
-        return why_not("triton")
+        return unavailable_reason("triton")
     found = any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
     return None if found else "no C++ compiler"
 
 
 def _unavailable_reason(backend: Backend, device: torch.device) -> str | None:
-    if (reason := why_not(backend)) is not None:
+    if (reason := unavailable_reason(backend)) is not None:
         return reason
     if backend not in dispatch.backends(device):
         return f"it does not serve {device.type} tensors here"

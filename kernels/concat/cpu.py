@@ -12,7 +12,7 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import ONE, ZERO, Place
+from ..simd import ONE, ZERO, TypedPointer
 
 __all__ = ["concat_backward", "concat_forward", "concat_forward_out", "concat_gradient_moments"]
 
@@ -56,7 +56,7 @@ def concat_backward(
     affine = _table((mean, ZERO), (std, ONE), (gradient_mean, ZERO), (gradient_dot, ZERO), channels=raw.shape[1])
     with simd.threads:
         _backward(
-            *(simd.place(tensor) for tensor in (gradient, raw, out)),
+            *(simd.typed_pointer(tensor) for tensor in (gradient, raw, out)),
             *(_strides(tensor) for tensor in (gradient, raw, out)),
             *(_size(raw), ACTIVATIONS[activation], affine, gradient_mean is not None),
         )
@@ -68,7 +68,7 @@ def concat_gradient_moments(gradient: Tensor, raw: Tensor, activation: str, mean
     mean_out, dot_out = torch.empty(raw.shape[1]), torch.empty(raw.shape[1])
     with simd.threads:
         _gradient_moments(
-            *(simd.place(tensor) for tensor in (gradient, raw, mean_out, dot_out)),
+            *(simd.typed_pointer(tensor) for tensor in (gradient, raw, mean_out, dot_out)),
             *(
                 _strides(gradient),
                 _strides(raw),
@@ -87,7 +87,15 @@ def _place(out: Tensor, raws: list[Tensor], activation: str, mean: Tensor | None
         row += len(raw)
         affine = _table((mean if mean is None else mean[index], ZERO), (std if std is None else std[index], ONE), channels=raw.shape[1])
         with simd.threads:
-            _forward(simd.place(raw), simd.place(target), _strides(raw), _strides(target), _size(raw), ACTIVATIONS[activation], affine)
+            _forward(
+                simd.typed_pointer(raw),
+                simd.typed_pointer(target),
+                _strides(raw),
+                _strides(target),
+                _size(raw),
+                ACTIVATIONS[activation],
+                affine,
+            )
 
 
 def _table(*rows: tuple[Tensor | None, Any], channels: int) -> Any:
@@ -115,7 +123,9 @@ def _size(images: Tensor) -> Size:
 
 
 @simd.parallel
-def _forward(raw: Place, out: Place, raw_strides: Strides, out_strides: Strides, size: Size, activation: int, affine: Any) -> None:
+def _forward(
+    raw: TypedPointer, out: TypedPointer, raw_strides: Strides, out_strides: Strides, size: Size, activation: int, affine: Any
+) -> None:
     given, target = simd.pointer(raw), simd.pointer(out)
     count, channels, pixels = size
     tile_pixels = max(16, TILE // channels)
@@ -134,9 +144,9 @@ def _forward(raw: Place, out: Place, raw_strides: Strides, out_strides: Strides,
 
 @simd.parallel
 def _backward(
-    gradient: Place,
-    raw: Place,
-    out: Place,
+    gradient: TypedPointer,
+    raw: TypedPointer,
+    out: TypedPointer,
     gradient_strides: Strides,
     raw_strides: Strides,
     out_strides: Strides,
@@ -167,10 +177,10 @@ def _backward(
 
 @simd.parallel
 def _gradient_moments(
-    gradient: Place,
-    raw: Place,
-    gradient_mean: Place,
-    gradient_dot: Place,
+    gradient: TypedPointer,
+    raw: TypedPointer,
+    gradient_mean: TypedPointer,
+    gradient_dot: TypedPointer,
     gradient_strides: Strides,
     raw_strides: Strides,
     size: Size,
@@ -228,7 +238,7 @@ def _read(given: Any, image: int, first: int, strides: Strides, tile: Any) -> No
 
 
 @simd.helper
-def _write(tile: Any, target: Any, place: Place, image: int, first: int, strides: Strides) -> None:
+def _write(tile: Any, target: Any, place: TypedPointer, image: int, first: int, strides: Strides) -> None:
     for c in range(tile.shape[0]):
         start = image * strides[0] + c * strides[1] + first * strides[2]
         if strides[2] == 1:

@@ -16,13 +16,13 @@ from ..tiles import (
     launch,
     layout,
     packed,
-    place,
     pointers,
     programs,
     revealed,
     splits,
     store,
     tile,
+    tile_rows,
 )
 
 
@@ -114,7 +114,7 @@ def _forward_kernel(
     block_channels: tl.constexpr,
 ) -> None:
     sizes = revealed(sizes, accesses)
-    group, rows = place(tl.program_id(0), sizes, block_rows)
+    group, rows = tile_rows(tl.program_id(0), sizes, block_rows)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
     x = tl.load(pointers(raw, group, rows, channels, sizes, strides, accesses, 0), mask=mask, other=0).to(tl.float32)
@@ -146,7 +146,7 @@ def _backward_kernel(
     block_channels: tl.constexpr,
 ) -> None:
     sizes = revealed(sizes, accesses)
-    group, rows = place(tl.program_id(0), sizes, block_rows)
+    group, rows = tile_rows(tl.program_id(0), sizes, block_rows)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
     g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
@@ -187,7 +187,7 @@ def _partials_kernel(
     total = tl.zeros((block_rows, block_channels), tl.float32)
     dot = total
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
-        group, rows = place(index, sizes, block_rows)
+        group, rows = tile_rows(index, sizes, block_rows)
         mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
         g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
         x = tl.load(pointers(raw, group, rows, channels, sizes, strides, accesses, 1), mask=mask, other=0).to(tl.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import dispatch
 from .matmul import Col2im, Im2col, Pair, output_size
 
-__all__ = ["col2im_conv2d", "im2col_conv2d", "output_size", "winograd_conv2d", "winograd_pays"]
+__all__ = ["col2im_conv2d", "im2col_conv2d", "output_size", "winograd_conv2d", "winograd_is_faster"]
 
 FEWEST_CHANNELS = 64  # with fewer, Winograd's transforms take what the products save
 FEWEST_PIXELS = 512  # with fewer output pixels in a batch, the transforms of the weights do, unless they are kept
@@ -49,7 +49,7 @@ def winograd_conv2d(
     return winograd.Winograd.apply(x.resolve_neg(), weight.resolve_neg(), None if bias is None else bias.resolve_neg(), padding, keep)
 
 
-def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> bool:
+def winograd_is_faster(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> bool:
     """Whether :func:`winograd_conv2d` serves these tensors and is faster than PyTorch's convolution (with AVX-512).
 
     False where a backend other than numba is forced, and of other convolutions.
@@ -60,7 +60,7 @@ def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), 
     return (
         _served(x, weight)
         and weight.shape[2:] == (3, 3)
-        and x.numel() >= dispatch.WORTHWHILE["winograd_conv2d"]
+        and x.numel() >= dispatch.MIN_NUMEL["winograd_conv2d"]
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
         and pixels >= (1 if keep else FEWEST_PIXELS)
     )
@@ -161,5 +161,5 @@ def _served(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and x.is_contiguous(memory_format=torch.channels_last)
         and dispatch.forced() in (None, "numba")
-        and dispatch.why_not("numba") is None
+        and dispatch.unavailable_reason("numba") is None
     )

@@ -11,7 +11,7 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import Place
+from ..simd import TypedPointer
 
 __all__ = ["add_tiles", "from_tiles", "from_tiles_adjoint", "tiles_of", "to_tiles"]
 
@@ -29,7 +29,7 @@ def to_tiles(x: Tensor, padding: tuple[int, ...], grid: tuple[int, int]) -> Tens
     batch, channels, height, width = x.shape
     tiles = x.new_empty(36, batch * grid[0] * grid[1], channels)
     with simd.threads:
-        _to_tiles(simd.place(x), simd.place(tiles), batch, height, width, channels, *padding, *grid)
+        _to_tiles(simd.typed_pointer(x), simd.typed_pointer(tiles), batch, height, width, channels, *padding, *grid)
     return tiles
 
 
@@ -37,14 +37,14 @@ def add_tiles(tiles: Tensor, x: Tensor, padding: tuple[int, ...], grid: tuple[in
     """The adjoint of :func:`to_tiles`: add B v Bᵀ of every tile v to x, in place."""
     batch, channels, height, width = x.shape
     with simd.threads:
-        _add_tiles(simd.place(tiles), simd.place(x), batch, height, width, channels, *padding, *grid)
+        _add_tiles(simd.typed_pointer(tiles), simd.typed_pointer(x), batch, height, width, channels, *padding, *grid)
 
 
 def from_tiles(tiles: Tensor, bias: Tensor, y: Tensor, grid: tuple[int, int]) -> None:
     """Aᵀ m A + bias of every tile m, into the output y (N, C, H, W)."""
     batch, channels, height, width = y.shape
     with simd.threads:
-        _from_tiles(simd.place(tiles), simd.place(bias), simd.place(y), batch, height, width, channels, *grid)
+        _from_tiles(simd.typed_pointer(tiles), simd.typed_pointer(bias), simd.typed_pointer(y), batch, height, width, channels, *grid)
 
 
 def from_tiles_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -52,7 +52,7 @@ def from_tiles_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
     batch, channels, height, width = gradient.shape
     tiles = gradient.new_empty(36, batch * grid[0] * grid[1], channels)
     with simd.threads:
-        _from_tiles_adjoint(simd.place(gradient), simd.place(tiles), batch, height, width, channels, *grid)
+        _from_tiles_adjoint(simd.typed_pointer(gradient), simd.typed_pointer(tiles), batch, height, width, channels, *grid)
     return tiles
 
 
@@ -97,7 +97,7 @@ def _column(tiles: Any, at: int, stride: int) -> Any:
 
 @simd.parallel
 def _to_tiles(
-    x: Place, tiles: Place, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
+    x: TypedPointer, tiles: TypedPointer, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
 ) -> None:
     given, out = simd.pointer(x), simd.pointer(tiles)
     count = batch * rows * columns
@@ -130,7 +130,7 @@ def _to_tiles(
 
 @simd.parallel
 def _add_tiles(
-    tiles: Place, x: Place, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
+    tiles: TypedPointer, x: TypedPointer, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
 ) -> None:
     given, out = simd.pointer(tiles), simd.pointer(x)
     plane = batch * rows * columns * channels
@@ -160,7 +160,9 @@ def _add_tiles(
 
 
 @simd.parallel
-def _from_tiles(tiles: Place, bias: Place, y: Place, batch: int, height: int, width: int, channels: int, rows: int, columns: int) -> None:
+def _from_tiles(
+    tiles: TypedPointer, bias: TypedPointer, y: TypedPointer, batch: int, height: int, width: int, channels: int, rows: int, columns: int
+) -> None:
     given, offset, out = simd.pointer(tiles), simd.pointer(bias), simd.pointer(y)
     count = batch * rows * columns
     plane = count * channels
@@ -184,7 +186,9 @@ def _from_tiles(tiles: Place, bias: Place, y: Place, batch: int, height: int, wi
 
 
 @simd.parallel
-def _from_tiles_adjoint(gradient: Place, tiles: Place, batch: int, height: int, width: int, channels: int, rows: int, columns: int) -> None:
+def _from_tiles_adjoint(
+    gradient: TypedPointer, tiles: TypedPointer, batch: int, height: int, width: int, channels: int, rows: int, columns: int
+) -> None:
     given, out = simd.pointer(gradient), simd.pointer(tiles)
     count = batch * rows * columns
     plane = count * channels

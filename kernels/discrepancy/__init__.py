@@ -283,15 +283,15 @@ def _fake_divergence(
 
 
 def _fake_scale_gradients(
-    student_unit: Tensor,
-    teacher_unit: Tensor,
+    student_grad_unscaled: Tensor,
+    teacher_grad_unscaled: Tensor,
     upstream: Tensor,
     student_scale: float,
     teacher_scale: float,
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(student_unit, dtype=student_dtype), torch.empty_like(teacher_unit, dtype=teacher_dtype)
+    return torch.empty_like(student_grad_unscaled, dtype=student_dtype), torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype)
 
 
 operators.define(
@@ -311,7 +311,7 @@ for _name in ("kl_forward", "js_forward"):
 operators.define(
     __name__,
     "scale_gradients",
-    "(Tensor student_unit, Tensor teacher_unit, Tensor upstream, float student_scale, float teacher_scale,"
+    "(Tensor student_grad_unscaled, Tensor teacher_grad_unscaled, Tensor upstream, float student_scale, float teacher_scale,"
     " ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)",
     _fake_scale_gradients,
 )

@@ -17,7 +17,7 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import HALF, ONE, ZERO, Place
+from ..simd import HALF, ONE, ZERO, TypedPointer
 
 __all__ = ["js_forward", "kl_forward", "l1_forward", "scale_gradients"]
 
@@ -39,24 +39,27 @@ def l1_forward(student: Tensor, teacher: Tensor, scale: float, gradient: bool, a
     s, t = _alike(student, teacher)
     loss, sign = s.new_empty((), dtype=torch.float32), torch.empty_like(s if gradient else s[:0], dtype=torch.int8)
     with simd.threads:
-        _l1(simd.place(s), simd.place(t), simd.place(sign), simd.place(loss), s.numel(), gradient, scale)
+        _l1(simd.typed_pointer(s), simd.typed_pointer(t), simd.typed_pointer(sign), simd.typed_pointer(loss), s.numel(), gradient, scale)
     return loss, simd.laid_out_as(sign, student) if gradient else sign.view(-1), _agreement(s, t, agreement)
 
 
 def scale_gradients(
-    student_unit: Tensor,
-    teacher_unit: Tensor,
+    student_grad_unscaled: Tensor,
+    teacher_grad_unscaled: Tensor,
     upstream: Tensor,
     student_scale: float,
     teacher_scale: float,
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    student, teacher = torch.empty_like(student_unit, dtype=student_dtype), torch.empty_like(teacher_unit, dtype=teacher_dtype)
+    student, teacher = (
+        torch.empty_like(student_grad_unscaled, dtype=student_dtype),
+        torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype),
+    )
     with simd.threads:
-        for unit, gradient, scale in ((student_unit, student, student_scale), (teacher_unit, teacher, teacher_scale)):
+        for unit, gradient, scale in ((student_grad_unscaled, student, student_scale), (teacher_grad_unscaled, teacher, teacher_scale)):
             if unit.numel():
-                _scale(simd.place(unit), simd.place(gradient), simd.place(upstream), unit.numel(), scale)
+                _scale(simd.typed_pointer(unit), simd.typed_pointer(gradient), simd.typed_pointer(upstream), unit.numel(), scale)
     return student, teacher
 
 
@@ -73,17 +76,17 @@ def _divergence(
     s, t = _alike(student, teacher)
     rows = _rows(s)
     loss = s.new_empty((), dtype=torch.float32)
-    student_unit = torch.empty_like(s if student_gradient else s[:0])
-    teacher_unit = torch.empty_like(t if teacher_gradient else t[:0])
+    student_grad_unscaled = torch.empty_like(s if student_gradient else s[:0])
+    teacher_grad_unscaled = torch.empty_like(t if teacher_gradient else t[:0])
     kernel = _row_by_row if s.stride(1) == 1 and s.shape[1] >= WIDE else _tile_by_tile
     with simd.threads:
         kernel(
-            *(simd.place(tensor) for tensor in (s, t, student_unit, teacher_unit, loss)),
+            *(simd.typed_pointer(tensor) for tensor in (s, t, student_grad_unscaled, teacher_grad_unscaled, loss)),
             *(rows, student_gradient, teacher_gradient, 1 / temperature, scale, kind),
         )
-    student_unit = simd.laid_out_as(student_unit, student) if student_gradient else student_unit.view(-1)
-    teacher_unit = simd.laid_out_as(teacher_unit, teacher) if teacher_gradient else teacher_unit.view(-1)
-    return loss, student_unit, teacher_unit, _agreement(s, t, agreement)
+    student_grad_unscaled = simd.laid_out_as(student_grad_unscaled, student) if student_gradient else student_grad_unscaled.view(-1)
+    teacher_grad_unscaled = simd.laid_out_as(teacher_grad_unscaled, teacher) if teacher_gradient else teacher_grad_unscaled.view(-1)
+    return loss, student_grad_unscaled, teacher_grad_unscaled, _agreement(s, t, agreement)
 
 
 kl_forward, js_forward = partial(_divergence, KL), partial(_divergence, JS)
@@ -108,12 +111,14 @@ def _agreement(student: Tensor, teacher: Tensor, wanted: bool) -> Tensor:
     count = torch.empty(() if wanted else 0, dtype=torch.int64)
     if wanted:
         with simd.threads:
-            _count_equal_argmaxes(simd.place(student), simd.place(teacher), simd.place(count), _rows(student))
+            _count_equal_argmaxes(simd.typed_pointer(student), simd.typed_pointer(teacher), simd.typed_pointer(count), _rows(student))
     return count
 
 
 @simd.parallel
-def _l1(student: Place, teacher: Place, sign: Place, loss: Place, size: int, gradient: bool, scale: float) -> None:
+def _l1(
+    student: TypedPointer, teacher: TypedPointer, sign: TypedPointer, loss: TypedPointer, size: int, gradient: bool, scale: float
+) -> None:
     s, t, out = simd.pointer(student), simd.pointer(teacher), simd.pointer(sign)
     partial = np.empty(-(-size // simd.BLOCK))
     for block in prange(len(partial)):
@@ -129,7 +134,7 @@ def _l1(student: Place, teacher: Place, sign: Place, loss: Place, size: int, gra
 
 
 @simd.parallel
-def _scale(unit: Place, gradient: Place, upstream: Place, size: int, scale: float) -> None:
+def _scale(unit: TypedPointer, gradient: TypedPointer, upstream: TypedPointer, size: int, scale: float) -> None:
     given, out = simd.pointer(unit), simd.pointer(gradient)
     factor = np.float32(simd.pointer(upstream)[0] * scale)
     for block in prange(-(-size // simd.BLOCK)):
@@ -138,7 +143,7 @@ def _scale(unit: Place, gradient: Place, upstream: Place, size: int, scale: floa
 
 
 @simd.parallel
-def _count_equal_argmaxes(student: Place, teacher: Place, count: Place, rows: Rows) -> None:
+def _count_equal_argmaxes(student: TypedPointer, teacher: TypedPointer, count: TypedPointer, rows: Rows) -> None:
     s, t = simd.pointer(student), simd.pointer(teacher)
     outer, inner, classes, outer_stride, inner_stride, class_stride = rows
     rows_a_block = -(-simd.BLOCK // classes)
@@ -203,7 +208,7 @@ def _log_ratios(p: Any, q: Any, d: Any) -> tuple[Any, Any]:
 
 
 @simd.inline
-def _student_unit(weight: Any, p: Any, q: Any, b: Any, b_mean: Any, kind: Kind) -> Any:
+def _student_grad_unscaled(weight: Any, p: Any, q: Any, b: Any, b_mean: Any, kind: Kind) -> Any:
     if kind is KL:
         return weight * (q - p)
     return weight * q * (b - b_mean)
@@ -212,11 +217,11 @@ def _student_unit(weight: Any, p: Any, q: Any, b: Any, b_mean: Any, kind: Kind) 
 # In both kernels p and q are the teacher's and the student's probabilities, a and b the log-ratios that they weight. KL has no b.
 @simd.parallel
 def _row_by_row(
-    student: Place,
-    teacher: Place,
-    student_unit: Place,
-    teacher_unit: Place,
-    loss: Place,
+    student: TypedPointer,
+    teacher: TypedPointer,
+    student_grad_unscaled: TypedPointer,
+    teacher_grad_unscaled: TypedPointer,
+    loss: TypedPointer,
     rows: Rows,
     student_gradient: bool,
     teacher_gradient: bool,
@@ -224,7 +229,12 @@ def _row_by_row(
     scale: float,
     kind: Kind,
 ) -> None:
-    s, t, s_unit, t_unit = simd.pointer(student), simd.pointer(teacher), simd.pointer(student_unit), simd.pointer(teacher_unit)
+    s, t, s_unit, t_unit = (
+        simd.pointer(student),
+        simd.pointer(teacher),
+        simd.pointer(student_grad_unscaled),
+        simd.pointer(teacher_grad_unscaled),
+    )
     _, count, classes, _, _, _ = rows
     sharpness = np.float32(inverse_temperature)
     weight = sharpness if kind is KL else HALF * sharpness
@@ -257,21 +267,21 @@ def _row_by_row(
             total += kl if kind is KL else HALF * (a_mean + b_mean)
             if teacher_gradient:
                 for c in range(classes):
-                    t_unit[start + c] = simd.narrow(weight * p[c] * (a[c] - a_mean), teacher_unit)
+                    t_unit[start + c] = simd.narrow(weight * p[c] * (a[c] - a_mean), teacher_grad_unscaled)
             if student_gradient:
                 for c in range(classes):
-                    s_unit[start + c] = simd.narrow(_student_unit(weight, p[c], q[c], b[c], b_mean, kind), student_unit)
+                    s_unit[start + c] = simd.narrow(_student_grad_unscaled(weight, p[c], q[c], b[c], b_mean, kind), student_grad_unscaled)
         partial[task] = total
     simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
 
 @simd.parallel
 def _tile_by_tile(
-    student: Place,
-    teacher: Place,
-    student_unit: Place,
-    teacher_unit: Place,
-    loss: Place,
+    student: TypedPointer,
+    teacher: TypedPointer,
+    student_grad_unscaled: TypedPointer,
+    teacher_grad_unscaled: TypedPointer,
+    loss: TypedPointer,
     rows: Rows,
     student_gradient: bool,
     teacher_gradient: bool,
@@ -279,7 +289,12 @@ def _tile_by_tile(
     scale: float,
     kind: Kind,
 ) -> None:
-    s, t, s_unit, t_unit = simd.pointer(student), simd.pointer(teacher), simd.pointer(student_unit), simd.pointer(teacher_unit)
+    s, t, s_unit, t_unit = (
+        simd.pointer(student),
+        simd.pointer(teacher),
+        simd.pointer(student_grad_unscaled),
+        simd.pointer(teacher_grad_unscaled),
+    )
     outer, inner, classes, outer_stride, inner_stride, class_stride = rows
     sharpness = np.float32(inverse_temperature)
     weight = sharpness if kind is KL else HALF * sharpness
@@ -323,12 +338,12 @@ def _tile_by_tile(
         partial[task] = kl.sum() if kind is KL else HALF * (a_mean.sum() + b_mean.sum())
         for c in range(classes):
             for i in range(size):
-                q[c, i] = _student_unit(weight, p[c, i], q[c, i], b[c, i], b_mean[i], kind)
+                q[c, i] = _student_grad_unscaled(weight, p[c, i], q[c, i], b[c, i], b_mean[i], kind)
                 p[c, i] = weight * p[c, i] * (a[c, i] - a_mean[i])
         if teacher_gradient:
-            _scatter(p, t_unit, teacher_unit, start, class_stride, inner_stride)
+            _scatter(p, t_unit, teacher_grad_unscaled, start, class_stride, inner_stride)
         if student_gradient:
-            _scatter(q, s_unit, student_unit, start, class_stride, inner_stride)
+            _scatter(q, s_unit, student_grad_unscaled, start, class_stride, inner_stride)
     simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
 
@@ -345,7 +360,7 @@ def _gather(logits: Any, start: int, class_stride: int, row_stride: int, tile: A
 
 
 @simd.helper
-def _scatter(tile: Any, out: Any, unit: Place, start: int, class_stride: int, row_stride: int) -> None:
+def _scatter(tile: Any, out: Any, unit: TypedPointer, start: int, class_stride: int, row_stride: int) -> None:
     for c in range(tile.shape[0]):
         first = start + c * class_stride
         if row_stride == 1:

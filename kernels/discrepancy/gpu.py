@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Sizes, launch, layout, load, packed, place, pointers, programs, revealed, store
+from ..tiles import Sizes, launch, layout, load, packed, pointers, programs, revealed, store, tile_rows
 
 BLOCK = 2048  # elements of a tile
 WHOLE = 8192  # elements of the largest tile that is kept in registers as a whole
@@ -35,18 +35,18 @@ def _divergence(
     agreement: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See kernels/discrepancy."""
-    student_unit = torch.empty_like(student) if student_gradient else None
-    teacher_unit = torch.empty_like(teacher) if teacher_gradient else None
-    loss, count = _forward(kind, student, teacher, student_unit, teacher_unit, 1 / temperature, scale, agreement)
-    return loss, _or_empty(student_unit, student, student.dtype), _or_empty(teacher_unit, teacher, teacher.dtype), count
+    student_grad_unscaled = torch.empty_like(student) if student_gradient else None
+    teacher_grad_unscaled = torch.empty_like(teacher) if teacher_gradient else None
+    loss, count = _forward(kind, student, teacher, student_grad_unscaled, teacher_grad_unscaled, 1 / temperature, scale, agreement)
+    return loss, _or_empty(student_grad_unscaled, student, student.dtype), _or_empty(teacher_grad_unscaled, teacher, teacher.dtype), count
 
 
 kl_forward, js_forward = partial(_divergence, "kl"), partial(_divergence, "js")
 
 
 def scale_gradients(
-    student_unit: Tensor,
-    teacher_unit: Tensor,
+    student_grad_unscaled: Tensor,
+    teacher_grad_unscaled: Tensor,
     upstream: Tensor,
     student_scale: float,
     teacher_scale: float,
@@ -54,9 +54,9 @@ def scale_gradients(
     teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See kernels/discrepancy."""
-    student_gradient = torch.empty_like(student_unit, dtype=student_dtype)
-    teacher_gradient = torch.empty_like(teacher_unit, dtype=teacher_dtype)
-    sides = (student_unit, student_gradient, student_scale), (teacher_unit, teacher_gradient, teacher_scale)
+    student_gradient = torch.empty_like(student_grad_unscaled, dtype=student_dtype)
+    teacher_gradient = torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype)
+    sides = (student_grad_unscaled, student_gradient, student_scale), (teacher_grad_unscaled, teacher_gradient, teacher_scale)
     asked = [side for side in sides if side[0].numel()]
     if asked:  # one side alone comes first, so that either is scaled by the same kernel
         numel = asked[0][0].numel()
@@ -69,15 +69,18 @@ def _forward(
     kind: str,
     student: Tensor,
     teacher: Tensor,
-    student_unit: Tensor | None,
-    teacher_unit: Tensor | None,
+    student_grad_unscaled: Tensor | None,
+    teacher_grad_unscaled: Tensor | None,
     inverse_temperature: float | None,
     scale: float,
     agreement: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the agreement; what is not None of the units is written."""
-    tensors = student, teacher, student_unit, teacher_unit
-    units = (student if student_unit is None else student_unit, teacher if teacher_unit is None else teacher_unit)
+    tensors = student, teacher, student_grad_unscaled, teacher_grad_unscaled
+    units = (
+        student if student_grad_unscaled is None else student_grad_unscaled,
+        teacher if teacher_grad_unscaled is None else teacher_grad_unscaled,
+    )
     sizes, strides = layout(student, teacher, *units)
     block_rows, block_classes, warps = _tile(sizes, strides[0], WHOLE)
     whole = kind != "l1" and block_classes >= sizes[3]
@@ -119,19 +122,19 @@ def _or_empty(result: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tens
     return logits.new_empty(0, dtype=dtype) if result is None else result
 
 
-@triton.jit(do_not_specialize=["student", "teacher", "student_unit", "teacher_unit"])
+@triton.jit(do_not_specialize=["student", "teacher", "student_grad_unscaled", "teacher_grad_unscaled"])
 def _rows_kernel(
     student: tl.tensor,
     teacher: tl.tensor,
-    student_unit: tl.tensor,
-    teacher_unit: tl.tensor,
+    student_grad_unscaled: tl.tensor,
+    teacher_grad_unscaled: tl.tensor,
     losses: tl.tensor,
     agreements: tl.tensor,
     sizes: tl.tuple,
     student_strides: tl.tuple,
     teacher_strides: tl.tuple,
-    student_unit_strides: tl.tuple,
-    teacher_unit_strides: tl.tuple,
+    student_grad_unscaled_strides: tl.tuple,
+    teacher_grad_unscaled_strides: tl.tuple,
     accesses: tl.constexpr,
     inverse_temperature: tl.tensor,
     kind: tl.constexpr,
@@ -141,7 +144,7 @@ def _rows_kernel(
 ) -> None:
     sizes = revealed(sizes, accesses)
     program = tl.program_id(0)
-    group, rows = place(program, sizes, block_rows)
+    group, rows = tile_rows(program, sizes, block_rows)
     real = rows < sizes[2]
     loss = tl.zeros((block_rows,), tl.float32)
     if whole:
@@ -156,10 +159,14 @@ def _rows_kernel(
         log_q, log_p, q, p = _softmax(s, t, s_max, t_max, inverse_temperature)
         loss, q_sum, p_sum = _sums(log_q, log_p, q, p, kind)
         for_student, for_teacher = _units(log_q, log_p, q, p, q_sum, p_sum, inverse_temperature, kind)
-        if student_unit is not None:
-            store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), for_student, mask)
-        if teacher_unit is not None:
-            store(pointers(teacher_unit, group, rows, classes, sizes, teacher_unit_strides, accesses, 3), for_teacher, mask)
+        if student_grad_unscaled is not None:
+            store(
+                pointers(student_grad_unscaled, group, rows, classes, sizes, student_grad_unscaled_strides, accesses, 2), for_student, mask
+            )
+        if teacher_grad_unscaled is not None:
+            store(
+                pointers(teacher_grad_unscaled, group, rows, classes, sizes, teacher_grad_unscaled_strides, accesses, 3), for_teacher, mask
+            )
     else:
         s_max = tl.full((block_rows,), -float("inf"), tl.float32)
         t_max = s_max
@@ -175,9 +182,13 @@ def _rows_kernel(
             if kind == "l1":
                 difference = s - t
                 loss += tl.sum(tl.abs(difference), axis=1)
-                if student_unit is not None:
+                if student_grad_unscaled is not None:
                     signs = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
-                    tl.store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), signs, mask=mask)
+                    tl.store(
+                        pointers(student_grad_unscaled, group, rows, classes, sizes, student_grad_unscaled_strides, accesses, 2),
+                        signs,
+                        mask=mask,
+                    )
                 s = tl.where(mask, s, -float("inf"))  # for the agreement; ``_logits`` would take more registers
                 t = tl.where(mask, t, -float("inf"))
             else:
@@ -207,7 +218,7 @@ def _rows_kernel(
                 loss += part
                 q_sum += q_part
                 p_sum += p_part
-        if kind != "l1" and (student_unit is not None or teacher_unit is not None):
+        if kind != "l1" and (student_grad_unscaled is not None or teacher_grad_unscaled is not None):
             for start in range(0, sizes[3], block_classes):
                 classes = start + tl.arange(0, block_classes)
                 mask = real[:, None] & (classes < sizes[3])[None, :]
@@ -216,10 +227,18 @@ def _rows_kernel(
                 log_q = (s - s_max[:, None]) * inverse_temperature - log_q_norm[:, None]
                 log_p = (t - t_max[:, None]) * inverse_temperature - log_p_norm[:, None]
                 for_student, for_teacher = _units(log_q, log_p, tl.exp(log_q), tl.exp(log_p), q_sum, p_sum, inverse_temperature, kind)
-                if student_unit is not None:
-                    store(pointers(student_unit, group, rows, classes, sizes, student_unit_strides, accesses, 2), for_student, mask)
-                if teacher_unit is not None:
-                    store(pointers(teacher_unit, group, rows, classes, sizes, teacher_unit_strides, accesses, 3), for_teacher, mask)
+                if student_grad_unscaled is not None:
+                    store(
+                        pointers(student_grad_unscaled, group, rows, classes, sizes, student_grad_unscaled_strides, accesses, 2),
+                        for_student,
+                        mask,
+                    )
+                if teacher_grad_unscaled is not None:
+                    store(
+                        pointers(teacher_grad_unscaled, group, rows, classes, sizes, teacher_grad_unscaled_strides, accesses, 3),
+                        for_teacher,
+                        mask,
+                    )
     tl.store(losses + program, tl.sum(loss))
 
 

@@ -71,11 +71,11 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("channel_moments")
-    def backward(ctx: Any, saved: tuple[Tensor, ...], by_mean: Tensor, by_variance: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = saved
         count = max(_elements(x), 1)
         # One launch for both: beside the kernel, a launch is what it costs on a GPU.
-        offset, slope = torch._foreach_div([by_mean, by_variance], [count, count / 2])
+        offset, slope = torch._foreach_div([grad_mean, grad_variance], [count, count / 2])
         return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, mean), None
 
 
@@ -89,9 +89,9 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("channel_sums")
-    def backward(ctx: Any, saved: tuple[Tensor, ...], by_sum: Tensor, by_square_sum: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_sum: Tensor, grad_square_sum: Tensor) -> tuple[Tensor, None]:
         (x,) = saved
-        offset, slope = by_sum.float(), by_square_sum.float() * 2
+        offset, slope = grad_sum.float(), grad_square_sum.float() * 2
         return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, torch.zeros_like(offset)), None
 
 

@@ -11,7 +11,7 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import Place
+from ..simd import TypedPointer
 
 __all__ = ["moments_backward", "moments_forward"]
 
@@ -24,7 +24,7 @@ def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor,
     results = [torch.empty(channels, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.float32, torch.float32)]
     kernel = _sum_rows if last else _sum_planes
     with simd.threads:
-        kernel(simd.place(x), tuple(map(simd.place, results)), count, channels, height * width, ACTIVATIONS[activation])
+        kernel(simd.typed_pointer(x), tuple(map(simd.typed_pointer, results)), count, channels, height * width, ACTIVATIONS[activation])
     return results[0], results[1], results[2], results[3]
 
 
@@ -34,7 +34,7 @@ def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -
     gradient = torch.empty_like(dense)
     kernel = _slope_rows if last else _slope_planes
     with simd.threads:
-        kernel(*(simd.place(tensor) for tensor in (dense, gradient, offset, slope, center)), count, channels, height * width)
+        kernel(*(simd.typed_pointer(tensor) for tensor in (dense, gradient, offset, slope, center)), count, channels, height * width)
     return simd.laid_out_as(gradient, x)
 
 
@@ -54,7 +54,7 @@ def _activated(x: Any, activation: int) -> Any:
 
 
 @simd.parallel
-def _sum_planes(x: Place, results: tuple[Place, ...], count: int, channels: int, pixels: int, activation: int) -> None:
+def _sum_planes(x: TypedPointer, results: tuple[TypedPointer, ...], count: int, channels: int, pixels: int, activation: int) -> None:
     given = simd.pointer(x)
     partial = np.empty((count, 2, channels))
     for plane in prange(count * channels):
@@ -68,7 +68,7 @@ def _sum_planes(x: Place, results: tuple[Place, ...], count: int, channels: int,
 
 
 @simd.parallel
-def _sum_rows(x: Place, results: tuple[Place, ...], count: int, channels: int, pixels: int, activation: int) -> None:
+def _sum_rows(x: TypedPointer, results: tuple[TypedPointer, ...], count: int, channels: int, pixels: int, activation: int) -> None:
     given = simd.pointer(x)
     rows, period = count * pixels, _period(channels)
     rows_a_block = max(1, simd.BLOCK // period) * (period // channels)
@@ -88,7 +88,7 @@ def _sum_rows(x: Place, results: tuple[Place, ...], count: int, channels: int, p
 
 
 @simd.helper
-def _finish(results: tuple[Place, ...], partial: Any, elements: int) -> None:
+def _finish(results: tuple[TypedPointer, ...], partial: Any, elements: int) -> None:
     sums, square_sums = simd.pointer(results[0]), simd.pointer(results[1])
     means, variances = simd.pointer(results[2]), simd.pointer(results[3])
     for channel in range(partial.shape[2]):
@@ -109,7 +109,16 @@ def _period(channels: int) -> int:
 
 
 @simd.parallel
-def _slope_planes(x: Place, gradient: Place, offset: Place, slope: Place, center: Place, count: int, channels: int, pixels: int) -> None:
+def _slope_planes(
+    x: TypedPointer,
+    gradient: TypedPointer,
+    offset: TypedPointer,
+    slope: TypedPointer,
+    center: TypedPointer,
+    count: int,
+    channels: int,
+    pixels: int,
+) -> None:
     given, out = simd.pointer(x), simd.pointer(gradient)
     offsets, slopes, centers = simd.pointer(offset), simd.pointer(slope), simd.pointer(center)
     for plane in prange(count * channels):
@@ -119,7 +128,16 @@ def _slope_planes(x: Place, gradient: Place, offset: Place, slope: Place, center
 
 
 @simd.parallel
-def _slope_rows(x: Place, gradient: Place, offset: Place, slope: Place, center: Place, count: int, channels: int, pixels: int) -> None:
+def _slope_rows(
+    x: TypedPointer,
+    gradient: TypedPointer,
+    offset: TypedPointer,
+    slope: TypedPointer,
+    center: TypedPointer,
+    count: int,
+    channels: int,
+    pixels: int,
+) -> None:
     given, out = simd.pointer(x), simd.pointer(gradient)
     offsets, slopes, centers = simd.pointer(offset), simd.pointer(slope), simd.pointer(center)
     size, period = count * pixels * channels, _period(channels)

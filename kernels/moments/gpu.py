@@ -13,13 +13,13 @@ from ..tiles import (
     layout,
     load,
     packed,
-    place,
     pointers,
     program_tile,
     revealed,
     splits,
     store,
     tile,
+    tile_rows,
 )
 
 
@@ -76,7 +76,7 @@ def _partials_kernel(
     total = tl.zeros((block_rows, block_channels), tl.float32)
     square = total
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
-        group, rows = place(index, sizes, block_rows)
+        group, rows = tile_rows(index, sizes, block_rows)
         mask = (rows < sizes[2])[:, None] & real[None, :]
         y = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
         centred = tl.where(mask, activate(y, activation) - pivot[None, :], 0)

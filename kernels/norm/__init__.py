@@ -109,7 +109,7 @@ def _backend(x: Tensor, training: bool) -> Backend:
         return "reference"
     forced, serving = dispatch.forced(), dispatch.backends(x.device)
     backend = forced or next(name for name in serving if dispatch.has_kernel("batch_norm_leaky_relu", name))
-    small = forced is None and x.device.type == "cpu" and x.numel() < dispatch.WORTHWHILE["batch_norm_leaky_relu"]
+    small = forced is None and x.device.type == "cpu" and x.numel() < dispatch.MIN_NUMEL["batch_norm_leaky_relu"]
     readable = backend != "numba" or x.is_contiguous(memory_format=torch.channels_last)
     return backend if backend in serving and readable and not small else "reference"
 
@@ -143,5 +143,5 @@ class _Fused(torch.autograd.Function):
             gradient = gradient.contiguous(memory_format=torch.channels_last)
         gradient = gradient.resolve_neg()
         kernels = _kernels(ctx.backend)
-        by_weight, by_bias, by_x, offset = kernels.backward_constants(gradient, x, mean, inverse, scale, shift, ctx.slope)
-        return kernels.backward(gradient, x, scale, shift, by_x, offset, ctx.slope), by_weight, by_bias, None, None, None
+        grad_weight, grad_bias, x_coefficient, offset = kernels.backward_constants(gradient, x, mean, inverse, scale, shift, ctx.slope)
+        return kernels.backward(gradient, x, scale, shift, x_coefficient, offset, ctx.slope), grad_weight, grad_bias, None, None, None

@@ -11,7 +11,7 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import Place
+from ..simd import TypedPointer
 
 __all__ = ["backward", "backward_constants", "constants", "forward"]
 
@@ -27,38 +27,40 @@ def forward(x: Tensor, scale: Tensor, shift: Tensor, slope: float) -> Tensor:
     """``leaky_relu(x · scale + shift)``, a scale and a shift a channel."""
     y = torch.empty_like(x)
     with simd.threads:
-        _forward(*map(simd.place, (x, y, scale, shift)), np.float32(slope), x.numel(), x.shape[1])
+        _forward(*map(simd.typed_pointer, (x, y, scale, shift)), np.float32(slope), x.numel(), x.shape[1])
     return y
 
 
 def backward_constants(
     gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, shift: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of weight and bias, and ``by_x`` and ``offset`` for ``backward``; (C,) each.
+    """The gradients of weight and bias, and ``x_coefficient`` and ``offset`` for ``backward``; (C,) each.
 
     With g the gradient before the leaky ReLU and x̂ = (x − mean) · inverse, they are Σ g · x̂ and Σ g, and the gradient of x is
-    scale · (g − Σ g / count − x̂ · Σ g · x̂ / count), of which the last two are x · by_x + offset.
+    scale · (g − Σ g / count − x̂ · Σ g · x̂ / count), of which the last two are x · x_coefficient + offset.
     """
     sums = torch.empty(2, x.shape[1])
     with simd.threads:
-        _backward_sums(*map(simd.place, (gradient, x, mean, scale, shift, sums)), np.float32(slope), x.numel(), x.shape[1])
-    by_bias, centred = sums
-    by_weight = inverse * centred
+        _backward_sums(*map(simd.typed_pointer, (gradient, x, mean, scale, shift, sums)), np.float32(slope), x.numel(), x.shape[1])
+    grad_bias, centred = sums
+    grad_weight = inverse * centred
     count = x.numel() // x.shape[1]
-    by_x = -scale * inverse * by_weight / count
-    return by_weight, by_bias, by_x, -scale * by_bias / count - by_x * mean
+    x_coefficient = -scale * inverse * grad_weight / count
+    return grad_weight, grad_bias, x_coefficient, -scale * grad_bias / count - x_coefficient * mean
 
 
-def backward(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, by_x: Tensor, offset: Tensor, slope: float) -> Tensor:
-    """g · scale + x · by_x + offset, g being the gradient before the leaky ReLU."""
+def backward(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, x_coefficient: Tensor, offset: Tensor, slope: float) -> Tensor:
+    """g · scale + x · x_coefficient + offset, g being the gradient before the leaky ReLU."""
     result = torch.empty_like(x)
     with simd.threads:
-        _backward(*map(simd.place, (gradient, x, result, scale, shift, by_x, offset)), np.float32(slope), x.numel(), x.shape[1])
+        _backward(
+            *map(simd.typed_pointer, (gradient, x, result, scale, shift, x_coefficient, offset)), np.float32(slope), x.numel(), x.shape[1]
+        )
     return result
 
 
 @simd.helper
-def _repeated(values: Place, channels: int) -> Any:
+def _repeated(values: TypedPointer, channels: int) -> Any:
     """A value a channel, as often as fills the vectors."""
     given = simd.pointer(values)
     result = np.empty(-(-64 // channels) * channels, np.float32)
@@ -68,7 +70,7 @@ def _repeated(values: Place, channels: int) -> Any:
 
 
 @simd.parallel
-def _forward(x: Place, y: Place, scale: Place, shift: Place, slope: float, size: int, channels: int) -> None:
+def _forward(x: TypedPointer, y: TypedPointer, scale: TypedPointer, shift: TypedPointer, slope: float, size: int, channels: int) -> None:
     given, out = simd.pointer(x), simd.pointer(y)
     a, b = _repeated(scale, channels), _repeated(shift, channels)
     period = len(a)
@@ -81,7 +83,15 @@ def _forward(x: Place, y: Place, scale: Place, shift: Place, slope: float, size:
 
 @simd.parallel
 def _backward_sums(
-    gradient: Place, x: Place, mean: Place, scale: Place, shift: Place, sums: Place, slope: float, size: int, channels: int
+    gradient: TypedPointer,
+    x: TypedPointer,
+    mean: TypedPointer,
+    scale: TypedPointer,
+    shift: TypedPointer,
+    sums: TypedPointer,
+    slope: float,
+    size: int,
+    channels: int,
 ) -> None:
     incoming, given, out = simd.pointer(gradient), simd.pointer(x), simd.pointer(sums)
     center, a, b = _repeated(mean, channels), _repeated(scale, channels), _repeated(shift, channels)
@@ -110,10 +120,19 @@ def _backward_sums(
 
 @simd.parallel
 def _backward(
-    gradient: Place, x: Place, result: Place, scale: Place, shift: Place, by_x: Place, offset: Place, slope: float, size: int, channels: int
+    gradient: TypedPointer,
+    x: TypedPointer,
+    result: TypedPointer,
+    scale: TypedPointer,
+    shift: TypedPointer,
+    x_coefficient: TypedPointer,
+    offset: TypedPointer,
+    slope: float,
+    size: int,
+    channels: int,
 ) -> None:
     incoming, given, out = simd.pointer(gradient), simd.pointer(x), simd.pointer(result)
-    a, b, c, d = _repeated(scale, channels), _repeated(shift, channels), _repeated(by_x, channels), _repeated(offset, channels)
+    a, b, c, d = _repeated(scale, channels), _repeated(shift, channels), _repeated(x_coefficient, channels), _repeated(offset, channels)
     period = len(a)
     for group in prange(-(-size // period)):
         start = group * period

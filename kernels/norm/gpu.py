@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import combined, launch, launch_tiles, layout, load, packed, place, pointers, program_tile, revealed, splits, store, tile
+from ..tiles import combined, launch, launch_tiles, layout, load, packed, pointers, program_tile, revealed, splits, store, tile, tile_rows
 
 __all__ = ["backward", "backward_constants", "constants", "forward"]
 
@@ -38,16 +38,16 @@ def backward_constants(
     grid = parts, triton.cdiv(channels, block_channels)
     arguments = gradient, x, mean, scale, shift, partials, float(slope), *packed(sizes, (gradient, x), strides)
     launch(x, _partials_kernel, grid, *arguments, block_rows, block_channels)
-    by_weight, by_bias, by_x, offset = results = tuple(mean.new_empty(channels) for _ in range(4))
+    grad_weight, grad_bias, x_coefficient, offset = results = tuple(mean.new_empty(channels) for _ in range(4))
     count = x.numel() // channels
     launch(x, _combine_kernel, (triton.cdiv(channels, 16),), partials, mean, inverse, scale, *results, parts, count, channels, 64, 16)
-    return by_weight, by_bias, by_x, offset
+    return grad_weight, grad_bias, x_coefficient, offset
 
 
-def backward(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, by_x: Tensor, offset: Tensor, slope: float) -> Tensor:
+def backward(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, x_coefficient: Tensor, offset: Tensor, slope: float) -> Tensor:
     """See kernels/norm/cpu.py."""
     result = torch.empty_like(x)
-    launch_tiles(_backward_kernel, (x, gradient, result), scale, shift, by_x, offset, float(slope))
+    launch_tiles(_backward_kernel, (x, gradient, result), scale, shift, x_coefficient, offset, float(slope))
     return result
 
 
@@ -133,7 +133,7 @@ def _partials_kernel(
     total = tl.zeros((block_rows, block_channels), tl.float32)
     centred = total
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
-        group, rows = place(index, sizes, block_rows)
+        group, rows = tile_rows(index, sizes, block_rows)
         mask = (rows < sizes[2])[:, None] & real[None, :]
         g = load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask)
         values = load(pointers(x, group, rows, channels, sizes, strides, accesses, 1), mask)
@@ -151,9 +151,9 @@ def _combine_kernel(
     means: tl.tensor,
     inverses: tl.tensor,
     scales: tl.tensor,
-    by_weight: tl.tensor,
-    by_bias: tl.tensor,
-    by_x: tl.tensor,
+    grad_weight: tl.tensor,
+    grad_bias: tl.tensor,
+    x_coefficient: tl.tensor,
     offsets: tl.tensor,
     parts: tl.tensor,
     count: tl.tensor,
@@ -170,9 +170,9 @@ def _combine_kernel(
     n = count.to(tl.float64)
     dot = centred * inverse
     slope = -scale * inverse * dot / n
-    tl.store(by_weight + channels, dot.to(tl.float32), mask=real)
-    tl.store(by_bias + channels, total.to(tl.float32), mask=real)
-    tl.store(by_x + channels, slope.to(tl.float32), mask=real)
+    tl.store(grad_weight + channels, dot.to(tl.float32), mask=real)
+    tl.store(grad_bias + channels, total.to(tl.float32), mask=real)
+    tl.store(x_coefficient + channels, slope.to(tl.float32), mask=real)
     tl.store(offsets + channels, (-scale * total / n - slope * mean).to(tl.float32), mask=real)
 
 
@@ -183,7 +183,7 @@ def _backward_kernel(
     result: tl.tensor,
     scale: tl.tensor,
     shift: tl.tensor,
-    by_x: tl.tensor,
+    x_coefficient: tl.tensor,
     offset: tl.tensor,
     slope: float,
     sizes: tl.tuple,
@@ -200,5 +200,5 @@ def _backward_kernel(
     values = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
     a = _constant(scale, channels, real)
     g = _before_relu(g, values, a, _constant(shift, channels, real), slope)
-    values = g * a + values * _constant(by_x, channels, real) + _constant(offset, channels, real)
+    values = g * a + values * _constant(x_coefficient, channels, real) + _constant(offset, channels, real)
     store(pointers(result, group, rows, channels, sizes, result_strides, accesses, 2), values, mask)

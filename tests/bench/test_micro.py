@@ -238,7 +238,7 @@ def test_a_backend_that_does_not_serve_the_device_is_absent() -> None:
     assert usual["reference"] is None
     assert "triton" not in usual
     [triton] = [provider for provider in case.workload().providers(cpu, ["triton"]) if provider.backend]
-    assert triton.absent in (dispatch.why_not("triton"), "it does not serve cpu tensors here")
+    assert triton.absent in (dispatch.unavailable_reason("triton"), "it does not serve cpu tensors here")
 
 
 def test_plot_draws_a_picture_a_kernel_beside_the_csv(run: Run, tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from dfkd_fast.kernels import Backend, use_backend
-from dfkd_fast.kernels.dispatch import backends, why_not
+from dfkd_fast.kernels.dispatch import backends, unavailable_reason
 
 ON_CPU = backends(torch.device("cpu"))  # a GPU's backends, too, in the processes that on_cpu.py starts
 FUSED = ["numba", *(pytest.param(name, marks=[] if name in ON_CPU else pytest.mark.gpu) for name in ("triton", "cuda"))]
 
 
 def _forced(backend: Backend) -> Iterator[Backend]:
-    if reason := why_not(backend):
+    if reason := unavailable_reason(backend):
         pytest.skip(f"the backend {backend} is not here: {reason}")
     with use_backend(backend):
         yield backend

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from dfkd_fast.kernels import build
-from dfkd_fast.kernels.dispatch import why_not
+from dfkd_fast.kernels.dispatch import unavailable_reason
 from dfkd_fast.kernels.operators import SCHEMAS
 
 KERNELS = Path(build.__file__).resolve().parent
 HOPPER = ("-gencode=arch=compute_90,code=sm_90",)
 OTHER_PYTHON = os.environ.get("DFKD_FAST_OTHER_PYTHON")
 needs_other_python = pytest.mark.skipif(not OTHER_PYTHON, reason="DFKD_FAST_OTHER_PYTHON names no interpreter with another PyTorch")
-REASON = build.why_not_buildable()
+REASON = build.unbuildable_reason()
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the extension cannot be built here: {REASON}")
 
@@ -53,7 +53,7 @@ def test_it_loads_without_a_gpu_and_has_the_other_backends_schemas(folder: Path)
     code = """
 import json, torch, kernels
 from kernels.operators import SCHEMAS
-assert kernels.extension.why_not_loaded() is None, kernels.extension.why_not_loaded()
+assert kernels.extension.load_error() is None, kernels.extension.load_error()
 print(json.dumps({name: str(getattr(torch.ops.dfkd_fast, name).cuda._schema) for name in SCHEMAS}))
 """
     registered = json.loads(python(code, folder))
@@ -155,9 +155,9 @@ def test_a_build_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_without_a_cuda_toolkit_or_a_pytorch_for_cuda_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_nvcc", lambda: None)
-    assert "no nvcc" in str(build.why_not_buildable())
+    assert "no nvcc" in str(build.unbuildable_reason())
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "without CUDA" in str(build.why_not_buildable())
+    assert "without CUDA" in str(build.unbuildable_reason())
 
 
 Calls = dict[str, tuple[Any, ...]]
@@ -188,7 +188,7 @@ def _calls(device: str) -> Calls:
 
 @pytest.fixture
 def calls() -> Calls:
-    if reason := why_not("cuda"):
+    if reason := unavailable_reason("cuda"):
         pytest.skip(reason)
     return _calls("cuda")
 

@@ -11,7 +11,7 @@ from tests.kernels.cuda_on_cpu import build
 from tests.kernels.on_cpu import SHARED, run_on_cpu
 
 ORDERS = ["forward", "reverse", "random"]
-REASON = build.why_not()
+REASON = build.unavailable_reason()
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"kernels cannot be compiled for a CPU here: {REASON}")
 

@@ -30,13 +30,13 @@ from dfkd_fast.kernels import (
     operators,
     use_backend,
     winograd_conv2d,
-    winograd_pays,
+    winograd_is_faster,
 )
-from dfkd_fast.kernels.dispatch import PARTLY_SERVED, WORTHWHILE, backends, choose, forced, why_not
+from dfkd_fast.kernels.dispatch import MIN_NUMEL, PARTIALLY_SUPPORTED, backends, choose, forced, unavailable_reason
 
 CPU = torch.device("cpu")
 CALL = "import torch; from dfkd_fast.kernels import channel_moments; print(channel_moments(torch.ones({size}, {dtype}))[0].dtype)"
-needs_numba = pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")
+needs_numba = pytest.mark.skipif(unavailable_reason("numba") is not None, reason="numba is not installed")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,9 +44,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_numba
-@pytest.mark.parametrize("operation", WORTHWHILE)
+@pytest.mark.parametrize("operation", MIN_NUMEL)
 def test_cpu_tensors_of_some_size_go_to_numba_and_small_ones_to_the_reference(operation: str) -> None:
-    elements = WORTHWHILE[operation]
+    elements = MIN_NUMEL[operation]
     assert choose(operation, CPU, [torch.float32, torch.bfloat16], elements) == "numba"
     assert choose(operation, CPU, [torch.float32], elements - 1) == "reference"
 
@@ -82,7 +82,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_asks_the_dispatcher_for_itself(name: str, served: list[str]) -> None:
     operation, function = FUNCTIONS[name]
-    enough = torch.ones(2, 8, WORTHWHILE[operation] // 16)
+    enough = torch.ones(2, 8, MIN_NUMEL[operation] // 16)
     for x, kernel in ((enough, True), (enough[:, :, :-1].clone(), False), (enough.double(), False)):
         served.clear()
         with use_backend(None):
@@ -127,7 +127,7 @@ def test_forced_backend_of_another_device_is_an_error() -> None:
     meta = torch.ones(2, 3, device="meta")
     with use_backend("reference"):
         assert l1_discrepancy(meta, meta, reduction="sum").device.type == "meta"
-    if why_not("numba") is None:
+    if unavailable_reason("numba") is None:
         with use_backend("numba"), pytest.raises(BackendError, match="numba is forced, but does not serve meta tensors"):
             l1_discrepancy(meta, meta, reduction="sum")
 
@@ -141,7 +141,7 @@ PARTLY: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def test_every_operation_that_is_partly_served_is_called_here() -> None:
-    assert PARTLY.keys() == PARTLY_SERVED.keys()
+    assert PARTLY.keys() == PARTIALLY_SUPPORTED.keys()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -156,7 +156,7 @@ def test_forced_backend_without_a_kernel_for_the_operation_is_an_error(
     with use_backend(backend):
         with pytest.raises(BackendError, match=f"{backend} is forced, but has no kernel for {operation}"):
             PARTLY[operation](x)
-        assert not winograd_pays(x, x.new_ones(64, 64, 3, 3))
+        assert not winograd_is_faster(x, x.new_ones(64, 64, 3, 3))
         assert Choice(operation, "an error", "an error") in choices()
 
 
@@ -325,20 +325,20 @@ def test_unknown_name_in_the_environment_is_said_at_the_first_call_and_not_by_an
 
 
 def test_environment_forces_a_backend() -> None:
-    backend = "reference" if why_not("numba") else "numba"
+    backend = "reference" if unavailable_reason("numba") else "numba"
     code = "from dfkd_fast.kernels import dispatch; print(dispatch.forced())"
     assert python(code, DFKD_FAST_BACKEND=backend).stdout == f"{backend}\n"
 
 
 def test_where_numba_is_not_to_compile_the_reference_serves_and_doctor_can_say_why() -> None:
     call = CALL.format(size="(8, 64, 32, 32)", dtype="dtype=torch.float32")
-    said = python(f"{call}; from dfkd_fast.kernels import dispatch; print(dispatch.why_not('numba'))", NUMBA_DISABLE_JIT="1")
+    said = python(f"{call}; from dfkd_fast.kernels import dispatch; print(dispatch.unavailable_reason('numba'))", NUMBA_DISABLE_JIT="1")
     reason = "NUMBA_DISABLE_JIT is set" if find_spec("numba") else "numba is not installed"
     assert (said.returncode, said.stdout.splitlines()[-1], said.stderr) == (0, reason, "")
 
 
 def test_an_extension_that_the_environment_names_and_is_not_there_is_named(tmp_path: Path) -> None:
-    code = "from dfkd_fast.kernels import extension; extension.torch.version.cuda = '13.0'; print(extension.why_not_loaded())"
+    code = "from dfkd_fast.kernels import extension; extension.torch.version.cuda = '13.0'; print(extension.load_error())"
     path = tmp_path / "extension.so"
     assert python(code, DFKD_FAST_EXTENSION=str(path)).stdout == f"DFKD_FAST_EXTENSION is {path}, which is not a file\n"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.kernels import Backend, BackendError, FusedEMA, ema, use_backend
-from dfkd_fast.kernels.dispatch import why_not
+from dfkd_fast.kernels.dispatch import unavailable_reason
 from dfkd_fast.kernels.ema import gathered
 from tests.kernels.oracles import lerp
 
@@ -161,7 +161,7 @@ def test_new_memory_of_the_same_layout_is_read_without_another_check(backend: Ba
     assert not checked
 
 
-@pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")
+@pytest.mark.skipif(unavailable_reason("numba") is not None, reason="numba is not installed")
 def test_a_backend_that_is_forced_later_is_obeyed() -> None:
     model = network().double()
     average = FusedEMA(model, DECAY)

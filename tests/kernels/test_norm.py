@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.fixture(autouse=True)
 def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
+    monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_leaky_relu", 0)
 
 
 def case(
@@ -213,12 +213,12 @@ def test_what_the_kernels_do_not_serve_is_pytorchs(norm_backend: Backend, device
         assert torch.equal(call(x, parameters, slope=1), F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS))
 
 
-@pytest.mark.skipif(dispatch.why_not("numba") is not None, reason="numba is not installed")
+@pytest.mark.skipif(dispatch.unavailable_reason("numba") is not None, reason="numba is not installed")
 def test_small_tensors_on_a_cpu_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _, _ = case((2, 6, 3, 3))
     with use_backend(None):
         assert norm._backend(x, True) == "numba"
-        monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", x.numel() + 1)
+        monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_leaky_relu", x.numel() + 1)
         assert norm._backend(x, True) == "reference"
 
 

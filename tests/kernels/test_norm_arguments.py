@@ -16,7 +16,7 @@ PARAMETERS = ["running_mean", "running_var", "weight", "bias"]
 
 @pytest.fixture(autouse=True)
 def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
+    monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_leaky_relu", 0)
 
 
 def images(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfkd_fast.kernels import Backend, channel_sums, concat_generated, js_discrepancy, kl_discrepancy, l1_discrepancy, use_backend
-from dfkd_fast.kernels.dispatch import why_not
+from dfkd_fast.kernels.dispatch import unavailable_reason
 from tests.kernels.oracles import assert_as_exact_as_plain
 
 FAR = 1 << 31
@@ -24,7 +24,7 @@ NAMES = [*DISCREPANCIES, "moments", "concat"]
 
 
 def alone_with_numba(test: Callable[[], None]) -> Callable[[], None]:
-    return pytest.mark.alone(pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")(test))
+    return pytest.mark.alone(pytest.mark.skipif(unavailable_reason("numba") is not None, reason="numba is not installed")(test))
 
 
 def zeros(elements: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from dfkd_fast.kernels import build
 
-REASON = build.why_not_buildable()
+REASON = build.unbuildable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"csrc cannot be compiled here: {REASON}")
 
 Stores = Counter[str]  # of a kernel, by width in bits: "128", "64", "32", "U16", "U8"

@@ -149,7 +149,7 @@ def narrow_all(x: Array, place: Any) -> None:
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.zeros(x.shape, dtype=dtype)
-    narrow_all(x.numpy(), simd.place(out))
+    narrow_all(x.numpy(), simd.typed_pointer(out))
     return out
 
 
@@ -164,7 +164,7 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 def test_every_half_precision_number_is_widened_as_pytorch_does_and_narrowed_back(dtype: torch.dtype) -> None:
     given = patterns(dtype)
     wide = np.zeros(len(given), np.float32)
-    widen_all(simd.place(given), wide)
+    widen_all(simd.typed_pointer(given), wide)
     assert same(torch.from_numpy(wide), given.float())
     assert same(narrowed(torch.from_numpy(wide), dtype), given)
 
@@ -182,12 +182,12 @@ def test_what_lies_between_half_precision_numbers_is_rounded_as_pytorch_does(dty
 def test_float32_and_signs_are_widened_and_float32_narrowed_unchanged() -> None:
     x = torch.from_numpy(NUMBERS)
     wide = np.zeros(len(x), np.float32)
-    widen_all(simd.place(x), wide)
+    widen_all(simd.typed_pointer(x), wide)
     assert same(torch.from_numpy(wide), x)
     assert same(narrowed(x, torch.float32), x)
     signs = torch.tensor([-1, 0, 1, -128, 127], dtype=torch.int8)
     wide = np.zeros(len(signs), np.float32)
-    widen_all(simd.place(signs), wide)
+    widen_all(simd.typed_pointer(signs), wide)
     assert wide.tolist() == signs.tolist()
 
 

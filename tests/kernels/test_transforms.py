@@ -20,7 +20,7 @@ from dfkd_fast.kernels import (
 )
 from tests.kernels import oracles
 
-pytestmark = pytest.mark.skipif(dispatch.why_not("numba") is not None, reason="numba is not installed")
+pytestmark = pytest.mark.skipif(dispatch.unavailable_reason("numba") is not None, reason="numba is not installed")
 
 TEMPERATURE, MEAN, STD = 2.0, torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.5, 1.5, 0.7])
 # Each function with its float64 oracle, from a tensor (2, 3, 4, 5) to a scalar; the second argument is constant.
@@ -67,8 +67,8 @@ def _dual(function: Function, x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_tensors_go_to_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for operation in dispatch.WORTHWHILE:
-        monkeypatch.setitem(dispatch.WORTHWHILE, operation, 0)
+    for operation in dispatch.MIN_NUMEL:
+        monkeypatch.setitem(dispatch.MIN_NUMEL, operation, 0)
 
 
 def tensors() -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ def losses(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> t
 
 
 def forward(kind: str, student: Tensor, teacher: Tensor, *, temperature: float = 1.5, scale: float = 0.25) -> tuple[Tensor, ...]:
-    """loss, student_unit, teacher_unit, agree."""
+    """loss, student_grad_unscaled, teacher_grad_unscaled, agree."""
     if kind == "l1":
         loss, sign, agree = discrepancy.l1_forward(student, teacher, scale, True, True)
         return loss, sign, -sign, agree

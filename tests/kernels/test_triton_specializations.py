@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from dfkd_fast.kernels.concat import gpu as concat
 from dfkd_fast.kernels.discrepancy import gpu as discrepancy
-from dfkd_fast.kernels.dispatch import interpreting, why_not
+from dfkd_fast.kernels.dispatch import interpreting, unavailable_reason
 from dfkd_fast.kernels.ema import gpu as ema
 from dfkd_fast.kernels.moments import gpu as moments
 from dfkd_fast.kernels.norm import gpu as norm
@@ -92,6 +92,6 @@ def test_inputs_that_differ_in_size_share_kernels(
     assert len(recorder.specializations) == kernels
 
 
-@pytest.mark.skipif(why_not("numba") is not None, reason="numba computes the results")
+@pytest.mark.skipif(unavailable_reason("numba") is not None, reason="numba computes the results")
 def test_the_gpu_tests_compile_few_kernels(exhaustive: bool) -> None:
     assert len(collect(sample=not exhaustive)) <= (MOST if exhaustive else MOST_OF_THE_SAMPLE)

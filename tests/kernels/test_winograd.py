@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_fast.kernels import use_backend, winograd_conv2d, winograd_pays
+from dfkd_fast.kernels import use_backend, winograd_conv2d, winograd_is_faster
 from dfkd_fast.kernels.conv import winograd
 
 
@@ -104,26 +104,26 @@ def test_second_derivatives_are_the_convolutions() -> None:
 def test_what_it_does_not_serve_is_convolved(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd.Winograd, "apply", None)
     x, weight = (tensor.detach() for tensor in case(16, (64, 64), (8, 8)))
-    assert winograd_pays(x, weight)
+    assert winograd_is_faster(x, weight)
     if other == "contiguous":
         x = x.contiguous()
     elif other in ("float64", "bfloat16"):
         x, weight = (tensor.to(getattr(torch, other)) for tensor in (x, weight))
     with use_backend("reference" if other == "forced" else None), torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"):
-        assert not winograd_pays(x, weight)
+        assert not winograd_is_faster(x, weight)
         torch.testing.assert_close(winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1))
 
 
 def test_it_pays_with_many_channels_and_pixels_and_for_frozen_weights_with_fewer_pixels() -> None:
     def pays(batch: int, channels: tuple[int, int], size: int, *, keep: bool = False) -> bool:
-        return winograd_pays(*case(batch, channels, (size, size)), keep=keep)
+        return winograd_is_faster(*case(batch, channels, (size, size)), keep=keep)
 
     assert pays(8, (64, 64), 8)
     assert not pays(8, (64, 32), 8)
     assert not pays(7, (128, 64), 8)
     assert pays(7, (128, 64), 8, keep=True)
     assert not pays(1, (64, 64), 8, keep=True), "too little work to be worth the call"
-    assert not winograd_pays(torch.zeros(512, 64, 1, 1), torch.zeros(64, 64, 3, 3), (0, 0), keep=True)
+    assert not winograd_is_faster(torch.zeros(512, 64, 1, 1), torch.zeros(64, 64, 3, 3), (0, 0), keep=True)
 
 
 @pytest.mark.parametrize(

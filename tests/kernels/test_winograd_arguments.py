@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from dfkd_fast.kernels import winograd_conv2d, winograd_pays
+from dfkd_fast.kernels import winograd_conv2d, winograd_is_faster
 
 
 def case() -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,7 @@ def test_padding_that_is_no_pair_of_counts_is_named(padding: Any) -> None:
     x, weight, _ = case()
     with pytest.raises(ValueError, match=r"padding must be two counts that leave an output of \(8, 8\), not "):
         winograd_conv2d(x, weight, padding=padding)
-    assert not winograd_pays(x, weight, padding)
+    assert not winograd_is_faster(x, weight, padding)
 
 
 def test_a_list_of_two_counts_is_a_padding() -> None:
@@ -69,9 +69,9 @@ def test_a_list_of_two_counts_is_a_padding() -> None:
 
 def test_other_convolutions_do_not_pay() -> None:
     x, weight = torch.randn(8, 64, 8, 8).to(memory_format=torch.channels_last), torch.randn(64, 64, 3, 3)
-    assert winograd_pays(x, weight)
+    assert winograd_is_faster(x, weight)
     for images, kernels in ((x[0], weight), (x[0, 0], weight), (x, weight[0]), (x, weight[0, 0]), (torch.tensor(0.0), weight)):
-        assert not winograd_pays(images, kernels)
+        assert not winograd_is_faster(images, kernels)
 
 
 def test_a_layer_of_such_convolutions_takes_one_image_without_a_batch() -> None:

@@ -11,7 +11,7 @@ from dfkd_fast.surgery import BatchNormLeakyReLU2d, fuse_leaky_relus
 
 @pytest.fixture(autouse=True)
 def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
+    monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_leaky_relu", 0)
 
 
 @pytest.mark.parametrize(("every_norm", "fused"), [(False, 2), (True, 4)])

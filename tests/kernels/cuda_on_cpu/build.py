@@ -27,7 +27,7 @@ ALWAYS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """None if kernels can be compiled here, else the reason in one line."""
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
