@@ -1,6 +1,6 @@
-"""The compiled CUDA extension: where it lies, and whether it could be loaded.
+"""Loading of the compiled CUDA extension.
 
-``DFKD_FAST_EXTENSION`` names another file than the one beside this.
+``DFKD_FAST_EXTENSION`` overrides its path, which is next to this file by default.
 """
 
 import functools
@@ -17,7 +17,7 @@ BINARY = Path(os.environ.get(VARIABLE) or Path(__file__).parent / "dfkd_fast_cud
 
 @functools.cache
 def load_error() -> str | None:
-    """Load the extension once; None if it is loaded, else the reason in one line."""
+    """Load the extension once; return the error in one line, or None if it is loaded."""
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if not BINARY.is_file():
@@ -30,5 +30,5 @@ def load_error() -> str | None:
 
 
 def loaded() -> bool:
-    """Whether ``torch.ops.dfkd_fast`` has the CUDA overloads."""
+    """Return whether ``torch.ops.dfkd_fast`` has the CUDA overloads."""
     return load_error() is None

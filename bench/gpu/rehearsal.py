@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
 def prepare() -> None:
     """Enable the GPU backends for this process's CPU tensors, in the order of a GPU."""
     preferred: tuple[Backend, ...] = ("cuda", "triton")
-    dispatch.SERVING["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
+    dispatch.BACKENDS_BY_DEVICE["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
     # GPU kernels have no minimum size, and toy tensors are below the CPU's. Operations that only Triton implements stay with PyTorch unless
     # forced, because the interpreter would take minutes for whole iterations.
     dispatch.MIN_NUMEL.update({name: 0 if dispatch.has_kernel(name, "cuda") else sys.maxsize for name in dispatch.MIN_NUMEL})

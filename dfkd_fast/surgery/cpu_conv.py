@@ -40,8 +40,8 @@ class CpuConv2d(nn.Conv2d):
             return super()._conv_forward(input, weight, bias)
         geometry = self.stride, self.padding, self.dilation
         pixels = len(input) * math.prod(max(size, 0) for size in output_size(input, weight, *geometry))
-        if self._is_winograds() and winograd_is_faster(input, weight, self.padding, keep=self.fixed):
-            return winograd_conv2d(input, weight, bias, self.padding, keep=self.fixed)
+        if self._is_winograds() and winograd_is_faster(input, weight, self.padding, cache_weight=self.fixed):
+            return winograd_conv2d(input, weight, bias, self.padding, cache_weight=self.fixed)
         if 0 < pixels <= FEW * self.out_channels:
             output = im2col_conv2d(input.to(dtype), weight.to(dtype), *geometry)
         elif pixels and self._has_few_channels(dtype, self.padding):

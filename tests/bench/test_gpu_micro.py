@@ -63,7 +63,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(timing, "COPIED_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(micro, "REHEARSAL_PLAN", PLAN)
     monkeypatch.setattr(micro, "BACKENDS", ("reference", "numba", "triton"))
-    monkeypatch.setitem(dispatch.SERVING, "cpu", ["numba", "reference"])
+    monkeypatch.setitem(dispatch.BACKENDS_BY_DEVICE, "cpu", ["numba", "reference"])
 
     def run(seconds: float = SOON, done: Sequence[str] = ()) -> list[Record]:
         records: list[Record] = []
@@ -106,8 +106,8 @@ def test_nothing_is_compiled_while_something_is_measured(stage: Stage, compilers
 
     monkeypatch.setattr(compilers, "results", compiling)
     monkeypatch.setattr(micro, "_measure", measuring)
-    monkeypatch.setitem(dispatch._ABSENT, "triton", None)
-    monkeypatch.setitem(dispatch.SERVING, "cpu", ["triton", "reference"])
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", None)
+    monkeypatch.setitem(dispatch.BACKENDS_BY_DEVICE, "cpu", ["triton", "reference"])
     stage()
     assert passes == ["compile triton", "compile compile"] * 2 + ["measure"] * 2
 

@@ -102,7 +102,7 @@ def norms(dtype: torch.dtype) -> Results:
 
 def tiles() -> Results:
     x, gradient = (normal(3, channels, 13, 18, layout="channels_last") for channels in (64, 65))
-    grid = winograd.tiles_of(13, 18)
+    grid = winograd.tile_grid(13, 18)
     inputs, outputs = winograd.to_tiles(x, (1, 1), grid), winograd.from_tiles_adjoint(gradient, grid)
     winograd.add_tiles(inputs, x, (1, 1), grid)
     winograd.from_tiles(outputs, normal(65), gradient, grid)

@@ -67,7 +67,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
     options = early_config.known_args_namespace
     if options.on_cpu == "cuda":
-        dispatch.SERVING["cpu"].append("cuda")
+        dispatch.BACKENDS_BY_DEVICE["cpu"].append("cuda")
     if options.sample:
         oracles.PROPERTY = settings(oracles.PROPERTY, max_examples=10, phases=[Phase.generate])
 

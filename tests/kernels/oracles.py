@@ -12,8 +12,8 @@ from torch import Tensor
 
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded", "misaligned"]
 HALVES = [torch.bfloat16, torch.float16]
-STORAGE = [torch.float32, *HALVES]
-SANITIZED_STORAGE = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.sanitize), torch.float16]
+KERNEL_DTYPES = [torch.float32, *HALVES]
+SANITIZED_DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.sanitize), torch.float16]
 # Images whose rows of 8 pixels, whose pixels of 8 channels, or neither, are runs of 16 bytes that a kernel may take at once.
 RUNS = [(3, 3, 4, 6), (2, 16, 3, 5), (2, 3, 3, 7)]
 NAN, INF = float("nan"), float("inf")

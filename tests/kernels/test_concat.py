@@ -16,7 +16,7 @@ from tests.kernels.oracles import (
     NAN,
     PROPERTY,
     RUNS,
-    SANITIZED_STORAGE,
+    SANITIZED_DTYPES,
     activated,
     assert_as_exact_as_plain,
     laid_out,
@@ -134,7 +134,7 @@ def test_half_precision_is_read_in_float32_and_rounded_once(
     "layouts", [("contiguous",), ("channels_last",), ("channels_last", "contiguous"), ("contiguous", "misaligned")], ids="-".join
 )
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("dtype", SANITIZED_STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", SANITIZED_DTYPES, ids=str)
 def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
     backend: Backend,
     device: torch.device,

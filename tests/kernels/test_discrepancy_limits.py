@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfkd_fast.kernels import Backend, use_backend
 from tests.kernels.discrepancies import KINDS, PAIRS_OF_DTYPES, call, compare, counted
-from tests.kernels.oracles import INF, NAN, STORAGE, discrepancy, laid_out, random
+from tests.kernels.oracles import INF, KERNEL_DTYPES, NAN, discrepancy, laid_out, random
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -47,14 +47,14 @@ def test_masked_classes_contribute_nothing_of_their_own(
         mask[0, -1], mask[1:, 1] = True, False
     of_student = torch.zeros_like(some) if masks == "teacher" else some
     of_teacher = {"student": torch.zeros_like(some), "both": some, "teacher more": some | other}.get(masks, other)
-    for dtype in STORAGE:
+    for dtype in KERNEL_DTYPES:
         student, teacher = (random(*shape, dtype=dtype, device=device) for _ in range(2))
         student, teacher = with_masked(student, of_student, layout), with_masked(teacher, of_teacher, layout)
         compare(kind, student, teacher, temperature=1.3, reduction="mean", formula=of_possible_classes)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 100), (2, 11, 3, 3)], ids=str)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_kl_is_infinite_where_the_student_alone_masks_a_class_and_its_gradient_is_finite(
     backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
@@ -101,7 +101,7 @@ def test_huge_logits_are_as_exact_as_plain_pytorch(
 
 @pytest.mark.parametrize("shape", [(4, 10), (3, 1000), (2, 11, 5, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_logits_have_neither_discrepancy_nor_gradient(
     backend: Backend, device: torch.device, kind: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...]

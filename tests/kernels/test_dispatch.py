@@ -152,7 +152,7 @@ def test_forced_backend_without_a_kernel_for_the_operation_is_an_error(
     operation: str, backend: dispatch.Backend, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.ones(16, 64, 8, 8, device=device).to(memory_format=torch.channels_last)
-    monkeypatch.setitem(dispatch._ABSENT, backend, None)  # as if installed
+    monkeypatch.setitem(dispatch._UNAVAILABLE, backend, None)  # as if installed
     with use_backend(backend):
         with pytest.raises(BackendError, match=f"{backend} is forced, but has no kernel for {operation}"):
             PARTLY[operation](x)
@@ -161,8 +161,8 @@ def test_forced_backend_without_a_kernel_for_the_operation_is_an_error(
 
 
 def test_forced_triton_serves_the_batch_norm_of_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch._ABSENT, "triton", None)  # as if installed
-    monkeypatch.setattr(dispatch, "SERVING", {"cpu": ["numba", "reference"], "cuda": ["cuda", "triton", "reference"]})
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", None)  # as if installed
+    monkeypatch.setattr(dispatch, "BACKENDS_BY_DEVICE", {"cpu": ["numba", "reference"], "cuda": ["cuda", "triton", "reference"]})
     for device in ("cpu", "meta"):
         x = torch.ones(16, 64, 8, 8, device=device)
         with use_backend("triton"), pytest.raises(BackendError, match=f"triton is forced, but does not serve {device} tensors"):
@@ -175,7 +175,7 @@ def test_forced_triton_serves_the_batch_norm_of_a_gpu_only(monkeypatch: pytest.M
 
 @needs_numba
 def test_doctor_knows_that_the_batch_norm_has_no_kernel_in_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "SERVING", {"cpu": ["numba", "reference"], "cuda": ["cuda", "triton", "reference"]})
+    monkeypatch.setattr(dispatch, "BACKENDS_BY_DEVICE", {"cpu": ["numba", "reference"], "cuda": ["cuda", "triton", "reference"]})
     chosen = {choice.operation: choice for choice in choices()}
     assert chosen["batch_norm_leaky_relu"].cpu.startswith("numba")
     assert chosen["batch_norm_leaky_relu"].gpu.startswith("triton")
@@ -189,8 +189,8 @@ def test_doctor_knows_that_the_batch_norm_has_no_kernel_in_cuda(monkeypatch: pyt
 def test_doctor_names_the_device_that_a_forced_backend_does_not_serve(
     backend: dispatch.Backend, cpu: str, gpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "SERVING", {"cpu": ["numba", "reference"], "cuda": ["triton", "reference"]})
-    monkeypatch.setitem(dispatch._ABSENT, backend, None)  # as if installed
+    monkeypatch.setattr(dispatch, "BACKENDS_BY_DEVICE", {"cpu": ["numba", "reference"], "cuda": ["triton", "reference"]})
+    monkeypatch.setitem(dispatch._UNAVAILABLE, backend, None)  # as if installed
     with use_backend(backend):
         assert Choice("kl_discrepancy", cpu, gpu) in choices()
 

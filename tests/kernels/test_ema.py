@@ -12,10 +12,10 @@ from dfkd_fast.kernels import Backend, BackendError, ema_multi_avg_fn, ema_updat
 from tests.kernels.oracles import (
     HALVES,
     INF,
+    KERNEL_DTYPES,
     NAN,
     PROPERTY,
-    SANITIZED_STORAGE,
-    STORAGE,
+    SANITIZED_DTYPES,
     assert_as_exact_as_plain,
     laid_out,
     layouts,
@@ -37,7 +37,7 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, lay
 @pytest.mark.parametrize(
     ("layout", "as_tensor"), [("contiguous", None), ("channels_last", torch.float32), ("contiguous", torch.float64)], ids=str
 )
-@pytest.mark.parametrize("source_dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("source_dtype", KERNEL_DTYPES, ids=str)
 def test_several_steps_over_many_tensors_give_the_average_of_float64(
     backend: Backend, device: torch.device, decay: float, layout: str, as_tensor: torch.dtype | None, source_dtype: torch.dtype
 ) -> None:
@@ -65,7 +65,7 @@ def test_any_list_of_tensors_without_gaps(
     for shape in data.draw(st.lists(st.lists(st.integers(0, 12), max_size=4), max_size=6)):
         lay_out = data.draw(layouts(len(shape), gaps=False))
         averages.append(lay_out(torch.randn(shape).to(device)))
-        sources.append(lay_out(torch.randn(shape).to(device, data.draw(st.sampled_from(STORAGE[:2])))))
+        sources.append(lay_out(torch.randn(shape).to(device, data.draw(st.sampled_from(KERNEL_DTYPES[:2])))))
         shadows.append(lay_out(torch.randn(shape).to(device, shadow_dtype or torch.float32)))
     exact = [lerp(average, source, decay) for average, source in zip(averages, sources, strict=True)]
     plain = [average.lerp(source.float(), 1 - decay) for average, source in zip(averages, sources, strict=True)]
@@ -86,7 +86,7 @@ def test_the_ends_are_exact(backend: Backend, device: torch.device, decay: float
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.05, 0.3, 0.5, 0.95, torch.tensor(0.7), torch.tensor(0.999, dtype=torch.float64)])
-@pytest.mark.parametrize("source_dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("source_dtype", KERNEL_DTYPES, ids=str)
 def test_equal_tensors_stay_exactly_equal(backend: Backend, device: torch.device, decay: float | Tensor, source_dtype: torch.dtype) -> None:
     source = (torch.randn(1001) * torch.logspace(-30, 30, 1001)).clamp(-6e4, 6e4).to(device, source_dtype)
     average = source.float()
@@ -94,7 +94,7 @@ def test_equal_tensors_stay_exactly_equal(backend: Backend, device: torch.device
     assert torch.equal(average, source.float())
 
 
-@pytest.mark.parametrize("shadow_dtype", SANITIZED_STORAGE, ids=str)
+@pytest.mark.parametrize("shadow_dtype", SANITIZED_DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
 def test_shadows_receive_the_new_averages_rounded(backend: Backend, device: torch.device, shadow_dtype: torch.dtype, layout: str) -> None:
     averages = [values(shape, torch.float32, device, layout) for shape in SHAPES]

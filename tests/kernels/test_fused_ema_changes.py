@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import Backend, BackendError, FusedEMA, ema, use_backend
 from dfkd_fast.kernels.dispatch import unavailable_reason
-from dfkd_fast.kernels.ema import gathered
+from dfkd_fast.kernels.ema import guard
 from tests.kernels.oracles import lerp
 
 DECAY = 0.8
@@ -206,7 +206,7 @@ def test_copies_and_pickles_of_an_average_leave_the_model_out_and_go_on() -> Non
 
 
 def test_without_pytorchs_guards_every_update_checks(monkeypatch: pytest.MonkeyPatch, checked: list[int]) -> None:
-    monkeypatch.setattr(gathered, "TensorGuards", None)
+    monkeypatch.setattr(guard, "TensorGuards", None)
     model = network()
     average = FusedEMA(model, DECAY)
     for _ in range(2):

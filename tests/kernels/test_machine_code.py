@@ -30,7 +30,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
     """Compiles ``double`` as another process would, with machine code in a folder of the test's."""
 
     def compile_again(folder: Path | str = tmp_path / "cache") -> Any:
-        monkeypatch.setattr(machine_code, "_told", set())
+        monkeypatch.setattr(machine_code, "_warned", set())
         monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
         machine_code._folder.cache_clear()
         return simd.parallel(double)

@@ -10,12 +10,12 @@ from dfkd_fast.kernels import Backend, channel_moments, channel_sums
 from tests.kernels import oracles
 from tests.kernels.oracles import (
     INF,
+    KERNEL_DTYPES,
     LAYOUTS,
     NAN,
     PROPERTY,
     RUNS,
-    SANITIZED_STORAGE,
-    STORAGE,
+    SANITIZED_DTYPES,
     assert_as_exact_as_plain,
     laid_out,
     layouts,
@@ -61,7 +61,7 @@ def test_moments_and_sums_are_those_of_float64(backend: Backend, device: torch.d
 
 @pytest.mark.parametrize("shape", [(4, 5, 3, 7), (3, 70, 2, 3)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_every_layout_and_precision_is_read_in_float32(
     backend: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
 ) -> None:
@@ -77,7 +77,7 @@ def test_every_layout_and_precision_is_read_in_float32(
 
 @pytest.mark.parametrize("shape", RUNS, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
-@pytest.mark.parametrize("dtype", SANITIZED_STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", SANITIZED_DTYPES, ids=str)
 def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
     backend: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
 ) -> None:
@@ -87,7 +87,7 @@ def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
 
 
 @PROPERTY
-@given(data=st.data(), dtype=st.sampled_from(STORAGE), mean=st.floats(-10, 10))
+@given(data=st.data(), dtype=st.sampled_from(KERNEL_DTYPES), mean=st.floats(-10, 10))
 def test_any_shape_and_strides(fused: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, mean: float) -> None:
     channels = data.draw(st.one_of(st.integers(1, 20), st.integers(60, 140)))
     shape = (data.draw(st.integers(1, 6)), channels, data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12)))
@@ -136,7 +136,7 @@ def test_sums_of_the_parts_of_a_batch_give_the_moments_of_the_whole(backend: Bac
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_over_no_elements_sums_are_0_and_moments_nan(
     backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dfkd_fast.kernels import Backend, batch_norm_leaky_relu, dispatch, norm, use_backend
-from tests.kernels.oracles import LAYOUTS, PROPERTY, RUNS, STORAGE, assert_as_exact_as_plain, laid_out, layouts
+from tests.kernels.oracles import KERNEL_DTYPES, LAYOUTS, PROPERTY, RUNS, assert_as_exact_as_plain, laid_out, layouts
 
 EPS, MOMENTUM, SLOPE = 1e-3, 0.3, 0.2
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ SHAPES = [(2, 3, 5, 7), (1, 1, 2, 1), (3, 70, 4, 4), (5, 64, 9, 1), (300, 8, 3, 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_values_gradients_and_statistics_are_those_of_float64(
     norm_backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
@@ -99,7 +99,7 @@ def test_values_gradients_and_statistics_are_those_of_float64(
 
 @pytest.mark.parametrize("shape", [(4, 5, 3, 7), (3, 70, 2, 3), *RUNS], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_every_layout_is_read_as_it_is(
     triton: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
 ) -> None:
@@ -109,7 +109,7 @@ def test_every_layout_is_read_as_it_is(
 
 
 @PROPERTY
-@given(data=st.data(), dtype=st.sampled_from(STORAGE), slope=st.sampled_from([0.0, 0.2, 1.0, 2.0]))
+@given(data=st.data(), dtype=st.sampled_from(KERNEL_DTYPES), slope=st.sampled_from([0.0, 0.2, 1.0, 2.0]))
 def test_activation_and_gradient_may_have_any_strides(
     triton: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, slope: float
 ) -> None:

@@ -150,7 +150,7 @@ def test_discrepancy_of_equal_logits_is_exactly_0(kind: str, shape: tuple[int, .
 @pytest.fixture(params=["at once", "in passes"])
 def _classes_are_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "in passes":
-        monkeypatch.setattr(discrepancy, "WHOLE", 8)
+        monkeypatch.setattr(discrepancy, "MAX_REGISTER_TILE", 8)
         monkeypatch.setattr(discrepancy, "BLOCK", 8)
 
 
@@ -458,7 +458,7 @@ def test_average_of_tensors_of_any_size(source_dtype: torch.dtype, shadow_dtype:
 
 
 def test_average_of_more_tensors_than_a_launch_takes() -> None:
-    averages, sources = ([random(size) for size in range(1, 2 * ema.MOST)] for _ in range(2))
+    averages, sources = ([random(size) for size in range(1, 2 * ema.MAX_SEGMENTS)] for _ in range(2))
     check_ema(averages, sources, [], 0.9, None)
 
 

@@ -21,7 +21,7 @@ from tests.kernels.specializations import Recorder, collect
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs in this process")
 
-MOST, MOST_OF_THE_SAMPLE = 830, 380
+MAX_KERNELS, MAX_KERNELS_OF_SAMPLE = 830, 380
 
 
 def images(batch: int, channels: int, size: int) -> Tensor:
@@ -94,4 +94,4 @@ def test_inputs_that_differ_in_size_share_kernels(
 
 @pytest.mark.skipif(unavailable_reason("numba") is not None, reason="numba computes the results")
 def test_the_gpu_tests_compile_few_kernels(exhaustive: bool) -> None:
-    assert len(collect(sample=not exhaustive)) <= (MOST if exhaustive else MOST_OF_THE_SAMPLE)
+    assert len(collect(sample=not exhaustive)) <= (MAX_KERNELS if exhaustive else MAX_KERNELS_OF_SAMPLE)

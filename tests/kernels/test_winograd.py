@@ -65,22 +65,22 @@ def test_kept_transforms_follow_the_weights() -> None:
     x, weight = case(2, (4, 4), (8, 8))
     weight.requires_grad_(False)
     for _ in range(3):
-        output = winograd_conv2d(x, weight, keep=True)
+        output = winograd_conv2d(x, weight, cache_weight=True)
         torch.testing.assert_close(output, F.conv2d(x, weight, padding=1), rtol=1e-3, atol=1e-3)
-        assert winograd._kept[weight][1] is winograd._transformed(weight, keep=True)
+        assert winograd._transform_cache[weight][1] is winograd._transform_weight(weight, cache_weight=True)
         weight.mul_(2)
     weight.data = torch.randn_like(weight)
-    torch.testing.assert_close(winograd_conv2d(x, weight, keep=True), F.conv2d(x, weight, padding=1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(winograd_conv2d(x, weight, cache_weight=True), F.conv2d(x, weight, padding=1), rtol=1e-3, atol=1e-3)
 
 
 def test_kept_transforms_go_with_the_weights() -> None:
     x, weight = case(2, (4, 4), (8, 8))
     frozen = weight.detach().clone()
-    before = len(winograd._kept)
-    winograd_conv2d(x.detach(), frozen, keep=True)
-    assert len(winograd._kept) == before + 1
+    before = len(winograd._transform_cache)
+    winograd_conv2d(x.detach(), frozen, cache_weight=True)
+    assert len(winograd._transform_cache) == before + 1
     del frozen
-    assert len(winograd._kept) == before
+    assert len(winograd._transform_cache) == before
 
 
 def test_what_needs_no_gradient_gets_none() -> None:
@@ -115,15 +115,15 @@ def test_what_it_does_not_serve_is_convolved(other: str, monkeypatch: pytest.Mon
 
 
 def test_it_pays_with_many_channels_and_pixels_and_for_frozen_weights_with_fewer_pixels() -> None:
-    def pays(batch: int, channels: tuple[int, int], size: int, *, keep: bool = False) -> bool:
-        return winograd_is_faster(*case(batch, channels, (size, size)), keep=keep)
+    def pays(batch: int, channels: tuple[int, int], size: int, *, cache_weight: bool = False) -> bool:
+        return winograd_is_faster(*case(batch, channels, (size, size)), cache_weight=cache_weight)
 
     assert pays(8, (64, 64), 8)
     assert not pays(8, (64, 32), 8)
     assert not pays(7, (128, 64), 8)
-    assert pays(7, (128, 64), 8, keep=True)
-    assert not pays(1, (64, 64), 8, keep=True), "too little work to be worth the call"
-    assert not winograd_is_faster(torch.zeros(512, 64, 1, 1), torch.zeros(64, 64, 3, 3), (0, 0), keep=True)
+    assert pays(7, (128, 64), 8, cache_weight=True)
+    assert not pays(1, (64, 64), 8, cache_weight=True), "too little work to be worth the call"
+    assert not winograd_is_faster(torch.zeros(512, 64, 1, 1), torch.zeros(64, 64, 3, 3), (0, 0), cache_weight=True)
 
 
 @pytest.mark.parametrize(

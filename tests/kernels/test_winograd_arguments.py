@@ -113,7 +113,7 @@ def test_weights_that_do_not_tell_that_they_changed_are_not_kept() -> None:
         inferred = weight.clone()
     for _ in range(2):
         with torch.no_grad():
-            assert_close(winograd_conv2d(x, inferred, keep=True), convolved(x, inferred))
+            assert_close(winograd_conv2d(x, inferred, cache_weight=True), convolved(x, inferred))
         with torch.inference_mode():
             inferred.mul_(2)
 

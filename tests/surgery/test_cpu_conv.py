@@ -184,7 +184,7 @@ def test_kernels_of_three_by_three_are_winograds(frozen: bool, monkeypatch: pyte
 
     def ask(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, keep: bool) -> Tensor:
         asked.append(keep)
-        return winograd_conv2d(x, weight, bias, padding, keep=keep)
+        return winograd_conv2d(x, weight, bias, padding, cache_weight=keep)
 
     monkeypatch.setattr(cpu_conv, "winograd_conv2d", ask)
     output = layer(images)

@@ -86,7 +86,7 @@ def test_batch_norms_alone_are_fused_on_request_unless_they_are_watched_or_stand
 def test_under_a_forced_backend_without_kernels_for_them_the_layers_are_pytorchs(
     training: bool, every_norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dispatch._ABSENT, "cuda", None)  # as if installed
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", None)  # as if installed
     ours = GeneratorA(5, 3, 16, width=8).to(memory_format=torch.channels_last).train(training)
     other = copy.deepcopy(ours)
     fuse_leaky_relus(ours, every_norm=every_norm)
