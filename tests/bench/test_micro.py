@@ -56,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_gives_a_row_a_mode_and_provider(run: Run, kernel: str) -> None:
+def test_every_kernel_gives_one_row_per_mode_and_provider(run: Run, kernel: str) -> None:
     said = run("micro", "--kernel", kernel, "--size", TINY[kernel], *PLAIN)
     assert said.code == 0, said.err
     found = [row for row in said.rows if row["dtype"] == "float32" and row["layout"] == said.rows[0]["layout"]]
@@ -76,14 +76,14 @@ def test_every_kernel_gives_a_row_a_mode_and_provider(run: Run, kernel: str) -> 
     assert f"{kernel} " in said.out
 
 
-def test_our_backends_of_the_device_are_measured_each(run: Run) -> None:
+def test_all_our_backends_for_the_device_are_measured(run: Run) -> None:
     said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", *(f"--provider={name}" for name in PROVIDERS[2:6]))
     assert said.code == 0, said.err
     assert {row["provider"] for row in said.rows} == {"reference", "numba"}
     assert all(row["median_us"] and not row["speedup_over_eager"] for row in said.rows)
 
 
-def test_the_peers_of_an_average_are_measured_and_an_absent_one_is_no_error(run: Run) -> None:
+def test_peers_of_the_ema_are_measured_and_a_missing_one_is_not_an_error(run: Run) -> None:
     said = run("micro", "--kernel", "ema", "--size", "generator-a", *(f"--provider={name}" for name in PROVIDERS[6:]))
     assert said.code == 0, said.err
     plain = {row["provider"]: row["status"] for row in said.rows if row["variant"] == "plain" and row["layout"] == "channels_last"}
@@ -94,7 +94,7 @@ def test_the_peers_of_an_average_are_measured_and_an_absent_one_is_no_error(run:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_what_torch_compile_makes_is_compared_and_timed(run: Run) -> None:
+def test_torch_compile_is_checked_and_timed(run: Run) -> None:
     said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", "--provider", "eager", "--provider", "compile")
     assert said.code == 0, said.err
     compiled = next(row for row in said.rows if row["provider"] == "compile" and row["dtype"] == "float32")
@@ -111,7 +111,7 @@ def _slightly_off(student: Tensor, teacher: Tensor, *, reduction: str) -> Tensor
 
 
 @pytest.mark.parametrize(("wrong", "named"), [(_no_gradient_for_the_teacher, "gradient of teacher"), (_slightly_off, "loss")])
-def test_a_wrong_result_gets_no_time_and_exit_code_1(
+def test_a_wrong_result_is_not_timed_and_exits_with_1(
     run: Run, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Tensor], named: str
 ) -> None:
     monkeypatch.setattr(discrepancy, "l1_discrepancy", wrong)
@@ -125,7 +125,7 @@ def test_a_wrong_result_gets_no_time_and_exit_code_1(
     assert not found["reference"]["speedup_over_eager"]
 
 
-def test_a_provider_that_raises_gets_no_time_and_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_raises_is_not_timed_and_exits_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Tensor, **__: str) -> Tensor:
         raise RuntimeError("out of order\nsecond line")
 
@@ -146,7 +146,7 @@ def test_a_provider_that_raises_gets_no_time_and_exit_code_1(run: Run, monkeypat
         ({}, "no y"),
     ],
 )
-def test_the_check(found: dict[str, Tensor], named: str | None) -> None:
+def test_mismatch_names_the_result(found: dict[str, Tensor], named: str | None) -> None:
     said = check.mismatch(found, {"y": torch.ones(3, dtype=torch.float64)}, {"y": 1e-7}, ())
     assert said is None if named is None else said is not None and said.startswith(named)
 
@@ -158,7 +158,7 @@ def test_rows_of_the_same_case_are_replaced_and_others_kept(run: Run) -> None:
     assert len(keys) == len(set(keys)) == 4  # two sizes, two dtypes
 
 
-def test_of_two_rows_of_a_case_the_later_one_is_written(tmp_path: Path) -> None:
+def test_the_last_of_several_rows_of_a_case_is_written(tmp_path: Path) -> None:
     early = rows.Row("l1", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", median_us=9.0, provenance=measured_on("a CPU", ""))
     rows.write(tmp_path / "out.csv", map(table.cells, [early, replace(early, provider="eager"), replace(early, median_us=3.0)]))
     assert [(row["provider"], row["median_us"]) for row in table.read(tmp_path / "out.csv")] == [("cuda", "3"), ("eager", "9")]
@@ -177,7 +177,7 @@ def test_of_two_rows_of_a_case_the_later_one_is_written(tmp_path: Path) -> None:
         (["--threads", "many"], "'--threads'"),
     ],
 )
-def test_a_bad_value_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
+def test_an_invalid_value_gives_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
     said = run("micro", *arguments)
     assert said.code == 2
     assert said.err.startswith("bench: ")
@@ -187,21 +187,21 @@ def test_a_bad_value_is_one_line_and_exit_code_2(run: Run, arguments: list[str],
 
 
 @pytest.mark.parametrize("unfit", [["--mode", "update"], ["--provider", "apex"]])
-def test_a_selection_that_fits_no_case_says_so(run: Run, unfit: list[str]) -> None:
+def test_an_empty_selection_is_reported(run: Run, unfit: list[str]) -> None:
     said = run("micro", "--kernel", "l1", "--size", "4x5", *unfit)
     assert said.code == 2
     assert " ".join(unfit) in said.err
     assert not said.rows
 
 
-def test_without_all_there_are_a_few_cases_of_every_kernel() -> None:
+def test_the_default_selection_has_a_few_cases_of_every_kernel() -> None:
     few, every = select(list(KERNELS), [], False), select(list(KERNELS), [], True)
     assert {workload.kernel for workload in few} == set(KERNELS)
     assert len(few) < 20 < len(every)
     assert all(workload.floor_bytes(mode) > 0 for workload in few for mode in workload.modes)
 
 
-def test_turns_are_shared_out_until_the_seconds_of_the_case_are_spent() -> None:
+def test_repetitions_fill_the_time_budget_of_a_case() -> None:
     """A call costs more than its own time: the inputs are prepared, a GPU's cache is flushed."""
     calls, now, around = {"short": 0, "long": 0}, 0.0, 1e-4
 
@@ -222,7 +222,7 @@ def test_turns_are_shared_out_until_the_seconds_of_the_case_are_spent() -> None:
     assert [len(times) for times in timing.measure(trials, turn, 3).values()] == [3, 3]
 
 
-def test_a_case_is_found_again_by_what_tells_it_from_others() -> None:
+def test_a_case_is_recovered_from_its_key() -> None:
     case = Case("ema", "shadow", "resnet18", torch.float32, "channels_last", "update")
     found = pickle.loads(pickle.dumps(case)).workload()
     assert (found.kernel, found.variant, found.size, found.dtype, found.layout) == case[:5]
@@ -231,7 +231,7 @@ def test_a_case_is_found_again_by_what_tells_it_from_others() -> None:
         case._replace(variant="both").workload()
 
 
-def test_a_backend_that_does_not_serve_the_device_is_absent() -> None:
+def test_a_backend_that_does_not_support_the_device_is_unavailable() -> None:
     cpu = torch.device("cpu")
     case = Case("l1", "both", "4x5", torch.float32, "contiguous", "full")
     usual = {provider.name: provider.absent for provider in case.workload().providers(cpu, usual_backends(cpu))}
@@ -241,7 +241,7 @@ def test_a_backend_that_does_not_serve_the_device_is_absent() -> None:
     assert triton.absent in (dispatch.unavailable_reason("triton"), "it does not serve cpu tensors here")
 
 
-def test_plot_draws_a_picture_a_kernel_beside_the_csv(run: Run, tmp_path: Path) -> None:
+def test_plot_draws_one_chart_per_kernel_next_to_the_csv(run: Run, tmp_path: Path) -> None:
     run("micro", "--kernel", "l1", "--kernel", "js", "--size", "4x5", *PLAIN)
     said = run("plot", "out.csv")
     assert said.code == 0, said.err
@@ -250,7 +250,7 @@ def test_plot_draws_a_picture_a_kernel_beside_the_csv(run: Run, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(rows.COLUMNS) + "\n"])
-def test_plot_refuses_what_is_no_result(run: Run, text: str) -> None:
+def test_plot_rejects_invalid_files(run: Run, text: str) -> None:
     Path("mine.csv").write_text(text)
     said = run("plot", "mine.csv")
     assert said.code == 2
