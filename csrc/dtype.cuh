@@ -28,7 +28,7 @@ struct Type {
   using type = T;
 };
 
-// Calls a generic lambda with the Type of a floating-point dtype; compare AT_DISPATCH_FLOATING_TYPES.
+// Calls a generic lambda with the Type of a floating-point dtype.
 template <typename Function>
 __device__ __forceinline__ void dispatch_floating(Dtype dtype, Function&& function) {
   switch (dtype) {

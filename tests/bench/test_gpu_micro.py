@@ -247,7 +247,7 @@ def test_a_failed_capture_ends_the_process_but_keeps_its_rows(monkeypatch: pytes
     row = rows.Row("kl", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", timed=timed, provenance=here)
     monkeypatch.setattr(runner.Run, "rows", lambda self, workload: iter([[row]]))
     cpu, records = torch.device("cpu"), list[Record]()
-    run = runner.Run(device=cpu, modes=(), providers=(), repeats=None, turn=timing.turn_on(cpu), copy_bandwidth=1.0, provenance=here)
+    run = runner.Run(device=cpu, modes=(), providers=(), repeats=None, timer=timing.timer_for(cpu), copy_bandwidth=1.0, provenance=here)
     with pytest.raises(GpuLostError, match=timing.CAPTURE_FAILED):
         micro._measure(Context("micro", cpu, True, time.monotonic() + SOON, records.append), run, KL, False)
     assert [record.case for record in records] == [f"{KL} / cuda", str(KL)]

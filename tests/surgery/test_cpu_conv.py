@@ -182,9 +182,9 @@ def test_kernels_of_three_by_three_are_winograds(frozen: bool, monkeypatch: pyte
     forbid_convolutions(monkeypatch)
     asked: list[bool] = []
 
-    def ask(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, keep: bool) -> Tensor:
-        asked.append(keep)
-        return winograd_conv2d(x, weight, bias, padding, cache_weight=keep)
+    def ask(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, cache_weight: bool) -> Tensor:
+        asked.append(cache_weight)
+        return winograd_conv2d(x, weight, bias, padding, cache_weight=cache_weight)
 
     monkeypatch.setattr(cpu_conv, "winograd_conv2d", ask)
     output = layer(images)
