@@ -90,6 +90,12 @@ class Trainer:
         return self.state.notes
 
     @property
+    def remarks(self) -> list[str]:
+        """Former name of :attr:`notes`."""
+        warnings.warn("Trainer.remarks is now called Trainer.notes", FutureWarning, stacklevel=2)
+        return self.notes
+
+    @property
     def finished(self) -> bool:
         """Whether every epoch is done."""
         return len(self.history) >= self.method.loop.epochs
