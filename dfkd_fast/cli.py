@@ -293,14 +293,14 @@ def _says_the_end() -> bool:
     """Whether it is this process that says why the command ends."""
     from . import distributed
 
-    return distributed.says_the_end()
+    return distributed.should_report_exit()
 
 
 def _ended_elsewhere() -> bool:
     """Whether an error here only follows from that of another process, which says it."""
     from . import distributed
 
-    return distributed.ended_elsewhere(wait=4 * distributed.GRACE)
+    return distributed.exit_reported_elsewhere(wait=4 * distributed.REPORT_GRACE)
 
 
 def _rank() -> int:

@@ -25,21 +25,21 @@ __all__ = [
     "average_",
     "barrier",
     "broadcast_",
-    "ended_elsewhere",
-    "fresh_part",
-    "local",
+    "exit_reported_elsewhere",
+    "fresh_namespace",
+    "local_device",
     "mean",
     "process_group",
     "rank",
     "restarted",
-    "says_the_end",
+    "should_report_exit",
     "world_size",
 ]
 
 T = TypeVar("T")
-SETTLING = 0.1
+GLOO_SHUTDOWN = 0.1
 """Seconds after the last message in which gloo's threads come to rest."""
-GRACE = 0.5
+REPORT_GRACE = 0.5
 """Seconds that other processes give rank 0 to say an error that all of them have."""
 
 
@@ -58,7 +58,7 @@ def restarted() -> bool:
     return whole_number("TORCHELASTIC_RESTART_COUNT", default=0) > 0
 
 
-def local(device: torch.device) -> torch.device:
+def local_device(device: torch.device) -> torch.device:
     """This process's own device of that type.
 
     Raises:
@@ -102,12 +102,12 @@ def process_group(device: torch.device) -> Iterator[None]:
         distributed.destroy_process_group()
         # gloo's threads drop their tensors a moment after whoever waited for them went on, and need the GIL for that: where the
         # interpreter has ended by then, they abort the process (PyTorch 2.14).
-        time.sleep(SETTLING)
+        time.sleep(GLOO_SHUTDOWN)
 
 
 def _meet() -> tuple[Store, int, int]:
     store, rank, world_size = next(rendezvous("env://"))
-    return fresh_part(store, rank, world_size), rank, world_size
+    return fresh_namespace(store, rank, world_size), rank, world_size
 
 
 def _interruptible(wait: Callable[[], T]) -> T:
@@ -128,7 +128,7 @@ def _interruptible(wait: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def ended_elsewhere(*, wait: float) -> bool:
+def exit_reported_elsewhere(*, wait: float) -> bool:
     """Whether another process of this attempt has said why the command ends; only torchrun's processes can know.
 
     Args:
@@ -144,12 +144,12 @@ def ended_elsewhere(*, wait: float) -> bool:
         return False
 
 
-def says_the_end() -> bool:
+def should_report_exit() -> bool:
     """Whether this process is to say why the command ends: only the first that asks is, or any where torchrun's store is out of reach.
 
     Rank 0 need not wait; the others give it a moment, so that an error that all of them have is said by it.
     """
-    if os.environ.get("RANK", "0") != "0" and ended_elsewhere(wait=GRACE):
+    if os.environ.get("RANK", "0") != "0" and exit_reported_elsewhere(wait=REPORT_GRACE):
         return False
     try:
         return int(_launchers_store().add(_ended(), 1)) == 1
@@ -169,7 +169,7 @@ def _launchers_store() -> Store:
     return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
 
 
-def fresh_part(store: Store, rank: int, world_size: int) -> Store:
+def fresh_namespace(store: Store, rank: int, world_size: int) -> Store:
     """A part of the store that no earlier attempt wrote into, the same for all processes.
 
     torchrun keeps one store over its restarts, and the addresses of processes that are gone lie in it under the names that

@@ -15,7 +15,7 @@ from . import distributed
 from .claim import claim_folder
 from .console import shell_quoted
 from .engine import Epoch
-from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
+from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, rename_damaged
 from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, first_line, in_words
 from .interrupt import Interrupted, stopping_on_signals
@@ -121,7 +121,7 @@ class Run:
                 return None
             loaded.append(found.state)
             for damaged in found.damaged:
-                set_aside(damaged)
+                rename_damaged(damaged)
             return found.path, list(found.damaged.values())
 
         # By the first process alone: all must go on from the same one, and another may read while this one renames.

@@ -104,7 +104,7 @@ def row_of(
         in_turns: whether the contenders took turns, so that times with the same index were taken together.
         others: the remaining fields of the row.
     """
-    replayed = recipe.replay.rows_of(recipe.loop.batch_size) if recipe.replay.replays else 0
+    replayed = recipe.replay.num_rows(recipe.loop.batch_size) if recipe.replay.replays else 0
     images = recipe.loop.student_steps * (recipe.loop.batch_size + replayed) + recipe.loop.generator_steps * recipe.loop.batch_size
     student, seconds = (statistics.median(column) for column in zip(*times[name], strict=True))
 

@@ -22,7 +22,7 @@ def computing_on(name: DeviceName) -> Iterator[torch.device]:
         DfkdError: there is no such device, or the kernels' backend that is forced does not exist or does not serve a call.
     """
     try:
-        device = distributed.local(pick_device(name))
+        device = distributed.local_device(pick_device(name))
         with distributed.process_group(device):
             yield device
     except BackendError as error:

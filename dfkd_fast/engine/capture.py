@@ -29,11 +29,11 @@ WARM_UP = 3
 PYTORCH = Path(torch.__file__).parent
 Losses = dict[str, Tensor]
 
-INVALID: list[torch.cuda.CUDAGraph] = []
+UNFINISHED_GRAPHS: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture could not be ended. They are never freed: the allocator of pinned memory keeps pointers to them."""
 
 
-class Recorded(NamedTuple):
+class CapturedStep(NamedTuple):
     """A graph and the tensors it leaves its losses in."""
 
     graph: torch.cuda.CUDAGraph
@@ -57,14 +57,14 @@ class Steps:
         self.state = state
         self.compiled = Compiled(networks_to_compile(state))
         self.capturing = state.method.engine.capture and state.images.device.type == "cuda"
-        self._recorded: dict[tuple[str, bool, bool], Recorded] = {}
+        self._recorded: dict[tuple[str, bool, bool], CapturedStep] = {}
         self._pool: Any = None
         if self.capturing and distributed.world_size() > 1:
-            self._give_up("several processes average their gradients")
+            self._disable("several processes average their gradients")
         if self.capturing and state.replay_source is not None and not state.replay_source.capturable:
-            self._give_up("the memory's steps depend on each other's gradients")
+            self._disable("the memory's steps depend on each other's gradients")
         if self.capturing and "apex_sgd" in (state.method.student_optimizer.kind, state.method.generator_optimizer.kind):
-            self._give_up("apex's SGD has its learning rate on the host, and a graph would never see it change")
+            self._disable("apex's SGD has its learning rate on the host, and a graph would never see it change")
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -105,7 +105,7 @@ class Steps:
             self.student(step)
         self.generator()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Capture anew: tensors were replaced."""
         self._recorded.clear()
         self._pool = None  # its last graph is gone, and PyTorch refuses to capture into a pool without one
@@ -121,7 +121,7 @@ class Steps:
                 for link in chain:
                     if is_out_of_memory(link):
                         raise link from None
-                self._give_up(f"the {kind[0]} step: {first_line(chain[-1])}{_where(chain[-1])}")
+                self._disable(f"the {kind[0]} step: {first_line(chain[-1])}{_where(chain[-1])}")
         if not self.capturing:
             with cudnn_benchmark(device):
                 return step()
@@ -129,7 +129,7 @@ class Steps:
         graph.replay()
         return losses
 
-    def _capture(self, step: Callable[[], Losses]) -> Recorded:
+    def _capture(self, step: Callable[[], Losses]) -> CapturedStep:
         self._warm_up(step)
         gc.collect()  # frees memory for the graph; during the capture a collection could destroy another graph, and fail it
         graph = self._new_graph()
@@ -147,7 +147,7 @@ class Steps:
             raise
         finally:
             self.state.drop_gradients()  # they lie in the pool, where the next graph can use their memory
-        return Recorded(graph, losses)
+        return CapturedStep(graph, losses)
 
     def _warm_up(self, step: Callable[[], Losses]) -> None:
         current = torch.cuda.current_stream()
@@ -179,7 +179,7 @@ class Steps:
         with suppress(RuntimeError):
             graph.pool()
             return  # the capture was ended: only the step failed
-        INVALID.append(graph)
+        UNFINISHED_GRAPHS.append(graph)
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
@@ -187,9 +187,9 @@ class Steps:
         with torch.cuda.graph(self._new_graph(), stream=torch.cuda.Stream(self.state.images.device), capture_error_mode="thread_local"):
             self.state.labels.zero_()
 
-    def _give_up(self, why: str) -> None:
+    def _disable(self, why: str) -> None:
         self.capturing = False
-        self.forget()
+        self.reset()
         self.state.notes.append(f"steps run eagerly, not as CUDA graphs: {why}")
 
 

@@ -25,7 +25,7 @@ def state_dict(state: TrainState) -> dict[str, Any]:
     live = {
         "teacher": state.teacher_sha256,
         "method": method_to_dict(state.method),
-        "networks": {name: network.state_dict() for name, network in state.trained.items()},
+        "networks": {name: network.state_dict() for name, network in state.saved_networks.items()},
         "memory": state.replay_source.state_dict() if state.replay_source is not None and shared_memory else None,
         "optimizers": [state.student_optimizer.state_dict(), state.generator_optimizer.state_dict()],
         "schedules": [schedule.state_dict() for schedule in state.schedules],
@@ -107,7 +107,7 @@ def _check(state: TrainState, saved: dict[str, Any]) -> None:
 
 def _load(state: TrainState, saved: dict[str, Any]) -> None:
     state.precision.load_state_dict(saved["precision"])
-    for name, network in state.trained.items():
+    for name, network in state.saved_networks.items():
         network.load_state_dict(saved["networks"][name])
     own = saved["processes"][distributed.rank()]
     if state.replay_source is not None:

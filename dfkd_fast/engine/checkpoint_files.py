@@ -11,13 +11,13 @@ import torch
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import replacing
 
-__all__ = ["Loaded", "latest_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint", "set_aside"]
+__all__ = ["Loaded", "latest_checkpoint", "load_checkpoint", "load_latest", "rename_damaged", "save_checkpoint"]
 
-KEPT = 2
+MAX_CHECKPOINTS = 2
 NAME = re.compile(r"iteration-(\d+)\.pt")
 # Behind what torch.save wrote, whose readers do not mind: a file beside it could not be replaced together with it.
-MARK = b"\nsha256 "
-TRAILER = len(MARK) + 64 + 1
+CHECKSUM_PREFIX = b"\nsha256 "
+TRAILER_BYTES = len(CHECKSUM_PREFIX) + 64 + 1
 END_OF_ZIP, END_OF_ZIP_BYTES = b"PK\x05\x06", 22
 
 
@@ -41,10 +41,10 @@ def save_checkpoint(state: dict[str, Any], folder: Path, iteration: int) -> Path
     content = io.BytesIO()
     torch.save(state, content)
     checksum = hashlib.sha256(content.getbuffer()).hexdigest()
-    content.write(MARK + checksum.encode() + b"\n")
+    content.write(CHECKSUM_PREFIX + checksum.encode() + b"\n")
     with replacing(path) as part:
         part.write_bytes(content.getbuffer())
-    for old in [other for other in _checkpoints(folder) if _iteration(other) <= iteration][:-KEPT]:
+    for old in [other for other in _checkpoints(folder) if _iteration(other) <= iteration][:-MAX_CHECKPOINTS]:
         old.unlink(missing_ok=True)
     return path
 
@@ -97,7 +97,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     raise DfkdError(f"checkpoint {path} cannot be read: {problem}")
 
 
-def set_aside(path: Path) -> Path:
+def rename_damaged(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is neither read nor counted again; returns its new path."""
     return path.replace(path.with_name(f"{path.name}.damaged"))
 
@@ -109,15 +109,15 @@ def _problem(path: Path) -> str | None:
         return "it is empty"
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        left = max(0, size - TRAILER)
+        left = max(0, size - TRAILER_BYTES)
         while left and (chunk := file.read(min(left, 1 << 20))):
             digest.update(chunk)
             left -= len(chunk)
         trailer = file.read()
         file.seek(max(0, size - END_OF_ZIP_BYTES))
         end = file.read()
-    if trailer.startswith(MARK):
-        return None if trailer == MARK + digest.hexdigest().encode() + b"\n" else "its content does not match its checksum"
+    if trailer.startswith(CHECKSUM_PREFIX):
+        return None if trailer == CHECKSUM_PREFIX + digest.hexdigest().encode() + b"\n" else "its content does not match its checksum"
     # Without a checksum, but with the end that torch.save writes: of an earlier version.
     return None if end.startswith(END_OF_ZIP) else "it is truncated, or no checkpoint"
 

@@ -22,10 +22,10 @@ __all__ = [
     "check_batch_of_one",
     "check_classifier",
     "check_initialized",
-    "check_learner",
     "check_networks",
     "check_objective",
     "check_smallest_batches",
+    "check_trainable_network",
 ]
 
 SAMPLES = 4
@@ -47,7 +47,7 @@ def check_classifier(name: str, network: nn.Module, images: Tensor, source: str)
     return _evaluated(name, network, images, source).shape[1:]
 
 
-def check_learner(name: str, network: nn.Module, images: Tensor, source: str) -> None:
+def check_trainable_network(name: str, network: nn.Module, images: Tensor, source: str) -> None:
     """Raise a :class:`DfkdError` for a network that cannot be trained on images; arguments as :func:`check_classifier`'s."""
     _check_trainable(name, network)
     _learn(name, network, partial(_called, name, source=source), images)
@@ -84,7 +84,7 @@ def check_networks(
     generator: nn.Module,
     device: torch.device,
     *,
-    trained: bool = True,
+    teacher_trained: bool = True,
     adversarial: bool = True,
 ) -> tuple[torch.Size, torch.Size]:
     """Shapes of one generated image and of its logits, once all three networks were seen to fit each other and to pass gradients on.
@@ -131,7 +131,7 @@ def check_networks(
 
     images, statistics = _learn("generator", generator, _generated, z)
     _check_unshared("generator", statistics, networks)
-    _check_passes_gradient("teacher", teacher, images, training=False, initial=not trained, frozen=True)
+    _check_passes_gradient("teacher", teacher, images, training=False, initial=not teacher_trained, frozen=True)
     _, statistics = _learn("student", student, partial(_called, "student", source="the generator's"), images)
     _check_unshared("student", statistics, networks)
     if adversarial:
@@ -171,9 +171,9 @@ def check_smallest_batches(method: Method, student: nn.Module, generator: nn.Mod
     if loop.batch_size // engine.micro_batches == 1:
         _try_one(field, generator, _generated, z)
         in_generator_step = method.objective.adversarial > 0 and loop.student_in_generator_step == "train"
-        if alone or in_generator_step or method.update.retains:
+        if alone or in_generator_step or method.update.is_retain_acquire:
             check_batch_of_one(field, "student", student, image, "the generator's")
-    if method.update.retains and replay.rows_of(loop.batch_size) == 1:
+    if method.update.is_retain_acquire and replay.num_rows(loop.batch_size) == 1:
         check_batch_of_one("replay.rows = 1", "student", student, image, "the generator's")
 
 

@@ -52,7 +52,7 @@ def networks_to_compile(state: TrainState) -> Iterator[nn.Module]:
     if not state.method.engine.compile:
         return
     yield from (state.teacher, state.observer.network)
-    if state.method.update.retains:
+    if state.method.update.is_retain_acquire:
         state.notes.append(f"the student is not compiled: update.kind {state.method.update.kind!r} differentiates it twice")
     else:
         yield state.student

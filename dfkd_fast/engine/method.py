@@ -85,40 +85,42 @@ class Method:
     generator_optimizer: Optimizer = field(default_factory=lambda: Optimizer(kind="adam", lr=1e-3))
 
     def __post_init__(self) -> None:
-        if self.update.retains and not self.replay.replays:
+        if self.update.is_retain_acquire and not self.replay.replays:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
         policy = self.replay.policy
-        if self.engine.precision == "fp16" and (self.update.retains or (self.replay.replays and policy is not None and not policy.fp16)):
+        if self.engine.precision == "fp16" and (
+            self.update.is_retain_acquire or (self.replay.replays and policy is not None and not policy.fp16)
+        ):
             kinds = " or ".join(repr(kind) for kind, policy in POLICIES.items() if not policy.fp16)
             raise ValueError(
                 f"engine.precision = 'fp16': not with replay.kind {kinds} nor with first-order or second-order updates; use 'bf16'"
             )
         loop = self.loop
         steps = loop.iterations_per_epoch * max(loop.student_steps, loop.generator_steps)
-        if steps > MOST_STEPS:
+        if steps > MAX_STEPS:
             raise ValueError(
                 f"loop.iterations_per_epoch = {loop.iterations_per_epoch}: an epoch keeps the losses of its {steps} steps,"
-                f" and can have {MOST_STEPS} of a kind; loop.epochs has no such limit"
+                f" and can have {MAX_STEPS} of a kind; loop.epochs has no such limit"
             )
         batch_size, pieces = self.loop.batch_size, self.engine.micro_batches
-        if pieces > 1 and self.update.retains:
+        if pieces > 1 and self.update.is_retain_acquire:
             raise ValueError(
                 f"engine.micro_batches = {pieces}: not with update.kind {self.update.kind!r}, which differentiates a batch twice"
             )
-        least = min(batch_size, self.replay.rows_of(batch_size)) if self.replay.replays else batch_size
+        least = min(batch_size, self.replay.num_rows(batch_size)) if self.replay.replays else batch_size
         if pieces > least:
             raise ValueError(f"engine.micro_batches = {pieces}: fresh or replayed samples are {least} only, and every piece needs some")
         if policy is not None:
             policy.check(self.replay.rows, batch_size)
-        if self.loop.generator_pretraining and not self.objective.generator_alone:
+        if self.loop.generator_pretraining and not self.objective.has_non_adversarial_terms:
             raise ValueError(
                 f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a term of the objective beside the adversary's"
             )
 
 
-MOST_STEPS = 10**8
+MAX_STEPS = 10**8
 """Steps of a kind in an epoch: their losses stay on the device."""
-FREE = {"loop.evaluate_every", "loop.drift_samples", "engine.malloc_reuse", "engine.capture"}
+MAY_CHANGE_ON_RESUME = {"loop.evaluate_every", "loop.drift_samples", "engine.malloc_reuse", "engine.capture"}
 """What may differ when a training goes on: it changes no weight."""
 
 
@@ -133,7 +135,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
         path, ours = prefix + key, after.get(key)
         if isinstance(theirs, dict) and isinstance(ours, dict):
             yield from differences(theirs, ours, f"{path}.")
-        elif key in after and ours != theirs and path not in FREE:
+        elif key in after and ours != theirs and path not in MAY_CHANGE_ON_RESUME:
             yield path, theirs, ours
 
 

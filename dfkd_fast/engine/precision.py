@@ -11,10 +11,10 @@ from dfkd_fast.choices import PrecisionName, PrecisionSetting
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.surgery import evaluating, find_heads, in_float32, logits_of
 
-__all__ = ["Precision", "ordinary_mode", "resolve_precision"]
+__all__ = ["Precision", "default_modes", "resolve_precision"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BF16_FROM = 8
+MIN_BF16_CAPABILITY = 8
 """Compute capability from which on NVIDIA's GPUs multiply bfloat16; PyTorch emulates it on older ones."""
 
 
@@ -22,11 +22,11 @@ def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precis
     """What ``auto`` is on a device: bfloat16 on a GPU that computes in it, else float32."""
     if setting != "auto":
         return setting
-    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= BF16_FROM else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= MIN_BF16_CAPABILITY else "fp32"
 
 
 @contextmanager
-def ordinary_mode(device: torch.device) -> Iterator[None]:
+def default_modes(device: torch.device) -> Iterator[None]:
     """Gradients are recorded and nothing is cast, whatever autocast, ``no_grad`` or inference mode is around."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
@@ -35,7 +35,7 @@ def ordinary_mode(device: torch.device) -> Iterator[None]:
 class Precision:
     """Autocast of forward passes over float32 weights, and, for fp16, a scaler an optimiser.
 
-    Weights, their averages and the optimisers' state are float32 always, and so are logits (:meth:`keep_logits`).
+    Weights, their averages and the optimisers' state are float32 always, and so are logits (:meth:`keep_logits_in_float32`).
 
     Args:
         setting: ``bf16`` needs no scaler; ``fp16`` does.
@@ -54,7 +54,7 @@ class Precision:
         self._heads: list[nn.Module] = []
 
     @property
-    def images(self) -> torch.dtype:
+    def image_dtype(self) -> torch.dtype:
         """What batches of images are kept in."""
         return self.dtype or torch.get_default_dtype()
 
@@ -69,7 +69,7 @@ class Precision:
         with torch.autocast(self.device.type, self.dtype, cache_enabled=False), in_float32(self._heads):
             yield
 
-    def keep_logits(self, network: nn.Module, images: Tensor) -> None:
+    def keep_logits_in_float32(self, network: nn.Module, images: Tensor) -> None:
         """Let the layers that a network's logits come out of compute in float32 within :attr:`autocast`, and be as they were outside.
 
         Args:

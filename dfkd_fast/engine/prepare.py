@@ -84,7 +84,7 @@ def fold(network: nn.Module, context: Context) -> nn.Module:
         return network
 
 
-def place(network: nn.Module, context: Context) -> nn.Module:
+def to_device(network: nn.Module, context: Context) -> nn.Module:
     """The network itself, on the device, in the memory format of the run."""
     network.to(context.device)
     return network.to(memory_format=torch.channels_last) if context.engine.channels_last else network
@@ -124,11 +124,11 @@ def lower(network: nn.Module, context: Context) -> nn.Module:
 
 def logits_in_float32(network: nn.Module, context: Context) -> nn.Module:
     """The layers that logits come out of compute in float32."""
-    context.precision.keep_logits(network, context.images)
+    context.precision.keep_logits_in_float32(network, context.images)
     return network
 
 
-def tell_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
+def note_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
     """A line where logits are rounded all the same."""
     if context.precision.rounds_logits(network, context.images):
         context.notes.append(
@@ -139,13 +139,20 @@ def tell_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
 
 PASSES: dict[str, Sequence[Callable[[nn.Module, Context], nn.Module]]] = {
     "generator": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, fuse_norm_act),
-    "teacher": (take_logits, fold, place, spectral_norms_in_float32, cpu_convolutions, lower, tell_rounded_logits),
-    "student": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, take_logits, logits_in_float32, tell_rounded_logits),
+    "teacher": (take_logits, fold, to_device, spectral_norms_in_float32, cpu_convolutions, lower, note_rounded_logits),
+    "student": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, take_logits, logits_in_float32, note_rounded_logits),
 }
 
 
 def prepare(
-    teacher: nn.Module, student: nn.Module, generator: nn.Module, method: Method, *, seed: int, device: torch.device, trained: bool = True
+    teacher: nn.Module,
+    student: nn.Module,
+    generator: nn.Module,
+    method: Method,
+    *,
+    seed: int,
+    device: torch.device,
+    teacher_trained: bool = True,
 ) -> TrainState:
     """The state of a training before its first step.
 
@@ -168,17 +175,19 @@ def prepare(
 
     context = Context("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [])
     for network in given.values():
-        place(network, context)
+        to_device(network, context)
     distributed.broadcast_([tensor for network in given.values() for tensor in network.state_dict().values()])
     frozen = frozen_copy(teacher, torch.get_default_dtype())
-    image_shape, logits_shape = check_networks(frozen, student, generator, device, trained=trained, adversarial=objective.adversarial > 0)
+    image_shape, logits_shape = check_networks(
+        frozen, student, generator, device, teacher_trained=teacher_trained, adversarial=objective.adversarial > 0
+    )
     check_objective(objective, generator, logits_shape)
     if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
         context.notes.append(
             "engine.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
         )
 
-    working = _pass_over(given | {"teacher": frozen}, context)
+    working = _apply_passes(given | {"teacher": frozen}, context)
     images, logits = _static_batch(method, image_shape, logits_shape, context)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
@@ -202,7 +211,7 @@ def prepare(
         generator=working["generator"],
         replay_source=replay_source,
         average=average,
-        trained={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
+        saved_networks={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
         teacher_sha256=sha256_of(teacher.state_dict()),
         student_optimizer=student_optimizer,
         generator_optimizer=generator_optimizer,
@@ -223,7 +232,7 @@ def prepare(
     )
 
 
-def _pass_over(networks: dict[str, nn.Module], context: Context) -> dict[str, nn.Module]:
+def _apply_passes(networks: dict[str, nn.Module], context: Context) -> dict[str, nn.Module]:
     """The networks as the steps call them, by role, once every pass was over them."""
     working = {}
     for role, passes in PASSES.items():
@@ -240,7 +249,7 @@ def _static_batch(method: Method, image_shape: torch.Size, logits_shape: torch.S
     """Images and logits of a student step, fresh and replayed, in the memory format of the run."""
     layout = torch.channels_last if method.engine.channels_last else torch.contiguous_format
     fresh = method.loop.batch_size
-    rows = fresh + (method.replay.rows_of(fresh) if method.replay.replays else 0)
-    images = torch.zeros(rows, *image_shape, device=context.device, dtype=context.precision.images).to(memory_format=layout)
+    rows = fresh + (method.replay.num_rows(fresh) if method.replay.replays else 0)
+    images = torch.zeros(rows, *image_shape, device=context.device, dtype=context.precision.image_dtype).to(memory_format=layout)
     logits = torch.empty(rows, *logits_shape, device=context.device)
     return images, logits.to(memory_format=layout) if logits.ndim == 4 else logits

@@ -19,7 +19,7 @@ from .losses import LossLog
 from .method import Method
 from .precision import Precision
 
-__all__ = ["TrainState", "preserved", "undisturbed"]
+__all__ = ["TrainState", "isolated_callback", "preserved"]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class TrainState:
     replay_source: ReplaySource | None
     average: FusedEMA | None
     """Of the student."""
-    trained: dict[str, nn.Module]
+    saved_networks: dict[str, nn.Module]
     """What a checkpoint holds, by name: student and generator as they were given, and the student's average."""
     teacher_sha256: str
 
@@ -72,7 +72,7 @@ class TrainState:
     """Steps the generator took before the first iteration."""
 
     @property
-    def fresh(self) -> Batch:
+    def fresh_batch(self) -> Batch:
         """The fresh rows of the last student step."""
         rows = len(self.latents)
         return Batch(self.images[:rows], self.logits[:rows], [Part(rows, 1.0)])
@@ -95,7 +95,7 @@ class TrainState:
 
     def running_statistics(self) -> list[Tensor]:
         """Floating-point buffers, of which processes have different ones until an epoch ends: they have seen other images."""
-        networks = [*self.trained.values(), *([] if self.replay_source is None else self.replay_source.networks)]
+        networks = [*self.saved_networks.values(), *([] if self.replay_source is None else self.replay_source.networks)]
         return [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
 
     def tensors(self) -> Iterator[Tensor]:
@@ -143,7 +143,7 @@ def preserved(state: TrainState) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(state: TrainState) -> Iterator[None]:
+def isolated_callback(state: TrainState) -> Iterator[None]:
     """Whatever a callback inside does, afterwards random states, modes and what is to be trained are as before."""
     trained = [(tensor, tensor.requires_grad) for network in (state.student, state.generator) for tensor in network.parameters()]
     try:

@@ -72,19 +72,19 @@ class TeacherTrainer:
         self.optimizer = build_optimizer(optimizer, network.parameters(), device)
         self.schedule = build_schedule(optimizer, self.optimizer, epochs)
         self.clock = Clock(device)
-        self.done = 0
+        self.epochs_done = 0
         """Epochs done."""
         self._stopping = False
 
     @property
     def finished(self) -> bool:
         """Whether every epoch is done."""
-        return self.done >= self.epochs
+        return self.epochs_done >= self.epochs
 
     @property
     def iterations_done(self) -> int:
         """Epochs since the beginning: what checkpoints are numbered by."""
-        return self.done
+        return self.epochs_done
 
     def stop(self) -> None:
         """Ask a running loop to end after the batch under way, as if the epoch had not begun."""
@@ -100,9 +100,9 @@ class TeacherTrainer:
                 self.load_state_dict(start)
                 return
             if not loss.isfinite():
-                raise NonFiniteLossError(f"the teacher's loss is {loss.item()} in epoch {self.done + 1}")
-            self.done += 1
-            yield Epoch(self.done, self.clock.read()["teacher"] - before, {"teacher": loss.item()}, None)
+                raise NonFiniteLossError(f"the teacher's loss is {loss.item()} in epoch {self.epochs_done + 1}")
+            self.epochs_done += 1
+            yield Epoch(self.epochs_done, self.clock.read()["teacher"] - before, {"teacher": loss.item()}, None)
 
     def _run_epoch(self) -> Tensor | None:
         """Mean loss of one pass over the data, or None where it was stopped."""
@@ -132,7 +132,7 @@ class TeacherTrainer:
             "stream": self.stream.get_state(),
             "torch_random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "done": self.done,
+            "done": self.epochs_done,
             "seconds": self.clock.read(),
         }
 
@@ -153,7 +153,7 @@ class TeacherTrainer:
             torch.set_rng_state(state["torch_random_state"])
             if state.get("cuda_random_state") is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
-            self.done = state["done"]
+            self.epochs_done = state["done"]
             self.clock.seconds.update(state["seconds"])
         except DfkdError:
             raise

@@ -18,9 +18,9 @@ from .capture import Steps
 from .epoch import Epoch
 from .losses import check_pretraining
 from .method import Method, resolved
-from .precision import ordinary_mode
+from .precision import default_modes
 from .prepare import prepare
-from .state import undisturbed
+from .state import isolated_callback
 
 __all__ = ["Trainer"]
 
@@ -146,7 +146,7 @@ class Trainer:
             raise DfkdError("iterate(): no iteration is left of this epoch; iterate over the trainer, which closes epochs")
         self._pretrain()
         players = [self._student_steps, self._generator_steps]
-        with ordinary_mode(self.device):
+        with default_modes(self.device):
             for steps in reversed(players) if self.method.loop.generator_first else players:
                 steps()
         self.state.iteration += 1
@@ -173,13 +173,13 @@ class Trainer:
         try:
             checkpoint.load_state_dict(self.state, state)
         finally:
-            self.steps.forget()
+            self.steps.reset()
 
     def _pretrain(self) -> None:
         state, steps = self.state, self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
         while state.pretrained < steps and not distributed.any_rank(self._stopping):
-            with state.clock.phase("generator", memory=False), ordinary_mode(self.device):
+            with state.clock.phase("generator", memory=False), default_modes(self.device):
                 terms = self.steps.generator(adversarial=False)
             state.pretrained += 1
         check_pretraining(terms, state.pretrained)
@@ -204,13 +204,13 @@ class Trainer:
         accuracy = unaveraged = None
         with state.clock.phase("evaluation"):
             if self.evaluate is not None and (number % loop.evaluate_every == 0 or number == loop.epochs):
-                with undisturbed(state):
+                with isolated_callback(state):
                     accuracy = float(self.evaluate(self.result))
                     unaveraged = None if state.average is None else float(self.evaluate(self.student))
             drift = state.drift.measure(state.student, state.generators)
         # From here on nothing raises: after an evaluation that did, the epoch is closed anew.
         if state.replay_source is not None:
-            state.replay_source.end_epoch(number, state.fresh)
+            state.replay_source.end_epoch(number, state.fresh_batch)
         with warnings.catch_warnings():
             # Resumed at an epoch's end, the optimizers have taken their steps in another process.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -228,5 +228,5 @@ class Trainer:
 
     def _call(self, callback: Callable[..., None] | None, *arguments: Any) -> None:
         if callback is not None:
-            with undisturbed(self.state):
+            with isolated_callback(self.state):
                 callback(self, *arguments)

@@ -46,11 +46,11 @@ class Objective:
     """Weight of :func:`embedding_norm`; for conditional generators."""
 
     def __post_init__(self) -> None:
-        if not self.adversarial and not self.generator_alone:
+        if not self.adversarial and not self.has_non_adversarial_terms:
             raise ValueError("every weight of the generator's terms is 0: it would have nothing to learn")
 
     @property
-    def generator_alone(self) -> bool:
+    def has_non_adversarial_terms(self) -> bool:
         """Whether any term is left without the adversary's."""
         return any((self.one_hot, self.entropy, self.activation, self.bn_moments, self.class_nll))
 

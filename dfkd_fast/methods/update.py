@@ -32,7 +32,7 @@ class Update:
     """λ of the inner step; the public code has 5e-4."""
 
     @property
-    def retains(self) -> bool:
+    def is_retain_acquire(self) -> bool:
         """Whether it needs replayed samples to be what it is."""
         return self.kind in ("first-order", "second-order")
 
@@ -56,7 +56,7 @@ class Update:
             scale: what the loss is multiplied by before it is differentiated; not by ``first-order`` and ``second-order``.
             micro_batches: pieces that go through the student one after the other, for the memory of one of them.
         """
-        if self.retains and len(batch.parts) > 1:
+        if self.is_retain_acquire and len(batch.parts) > 1:
             return self._retain(student, batch, objective, autocast)
         losses = []
         for piece in batch.chunks(micro_batches):

@@ -84,7 +84,7 @@ def test_nothing_is_read_back_inside_a_step(
         state.replay_source.optimizer = torch.optim.SGD(state.replay_source.vae.parameters(), lr=0.01)  # type: ignore[assignment]
     student_step(state)
     if state.replay_source is not None:
-        state.replay_source.end_epoch(5, state.fresh)
+        state.replay_source.end_epoch(5, state.fresh_batch)
 
     def refuse(name: str) -> Callable[..., object]:
         def read(*_: object, **__: object) -> object:

@@ -183,8 +183,8 @@ def test_a_teacher_of_zeros_is_refused_unless_it_has_yet_to_be_trained() -> None
     for names in ((), ("5.weight", "5.bias")):
         refused(f"through the teacher: {NO_DEPENDENCE}", zeroed(copy.deepcopy(teacher), *names), student, generator)
     untrained = zeroed(classifier(), "5.weight", "5.bias")
-    check(untrained, student, generator, trained=False)
-    refused(f"through the teacher: {NO_GRAPH}", Around(untrained, no_grad=True), student, generator, trained=False)
+    check(untrained, student, generator, teacher_trained=False)
+    refused(f"through the teacher: {NO_GRAPH}", Around(untrained, no_grad=True), student, generator, teacher_trained=False)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dfkd_fast import DfkdError
-from dfkd_fast.engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, save_checkpoint, set_aside
+from dfkd_fast.engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, rename_damaged, save_checkpoint
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_where_all_are_damaged_each_is_named(tmp_path: Path) -> None:
 
 def test_a_damaged_one_set_aside_counts_no_longer(tmp_path: Path) -> None:
     paths = [save_checkpoint({"at": iteration}, tmp_path, iteration) for iteration in (1, 3)]
-    aside = set_aside(paths[1])
+    aside = rename_damaged(paths[1])
     save_checkpoint({"at": 2}, tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == [paths[0], tmp_path / "iteration-00000002.pt", aside]
 

@@ -259,7 +259,7 @@ def test_a_restarted_group_looks_at_nothing_that_the_one_before_it_left_in_the_s
         for attempt in ("first", "second"):
             parts = []
             for rank in (2, 1, 0):
-                parts.append(pool.submit(distributed.fresh_part, store, rank, 3))
+                parts.append(pool.submit(distributed.fresh_namespace, store, rank, 3))
                 time.sleep(0.05)
             last, middle, first = (part.result(30) for part in parts)
             assert not last.check(["address"])
@@ -317,7 +317,7 @@ def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(DfkdError, match="LOCAL_RANK = 2: must be less than 2, the number of GPUs here"):
-        distributed.local(torch.device("cuda"))
+        distributed.local_device(torch.device("cuda"))
 
 
 def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_a_trial_without_the_teachers_weights_changes_no_tensor() -> None:
     with torch.no_grad():
         teacher[-1].weight.zero_()  # type: ignore[index]  # as some last layers begin
     before = [tensor.clone() for network in networks for tensor in network.state_dict().values()]
-    prepare(teacher, student, generator, small_method(), seed=0, device=torch.device("cpu"), trained=False)
+    prepare(teacher, student, generator, small_method(), seed=0, device=torch.device("cpu"), teacher_trained=False)
     after = [tensor for network in networks for tensor in network.state_dict().values()]
     assert all(torch.equal(*pair) for pair in zip(after, before, strict=True))
     with pytest.raises(DfkdError, match="no gradient through the teacher"):

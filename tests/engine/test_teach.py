@@ -50,7 +50,7 @@ def test_stopped_in_an_epoch_it_goes_on_from_that_epochs_beginning_bit_for_bit()
     next(running)
     stopped.stop()
     assert list(running) == []
-    assert stopped.done == 1
+    assert stopped.epochs_done == 1
 
     file = io.BytesIO()
     torch.save(stopped.state_dict(), file)

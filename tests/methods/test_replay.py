@@ -316,7 +316,7 @@ def test_the_autoencoders_loss_is_l1_on_logits_and_pixels_and_the_divergence_fro
     torch.testing.assert_close(gradients(source.vae.parameters()), gradients(twin.parameters()), rtol=1e-9, atol=1e-12)
 
 
-def tuning_loss(source: VaeReplay, z: Tensor) -> Tensor:
+def latent_loss(source: VaeReplay, z: Tensor) -> Tensor:
     logits = source.teacher(source.vae.decoder(z))
     mean_prediction = logits.softmax(1).mean(0)
     moments = F.mse_loss(z.var(0), torch.ones(5)) + F.mse_loss(z.mean(0), torch.zeros(5)) if len(z) > 1 else 0.0
@@ -332,7 +332,7 @@ def test_replayed_latents_have_taken_one_step_of_adam_on_the_tuning_loss(rows: i
     start = torch.empty(rows, 5).normal_(generator=stream(2))
     z = start.clone().requires_grad_()
     adam = torch.optim.Adam([z], lr=0.03)
-    tuning_loss(twin, z).backward(inputs=[z])
+    latent_loss(twin, z).backward(inputs=[z])
     adam.step()
     torch.testing.assert_close(found, z.detach(), rtol=0, atol=1e-5)
     assert (found - start).abs().amax() > 0.02
@@ -374,7 +374,7 @@ def test_a_leak_adds_the_gradients_of_every_draw_since_to_the_decoders_next_upda
 
     for seed in (1, 2):
         z = torch.empty(4, 5).normal_(generator=stream(seed)).requires_grad_()
-        tuning_loss(twin, z).backward(inputs=list(twin.vae.decoder.parameters()))
+        latent_loss(twin, z).backward(inputs=list(twin.vae.decoder.parameters()))
     twin.vae.train()
     rows = torch.cat([torch.arange(3), torch.arange(6, 10)])
     noise = torch.empty(7, 5).normal_(generator=stream(3))

@@ -131,7 +131,7 @@ def test_a_recipe_file_names_it_and_is_printed_with_its_table(settings: type[Pol
     expected = load_recipe("digits-vae").replay
     assert recipe.replay == dataclasses.replace(expected, kind="last_batch", last_batch=settings(share=0.5, least=7))  # type: ignore[call-arg]
     assert recipe.replay.table(VaeSettings) == expected.table(VaeSettings) != VaeSettings()
-    assert (recipe.replay.rows_of(48), recipe.replay.smallest_batch) == (16, 16)  # rows are those of digits-vae
+    assert (recipe.replay.num_rows(48), recipe.replay.smallest_batch) == (16, 16)  # rows are those of digits-vae
     text = recipe_to_toml(recipe)
     assert "[replay.last_batch]\nshare = 0.5\nleast = 7\n" in text
     assert recipe_from_toml(text, "it") == recipe
@@ -200,7 +200,7 @@ def test_sections_are_compared_hashed_copied_and_pickled_by_their_values() -> No
 
 def test_without_a_policy_nothing_is_replayed() -> None:
     replay = Replay()
-    assert (replay.policy, replay.replays, replay.rows_of(64), replay.smallest_batch) == (None, False, 0, 0)
+    assert (replay.policy, replay.replays, replay.num_rows(64), replay.smallest_batch) == (None, False, 0, 0)
 
 
 def test_what_is_no_policy_is_refused() -> None:

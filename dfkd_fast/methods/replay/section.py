@@ -95,7 +95,7 @@ class Replay:
         """Whether anything is replayed at all."""
         return self.policy is not None and self.weight > 0
 
-    def rows_of(self, batch_size: int) -> int:
+    def num_rows(self, batch_size: int) -> int:
         """Replayed samples beside so many fresh ones."""
         return 0 if self.policy is None else self.rows or self.policy.default_rows(batch_size)
 
@@ -125,4 +125,4 @@ def build_replay_source(wanted: Replay, generator: nn.Module, teacher: nn.Module
     """What the student is shown again, as :meth:`Policy.build` has it; None for nothing."""
     if wanted.policy is None or not wanted.replays:
         return None
-    return wanted.policy.build(wanted.rows_of(len(images)), generator, teacher, images, logits)
+    return wanted.policy.build(wanted.num_rows(len(images)), generator, teacher, images, logits)

@@ -137,13 +137,13 @@ class VaeReplay(ReplaySource):
     @override
     def latents(self, stream: torch.Generator) -> Tensor:
         z = self._z.normal_(generator=stream)
-        return self.tuned(z) if self.latent_lr else z
+        return self.tune_latents(z) if self.latent_lr else z
 
-    def tuned(self, z: Tensor) -> Tensor:
-        """Latents after one step of Adam on :meth:`tuning_loss`: from no state that is z − lr·g / (|g| + ε)."""
+    def tune_latents(self, z: Tensor) -> Tensor:
+        """Latents after one step of Adam on :meth:`latent_loss`: from no state that is z − lr·g / (|g| + ε)."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            loss = self.tuning_loss(z)
+            loss = self.latent_loss(z)
             if self.leak:
                 loss.backward(inputs=[z, *self.vae.decoder.parameters()])
                 gradient = z.grad
@@ -152,7 +152,7 @@ class VaeReplay(ReplaySource):
         assert gradient is not None
         return z.detach() - self.latent_lr * gradient / (gradient.abs() + 1e-8)
 
-    def tuning_loss(self, z: Tensor) -> Tensor:
+    def latent_loss(self, z: Tensor) -> Tensor:
         """CE(T(D(z)), own argmax) + 5 Σ p̄ log p̄ + MSE(var z, 1) + MSE(mean z, 0), moments over the batch; 0-d."""
         logits = self.teacher(self.generator(z))
         moments = (z.var(0) - 1).square().mean() + z.mean(0).square().mean() if len(z) > 1 else 0.0
