@@ -89,7 +89,7 @@ CASES: list[Case] = [
         "replay.kind=memory_bank",
         "--set",
         f"replay.rows={HUGE}",
-        says="of which there are 64",
+        says="must be at most loop.batch_size = 64",
     ),
     case(
         "more losses than an epoch keeps",

@@ -328,7 +328,7 @@ def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatc
         for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}.items():
             monkeypatch.setenv(variable, value)
         with (
-            pytest.raises(DfkdError, match=f"MASTER_ADDR = 'localhost', MASTER_PORT = {port}: the processes cannot meet there"),
+            pytest.raises(DfkdError, match=f"MASTER_ADDR = 'localhost', MASTER_PORT = {port}: rendezvous failed"),
             distributed.process_group(torch.device("cpu")),
         ):
             pytest.fail("there is no group")
