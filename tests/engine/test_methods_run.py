@@ -246,7 +246,7 @@ def test_a_pretraining_that_goes_astray_is_reported(make_trainer: MakeTrainer) -
     trainer = make_trainer(method(objective=Objective(one_hot=1.0), generator_pretraining=2), networks=normalised_networks())
     with torch.no_grad():
         next(trainer.generator.parameters()).fill_(float("nan"))
-    with pytest.raises(NonFiniteLossError, match="'one_hot' is nan after 2 steps of its pretraining"):
+    with pytest.raises(NonFiniteLossError, match="'one_hot' is nan after 2 pretraining steps"):
         trainer.fit()
 
 

@@ -87,8 +87,8 @@ def test_batch_norms_in_training_are_said_to_make_it_inexact() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"pieces": 6}, "fresh or replayed samples are 5 only"),
-        ({"pieces": 2, "update": "second-order"}, "not with update.kind 'second-order'"),
+        ({"pieces": 6}, "must be at most 5, the number of fresh or replayed samples"),
+        ({"pieces": 2, "update": "second-order"}, "not supported with update.kind 'second-order'"),
         ({"pieces": 0}, "micro_batches"),
     ],
 )

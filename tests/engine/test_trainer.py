@@ -424,10 +424,10 @@ def test_iterations_by_hand_are_those_of_the_loop_and_end_with_the_epoch(make_tr
         stepped.iterate()
     assert stepped.state.pretrained == 2
     before = stepped.state_dict()
-    with pytest.raises(DfkdError, match="no iteration is left of this epoch"):
+    with pytest.raises(DfkdError, match="all iterations of this epoch are done"):
         stepped.iterate()
     assert_equal(stepped.state_dict(), before)
     stepped.fit()
     assert_equal(without_times(stepped.state_dict()), without_times(whole.state_dict()))
-    with pytest.raises(DfkdError, match="no iteration is left"):
+    with pytest.raises(DfkdError, match="all iterations of this epoch are done"):
         stepped.iterate()

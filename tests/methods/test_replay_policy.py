@@ -148,7 +148,7 @@ def test_a_recipe_file_names_it_and_is_printed_with_its_table(settings: type[Pol
         ("replay.vae.lr", 0.0, "replay.vae.lr = 0.0: must be a number ≥ 1e-38"),
         ("replay.bank", {}, "unknown key 'replay.bank'"),
         ("replay", 3, "replay = 3: must be a section"),
-        ("engine.precision", "fp16", "engine.precision = 'fp16': not with replay.kind 'vae' or 'last_batch' nor with"),
+        ("engine.precision", "fp16", "engine.precision = 'fp16': not supported with replay.kind 'vae' or 'last_batch' or"),
     ],
 )
 def test_what_is_not_allowed_is_one_line(settings: type[Policy], path: str, value: Any, message: str) -> None:
