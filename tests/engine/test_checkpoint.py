@@ -63,13 +63,13 @@ def flipped(content: bytes, byte: int) -> bytes:
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda content: b"", "it is empty"),
-    "garbage": (lambda content: b"not a checkpoint", "it is truncated, or no checkpoint"),
-    "truncated": (lambda content: content[:500], "it is truncated, or no checkpoint"),
-    "cut in the checksum": (lambda content: content[:-5], "it is truncated, or no checkpoint"),
-    "zeros, as after a power failure": (lambda content: bytes(len(content)), "it is truncated, or no checkpoint"),
+    "garbage": (lambda content: b"not a checkpoint", "it is truncated or not a checkpoint"),
+    "truncated": (lambda content: content[:500], "it is truncated or not a checkpoint"),
+    "cut in the checksum": (lambda content: content[:-5], "it is truncated or not a checkpoint"),
+    "zeros, as after a power failure": (lambda content: bytes(len(content)), "it is truncated or not a checkpoint"),
     "a bit of a tensor": (lambda content: flipped(content, 2000), "does not match its checksum"),
     "a bit of the checksum": (lambda content: flipped(content, -10), "does not match its checksum"),
-    "something behind it": (lambda content: content + b"more", "it is truncated, or no checkpoint"),
+    "something behind it": (lambda content: content + b"more", "it is truncated or not a checkpoint"),
 }
 
 

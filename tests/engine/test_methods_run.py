@@ -349,7 +349,7 @@ def test_predictions_drift_less_with_the_averaged_generator_than_with_the_genera
 
 def test_pretraining_with_nothing_but_the_adversary_is_refused() -> None:
     for objective in (Objective(), Objective(embedding_norm=1.0)):
-        with pytest.raises(ValidationError, match="generator_pretraining = 5: needs a term of the objective"):
+        with pytest.raises(ValidationError, match="generator_pretraining = 5: needs a non-adversarial term"):
             method(objective=objective, generator_pretraining=5)
 
 

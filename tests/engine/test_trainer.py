@@ -148,15 +148,15 @@ def test_state_of_another_network_is_refused(make_trainer: MakeTrainer) -> None:
     state = make_trainer(small_method()).state_dict()
     teacher, student, _ = small_networks()
     other = make_trainer(small_method(), networks=(teacher, student, GeneratorA(20, 1, 32, width=8)))
-    with pytest.raises(DfkdError, match="not of these networks"):
+    with pytest.raises(DfkdError, match="does not match the networks"):
         other.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
     ("done", "asked", "message"),
     [
-        ({"epochs": 3}, {"epochs": 2}, "loop.epochs = 2: the state has 3 epochs and 0 iterations done already"),
-        ({"epochs": 3, "stop_after": 7}, {"epochs": 2}, "loop.epochs = 2: the state has 2 epochs and 1 iterations done already"),
+        ({"epochs": 3}, {"epochs": 2}, "loop.epochs = 2: the state has already completed 3 epochs and 0 iterations"),
+        ({"epochs": 3, "stop_after": 7}, {"epochs": 2}, "loop.epochs = 2: the state has already completed 2 epochs and 1 iterations"),
         ({"stop_after": 3}, {"iterations": 2}, "loop.iterations_per_epoch = 2: the state is of a run with another number of iterations"),
         ({"stop_after": 1}, {"iterations": 4}, "loop.iterations_per_epoch = 4: the state is of a run with another number of iterations"),
     ],
@@ -295,7 +295,9 @@ def test_a_state_of_another_teacher_is_refused_whatever_the_memory_format_of_the
     make_trainer(small_method(), networks=(otherwise, student, generator)).load_state_dict(state)
     with torch.no_grad():
         next(teacher.parameters())[0] += 1e-3
-    with pytest.raises(DfkdError, match=r"^the state is of a run with another teacher: of sha256 \w{12}, and this one's is \w{12}$"):
+    with pytest.raises(
+        DfkdError, match=r"^the state is of a run with another teacher: its SHA-256 is \w{12}, that of this teacher \w{12}$"
+    ):
         make_trainer(small_method(), networks=(teacher, student, generator)).load_state_dict(state)
 
 
@@ -304,7 +306,7 @@ def test_a_state_from_before_teachers_were_recorded_is_loaded_with_a_remark(make
     del state["teacher"]
     trainer = make_trainer(small_method())
     trainer.load_state_dict(state)
-    assert trainer.notes == ["the checkpoint does not say which teacher it is of: whether it is this one was not checked"]
+    assert trainer.notes == ["the checkpoint does not record its teacher: whether it matches this one was not checked"]
 
 
 def test_a_users_own_generator_needs_only_latent_dim(make_trainer: MakeTrainer) -> None:
