@@ -133,7 +133,8 @@ def note_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
     """Adds a note if logits are rounded to the precision of the run."""
     if context.precision.rounds_logits(network, context.images):
         context.notes.append(
-            f"engine.precision: the {context.role}'s logits are rounded to {context.precision.name}: its forward computes them outside of a layer"
+            f"engine.precision: the {context.role}'s logits are rounded to {context.precision.name}: "
+            "its forward computes them outside of a layer"
         )
     return network
 

@@ -120,7 +120,7 @@ def test_outside_the_context_a_network_is_not_compiled_and_is_copied_and_pickled
     assert (compiler.runs, len(compiler.graphs)) == (runs, 1)
 
 
-def test_a_network_that_its_owner_compiled_stays_so(compiler: Compiler) -> None:
+def test_a_network_compiled_by_the_user_stays_compiled(compiler: Compiler) -> None:
     network, x = lenet5()
     network.compile(backend="eager")
     before = network._compiled_call_impl
@@ -211,7 +211,7 @@ def test_every_call_of_a_step_is_compiled_that_of_the_averaged_generator_too(
 
 
 @pytest.mark.parametrize("spectral_norm", [False, True])
-def test_checkpointed_stages_learn_the_same_and_move_their_state_once_when_compiled(
+def test_compiled_activation_checkpointing_gives_the_same_gradients_and_updates_buffers_once(
     monkeypatch: pytest.MonkeyPatch, spectral_norm: bool
 ) -> None:
     # Differentiated ahead of time, as by every real compiler: its backward pass computes the activations again.

@@ -55,7 +55,7 @@ def small_trainer(make_trainer: MakeTrainer, chosen: Method, *, device: str = "c
 
 @pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN may choose another algorithm for a captured convolution, and the game amplifies rounding."""
+    """cuDNN may choose another algorithm for a captured convolution, and the training amplifies rounding."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
@@ -66,7 +66,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_captured_run_equals_the_eager_run(make_trainer: MakeTrainer, replay: dict[str, Any], update: str, precision: str) -> None:
     if update == "second-order" and replay["kind"] == "none":
         pytest.skip("needs replayed samples")
-    eager, captured = (run(make_trainer, method(replay, update, capture=wanted, precision=precision)) for wanted in (False, True))
+    eager, captured = (run(make_trainer, method(replay, update, capture=enabled, precision=precision)) for enabled in (False, True))
     assert captured.notes == eager.notes == []
     for ours, theirs in zip(captured.history, eager.history, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=2e-2 if precision == "bf16" else 1e-3)
@@ -82,7 +82,7 @@ def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer)
         assert one.losses == pytest.approx(other.losses, rel=2e-2)
 
 
-def test_batch_norms_are_fused_in_the_working_generator_and_nowhere_else(make_trainer: MakeTrainer) -> None:
+def test_batch_norms_are_fused_in_the_optimized_generator_only(make_trainer: MakeTrainer) -> None:
     trainer = run(make_trainer, method({"kind": "ema_generator"}, "plain", capture=True))
     state = trainer.state
     assert any(isinstance(layer, BatchNormLeakyReLU2d) for layer in state.generator.modules())
@@ -94,10 +94,10 @@ def test_batch_norms_are_fused_in_the_working_generator_and_nowhere_else(make_tr
 
 def test_every_replay_draws_other_samples_and_sees_the_schedule(make_trainer: MakeTrainer) -> None:
     trainer = small_trainer(make_trainer, method({"kind": "ema_generator"}, "plain", capture=True))
-    seen: list[Tensor] = []
-    trainer.on_iteration = lambda trainer: seen.append(trainer.state.images.clone())
+    batches: list[Tensor] = []
+    trainer.on_iteration = lambda trainer: batches.append(trainer.state.images.clone())
     trainer.fit()
-    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(seen))
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(batches))
     rate = trainer.state.student_optimizer.param_groups[0]["lr"]
     assert isinstance(rate, Tensor)
     assert rate.item() < 0.01
@@ -105,7 +105,7 @@ def test_every_replay_draws_other_samples_and_sees_the_schedule(make_trainer: Ma
 
 @pytest.mark.parametrize("replay", REPLAYS, ids=lambda replay: str(replay["kind"]))
 @pytest.mark.parametrize("capture", [False, True])
-def test_no_step_waits_for_the_gpu(make_trainer: MakeTrainer, replay: dict[str, Any], capture: bool) -> None:
+def test_no_step_synchronizes_the_gpu(make_trainer: MakeTrainer, replay: dict[str, Any], capture: bool) -> None:
     trainer = small_trainer(make_trainer, method(replay, "plain", capture=capture))
     trainer.iterate()
     torch.cuda.set_sync_debug_mode("error")
@@ -153,7 +153,7 @@ def query(_: Tensor) -> None:
     torch.cuda.current_stream().query()
 
 
-def test_what_waits_for_the_gpu_runs_eagerly_and_is_said(make_trainer: MakeTrainer) -> None:
+def test_a_synchronizing_step_runs_eagerly_with_a_note(make_trainer: MakeTrainer) -> None:
     trainer = student_calling(make_trainer, lambda x: x.sum().item())
     trainer.fit()
     assert trainer.finished
@@ -187,7 +187,7 @@ def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTra
 
 
 @pytest.mark.parametrize("capturing", [False, True])
-def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer, capturing: bool) -> None:
+def test_running_out_of_memory_does_not_disable_capture(make_trainer: MakeTrainer, capturing: bool) -> None:
     stepping: list[bool] = []  # not in the checks of the networks, which call them, too
 
     def allocate(x: Tensor) -> None:
@@ -209,15 +209,15 @@ def test_graphs_share_memory(make_trainer: MakeTrainer) -> None:
     steps = trainer.steps
 
     def reserved() -> int:
-        pool = tuple(next(iter(steps._recorded.values())).graph.pool())
+        pool = tuple(next(iter(steps._captured.values())).graph.pool())
         return sum(part["total_size"] for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == pool)
 
     steps.student(0)
     one = reserved()
-    kept = dict(steps._recorded)
-    steps._recorded.clear()
+    kept = dict(steps._captured)
+    steps._captured.clear()
     steps.student(0)  # the same graph again, while the first one lives
-    assert kept.keys() == steps._recorded.keys()
+    assert kept.keys() == steps._captured.keys()
     assert 0 < reserved() < 1.5 * one
 
 

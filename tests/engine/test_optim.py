@@ -68,7 +68,7 @@ def test_a_checkpoint_without_momentum_gets_one(buffer: str) -> None:
         assert momentum.shape == parameter.shape and not momentum.any()
 
 
-def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(make_trainer: Callable[..., Trainer]) -> None:
+def test_a_gpu_checkpoint_resumes_on_a_cpu(make_trainer: Callable[..., Trainer]) -> None:
     whole, resumed = make_trainer(small_method()), make_trainer(small_method())
     next(iter(whole))
     state: dict[str, Any] = copy.deepcopy(whole.state_dict())
@@ -78,6 +78,6 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(make_trainer: Callable[..., Trai
     resumed.load_state_dict(state)
     for trainer in (whole, resumed):
         trainer.fit()
-    expected, found = (without_times(trainer.state_dict()) for trainer in (whole, resumed))
+    expected, actual = (without_times(trainer.state_dict()) for trainer in (whole, resumed))
     # What is left is that a rate that was a tensor has float32's digits.
-    torch.testing.assert_close(found["networks"], expected["networks"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual["networks"], expected["networks"], rtol=1e-5, atol=1e-7)

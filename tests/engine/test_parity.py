@@ -119,7 +119,7 @@ def test_trajectory_with_the_bn_objective_follows_the_plain_loop(fold_teacher: b
     assert largest_difference(trainer.generator, generator) <= 1e-9
 
 
-def test_the_largest_difference_sees_one_changed_bit() -> None:
+def test_the_largest_difference_detects_one_changed_bit() -> None:
     _, student, _ = small_networks()
     other = copy.deepcopy(student)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_the_largest_difference_sees_one_changed_bit() -> None:
 
 
 def test_first_iterations_with_fused_kernels_follow_the_plain_loop() -> None:
-    # Only the first: the kernels round differently, and the game amplifies any difference.
+    # Only the first: the kernels round differently, and the training amplifies any difference.
     pytest.importorskip("numba", reason="numba is not installed")
     method = small_method(
         replay=Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=0.9)), epochs=EPOCHS, iterations=1, student_steps=2

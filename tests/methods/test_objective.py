@@ -44,7 +44,9 @@ def js(student: Array, teacher: Array, temperature: float) -> float:
 @pytest.mark.parametrize("shape", [(5, 7), (2, 11, 3, 5)])
 @pytest.mark.parametrize(("discrepancy", "oracle"), [("l1", l1), ("kl", kl), ("js", js)])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_student_minimises_the_chosen_discrepancy(shape: tuple[int, ...], discrepancy: Any, oracle: Any, temperature: float) -> None:
+def test_the_student_minimizes_the_configured_discrepancy(
+    shape: tuple[int, ...], discrepancy: Any, oracle: Any, temperature: float
+) -> None:
     student, teacher = pair(*shape)
     loss = Objective(discrepancy=discrepancy, temperature=temperature).student_loss(student, teacher)
     assert loss.item() == pytest.approx(oracle(student.detach().numpy(), teacher.numpy(), temperature), rel=1e-12)
@@ -53,7 +55,7 @@ def test_the_student_minimises_the_chosen_discrepancy(shape: tuple[int, ...], di
 @pytest.mark.parametrize("shape", [(5, 7), (2, 11, 3, 5)])
 @pytest.mark.parametrize(("adversary", "oracle"), [("l1", l1), ("log_l1", log_l1), ("kl", kl), ("js", js)])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_the_generator_maximises_the_weighted_adversary(shape: tuple[int, ...], adversary: Any, oracle: Any, weight: float) -> None:
+def test_the_generator_maximizes_the_weighted_adversary(shape: tuple[int, ...], adversary: Any, oracle: Any, weight: float) -> None:
     student, teacher = pair(*shape)
     terms = Objective(adversary=adversary, adversarial=weight, temperature=2.5).generator_terms(student, Observation(teacher))
     assert list(terms) == ["adversarial"]
@@ -61,7 +63,7 @@ def test_the_generator_maximises_the_weighted_adversary(shape: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("adversary", ["l1", "log_l1", "kl", "js"])
-def test_a_step_against_the_generators_gradient_drives_student_and_teacher_apart(adversary: Any) -> None:
+def test_a_step_along_the_generators_negative_gradient_increases_the_discrepancy(adversary: Any) -> None:
     student, teacher = pair(5, 7)
     objective = Objective(adversary=adversary)
     before = objective.generator_terms(student, Observation(teacher))["adversarial"]
@@ -110,8 +112,10 @@ def back(rows: Array, shape: tuple[int, ...]) -> Array:
 def cross_entropy(logits: Array, labels: Any) -> tuple[float, Array]:
     """Mean cross-entropy and its gradient (p − y) / rows."""
     rows = rows_of(logits)
-    wanted = np.eye(rows.shape[1])[labels]
-    return float(-(wanted * log_softmax(rows, axis=1)).sum() / len(rows)), back((softmax(rows, axis=1) - wanted) / len(rows), logits.shape)
+    targets = np.eye(rows.shape[1])[labels]
+    return float(-(targets * log_softmax(rows, axis=1)).sum() / len(rows)), back(
+        (softmax(rows, axis=1) - targets) / len(rows), logits.shape
+    )
 
 
 def one_hot(logits: Array) -> tuple[float, Array]:
@@ -162,7 +166,7 @@ def test_a_term_is_its_equation_times_its_weight_and_so_is_its_gradient(
     # Its rows, of norms 1.6 to 3.4, are embeddings on either side of √7.
     x, other = pair(*shape)
     logits, features, embeddings = (
-        x if name in wanted else other for wanted in (("one_hot", "entropy", "class_nll"), "activation", "embedding_norm")
+        x if name in names else other for names in (("one_hot", "entropy", "class_nll"), "activation", "embedding_norm")
     )
     # Embeddings alone are nothing to learn from; without a student's answers the adversary is left out anyway.
     weights: dict[str, Any] = {"adversarial": float(name == "embedding_norm"), name: weight}
@@ -177,10 +181,13 @@ def test_a_term_is_its_equation_times_its_weight_and_so_is_its_gradient(
 
 def test_bn_moments_is_the_sum_of_unsquared_norms_and_has_a_gradient_where_they_vanish() -> None:
     generator = np.random.default_rng(0)
-    seen, kept = ([generator.standard_normal((2, size)) for size in (3, 5)] for _ in range(2))
-    padded = [torch.stack([F.pad(torch.from_numpy(layer), (0, 5 - layer.shape[1])) for layer in each], dim=1) for each in (seen, kept)]
+    batch_moments, running_moments = ([generator.standard_normal((2, size)) for size in (3, 5)] for _ in range(2))
+    padded = [
+        torch.stack([F.pad(torch.from_numpy(layer), (0, 5 - layer.shape[1])) for layer in each], dim=1)
+        for each in (batch_moments, running_moments)
+    ]
     term = Objective(bn_moments=0.7).generator_terms(None, Observation(torch.zeros(1, 1), None, *padded))["bn_moments"]
-    norms = [np.linalg.norm(ours - theirs, axis=1).sum() for ours, theirs in zip(seen, kept, strict=True)]
+    norms = [np.linalg.norm(ours - theirs, axis=1).sum() for ours, theirs in zip(batch_moments, running_moments, strict=True)]
     assert term.item() == pytest.approx(0.7 * sum(norms), rel=1e-12)
 
     # One layer is where it should be, the other is not.
@@ -195,7 +202,7 @@ def entropy_of(logits: Tensor) -> Tensor:
     return Objective(entropy=1.0).generator_terms(None, Observation(logits))["entropy"]
 
 
-def test_entropy_is_least_where_all_classes_are_as_frequent_however_sure_each_prediction_is() -> None:
+def test_entropy_is_minimal_for_equal_class_frequencies_at_any_confidence() -> None:
     for scale in (0.5, 5.0, 50.0):
         assert entropy_of(scale * torch.eye(7)).item() == pytest.approx(-np.log(7), rel=1e-6)
         assert entropy_of(scale * (torch.eye(7) + torch.arange(7) / 3)).item() > -0.99 * np.log(7)
@@ -223,7 +230,7 @@ def test_terms_of_weight_zero_are_absent_and_the_others_come_together() -> None:
 
 
 @pytest.mark.parametrize("weights", [{}, {"embedding_norm": 1.0}])
-def test_a_generator_with_nothing_to_learn_is_refused(weights: dict[str, float]) -> None:
+def test_a_generator_with_nothing_to_learn_is_rejected(weights: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match="at least one must be positive"):
         Objective(adversarial=0.0, **weights)  # type: ignore[arg-type]
 

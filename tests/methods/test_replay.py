@@ -51,7 +51,7 @@ def test_parameters_and_statistics_follow_the_closed_form_and_counters_are_copie
     assert kinds == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_the_average_starts_equal_and_shares_nothing_with_its_generator() -> None:
+def test_the_average_starts_as_a_copy_of_its_generator() -> None:
     original = generator()
     average, start = EmaGenerator(original, 0.95), state(original)
     train_a_little(original)
@@ -145,15 +145,15 @@ def test_replayed_latents_are_conditioned_on_random_classes_by_the_averaged_embe
     embedding = (before + original.state_dict()["embedding.weight"]) / 2
     assert not torch.allclose(embedding, before)
 
-    found = average.latents(stream(3)) - torch.randn(64, 5, generator=stream(3))
-    distances = (found[:, None] - embedding).norm(dim=2)
+    actual = average.latents(stream(3)) - torch.randn(64, 5, generator=stream(3))
+    distances = (actual[:, None] - embedding).norm(dim=2)
     assert (distances.amin(1) < 1e-5).all()
     assert set(distances.argmin(1).tolist()) == set(range(num_classes))
-    assert not found.requires_grad
+    assert not actual.requires_grad
 
 
 @pytest.mark.parametrize("build", [generator, lambda: conditional(6)])
-def test_the_average_starts_as_a_copy_of_what_was_pretrained_and_keeps_its_own_tensors(build: Callable[[], nn.Module]) -> None:
+def test_the_average_is_reset_in_place_to_the_pretrained_generator(build: Callable[[], nn.Module]) -> None:
     original = build()
     average = EmaGenerator(original, 0.95)
     train_a_little(original)
@@ -181,10 +181,10 @@ def fresh(number: int, rows: int = 4) -> Batch:
 
 
 def draws(source: MemoryBank, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor | None]]:
-    found, drawn = stream(seed), []
+    random, drawn = stream(seed), []
     for _ in range(count):
         images = torch.full((source.rows, 3, 4, 5), float("nan"))
-        drawn.append((images, source.recall(images, found)))
+        drawn.append((images, source.recall(images, random)))
     return drawn
 
 
@@ -222,35 +222,35 @@ def test_half_storage_returns_the_images_rounded_to_half() -> None:
     assert source.images.dtype == torch.float16
 
 
-def test_uint8_storage_errs_by_half_a_256th_of_each_channels_own_range_at_most() -> None:
+def test_uint8_storage_has_an_error_of_at_most_half_a_level_of_each_channels_range() -> None:
     torch.manual_seed(0)
-    # Far apart in scale and place; the last channel is constant.
+    # Far apart in scale and offset; the last channel is constant.
     images = torch.randn(2, 3, 4, 5) * torch.tensor([1e-3, 50.0, 0.0])[:, None, None] + torch.tensor([7.0, -30.0, 0.3])[:, None, None]
     source = bank(storage="uint8")
     source.store(2 * images, torch.zeros(2, 7))
     source.store(images, torch.zeros(2, 7))
     assert source.images.dtype == torch.uint8
-    found = next(recalled for recalled, _ in draws(source, 20) if abs(recalled[0, 0, 0, 0].item() - 7) < 1)
+    actual = next(recalled for recalled, _ in draws(source, 20) if abs(recalled[0, 0, 0, 0].item() - 7) < 1)
     ranges = images.amax((0, 2, 3)) - images.amin((0, 2, 3))
-    errors = (found - images).abs().amax((0, 2, 3))
+    errors = (actual - images).abs().amax((0, 2, 3))
     # Half a step, and a rounding of the largest magnitude.
     assert (errors <= ranges / 255 / 2 + 4e-7 * images.abs().amax((0, 2, 3))).all()
     assert (errors[:2] > ranges[:2] / 255 / 4).all()
-    assert torch.equal(found[:, 2], images[:, 2])
+    assert torch.equal(actual[:, 2], images[:, 2])
     assert source.images[1, :, :2].amax((0, 2, 3)).tolist() == [255, 255]
 
 
 @pytest.mark.parametrize("storage", ["float32", "half", "uint8"])
 def test_cached_logits_are_those_of_the_batch_that_is_replayed(storage: Storage) -> None:
-    source, seen = bank(storage=storage, cached_logits=True), set()
+    source, recorded = bank(storage=storage, cached_logits=True), set()
     for number in range(1, 5):
         source.end_epoch(number, fresh(number))
     for images, logits in draws(source, 30):
         number = round(images.min().item() - 0.1)
-        seen.add(number)
+        recorded.add(number)
         assert logits is not None
         assert torch.equal(logits, fresh(number).teacher_logits[:2])
-    assert seen == {2, 3, 4}
+    assert recorded == {2, 3, 4}
 
 
 @pytest.mark.parametrize("storage", ["float32", "half", "uint8"])
@@ -328,15 +328,15 @@ def latent_loss(source: VaeReplay, z: Tensor) -> Tensor:
 def test_replayed_latents_have_taken_one_step_of_adam_on_the_tuning_loss(rows: int, leak: bool) -> None:
     source = vae_replay(rows=rows, latent_lr=0.03, leak=leak)
     twin = copy.deepcopy(source)
-    found = source.latents(stream(2))
+    actual = source.latents(stream(2))
     start = torch.empty(rows, 5).normal_(generator=stream(2))
     z = start.clone().requires_grad_()
     adam = torch.optim.Adam([z], lr=0.03)
     latent_loss(twin, z).backward(inputs=[z])
     adam.step()
-    torch.testing.assert_close(found, z.detach(), rtol=0, atol=1e-5)
-    assert (found - start).abs().amax() > 0.02
-    assert not found.requires_grad
+    torch.testing.assert_close(actual, z.detach(), rtol=0, atol=1e-5)
+    assert (actual - start).abs().amax() > 0.02
+    assert not actual.requires_grad
 
 
 def test_latents_that_take_no_step_are_those_that_were_drawn() -> None:
@@ -413,8 +413,8 @@ def test_the_autoencoder_learns_in_the_first_steps_of_an_iteration_only() -> Non
 
 
 @pytest.mark.parametrize("leak", [False, True])
-def test_a_restored_autoencoder_goes_on_bit_for_bit_with_what_had_leaked(leak: bool) -> None:
-    def go_on(source: VaeReplay) -> list[Tensor]:
+def test_a_restored_autoencoder_continues_bitwise_with_its_leaked_gradients(leak: bool) -> None:
+    def continue_training(source: VaeReplay) -> list[Tensor]:
         drawn = []
         for step in range(2):
             drawn.append(source.latents(random))
@@ -423,22 +423,22 @@ def test_a_restored_autoencoder_goes_on_bit_for_bit_with_what_had_leaked(leak: b
 
     source, restored = vae_replay(leak=leak), vae_replay(leak=leak)
     random = stream(5)
-    go_on(source)
+    continue_training(source)
     source.latents(random)  # the leak of this draw is not yet in an update
-    saved, place = through_a_file(source.state_dict()), random.get_state()
-    expected = go_on(source)
-    random.set_state(place)
+    saved, random_state = through_a_file(source.state_dict()), random.get_state()
+    expected = continue_training(source)
+    random.set_state(random_state)
     restored.load_state_dict(saved)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(go_on(restored), expected, strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(continue_training(restored), expected, strict=True))
 
 
-def test_the_state_of_an_autoencoder_on_a_gpu_goes_on_on_a_cpu() -> None:
+def test_the_state_of_an_autoencoder_on_a_gpu_loads_on_a_cpu() -> None:
     first, second = vae_replay(steps=1), vae_replay(steps=1)
     first.learn(student_batch(), 0, stream())
     saved = first.state_dict()
     for group in saved["optimizer"]["param_groups"]:
         group |= {"fused": True, "capturable": True}  # of which the last is an error on a CPU
     second.load_state_dict(saved)
-    expected, found = (source.learn(student_batch(), 0, stream(1))["vae"] for source in (first, second))
-    assert torch.equal(expected, found)
+    expected, actual = (source.learn(student_batch(), 0, stream(1))["vae"] for source in (first, second))
+    assert torch.equal(expected, actual)
     assert second.optimizer.param_groups[0]["capturable"] is False
