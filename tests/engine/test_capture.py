@@ -1,4 +1,4 @@
-"""What of the captured steps a CPU can show; that a replay equals the eager run is in tests/engine/test_gpu.py."""
+"""Tests of captured steps with a fake CUDA; tests/engine/test_gpu.py compares replays with eager steps on a GPU."""
 
 import copy
 import dataclasses
@@ -57,7 +57,7 @@ def test_warm_up_steps_do_not_change_the_training_state(make_trainer: MakeTraine
         generator_step(trainer.state)
         assert not all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True)), "nothing happened inside"
     assert all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True))
-    # The optimisers begin again, too: what follows is what would have been without.
+    # The optimizers are restored as well: training continues as without warm-up steps.
     torch.manual_seed(0)
     trainer.fit()
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_a_step_does_not_copy_values_to_the_host(
     trainer = make_trainer(config)
     state = trainer.state
     if isinstance(state.replay_source, VaeReplay):
-        # PyTorch's Adam reads its own count of steps on a CPU; on a GPU it is built not to.
+        # PyTorch's Adam reads its step counter on a CPU; on a GPU it is capturable and does not.
         state.replay_source.optimizer = torch.optim.SGD(state.replay_source.vae.parameters(), lr=0.01)  # type: ignore[assignment]
     student_step(state)
     if state.replay_source is not None:
@@ -88,7 +88,7 @@ def test_a_step_does_not_copy_values_to_the_host(
 
     def refuse(name: str) -> Callable[..., object]:
         def read(*_: object, **__: object) -> object:
-            raise AssertionError(f"Tensor.{name} waits for the device")
+            raise AssertionError(f"Tensor.{name} synchronizes the device")
 
         return read
 
@@ -127,7 +127,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 def captured(trainer: Trainer, during: Callable[[], None] = lambda: None) -> Trainer:
-    """The same on a GPU that is not there: ``during`` every forward pass of the student, what it does to the device."""
+    """Enables capture for a trainer with the fake CUDA; ``during`` is called in every forward pass of the student."""
     trainer.steps = Steps(trainer.state)
     trainer.steps.capturing = True
     trainer.student.register_forward_pre_hook(lambda *_: during())

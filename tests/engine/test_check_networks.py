@@ -1,4 +1,4 @@
-"""Networks that do not fit each other, or do not learn through each other, are refused before the first step."""
+"""Incompatible networks, and networks without the required gradients, are rejected before the first step."""
 
 import copy
 import re
@@ -42,7 +42,7 @@ class Generator(nn.Module):
 
 
 class Around(nn.Module):
-    """A network with something before it and behind it, under torch.no_grad if asked."""
+    """A network with a module before and after it, under torch.no_grad if ``no_grad`` is set."""
 
     latent_dim = LATENTS
 
@@ -69,7 +69,7 @@ def networks() -> Networks:
 
 
 def zeroed(network: nn.Module, *names: str) -> nn.Module:
-    """With parameters that are 0: all, or some."""
+    """A network with all or some parameters set to 0."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if not names or name in names:
@@ -94,15 +94,15 @@ def test_networks_that_share_nothing_and_learn_are_accepted() -> None:
 @pytest.mark.parametrize("shared", ["identity", "storage"])
 @pytest.mark.parametrize(("role", "other"), [("student", "teacher"), ("generator", "teacher"), ("student", "generator")])
 def test_a_parameter_of_two_networks_is_rejected(role: str, other: str, shared: str) -> None:
-    players: dict[str, Any] = dict(zip(("teacher", "student", "generator"), networks(), strict=True))
-    players["generator"].head = nn.Linear(16, CLASSES)
+    by_role: dict[str, Any] = dict(zip(("teacher", "student", "generator"), networks(), strict=True))
+    by_role["generator"].head = nn.Linear(16, CLASSES)
     name, others_name = ("head.weight" if each == "generator" else "5.weight" for each in (role, other))
-    theirs = players[other].get_parameter(others_name)
-    layer = players[role].get_submodule(name.removesuffix(".weight"))
+    theirs = by_role[other].get_parameter(others_name)
+    layer = by_role[role].get_submodule(name.removesuffix(".weight"))
     layer.weight = theirs if shared == "identity" else nn.Parameter(theirs.detach())
-    refused(f"the {role}'s {name} shares memory with the {other}'s {others_name}: .*pass a copy", **players)
+    refused(f"the {role}'s {name} shares memory with the {other}'s {others_name}: .*pass a copy", **by_role)
     layer.weight = nn.Parameter(theirs.detach().clone())
-    check(**players)
+    check(**by_role)
 
 
 def test_a_submodule_of_the_teacher_in_the_student_is_rejected() -> None:
@@ -123,7 +123,7 @@ def test_a_slice_of_the_teachers_weights_is_rejected_but_not_adjacent_memory() -
     student[5].weight = nn.Parameter(whole[1])  # type: ignore[index]
     check(teacher, student, generator)
     student[5].weight = nn.Parameter(whole.flatten()[16 : 16 + CLASSES * 16].view(CLASSES, 16))  # type: ignore[index]
-    refused("the student shares 5.weight", teacher, student, generator)
+    refused("the student's 5.weight shares memory with the teacher", teacher, student, generator)
 
 
 def test_running_statistics_of_two_networks_are_rejected_and_constants_are_not() -> None:
@@ -220,7 +220,7 @@ def test_a_generator_whose_parameters_get_no_gradient_is_rejected(options: dict[
 
 
 class Residual(nn.Module):
-    """A branch whose gain begins at 0, around a classifier without another way through."""
+    """A residual branch with a gain initialized to 0, in a classifier without a skip connection."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -265,12 +265,12 @@ def test_networks_with_activation_checkpointing_are_accepted_if_gradients_arrive
     check(freeze(Checkpointed(teacher)), Checkpointed(student), generator)
     Checkpointed.reentrant = True
     check(freeze(Checkpointed(teacher)), student, generator)
-    # This kind computes no gradients where its input needs none, as the student's does not when it learns.
+    # Reentrant checkpointing computes no gradients if its input does not require any, as in the student step.
     refused("no gradient of the student's output reaches its parameters", teacher, Checkpointed(student), generator)
 
 
 class DropoutInPlace(nn.Module):
-    """Draws random numbers, changes its input in place, and warns."""
+    """Draws random numbers, modifies its input in place, and warns."""
 
     def forward(self, x: Tensor) -> Tensor:
         warnings.warn("called", stacklevel=1)
@@ -321,7 +321,7 @@ def test_networks_under_torch_compile_are_accepted_and_not_compiled_in_training_
     counter = CompileCounter()
     compiled: list[Any] = [torch.compile(network, backend=counter) for network in networks()]
     check(*compiled)
-    assert counter.frame_count <= 3  # each once in evaluation mode
+    assert counter.frame_count <= 3  # one compilation per network in evaluation mode
 
 
 def test_frozen_batch_norms_dense_logits_and_conditional_generators_are_accepted() -> None:
@@ -395,7 +395,7 @@ def test_running_out_of_memory_is_not_reported_as_incompatibility() -> None:
 
 @pytest.mark.parametrize("role", ["teacher", "student", "generator"])
 def test_a_network_with_lazy_layers_is_rejected_before_it_was_called(role: str) -> None:
-    players = dict(zip(("teacher", "student", "generator"), small_networks(), strict=True))
-    players[role] = nn.Sequential(nn.LazyLinear(10))
+    by_role = dict(zip(("teacher", "student", "generator"), small_networks(), strict=True))
+    by_role[role] = nn.Sequential(nn.LazyLinear(10))
     with pytest.raises(DfkdError, match=f"^the {role}'s 0.weight is uninitialized: call a network with lazy layers once"):
-        Trainer(players["teacher"], players["student"], players["generator"])
+        Trainer(by_role["teacher"], by_role["student"], by_role["generator"])

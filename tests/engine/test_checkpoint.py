@@ -120,7 +120,7 @@ def test_checkpoints_without_a_checksum_are_read_as_earlier_versions_wrote_them(
 
 
 def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every change to the folder is a moment; what is there then is what a killed process leaves."""
+    """After every change to the folder its contents, which a killed process would leave, include a complete checkpoint."""
     moments = []
 
     def watched(name: str, call: Callable[..., Any]) -> None:
@@ -141,10 +141,10 @@ def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path: Pat
     assert [(name, loaded and loaded.state["at"]) for name, loaded in moments] == [
         ("write_bytes", 2),
         ("replace", 3),
-        ("unlink", 3),  # of the temporary file, which is no longer there
+        ("unlink", 3),  # of the temporary file, which was renamed
         ("unlink", 3),
     ]
-    assert synced == [(1, False), (2, True)]  # the content before it has its name, the name before another is deleted
+    assert synced == [(1, False), (2, True)]  # content before the rename, folder before a deletion
 
 
 class Malicious:

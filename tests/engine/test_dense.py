@@ -1,4 +1,4 @@
-"""The trainer with networks that label every pixel."""
+"""The trainer with segmentation networks."""
 
 import copy
 import itertools
@@ -32,7 +32,7 @@ def method(replay: str = "none", update: str = "plain", *, rows: int = 2, **obje
 
 
 class InADict(nn.Module):
-    """What torchvision's segmenters return."""
+    """Returns a dict, like torchvision's segmentation models."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -115,5 +115,5 @@ def test_a_term_of_one_class_per_image_is_rejected_for_segmentation() -> None:
 
 def test_label_maps_of_different_sizes_are_rejected() -> None:
     teacher, student, generator = dense_networks()
-    with pytest.raises(DfkdError, match="teacher and student disagree"):
+    with pytest.raises(DfkdError, match="teacher and student must return logits of the same shape"):
         Trainer(teacher, nn.Sequential(student, nn.MaxPool2d(2)), generator, method())

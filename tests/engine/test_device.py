@@ -76,7 +76,7 @@ def test_cudnn_benchmark_is_enabled_on_a_gpu_unless_deterministic_algorithms_are
 
 
 class Allocator:
-    """PyTorch's statistics of a GPU's memory, and the devices that were asked for something."""
+    """Fake of PyTorch's GPU memory statistics that records the devices it is called with."""
 
     def __init__(self) -> None:
         self.held = self.peak = self.asked = 0
@@ -97,7 +97,7 @@ class Allocator:
 
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
-    """A stand-in for the GPU's, and for its streams and events."""
+    """Fixture with a fake allocator, and fake CUDA streams and events."""
 
     class Event:
         def __init__(self, *, enable_timing: bool) -> None:
@@ -152,7 +152,7 @@ def test_peaks_are_those_of_measured_phases_and_overall_those_of_all(allocator: 
             allocator.hold(most)
             allocator.hold(1)
 
-    phase("student", 5, memory=False)  # the first one is measured
+    phase("student", 5, memory=False)  # measured the first time
     phase("generator", 7)
     assert clock.peak_bytes == {"student": 5, "generator": 7}
     assert clock.overall_peak_bytes() == 10, "of the time before"

@@ -1,4 +1,4 @@
-"""Several processes over gloo: together they are one process with their batches in one."""
+"""Several processes over gloo take the steps of a single process with the concatenated batches."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ BATCH = 12
 
 
 class Plain(nn.Module):
-    """A generator without batch norm: with one, every process would normalise by its local batch."""
+    """A generator without batch norm, which would normalize by the local batch."""
 
     latent_dim = 6
 
@@ -46,7 +46,7 @@ class Plain(nn.Module):
 
 
 def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """A teacher with batch norms, and a student and a generator without."""
+    """A teacher with batch norms, a student and a generator without."""
     torch.manual_seed(0)
     teacher = nn.Sequential(
         nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4)
@@ -78,8 +78,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-def play(method: Method, latents: list[Tensor]) -> tuple[Trainer, list[dict[str, Tensor]]]:
-    """A student and a generator step twice, on this process's share of fixed latents."""
+def run_steps(method: Method, latents: list[Tensor]) -> tuple[Trainer, list[dict[str, Tensor]]]:
+    """Runs two student and generator steps on this process's share of fixed latents."""
     world, rank = distributed.world_size(), distributed.rank()
     share = dataclasses.replace(method.loop, batch_size=BATCH // world)
     trainer = Trainer(*networks(), dataclasses.replace(method, loop=share))
@@ -119,17 +119,17 @@ def together(world: int, work: Callable[..., object], *arguments: Any) -> None:
 
 def check_equal(latents: list[Tensor], expected: dict[str, Any]) -> None:
     for name, method in METHODS.items():
-        trainer, losses = play(method, latents)
+        trainer, losses = run_steps(method, latents)
         for ours, theirs in zip(losses, expected[name]["losses"], strict=True):
             assert ours.keys() == theirs.keys()
             for term, value in ours.items():
                 where = f"{name}, {term}"
                 torch.testing.assert_close(value, theirs[term], rtol=1e-5, atol=1e-6, msg=where)
-        for player in ("student", "generator"):
-            network = getattr(trainer, player)
-            for (path, ours), theirs in zip(network.named_parameters(), expected[name][player], strict=True):
-                torch.testing.assert_close(ours, theirs["value"], rtol=1e-5, atol=1e-6, msg=f"{name}, {player} {path}")
-                torch.testing.assert_close(ours.grad, theirs["gradient"], rtol=1e-4, atol=1e-6, msg=f"{name}, {player} {path}")
+        for role in ("student", "generator"):
+            network = getattr(trainer, role)
+            for (path, ours), theirs in zip(network.named_parameters(), expected[name][role], strict=True):
+                torch.testing.assert_close(ours, theirs["value"], rtol=1e-5, atol=1e-6, msg=f"{name}, {role} {path}")
+                torch.testing.assert_close(ours.grad, theirs["gradient"], rtol=1e-4, atol=1e-6, msg=f"{name}, {role} {path}")
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -138,11 +138,11 @@ def test_several_processes_take_the_steps_of_a_single_process(world: int) -> Non
     latents = [torch.randn(BATCH, 6) for _ in range(12)]
     expected: dict[str, Any] = {}
     for name, method in METHODS.items():
-        trainer, losses = play(method, latents)
+        trainer, losses = run_steps(method, latents)
         expected[name] = {"losses": losses}
-        for player in ("student", "generator"):
-            network = getattr(trainer, player)
-            expected[name][player] = [{"value": p.detach(), "gradient": p.grad} for p in network.parameters()]
+        for role in ("student", "generator"):
+            network = getattr(trainer, role)
+            expected[name][role] = [{"value": p.detach(), "gradient": p.grad} for p in network.parameters()]
     together(world, check_equal, latents, expected)
 
 
@@ -162,7 +162,7 @@ def check_terms(world: int) -> None:
     expected = (oracle.mean((0, 2, 3)) - 6.5).norm() + (oracle.var((0, 2, 3), correction=0) - 8.0).norm()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    # Gradients are averaged over the processes, so each one's is that of its share times their number.
+    # Gradients are averaged over processes: that of each share is multiplied by the number of processes.
     torch.testing.assert_close(gradient(mine) / world, gradient(oracle)[distributed.rank() :: world], rtol=1e-4, atol=1e-7)
 
     logits = torch.randn(4 * world, 7)
@@ -197,8 +197,8 @@ def check_average() -> None:
     for _ in trainer:
         pass
     assert trainer.state.replay_source is not None
-    players = {"student": trainer.student, "generator": trainer.generator, "average": trainer.state.replay_source.generator}
-    local = {f"{player} {name}": tensor for player, network in players.items() for name, tensor in network.state_dict().items()}  # type: ignore[union-attr]
+    networks_by_name = {"student": trainer.student, "generator": trainer.generator, "average": trainer.state.replay_source.generator}
+    local = {f"{role} {name}": tensor for role, network in networks_by_name.items() for name, tensor in network.state_dict().items()}  # type: ignore[union-attr]
     states = distributed.all_gather([local])
     for name, tensor in states[0].items():
         for other in states[1:]:

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the engine."""
+"""Tests of the engine that require a GPU."""
 
 import itertools
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def run(make_trainer: MakeTrainer, chosen: Method) -> Trainer:
 
 
 def small_trainer(make_trainer: MakeTrainer, chosen: Method, *, device: str = "cuda", **options: Any) -> Trainer:
-    """With batch norms, which the objective of :func:`method` looks at."""
+    """Networks with batch norms, which the objective of :func:`method` requires."""
     return make_trainer(chosen, networks=small_networks(teacher="wrn10_1", student="wrn10_1", channels=3), device=device, **options)
 
 
@@ -131,7 +131,7 @@ def test_a_resumed_captured_run_equals_an_uninterrupted_one(make_trainer: MakeTr
 
 
 class Calling(nn.Module):
-    """A network that does something else, too, in each of its forward passes."""
+    """A network that calls a function in each forward pass."""
 
     def __init__(self, inner: nn.Module, during: Callable[[Tensor], object]) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def student_calling(make_trainer: MakeTrainer, during: Callable[[Tensor], object
 
 
 def query(_: Tensor) -> None:
-    """No capture permits it, and no look for what waits for the device finds it."""
+    """An operation that fails during capture but does not synchronize the device."""
     torch.cuda.current_stream().query()
 
 
@@ -180,7 +180,7 @@ def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTra
     torch.cuda.empty_cache()
     torch.randn(3, device="cuda")
 
-    for trainer in (earlier, small_trainer(make_trainer, chosen)):  # graphs from before, and new ones
+    for trainer in (earlier, small_trainer(make_trainer, chosen)):  # existing graphs, and new ones
         trainer.fit()
         assert trainer.finished
         assert not trainer.notes
@@ -188,7 +188,7 @@ def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTra
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_running_out_of_memory_does_not_disable_capture(make_trainer: MakeTrainer, capturing: bool) -> None:
-    stepping: list[bool] = []  # not in the checks of the networks, which call them, too
+    stepping: list[bool] = []  # excludes the checks before the training, which call the networks as well
 
     def allocate(x: Tensor) -> None:
         if torch.cuda.is_current_stream_capturing() or (stepping and not capturing and x.requires_grad):
@@ -216,7 +216,7 @@ def test_graphs_share_memory(make_trainer: MakeTrainer) -> None:
     one = reserved()
     kept = dict(steps._captured)
     steps._captured.clear()
-    steps.student(0)  # the same graph again, while the first one lives
+    steps.student(0)  # captures the same step again while the first graph exists
     assert kept.keys() == steps._captured.keys()
     assert 0 < reserved() < 1.5 * one
 
@@ -229,7 +229,7 @@ def test_a_first_step_that_overflows_leaves_no_momentum(make_trainer: MakeTraine
     assert scale is not None
     scale.fill_(2.0**120)
     before = [parameter.clone() for parameter in trainer.student.parameters()]
-    garbage = torch.full((1 << 24,), torch.nan, device="cuda")  # what memory holds that nothing was written to
+    garbage = torch.full((1 << 24,), torch.nan, device="cuda")  # contents of uninitialized memory
     del garbage
     trainer._student_steps()
     assert all(torch.equal(*pair) for pair in zip(before, trainer.student.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""Points of the three axes played through the trainer."""
+"""Combinations of objective, replay and update in the trainer."""
 
 import copy
 import dataclasses
@@ -50,7 +50,7 @@ def method(
 
 
 def classifier(width: int) -> nn.Module:
-    """With batch norm, of images of 8×8."""
+    """Networks with batch norm for 8×8 images."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU()]
     layers += [nn.Conv2d(width, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
@@ -165,7 +165,7 @@ def test_more_rows_than_the_batch_size_are_rejected_before_the_run(make_trainer:
 
 
 def stop_at(trainer: Trainer, iterations: int) -> list[dict[str, Any]]:
-    """Where the trainer's state as the iteration ended will be: at an epoch's last, the epoch is not closed yet."""
+    """Expected progress after an iteration: after the last one of an epoch, the epoch is not ended yet."""
     states: list[dict[str, Any]] = []
 
     def stop(trainer: Trainer) -> None:
@@ -226,7 +226,7 @@ def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_en
     assert equal(weights(trainer.state.replay_source.generator), weights(trainer.generator))
     assert not any(torch.equal(tensor, generator[name]) for name, tensor in trainer.generator.named_parameters())
     assert trainer.state.losses.values == {}
-    # The game itself does not begin again with it.
+    # The training itself does not restart.
     trainer.fit()
     assert not equal(weights(trainer.state.replay_source.generator), weights(trainer.generator))
 
@@ -267,7 +267,7 @@ def test_an_iteration_starts_with_the_network_that_generator_first_selects(make_
 def test_the_first_of_several_non_finite_losses_is_named(make_trainer: MakeTrainer, generator_first: bool, first: str) -> None:
     trainer = make_trainer(method(generator_first=generator_first))
     with torch.no_grad():
-        next(trainer.student.parameters()).fill_(float("nan"))  # which a trainer is refused to begin with
+        next(trainer.student.parameters()).fill_(float("nan"))  # a trainer would reject it before the first step
     with pytest.raises(NonFiniteLossError, match=f"at {first} of iteration 1, epoch 1"):
         trainer.fit()
 
@@ -296,7 +296,7 @@ def test_the_result_is_the_students_average_which_is_evaluated_beside_it(make_tr
 
 
 class Still(nn.Module):
-    """A generator without statistics: at a learning rate of nothing it stands still."""
+    """A generator without running statistics, which does not change at a learning rate of 0."""
 
     latent_dim = 20
 
@@ -342,7 +342,7 @@ def test_predictions_drift_less_with_the_averaged_generator_than_with_the_genera
         networks=normalised_networks(),
     )
     drifts = [epoch.drift for epoch in trainer][1:]
-    # Both have moved: an average that stood still would have no drift at all.
+    # Both have changed: a constant average would have no drift.
     assert 0 < sum(drift["replay"] for drift in drifts) < sum(drift["generator"] for drift in drifts)
     assert all(drift["replay"] > 1e-6 for drift in drifts)
 
@@ -367,7 +367,7 @@ def test_embeddings_of_a_conditional_generator_are_trained_and_used_without_cond
     before = weights(trainer.generator)
     trainer.fit()
     moved = (trainer.generator.state_dict()["embedding.weight"] != before["embedding.weight"]).any(1)
-    assert moved.sum() >= 5  # of ten classes, two batches of eight saw most
+    assert moved.sum() >= 5  # two batches of eight contain most of the ten classes
 
 
 def test_a_teacher_without_batch_norm_is_rejected_by_the_terms_name(make_trainer: MakeTrainer) -> None:

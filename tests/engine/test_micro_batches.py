@@ -1,4 +1,4 @@
-"""A batch in pieces has the gradient of the whole one."""
+"""Micro-batches have the gradient of the whole batch."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests.small import small_networks
 
 
 class Conditional(nn.Module):
-    """A generator without batch norm, whose class embedding is shared by the pieces."""
+    """A generator without batch norm, whose class embedding is shared by the micro-batches."""
 
     latent_dim = 6
 
@@ -48,14 +48,14 @@ def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
 def test_micro_batches_give_the_losses_and_gradients_of_the_batch(pieces: int, update: str) -> None:
     whole, cut = (Trainer(*networks(), method(count, update), seed=1) for count in (1, pieces))
     assert cut.notes == []
-    for player in ("student", "generator"):
-        theirs, ours = (trainer.steps.student(0) if player == "student" else trainer.steps.generator() for trainer in (whole, cut))
+    for role in ("student", "generator"):
+        theirs, ours = (trainer.steps.student(0) if role == "student" else trainer.steps.generator() for trainer in (whole, cut))
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
-    for player in ("student", "generator"):
-        for (name, one), other in zip(getattr(cut, player).named_parameters(), getattr(whole, player).parameters(), strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7, msg=f"{player} {name}")
+    for role in ("student", "generator"):
+        for (name, one), other in zip(getattr(cut, role).named_parameters(), getattr(whole, role).parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7, msg=f"{role} {name}")
 
 
 def test_micro_batches_have_equal_sizes() -> None:
@@ -64,7 +64,7 @@ def test_micro_batches_have_equal_sizes() -> None:
     trainer.student.register_forward_hook(lambda _, inputs, __: recorded.append(len(inputs[0])))
     trainer.steps.student(0)
     trainer.steps.generator()
-    assert recorded[:3] == [3, 4, 5]  # 7 fresh and 5 replayed rows, in 3
+    assert recorded[:3] == [3, 4, 5]  # 7 fresh and 5 replayed rows in 3 micro-batches
     assert max(recorded[3:]) == 3
 
 

@@ -26,7 +26,7 @@ def take_steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter],
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape, generator=stream)
         if step == 0:
-            parameters[-1].grad = None  # as of a layer that its first batch does not reach
+            parameters[-1].grad = None  # like a layer that the first batch does not use
         optimizer.step()
 
 
@@ -38,7 +38,7 @@ def test_momentum_from_the_beginning_changes_no_bit() -> None:
 
 
 def test_a_first_step_that_overflows_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyTorch's fused SGD, as on a GPU, and memory that was never written.
+    # PyTorch's fused SGD, as on a GPU, with uninitialized memory.
     monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: torch.full_like(tensor, torch.nan, **options))
     weight = nn.Parameter(torch.ones(5))
     optimizer = build_optimizer(Optimizer(lr=0.5), [weight], CPU)
@@ -79,5 +79,5 @@ def test_a_gpu_checkpoint_resumes_on_a_cpu(make_trainer: Callable[..., Trainer])
     for trainer in (whole, resumed):
         trainer.fit()
     expected, actual = (without_times(trainer.state_dict()) for trainer in (whole, resumed))
-    # What is left is that a rate that was a tensor has float32's digits.
+    # The remaining difference is that a learning rate in a tensor has float32 precision.
     torch.testing.assert_close(actual["networks"], expected["networks"], rtol=1e-5, atol=1e-7)

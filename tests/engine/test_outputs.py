@@ -1,4 +1,4 @@
-"""Networks that return more than their logits are distilled, trained and evaluated by the logits alone."""
+"""Networks with auxiliary outputs are distilled, trained and evaluated by their logits."""
 
 import copy
 from collections import namedtuple

@@ -41,7 +41,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def by_hand(step: str, autocast: bool) -> Tensor:
-    """The gradient of a first step as a textbook has it, in float32 or under autocast."""
+    """Reference gradient of a first step, in float32 or under autocast."""
     teacher, student, generator = copy.deepcopy(networks())
     teacher.eval()
     z = torch.randn(16, 20, generator=torch.Generator().manual_seed(3))
@@ -75,9 +75,9 @@ def test_every_step_in_bf16_computes_with_the_weights_that_the_step_before_left(
         generator_optimizer=Optimizer(lr=0.1),
     )
     whole, apart = (make_trainer(chosen, networks=networks()) for _ in range(2))
-    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):  # whose cache of cast weights would outlive the optimizers' steps
+    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):  # its weight cache would outlive the optimizer steps
         whole.fit()
-    for step in [*range(3), None, *range(3), None]:  # the generator's is the last of an iteration
+    for step in [*range(3), None, *range(3), None]:  # None is the generator step, the last one of an iteration
         apart.steps.generator() if step is None else apart.steps.student(step)
         torch.clear_autocast_cache()
     for network, stepped in ((whole.student, apart.student), (whole.generator, apart.generator)):
@@ -134,7 +134,7 @@ def segmenter() -> nn.Sequential:
 def test_a_students_gradient_in_bf16_is_that_of_float32_logits_of_the_same_features(
     make_trainer: MakeTrainer, build: Callable[[], nn.Sequential], head: int, discrepancy: Any, gap: float, micro_batches: int
 ) -> None:
-    # A student that is its teacher but for its logits, which are off by about the gap: what it is to learn is the difference.
+    # A student that differs from its teacher by about the gap in its logits.
     torch.manual_seed(0)
     teacher = build()
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_students_gradient_in_bf16_is_that_of_float32_logits_of_the_same_featu
     answers, targets = (
         copy.deepcopy(network[head:]).double()(x) for network, x in ((student, features_64), (teacher, features_64.detach()))
     )
-    assert answers.abs().max() > 4  # logits that bfloat16 keeps to 1/32 at best
+    assert answers.abs().max() > 4  # bfloat16 resolves such logits to 1/32 at best
     if discrepancy == "l1":
         loss = F.l1_loss(answers, targets)
     else:
@@ -268,7 +268,7 @@ def test_a_trainer_resolves_auto_and_rejects_a_state_of_another_precision(make_t
     before = copy.deepcopy(automatic.student.state_dict())
     with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32': the state is of a run with 'bf16'"):
         automatic.load_state_dict(state)
-    del state["method"]  # as of earlier versions
+    del state["method"]  # as in earlier versions
     with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32': the state is of a run in 'bf16', which must be resumed in 'bf16'"):
         automatic.load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in automatic.student.state_dict().items())
@@ -281,7 +281,7 @@ def test_fp16_is_rejected_where_losses_cannot_be_scaled(changes: dict[str, Any])
 
 
 def test_scaled_losses_give_the_same_student(make_trainer: MakeTrainer) -> None:
-    # 2^16 is a power of two: scaling by it and back is exact, so that only a forgotten one of the two can show.
+    # Scaling by a power of two and back is exact, so only a missing scaling or unscaling changes the result.
     plain, scaled = (make_trainer(method("fp32"), networks=networks()) for _ in range(2))
     scaled.state.precision.scalers = {role: torch.amp.GradScaler("cpu", init_scale=2.0**16) for role in scaled.state.precision.scalers}
     for trainer in (plain, scaled):
@@ -291,7 +291,7 @@ def test_scaled_losses_give_the_same_student(make_trainer: MakeTrainer) -> None:
 
 
 def test_compiled_networks_take_the_same_steps(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Traced and run by PyTorch's own operators: what a compiler does with the trace is its own business.
+    # Traced and run eagerly: what a compiler does with the trace is not tested here.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     eager, compiled = (make_trainer(method("fp32", compile=enabled), networks=networks()) for enabled in (False, True))
     for trainer in (eager, compiled):

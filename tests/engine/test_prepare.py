@@ -1,4 +1,4 @@
-"""The passes over networks as they are networks: each has a switch, and none changes what was networks."""
+"""The passes over the networks: each has a key in [engine], and none changes the networks of the user."""
 
 import re
 from dataclasses import replace
@@ -31,7 +31,7 @@ def kinds(network: nn.Module) -> set[type[nn.Module]]:
 
 
 def effects(trainer: Trainer) -> set[str]:
-    """Which passes left a trace in the networks that the steps call."""
+    """Names of the passes that modified the optimized networks."""
     networks = optimized_networks(trainer)
     weights = [parameter for network in networks.values() for parameter in network.parameters() if parameter.ndim == 4]
     traces = {

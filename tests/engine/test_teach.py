@@ -17,7 +17,7 @@ from dfkd_fast.labels import IGNORE_INDEX
 
 
 def blobs() -> TensorDataset:
-    """Three classes that a linear layer can tell apart."""
+    """Three linearly separable classes."""
     labels = torch.arange(60) % 3
     noise = torch.randn(60, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     return TensorDataset(noise + 4.0 * labels[:, None, None, None], labels)

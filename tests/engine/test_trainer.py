@@ -25,7 +25,7 @@ MakeTrainer = Callable[..., Trainer]
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer: MakeTrainer, stop_after: int, channels_last: bool) -> None:
     method = small_method(replay=Replay(kind="ema_generator"), epochs=3, iterations=3, channels_last=channels_last)
     networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
-    # Dropout draws from the global random stream, which has to go on, too.
+    # Dropout draws from the global random number generator, which has to be restored as well.
     networks = (networks[0], nn.Sequential(networks[1], nn.Dropout(0.2)), networks[2])
     torch.manual_seed(5)
     whole = make_trainer(method, networks=networks)
@@ -91,7 +91,7 @@ def test_losses_of_an_epoch_are_means_over_its_steps(make_trainer: MakeTrainer) 
 
 
 class BreaksAtStep(nn.Module):
-    """A student whose logits become NaN at its n-th training forward."""
+    """A student whose logits become NaN in its n-th forward pass in training mode."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_a_state_of_another_schedule_without_a_recorded_method_is_rejected_and_c
     other = make_trainer(small_method(**asked))  # type: ignore[arg-type]
     before = through_a_file(other.state_dict())
     state = one.state_dict()
-    del state["method"]  # as of earlier versions
+    del state["method"]  # as in earlier versions
     with pytest.raises(DfkdError, match=f"^{message}$"):
         other.load_state_dict(state)
     assert_equal(without_times(other.state_dict()), without_times(before))
@@ -344,7 +344,7 @@ def test_a_resumed_run_follows_its_schedule(make_trainer: MakeTrainer, schedule:
     stopped, resumed = make_trainer(method), make_trainer(method)
     next(iter(stopped))
     saved = through_a_file(stopped.state_dict())
-    if schedule == "multistep":  # as earlier checkpoints have them
+    if schedule == "multistep":  # as in earlier checkpoints
         assert saved["schedules"][0]["milestones"] == {2: 1, 3: 1}
         saved["schedules"][1]["milestones"] = Counter({(2, 1): 1, (3, 1): 1})
     resumed.load_state_dict(saved)

@@ -30,13 +30,13 @@ def log_l1(student: Array, teacher: Array, _: float) -> float:
 
 
 def kl(student: Array, teacher: Array, temperature: float) -> float:
-    """KL(teacher ‖ student) a sample or a pixel, times temperature²."""
+    """KL(teacher ‖ student) per sample or pixel, times temperature²."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (teacher, student))
     return float(temperature**2 * rel_entr(p, q).sum() / p[:, 0].size)
 
 
 def js(student: Array, teacher: Array, temperature: float) -> float:
-    """Jensen–Shannon a sample or a pixel; scipy has its square root."""
+    """Jensen–Shannon divergence per sample or pixel; scipy computes its square root."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (teacher, student))
     return float((jensenshannon(p, q, axis=1) ** 2).sum() / p[:, 0].size)
 
@@ -69,7 +69,7 @@ def test_a_step_along_the_generators_negative_gradient_increases_the_discrepancy
     before = objective.generator_terms(student, Observation(teacher))["adversarial"]
     (gradient,) = torch.autograd.grad(before, student)
     after = objective.generator_terms(student.detach() - 1e-3 * gradient, Observation(teacher))["adversarial"]
-    # First order: the term falls by the step times the squared gradient.
+    # To first order, the term decreases by the step size times the squared gradient.
     assert after.item() - before.item() == pytest.approx(-1e-3 * gradient.square().sum().item(), rel=0.05)
 
 
@@ -100,7 +100,7 @@ def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> 
 
 
 def rows_of(logits: Array) -> Array:
-    """(N, C) or (N, C, H, W) → every prediction a row."""
+    """Reshapes (N, C) or (N, C, H, W) to one row per prediction."""
     return np.moveaxis(logits, 1, -1).reshape(-1, logits.shape[1])
 
 
@@ -163,12 +163,12 @@ LABELS = [2, 0, 6, 6, 1]
 def test_a_term_is_its_equation_times_its_weight_and_so_is_its_gradient(
     name: str, oracle: Any, shape: tuple[int, ...], weight: float
 ) -> None:
-    # Its rows, of norms 1.6 to 3.4, are embeddings on either side of √7.
+    # Embeddings with norms of 1.6 to 3.4, below and above √7.
     x, other = pair(*shape)
     logits, features, embeddings = (
         x if name in names else other for names in (("one_hot", "entropy", "class_nll"), "activation", "embedding_norm")
     )
-    # Embeddings alone are nothing to learn from; without a student's answers the adversary is left out anyway.
+    # embedding_norm alone is rejected; without student logits the adversarial term is omitted.
     weights: dict[str, Any] = {"adversarial": float(name == "embedding_norm"), name: weight}
     terms = Objective(**weights).generator_terms(None, Observation(logits, features), torch.tensor(LABELS), embeddings)
     assert list(terms) == [name]
@@ -190,7 +190,7 @@ def test_bn_moments_is_the_sum_of_unsquared_norms_and_has_a_gradient_where_they_
     norms = [np.linalg.norm(ours - theirs, axis=1).sum() for ours, theirs in zip(batch_moments, running_moments, strict=True)]
     assert term.item() == pytest.approx(0.7 * sum(norms), rel=1e-12)
 
-    # One layer is where it should be, the other is not.
+    # The moments of one layer equal the running ones, those of the other do not.
     reached = torch.ones(2, 2, 3).index_fill(1, torch.tensor(1), 2.0).requires_grad_()
     term = Objective(bn_moments=0.7).generator_terms(None, Observation(torch.zeros(1, 1), None, reached, torch.ones(2, 2, 3)))["bn_moments"]
     (gradient,) = torch.autograd.grad(term, reached)
@@ -209,7 +209,7 @@ def test_entropy_is_minimal_for_equal_class_frequencies_at_any_confidence() -> N
 
 
 def test_entropy_has_a_finite_gradient_where_no_sample_is_of_some_class() -> None:
-    # Raw logits are what L1 drives apart: beyond a gap of 104 a probability is 0 in float32.
+    # L1 compares raw logits: beyond a gap of 104 a probability is 0 in float32.
     logits = torch.tensor([[200.0, 0.0, 0.0], [200.0, 0.0, 1.0]], requires_grad=True)
     (gradient,) = torch.autograd.grad(entropy_of(logits), logits)
     assert gradient.isfinite().all()
@@ -248,17 +248,17 @@ def test_above_the_cap_the_adversary_is_the_cap_and_pushes_no_further(adversary:
 
 
 def clamped_js(student: Array, teacher: Array, temperature: float) -> float:
-    """As PRE-DFKD's public code has it: clamped and not renormalised, KL(m ‖ p), a mean over N·C."""
+    """Jensen–Shannon divergence of PRE-DFKD's public code: clamped, not renormalized, KL(m ‖ p), mean over N·C."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (student, teacher))
     m = np.clip((p + q) / 2, 0.01, 0.99)
     divergences = [m * (np.log(m) - np.log(np.clip(probabilities, 0.01, 0.99))) for probabilities in (p, q)]
     return float(np.mean(divergences))
 
 
-@pytest.mark.filterwarnings("error")  # PyTorch warns that kl_div's reduction="mean" is to mean something else
+@pytest.mark.filterwarnings("error")  # PyTorch warns about kl_div's reduction="mean"
 def test_the_public_codes_js_is_clamped_swapped_and_averaged_over_classes() -> None:
     student, teacher = pair(5, 7)
-    student = 4 * student  # some probabilities are clamped at either end, others are not
+    student = 4 * student  # some probabilities are clamped at each end
     term = Objective(adversary="js_clamped", temperature=1.5).generator_terms(student, Observation(teacher))["adversarial"]
     arrays = student.detach().numpy(), teacher.numpy()
     probabilities = softmax(arrays[0] / 1.5, axis=1)

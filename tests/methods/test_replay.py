@@ -119,17 +119,17 @@ def conditional(num_classes: int) -> Generator:
 
 def test_singular_vectors_of_a_spectral_norm_are_copied_so_that_the_average_is_normalised() -> None:
     torch.manual_seed(0)
-    player = build_generator(GeneratorSettings(model="B", latent_dim=6, width=2, spectral_norm=True), 3, 16).train()
-    source = EmaGenerator(player, 0.5)
+    original = build_generator(GeneratorSettings(model="B", latent_dim=6, width=2, spectral_norm=True), 3, 16).train()
+    source = EmaGenerator(original, 0.5)
     for _ in range(3):
         with torch.no_grad():
-            for parameter in player.parameters():
+            for parameter in original.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for _ in range(20):
-            player(torch.randn(4, 6))  # the power iteration goes on in every forward
-        source.follow(player)
+            original(torch.randn(4, 6))  # every forward pass runs a power iteration
+        source.follow(original)
     averaged = dict(source.generator.named_buffers())
-    vectors = [(averaged[name], vector) for name, vector in player.named_buffers() if name.endswith(("._u", "._v"))]
+    vectors = [(averaged[name], vector) for name, vector in original.named_buffers() if name.endswith(("._u", "._v"))]
     assert len(vectors) == 10
     for ours, theirs in vectors:
         assert torch.equal(ours, theirs)
@@ -169,13 +169,13 @@ Storage = Literal["float32", "half", "uint8"]
 
 
 def bank(slots: int = 3, rows: int = 2, *, every: int = 1, storage: Storage = "float32", cached_logits: bool = False) -> MemoryBank:
-    # Contents do not matter: they must not come out again.
+    # The contents must not be replayed.
     images, logits = torch.full((rows, 3, 4, 5), float("nan")), torch.full((rows, 7), float("nan"))
     return MemoryBank(images, logits, slots=slots, every=every, storage=storage, cached_logits=cached_logits)
 
 
 def fresh(number: int, rows: int = 4) -> Batch:
-    """Images that know their number, and the teacher's logits for them, which do too."""
+    """Images and logits that encode their number."""
     torch.manual_seed(number)
     return Batch(number + torch.rand(rows, 3, 4, 5) / 2, number + torch.rand(rows, 7) / 2, [Part(rows, 1.0)])
 
@@ -201,7 +201,7 @@ def test_a_ring_replays_the_newest_batches_uniformly_and_no_slot_that_is_not_fil
         number = int(images.min())
         assert torch.equal(images, stored_images[number])
         counts[number] += 1
-    # Six standard deviations of a binomial of 300 draws are 52 at most.
+    # Six standard deviations of a binomial distribution with 300 draws are at most 52.
     assert all(abs(count - 300 / len(alive)) < 52 for count in counts.values())
 
 
@@ -233,7 +233,7 @@ def test_uint8_storage_has_an_error_of_at_most_half_a_level_of_each_channels_ran
     actual = next(recalled for recalled, _ in draws(source, 20) if abs(recalled[0, 0, 0, 0].item() - 7) < 1)
     ranges = images.amax((0, 2, 3)) - images.amin((0, 2, 3))
     errors = (actual - images).abs().amax((0, 2, 3))
-    # Half a step, and a rounding of the largest magnitude.
+    # Half a quantization level plus rounding at the largest magnitude.
     assert (errors <= ranges / 255 / 2 + 4e-7 * images.abs().amax((0, 2, 3))).all()
     assert (errors[:2] > ranges[:2] / 255 / 4).all()
     assert torch.equal(actual[:, 2], images[:, 2])
@@ -272,18 +272,18 @@ def test_a_restored_bank_draws_the_same_batches_and_overwrites_the_same_slot(sto
 
 
 def vae_replay(**options: Any) -> VaeReplay:
-    """Of 2×8×8 images; its teacher is not frozen, so that a gradient that reached it would be seen."""
+    """Source of 2×8×8 images. Its teacher is not frozen, to detect gradients that reach it."""
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(108, 6)).eval()
     vae = Vae(5, 2, 8, width=3)
-    for _ in range(3):  # statistics that differ from those of a batch
+    for _ in range(3):  # running statistics that differ from those of a batch
         vae.decoder(1 + torch.randn(6, 5))
         vae.encode(torch.randn(6, 2, 8, 8) - 1)
     return VaeReplay(vae, teacher, rows=options.pop("rows", 4), fresh_rows=3, **options)
 
 
 def student_batch(seed: int = 1) -> Batch:
-    """Six fresh rows and four replayed ones."""
+    """A batch of six fresh and four replayed rows."""
     torch.manual_seed(seed)
     return Batch(torch.randn(10, 2, 8, 8), torch.randn(10, 6), [Part(6, 1.0), Part(4, 1.0)])
 
@@ -380,7 +380,7 @@ def test_a_leak_adds_the_gradients_of_every_draw_since_to_the_decoders_next_upda
     noise = torch.empty(7, 5).normal_(generator=stream(3))
     twin.loss(batch.images[rows], batch.teacher_logits[rows], noise).backward(inputs=list(twin.vae.parameters()))
     for parameter, other in zip(decoder, twin.vae.decoder.parameters(), strict=True):
-        # Adam's first average is a tenth of the gradient it was given.
+        # Adam's first moment is a tenth of the gradient.
         assert other.grad is not None
         torch.testing.assert_close(10 * source.optimizer.state[parameter]["exp_avg"], other.grad, rtol=1e-4, atol=1e-5)
     assert all(gradient is None for gradient in gradients(source.vae.parameters()))
@@ -424,7 +424,7 @@ def test_a_restored_autoencoder_continues_bitwise_with_its_leaked_gradients(leak
     source, restored = vae_replay(leak=leak), vae_replay(leak=leak)
     random = stream(5)
     continue_training(source)
-    source.latents(random)  # the leak of this draw is not yet in an update
+    source.latents(random)  # the gradient that this draw leaks is not yet part of an update
     saved, random_state = through_a_file(source.state_dict()), random.get_state()
     expected = continue_training(source)
     random.set_state(random_state)
@@ -437,7 +437,7 @@ def test_the_state_of_an_autoencoder_on_a_gpu_loads_on_a_cpu() -> None:
     first.learn(student_batch(), 0, stream())
     saved = first.state_dict()
     for group in saved["optimizer"]["param_groups"]:
-        group |= {"fused": True, "capturable": True}  # of which the last is an error on a CPU
+        group |= {"fused": True, "capturable": True}  # capturable is an error on a CPU
     second.load_state_dict(saved)
     expected, actual = (source.learn(student_batch(), 0, stream(1))["vae"] for source in (first, second))
     assert torch.equal(expected, actual)

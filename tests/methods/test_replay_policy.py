@@ -1,4 +1,4 @@
-"""A replay policy of a user's own: one class of settings, one memory, and nothing else of the package is touched."""
+"""A user-defined replay policy: a settings class and a replay source, without changes to the package."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ MakeTrainer = Callable[..., Trainer]
 
 
 class LastBatch(ReplaySource):
-    """Replays the last batch of the epoch before."""
+    """Replays the last batch of the previous epoch."""
 
     per_rank = stores_fresh = True
     steps = 1
@@ -105,7 +105,7 @@ def test_a_run_with_it_replays_and_resumes_bit_for_bit_from_every_iteration(sett
     whole.fit()
     assert rows == [*6 * [8], *6 * [8 + 4]]
     assert ["distance" in epoch.losses for epoch in whole.history] == [False, True]
-    assert whole.state.losses.values["distance"].shape == (3, 1)  # of the first student step of each iteration
+    assert whole.state.losses.values["distance"].shape == (3, 1)  # in the first student step of each iteration
 
     assert len(states) == 6
     for state in states:
@@ -131,9 +131,9 @@ def test_a_recipe_file_names_it_and_is_printed_with_its_table(settings: type[Pol
     expected = load_recipe("digits-vae").replay
     assert recipe.replay == dataclasses.replace(expected, kind="last_batch", last_batch=settings(share=0.5, minimum=7))  # type: ignore[call-arg]
     assert recipe.replay.table(VaeSettings) == expected.table(VaeSettings) != VaeSettings()
-    assert (recipe.replay.num_rows(48), recipe.replay.smallest_batch) == (16, 16)  # rows are those of digits-vae
+    assert (recipe.replay.num_rows(48), recipe.replay.smallest_batch) == (16, 16)  # the rows of recipe digits-vae
     text = recipe_to_toml(recipe)
-    assert "[replay.last_batch]\nshare = 0.5\nleast = 7\n" in text
+    assert "[replay.last_batch]\nshare = 0.5\nminimum = 7\n" in text
     assert recipe_from_toml(text, "it") == recipe
 
 

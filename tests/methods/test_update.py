@@ -23,7 +23,7 @@ PARTS = [
 
 
 def students(dense: bool) -> list[nn.Module]:
-    """Twins with batch norm, through which every row's loss reaches the others."""
+    """Two equal students with batch norm, so that the loss of each row depends on all rows."""
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
     layers += [nn.Conv2d(4, 5, 1)] if dense else [nn.Flatten(), nn.Linear(64, 5)]
@@ -107,7 +107,7 @@ def gradients(network: nn.Module) -> list[Tensor | None]:
 
 
 def smooth(normalised: bool, dense: bool = False) -> nn.Module:
-    """A student with curvature everywhere, of 2×3×3 images; a dense one labels 2×2 pixels."""
+    """A smooth student for 2×3×3 images; with ``dense``, it returns logits for 2×2 pixels."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(3) if normalised else nn.Identity()
     if dense:
@@ -122,7 +122,7 @@ def fresh_and_replayed(fresh: float = 1.0, replayed: float = 1.0, dense: bool = 
 
 
 def discrepancies(network: nn.Module, data: Batch, discrepancy: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """L_acq and L_ret at the network's present parameters."""
+    """L_acq and L_ret at the network's current parameters."""
 
     def of(rows: slice) -> Callable[[], Tensor]:
         part = [Part(len(data.images[rows]), 1.0)]
@@ -187,7 +187,7 @@ def test_first_order_drops_the_curvature_and_nothing_else(options: dict[str, flo
     update = Update(kind="first-order", **options)
     g = slope(acquire(), twin)
     vector_to_parameters(moved(theta, twin, acquire, update), twin.parameters())
-    # θ′ = (1 − αλ)θ − α∇L_acq(θ), with the last term taken for a constant.
+    # θ′ = (1 − αλ)θ − α∇L_acq(θ), with the last term treated as a constant.
     expected = 0.4 * g + 2.5 * (1 - update.inner_lr * update.inner_weight_decay) * slope(retain(), twin)
 
     exact = by_finite_differences(student, data, update, "kl")
@@ -271,7 +271,7 @@ def test_a_parameter_that_nothing_uses_gets_no_curvature_and_no_error(kind: Any)
 
 
 def through_the_inner_step(network: nn.Module, data: Batch, update: Update, discrepancy: str) -> list[Tensor]:
-    """The exact gradient in float64, with the graph of the inner step left in place."""
+    """The exact gradient in float64, differentiated through the inner step."""
     network = copy.deepcopy(network).double()
     images, targets, fresh = data.images.double(), data.teacher_logits.double(), data.parts[0].rows
     names, parameters = zip(*network.named_parameters(), strict=True)

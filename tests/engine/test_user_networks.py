@@ -1,4 +1,4 @@
-"""What a run leaves of the networks it was originals: trained tensors, and nothing else."""
+"""A training changes only the tensors of the user's networks."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ from tests.small import Networks, small_method
 
 
 class Own(nn.Sequential):
-    """z → images (1, 8, 8), with layers that are made faster on a CPU."""
+    """z → images (1, 8, 8), with layers that are optimized on a CPU."""
 
     latent_dim = 6
 
@@ -48,7 +48,7 @@ def networks() -> Networks:
 
 
 def described(network: nn.Module) -> list[object]:
-    """Of every module its name, class and mode, which of its parameters learn, and its hooks."""
+    """Returns name, class, mode, requires_grad flags and hooks of every module."""
     descriptions: list[object] = []
     for name, module in network.named_modules():
         learning = {key: parameter.requires_grad for key, parameter in module.named_parameters(recurse=False)}
@@ -76,7 +76,7 @@ def test_classes_modes_and_hooks_of_the_users_networks_do_not_change(precision: 
 
 
 class Wrapped(nn.Module):
-    """A network that returns its logits as others do, in a dtype of its own."""
+    """A network that returns its logits in another form and dtype."""
 
     def __init__(self, network: nn.Module, wrap: Callable[[Tensor], object], dtype: torch.dtype) -> None:
         super().__init__()
@@ -237,11 +237,11 @@ def test_a_state_dict_changes_nothing(make_trainer: MakeTrainer) -> None:
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_networks_with_older_norms_that_were_trained_before_are_distilled_and_averaged(norm: Callable[[nn.Module], nn.Module]) -> None:
     originals = networks()
-    with warnings.catch_warnings(action="ignore"):  # that they are deprecated
+    with warnings.catch_warnings(action="ignore"):  # deprecation warnings
         for layer in (originals[0][0], originals[1][0], originals[2][3]):  # type: ignore[index]
             norm(layer)
     for network, x in zip(originals, (torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.randn(2, 6)), strict=True):
-        network(x).sum().backward()  # what the norm keeps of it has a graph, which copy.deepcopy refuses
+        network(x).sum().backward()  # the norm keeps a tensor with a graph, which copy.deepcopy does not support
     method = small_method(replay=Replay(kind="ema_generator"))
     method = replace(method, loop=replace(method.loop, student_ema_decay=0.5), objective=replace(method.objective, bn_moments=1.0))
     trainer = Trainer(*originals, method)
@@ -251,7 +251,7 @@ def test_networks_with_older_norms_that_were_trained_before_are_distilled_and_av
 
 
 class WithoutResult(nn.Sequential):
-    """Sets its mode and returns nothing, as some networks that freeze their batch norms do."""
+    """Its train() returns None, as in some networks that freeze their batch norms."""
 
     latent_dim = 6
 
@@ -265,6 +265,6 @@ def test_a_network_whose_train_returns_nothing_is_distilled(make_trainer: MakeTr
     students = []
     for each in (originals, wrapped):
         trainer = make_trainer(small_method(), networks=each)
-        torch.manual_seed(0)  # of the dropout
+        torch.manual_seed(0)  # for dropout
         students.append(list(trainer.fit().parameters()))
     assert all(torch.equal(*pair) for pair in zip(*students, strict=True))
