@@ -25,14 +25,14 @@ __all__ = [
     "average_",
     "barrier",
     "broadcast_",
-    "exit_reported_elsewhere",
+    "failed_elsewhere",
     "fresh_namespace",
     "local_device",
     "mean",
     "process_group",
     "rank",
+    "reports_exit",
     "restarted",
-    "should_report_exit",
     "world_size",
 ]
 
@@ -130,7 +130,7 @@ def _interruptible(wait: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def exit_reported_elsewhere(*, wait: float) -> bool:
+def failed_elsewhere(*, wait: float) -> bool:
     """Whether another process of this attempt has reported why the command exits; always False without torchrun.
 
     Args:
@@ -146,13 +146,13 @@ def exit_reported_elsewhere(*, wait: float) -> bool:
         return False
 
 
-def should_report_exit() -> bool:
+def reports_exit() -> bool:
     """Whether this process should report why the command exits: True for the first caller of the group only.
 
     Other ranks wait :data:`REPORT_GRACE` seconds for rank 0, which therefore reports an error that all ranks raise. Every process
     reports if torchrun's store cannot be reached.
     """
-    if os.environ.get("RANK", "0") != "0" and exit_reported_elsewhere(wait=REPORT_GRACE):
+    if os.environ.get("RANK", "0") != "0" and failed_elsewhere(wait=REPORT_GRACE):
         return False
     try:
         return int(_torchrun_store().add(_exit_key(), 1)) == 1

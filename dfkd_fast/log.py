@@ -1,6 +1,6 @@
-"""What is told beside results: the logger ``dfkd_fast``, and how commands show what it is given.
+"""The logger ``dfkd_fast``, and how commands print its messages.
 
-Warnings are what a reader of the figures must know, information is how far a command is, debug messages are the parts of that.
+Warnings concern the results, info messages report progress, debug messages the parts of it.
 """
 
 import logging
@@ -12,13 +12,13 @@ from rich.console import Console
 from .choices import LogLevel
 from .console import print_line
 
-__all__ = ["LOGGER", "shown_on"]
+__all__ = ["LOGGER", "log_to_console"]
 
 LOGGER = logging.getLogger("dfkd_fast")
-LOGGER.addHandler(logging.NullHandler())  # whoever imports this package decides what is shown
+LOGGER.addHandler(logging.NullHandler())  # the importing program decides what is printed
 
 
-class _Shown(logging.Handler):
+class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
@@ -28,9 +28,9 @@ class _Shown(logging.Handler):
 
 
 @contextmanager
-def shown_on(console: Console, level: LogLevel = "info") -> Iterator[None]:
-    """Inside, messages of this level and above are lines on a console, and go nowhere else."""
-    handler, before = _Shown(console), (LOGGER.level, LOGGER.propagate)
+def log_to_console(console: Console, level: LogLevel = "info") -> Iterator[None]:
+    """Print messages of this level and above on a console, and nowhere else."""
+    handler, before = _ConsoleHandler(console), (LOGGER.level, LOGGER.propagate)
     LOGGER.addHandler(handler)
     LOGGER.setLevel(level.upper())
     LOGGER.propagate = False
@@ -38,5 +38,5 @@ def shown_on(console: Console, level: LogLevel = "info") -> Iterator[None]:
         yield
     finally:
         LOGGER.removeHandler(handler)
-        LOGGER.setLevel(before[0])  # not by assignment: it forgets what was enabled
+        LOGGER.setLevel(before[0])  # setLevel also clears the logger's cache of enabled levels
         LOGGER.propagate = before[1]

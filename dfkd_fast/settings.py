@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from .errors import shown
+from .errors import short_repr
 from .renamed import current_keywords
 
 __all__ = [
@@ -70,7 +70,7 @@ BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 def _check_file_name(name: str) -> str:
     if not name or name[0] == "." or "/" in name or not name.isprintable() or name != name.strip() or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(
-            f"{shown(name)} must be the name of a folder: printable, without '/', at most {MAX_NAME_BYTES} bytes,"
+            f"{short_repr(name)} must be the name of a folder: printable, without '/', at most {MAX_NAME_BYTES} bytes,"
             " no leading dot, no leading or trailing space"
         )
     return name

@@ -1,4 +1,4 @@
-"""Where a command computes."""
+"""The device of a command."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from dfkd_fast.engine.device import pick_device
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import BackendError
 
-__all__ = ["computing_on"]
+__all__ = ["device_context"]
 
 
 @contextmanager
-def computing_on(name: DeviceName) -> Iterator[torch.device]:
-    """Gives this process's device; inside, the processes that torchrun started are a group.
+def device_context(name: DeviceName) -> Iterator[torch.device]:
+    """Yields this process's device; inside, the processes of torchrun form a process group.
 
     Raises:
-        DfkdError: there is no such device, or the kernels' backend that is forced does not exist or does not serve a call.
+        DfkdError: the device does not exist, or a forced kernel backend does not exist or does not support a call.
     """
     try:
         device = distributed.local_device(pick_device(name))
