@@ -159,7 +159,7 @@ def prepare(
     """Returns the state of a training before its first step.
 
     Args:
-        teacher: Teacher, moved to the device in place. All other changes are made to copies of the modules, here and below.
+        teacher: Teacher, moved to the device in place. Other changes are made to copies of the modules only.
         student: Student, moved to the device in place.
         generator: Generator, moved to the device in place.
         method: Configuration with a resolved ``engine.precision``.

@@ -216,8 +216,8 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
 
 
 def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_ended(make_trainer: MakeTrainer) -> None:
-    wanted = method(replay="ema_generator", objective=EVERY_TERM, generator_pretraining=4, generator_lr=0.05)
-    trainer = make_trainer(wanted, networks=normalised_networks(conditional=True))
+    config = method(replay="ema_generator", objective=EVERY_TERM, generator_pretraining=4, generator_lr=0.05)
+    trainer = make_trainer(config, networks=normalised_networks(conditional=True))
     student, generator = weights(trainer.student), weights(trainer.generator)
     stop_in_pretraining(trainer, 4)
     trainer.fit()
@@ -355,10 +355,10 @@ def test_pretraining_with_only_the_adversarial_term_is_rejected() -> None:
 
 @pytest.mark.parametrize("term", ["class_nll", "embedding_norm"])
 def test_a_class_term_is_rejected_with_an_unconditional_generator(make_trainer: MakeTrainer, term: str) -> None:
-    wanted = method(objective=Objective(**{term: 1.0}))  # type: ignore[arg-type]
+    config = method(objective=Objective(**{term: 1.0}))  # type: ignore[arg-type]
     with pytest.raises(DfkdError, match=f"objective.{term}.*generator.conditional = true"):
-        make_trainer(wanted, networks=normalised_networks())
-    make_trainer(wanted, networks=normalised_networks(conditional=True)).fit()
+        make_trainer(config, networks=normalised_networks())
+    make_trainer(config, networks=normalised_networks(conditional=True)).fit()
 
 
 def test_embeddings_of_a_conditional_generator_are_trained_and_used_without_conditional_terms(make_trainer: MakeTrainer) -> None:
