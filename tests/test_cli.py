@@ -313,7 +313,7 @@ def test_what_a_user_can_fix_is_one_line_and_exit_code_2(run: Run, arguments: li
             ["doctor", "--teacher", "digits", "--weights", "package", "--weights-key", "a"],
             "teacher.weights_key (--weights-key) = 'a': must be empty for teacher.weights (--weights) = 'package'",
         ),
-        (["teach", "digits", "--device", "cuda"], "PyTorch sees no GPU here; use 'cpu' (--device cpu), and see dfkd-fast doctor"),
+        (["teach", "digits", "--device", "cuda"], "no GPU is available to PyTorch; use 'cpu' (--device cpu), or run dfkd-fast doctor"),
         (["show", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
         (["evaluate", "--recipe", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
         (["distill", "digits", "--set", "data.rot=2"], "did you mean 'data.root'? must be one of data.batch_size, "),
@@ -373,7 +373,7 @@ def test_doctor_names_everything_optional(run: Run) -> None:
     ("backend", "message"),
     [
         ("fast", "DFKD_FAST_BACKEND must be one of reference, numba, triton, cuda, not 'fast'"),
-        ("triton", "the kernels' backend triton is forced, and does not serve it"),
+        ("triton", "device 'cpu': not supported by the forced kernel backend 'triton'"),
     ],
 )
 def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(

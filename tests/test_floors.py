@@ -14,9 +14,9 @@ ROOT = Path(dfkd_fast.__file__).parent
 FLOORS = [
     {"kernels"},
     {"errors", "labels", "choices", "interrupt"},
-    {"environment", "console"},
+    {"environment", "console", "renamed"},
     {"settings", "files", "doctor", "distributed"},
-    {"locks", "log", "renamed", "out_of_memory"},
+    {"locks", "log", "out_of_memory"},
     {"recipe_files"},
     {"surgery"},
     {"models"},

@@ -178,8 +178,8 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
         teacher, loader, recipe.teacher_optimizer, settings.epochs, stream, run.device, focal_gamma=settings.focal_gamma
     )
     run.resume(training, run.folder.teacher_checkpoints)
-    with Progress(run.console, "teacher", settings.epochs, len(loader), training.done * len(loader)) as progress:
-        training.on_batch = lambda count: progress.iteration(training.done * len(loader) + count)
+    with Progress(run.console, "teacher", settings.epochs, len(loader), training.epochs_done * len(loader)) as progress:
+        training.on_batch = lambda count: progress.iteration(training.epochs_done * len(loader) + count)
         run.train(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
     seconds = training.clock.read()["teacher"]
     run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
