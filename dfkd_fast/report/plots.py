@@ -196,11 +196,11 @@ def _plot_accuracy(axes: Axes, epochs: Sequence[Epoch], teacher_accuracy: float 
         axes.plot(*zip(*accuracies, strict=True), marker=_marker(accuracies), color=STUDENT, label=label)
     unaveraged = [(epoch.number, epoch.unaveraged_accuracy) for epoch in epochs if epoch.unaveraged_accuracy is not None]
     if unaveraged:
-        axes.plot(*zip(*unaveraged, strict=True), color=STUDENT, alpha=0.5, linewidth=1, label="student without weight averaging")
+        axes.plot(*zip(*unaveraged, strict=True), color=STUDENT, alpha=0.5, linewidth=1, label="student (no EMA)")
     if teacher_accuracy is not None:
         ink = matplotlib.rcParams["text.color"]
         axes.axhline(teacher_accuracy, color=ink, linestyle="--", linewidth=1.2, label=f"teacher ({teacher_accuracy:.2f} %)")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2, fontsize="small")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2, fontsize="small")
     axes.set_ylabel(f"{axis_name(metric)} (%)")
     _finish(axes)
 
