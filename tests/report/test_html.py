@@ -40,7 +40,7 @@ def finished_run(path: Path, name: str = "digits", overrides: dict[str, Any] | N
         images = torch.randn(9, data.channels, data.image_size, data.image_size)
         maps = [torch.randint(256, (9, 3, data.image_size, data.image_size), dtype=torch.uint8)] * (2 if segmentation else 0)
         folder.save_samples(images, data.mean, data.std, epoch, maps)
-    figures = retention(CURVE, 93.0).__dict__
+    statistics = retention(CURVE, 93.0).__dict__
     summary = {
         "recipe": recipe.name,
         "device": "cpu",
@@ -50,8 +50,8 @@ def finished_run(path: Path, name: str = "digits", overrides: dict[str, Any] | N
         "precision": "fp32",
         "metric": data.metric,
         "teacher_accuracy": 98.0,
-        "student_accuracy": {key: figures[key] for key in ("last", "best", "mean", "variance")},
-        "retention": figures,
+        "student_accuracy": {key: statistics[key] for key in ("last", "best", "mean", "variance")},
+        "retention": statistics,
         "notes": [],
         "drift": None,
         "seconds": {"total": 200.0, "teacher": 20.0, "generator": 30.0, "student": 100.0, "evaluation": 10.0},
@@ -228,11 +228,11 @@ def test_every_finished_run_has_a_report_which_is_removed_when_epochs_are_left(r
 
 
 WRAPPER = """<!DOCTYPE html><title>wrapper</title><style>iframe {{ width: {width}px; height: 900px; border: 0; }}</style>
-<iframe src="{report}"></iframe><pre id="seen"></pre>
+<iframe src="{report}"></iframe><pre id="rendered"></pre>
 <script>
 addEventListener("load", () => {{
   const page = document.querySelector("iframe").contentDocument;
-  document.getElementById("seen").textContent = JSON.stringify({{
+  document.getElementById("rendered").textContent = JSON.stringify({{
     title: page.title,
     images: [...page.images].map(image => image.naturalWidth),
     panels: [...page.querySelectorAll("figure > svg")].map(svg => svg.getBoundingClientRect().height),
@@ -260,9 +260,9 @@ def browse(tmp_path: Path) -> Callable[[Path, int], dict[str, Any]]:
             [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", wrapper.as_uri()], capture_output=True, text=True, check=True
         )
         assert "CONSOLE" not in said.stderr, [line for line in said.stderr.splitlines() if "CONSOLE" in line]
-        seen = re.search(r'<pre id="seen">(.*?)</pre>', said.stdout, re.DOTALL)
-        assert seen is not None
-        return dict(json.loads(html.unescape(seen[1])))
+        rendered = re.search(r'<pre id="rendered">(.*?)</pre>', said.stdout, re.DOTALL)
+        assert rendered is not None
+        return dict(json.loads(html.unescape(rendered[1])))
 
     return browse
 
@@ -274,10 +274,10 @@ def test_a_browser_renders_the_page_without_errors_and_without_horizontal_scroll
     changes = {"student.model": f"module:{'a' * 100}", "data.root": f"/{'b' * 100}"}
     folder = finished_run(tmp_path / "run", "shapes", overrides=changes, notes=["c" * 300])
     write_report(folder)
-    seen = browse(folder.report, width)
-    assert seen["title"].startswith("shapes, seed 0")
-    assert seen["images"] == [32, 32, 32]
-    assert len(seen["panels"]) == 3
-    assert min(seen["panels"]) > 150
-    assert width - 20 < seen["width"] <= width  # a scrollbar at most
-    assert seen["needed"] == seen["width"]
+    rendered = browse(folder.report, width)
+    assert rendered["title"].startswith("shapes, seed 0")
+    assert rendered["images"] == [32, 32, 32]
+    assert len(rendered["panels"]) == 3
+    assert min(rendered["panels"]) > 150
+    assert width - 20 < rendered["width"] <= width  # a scrollbar at most
+    assert rendered["needed"] == rendered["width"]

@@ -64,10 +64,10 @@ def test_samples_are_read_back_from_their_grid(tmp_path: Path, count: int, label
     pixels = values[..., None, None, None].expand(-1, -1, 3, 8, 8)
     maps = [(pixels[:, index] * 255).round().byte() for index in range(1, 1 + label_maps)]
     save_samples(pixels[:, 0], (0.0,) * 3, (1.0,) * 3, tmp_path / "grid.png", maps)
-    for wanted in (1, count, 100):
-        samples = read_samples(tmp_path / "grid.png", 8, label_maps, wanted)
+    for requested in (1, count, 100):
+        samples = read_samples(tmp_path / "grid.png", 8, label_maps, requested)
         read = torch.tensor([[np.asarray(image).mean() / 255 for image in sample] for sample in samples])
-        assert len(samples) >= min(wanted, count)
+        assert len(samples) >= min(requested, count)
         assert torch.allclose(read[:count], values[: len(samples)].double(), atol=0.005)
         assert all(np.asarray(image).std() == 0 and image.size == (8, 8) for sample in samples[:count] for image in sample)
 
