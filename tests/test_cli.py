@@ -64,7 +64,7 @@ def test_distill_leaves_everything_in_its_folder(tiny_run: Path) -> None:
     assert min(seconds.values()) > 0
     assert summary["peak_memory_bytes"] > 50e6
 
-    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
+    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
     assert Image.open(tiny_run / "samples" / "epoch-0003.png").size == (3 * 33 + 1, 3 * 33 + 1)
     assert Image.open(tiny_run / "curves.png").size > (400, 400)
     assert list((tiny_run / "checkpoints").glob("iteration-*.pt"))

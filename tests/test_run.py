@@ -464,7 +464,7 @@ def test_a_summary_tells_of_finished_runs_only(run: Run, tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", killed)
         assert run("distill", "digits", "--out", "b", "--resume").code == 130
-    assert "holds no finished run" in run("compare", "b").err
+    assert "is not a finished run" in run("compare", "b").err
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
     assert run("compare", "b").code == 0
 
