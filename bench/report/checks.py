@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from dfkd_fast.errors import DfkdError
 
 from ..gpu.records import Record
-from .figures import is_gpu
+from .results import is_gpu
 
 __all__ = ["check_record", "check_row", "check_run"]
 

@@ -126,7 +126,7 @@ def test_a_bad_run_is_refused_and_changes_nothing(root: Path, tmp_path: Path, co
     refused(root, tmp_path / "run")
 
 
-def test_a_run_without_what_the_readme_says_of_a_cpu_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_cpu_without_the_columns_of_its_table_is_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text(json.dumps(Device("x86_64 AVX512, 2 threads", 1).run(0, 98.0).row))
     (tmp_path / "run" / "recipe.toml").write_text('[data]\nname = "digits"\nroot = ""\n')
@@ -157,8 +157,8 @@ def test_a_wrong_result_s_error_need_not_be_finite(root: Path, tmp_path: Path) -
     assert "cuda wrong" in shown(root, gpu.KERNELS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/gpu.md"])
-def test_a_document_without_a_place_for_a_table_is_found_before_anything_is_written(root: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/gpu.md"])
+def test_a_document_without_the_marker_of_a_table_is_refused_before_anything_is_written(root: Path, tmp_path: Path, name: str) -> None:
     (root / name).write_text("nothing\n")
     before = all_files(root)
     with pytest.raises(DfkdError, match="has no line"):

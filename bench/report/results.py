@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from .. import table
 
-__all__ = ["Figures", "is_gpu"]
+__all__ = ["Results", "is_gpu"]
 
 
 @dataclass(frozen=True)
-class Figures:
+class Results:
     """The files of a folder of results."""
 
     folder: Path

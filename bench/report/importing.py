@@ -1,4 +1,4 @@
-"""Takes sources into bench/results: folders of runs, and what ``python -m bench gpu`` wrote."""
+"""Import of sources into bench/results: run folders, and what ``python -m bench gpu`` wrote."""
 
 import json
 import tomllib
@@ -17,11 +17,11 @@ from ..gpu.records import read as read_records
 from ..gpu.summary import latest
 from ..micro import rows as micro_rows
 from .checks import check_record, check_row, check_run
-from .figures import Figures, is_gpu
-from .readme import command
+from .cpu import command
+from .results import Results, is_gpu
 from .summaries import TABLES, merged, portable, summarize, write_summary
 
-__all__ = ["Intake"]
+__all__ = ["Importer"]
 
 RECORDS = "results.jsonl"
 SHARED = ("device", "torch", "triton", "numba", "commit", "command")
@@ -30,8 +30,8 @@ END_TO_END_KEY = ("recipe", "batch_size", "precision", "contender")
 
 
 @dataclass
-class Intake:
-    """What was read from the sources, checked and ready to be written."""
+class Importer:
+    """The rows and runs read from the sources, validated and ready to be written."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     micro: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -161,7 +161,7 @@ def _write_runs(results: Path, entries: Iterable[dict[str, Any]]) -> None:
     def key(entry: dict[str, Any]) -> tuple[str, str, str, int]:
         return entry["recipe"], entry["device_name"], command(entry), entry["seed"]
 
-    runs = {key(entry): entry for entry in [*Figures(results).runs, *entries]}
+    runs = {key(entry): entry for entry in [*Results(results).runs, *entries]}
     results.mkdir(parents=True, exist_ok=True)
     with replacing(results / "distill.jsonl") as part:
         part.write_text("".join(json.dumps(runs[one]) + "\n" for one in sorted(runs)))
