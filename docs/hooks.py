@@ -54,4 +54,4 @@ def _commands() -> str:
     """Every command with its options, as Markdown from typer."""
     command = [sys.executable, "-m", "typer", "dfkd_fast.cli", "utils", "docs", "--name", "dfkd-fast"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return text.partition("\n")[2]  # without a second title of the page
+    return text[text.index("## ") :]  # the page has a title and a table of commands of its own

@@ -46,14 +46,14 @@ def sections(results: Results) -> dict[str, str]:
 def run_table(entries: list[dict[str, Any]]) -> str:
     """One row for each recipe and device: means over its seeds, and each seed where a mean may hide the spread."""
     titles = (
-        *("command", "seeds", "teacher", "last epoch", "best epoch", "mean", "variance", "variance, last ¾"),
+        *("recipe", "seeds", "teacher", "last epoch", "best epoch", "mean", "variance", "variance, last ¾"),
         *("largest drop", "time (s)", "device"),
     )
     rows = []
     for alike in by_seed(entries):
         retained = [entry["retention"] for entry in alike]
         cells = [
-            command(alike[0]),
+            code(alike[0]["recipe"]),
             ", ".join(str(entry["seed"]) for entry in alike),
             mean_and_seeds([entry["teacher_accuracy"] for entry in alike]),
             mean_and_seeds([one["last"] for one in retained]),
@@ -72,14 +72,14 @@ def segmentation_table(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return NOT_MEASURED
     titles = (
-        *("command", "seeds", "teacher mIoU", "last epoch", "best epoch", "last / teacher", "largest drop"),
+        *("recipe", "seeds", "teacher mIoU", "last epoch", "best epoch", "last / teacher", "largest drop"),
         *("teacher (s)", "student (s)", "device"),
     )
     rows = []
     for alike in by_seed(entries):
         shares = [entry["retention"]["last"] / entry["teacher_accuracy"] for entry in alike]
         cells = [
-            command(alike[0]),
+            code(alike[0]["recipe"]),
             ", ".join(str(entry["seed"]) for entry in alike),
             mean_and_seeds([entry["teacher_accuracy"] for entry in alike]),
             mean_and_seeds([entry["retention"]["last"] for entry in alike]),

@@ -68,21 +68,25 @@ def test_every_key_of_a_recipe_is_documented_under_its_section() -> None:
         assert f"`{key}`" in texts[0], f"{section}.{key}"
 
 
-@pytest.mark.parametrize("line", [line for line in command_lines("dfkd-fast") if not is_usage(line)])
-def test_a_command_line_of_the_documentation_parses(line: str) -> None:
-    command = typer.main.get_command(app)
-    name, *arguments = shlex.split(line.replace("--seed N", "--seed 0"))[1:]
+PROGRAMS = {"dfkd-fast": app, "torchrun": app, "python -m bench": bench_app}
+LINES = [(program, line) for program in PROGRAMS for line in command_lines(program) if not is_usage(line)]
+
+
+@pytest.mark.parametrize(("program", "line"), LINES)
+def test_a_command_line_of_the_documentation_parses(program: str, line: str) -> None:
+    command = typer.main.get_command(PROGRAMS[program])
+    start = "-m dfkd_fast " if program == "torchrun" else f"{program} "
+    name, *arguments = shlex.split(line.partition(start)[2].replace("--seed N", "--seed 0"))
     if name.startswith("-"):
-        command.make_context("dfkd-fast", [name, *arguments], resilient_parsing=True)
+        command.make_context(program, [name, *arguments], resilient_parsing=True)
         return
-    chosen = command.commands[name]  # type: ignore[attr-defined]
-    chosen.make_context(name, arguments)
+    command.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
 
 
 def test_the_command_lines_of_the_documentation_are_found() -> None:
-    lines = command_lines("dfkd-fast")
-    assert "dfkd-fast distill digits" in lines
-    assert len([line for line in lines if not is_usage(line)]) > 15
+    assert ("dfkd-fast", "dfkd-fast distill digits") in LINES
+    assert {program for program, _ in LINES} == set(PROGRAMS)
+    assert len(LINES) > 25
 
 
 def test_every_file_of_the_repository_that_a_page_links_to_exists() -> None:
