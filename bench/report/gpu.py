@@ -15,9 +15,9 @@ NOT_MEASURED = "Not measured on a GPU yet: `python -m bench gpu` fills this tabl
 EXTRACT_NOT_MEASURED = "On a GPU: not measured yet ([GPU results](gpu.md) says how to measure)."
 EXTRACT = 6  # rows of an extract
 SHOWN_KERNELS = 10  # of the most expensive ones of a recipe
-SHOWN_REASONS = 25  # why cases of a device did not pass
-HOST_TIME = r"\*"  # of a comparison with a time that includes the host's
-WITHOUT_COMPILE = "†"  # of a comparison for which torch.compile was not timed
+SHOWN_REASONS = 25  # of a device's cases that did not pass
+HOST_TIME = r"\*"  # a compared time includes the host's
+WITHOUT_COMPILE = "†"  # torch.compile was not timed
 OURS = ("cuda", "triton", "fused_ema")
 PEERS = {"compile": "torch.compile"}
 NOT_A_PEER = (*OURS, "reference", "numba")
@@ -164,7 +164,7 @@ def profile(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def stages(summaries: Sequence[dict[str, Any]]) -> str:
-    """How every stage ended, and why cases did not pass."""
+    """The status of every stage, and the reasons of cases that did not pass."""
     ended = [(summary, name, stage) for summary in summaries for name, stage in summary["stages"].items()]
     cells = [Cell((name,), summary["device"], _stage_cell(stage) + _stage_mark(stage["origin"], summary)) for summary, name, stage in ended]
     origins = [{"device": summary["device"], **stage["origin"]} for summary, _, stage in ended]
@@ -194,7 +194,7 @@ def _stage(summary: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _mark(row: Mapping[str, Any], newest: Mapping[str, str]) -> str:
-    """Behind a figure: its commit, where the newest results of its device are of another."""
+    """The commit of a value, if the newest results of its device are of another commit; else empty."""
     commit = row["commit"]
     return "" if newest.get(row["device"], commit) == commit else f" ({code(commit, 40)})"
 
@@ -309,7 +309,7 @@ def _method_cells(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> 
 
 
 def _extract(titles: Sequence[str], cells: Iterable[Cell], caption: str) -> str:
-    """The first rows of a table, under one line that says what they are."""
+    """The first rows of a table, below a caption."""
     listed = list(cells)
     rows = list(dict.fromkeys(cell.labels for cell in listed))[:EXTRACT]
     shown = [cell for cell in listed if cell.labels in rows]
@@ -322,7 +322,7 @@ def _row_origins(device: str, stage: Mapping[str, Any], rows: Iterable[Mapping[s
 
 
 def _section(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table, and where the figures of each device come from."""
+    """A table, and the commit, versions and commands of each device's values."""
     groups = _grouped(rows, ("device", "commit", "torch", "triton", "numba"))
     lines = []
     for group in sorted(groups, key=lambda group: str(group[0]["device"])):

@@ -25,7 +25,7 @@ __all__ = ["Importer"]
 
 RECORDS = "results.jsonl"
 SHARED = ("device", "torch", "triton", "numba", "commit", "command")
-"""What a row takes from its record's origin where it does not say it itself."""
+"""Columns that a row without them takes from its record's origin."""
 END_TO_END_KEY = ("recipe", "batch_size", "precision", "contender")
 
 
@@ -57,7 +57,7 @@ class Importer:
             )
 
     def write(self, results: Path) -> list[str]:
-        """Replace what the files hold of the same cases and devices.
+        """Replace the rows of the same cases and devices in the files.
 
         Args:
             results: the folder of the files.
@@ -76,13 +76,13 @@ class Importer:
         for device, summary in self.summaries.items():
             stages = write_summary(results / f"gpu-{provenance.file_name(device)}.json", summary)["stages"]
             counts = [(len(self.micro.get(device, ())), "kernel"), (len(self.end_to_end.get(device, ())), "end-to-end")]
-            figures = ", ".join(f"{count} {name} rows" for count, name in counts)
+            counted = ", ".join(f"{count} {name} rows" for count, name in counts)
             ended = [
                 f"{name} {stage['status']}"
-                + ("" if stages[name]["origin"] == stage["origin"] else f" (what {stages[name]['origin']['commit']} found stays)")
+                + ("" if stages[name]["origin"] == stage["origin"] else f" (results of {stages[name]['origin']['commit']} are kept)")
                 for name, stage in summary["stages"].items()
             ]
-            lines.append(f"{device}: {figures}, stages {', '.join(ended)}, at {summary['commit']}")
+            lines.append(f"{device}: {counted}, stages {', '.join(ended)}, at {summary['commit']}")
         return lines
 
     def _read_records(self, path: Path) -> None:
@@ -103,7 +103,7 @@ class Importer:
             check_row(path, record, record.row)
             return
         if record.table != "micro" and record.status != "ok":
-            return  # a part of a run, or of a contender that failed, is not a figure
+            return  # of an incomplete run, or of a contender that failed
         row: dict[str, Any] = {"commit": "unknown", "command": ""}
         row |= {name: record.origin[name] for name in SHARED if record.origin.get(name)} | record.row
         if record.table == "accuracy":
@@ -132,7 +132,7 @@ def _by_device(path: Path) -> dict[str, list[Record]]:
     for record in records:
         check_record(path, record)
     if any(record.origin.get("rehearsal") for record in records):
-        raise DfkdError(f"{path}: is a rehearsal's: a CPU's figures are not a GPU's")
+        raise DfkdError(f"{path}: is a rehearsal's: times of a CPU are not a GPU's")
     if not all(record.origin.get("device") for record in records):
         raise DfkdError(f"{path}: has a record that does not say on which device it was measured")
     devices: dict[str, list[Record]] = {}
@@ -142,7 +142,7 @@ def _by_device(path: Path) -> dict[str, list[Record]]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """A run's summary, with what was run and at which commit."""
+    """A run's summary, with its command and commit."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
         recipe = tomllib.loads((folder / "recipe.toml").read_text())
@@ -168,7 +168,7 @@ def _write_runs(results: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_end_to_end(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Add contenders to the others of a device; columns that only a GPU has come last."""
+    """Merge contenders into a device's file; columns that only GPUs have come last."""
     old = table.read(path) if path.exists() else []
     contenders = {tuple(row.get(name, "") for name in END_TO_END_KEY): row for row in [*old, *rows]}
     columns = dict.fromkeys([*table.names(end_to_end.Row), *(name for row in contenders.values() for name in row)])

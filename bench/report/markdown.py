@@ -43,7 +43,7 @@ def by_device(titles: Sequence[str], cells: Iterable[Cell]) -> str:
         cells: at most one for each row and device.
 
     Raises:
-        ValueError: a row has two cells of one device, which no table may mix.
+        ValueError: a row has two cells of one device.
     """
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for cell in cells:
@@ -81,10 +81,10 @@ def fill(path: Path, sections: dict[str, str]) -> str:
     """
     text = path.read_text()
     for begin, section in sections.items():
-        before, found, rest = text.partition(begin)
+        before, marked, rest = text.partition(begin)
         _, ended, after = rest.partition(END)
-        if not found or not ended:
-            raise DfkdError(f"{path}: has no line {begin if not found else END!r} to {'begin' if not found else 'end'} a generated table")
+        if not marked or not ended:
+            raise DfkdError(f"{path}: has no line {begin if not marked else END!r} to {'end' if marked else 'begin'} a generated table")
         # A name that looks like a marker must not be mistaken for one the next time.
         escaped = section.replace("<!--", "&lt;!--")
         text = f"{before}{begin}\n{escaped}\n{END}{after}"

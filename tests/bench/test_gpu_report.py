@@ -73,14 +73,14 @@ def test_failures_and_reasons_are_shown_for_the_device_that_has_them(root: Path,
     assert "`Skipped: needs apex`" in reasons
 
 
-def test_a_stage_that_was_killed_is_its_device_s_failure(root: Path, tmp_path: Path) -> None:
+def test_a_killed_stage_is_a_failure_of_its_device(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     killed = device.record("tests", "", "failed", "its process was killed by SIGSEGV")
     report.main([write(tmp_path / "one.jsonl", [*device.everything()[:3], killed])], root)
     assert column(shown(root, gpu.STAGES), H200)["tests",] == "failed: `its process was killed by SIGSEGV`"
 
 
-def test_the_same_device_again_replaces_its_figures_and_no_other_s(root: Path, tmp_path: Path) -> None:
+def test_a_second_import_of_a_device_replaces_its_values_and_no_others(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), *Device(H100, 2).everything()])], root)
     before = all_files(root)
     again = Device(H200, 3)
@@ -94,7 +94,7 @@ def test_the_same_device_again_replaces_its_figures_and_no_other_s(root: Path, t
     assert all_files(root) == before
 
 
-def test_a_later_call_adds_to_what_an_earlier_one_found(root: Path, tmp_path: Path) -> None:
+def test_a_later_call_adds_to_the_results_of_an_earlier_one(root: Path, tmp_path: Path) -> None:
     first, later = Device(H200, 1), Device(H200, 1, commit="def5678-dirty")
     report.main([write(tmp_path / "one.jsonl", first.everything())], root)
     left = later.record("tests", "", "left", "3 s are left, and it needs 30: the next call runs it")
@@ -110,7 +110,7 @@ def test_a_later_call_adds_to_what_an_earlier_one_found(root: Path, tmp_path: Pa
         assert "commit `def5678-dirty` (with uncommitted changes)" in shown(root, begin)
 
 
-def test_under_each_table_stand_commit_versions_and_command_without_the_machine_s_folders(root: Path, tmp_path: Path) -> None:
+def test_commit_versions_and_command_are_listed_below_each_table_without_paths(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     line = f"- {H200}: commit `abc1234`, torch 2.11.0, triton 3.6.0, `python -m bench gpu --minutes 9 --out DIR`"
     for begin in (gpu.ENVIRONMENT, gpu.KERNELS, gpu.END_TO_END, gpu.PROFILE, gpu.STAGES):
@@ -118,7 +118,7 @@ def test_under_each_table_stand_commit_versions_and_command_without_the_machine_
     assert not any(b"/scratch" in content for content in all_files(root).values())
 
 
-def test_figures_of_a_gpu_stay_out_of_the_tables_of_a_cpu(root: Path, tmp_path: Path) -> None:
+def test_results_of_a_gpu_do_not_enter_the_tables_of_a_cpu(root: Path, tmp_path: Path) -> None:
     cpu = table.read(ROOT / "bench" / "results" / "micro-x86_64-avx2-2-threads.csv")
     table.write(root / "bench" / "results" / "micro-x86_64-avx2-2-threads.csv", tuple(cpu[0]), cpu)
     report.main((), root)
@@ -156,13 +156,13 @@ def test_columns_that_only_a_gpu_has_are_kept(root: Path, tmp_path: Path) -> Non
     assert json.loads(rows[1]["settings"]) == {"tf32": True}
 
 
-def test_what_the_device_waited_for_the_host_can_be_told(root: Path, tmp_path: Path) -> None:
+def test_number_and_time_of_an_iteration_s_kernels_are_shown(root: Path, tmp_path: Path) -> None:
     record = Device(H200, 1).contender("plain", 0.034, kernels_per_iteration=853.0, kernel_seconds=0.0252)
     report.main([write(tmp_path / "one.jsonl", [record])], root)
     assert set(column(shown(root, gpu.END_TO_END), H200).values()) == {"0.034 s/iteration, 1234 MiB, 853 kernels of 0.0252 s"}
 
 
-def test_a_part_of_a_run_is_no_figure(root: Path, tmp_path: Path) -> None:
+def test_an_incomplete_run_is_not_a_result(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     part = Record("accuracy", "mnist-dfad seed 0", "left", "cut at epoch 2", table="accuracy", row={"epoch": 2}, origin=device.origin)
     report.main([write(tmp_path / "one.jsonl", [part])], root)
@@ -192,7 +192,7 @@ def test_any_name_stays_in_its_cell(root: Path, tmp_path: Path, name: str) -> No
             assert line.count("`") % 2 == 0 or name.count("`")
 
 
-def test_a_campaign_whose_stages_were_all_killed_is_stored_and_costs_no_figure(root: Path, tmp_path: Path) -> None:
+def test_a_call_whose_stages_were_all_killed_is_stored_and_removes_no_value(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     later = Device(H200, 1, commit="def5678")
     names = ("environment", "smoke", "tests", "micro", "end-to-end", "accuracy")
@@ -219,7 +219,7 @@ def test_a_campaign_whose_stages_were_all_killed_is_stored_and_costs_no_figure(r
     )
 
 
-def test_a_figure_stays_with_its_commit_until_a_newer_one_replaces_it(root: Path, tmp_path: Path) -> None:
+def test_a_value_is_kept_with_its_commit_until_a_newer_one_replaces_it(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), Device(H200, 1).kernel("triton", 8)])], root)
     later = Device(H200, 1, commit="def5678")
     records = [
@@ -264,19 +264,19 @@ def test_a_failure_at_the_same_commit_replaces_the_time(root: Path, tmp_path: Pa
     assert set(column(shown(root, gpu.KERNELS), H200).values()) == {"cuda wrong"}
 
 
-def test_stages_stand_in_their_order_whichever_was_taken_in_first(root: Path, tmp_path: Path) -> None:
+def test_stages_are_listed_in_their_order_whichever_was_imported_first(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     for name in ("micro", "environment", "smoke"):
         report.main([write(tmp_path / f"{name}.jsonl", [device.record(name, "case")])], root)
     assert list(column(shown(root, gpu.STAGES), H200)) == [("environment",), ("smoke",), ("micro",)]
 
 
-def test_kernels_of_a_profile_are_no_cases(root: Path, tmp_path: Path) -> None:
+def test_kernels_of_a_profile_are_not_counted_as_cases(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     assert column(shown(root, gpu.STAGES), H200)["end-to-end",].startswith("2 passed, left: ")
 
 
-def test_a_run_s_folder_is_taken_in_at_the_commit_checked_out(root: Path, tmp_path: Path) -> None:
+def test_a_run_folder_is_imported_at_the_commit_checked_out(root: Path, tmp_path: Path) -> None:
     summary = Device(H200, 1).run(3, 98.0).row | {"recipe": "mnist-dfad"}
     del summary["command"]
     (tmp_path / "run").mkdir()

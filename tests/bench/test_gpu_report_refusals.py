@@ -152,7 +152,7 @@ def test_devices_whose_files_would_have_the_same_name_are_not_mixed(root: Path, 
     assert all_files(root) == before
 
 
-def test_a_wrong_result_s_error_need_not_be_finite(root: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_wrong_result_may_be_infinite_or_nan(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [Device(H200, 1).kernel("cuda", 0, status="wrong: NaN", error=NAN)])], root)
     assert "cuda wrong" in shown(root, gpu.KERNELS)
 
