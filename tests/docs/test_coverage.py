@@ -1,9 +1,11 @@
 """The documentation names every command, recipe and key, and its command lines and files exist."""
 
+import ast
 import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -87,6 +89,29 @@ def test_the_command_lines_of_the_documentation_are_found() -> None:
     assert ("dfkd-fast", "dfkd-fast distill digits") in LINES
     assert {program for program, _ in LINES} == set(PROGRAMS)
     assert len(LINES) > 25
+
+
+def messages() -> list[str]:
+    """Messages that the troubleshooting page quotes: code spans at the beginning of a row."""
+    return re.findall(r"^\| `([^`]+)`", PAGES["troubleshooting.md"], re.MULTILINE)
+
+
+@cache
+def literals() -> str:
+    """All text in the package's source."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "dfkd_fast").rglob("*.py")]
+    texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_a_message_that_the_troubleshooting_page_quotes_is_in_the_source(message: str) -> None:
+    pieces = [piece.strip(" ,:;") for piece in re.split(r"…|'[^']*'|\S*\d\S*|\S+/\S+|[\w.]+ = \S+", message)]
+    assert any(len(piece) >= 8 and piece in literals() for piece in pieces)
+
+
+def test_the_troubleshooting_page_quotes_messages() -> None:
+    assert len(messages()) > 35
 
 
 def test_every_file_of_the_repository_that_a_page_links_to_exists() -> None:
