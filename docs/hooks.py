@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,10 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _mathml(formula: re.Match[str]) -> str:
-    return convert(html.unescape(formula[3].strip()), display="block" if formula[2] == "[" else "inline")
+    mathml = convert(html.unescape(formula[3].strip()), display="block" if formula[2] == "[" else "inline")
+    if "\\" in mathml:
+        raise PluginError(f"unknown command in the formula {formula[3]!r}")
+    return mathml
 
 
 def _commands() -> str:
