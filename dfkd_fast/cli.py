@@ -18,10 +18,10 @@ from rich.console import Console
 from .choices import DeviceName, Loader, LogLevel, PrecisionName
 from .console import Terminal
 from .environment import check_environment
-from .errors import DfkdError, first_line, in_words, shown
+from .errors import DfkdError, describe_os_error, first_line, short_repr
 from .files import expanded
 from .interrupt import Interrupted, discard, interrupting_on_signals
-from .out_of_memory import in_one_line, is_out_of_memory
+from .out_of_memory import is_out_of_memory, one_line_message
 
 __all__ = ["app", "main"]
 
@@ -81,15 +81,15 @@ def distill(
 ) -> None:
     """Distil the recipe's student from its teacher."""
     from .commands import distill as command
-    from .commands.computing import computing_on
+    from .commands.device import device_context
     from .recipe import load_recipe
     from .run import open_run
 
     overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
-    with computing_on(device) as place, _talking(quiet, log_level) as console:
+    with device_context(device) as compute_device, _console(quiet, log_level) as console:
         if fit:
-            overrides["loop.batch_size"] = command.with_largest_batch(load_recipe(recipe, overrides), place).loop.batch_size
-        with open_run("distill", recipe, overrides, out, resume, place, console) as run:
+            overrides["loop.batch_size"] = command.auto_batch_size(load_recipe(recipe, overrides), compute_device).loop.batch_size
+        with open_run("distill", recipe, overrides, out, resume, compute_device, console) as run:
             command.distill(run)
 
 
@@ -107,14 +107,14 @@ def teach(
 ) -> None:
     """Train the recipe's teacher and store its weights."""
     from .commands import distill as command
-    from .commands.computing import computing_on
+    from .commands.device import device_context
     from .run import open_run
 
     overrides = _overrides(changes, data_root=data_root, seed=seed)
     with (
-        computing_on(device) as place,
-        _talking(quiet, log_level) as console,
-        open_run("teach", recipe, overrides, out, resume, place, console) as run,
+        device_context(device) as compute_device,
+        _console(quiet, log_level) as console,
+        open_run("teach", recipe, overrides, out, resume, compute_device, console) as run,
     ):
         command.teach(run)
 
@@ -153,7 +153,7 @@ def evaluate(
     """Accuracy of students and teachers on labelled images, and how far they agree."""
     from .commands import evaluate as command
     from .commands.candidates import EvaluationRequest
-    from .commands.computing import computing_on
+    from .commands.device import device_context
     from .recipe import load_recipe
 
     if data is not None:
@@ -163,8 +163,8 @@ def evaluate(
     overrides = {path: value for path, value in chosen.items() if value is not None} | _overrides(changes, data_root=data_root)
     given = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
     request = EvaluationRequest(targets or [], data, model or [], given, role, overrides, precision, weights_key)
-    with computing_on(device) as place, _talking(quiet, log_level) as console:
-        command.evaluate_and_print(request, place, console, json_file)
+    with device_context(device) as compute_device, _console(quiet, log_level) as console:
+        command.evaluate_and_print(request, compute_device, console, json_file)
 
 
 @app.command()
@@ -210,7 +210,7 @@ def doctor(
 ) -> None:
     """Say what this machine has, and what is used; or whether a teacher is what its recipe takes it for."""
     from .commands import doctor as command
-    from .commands.computing import computing_on
+    from .commands.device import device_context
     from .recipe import load_recipe
 
     if teacher is None:
@@ -220,8 +220,8 @@ def doctor(
         command.print_machine(Console())
         return
     overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)
-    with computing_on(device) as place, _talking(False, "info") as console:
-        command.print_teacher(load_recipe(teacher, overrides), place, console)
+    with device_context(device) as compute_device, _console(False, "info") as console:
+        command.print_teacher(load_recipe(teacher, overrides), compute_device, console)
 
 
 @app.command()
@@ -239,27 +239,27 @@ def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the com
 
 def main() -> NoReturn:
     """Run the command line; what a user can fix is one line on standard error and exit code 2."""
-    warnings.showwarning = _telling_once()
+    warnings.showwarning = _show_warnings_once()
     _prepare_terminal()
     try:
         check_environment()
         with interrupting_on_signals():
             sys.exit(app(standalone_mode=False))
     except DfkdError as error:
-        _fail(_with_flags(str(error)), 2)
+        _fail(_with_options(str(error)), 2)
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)
     except BrokenPipeError:
         discard(sys.stdout.fileno())  # whoever read it has gone; there is nobody left to tell
         sys.exit(1)
     except OSError as error:
-        _fail(in_words(error), 2)
+        _fail(describe_os_error(error), 2)
     except Exception as error:
         if is_out_of_memory(error):
-            _fail(in_one_line(error), 2)
+            _fail(one_line_message(error), 2)
         # typer's own complaints about the command line, whose class moved between its versions
         if not hasattr(error, "format_message"):
-            if _is_one_of_several() and _ended_elsewhere():
+            if _is_one_of_several() and _failed_elsewhere():
                 sys.exit(1)
             raise
         _fail(error.format_message(), 2)
@@ -275,12 +275,12 @@ def _prepare_terminal() -> None:
 
 
 @contextmanager
-def _talking(quiet: bool, level: LogLevel) -> Iterator[Console]:
+def _console(quiet: bool, level: LogLevel) -> Iterator[Console]:
     """Where this process prints results and what is logged: the first one does, the others are silent."""
-    from .log import shown_on
+    from .log import log_to_console
 
     console = Terminal(quiet=quiet or _rank() > 0)
-    with shown_on(console, level):
+    with log_to_console(console, level):
         yield console
 
 
@@ -289,18 +289,18 @@ def _is_one_of_several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def _says_the_end() -> bool:
+def _reports_exit() -> bool:
     """Whether it is this process that says why the command ends."""
     from . import distributed
 
-    return distributed.says_the_end()
+    return distributed.reports_exit()
 
 
-def _ended_elsewhere() -> bool:
+def _failed_elsewhere() -> bool:
     """Whether an error here only follows from that of another process, which says it."""
     from . import distributed
 
-    return distributed.ended_elsewhere(wait=4 * distributed.GRACE)
+    return distributed.failed_elsewhere(wait=4 * distributed.GRACE)
 
 
 def _rank() -> int:
@@ -310,23 +310,23 @@ def _rank() -> int:
     return distributed.rank()
 
 
-def _telling_once() -> Callable[..., None]:
+def _show_warnings_once() -> Callable[..., None]:
     """What shows warnings: our own in one line, once in a command, by the first process; the others are Python's to show."""
-    told: set[str] = set()
+    shown: set[str] = set()
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
     ) -> None:
         if category.__module__.partition(".")[0] != __package__:
             SHOW_WARNING(message, category, filename, lineno, file, line)
-        elif str(message) not in told and _rank() == 0:
-            told.add(str(message))
+        elif str(message) not in shown and _rank() == 0:
+            shown.add(str(message))
             typer.echo(f"dfkd-fast: {message}", err=True)
 
     return show
 
 
-FLAGS = {
+OPTIONS = {
     "data.root": ("--data-root",),
     "data.loader = 'torchvision'": ("--loader torchvision",),
     "data.strict = false": ("--no-strict",),
@@ -334,25 +334,25 @@ FLAGS = {
     "teacher.weights_key": ("--weights-key",),
     "use 'cpu'": ("--device cpu",),
 }
-"""What errors name, fields of a recipe or settings of them, and the options for it: the first one that a command has."""
+"""Recipe fields that error messages name, and the options that set them, of which the first that the command has is shown."""
 
 
-def _with_flags(message: str) -> str:
-    """An error that names fields, with the options that set these in the command that was given."""
+def _with_options(message: str) -> str:
+    """Returns the error message with each recipe field followed by the option of the current command that sets it."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    known = getattr(typer.main.get_command(app), "commands", {}).get(command)
-    options = {flag for parameter in known.params for flag in (*parameter.opts, *parameter.secondary_opts)} if known else set()
-    for named, flags in FLAGS.items():
-        flag = next((flag for flag in flags if flag.split()[0] in options), None)
-        if flag is not None:
+    parsed = getattr(typer.main.get_command(app), "commands", {}).get(command)
+    available = {name for parameter in parsed.params for name in (*parameter.opts, *parameter.secondary_opts)} if parsed else set()
+    for field, options in OPTIONS.items():
+        option = next((option for option in options if option.split()[0] in available), None)
+        if option is not None:
             # A key in quotes is a suggestion, and one after a comma is in a list of all keys: both are to be typed as they are.
-            message = re.sub(rf"(?<!\S)(?<!, ){re.escape(named)}(?!\w)", f"{named} ({flag})", message, count=1)
+            message = re.sub(rf"(?<!\S)(?<!, ){re.escape(field)}(?!\w)", f"{field} ({option})", message, count=1)
     return message
 
 
 def _fail(message: str, code: int) -> NoReturn:
     if _is_one_of_several():
-        if not _says_the_end():
+        if not _reports_exit():
             sys.exit(code)
         if (number := os.environ.get("RANK", "0")) != "0":
             message = f"process {number}: {message}"
@@ -379,7 +379,7 @@ def _overrides(
     for change in changes or []:
         path, equals, text = change.partition("=")
         if not equals or not all(path.split(".")):
-            raise DfkdError(f"--set {shown(change)}: must be key.path=value, such as loop.epochs=3")
+            raise DfkdError(f"--set {short_repr(change)}: must be key.path=value, such as loop.epochs=3")
         try:
             read = tomllib.loads(f"value = {text}")
         except RecursionError as error:
@@ -387,7 +387,7 @@ def _overrides(
         except ValueError:
             read = {"value": text}
         if read.keys() != {"value"}:
-            raise DfkdError(f"--set {shown(change)}: must be one value; repeat --set for another key")
+            raise DfkdError(f"--set {short_repr(change)}: must be one value; repeat --set for another key")
         overrides[path] = read["value"]
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:

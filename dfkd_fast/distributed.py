@@ -25,14 +25,14 @@ __all__ = [
     "average_",
     "barrier",
     "broadcast_",
-    "ended_elsewhere",
+    "failed_elsewhere",
     "fresh_part",
     "local",
     "mean",
     "process_group",
     "rank",
+    "reports_exit",
     "restarted",
-    "says_the_end",
     "world_size",
 ]
 
@@ -128,7 +128,7 @@ def _interruptible(wait: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def ended_elsewhere(*, wait: float) -> bool:
+def failed_elsewhere(*, wait: float) -> bool:
     """Whether another process of this attempt has said why the command ends; only torchrun's processes can know.
 
     Args:
@@ -144,12 +144,12 @@ def ended_elsewhere(*, wait: float) -> bool:
         return False
 
 
-def says_the_end() -> bool:
+def reports_exit() -> bool:
     """Whether this process is to say why the command ends: only the first that asks is, or any where torchrun's store is out of reach.
 
     Rank 0 need not wait; the others give it a moment, so that an error that all of them have is said by it.
     """
-    if os.environ.get("RANK", "0") != "0" and ended_elsewhere(wait=GRACE):
+    if os.environ.get("RANK", "0") != "0" and failed_elsewhere(wait=GRACE):
         return False
     try:
         return int(_launchers_store().add(_ended(), 1)) == 1

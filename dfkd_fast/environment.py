@@ -2,7 +2,7 @@
 
 import os
 
-from .errors import DfkdError, shown
+from .errors import DfkdError, short_repr
 
 __all__ = ["check_environment", "whole_number"]
 
@@ -42,7 +42,7 @@ def whole_number(variable: str, default: int | None = None) -> int:
     except ValueError:
         number = least - 1
     if not least <= number <= most:
-        raise DfkdError(f"environment variable {variable} = {shown(text)}: must be a whole number ≥ {least} and ≤ {most}")
+        raise DfkdError(f"environment variable {variable} = {short_repr(text)}: must be a whole number ≥ {least} and ≤ {most}")
     return number
 
 
@@ -57,4 +57,4 @@ def check_environment() -> None:
     for variable in READ_BY_LIBRARIES:
         whole_number(variable, default=1)
     if (layer := os.environ.get("NUMBA_THREADING_LAYER", "default")) not in LAYERS:
-        raise DfkdError(f"environment variable NUMBA_THREADING_LAYER = {shown(layer)}: must be one of {', '.join(LAYERS)}")
+        raise DfkdError(f"environment variable NUMBA_THREADING_LAYER = {short_repr(layer)}: must be one of {', '.join(LAYERS)}")

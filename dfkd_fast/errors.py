@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-FOREIGN = (Exception, SystemExit)
+USER_CODE_ERRORS = (Exception, SystemExit)
 """What a user's code may raise where it is called; an exit of its own must not end a command as if that had succeeded."""
 
 LONGEST = 200
@@ -32,12 +32,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def in_words(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """A system's error with what it is about: where it names no file it is of the output, as on a full disk that a log is on."""
     return f"the output: {error}" if error.errno == errno.ENOSPC and error.filename is None else str(error)
 
 
-def foreign(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """What a user's code raised: its kind and its first line, and the last place of it that is no library's."""
     if isinstance(error, SystemExit):
         said = f"it exits, with the code {error.code!r}"
@@ -50,7 +50,7 @@ def foreign(error: BaseException) -> str:
     return said
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value as an error shows it: its repr, cut where it is long."""
     try:
         text = repr(value)
@@ -64,4 +64,4 @@ def unknown(what: str, name: str, known: Iterable[str]) -> DfkdError:
     choices = sorted(set(known))
     nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5) or [choice for choice in choices if choice.startswith(name)]
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return DfkdError(f"unknown {what} {shown(name)}: {hint}there are {', '.join(choices)}")
+    return DfkdError(f"unknown {what} {short_repr(name)}: {hint}there are {', '.join(choices)}")

@@ -12,13 +12,13 @@ from rich.console import Console
 from .choices import LogLevel
 from .console import print_line
 
-__all__ = ["LOGGER", "shown_on"]
+__all__ = ["LOGGER", "log_to_console"]
 
 LOGGER = logging.getLogger("dfkd_fast")
-LOGGER.addHandler(logging.NullHandler())  # whoever imports this package decides what is shown
+LOGGER.addHandler(logging.NullHandler())  # whoever imports this package decides what is short_repr
 
 
-class _Shown(logging.Handler):
+class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
@@ -28,9 +28,9 @@ class _Shown(logging.Handler):
 
 
 @contextmanager
-def shown_on(console: Console, level: LogLevel = "info") -> Iterator[None]:
+def log_to_console(console: Console, level: LogLevel = "info") -> Iterator[None]:
     """Inside, messages of this level and above are lines on a console, and go nowhere else."""
-    handler, before = _Shown(console), (LOGGER.level, LOGGER.propagate)
+    handler, before = _ConsoleHandler(console), (LOGGER.level, LOGGER.propagate)
     LOGGER.addHandler(handler)
     LOGGER.setLevel(level.upper())
     LOGGER.propagate = False

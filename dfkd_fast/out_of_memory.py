@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from .errors import OutOfMemoryError
 
-__all__ = ["in_one_line", "is_out_of_memory", "memory_for", "sizes_of"]
+__all__ = ["is_out_of_memory", "memory_for", "one_line_message", "sizes_of"]
 
 SIGNS = (
     "out of memory",
@@ -55,10 +55,10 @@ def memory_for(what: str, sizes: Mapping[str, object]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         settings = ", ".join(f"{path} = {value}" for path, value in sizes.items())
-        raise OutOfMemoryError(in_one_line(error, f" for {what}", f"lower one of {settings}")) from error
+        raise OutOfMemoryError(one_line_message(error, f" for {what}", f"lower one of {settings}")) from error
 
 
-def in_one_line(error: BaseException, purpose: str = "", advice: str = "lower the sizes that were asked for") -> str:
+def one_line_message(error: BaseException, purpose: str = "", advice: str = "lower the sizes that were asked for") -> str:
     """A line for an error that :func:`is_out_of_memory` knows, with the amount where the allocator tells it."""
     found = re.search(r"allocate ([\d.]+) (\w+)", str(error))
     amount = f", {_readable(*found.groups())} at once" if found else ""

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from dfkd_fast.data import Augment, DataSettings
 from dfkd_fast.engine import Method, Optimizer
-from dfkd_fast.errors import DfkdError, shown, unknown
+from dfkd_fast.errors import DfkdError, short_repr, unknown
 from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
 from dfkd_fast.recipe_files import merged, parse_recipe, read_recipe
@@ -202,7 +202,7 @@ def _one_line(problem: ErrorDetails) -> str:
     if problem["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(owner):
         return str(unknown("key", path, [".".join(map(str, [*sections, f.name])) for f in dataclasses.fields(owner)]))
     annotation = _annotation(problem["loc"])
-    given = shown(problem["input"])
+    given = short_repr(problem["input"])
     name = problem["input"] if isinstance(problem["input"], str) else given
     if problem["type"] == "literal_error":
         return f"{path} = {given}: {unknown('choice', name, map(str, typing.get_args(annotation)))}"

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .errors import DfkdError, shown, unknown
+from .errors import DfkdError, short_repr, unknown
 from .renamed import current_keys
 
 __all__ = ["merged", "parse_recipe", "read_recipe", "shipped_recipes"]
@@ -50,11 +50,11 @@ def _text(name_or_path: str) -> str:
         try:
             return Path(name_or_path).read_text("utf-8-sig")
         except (OSError, ValueError) as error:
-            raise DfkdError(f"recipe {shown(name_or_path)} cannot be read: {error}") from error
+            raise DfkdError(f"recipe {short_repr(name_or_path)} cannot be read: {error}") from error
     if name_or_path in shipped_recipes():
         return (SHIPPED / f"{name_or_path}.toml").read_text("utf-8")
     if os.path.lexists(name_or_path.partition("\0")[0]) and "/" in name_or_path:
-        raise DfkdError(f"recipe {shown(name_or_path)}: a recipe's file must end in .toml")
+        raise DfkdError(f"recipe {short_repr(name_or_path)}: a recipe's file must end in .toml")
     raise unknown("recipe", name_or_path, shipped_recipes())
 
 
@@ -64,7 +64,7 @@ def _base(name_or_path: str, content: dict[str, Any]) -> str | None:
     if base is None:
         return None
     if not isinstance(base, str):
-        raise DfkdError(f"recipe {name_or_path!r}: extends = {shown(base)}: must be the name or path of a recipe")
+        raise DfkdError(f"recipe {name_or_path!r}: extends = {short_repr(base)}: must be the name or path of a recipe")
     return str(Path(name_or_path).parent / base) if base.endswith(".toml") else base
 
 

@@ -17,7 +17,7 @@ from .console import shell_quoted
 from .engine import Epoch
 from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
 from .engine.method import resolved
-from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, first_line, in_words
+from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, describe_os_error, first_line
 from .interrupt import Interrupted, stopping_on_signals
 from .log import LOGGER
 from .models import names_code
@@ -200,7 +200,7 @@ class Run:
             except (NonFiniteLossError, OutOfMemoryError) as error:
                 raise type(error)(f"{error}; {_last_good(checkpoints)}") from error
             except OSError as error:
-                raise DfkdError(f"{in_words(error)}; {_last_good(checkpoints)}; {self._going_on}") from error
+                raise DfkdError(f"{describe_os_error(error)}; {_last_good(checkpoints)}; {self._going_on}") from error
             except Exception as error:
                 if not caught or isinstance(error, DfkdError):
                     raise

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar, dataclass_transform
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from .errors import shown
+from .errors import short_repr
 
 __all__ = [
     "BelowOne",
@@ -55,7 +55,7 @@ BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 def _names_a_file(name: str) -> str:
     if not name or name[0] == "." or "/" in name or not name.isprintable() or name != name.strip() or len(name.encode()) > LONGEST_NAME:
         raise ValueError(
-            f"{shown(name)} must be the name of a folder: printable, no '/', at most {LONGEST_NAME} bytes,"
+            f"{short_repr(name)} must be the name of a folder: printable, no '/', at most {LONGEST_NAME} bytes,"
             " beginning with no dot, beginning and ending with no space"
         )
     return name

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import DfkdError, Trainer
 from dfkd_fast.commands import distill
-from dfkd_fast.commands.networks import build_players
+from dfkd_fast.commands.networks import build_networks
 from dfkd_fast.recipe import Recipe, load_recipe
 
 CPU = torch.device("cpu")
@@ -20,14 +20,14 @@ def fit(monkeypatch: pytest.MonkeyPatch, kind: str, *, training: int, evaluating
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     def build(recipe: Recipe, device: torch.device) -> tuple[nn.Module, ...]:
-        players = build_players(recipe, CPU)
+        players = build_networks(recipe, CPU)
         players[1].register_forward_pre_hook(refuse)
         return players
 
-    monkeypatch.setattr(distill, "build_players", build)
+    monkeypatch.setattr(distill, "build_networks", build)
     monkeypatch.setattr(distill, "Trainer", lambda *networks, device: Trainer(*networks, device=CPU))
     recipe = load_recipe("digits", {"replay.kind": kind, "data.batch_size": 20, "generator.width": 2, "loop.student_steps": 1})
-    return distill.with_largest_batch(recipe, torch.device("cuda")).loop.batch_size
+    return distill.auto_batch_size(recipe, torch.device("cuda")).loop.batch_size
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("none", 8), ("memory_bank", 4)])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dfkd_fast.log import LOGGER, shown_on
+from dfkd_fast.log import LOGGER, log_to_console
 from tests.command_line import Run
 
 TINY = [
@@ -17,7 +17,7 @@ TINY = [
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_a_message_is_shown_as_it_is_from_its_level_on(level: str) -> None:
     out = io.StringIO()
-    with shown_on(Console(file=out), level):  # type: ignore[arg-type]
+    with log_to_console(Console(file=out), level):  # type: ignore[arg-type]
         for name in ("debug", "info", "warning", "error"):
             LOGGER.log(getattr(logging, name.upper()), "[b]%s[/b]", name)
     names = ["debug", "info", "warning", "error"]
@@ -26,7 +26,7 @@ def test_a_message_is_shown_as_it_is_from_its_level_on(level: str) -> None:
 
 def test_outside_of_a_command_the_logger_is_the_user_s(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     before = list(LOGGER.handlers)
-    with shown_on(Console(quiet=True), "error"):
+    with log_to_console(Console(quiet=True), "error"):
         pass
     assert LOGGER.handlers == before
     assert LOGGER.propagate

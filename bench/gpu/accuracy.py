@@ -17,7 +17,7 @@ from dfkd_fast import Recipe, load_recipe
 from dfkd_fast.commands import distill
 from dfkd_fast.engine import Epoch
 from dfkd_fast.engine.method import resolved
-from dfkd_fast.log import shown_on
+from dfkd_fast.log import log_to_console
 from dfkd_fast.report import RunFolder
 from dfkd_fast.run import Run
 
@@ -180,7 +180,7 @@ def _run(context: Context, case: Case, path: Path, teachers: dict[str, tuple[str
         shutil.copyfile(weights, folder.teacher)
     console = Console(file=sys.stdout, width=140)
     try:
-        with shown_on(console):
+        with log_to_console(console):
             summary = distill.distill(Run(resolved(case.recipe, context.device), folder, context.device, console, "dfkd-fast distill"))
     except _OutOfTime:
         context.left.append(case.name)

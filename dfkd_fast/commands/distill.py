@@ -29,11 +29,11 @@ from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import evaluating
 
-from .networks import build_network, build_players, check_teacher, load_given_teacher
-from .rehearsal import begin_encoder, check_trainable, rehearse, step_sizes
+from .networks import build_network, build_networks, check_teacher, load_given_teacher
+from .rehearsal import check_trainable, initialize_encoder, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
 
-__all__ = ["distill", "teach", "with_largest_batch"]
+__all__ = ["auto_batch_size", "distill", "teach"]
 
 OF_THE_TEACHER = {"seed", "data", "teacher", "teacher_optimizer"}
 """What a trained teacher depends on of a recipe."""
@@ -66,7 +66,7 @@ def distill(run: Run) -> dict[str, Any]:
     Of the data, only ``evaluate`` reaches the trainer, and only to report.
     """
     recipe, folder, device = run.recipe, run.folder, run.device
-    teacher, student, generator = build_players(recipe, device)
+    teacher, student, generator = build_networks(recipe, device)
     rehearse(run, teacher, student, generator)
     evaluate = Evaluator(recipe.data, device, run.note) if recipe.data.has_images else None
     teacher_seconds = _obtain_teacher(run, teacher)
@@ -74,7 +74,7 @@ def distill(run: Run) -> dict[str, Any]:
         teacher_accuracy = evaluate(teacher) if evaluate else None
     if teacher_accuracy is not None and (doubt := _doubt_of_teacher(recipe, teacher_accuracy)):
         run.note(doubt)
-    begin_encoder(recipe, student, teacher)
+    initialize_encoder(recipe, student, teacher)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
     run.resume(trainer, folder.checkpoints)
@@ -92,7 +92,7 @@ def distill(run: Run) -> dict[str, Any]:
     return summary
 
 
-def with_largest_batch(recipe: Recipe, device: torch.device) -> Recipe:
+def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with the largest batch that fits into the GPU.
 
     Raises:
@@ -109,7 +109,7 @@ def with_largest_batch(recipe: Recipe, device: torch.device) -> Recipe:
         return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 
     def attempt(size: int) -> None:
-        trainer = Trainer(*build_players(recipe, device), with_batch(size), device=device)
+        trainer = Trainer(*build_networks(recipe, device), with_batch(size), device=device)
         trainer.steps.warm_up()
         if data.has_images:  # the evaluation between two epochs, beside what the steps keep
             images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)

@@ -16,7 +16,7 @@ from dfkd_fast.recipe import Recipe
 __all__ = [
     "NETWORK_SIZES",
     "build_network",
-    "build_players",
+    "build_networks",
     "check_storable",
     "check_teacher",
     "load_given_teacher",
@@ -42,7 +42,7 @@ def build_network(recipe: Recipe, role: str) -> nn.Module:
     return build_model(model_of(recipe, role), recipe.data.num_classes, recipe.data.channels)
 
 
-def build_players(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
+def build_networks(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
     """The recipe's teacher, student and generator, untrained.
 
     Raises:

@@ -18,7 +18,7 @@ from dfkd_fast.run import Run
 
 from .networks import NETWORK_SIZES, check_storable, check_teacher, noise_images
 
-__all__ = ["begin_encoder", "check_trainable", "rehearse", "step_sizes"]
+__all__ = ["check_trainable", "initialize_encoder", "rehearse", "step_sizes"]
 
 
 def rehearse(run: Run, teacher: nn.Module, student: nn.Module, generator: nn.Module) -> None:
@@ -34,7 +34,7 @@ def rehearse(run: Run, teacher: nn.Module, student: nn.Module, generator: nn.Mod
     """
     recipe, device = run.recipe, run.device
     build_optimizer(recipe.teacher_optimizer, [nn.Parameter(torch.zeros(1, device=device))], device)
-    begin_encoder(recipe, student, teacher)
+    initialize_encoder(recipe, student, teacher)
     with memory_for("the networks", sizes_of(recipe, *NETWORK_SIZES)):
         check_teacher(recipe, teacher, device)
         check_storable("student", student)
@@ -75,7 +75,7 @@ def check_trainable(recipe: Recipe, teacher: nn.Module, device: torch.device) ->
         check_batch_of_one("teacher.batch_size = 1", "teacher", teacher, noise_images(recipe, 1, device), "data.image_size's")
 
 
-def begin_encoder(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
+def initialize_encoder(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
     """Give a segmenter's encoder the weights that ``student.encoder_weights`` names."""
     if initial := recipe.student.encoder_weights:
         load_encoder(student, teacher if initial == "teacher" else initial)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import override
 
-from dfkd_fast.errors import DfkdError, first_line, shown
+from dfkd_fast.errors import DfkdError, first_line, short_repr
 
 from .settings import Access, DataSet, DataSettings, root_of
 from .splits import ArrayBatches, ArraySplit, Augment, Split
@@ -92,7 +92,7 @@ def npz(path: Path, split: Split) -> Arrays:
     with archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         if missing := {f"x_{split}", f"y_{split}"} - names:
-            raise DfkdError(f"data.root {path} lacks {', '.join(sorted(missing))}: it has {shown(sorted(names))}")
+            raise DfkdError(f"data.root {path} lacks {', '.join(sorted(missing))}: it has {short_repr(sorted(names))}")
         return _member(archive, f"x_{split}"), _member(archive, f"y_{split}")
 
 

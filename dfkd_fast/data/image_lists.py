@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path, PurePath
 from typing import Self
 
-from dfkd_fast.errors import DfkdError, shown
+from dfkd_fast.errors import DfkdError, short_repr
 
 __all__ = [
     "EXTENSIONS",
@@ -83,7 +83,7 @@ def _of_imagenets_folders(folder: Path, folders: Sequence[Path]) -> ImageList:
     known = _imagenet_classes()
     if unknown := [path.name for path in folders if path.name not in known]:
         raise DfkdError(
-            f"data.root {folder}: {len(unknown)} of {len(folders)} folders are no classes of ImageNet, the first is {shown(unknown[0])};"
+            f"data.root {folder}: {len(unknown)} of {len(folders)} folders are not ImageNet classes, the first is {short_repr(unknown[0])};"
             " a class's folder is called by its WordNet id, such as n01440764, or by its number, 0 to 999"
         )
     return _of_folders(folders, [known[path.name] for path in folders], len(IMAGENET))
@@ -109,9 +109,9 @@ def _labelled_elsewhere(root: Path, folder: Path) -> ImageList:
         name, label = (*line.replace(",", " ").split(), "", "")[:2]
         if label in known:
             if labels.setdefault(PurePath(name).stem, known[label]) != known[label]:
-                raise DfkdError(f"{source}, line {number}: {shown(name)} is of another class than in an earlier line")
+                raise DfkdError(f"{source}, line {number}: {short_repr(name)} is of another class than in an earlier line")
         elif number > 1 or source.suffix != ".csv":  # the first line of a table has the names of its columns
-            raise DfkdError(f"{source}, line {number}: {shown(line)} must be a name and a WordNet id or a number, 0 to 999")
+            raise DfkdError(f"{source}, line {number}: {short_repr(line)} must be a name and a WordNet id or a number, 0 to 999")
     images = _images_below(folder)
     if alone := [path for path in images if path.stem not in labels]:
         raise DfkdError(f"{source} has no class of {len(alone)} of the {len(images)} images in {folder}, the first {alone[0].name}")
@@ -133,7 +133,7 @@ def list_folder_training(root: Path) -> ImageList:
     names = [path.name for path in folders]
     # Classes are numbered in each by name: one that is missing shifts the others.
     if (tested := _tested_folder(root)) and (alone := sorted({*names} ^ {path.name for path in _class_folders(tested)})):
-        raise DfkdError(f"data.root {root}: train and {tested.name} have not the same classes, {shown(alone[0])} is in one only")
+        raise DfkdError(f"data.root {root}: train and {tested.name} have not the same classes, {short_repr(alone[0])} is in one only")
     return _complete(folder, _of_folders(folders, range(len(folders)), len(folders)), names)
 
 
@@ -234,7 +234,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, int]]:
     for number, line in _lines(path):
         parts = line.rsplit(maxsplit=1)
         if len(parts) < 2 or not LABEL.fullmatch(parts[1]) or "\0" in line:
-            raise DfkdError(f"{path}, line {number}: {shown(line)} must be a path, a space and a class's number, from 0 on")
+            raise DfkdError(f"{path}, line {number}: {short_repr(line)} must be a path, a space and a class's number, from 0 on")
         yield parts[0], int(parts[1])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dfkd_fast import distributed
-from dfkd_fast.errors import FOREIGN, DfkdError, foreign
+from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError, describe_exception
 from dfkd_fast.methods import Objective
 from dfkd_fast.models import conditioned
 from dfkd_fast.out_of_memory import is_out_of_memory
@@ -300,10 +300,10 @@ def _differentiate(role: str, output: Tensor) -> None:
         return
     try:
         output.backward(_normal(output.shape, output.device).to(output.dtype))
-    except FOREIGN as error:  # a user's autograd function
+    except USER_CODE_ERRORS as error:  # a user's autograd function
         if is_out_of_memory(error):
             raise
-        raise DfkdError(f"the {role} cannot be differentiated: {foreign(error)}") from error
+        raise DfkdError(f"the {role} cannot be differentiated: {describe_exception(error)}") from error
 
 
 def _arrived(tensor: Tensor) -> bool:
@@ -325,10 +325,10 @@ def _generated(generator: nn.Module, z: Tensor) -> Tensor:
     mode = " in training mode" if generator.training else ""
     try:
         images = generator(conditioned(generator, z, labels))
-    except FOREIGN as error:
+    except USER_CODE_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise DfkdError(f"the generator cannot take latents {tuple(z.shape)}{mode}: {foreign(error)}") from error
+        raise DfkdError(f"the generator cannot take latents {tuple(z.shape)}{mode}: {describe_exception(error)}") from error
     if not isinstance(images, Tensor):
         raise DfkdError(f"the generator must return images (B, C, H, W), not {type(images).__name__}")
     _check_plain("generator", "images", images, z.device)
@@ -348,12 +348,12 @@ def _called(name: str, network: nn.Module, images: Tensor, source: str) -> Tenso
     mode = " in training mode" if network.training else ""
     try:
         output = network(images)
-    except FOREIGN as error:
+    except USER_CODE_ERRORS as error:
         if is_out_of_memory(error):
             raise
         size = "×".join(map(str, images.shape[1:]))
         count = "one of " if len(images) == 1 else ""
-        raise DfkdError(f"the {name} cannot take {count}{source} {size} images{mode}: {foreign(error)}") from error
+        raise DfkdError(f"the {name} cannot take {count}{source} {size} images{mode}: {describe_exception(error)}") from error
     try:
         logits = logits_of(output)
     except DfkdError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from dfkd_fast.errors import FOREIGN, DfkdError, first_line, foreign, unknown
+from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError, describe_exception, first_line, unknown
 from dfkd_fast.out_of_memory import is_out_of_memory
 
 from .classifiers import LENET5_HALF, LeNet5, WideResNet, cifar_resnet
@@ -100,16 +100,16 @@ def _users_own(module: str, function: str, num_classes: int) -> nn.Module:
         build = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         raise DfkdError(f"model {name!r}: {_missing(module, str(error.name))}") from error
-    except FOREIGN as error:
-        raise DfkdError(f"model {name!r}: {foreign(error)}") from error
+    except USER_CODE_ERRORS as error:
+        raise DfkdError(f"model {name!r}: {describe_exception(error)}") from error
     if not callable(build) or isinstance(build, nn.Module):
         raise DfkdError(f"model {name!r} must be a function, not {type(build).__name__}")
     try:
         network = build(num_classes=num_classes)
-    except FOREIGN as error:
+    except USER_CODE_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise DfkdError(f"model {name!r}: called as {function}(num_classes={num_classes}): {foreign(error)}") from error
+        raise DfkdError(f"model {name!r}: called as {function}(num_classes={num_classes}): {describe_exception(error)}") from error
     if not isinstance(network, nn.Module):
         raise DfkdError(f"model {name!r} must return a torch.nn.Module, not {type(network).__name__}")
     for tensor_name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dfkd_fast.errors import DfkdError, first_line, shown
+from dfkd_fast.errors import DfkdError, first_line, short_repr
 from dfkd_fast.files import check_output
 from dfkd_fast.settings import FileName, Seed
 
@@ -100,7 +100,7 @@ def _settings(recipe: str) -> str:
 def _damage(file: Path, error: BaseException) -> str:
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        return f"{'.'.join(map(str, problem['loc']))} = {shown(problem['input'])}: {problem['msg']}"
+        return f"{'.'.join(map(str, problem['loc']))} = {short_repr(problem['input'])}: {problem['msg']}"
     return f"{file.name}: " + (f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__} {first_line(error)}")
 
 

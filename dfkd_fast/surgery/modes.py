@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.errors import FOREIGN, DfkdError, foreign
+from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError, describe_exception
 from dfkd_fast.out_of_memory import is_out_of_memory
 
 __all__ = ["deep_copy", "dry_run", "evaluating", "freeze", "weights_frozen"]
@@ -71,10 +71,10 @@ def deep_copy(network: nn.Module, shared: Mapping[int, object] | None = None) ->
     try:
         with torch.no_grad():  # or a copied script's parameters would be clones with a graph, and pass gradients on to the network's
             return copy.deepcopy(network, held)
-    except FOREIGN as error:  # whatever a user's module holds
+    except USER_CODE_ERRORS as error:  # whatever a user's module holds
         if is_out_of_memory(error):
             raise
-        raise DfkdError(f"the network {type(network).__name__} cannot be copied: {foreign(error)}") from error
+        raise DfkdError(f"the network {type(network).__name__} cannot be copied: {describe_exception(error)}") from error
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
 
 def test_folders_that_are_no_classes_of_imagenet_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "val/n01440764/1.JPEG", tmp_path / "val/tench/1.JPEG", tmp_path / "val/1000/1.JPEG")
-    with pytest.raises(DfkdError, match=r"2 of 3 folders are no classes of ImageNet, the first is '1000'; .* such as n01440764"):
+    with pytest.raises(DfkdError, match=r"2 of 3 folders are not ImageNet classes, the first is '1000'; .* such as n01440764"):
         read_listing("imagenet", tmp_path)
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from dfkd_fast import Epoch
 from dfkd_fast.console import print_table
-from dfkd_fast.log import shown_on
+from dfkd_fast.log import log_to_console
 from dfkd_fast.report import Progress
 
 
@@ -15,7 +15,7 @@ from dfkd_fast.report import Progress
 def shown(out: io.StringIO, epochs: int, iterations_per_epoch: int, clock: "Clock", done: int = 0) -> Iterator[Progress]:
     """The progress of a student on what is no terminal."""
     console = Console(file=out)
-    with shown_on(console), Progress(console, "student", epochs, iterations_per_epoch, done, clock=clock) as progress:
+    with log_to_console(console), Progress(console, "student", epochs, iterations_per_epoch, done, clock=clock) as progress:
         yield progress
 
 
@@ -88,7 +88,7 @@ def test_a_run_that_goes_on_counts_its_own_iterations_only() -> None:
 def test_on_a_terminal_losses_accuracy_and_time_left_are_shown() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
-    with shown_on(console), Progress(console, "student", epochs=4, iterations_per_epoch=2) as progress:
+    with log_to_console(console), Progress(console, "student", epochs=4, iterations_per_epoch=2) as progress:
         progress.epoch(Epoch(2, 1.0, {"student": 0.5, "adversarial": -0.25}, 97.25))
         progress.bar.refresh()
     assert "2/4  student 0.5  adversarial -0.25  top-1 accuracy 97.25 %" in out.getvalue()
@@ -98,7 +98,7 @@ def test_on_a_terminal_losses_accuracy_and_time_left_are_shown() -> None:
 def test_on_a_terminal_there_is_no_bar_where_information_is_not_shown() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
-    with shown_on(console, "warning"), Progress(console, "student", epochs=4) as progress:
+    with log_to_console(console, "warning"), Progress(console, "student", epochs=4) as progress:
         progress.epoch(Epoch(2, 1.0, {"student": 0.5}, 97.25))
     assert out.getvalue() == ""
 

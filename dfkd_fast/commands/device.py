@@ -11,11 +11,11 @@ from dfkd_fast.engine.device import pick_device
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import BackendError
 
-__all__ = ["computing_on"]
+__all__ = ["device_context"]
 
 
 @contextmanager
-def computing_on(name: DeviceName) -> Iterator[torch.device]:
+def device_context(name: DeviceName) -> Iterator[torch.device]:
     """Gives this process's device; inside, the processes that torchrun started are a group.
 
     Raises:
