@@ -23,7 +23,7 @@ CASES: list[Case] = [
     case(
         "figures in place of the weights",
         *("evaluate", "./weights.pt", "--json", "weights.pt"),
-        says="--json weights.pt: would replace what is to be evaluated",
+        says="--json weights.pt: would overwrite a file to evaluate",
         files={"weights.pt": b"weights"},
     ),
     evaluates("figures in no folder", "none/figures.json", says="--json none/figures.json: there is no folder"),

@@ -50,7 +50,7 @@ def test_a_recipe_can_name_it(toy: DataSettings) -> None:
 
 def test_a_name_without_a_row_is_one_line_that_suggests_the_nearest() -> None:
     with pytest.raises(
-        DfkdError, match=r"data\.name = 'minst': unknown choice 'minst': did you mean 'mnist'\? there are camvid, cifar10, .*nyuv2"
+        DfkdError, match=r"data\.name = 'minst': unknown choice 'minst': did you mean 'mnist'\? must be one of camvid, cifar10, .*nyuv2"
     ):
         load_recipe("digits", {"data.name": "minst"})
 
