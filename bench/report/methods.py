@@ -6,7 +6,7 @@ from typing import Any
 from dfkd_fast import load_recipe
 from dfkd_fast.recipe_files import shipped_recipes
 
-from .cpu import by_seed, mean_and_seeds
+from .cpu import by_seed, duration, mean_and_seeds
 from .markdown import code, marker, table
 from .results import Results
 
@@ -45,7 +45,7 @@ def method_table(runs: list[dict[str, Any]]) -> str:
             f"{fmean(run['teacher_accuracy'] for run in alike):.2f}",
             mean_and_seeds([run["retention"]["last"] for run in alike]),
             *(_mean(alike, name) for name in ("best", "settled_variance", "largest_drop")),
-            f"{fmean(run['seconds']['total'] for run in alike):.0f}",
+            f"{fmean(map(duration, alike)):.0f}",
             alike[0]["device_name"],
         )
         for alike in by_seed(runs)

@@ -3,7 +3,7 @@
 from statistics import fmean
 from typing import Any
 
-from .cpu import by_seed, mean_and_seeds
+from .cpu import by_seed, duration, mean_and_seeds
 from .markdown import code, table
 from .results import Results, is_gpu
 
@@ -40,7 +40,7 @@ def _row(entries: list[dict[str, Any]]) -> tuple[str, ...]:
         f"[{code(name)}](dfkd_fast/recipes/{name}.toml) {cut}".strip(),
         first.get("metric", "top-1 accuracy"),
         f"{fmean(run['teacher_accuracy'] for run in entries):.2f} → {mean_and_seeds([run['retention']['last'] for run in entries])}",
-        f"{fmean(run['seconds']['total'] for run in entries):.0f}",
+        f"{fmean(map(duration, entries)):.0f}",
         first["device_name"],
         f"[distill.jsonl]({FILE})",
     )

@@ -121,3 +121,10 @@ def test_every_run_of_a_shipped_recipe_is_on_the_page_of_its_method() -> None:
     pages = methods.sections(RESULTS).values()
     listed = {row[0] for sections in pages for text in sections.values() for row in cells(text)}
     assert listed == {f"`{run['recipe']}`" for run in RESULTS.runs}
+
+
+def test_the_time_of_a_run_includes_a_teacher_that_was_trained_before_it() -> None:
+    phases = {"teacher": 50.0, "student": 30.0, "generator": 10.0, "evaluation": 1.0}
+    assert cpu.duration({"seconds": {"total": 95.0, **phases}}) == 95
+    assert cpu.duration({"seconds": {"total": 45.0, **phases}}) == 91
+    assert cpu.duration({"seconds": {"total": 45.0}}) == 45
