@@ -85,6 +85,7 @@ class _EndToEnd(_Origin):
     generator_seconds: Share | None = None
     speedup_over_plain: Positive | None = None
     speedup_over_plain_compiled: Positive | None = None
+    speedup_over_plain_compiled_malloc_reuse: Positive | None = None
     peak_memory_mib: float | None = None
     reserved_mib: float | None = None
     kernels_per_iteration: Share | None = None

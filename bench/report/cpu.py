@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
 
+from ..end_to_end.rows import SPEEDUPS
 from .markdown import code, marker, table
 from .results import Results, is_gpu
 
@@ -143,14 +144,14 @@ def methods_table(rows: Iterable[dict[str, str]]) -> str:
 def end_to_end_table(rows: Iterable[dict[str, str]]) -> str:
     """One row for each contender."""
     titles = (
-        *("recipe", "batch", "precision", "contender", "s/iteration", "× plain", "× plain compiled"),
+        *("recipe", "batch", "precision", "contender", "s/iteration", *(f"× {peer}" for peer in SPEEDUPS)),
         *("peak memory (MiB)", "student steps (MiB)", "device"),
     )
     cells = [
         (
-            *(f"`{row['recipe']}`", row["batch_size"], row["precision"], row["contender"].replace("_", " ")),
+            *(f"`{row['recipe']}`", row["batch_size"], row["precision"], row["contender"]),
             f"{float(row['seconds_per_iteration']):.3f}",
-            *(f"{float(row[f'speedup_over_{peer}']):.2f}" if row[f"speedup_over_{peer}"] else "" for peer in ("plain", "plain_compiled")),
+            *(f"{float(row[column]):.2f}" if row.get(column) else "" for column in SPEEDUPS.values()),
             row["peak_memory_mib"].partition(".")[0],
             *(row["imitation_memory_mib"].partition(".")[0], row["device"]),
         )

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, TypeVar
 
+from ..end_to_end.contenders import is_engine
+from ..end_to_end.rows import SPEEDUPS
 from .cpu import USUAL_VARIANTS, command
 from .markdown import EMPTY, Cell, by_device, code, marker, one_line, table
 from .results import Results, is_gpu
@@ -114,7 +116,7 @@ def iterations(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> str
     titles = ("recipe", "batch", "precision", "contender", "computes in")
     cells = [
         Cell(
-            (code(row["recipe"]), row["batch_size"], row["precision"], row["contender"].replace("_", " "), _computes_in(row)),
+            (code(row["recipe"]), row["batch_size"], row["precision"], row["contender"], _computes_in(row)),
             row["device"],
             _speed(row, rows) + _memory_and_kernels(row) + _mark(row, newest),
         )
@@ -265,10 +267,10 @@ def _case(row: Mapping[str, str]) -> tuple[str, ...]:
 def _speed(row: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
     """Time of a contender, and factors over the peers among the rows."""
     text = [f"{float(row['seconds_per_iteration']):.4g} s/iteration"]
-    for peer in ("plain", "plain_compiled"):
+    for peer in ("plain", "plain compiled"):
         factor = _factor(row, peer, rows)
         if factor is not None and row["contender"] != peer:
-            text.append(f"{factor:.2f} × {peer.replace('_', ' ')}")
+            text.append(f"{factor:.2f} × {peer}")
     return ", ".join(text)
 
 
@@ -285,8 +287,8 @@ def _computes_in(row: Mapping[str, str]) -> str:
 
 def _factor(row: Mapping[str, str], peer: str, rows: Iterable[Mapping[str, str]]) -> float | None:
     """How many times as fast as a peer: as measured, or the ratio of the medians at the same commit on the same device."""
-    if row.get(f"speedup_over_{peer}"):
-        return float(row[f"speedup_over_{peer}"])
+    if row.get(SPEEDUPS[peer]):
+        return float(row[SPEEDUPS[peer]])
     same = ("device", "commit", "recipe", "batch_size")
     peers = [other for other in rows if other["contender"] == peer and all(other[name] == row[name] for name in same)]
     return float(peers[0]["seconds_per_iteration"]) / float(row["seconds_per_iteration"]) if peers else None
@@ -299,7 +301,7 @@ def _engine_cells(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> 
 
 def _of_engine(rows: Sequence[Row]) -> list[Row]:
     """Those of the engine with everything on, whose steps are captured on a GPU."""
-    return [row for row in rows if row["contender"] == "engine"]
+    return [row for row in rows if is_engine(row["contender"])]
 
 
 def _method_cells(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> Iterator[Cell]:

@@ -12,6 +12,7 @@ from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 from .. import end_to_end, provenance, table
+from ..end_to_end.contenders import current_name
 from ..gpu.records import Record
 from ..gpu.records import read as read_records
 from ..gpu.summary import latest
@@ -116,6 +117,7 @@ class Importer:
         if record.table == "micro":
             self.micro.setdefault(device, []).append(row)
         elif record.table == "end-to-end":
+            row["contender"] = current_name(row["contender"])
             self.end_to_end.setdefault(device, []).append({name: _text(value) for name, value in row.items()})
         else:
             self.runs.append(row)

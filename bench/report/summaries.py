@@ -12,7 +12,7 @@ from dfkd_fast.files import replacing
 
 from ..gpu.records import FAILURES, Record
 from ..gpu.stages import STAGES
-from ..gpu.summary import FIGURES
+from ..gpu.summary import NOT_CASES
 
 __all__ = ["TABLES", "merged", "portable", "summarize", "write_summary"]
 
@@ -100,7 +100,7 @@ def _stage(records: Sequence[Record]) -> dict[str, Any]:
         "status": whole.status if whole else "left",
         "text": whole.text if whole else "it did not come to its end",
         "seconds": whole.seconds if whole else None,
-        "counts": dict(Counter(record.status for record in cases if record.table not in FIGURES or record.status in FAILURES)),
+        "counts": dict(Counter(record.status for record in cases if record.table not in NOT_CASES or record.status in FAILURES)),
         "reasons": [
             {"status": status, "text": text, "count": len(named), "cases": named[:CASES]} for (status, text), named in alike.items()
         ],

@@ -17,7 +17,7 @@ from tests.bench.invented_gpus import H100, H200, Device, all_files, column, sho
 from tests.bench.invented_gpus import root as root
 
 
-def test_without_a_gpu_every_table_says_so_in_one_line(root: Path) -> None:
+def test_without_a_gpu_every_table_is_one_line(root: Path) -> None:
     results = Results(root / "bench" / "results")
     assert set(gpu.sections(results).values()) == {gpu.NOT_MEASURED}
     assert set(gpu.extracts(results).values()) == {gpu.EXTRACT_NOT_MEASURED}
@@ -73,14 +73,14 @@ def test_failures_and_reasons_are_shown_for_the_device_that_has_them(root: Path,
     assert "`Skipped: needs apex`" in reasons
 
 
-def test_a_killed_stage_is_a_failure_of_its_device(root: Path, tmp_path: Path) -> None:
+def test_a_stage_that_was_killed_is_its_device_s_failure(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     killed = device.record("tests", "", "failed", "its process was killed by SIGSEGV")
     report.main([write(tmp_path / "one.jsonl", [*device.everything()[:3], killed])], root)
     assert column(shown(root, gpu.STAGES), H200)["tests",] == "failed: `its process was killed by SIGSEGV`"
 
 
-def test_a_second_import_of_a_device_replaces_its_values_and_no_others(root: Path, tmp_path: Path) -> None:
+def test_new_results_of_a_device_replace_only_its_own(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), *Device(H100, 2).everything()])], root)
     before = all_files(root)
     again = Device(H200, 3)
@@ -110,7 +110,7 @@ def test_a_later_call_adds_to_the_results_of_an_earlier_one(root: Path, tmp_path
         assert "commit `def5678-dirty` (with uncommitted changes)" in shown(root, begin)
 
 
-def test_commit_versions_and_command_are_listed_below_each_table_without_paths(root: Path, tmp_path: Path) -> None:
+def test_each_table_names_commit_versions_and_command_without_local_folders(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     line = f"- {H200}: commit `abc1234`, torch 2.11.0, triton 3.6.0, `python -m bench gpu --minutes 9 --out DIR`"
     for begin in (gpu.ENVIRONMENT, gpu.KERNELS, gpu.END_TO_END, gpu.PROFILE, gpu.STAGES):
@@ -118,7 +118,7 @@ def test_commit_versions_and_command_are_listed_below_each_table_without_paths(r
     assert not any(b"/scratch" in content for content in all_files(root).values())
 
 
-def test_results_of_a_gpu_do_not_enter_the_tables_of_a_cpu(root: Path, tmp_path: Path) -> None:
+def test_results_of_a_gpu_are_not_in_the_tables_of_a_cpu(root: Path, tmp_path: Path) -> None:
     cpu = table.read(ROOT / "bench" / "results" / "micro-x86_64-avx2-2-threads.csv")
     table.write(root / "bench" / "results" / "micro-x86_64-avx2-2-threads.csv", tuple(cpu[0]), cpu)
     report.main((), root)
@@ -129,7 +129,7 @@ def test_results_of_a_gpu_do_not_enter_the_tables_of_a_cpu(root: Path, tmp_path:
     assert not is_gpu(device_name(torch.device("cpu")))
 
 
-def test_a_result_goes_to_the_file_that_a_single_benchmark_writes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_stored_in_the_files_of_the_single_benchmarks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H100, 1).everything())], root)
     monkeypatch.setattr(provenance, "device_name", lambda device: H100)
     name = provenance.file_name(torch.device("cuda"))
@@ -137,7 +137,7 @@ def test_a_result_goes_to_the_file_that_a_single_benchmark_writes(root: Path, tm
         assert (root / "bench" / "results" / file).is_file()
 
 
-def test_passed_cases_are_counted_not_kept(root: Path, tmp_path: Path) -> None:
+def test_passed_cases_are_counted_and_not_stored(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     many = [device.record("tests", f"tests/test_x.py::test_{index}") for index in range(3000)]
     failed = [device.record("tests", f"tests/test_y.py::test_{index}", "failed", "AssertionError") for index in range(100)]
@@ -156,7 +156,7 @@ def test_columns_that_only_a_gpu_has_are_kept(root: Path, tmp_path: Path) -> Non
     assert json.loads(rows[1]["settings"]) == {"tf32": True}
 
 
-def test_number_and_time_of_an_iteration_s_kernels_are_shown(root: Path, tmp_path: Path) -> None:
+def test_the_time_of_the_kernels_is_shown_beside_the_iteration_s(root: Path, tmp_path: Path) -> None:
     record = Device(H200, 1).contender("plain", 0.034, kernels_per_iteration=853.0, kernel_seconds=0.0252)
     report.main([write(tmp_path / "one.jsonl", [record])], root)
     assert set(column(shown(root, gpu.END_TO_END), H200).values()) == {"0.034 s/iteration, 1234 MiB, 853 kernels of 0.0252 s"}
@@ -192,7 +192,7 @@ def test_any_name_stays_in_its_cell(root: Path, tmp_path: Path, name: str) -> No
             assert line.count("`") % 2 == 0 or name.count("`")
 
 
-def test_a_call_whose_stages_were_all_killed_is_stored_and_removes_no_value(root: Path, tmp_path: Path) -> None:
+def test_a_campaign_whose_stages_were_all_killed_is_stored_and_removes_no_result(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     later = Device(H200, 1, commit="def5678")
     names = ("environment", "smoke", "tests", "micro", "end-to-end", "accuracy")
@@ -219,7 +219,7 @@ def test_a_call_whose_stages_were_all_killed_is_stored_and_removes_no_value(root
     )
 
 
-def test_a_value_is_kept_with_its_commit_until_a_newer_one_replaces_it(root: Path, tmp_path: Path) -> None:
+def test_a_result_stays_with_its_commit_until_a_newer_one_replaces_it(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), Device(H200, 1).kernel("triton", 8)])], root)
     later = Device(H200, 1, commit="def5678")
     records = [
@@ -247,7 +247,7 @@ def test_a_value_is_kept_with_its_commit_until_a_newer_one_replaces_it(root: Pat
     assert "`failed: out of memory`" in shown(root, gpu.STAGES)
 
 
-def test_a_comparison_without_torch_compile_says_so(root: Path, tmp_path: Path) -> None:
+def test_a_comparison_without_torch_compile_is_marked(root: Path, tmp_path: Path) -> None:
     device, case = Device(H200, 1), ("plain", "resnet50", "float32", "contiguous", "update")
     report.main([write(tmp_path / "one.jsonl", [device.kernel("cuda", 10), device.kernel("eager", 20)])], root)
     assert column(shown(root, gpu.KERNELS), H200)[case] == "cuda 10 µs, 91 %, 2.00 × eager†"
@@ -264,7 +264,7 @@ def test_a_failure_at_the_same_commit_replaces_the_time(root: Path, tmp_path: Pa
     assert set(column(shown(root, gpu.KERNELS), H200).values()) == {"cuda wrong"}
 
 
-def test_stages_are_listed_in_their_order_whichever_was_imported_first(root: Path, tmp_path: Path) -> None:
+def test_stages_are_shown_in_order_whichever_was_added_first(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     for name in ("micro", "environment", "smoke"):
         report.main([write(tmp_path / f"{name}.jsonl", [device.record(name, "case")])], root)
@@ -276,7 +276,7 @@ def test_kernels_of_a_profile_are_not_counted_as_cases(root: Path, tmp_path: Pat
     assert column(shown(root, gpu.STAGES), H200)["end-to-end",].startswith("2 passed, left: ")
 
 
-def test_a_run_folder_is_imported_at_the_commit_checked_out(root: Path, tmp_path: Path) -> None:
+def test_a_run_folder_is_added_with_the_current_commit(root: Path, tmp_path: Path) -> None:
     summary = Device(H200, 1).run(3, 98.0).row | {"recipe": "mnist-dfad"}
     del summary["command"]
     (tmp_path / "run").mkdir()

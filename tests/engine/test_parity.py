@@ -24,7 +24,7 @@ def run_both(
     teacher, student, generator = copy.deepcopy(networks)
     student_optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     expected = list(
-        plain.distil(
+        plain.distill(
             teacher,
             student,
             generator,
