@@ -26,12 +26,3 @@ def test_the_kernel_example_fills_both_gradients() -> None:
     assert len(EXAMPLES) == 2
     assert names["student"].grad.abs().sum() > 0
     assert names["teacher"].grad.abs().sum() > 0
-
-
-def test_every_command_and_recipe_that_is_shipped_is_in_it() -> None:
-    from dfkd_fast.cli import app
-    from dfkd_fast.recipe_files import shipped_recipes
-
-    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    for name in [*commands, *shipped_recipes()]:
-        assert name in README
