@@ -203,7 +203,7 @@ def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_go_on(run: 
 
     monkeypatch.setattr(Trainer, "iterate", exits)
     said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.err.startswith("dfkd-fast: sys.exit(0) was called, as a network's own code may; the last good checkpoint is a/checkpoints/")
+    assert said.err.startswith("dfkd-fast: sys.exit(0) was called by code of a network; the last good checkpoint is a/checkpoints/")
     assert said.err.endswith("; resume with: dfkd-fast distill digits --out a --resume\n")
     assert said.code == 2
 
