@@ -15,7 +15,7 @@ from . import distributed
 from .claim import claim_folder
 from .console import shell_quoted
 from .engine import Epoch
-from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
+from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, rename_damaged
 from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, describe_os_error, first_line
 from .interrupt import Interrupted, stopping_on_signals
@@ -121,7 +121,7 @@ class Run:
                 return None
             loaded.append(latest.state)
             for damaged in latest.damaged:
-                set_aside(damaged)
+                rename_damaged(damaged)
             return latest.path, list(latest.damaged.values())
 
         # In the first process only: all must resume from the same checkpoint, and none may read one that is being renamed.

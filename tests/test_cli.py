@@ -64,7 +64,7 @@ def test_distill_leaves_everything_in_its_folder(tiny_run: Path) -> None:
     assert min(seconds.values()) > 0
     assert summary["peak_memory_bytes"] > 50e6
 
-    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
+    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
     assert Image.open(tiny_run / "samples" / "epoch-0003.png").size == (3 * 33 + 1, 3 * 33 + 1)
     assert Image.open(tiny_run / "curves.png").size > (400, 400)
     assert list((tiny_run / "checkpoints").glob("iteration-*.pt"))
@@ -313,7 +313,7 @@ def test_what_a_user_can_fix_is_one_line_and_exit_code_2(run: Run, arguments: li
             ["doctor", "--teacher", "digits", "--weights", "package", "--weights-key", "a"],
             "teacher.weights_key (--weights-key) = 'a': must be empty for teacher.weights (--weights) = 'package'",
         ),
-        (["teach", "digits", "--device", "cuda"], "PyTorch sees no GPU here; use 'cpu' (--device cpu), and see dfkd-fast doctor"),
+        (["teach", "digits", "--device", "cuda"], "no GPU is available to PyTorch; use 'cpu' (--device cpu), or run dfkd-fast doctor"),
         (["show", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
         (["evaluate", "--recipe", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
         (["distill", "digits", "--set", "data.rot=2"], "did you mean 'data.root'? must be one of data.batch_size, "),
@@ -373,7 +373,7 @@ def test_doctor_names_everything_optional(run: Run) -> None:
     ("backend", "message"),
     [
         ("fast", "DFKD_FAST_BACKEND must be one of reference, numba, triton, cuda, not 'fast'"),
-        ("triton", "the kernels' backend triton is forced, and does not serve it"),
+        ("triton", "device 'cpu': not supported by the forced kernel backend 'triton'"),
     ],
 )
 def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(

@@ -144,7 +144,7 @@ def test_the_methods_on_digits_differ_only_in_replay_and_update(name: str) -> No
         loop.iterations_per_epoch,
         loop.student_steps,
     )
-    assert other.loop.batch_size + other.replay.rows_of(other.loop.batch_size) == loop.batch_size
+    assert other.loop.batch_size + other.replay.num_rows(other.loop.batch_size) == loop.batch_size
     assert not dfad.replay.replays
 
 

@@ -426,7 +426,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(run: Run, interrupted:
     torch.save({"training": [], "seconds": 1.0}, foreign)
     assert f"{foreign} is not a checkpoint of a run" in run("distill", "digits", "--out", "b", "--resume").err
     torch.save({"training": {}, "seconds": 1.0}, foreign)
-    assert f"checkpoint {foreign}: the state is not of these networks" in run("distill", "digits", "--out", "b", "--resume").err
+    assert f"checkpoint {foreign}: the state does not match the networks" in run("distill", "digits", "--out", "b", "--resume").err
     foreign.unlink()
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
 
@@ -464,7 +464,7 @@ def test_a_summary_tells_of_finished_runs_only(run: Run, tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", killed)
         assert run("distill", "digits", "--out", "b", "--resume").code == 130
-    assert "holds no finished run" in run("compare", "b").err
+    assert "is not a finished run" in run("compare", "b").err
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
     assert run("compare", "b").code == 0
 
@@ -554,7 +554,7 @@ def test_another_teacher_in_the_middle_of_a_run_is_refused(run: Run) -> None:
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != LOCK}
     said = run("distill", "digits", "--out", "run", "--resume", "--teacher", "other/teacher.safetensors")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "the state is of a run with another teacher: of sha256 " in said.err
+    assert "the state is of a run with another teacher: its SHA-256 is " in said.err
     assert all(path.read_bytes() == content for path, content in before.items())
     assert run("distill", "digits", "--out", "run", "--resume", "--teacher", "run/teacher.safetensors").code == 0
 

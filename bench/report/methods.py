@@ -31,7 +31,7 @@ def method_of(recipe: str) -> str | None:
     if name not in shipped_recipes():
         return None
     method = load_recipe(name)
-    if method.update.retains:
+    if method.update.is_retain_acquire:
         return "retain"
     return {"none": "dfad", "ema_generator": "mad"}.get(method.replay.kind, "pre-dfkd")
 

@@ -174,7 +174,7 @@ def _one_pass(
     networks = {one.name: one.network.to(device, memory_format=torch.channels_last) for one in candidates}  # type: ignore[call-overload]
     lowered = Precision(precision, device)
     for network in networks.values():
-        lowered.keep_logits(network, torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
+        lowered.keep_logits_in_float32(network, torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
     reference = next((one.name for one in candidates if one.role == "teacher"), candidates[0].name)
     images = torch.float16 if precision == "fp16" else torch.float32
     batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), log=log)

@@ -67,7 +67,7 @@ NAMES = [
     named("a wide ResNet of more digits than Python reads", f"wrn{'9' * 5000}_1", "unknown model 'wrn999"),
     named("a wide ResNet that is too shallow", "wrn4_1", "a wide ResNet's depth is 6n + 4"),
     named("a segmenter of more digits than Python reads", f"small_fcn{'9' * 5000}", "unknown model 'small_fcn999"),
-    named("a segmenter for data with a label an image", "small_fcn4", "teacher and student disagree on the classes"),
+    named("a segmenter for data with a label an image", "small_fcn4", "teacher and student must return logits of the same shape"),
     named("a network of torchvision for one channel", "resnet18", "torchvision's networks take 3 channels, not 1"),
     named("a network for larger images", "timm:vit_tiny_patch16_224", "Input height (32) doesn't match model (224)"),
     named("a network that would be downloaded", "timm:hf_hub/x", "unknown model 'timm:hf_hub/x'"),
@@ -103,15 +103,15 @@ WEIGHTS = [
     module(
         "one network for both roles",
         f"{PRELUDE}num_classes = 10\nONLY = nn.Sequential({FLAT})\n\ndef build(num_classes):\n    return ONLY\n",
-        "the student shares 1.weight with the teacher",
+        "the student's 1.weight shares memory with the teacher",
         "teacher.model=own_one_network_for_both_roles:build",
     ),
     builder("a student without parameters", "nn.Flatten()", "the student has no parameters to train"),
-    builder("a student without shapes", "nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))", "student's 1.weight has no shape yet"),
+    builder("a student without shapes", "nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))", "student's 1.weight is uninitialized"),
     builder(
-        "a teacher without shapes", "nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "teacher's 1.weight has no shape", role="teacher"
+        "a teacher without shapes", "nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "teacher's 1.weight is uninitialized", role="teacher"
     ),
-    builder("a student in float64", f"nn.Sequential({FLAT}).double()", "weights must be float32, and 1.weight is float64"),
+    builder("a student in float64", f"nn.Sequential({FLAT}).double()", "weights must be float32, but 1.weight is float64"),
     builder("a teacher in float64", f"nn.Sequential({FLAT}).double()", "the teacher cannot take data.image_size's 1×32×32", role="teacher"),
     builder("a frozen student", f"nn.Sequential({FLAT}).requires_grad_(False)", "the student has no parameters to train: all 2 of them"),
     builder("a frozen teacher", f"nn.Sequential({FLAT}).requires_grad_(False)", "the teacher has no parameters to train", role="teacher"),
@@ -136,7 +136,7 @@ WEIGHTS = [
     ),
 ]
 OUTPUTS = [
-    builder("a student of other classes", "nn.Sequential(nn.Flatten(), nn.Linear(1024, 7))", "the teacher gives (10,) logits an image"),
+    builder("a student of other classes", "nn.Sequential(nn.Flatten(), nn.Linear(1024, 7))", "the teacher returns (10,) per image"),
     builder(
         "a teacher of other classes than its data",
         "nn.Sequential(nn.Flatten(), nn.Linear(1024, 7))",
@@ -146,7 +146,7 @@ OUTPUTS = [
     builder("a student of other images", "nn.Sequential(nn.Flatten(), nn.Linear(784, 10))", "cannot take the generator's 1×32×32"),
     network("no output", "return None", "must return logits: a tensor, a tuple or list with one, or a dict"),
     network("a dict without logits", "return {'x': self.flat(x)}", "not dict with the keys 'x'"),
-    network("integers", "return self.flat(x).long()", "a dense tensor of floating-point numbers, not int64"),
+    network("integers", "return self.flat(x).long()", "a dense floating-point tensor, not int64"),
     network("complex numbers of a teacher", "return self.flat(x) + 0j", "the teacher must return logits as a dense tensor", role="teacher"),
     network("a sparse output", "return self.flat(x).to_sparse()", "not sparse"),
     network("an output elsewhere", "return self.flat(x).to('meta')", "on the device of its input, cpu, not on meta"),
@@ -154,8 +154,8 @@ OUTPUTS = [
     network("an axis too many", "return self.flat(x)[:, :, None]", "not (4, 10, 1) for B = 4"),
     network("one answer for a batch", "return self.flat(x).mean(0, keepdim=True)", "not (1, 10) for B = 4"),
     network("no logits at all", "return self.flat(x)[:, :0]", "not (4, 0) for B = 4"),
-    network("NaN of a student", "return self.flat(x) * float('nan')", "the student's logits have values that are NaN or infinite"),
-    network("infinity of a teacher", "return self.flat(x) / 0", "teacher's logits have values that are NaN or infinite", role="teacher"),
+    network("NaN of a student", "return self.flat(x) * float('nan')", "the student's logits contain NaN or infinite values"),
+    network("infinity of a teacher", "return self.flat(x) / 0", "teacher's logits contain NaN or infinite values", role="teacher"),
     network("logits that do not depend on weights", "return self.flat(x) * 0", "no gradient of the student's output reaches its"),
     network("logits without a graph", "return self.flat(x).detach()", "its output has no graph (torch.no_grad, detach"),
     network("a teacher without a gradient", "return self.flat(x.detach())", "no gradient through the teacher", role="teacher"),
