@@ -270,7 +270,7 @@ def test_a_run_whose_recipe_is_not_whole_is_neither_resumed_nor_overwritten(
     for options in ([], ["--resume"]):
         said = run("distill", "digits", "--out", "mine", *options)
         assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"--resume: mine/recipe.toml is {'empty' if leave is leave_an_empty_recipe else 'cut off'}" in said.err
+    assert f"--resume: mine/recipe.toml is {'empty' if leave is leave_an_empty_recipe else 'truncated'}" in said.err
     assert (folder / "checkpoints" / "iteration-00000001.pt").exists()
 
 
