@@ -159,9 +159,9 @@ def test_invalid_values_are_rejected_with_one_line(settings: type[Policy], path:
 
 
 def test_a_policy_is_unknown_before_it_is_registered() -> None:
-    with pytest.raises(DfkdError, match="unknown choice 'last_batch': there are ema_generator, memory_bank, none, vae"):
+    with pytest.raises(DfkdError, match="unknown choice 'last_batch': must be one of ema_generator, memory_bank, none, vae"):
         load_recipe("digits", {"replay.kind": "last_batch"})
-    with pytest.raises(DfkdError, match=r"unknown key 'replay\.last_batch': .* there are replay\.ema_generator, .*replay\.weight"):
+    with pytest.raises(DfkdError, match=r"unknown key 'replay\.last_batch': .* must be one of replay\.ema_generator, .*replay\.weight"):
         load_recipe("digits", {"replay.last_batch": {}})
     with pytest.raises(ValidationError, match="kind"):
         Replay(kind="last_batch")
