@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dfkd_fast.models import build_model, names_code, save_weights
+from dfkd_fast.models import build_model, is_user_function, save_weights
 from dfkd_fast.recipe import load_recipe, recipe_to_toml
 from tests.command_line import Run
 
@@ -97,12 +97,12 @@ def test_resume_runs_a_function_that_the_folder_names_only_if_the_command_line_d
     "name", ["lenet5", "wrn40_2", "resnet18", "timm:resnet18", "torchvision:deeplabv3_resnet50", "lraspp:os", "deeplabv3:a:b"]
 )
 def test_names_of_libraries_are_no_code(name: str) -> None:
-    assert not names_code(name)
+    assert not is_user_function(name)
 
 
 @pytest.mark.parametrize("name", ["os:abort", "a.b:c", "hf-hub:timm/resnet18", "timm:hf-hub:x", "local-dir:x", "a:b:c"])
 def test_every_other_name_with_a_colon_is_code(name: str) -> None:
-    assert names_code(name)
+    assert is_user_function(name)
 
 
 HEADER = recipe_to_toml(load_recipe("digits"))

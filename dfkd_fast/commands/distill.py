@@ -27,7 +27,7 @@ from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.run import Run
-from dfkd_fast.surgery import evaluating
+from dfkd_fast.surgery import eval_mode
 
 from .networks import build_network, build_networks, check_teacher, load_given_teacher
 from .rehearsal import check_trainable, initialize_encoder, rehearse, step_sizes
@@ -113,7 +113,7 @@ def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
         trainer.steps.warm_up()
         if data.has_images:  # the evaluation between two epochs, beside what the steps keep
             images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)
-            with evaluating(trainer.result):
+            with eval_mode(trainer.result):
                 trainer.result(images.to(memory_format=torch.channels_last))
 
     # What a recipe may ask of a batch of its own.

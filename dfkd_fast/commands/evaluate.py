@@ -25,7 +25,7 @@ from dfkd_fast.evaluation import (
     check_readable,
     evaluate,
     evaluate_segmentation,
-    named_iou,
+    iou_by_class,
 )
 from dfkd_fast.files import check_output, replacing
 from dfkd_fast.log import LOGGER
@@ -203,7 +203,7 @@ def _one_pass(
             "unreadable": done.unreadable,
         }
         if isinstance(figures, SegmentationMetrics):
-            iou = named_iou(data, figures)
+            iou = iou_by_class(data, figures)
             return EvaluatedSegmenter(**common, miou=figures.miou, pixel_accuracy=figures.pixel_accuracy, iou=iou)
         return EvaluatedClassifier(**common, top1=figures.top1, top5=figures.top5)
 

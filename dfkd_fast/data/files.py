@@ -18,7 +18,7 @@ from .image_lists import ImageList
 from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings, check_channels, root_of
 from .splits import Augment, Split
 
-__all__ = ["FileSet", "read_listing"]
+__all__ = ["FileSet", "list_test_images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class FileSet(DataSet):
         return TrainingImages(listing, _changes(settings, augment), strict=settings.strict)
 
     def listing(self, name: str, root: Path) -> ImageList:
-        """The files to test on; see :func:`read_listing`."""
+        """The files to test on; see :func:`list_test_images`."""
         listing = self.list_files(root, self.classes)
         if not listing.paths:
             raise DfkdError(f"data.root {root}: no images in it")
@@ -74,7 +74,7 @@ class FileSet(DataSet):
         return replace(listing, note=f"{listing.note}; {note}" if listing.note else note)
 
 
-def read_listing(name: str, root: Path) -> ImageList:
+def list_test_images(name: str, root: Path) -> ImageList:
     """The image files that a data set is tested on.
 
     Args:

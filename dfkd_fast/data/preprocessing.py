@@ -9,12 +9,12 @@ from dfkd_fast.errors import DfkdError
 
 from .eval_transform import EvalTransform, Interpolation
 
-__all__ = ["eval_transform_of"]
+__all__ = ["resolve_eval_transform"]
 
 KNOWN = {"efficientnet_lite0": EvalTransform(256, 224, "bicubic", 3 * (127 / 255,), 3 * (128 / 255,))}
 
 
-def eval_transform_of(model: str, weights: Path | None = None, *, log: Callable[[str], None] = lambda note: None) -> EvalTransform:
+def resolve_eval_transform(model: str, weights: Path | None = None, *, log: Callable[[str], None] = lambda note: None) -> EvalTransform:
     """The preprocessing that a network by name was trained for.
 
     Args:

@@ -19,7 +19,7 @@ from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings
 from .shapes import draw_shapes
 from .splits import Augment, Split
 
-__all__ = ["evaluation_batches", "label_names", "open_split", "palette"]
+__all__ = ["class_names", "evaluation_batches", "open_split", "palette"]
 
 
 class NoData(DataSet):
@@ -64,7 +64,7 @@ DATA_SETS.update(
 )
 
 
-def label_names(settings: DataSettings) -> list[str]:
+def class_names(settings: DataSettings) -> list[str]:
     """What the classes of a data set are called; numbers, where it does not say."""
     return list(settings.data_set.classes_of(settings).colours)
 

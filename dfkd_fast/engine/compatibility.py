@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 from dfkd_fast import distributed
 from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError, describe_exception
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import conditioned
+from dfkd_fast.models import condition_latents
 from dfkd_fast.out_of_memory import is_out_of_memory
-from dfkd_fast.surgery import dry_run, evaluating, logits_of
+from dfkd_fast.surgery import dry_run, eval_mode, get_logits
 
 from .method import Method
 
@@ -114,7 +114,7 @@ def check_networks(
         _check_trainable(role, networks[role])
 
     z = _normal((SAMPLES, latent_dim), device)
-    with evaluating(generator):
+    with eval_mode(generator):
         images = _generated(generator, z)
     if not images.isfinite().all():
         raise DfkdError("the generator's images have values that are NaN or infinite before any training")
@@ -166,7 +166,7 @@ def check_smallest_batches(method: Method, student: nn.Module, generator: nn.Mod
     if engine.micro_batches > 1:
         field = f"engine.micro_batches = {engine.micro_batches} of {field}"
     z = _normal((1, int(generator.latent_dim)), device)  # type: ignore[arg-type]
-    with evaluating(generator):
+    with eval_mode(generator):
         image = _generated(generator, z)
     if loop.batch_size // engine.micro_batches == 1:
         _try_one(field, generator, _generated, z)
@@ -324,7 +324,7 @@ def _generated(generator: nn.Module, z: Tensor) -> Tensor:
     labels = torch.arange(len(z), device=z.device) % (1 if embedding is None else embedding.num_embeddings)
     mode = " in training mode" if generator.training else ""
     try:
-        images = generator(conditioned(generator, z, labels))
+        images = generator(condition_latents(generator, z, labels))
     except USER_CODE_ERRORS as error:
         if is_out_of_memory(error):
             raise
@@ -340,7 +340,7 @@ def _generated(generator: nn.Module, z: Tensor) -> Tensor:
 def _evaluated(name: str, network: nn.Module, images: Tensor, source: str) -> Tensor:
     """Logits for images in evaluation mode; arguments as :func:`check_classifier`'s."""
     check_initialized(name, network)
-    with evaluating(network):
+    with eval_mode(network):
         return _called(name, network, images.clone(), source)
 
 
@@ -355,7 +355,7 @@ def _called(name: str, network: nn.Module, images: Tensor, source: str) -> Tenso
         count = "one of " if len(images) == 1 else ""
         raise DfkdError(f"the {name} cannot take {count}{source} {size} images{mode}: {describe_exception(error)}") from error
     try:
-        logits = logits_of(output)
+        logits = get_logits(output)
     except DfkdError as error:
         raise DfkdError(f"the {name} {error}") from error
     _check_plain(name, "logits", logits, images.device)

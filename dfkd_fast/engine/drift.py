@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import js_discrepancy
 from dfkd_fast.models import sample
-from dfkd_fast.surgery import evaluating, logits_of
+from dfkd_fast.surgery import eval_mode, get_logits
 
 __all__ = ["Drift"]
 
@@ -36,11 +36,11 @@ class Drift:
         for name, generator in generators.items() if self.samples else ():
             now = sample(generator, self.samples, next(generator.parameters()).device)
             if name in self._before:
-                with evaluating(student):
-                    logits = logits_of(student(now))
+                with eval_mode(student):
+                    logits = get_logits(student(now))
                     moved = js_discrepancy(
                         logits,
-                        logits_of(student(self._before[name])),
+                        get_logits(student(self._before[name])),
                         temperature=1.0,
                         reduction="sum",
                         scale_by_temperature_squared=False,

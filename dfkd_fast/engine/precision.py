@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.choices import PrecisionName, PrecisionSetting
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.surgery import evaluating, find_heads, in_float32, logits_of
+from dfkd_fast.surgery import eval_mode, find_heads, get_logits, in_float32
 
 __all__ = ["Precision", "ordinary_mode", "resolve_precision"]
 
@@ -73,7 +73,7 @@ class Precision:
         """Let the layers that a network's logits come out of compute in float32 within :attr:`autocast`, and be as they were outside.
 
         Args:
-            network: images → logits, in any form that ``logits_of`` takes.
+            network: images → logits, in any form that ``get_logits`` takes.
             images: some for it, (B, C, H, W), on its device.
         """
         if self.dtype is not None:
@@ -83,8 +83,8 @@ class Precision:
         """Whether logits are rounded all the same, since no layer makes them but an operation in the network's ``forward``."""
         if self.dtype is None:
             return False
-        with evaluating(network), self.autocast():
-            return logits_of(network(images)).dtype == self.dtype
+        with eval_mode(network), self.autocast():
+            return get_logits(network(images)).dtype == self.dtype
 
     def scale(self, role: str, loss: Tensor) -> Tensor:
         """The loss to differentiate."""

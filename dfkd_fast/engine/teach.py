@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.labels import IGNORE_INDEX
-from dfkd_fast.surgery import logits_of
+from dfkd_fast.surgery import get_logits
 
 from .clock import Clock
 from .device import cudnn_benchmark
@@ -40,7 +40,7 @@ class TeacherTrainer:
     """Trains a network by cross-entropy or the focal loss. Iterate over it for one :class:`Epoch` at a time.
 
     Args:
-        network: images → logits, in any form that ``logits_of`` takes; trained in place.
+        network: images → logits, in any form that ``get_logits`` takes; trained in place.
         batches: (images (B, C, H, W), labels (B,) or (B, H, W)), iterated anew each epoch; it must draw its order from ``stream``.
         optimizer: settings of the optimiser and its schedule.
         epochs: how many there are in all.
@@ -110,7 +110,7 @@ class TeacherTrainer:
         total, count = torch.zeros((), device=self.device), 0
         for images, labels in self.batches:
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            loss = focal_loss(logits_of(self.network(images)), labels.to(self.device, non_blocking=True), self.focal_gamma)
+            loss = focal_loss(get_logits(self.network(images)), labels.to(self.device, non_blocking=True), self.focal_gamma)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

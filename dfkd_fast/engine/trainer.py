@@ -34,7 +34,7 @@ class Trainer:
 
     Args:
         teacher: images (B, C, H, W) → logits (B, classes) or (B, classes, H, W), or a dict, tuple or object that has them (see
-            :func:`~dfkd_fast.models.logits_of`); its weights are read here, once, where they are folded or cast.
+            :func:`~dfkd_fast.models.get_logits`); its weights are read here, once, where they are folded or cast.
         student: the same signature; its parameters and buffers are trained in place.
         generator: one of :mod:`dfkd_fast.models`, or any module with an attribute ``latent_dim`` that maps
             z (B, latent_dim) to images (B, C, H, W); trained in place, too.

@@ -36,7 +36,7 @@ def evaluate(
     Under torchrun each process brings its share of the images, and all get the figures of the whole.
 
     Args:
-        networks: images (B, C, H, W) → logits (B, classes), in any form that ``logits_of`` takes, by name.
+        networks: images (B, C, H, W) → logits (B, classes), in any form that ``get_logits`` takes, by name.
         batches: (images, labels (B,)).
         device: where the networks are.
         reference: the network that the others are set against; none by default.

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from dfkd_fast import distributed
-from dfkd_fast.data import DataSettings, evaluation_batches, label_names
+from dfkd_fast.data import DataSettings, class_names, evaluation_batches
 from dfkd_fast.errors import DfkdError
 
 from .accuracy import evaluate
 from .passes import Evaluation
 from .segmentation import SegmentationMetrics, evaluate_segmentation
 
-__all__ = ["Evaluator", "check_readable", "named_iou"]
+__all__ = ["Evaluator", "check_readable", "iou_by_class"]
 
 NAMED = 5
 """Unreadable files that an error names."""
@@ -51,15 +51,15 @@ class Evaluator:
         """IoU in percent by network and class, None of a class that occurs nowhere; nothing for classifiers."""
         if self.data.task != "segmentation":
             return {}
-        return {name: named_iou(self.data, found) for name, found in self._segmented(networks).networks.items()}
+        return {name: iou_by_class(self.data, found) for name, found in self._segmented(networks).networks.items()}
 
     def _segmented(self, networks: Mapping[str, nn.Module]) -> Evaluation[SegmentationMetrics]:
         return evaluate_segmentation(networks, self.batches, self.device, num_classes=self.data.num_classes)
 
 
-def named_iou(data: DataSettings, figures: SegmentationMetrics) -> dict[str, float | None]:
+def iou_by_class(data: DataSettings, figures: SegmentationMetrics) -> dict[str, float | None]:
     """A network's IoU in percent by the names of the data set's classes."""
-    return dict(zip(label_names(data), figures.iou, strict=True))
+    return dict(zip(class_names(data), figures.iou, strict=True))
 
 
 def check_readable(bad: Sequence[str], count: int, data: DataSettings) -> None:

@@ -15,7 +15,7 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import kl_discrepancy
 from dfkd_fast.labels import IGNORE_INDEX
-from dfkd_fast.surgery import evaluating, logits_of
+from dfkd_fast.surgery import eval_mode, get_logits
 
 __all__ = ["Agreement", "Evaluation", "Metric", "run_pass"]
 
@@ -101,7 +101,7 @@ def run_pass(
     count = total = 0  # images, and labels
     with ExitStack() as modes:
         for network in networks.values():
-            modes.enter_context(evaluating(network))
+            modes.enter_context(eval_mode(network))
         for waited, (images, labels) in _timed(batches):
             waiting += waited
             seen = images.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -164,7 +164,7 @@ def _timed(elements: Iterable[Element]) -> Iterator[tuple[float, Element]]:
 def _fitted(name: str, output: Any, labels: Tensor, classes: int | None) -> Tensor:
     """The logits in an output, float32 and of the labels' size."""
     try:
-        logits = logits_of(output).float()
+        logits = get_logits(output).float()
     except DfkdError as error:
         raise DfkdError(f"network {name} {error}") from error
     if logits.ndim != labels.ndim + 1 or logits.shape[1] != (classes or logits.shape[1]):

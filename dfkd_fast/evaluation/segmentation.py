@@ -44,7 +44,7 @@ def evaluate_segmentation(
 
     Args:
         networks: images (B, C, H, W) → logits (B, num_classes, h, w), resized bilinearly to the labels' size, in any form that
-            ``logits_of`` takes, by name.
+            ``get_logits`` takes, by name.
         batches: (images, labels (B, H, W)).
         device, reference, autocast, on_batch: as there.
         num_classes: of every network.

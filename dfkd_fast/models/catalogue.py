@@ -18,7 +18,7 @@ from .classifiers import LENET5_HALF, LeNet5, WideResNet, cifar_resnet
 from .pretrained import PRETRAINED
 from .segmenters import build_segmenter, is_segmenter, segmenters
 
-__all__ = ["build_model", "names_code"]
+__all__ = ["build_model", "is_user_function"]
 
 SMALL: dict[str, Callable[[int, int], nn.Module]] = {
     "lenet5": lambda classes, channels: LeNet5(classes, channels),
@@ -62,7 +62,7 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
     library, _, rest = name.rpartition(":")
     if is_segmenter(name):
         return build_segmenter(name.removeprefix("torchvision:"), num_classes, channels)
-    if names_code(name):
+    if is_user_function(name):
         return _users_own(library, rest, num_classes)
     if library != "timm" and rest in torchvision.models.list_models(torchvision.models):
         if channels != 3:
@@ -79,7 +79,7 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
     raise unknown("model", name, [*SMALL, *PRETRAINED, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
 
 
-def names_code(name: str) -> bool:
+def is_user_function(name: str) -> bool:
     """Whether :func:`build_model` imports and calls a function by this name.
 
     A name that comes from a data file must be confirmed by the user before it is built, if it is one of these.

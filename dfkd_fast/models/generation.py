@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.kernels import concat_generated
-from dfkd_fast.surgery import evaluating
+from dfkd_fast.surgery import eval_mode
 
 from .generators import Generator
 from .layers import Standardize
 
-__all__ = ["conditioned", "draw_labels", "generate", "sample"]
+__all__ = ["condition_latents", "draw_labels", "generate", "sample"]
 
 
-def conditioned(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
+def condition_latents(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
     """What a generator is called with: z + e_y if it has an ``embedding``, else z.
 
     The condition is a sum, not a concatenation (MAD, arXiv 2209.10359), so any generator can be made conditional.
@@ -40,8 +40,8 @@ def sample(generator: nn.Module, count: int, device: torch.device | str) -> Tens
     z = torch.randn(count, int(generator.latent_dim), generator=torch.Generator().manual_seed(0)).to(device)  # type: ignore[arg-type]
     embedding = getattr(generator, "embedding", None)
     labels = torch.arange(count, device=device) % (1 if embedding is None else embedding.num_embeddings)
-    with evaluating(generator):
-        return generator(conditioned(generator, z, labels))
+    with eval_mode(generator):
+        return generator(condition_latents(generator, z, labels))
 
 
 def draw_labels(labels: Tensor, classes: int, stream: torch.Generator) -> Tensor:
@@ -62,7 +62,7 @@ def generate(
 
     Args:
         generators: :class:`Generator` that end alike are fused; any other modules from z to images are called.
-        latents: one (B_i, latent_dim) tensor a generator, already :func:`conditioned`.
+        latents: one (B_i, latent_dim) tensor a generator, already :func:`condition_latents`.
         out: a preallocated batch (ΣB_i, C, H, W); only under ``torch.no_grad()``.
         memory_format: layout of a batch allocated here.
 

@@ -59,7 +59,7 @@ class Generator(nn.Module):
     """
 
     embedding: nn.Embedding | None
-    """(classes, latent_dim), of a conditional generator: :func:`conditioned` adds e_y to z."""
+    """(classes, latent_dim), of a conditional generator: :func:`condition_latents` adds e_y to z."""
 
     def __init__(
         self, body: nn.Module, latent_dim: int, output_norm: nn.Module | None, activation: Literal["tanh", "sigmoid"] = "tanh"

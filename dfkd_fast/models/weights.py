@@ -19,7 +19,7 @@ from dfkd_fast.files import replacing
 from .selection import NAMED, convert, listed, select
 from .weight_files import check_file, is_safetensors, read_weights
 
-__all__ = ["load_weights", "read_metadata", "save_weights", "sha256_of"]
+__all__ = ["load_weights", "read_metadata", "save_weights", "state_dict_sha256"]
 
 HEADER, CHECKSUM = "dfkd_fast", "sha256"
 
@@ -31,7 +31,7 @@ def save_weights(network: nn.Module, path: Path, metadata: Mapping[str, str]) ->
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     with replacing(path) as part:
-        part.write_bytes(save(_untied(tensors), metadata={HEADER: json.dumps({**metadata, CHECKSUM: sha256_of(tensors)})}))
+        part.write_bytes(save(_untied(tensors), metadata={HEADER: json.dumps({**metadata, CHECKSUM: state_dict_sha256(tensors)})}))
 
 
 def load_weights(network: nn.Module, path: Path | str, *, key: str = "", log: Callable[[str], None] = lambda note: None) -> None:
@@ -56,7 +56,7 @@ def load_weights(network: nn.Module, path: Path | str, *, key: str = "", log: Ca
     own = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     where = f"weights {path}"
     held = read_weights(path)
-    if (checksum := _header(path).get(CHECKSUM)) and checksum != sha256_of(held):
+    if (checksum := _header(path).get(CHECKSUM)) and checksum != state_dict_sha256(held):
         raise DfkdError(f"{where} are damaged: the content does not match the checksum in the header")
     chosen = select(held, own, where, key=key)
     if chosen.problems:
@@ -110,7 +110,7 @@ def _header(path: Path) -> dict[str, str]:
     return held
 
 
-def sha256_of(state: Mapping[str, Any]) -> str:
+def state_dict_sha256(state: Mapping[str, Any]) -> str:
     """SHA-256 of a state dict's tensors, in hexadecimal digits: of names, dtypes, shapes and values, whatever their order and strides."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):

@@ -14,7 +14,7 @@ from dfkd_fast.out_of_memory import is_out_of_memory
 from .cpu_conv import CpuConv2d
 from .modes import deep_copy, freeze
 
-__all__ = ["FoldingError", "fold", "folded_and_checked", "has_running_statistics"]
+__all__ = ["FoldingError", "fold", "fold_and_verify", "has_running_statistics"]
 
 FOLDED_WITHIN = 1e-3
 """Of the largest logit: rounding is far below, a network whose forward a trace does not catch is far above."""
@@ -109,7 +109,7 @@ def _is_ordinary(layer: nn.Conv2d) -> bool:
     return not computed and (type(layer) in (nn.Conv2d, CpuConv2d) or type(layer).__name__ == "Conv2dSame")
 
 
-def folded_and_checked(network: nn.Module, images: Tensor) -> nn.Module:
+def fold_and_verify(network: nn.Module, images: Tensor) -> nn.Module:
     """:func:`fold`, and a look at whether the copy answers some images (B, C, H, W) as the network does.
 
     Both answer in float64: on a GPU, float32 convolutions in TF32 differ by more than a wrong fold may.

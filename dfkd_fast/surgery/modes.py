@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError, describe_exception
 from dfkd_fast.out_of_memory import is_out_of_memory
 
-__all__ = ["deep_copy", "dry_run", "evaluating", "freeze", "weights_frozen"]
+__all__ = ["deep_copy", "dry_run", "eval_mode", "freeze", "weights_frozen"]
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -27,7 +27,7 @@ def freeze(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in, frozen ones too."""
     modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]  # frozen scripts have none
     network.eval()

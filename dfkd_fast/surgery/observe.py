@@ -13,7 +13,7 @@ from dfkd_fast.kernels import channel_moments
 
 from .fold import has_running_statistics
 from .modes import deep_copy
-from .outputs import logits_of
+from .outputs import get_logits
 
 __all__ = ["Observation", "Observer"]
 
@@ -76,7 +76,7 @@ class Observer:
         """The teacher's logits for images (B, C, H, W), and what its layers saw meanwhile."""
         for layer in self._looked_at():
             layer.seen = []
-        logits = logits_of(self.network(images))
+        logits = get_logits(self.network(images))
         # A layer has seen more than one tensor where the network calls it again.
         given = [(norm, _as_images(x)) for norm in self._norms for x, _ in norm.seen]
         given += [(layer, y) for layer in self._folded for _, y in layer.seen]

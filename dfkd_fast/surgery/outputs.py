@@ -9,15 +9,15 @@ from torch.utils._pytree import tree_leaves
 
 from dfkd_fast.errors import DfkdError
 
-from .modes import dry_run, evaluating
+from .modes import dry_run, eval_mode
 
-__all__ = ["auxiliary_outputs", "logits_of", "logits_only"]
+__all__ = ["auxiliary_outputs", "get_logits", "logits_only"]
 
 LOGITS_KEYS = ("out", "logits")
 """Of a dict: torchvision's segmenters return the one, transformers' models the other."""
 
 
-def logits_of(output: Any) -> Tensor:
+def get_logits(output: Any) -> Tensor:
     """The logits in a network's output.
 
     Args:
@@ -48,7 +48,7 @@ def auxiliary_outputs(network: nn.Module, images: Tensor) -> str | None:
     """What a network returns beside its logits in the mode it is in, for a user to be told; None if nothing.
 
     Args:
-        network: images → logits, in any form that :func:`logits_of` takes; nothing of it changes.
+        network: images → logits, in any form that :func:`get_logits` takes; nothing of it changes.
         images: some for it, (B, C, H, W), on its device; at least two in training mode, as batch norms need them.
 
     Returns:
@@ -59,7 +59,7 @@ def auxiliary_outputs(network: nn.Module, images: Tensor) -> str | None:
     """
     with dry_run(network) as trial, torch.no_grad():
         output = trial(images.clone())  # which a network may change in place
-    logits = logits_of(output)
+    logits = get_logits(output)
     parts = {name: part for name, part in _parts(output).items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(part))}
     others = [name for name, part in parts.items() if part is not logits]
     if not others:
@@ -89,11 +89,11 @@ def logits_only(network: nn.Module, images: Tensor) -> nn.Module:
     in both modes. Nothing of it changes. One that writes in its input is given a copy: others are to see the same images.
 
     Args:
-        network: images → logits, in any form that :func:`logits_of` takes.
+        network: images → logits, in any form that :func:`get_logits` takes.
         images: some for it, (B, C, H, W), on its device; at least two in training mode, as batch norms need them.
     """
     given = [images.clone(), images.clone()]
-    with evaluating(network):
+    with eval_mode(network):
         outputs = [network(given[0])]
     if network.training:
         with dry_run(network) as trial, torch.no_grad():
@@ -109,4 +109,4 @@ class _LogitsOnly(nn.Module):
         self.training = network.training
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.network(images.clone() if self.writes else images))
+        return get_logits(self.network(images.clone() if self.writes else images))

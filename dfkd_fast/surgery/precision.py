@@ -15,8 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._pytree import tree_map_only
 
-from .modes import evaluating
-from .outputs import logits_of
+from .modes import eval_mode
+from .outputs import get_logits
 
 __all__ = ["SpectralNorm", "compute_in_float32", "find_heads", "in_float32", "keep_spectral_norms_in_float32", "lower_precision"]
 
@@ -29,7 +29,7 @@ def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
     registered: an auxiliary classifier is not among them.
 
     Args:
-        network: images → logits, in any form that ``logits_of`` takes; its mode and its buffers are left as they are.
+        network: images → logits, in any form that ``get_logits`` takes; its mode and its buffers are left as they are.
         images: (B, C, H, W), on its device; only the shape matters.
     """
     layers: dict[Node, nn.Module] = {}
@@ -40,9 +40,9 @@ def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
 
     hooks = [layer.register_forward_hook(record) for layer in network.modules() if _has_matrix(layer)]
     try:
-        with evaluating(network), torch.enable_grad():
+        with eval_mode(network), torch.enable_grad():
             # Cloned, since a network may change its input in place, which a leaf of the graph forbids.
-            logits = logits_of(network(images.detach().requires_grad_().clone()))
+            logits = get_logits(network(images.detach().requires_grad_().clone()))
     finally:
         for hook in hooks:
             hook.remove()

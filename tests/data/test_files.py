@@ -20,7 +20,7 @@ from dfkd_fast.data import (
     ImageList,
     Interpolation,
     evaluation_batches,
-    read_listing,
+    list_test_images,
 )
 from dfkd_fast.data.headers import is_plain
 from dfkd_fast.errors import DfkdError
@@ -80,7 +80,7 @@ def test_no_prefix_of_a_file_is_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_kind_of_file_looks_as_pil_reads_it_whatever_it_is_called(tmp_path: Path, loader: str) -> None:
     write_folder(tmp_path, PLAIN | ODD)
-    listing = read_listing("folder", tmp_path)
+    listing = list_test_images("folder", tmp_path)
     images, labels = seen(open_batches(loader, listing))
     order = sorted(range(len(listing)), key=lambda i: (loader == "dali" and not is_plain(listing.paths[i]), i))
     assert labels == [listing.labels[index] for index in order]
@@ -95,7 +95,7 @@ def test_the_geometry_is_torchvisions_at_every_size(tmp_path: Path, loader: str,
     sizes = [(32, 32), (33, 61), (61, 33), (47, 50), (50, 47), (64, 67), (67, 65), (20, 31), (97, 300), (301, 98), (40, 43), (43, 41)]
     write_folder(tmp_path, {f"{height}x{width}": jpeg(noise(height, width, height * width)) for height, width in sizes})
     view = VIEW._replace(interpolation=interpolation)
-    listing = read_listing("folder", tmp_path)
+    listing = list_test_images("folder", tmp_path)
     images, _ = seen(open_batches(loader, listing, 5, view))
     for image, path in zip(images, listing.paths, strict=True):
         difference = levels(image, expected(path, view))
@@ -110,7 +110,7 @@ def test_every_file_is_served_once_in_every_pass(tmp_path: Path, loader: str, co
     (tmp_path / "list.txt").write_text("".join(f"{number}.jpg {number}\n" for number in range(count)))
     for number in range(count):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(noise(40, 40, number)))
-    batches = open_batches(loader, read_listing("list", tmp_path / "list.txt"), batch_size)
+    batches = open_batches(loader, list_test_images("list", tmp_path / "list.txt"), batch_size)
     passes = [seen(batches) for _ in range(3)]
     next(iter(batches))  # a pass that is broken off
     for images, labels in [*passes, seen(batches)]:
@@ -124,7 +124,7 @@ def test_every_file_is_served_once_in_every_pass(tmp_path: Path, loader: str, co
 def test_batches_are_channels_last_and_the_last_may_be_smaller(tmp_path: Path, loader: str) -> None:
     write_folder(tmp_path, {str(number): jpeg(noise(40, 50, number)) for number in range(5)})
     sizes = []
-    for images, labels in open_batches(loader, read_listing("folder", tmp_path), 3):
+    for images, labels in open_batches(loader, list_test_images("folder", tmp_path), 3):
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert images.dtype == torch.float32
         sizes.append((len(images), len(labels)))
@@ -136,7 +136,7 @@ def test_batches_are_channels_last_and_the_last_may_be_smaller(tmp_path: Path, l
 def test_files_may_have_any_name(tmp_path: Path, loader: str, name: bytes) -> None:
     write_folder(tmp_path, {"one": jpeg(noise(40, 50)), "two": jpeg(noise(40, 50, 1))}, classes=1)
     (tmp_path / "val/a/two.jpg").rename(tmp_path / "val/a" / os.fsdecode(name))
-    listing = read_listing("folder", tmp_path)
+    listing = list_test_images("folder", tmp_path)
     images, _ = seen(open_batches(loader, listing))
     found = [path for image in images for path in listing.paths if levels(image, expected(path)).max() < 1.01]
     assert sorted(found) == sorted(listing.paths)
@@ -157,14 +157,14 @@ def test_files_of_more_pixels_than_pil_trusts_are_not_plain(tmp_path: Path, kind
 @needs_dali
 def test_a_batch_of_dalis_needs_no_room_for_more_files_than_there_are(tmp_path: Path) -> None:
     write_folder(tmp_path, {"one": jpeg(noise(40, 50))})
-    batches = open_batches("dali", read_listing("folder", tmp_path), 2**31 - 1)
+    batches = open_batches("dali", list_test_images("folder", tmp_path), 2**31 - 1)
     assert len(seen(batches)[1]) == len(batches) == 1
 
 
 @needs_dali
 def test_dali_gives_half_precision_without_a_copy(tmp_path: Path) -> None:
     write_folder(tmp_path, {"one": jpeg(noise(40, 50))})
-    listing = read_listing("folder", tmp_path)
+    listing = list_test_images("folder", tmp_path)
     ((half, _),) = [(images.clone(), labels) for images, labels in DaliBatches(listing, VIEW, 2, 1, CPU, torch.float16)]
     full, _ = seen(open_batches("dali", listing))
     assert half.dtype == torch.float16
@@ -174,7 +174,7 @@ def test_dali_gives_half_precision_without_a_copy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_files_that_cannot_be_read_are_left_out_counted_and_named_with_the_reason(tmp_path: Path, loader: str) -> None:
     write_folder(tmp_path, PLAIN | BROKEN)
-    batches = open_batches(loader, read_listing("folder", tmp_path), 3)
+    batches = open_batches(loader, list_test_images("folder", tmp_path), 3)
     for _ in range(2):
         images, _ = seen(batches)
         assert len(images) == len(PLAIN)
@@ -189,7 +189,7 @@ def test_what_dali_does_not_decode_after_all_is_read_by_pil(tmp_path: Path) -> N
     broken = bytearray(PLAIN["png"])
     broken[len(broken) // 2] ^= 0xFF
     write_folder(tmp_path, {f"{number}": PLAIN["jpeg"] for number in range(6)} | {"hole": bytes(broken)}, classes=1)
-    batches = open_batches("dali", read_listing("folder", tmp_path), 2)
+    batches = open_batches("dali", list_test_images("folder", tmp_path), 2)
     for _ in range(2):
         images, _ = seen(batches)
         assert len(images) == 6

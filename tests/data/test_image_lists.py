@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from timm.data.imagenet_info import ImageNetInfo
 
-from dfkd_fast.data import DATA_SETS, DataSettings, open_split, read_listing
+from dfkd_fast.data import DATA_SETS, DataSettings, list_test_images, open_split
 from dfkd_fast.data.image_lists import IMAGENET
 from dfkd_fast.errors import DfkdError
 
@@ -19,7 +19,7 @@ def touch(*paths: Path) -> None:
 def test_a_folder_a_class_is_numbered_by_name_and_files_are_sorted(tmp_path: Path) -> None:
     touch(tmp_path / "val/b/2.png", tmp_path / "val/b/1.JPEG", tmp_path / "val/a/x/deep.jpg", tmp_path / "val/a/notes.txt")
     (tmp_path / "val/c").mkdir()
-    listing = read_listing("folder", tmp_path)
+    listing = list_test_images("folder", tmp_path)
     assert [path.name for path in listing.paths] == ["deep.jpg", "1.JPEG", "2.png"]
     assert (listing.labels, listing.classes, listing.note) == ((0, 1, 1), 3, None)
 
@@ -27,7 +27,7 @@ def test_a_folder_a_class_is_numbered_by_name_and_files_are_sorted(tmp_path: Pat
 @pytest.mark.parametrize("below", ["val", "."])
 def test_imagenets_wordnet_ids_sort_into_its_classes(tmp_path: Path, below: str) -> None:
     touch(*(tmp_path / below / wnid / "image.JPEG" for wnid in reversed(IMAGENET)))
-    listing = read_listing("imagenet", tmp_path)
+    listing = list_test_images("imagenet", tmp_path)
     assert listing.labels == tuple(range(1000))
     assert listing.paths[7].parent.name == "n01514668"  # a cock
     assert listing.note == f"{tmp_path} has 1,000 of the 50,000 validation images of imagenet: what is measured is no imagenet accuracy"
@@ -50,7 +50,7 @@ def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
     tmp_path: Path, folders: list[str], labels: tuple[int, ...]
 ) -> None:
     touch(*(tmp_path / "val" / name / "1.JPEG" for name in folders))
-    listing = read_listing("imagenet", tmp_path)
+    listing = list_test_images("imagenet", tmp_path)
     assert (listing.labels, listing.classes) == (labels, 1000)
     assert str(listing.note).startswith(
         f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {IMAGENET[labels[0]]} to {IMAGENET[max(labels)]},"
@@ -61,7 +61,7 @@ def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
 def test_folders_that_are_no_classes_of_imagenet_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "val/n01440764/1.JPEG", tmp_path / "val/tench/1.JPEG", tmp_path / "val/1000/1.JPEG")
     with pytest.raises(DfkdError, match=r"2 of 3 folders are not ImageNet classes, the first is '1000'; .* such as n01440764"):
-        read_listing("imagenet", tmp_path)
+        list_test_images("imagenet", tmp_path)
 
 
 def test_a_teacher_for_imagenet_is_trained_on_all_of_its_classes(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_imagenets_images_in_one_folder_have_the_classes_of_a_file_beside_them(
 ) -> None:
     touch(tmp_path / "val/1.JPEG", tmp_path / "val/2.JPEG", *(tmp_path / path for path in junk))
     (tmp_path / name).write_bytes(text.encode())
-    listing = read_listing("imagenet", tmp_path)
+    listing = list_test_images("imagenet", tmp_path)
     assert [path.name for path in listing.paths] == ["1.JPEG", "2.JPEG"]
     assert (listing.labels, listing.classes) == ((217, 0), 1000)
     assert str(listing.note).startswith(f"classes are those of {tmp_path / name}; ")
@@ -116,7 +116,7 @@ def test_a_file_of_imagenets_classes_that_cannot_be_used_is_refused(tmp_path: Pa
     touch(tmp_path / "val/1.JPEG", tmp_path / "val/2.JPEG")
     (tmp_path / name).write_text(text)
     with pytest.raises(DfkdError, match=message) as refused:
-        read_listing("imagenet", tmp_path)
+        list_test_images("imagenet", tmp_path)
     assert "\n" not in str(refused.value)
 
 
@@ -134,7 +134,7 @@ def test_what_other_programs_leave_beside_images_is_none_of_them(tmp_path: Path,
     touch(*(tmp_path / "val" / folder / file for folder in classes for file in ("1.PNG", "2.jpeg", *JUNK)))
     touch(*(tmp_path / "val" / folder / "1.png" for folder in (".ipynb_checkpoints", ".Trash-1000", "__MACOSX", "@eaDir", "lost+found")))
     touch(tmp_path / "val/.DS_Store", tmp_path / "val/stray.png")
-    listing = read_listing(name, tmp_path)
+    listing = list_test_images(name, tmp_path)
     assert [str(path.relative_to(tmp_path / "val")) for path in listing.paths] == [
         f"{folder}/{file}" for folder in classes for file in ("1.PNG", "2.jpeg")
     ]
@@ -147,7 +147,7 @@ def test_class_folders_and_images_may_be_links_and_folders_of_an_images_name_are
     (tmp_path / "val/b/3.png").symlink_to(tmp_path / "elsewhere/cats/1.png")
     (tmp_path / "val/b/more").symlink_to(tmp_path / "elsewhere/cats")
     (tmp_path / "val/broken").symlink_to(tmp_path / "nowhere")
-    listing = read_listing("folder", tmp_path)
+    listing = list_test_images("folder", tmp_path)
     assert [str(path.relative_to(tmp_path / "val")) for path in listing.paths] == ["a/1.png", "b/3.png", "b/more/1.png", "b/old.png/2.png"]
     assert (listing.labels, listing.classes) == ((0, 1, 1, 1), 2)
 
@@ -156,7 +156,7 @@ def test_a_link_to_a_folder_above_counts_no_image_again(tmp_path: Path) -> None:
     touch(tmp_path / "val/a/1.png", tmp_path / "val/b/below/2.png")
     (tmp_path / "val/a/again").symlink_to(".")
     (tmp_path / "val/b/below/above").symlink_to("../..")
-    listing = read_listing("folder", tmp_path)
+    listing = list_test_images("folder", tmp_path)
     assert ([path.name for path in listing.paths], listing.labels) == (["1.png", "2.png"], (0, 1))
 
 
@@ -165,7 +165,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     touch(tmp_path / "val/a/1.png", tmp_path / "val/b/1.png")
     (tmp_path / "val/b").chmod(0)
     with pytest.raises(DfkdError, match=r"val/b cannot be read: \[Errno 13\]"):
-        read_listing("folder", tmp_path)
+        list_test_images("folder", tmp_path)
 
 
 def categories() -> list[str]:
@@ -185,7 +185,7 @@ def write_places365(root: Path, listed: str | None) -> None:
 def test_places365_takes_its_classes_from_its_own_list(tmp_path: Path, folder: str) -> None:
     write_places365(tmp_path, "Places365_val_00000001.jpg 165\nPlaces365_val_00000002.jpg 6\n")
     (tmp_path / folder).mkdir()
-    listing = read_listing("places365", tmp_path)
+    listing = list_test_images("places365", tmp_path)
     assert listing.paths == tuple(tmp_path / folder / f"Places365_val_0000000{number}.jpg" for number in (1, 2))
     assert (listing.labels, listing.classes) == ((165, 6), 365)
     assert "of the 36,500" in str(listing.note)
@@ -199,7 +199,7 @@ def test_places365_in_folders_takes_its_classes_from_the_category_file(tmp_path:
         (tmp_path / "val" / (Path(*parts) if nested else Path("-".join(parts[1:])))).mkdir(parents=True)
     where = tmp_path / "val" / ("a/apartment_building/outdoor" if nested else "apartment_building-outdoor")
     touch(where / "1.jpg")
-    listing = read_listing("places365", tmp_path)
+    listing = list_test_images("places365", tmp_path)
     assert (listing.paths, listing.labels) == ((where / "1.jpg",), (5,))
 
 
@@ -210,12 +210,12 @@ def test_places365_with_a_wrong_list_is_refused(tmp_path: Path, listed: str, mes
     write_places365(tmp_path, listed)
     (tmp_path / "val_256").mkdir()
     with pytest.raises(DfkdError, match=message):
-        read_listing("places365", tmp_path)
+        list_test_images("places365", tmp_path)
 
 
 def test_a_list_names_files_beside_it(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("one picture.jpg 3\n\nsub/two.png 0\n")
-    listing = read_listing("list", tmp_path / "list.txt")
+    listing = list_test_images("list", tmp_path / "list.txt")
     assert listing.paths == (tmp_path / "one picture.jpg", tmp_path / "sub/two.png")
     assert (listing.labels, listing.classes) == ((3, 0), 4)
 
@@ -235,14 +235,14 @@ def test_lists_are_read_as_other_programs_write_them(
     tmp_path: Path, content: bytes, files: tuple[str, ...], labels: tuple[int, ...]
 ) -> None:
     (tmp_path / "list.txt").write_bytes(content)
-    listing = read_listing("list", tmp_path / "list.txt")
+    listing = list_test_images("list", tmp_path / "list.txt")
     assert (listing.paths, listing.labels) == (tuple(tmp_path / name for name in files), labels)
     assert listing.note is None
 
 
 def test_a_list_that_names_files_twice_says_so(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\na.png 0\n")
-    listing = read_listing("list", tmp_path / "list.txt")
+    listing = list_test_images("list", tmp_path / "list.txt")
     assert len(listing) == 3
     assert "has 1 lines of files that it had before" in str(listing.note)
 
@@ -262,5 +262,5 @@ def test_a_list_that_names_files_twice_says_so(tmp_path: Path) -> None:
 def test_what_is_laid_out_otherwise_is_said_in_one_line(tmp_path: Path, name: str, made: list[str], message: str) -> None:
     touch(*(tmp_path / path for path in made))
     with pytest.raises(DfkdError, match=message) as refused:
-        read_listing(name, tmp_path)
+        list_test_images(name, tmp_path)
     assert "\n" not in str(refused.value)

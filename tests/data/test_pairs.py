@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dfkd_fast.data import Batches, DataSettings, evaluation_batches, label_names, open_split, palette
+from dfkd_fast.data import Batches, DataSettings, class_names, evaluation_batches, open_split, palette
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.labels import IGNORE_INDEX
 
@@ -229,13 +229,13 @@ def test_every_class_has_a_name_and_a_colour_of_its_own(name: str) -> None:
     colours = palette(wanted)
     assert colours.shape == (wanted.num_classes, 3)
     assert colours.dtype == torch.uint8
-    assert len(set(label_names(wanted))) == len({tuple(colour) for colour in colours.tolist()}) == wanted.num_classes
+    assert len(set(class_names(wanted))) == len({tuple(colour) for colour in colours.tolist()}) == wanted.num_classes
 
 
 def test_colours_are_those_that_papers_use() -> None:
     camvid, nyuv2 = settings(Path(), "camvid"), settings(Path(), "nyuv2")
-    assert palette(camvid)[label_names(camvid).index("road")].tolist() == [128, 64, 128]
-    assert palette(nyuv2)[label_names(nyuv2).index("bed")].tolist() == [0, 0, 255]
+    assert palette(camvid)[class_names(camvid).index("road")].tolist() == [128, 64, 128]
+    assert palette(nyuv2)[class_names(nyuv2).index("bed")].tolist() == [0, 0, 255]
     # PASCAL VOC's: background, aeroplane, bicycle, …, television; no two alike as far as label files reach.
     voc = palette(settings(Path(), num_classes=255)).tolist()
     assert voc[:4] + voc[20:21] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 64, 128]]
@@ -253,7 +253,7 @@ def test_the_real_camvid_has_its_images_and_its_classes_look_like_themselves(tmp
     labels = torch.cat([labels for _, labels in served])
     assert labels.unique().tolist() == [IGNORE_INDEX, *range(11)]
     brightness = torch.cat([images for images, _ in served]).mean(dim=1)
-    by_name = {name: brightness[labels == label].mean().item() for label, name in enumerate(label_names(wanted))}
+    by_name = {name: brightness[labels == label].mean().item() for label, name in enumerate(class_names(wanted))}
     assert max(by_name, key=by_name.__getitem__) == "sky"
     share = labels[labels >= 0].bincount() / (labels >= 0).sum()
-    assert set(share.argsort(descending=True)[:2].tolist()) == {label_names(wanted).index("road"), label_names(wanted).index("building")}
+    assert set(share.argsort(descending=True)[:2].tolist()) == {class_names(wanted).index("road"), class_names(wanted).index("building")}

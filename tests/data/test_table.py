@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfkd_fast import load_recipe
-from dfkd_fast.data import DATA_SETS, DataSettings, evaluation_batches, label_names, open_split, palette
+from dfkd_fast.data import DATA_SETS, DataSettings, class_names, evaluation_batches, open_split, palette
 from dfkd_fast.data.arrays import ArraySet
 from dfkd_fast.data.splits import Split
 from dfkd_fast.errors import DfkdError
@@ -39,7 +39,7 @@ def test_a_row_is_all_that_a_data_set_needs(toy: DataSettings) -> None:
     assert batches.count == 7
     assert [labels.tolist() for _, labels in batches] == [[0, 1, 2, 3, 0], [1, 2]]
     assert (toy.task, toy.metric, toy.has_images, toy.can_be_opened) == ("classification", "top-1 accuracy", True, True)
-    assert label_names(toy) == ["0", "1", "2", "3"]
+    assert class_names(toy) == ["0", "1", "2", "3"]
     assert palette(toy).shape == (4, 3)
 
 
@@ -57,7 +57,7 @@ def test_a_name_without_a_row_is_one_line_that_suggests_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", [name for name, row in DATA_SETS.items() if row.needs_root])
 def test_what_lies_on_disk_says_that_it_needs_a_root(name: str) -> None:
-    classes = DATA_SETS[name].classes or len(label_names(DataSettings(name=name)))
+    classes = DATA_SETS[name].classes or len(class_names(DataSettings(name=name)))
     settings = DataSettings(name=name, num_classes=classes, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert not settings.can_be_opened
     with pytest.raises(DfkdError, match=rf"data\.root = '': data set '{name}' needs the folder that holds it"):
@@ -77,4 +77,4 @@ def test_shipped_recipes_agree_with_the_table_on_the_number_of_classes(name: str
     data = load_recipe(name).data
     assert data.data_set.classes in (None, data.num_classes)
     if data.task == "segmentation":
-        assert len(label_names(data)) == data.num_classes
+        assert len(class_names(data)) == data.num_classes

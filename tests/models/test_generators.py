@@ -25,7 +25,7 @@ from dfkd_fast.models import (
     Standardize,
     UpsampleConv2d,
     build_generator,
-    conditioned,
+    condition_latents,
     generate,
 )
 from dfkd_fast.surgery import keep_spectral_norms_in_float32
@@ -476,14 +476,14 @@ def test_a_conditional_generator_is_called_with_the_sum_of_latent_and_embedding(
     generator, z, labels = built("A", conditional=True), torch.randn(4, 5), torch.tensor([5, 0, 5, 2])
     assert generator.embedding is not None and generator.embedding.weight.shape == (6, 5)
     expected = torch.stack([z[row] + generator.embedding.weight[label] for row, label in enumerate(labels.tolist())])
-    given = conditioned(generator, z, labels)
+    given = condition_latents(generator, z, labels)
     assert torch.equal(given, expected)
     given.sum().backward()
     assert generator.embedding.weight.grad is not None
     counts = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 2.0])
     assert torch.equal(generator.embedding.weight.grad, counts[:, None].expand(6, 5))
-    assert conditioned(built("A"), z, labels) is z
-    assert conditioned(Own(), z, labels) is z
+    assert condition_latents(built("A"), z, labels) is z
+    assert condition_latents(Own(), z, labels) is z
 
 
 def test_a_conditional_generator_of_unknown_classes_is_refused() -> None:

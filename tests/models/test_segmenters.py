@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import DfkdError
 from dfkd_fast.models import build_model, load_encoder, save_weights
-from dfkd_fast.surgery import Observer, folded_and_checked, freeze, logits_of, logits_only
+from dfkd_fast.surgery import Observer, fold_and_verify, freeze, get_logits, logits_only
 
 SMALL = "lraspp:mobilenetv3_small_050"
 
@@ -32,7 +32,7 @@ SMALL = "lraspp:mobilenetv3_small_050"
 def test_a_segmenter_gives_logits_at_the_size_of_its_images(name: str) -> None:
     network = build_model(name, 5, 3).eval()
     with torch.no_grad():
-        assert logits_of(network(torch.randn(2, 3, 64, 96))).shape == (2, 5, 64, 96)
+        assert get_logits(network(torch.randn(2, 3, 64, 96))).shape == (2, 5, 64, 96)
 
 
 @pytest.mark.parametrize("name", ["deeplabv3_resnet50", "torchvision:deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
@@ -90,7 +90,7 @@ def test_a_segmenters_batch_norms_fold_and_its_logits_and_input_gradients_stay(n
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
             layer.running_mean.normal_(std=0.1)
             layer.running_var.uniform_(0.5, 2)
-    folded = folded_and_checked(network, images)
+    folded = fold_and_verify(network, images)
 
     def gradient(of: nn.Module) -> Tensor:
         x = images.clone().requires_grad_()
@@ -106,7 +106,7 @@ def test_the_statistics_of_a_folded_segmenter_are_those_of_the_whole_one() -> No
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
             layer.running_mean.normal_(std=0.1)  # by which the layers are told apart
-    observations = [Observer(one, statistics=True, features=False)(images) for one in (network, folded_and_checked(network, images))]
+    observations = [Observer(one, statistics=True, features=False)(images) for one in (network, fold_and_verify(network, images))]
     of_whole, of_folded = (
         {
             round(float(running.sum()), 4): statistics

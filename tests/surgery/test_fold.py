@@ -18,7 +18,7 @@ from dfkd_fast import DfkdError
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import Objective
 from dfkd_fast.models import build_model, cifar_resnet
-from dfkd_fast.surgery import FoldingError, Observer, fold, folded_and_checked, freeze, has_running_statistics
+from dfkd_fast.surgery import FoldingError, Observer, fold, fold_and_verify, freeze, has_running_statistics
 from dfkd_fast.surgery.fold import FOLDED_WITHIN
 
 
@@ -233,7 +233,7 @@ def test_torchvisions_frozen_batch_norms_fold_and_keep_their_statistics() -> Non
         if isinstance(layer, FrozenBatchNorm2d):
             for buffer in layer.buffers():
                 buffer.uniform_(0.5, 1.5)
-    folded = folded_and_checked(teacher, images().float())
+    folded = fold_and_verify(teacher, images().float())
     assert {name for name, layer in folded.named_modules() if isinstance(layer, FrozenBatchNorm2d)} == {"0.folded_norm", "3.folded_norm"}
     whole, ours = (Observer(one, statistics=True, features=False)(images().float()) for one in (teacher, folded))
     torch.testing.assert_close(ours.statistics, whole.statistics, rtol=1e-4, atol=1e-5)
@@ -376,7 +376,7 @@ def answer_apart(one: nn.Module, other: nn.Module, x: Tensor) -> float:
 def test_a_right_fold_is_recognised_where_convolutions_round_to_tf32() -> None:
     teacher, x = small_resnet()
     assert answer_apart(fold(teacher), teacher, x) > FOLDED_WITHIN  # in float32 it would not be
-    folded = folded_and_checked(teacher, x)
+    folded = fold_and_verify(teacher, x)
     assert answer_apart(folded.double(), teacher.double(), x.double()) < 1e-5
 
 
@@ -389,7 +389,7 @@ def test_a_wrong_fold_is_refused_where_convolutions_round_to_tf32(monkeypatch: p
 
     monkeypatch.setattr(import_module("dfkd_fast.surgery.fold"), "fuse_conv_bn_eval", wrong)  # the package has a function of that name
     with pytest.raises(FoldingError, match="ResNet answers otherwise once folded"):
-        folded_and_checked(*small_resnet())
+        fold_and_verify(*small_resnet())
 
 
 def test_a_network_that_computes_in_float32_only_is_not_folded_and_keeps_its_weights() -> None:
@@ -403,5 +403,5 @@ def test_a_network_that_computes_in_float32_only_is_not_folded_and_keeps_its_wei
 
     teacher = freeze(Float32Only())
     with pytest.raises(FoldingError, match="Float32Only does not run in float64"):
-        folded_and_checked(teacher, images().float())
+        fold_and_verify(teacher, images().float())
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from dfkd_fast import DfkdError
-from dfkd_fast.surgery import auxiliary_outputs, dry_run, fold, freeze, logits_of, logits_only
+from dfkd_fast.surgery import auxiliary_outputs, dry_run, fold, freeze, get_logits, logits_only
 
 Outputs = namedtuple("Outputs", ["features", "logits"])
 
@@ -57,7 +57,7 @@ OUTPUTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_logits_are_found_in_whatever_networks_return(kind: str) -> None:
-    assert logits_of(OUTPUTS[kind]) is LOGITS
+    assert get_logits(OUTPUTS[kind]) is LOGITS
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_logits_are_found_in_whatever_networks_return(kind: str) -> None:
 )
 def test_an_output_without_logits_is_named(output: Any, named: str) -> None:
     with pytest.raises(DfkdError, match=f"must return logits: .* under 'out' or 'logits', {named}$"):
-        logits_of(output)
+        get_logits(output)
 
 
 class Wrapped(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from dfkd_fast.models import build_model
 from dfkd_fast.models.segmenters import build_segmenter
-from dfkd_fast.surgery import find_heads, freeze, in_float32, logits_of, lower_precision
+from dfkd_fast.surgery import find_heads, freeze, get_logits, in_float32, lower_precision
 
 SIZE = 32
 
@@ -108,7 +108,7 @@ def test_logits_are_those_of_a_float32_head_on_the_same_features(build: Callable
         network.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]})) for name in heads
     ]
     with lowered(), in_float32(find_heads(network, images())):
-        logits = logits_of(network(images()))
+        logits = get_logits(network(images()))
         rounded = {name: value.clone() for name, value in inputs.items()}
     for hook in hooks:
         hook.remove()
@@ -117,7 +117,7 @@ def test_logits_are_those_of_a_float32_head_on_the_same_features(build: Callable
         network.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: (rounded[name].float(),))
     assert logits.dtype == torch.float32
     assert {value.dtype for value in rounded.values()} <= {torch.bfloat16, torch.float32}
-    torch.testing.assert_close(logits, logits_of(network(images())), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, get_logits(network(images())), rtol=1e-5, atol=1e-6)
 
 
 @networks
@@ -126,7 +126,7 @@ def test_a_frozen_network_in_lower_precision_keeps_its_heads(build: Callable[[],
     network = freeze(build())
     names = network.state_dict().keys()
     with lowered(), in_float32(find_heads(network, images())):
-        expected = logits_of(network(images()))
+        expected = get_logits(network(images()))
     cast = lower_precision(copy.deepcopy(network), torch.bfloat16, images())
     assert cast.state_dict().keys() == names
     for name, layer in cast.named_modules():
@@ -134,7 +134,7 @@ def test_a_frozen_network_in_lower_precision_keeps_its_heads(build: Callable[[],
             assert layer.weight.dtype == torch.bfloat16, name
     assert all(parameter.dtype == torch.float32 for name in heads for parameter in cast.get_submodule(name).parameters())
     with lowered():
-        logits = logits_of(cast(images()))
+        logits = get_logits(cast(images()))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
