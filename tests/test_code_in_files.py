@@ -118,7 +118,7 @@ HEADER = recipe_to_toml(load_recipe("digits"))
         ({"role": "student", "recipe": "name = "}, "recipe in w.safetensors is not TOML"),
         ({"role": "student", "recipe": "a = " + 4000 * "["}, "recipe in w.safetensors is nested too deeply"),
         ({"role": "student", "recipe": 'name = "x"\nextends = "digits"'}, "unknown key 'extends'"),
-        ({"role": 3}, "w.safetensors cannot be read: 'dfkd_fast' in its header must be a table of strings"),
+        ({"role": 3}, "w.safetensors cannot be read: 'dfkd_fast' in its header must be a JSON object of strings"),
     ],
 )
 def test_a_header_that_does_not_say_what_it_must_is_one_line(run: Run, metadata: dict[str, Any], problem: str) -> None:
@@ -138,7 +138,7 @@ def test_the_key_on_the_command_line_chooses_for_teachers_and_for_evaluation(run
     states = [build_model("lenet5", 10, 1).state_dict() for _ in range(2)]
     torch.save({"model": states[0], "ema": states[1]}, "w.pth")
     changes = [word for change in TINY for word in ("--set", change)]
-    taken = "weights {}: took 'ema' (10 tensors), left out 'model'"
+    taken = "weights {}: loaded 'ema' (10 tensors), ignored 'model'"
     evaluated = ("evaluate", "w.pth", "--recipe", "digits", "--role", "teacher")
     distilled = ("distill", "digits", *changes, "--teacher", "w.pth", "--out", "r")
     examined = ("doctor", "--teacher", "digits", "--weights", "w.pth")
@@ -154,7 +154,7 @@ def test_the_key_on_the_command_line_chooses_for_teachers_and_for_evaluation(run
     assert taken.format(Path("w.pth").resolve()) in said.out
     assert load_recipe("r/recipe.toml").teacher.weights_key == "ema"
     said = run(*examined, "--weights-key", "ema")
-    assert "took 'ema'" in said.out
+    assert "loaded 'ema'" in said.out
     said = run("evaluate", "r", "--weights-key", "ema")
     assert said.code == 2
     assert "--weights-key 'ema': needs a file that another program left" in said.err

@@ -1,4 +1,4 @@
-"""Networks: generators, classifiers and segmenters by name, and their weights on disk."""
+"""Generators, classifiers and segmenters, built by name, and loading and saving of their weights."""
 
 from .catalogue import build_model, is_user_function
 from .classifiers import LeNet5, WideResNet, cifar_resnet
