@@ -143,7 +143,7 @@ def test_a_folder_of_nothing_but_broken_files_is_one_line(run: Run, tmp_path: Pa
         ([], "nothing to evaluate"),
         (["--model", "efficientnet_lite0"], "needs --data and --data-root"),
         (["--model", "resnet50", "--data", "folder", "--data-root", "."], "nothing is downloaded"),
-        (["--model", "efficientnet_lite0", "--data", "imagenet", "--data-root", "."], "no classes of ImageNet"),
+        (["--model", "efficientnet_lite0", "--data", "imagenet", "--data-root", "."], "not ImageNet classes"),
         (["--model", "efficientnet_lite0", "--data", "folder", "--data-root", "nowhere"], "nowhere"),
         (["w.safetensors", "--data", "folder"], "data.root (--data-root) = ''"),
         (["w.safetensors", "--data", "folder", "--data-root", ".", "--set", "data.num_classes=3"], "do not fit the network"),

@@ -1,4 +1,4 @@
-"""Data sets, for evaluation and for training teachers. Nothing of the distillation loop imports this."""
+"""Data sets for evaluation and for teacher training. The distillation loop does not import this package."""
 
 from .dali import DaliBatches
 from .eval_transform import EvalTransform, Interpolation

@@ -211,7 +211,7 @@ TENSORS = [
     weights("a sparse tensor", one("0.bias", Tensor.to_sparse), "0.bias is sparse or nested (float32): must be a dense tensor"),
     weights("a tensor without values", one("0.bias", lambda x: x.to("meta")), "0.bias is on the meta device (float32)"),
     weights("a nested tensor", one("0.bias", in_nested_tensor), "0.bias is sparse or nested (float32)"),
-    weights("two states that fit", saved(lambda state: {"a": state, "b": state}), "several states that fit the network, 'a' and 'b'"),
+    weights("two states that fit", saved(lambda state: {"a": state, "b": state}), "several state dicts that fit the network, 'a' and 'b'"),
     weights("a key that is not there", saved(), "the weights key 'absent' is not in the file", "--weights-key", "absent"),
     weights(
         "the key of another network",
@@ -219,7 +219,9 @@ TENSORS = [
         "t.pt under 'b' do not fit the network LeNet5",
         *("--weights-key", "b"),
     ),
-    weights("a state that holds itself", saved(lambda state: state.update(me=state)), "several states that fit the network, '.' and 'me'"),
+    weights(
+        "a state that holds itself", saved(lambda state: state.update(me=state)), "several state dicts that fit the network, '.' and 'me'"
+    ),
     weights("a part of a file", saved(lambda state: {"0.bias": state["0.bias"]}), "the file is shard 1 of 2", file="m-00001-of-00002.pt"),
 ]
 PLACES = [
