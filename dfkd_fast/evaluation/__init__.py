@@ -1,4 +1,4 @@
-"""What a network is worth on data it has never seen, and how steadily it got there."""
+"""Evaluation: accuracy, segmentation metrics, agreement between networks, and retention over the training."""
 
 from .accuracy import ClassificationMetrics, evaluate, top1_accuracy
 from .chance import chance, is_at_chance

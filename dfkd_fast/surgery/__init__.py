@@ -1,7 +1,7 @@
-"""What is done to networks, apart from what they are: to copies of their modules, which share their parameters.
+"""Model surgery: optimized copies of networks that share the originals' parameters.
 
-``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``observe``,
-``modes`` and ``outputs`` are how they are looked at and called.
+``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``observe``
+records the inputs of layers; ``modes`` and ``outputs`` switch modes and extract logits.
 """
 
 from .cpu_conv import CpuConv2d, use_cpu_convolutions

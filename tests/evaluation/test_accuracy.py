@@ -150,7 +150,7 @@ def test_a_network_whose_output_is_no_number_has_no_accuracy(value: float) -> No
 
 
 def test_labels_beyond_a_networks_classes_are_refused() -> None:
-    with pytest.raises(DfkdError, match="network a: 2 of 3 labels are none of its classes"):
+    with pytest.raises(DfkdError, match="network a: 2 of 3 labels are not among its classes"):
         evaluate({"a": Table()}, [(torch.randn(3, 4, 1, 1), torch.tensor([3, 4, 9]))])
 
 

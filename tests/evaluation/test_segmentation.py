@@ -124,7 +124,7 @@ def test_a_network_whose_output_is_no_number_has_no_figures(value: float) -> Non
 def test_labels_that_are_neither_classes_nor_void_are_refused(label: int) -> None:
     logits, labels = examples(2, (4, 4))
     labels[0, 1, 2:] = label
-    with pytest.raises(DfkdError, match="network a: 2 of 32 labels are none of its classes"):
+    with pytest.raises(DfkdError, match="network a: 2 of 32 labels are not among its classes"):
         evaluate_segmentation({"a": Shown()}, [(logits, labels)], num_classes=CLASSES)
 
 
@@ -154,7 +154,7 @@ def test_nothing_to_evaluate_on_is_refused() -> None:
     with pytest.raises(DfkdError, match="no images to evaluate on"):
         mean_iou(Shown(), [], CLASSES)
     logits, labels = examples()
-    with pytest.raises(DfkdError, match="no pixels to evaluate on: none has a label"):
+    with pytest.raises(DfkdError, match="no pixels to evaluate on: all are unlabeled"):
         mean_iou(Shown(), [(logits, torch.full_like(labels, IGNORE_INDEX))], CLASSES)
 
 

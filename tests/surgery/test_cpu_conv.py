@@ -209,9 +209,9 @@ def test_a_compiler_sees_one_graph_with_an_ordinary_convolution(channels: dict[s
 
 def test_what_is_frozen_later_is_fixed_at_the_next_look() -> None:
     layer = use_cpu_convolutions(nn.Conv2d(3, 8, 3))
-    assert isinstance(layer, CpuConv2d) and not layer.fixed
+    assert isinstance(layer, CpuConv2d) and not layer.frozen
     use_cpu_convolutions(freeze(layer))
-    assert layer.fixed
+    assert layer.frozen
 
 
 def test_a_wrong_dtype_is_still_an_error() -> None:

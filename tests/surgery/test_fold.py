@@ -19,7 +19,7 @@ from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import Objective
 from dfkd_fast.models import build_model, cifar_resnet
 from dfkd_fast.surgery import FoldingError, Observer, fold, fold_and_verify, freeze, has_running_statistics
-from dfkd_fast.surgery.fold import FOLDED_WITHIN
+from dfkd_fast.surgery.fold import FOLD_TOLERANCE
 
 
 class Sequences(nn.Module):
@@ -375,7 +375,7 @@ def answer_apart(one: nn.Module, other: nn.Module, x: Tensor) -> float:
 @pytest.mark.usefixtures("in_tf32")
 def test_a_right_fold_is_recognised_where_convolutions_round_to_tf32() -> None:
     teacher, x = small_resnet()
-    assert answer_apart(fold(teacher), teacher, x) > FOLDED_WITHIN  # in float32 it would not be
+    assert answer_apart(fold(teacher), teacher, x) > FOLD_TOLERANCE  # in float32 it would not be
     folded = fold_and_verify(teacher, x)
     assert answer_apart(folded.double(), teacher.double(), x.double()) < 1e-5
 
@@ -388,7 +388,7 @@ def test_a_wrong_fold_is_refused_where_convolutions_round_to_tf32(monkeypatch: p
         return fused
 
     monkeypatch.setattr(import_module("dfkd_fast.surgery.fold"), "fuse_conv_bn_eval", wrong)  # the package has a function of that name
-    with pytest.raises(FoldingError, match="ResNet answers otherwise once folded"):
+    with pytest.raises(FoldingError, match="folding changes the outputs of ResNet"):
         fold_and_verify(*small_resnet())
 
 

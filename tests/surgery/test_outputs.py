@@ -152,7 +152,7 @@ def test_a_network_that_returns_a_tensor_in_both_modes_is_itself() -> None:
 def test_what_is_not_used_of_an_output_is_told(kind: str, told: str) -> None:
     network = Wrapped(WRAPS[kind], always=False)
     before = copy.deepcopy(network.state_dict())
-    assert auxiliary_outputs(network, images()) == f"{told}; layers that only these depend on are not trained"
+    assert auxiliary_outputs(network, images()) == f"{told}; layers used only for these are not trained"
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert auxiliary_outputs(network.eval(), images()) is None
 

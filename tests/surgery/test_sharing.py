@@ -133,7 +133,7 @@ def closing_over_itself() -> nn.Module:
 @pytest.mark.parametrize("build", [patched, closing_over_itself])
 def test_a_function_that_would_call_the_original_is_refused(build: Callable[[], nn.Module]) -> None:
     for copied in (sharing_copy, lambda network: frozen_copy(network, torch.float32)):
-        with pytest.raises(DfkdError, match=r"the attribute '(forward|body)' of a Sequential is a function that holds a module"):
+        with pytest.raises(DfkdError, match=r"the attribute '(forward|body)' of a Sequential is a function that references a module"):
             copied(build())
 
 
@@ -158,7 +158,7 @@ class CopiesItself(nn.Linear):
 
 
 def test_a_copy_that_does_not_share_its_parameters_is_refused() -> None:
-    with pytest.raises(DfkdError, match=r"^the network Sequential cannot be copied: a __deepcopy__ of its own copies its parameters$"):
+    with pytest.raises(DfkdError, match=r"^the network Sequential cannot be copied: a custom __deepcopy__ copies its parameters$"):
         sharing_copy(nn.Sequential(CopiesItself(4, 4)))
 
 
