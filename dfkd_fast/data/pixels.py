@@ -36,8 +36,8 @@ class SegmentationSet(DataSet):
 
     @override
     def test_batches(self, settings: DataSettings, context: LoadContext) -> SegmentationBatches:
-        whole, unreadable = self._read(settings, "test", context.choose, log=context.log)
-        return SegmentationBatches(whole, settings.batch_size, unreadable)
+        images, unreadable = self._read(settings, "test", context.choose, log=context.log)
+        return SegmentationBatches(images, settings.batch_size, unreadable)
 
     @override
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> SegmentationDataset:

@@ -20,9 +20,9 @@ REAL_CAMVID = Path(__file__).resolve().parents[3] / "shared" / "data" / "camvid"
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def make_settings(root: Path, name: Any = "pairs", **others: Any) -> DataSettings:
+def make_settings(root: Path, name: Any = "pairs", **changes: Any) -> DataSettings:
     classes = {"camvid": 11, "nyuv2": 13}.get(name, 5)
-    return DataSettings(name=name, root=str(root), **{**PLAIN, "num_classes": classes, **others})
+    return DataSettings(name=name, root=str(root), **{**PLAIN, "num_classes": classes, **changes})
 
 
 def random_image(height: int, width: int, seed: int = 0) -> Pixels:
@@ -170,7 +170,7 @@ def test_a_single_pixel_of_an_unknown_class_is_detected_before_resizing(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "others", "message"),
+    ("name", "changes", "message"),
     [
         ("camvid", {"num_classes": 12}, "data.num_classes is 12, but 'camvid' has 11 classes"),
         ("nyuv2", {"num_classes": 40}, "data.num_classes is 40, but 'nyuv2' has 13 classes"),
@@ -179,9 +179,9 @@ def test_a_single_pixel_of_an_unknown_class_is_detected_before_resizing(tmp_path
         ("pairs", {"channels": 1, "mean": (0.0,), "std": (1.0,)}, "data.channels is 1: must be 3 for 'pairs'"),
     ],
 )
-def test_settings_that_do_not_match_the_data_set_are_named(tmp_path: Path, name: str, others: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_match_the_data_set_are_named(tmp_path: Path, name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DfkdError, match=message):
-        open_split(make_settings(tmp_path, name, **others), "train")
+        open_split(make_settings(tmp_path, name, **changes), "train")
 
 
 @pytest.mark.parametrize(("resize", "height", "width"), [(0, 8, 12), (16, 16, 24), (40, 40, 60)])

@@ -131,8 +131,8 @@ def test_loading_whole_images_does_not_change_the_global_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def shapes(**others: Any) -> DataSettings:
-    return DataSettings(name="shapes", num_classes=4, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=16, **others)
+def shapes(**changes: Any) -> DataSettings:
+    return DataSettings(name="shapes", num_classes=4, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=16, **changes)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

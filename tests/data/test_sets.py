@@ -26,8 +26,8 @@ def noise(*shape: int) -> Pixels:
     return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
 
 
-def make_settings(name: Any, root: Path | None = None, **others: Any) -> DataSettings:
-    return DataSettings(name=name, root=str(root or ""), **others)
+def make_settings(name: Any, root: Path | None = None, **changes: Any) -> DataSettings:
+    return DataSettings(name=name, root=str(root or ""), **changes)
 
 
 def images_of(split: Any) -> tuple[Tensor, list[int]]:
@@ -236,8 +236,8 @@ def test_a_training_image_that_cannot_be_decoded_is_named_or_left_out(tmp_path: 
     write_folder(tmp_path, "train", noise(9, 9, 3), "abc")
     (tmp_path / "train/b/0.png").write_bytes(b"")
 
-    def load_labels(**others: Any) -> list[list[int]]:
-        split = open_split(make_settings("folder", tmp_path, num_classes=3, **others), "train")
+    def load_labels(**changes: Any) -> list[list[int]]:
+        split = open_split(make_settings("folder", tmp_path, num_classes=3, **changes), "train")
         return [labels.tolist() for _, labels in batches(split, 2, workers=workers)]
 
     with pytest.raises(DfkdError, match=r"^image .*train/b/0\.png \(is empty\) cannot be decoded; data\.strict = false leaves it out$"):
@@ -267,7 +267,7 @@ def test_augmented_images_are_randomly_cropped_and_mirrored_only_with_shift_flip
 
 
 @pytest.mark.parametrize(
-    ("names", "classes", "others", "message"),
+    ("names", "classes", "changes", "message"),
     [
         ("", "ab", {}, "has no folder"),
         ("train", "ab", {}, "has no folder val or test"),
@@ -278,12 +278,12 @@ def test_augmented_images_are_randomly_cropped_and_mirrored_only_with_shift_flip
     ],
 )
 def test_folders_that_do_not_match_the_recipe_are_named(
-    tmp_path: Path, names: str, classes: str, others: dict[str, Any], message: str
+    tmp_path: Path, names: str, classes: str, changes: dict[str, Any], message: str
 ) -> None:
     for name in names.split():
         (tmp_path / name).mkdir()
         write_folder(tmp_path, name, noise(9, 9, 3), classes)
-    settings = make_settings("folder", tmp_path, num_classes=2, **others)
+    settings = make_settings("folder", tmp_path, num_classes=2, **changes)
     with pytest.raises(DfkdError, match=message):
         open_split(settings, "train") and evaluation_batches(settings, torch.device("cpu"))
 

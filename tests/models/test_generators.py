@@ -231,7 +231,7 @@ def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> 
         GeneratorSettings(**wrong)
 
 
-class Own(nn.Module):
+class UserGenerator(nn.Module):
     """A user's generator, to whose output no activation or normalization may be added."""
 
     def __init__(self) -> None:
@@ -243,7 +243,7 @@ class Own(nn.Module):
         return 4 * images
 
 
-class SpectralOwn(Own):
+class UserSpectralGenerator(UserGenerator):
     """A user's generator with PyTorch's spectral norm."""
 
     def __init__(self) -> None:
@@ -274,7 +274,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "D": lambda: GeneratorC(5, 16, STD, MEAN, width=4),  # C, for other data
     "S": lambda: built("A", spectral_norm=True, hidden_eps=0.8, uniform_init=0.08),
     "T": lambda: built("B", spectral_norm=True),
-    "O": Own,
+    "O": UserGenerator,
     "M": Cumulative,
 }
 
@@ -407,7 +407,7 @@ class Products(TorchDispatchMode):
 # Autocast casts matrix-vector products on GPUs, but not on CPUs.
 def test_power_iterations_stay_in_float32_under_cuda_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode(), torch.device("cuda"):
-        for generator in (built("A", spectral_norm=True), keep_spectral_norms_in_float32(SpectralOwn())):
+        for generator in (built("A", spectral_norm=True), keep_spectral_norms_in_float32(UserSpectralGenerator())):
             z = torch.randn(4, 5)
             with Products() as products, monkeypatch.context() as patch:
                 for query in ("is_available", "is_bf16_supported"):  # otherwise autocast disables itself
@@ -483,7 +483,7 @@ def test_condition_latents_adds_the_class_embedding() -> None:
     counts = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 2.0])
     assert torch.equal(generator.embedding.weight.grad, counts[:, None].expand(6, 5))
     assert condition_latents(built("A"), z, labels) is z
-    assert condition_latents(Own(), z, labels) is z
+    assert condition_latents(UserGenerator(), z, labels) is z
 
 
 def test_a_conditional_generator_without_a_number_of_classes_is_refused() -> None:
