@@ -1,4 +1,4 @@
-"""The loaders of image files beside each other: what decoding costs, and what is left of that behind a network."""
+"""Throughput of the image loaders, alone and followed by a network."""
 
 import statistics
 import time
@@ -25,29 +25,29 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Row:
-    """One loader, in one stage."""
+    """Throughput of one loader in one stage."""
 
     stage: str
-    """``decode``: batches are made and thrown away; ``end to end``: EfficientNet-Lite0 sees them in float32."""
+    """``decode``: batches are loaded and discarded; ``end to end``: EfficientNet-Lite0 evaluates them in float32."""
     loader: str
     workers: int
     images: int
     images_per_second: float
-    """Median of the turns."""
+    """Median over the timed passes."""
     times_torchvision: float
-    """The median of the turns' ratios."""
+    """Median of the ratios of interleaved passes."""
     lower: float
     upper: float
-    """Their quartiles."""
+    """Quartiles of these ratios."""
     turns: int
     provenance: Provenance = field(kw_only=True, metadata={"columns": LOADERS})
 
 
 def measure(root: Path, workers: int, images: int, turns: int, command: str) -> list[Row]:
-    """Time both loaders in turns on files of original size, after checking that they serve the same.
+    """Time both loaders, in interleaved passes, on files that must be resized; returns a row for each stage and loader.
 
     Raises:
-        DfkdError: there are no such files, or the loaders serve different pixels.
+        DfkdError: There are no such files, or the loaders return different labels or pixels.
     """
     listing, view = _originals(root, images), resolve_eval_transform(MODEL)
     loaders: dict[str, Batches] = {
@@ -68,7 +68,7 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
             for name, batches in loaders.items():
                 begin = time.perf_counter()
                 work(batches)
-                if turn:  # the first one warms up
+                if turn:  # the first pass is the warm-up
                     seconds[name].append(time.perf_counter() - begin)
         for name, measured in seconds.items():
             ratios = [theirs / ours for theirs, ours in zip(seconds["torchvision"], measured, strict=True)]
@@ -91,23 +91,23 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
 
 
 def _originals(root: Path, images: int) -> ImageList:
-    """So many files that must be resized, repeated if there are fewer."""
-    whole = list_test_images("imagenet", root)
-    large = [index for index, path in enumerate(whole.paths) if min(Image.open(path).size) > 256]
+    """Return ``images`` files that must be resized; files are repeated if there are fewer."""
+    everything = list_test_images("imagenet", root)
+    large = [index for index, path in enumerate(everything.paths) if min(Image.open(path).size) > 256]
     if not large:
         raise DfkdError(f"--data-root {root}: no image has a shorter side above 256 pixels")
-    return whole.take([large[index % len(large)] for index in range(images)])
+    return everything.take([large[index % len(large)] for index in range(images)])
 
 
 def _check_same(loaders: dict[str, Batches], std: float) -> None:
-    """The mean difference of pixels is within rounding, image by image."""
-    served = [
+    """Check that each image's mean absolute difference between the loaders is within rounding."""
+    by_label = [
         {int(label): image.clone() for images, labels in batches for image, label in zip(images, labels, strict=True)}
         for batches in loaders.values()
     ]
-    ours, theirs = served
+    ours, theirs = by_label
     if ours.keys() != theirs.keys():
-        raise DfkdError("the loaders serve different labels")
+        raise DfkdError("the loaders return different labels")
     worst = max(float((ours[label] - theirs[label]).abs().mean()) * 255 * std for label in ours)
     if worst > 0.5:
-        raise DfkdError(f"the loaders' pixels differ by {worst:.2f} levels in the mean")
+        raise DfkdError(f"the loaders' images differ by {worst:.2f} of 255 levels on average")

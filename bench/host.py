@@ -1,6 +1,6 @@
-"""What an average of a network costs the host: the time of a call whose kernel is replaced by nothing.
+"""Host overhead of an EMA update: the time of a call whose kernel is replaced by a no-op.
 
-A graph's replay has none of it; a step that is not captured waits for it wherever the GPU is faster than the host.
+A CUDA graph's replay avoids it; an eager step waits for it whenever the GPU is faster than the host.
 """
 
 import copy
@@ -28,24 +28,24 @@ CALLS, SAMPLES = 20, 50
 
 @dataclass(frozen=True)
 class Row:
-    """One call on one network, and where its figures come from."""
+    """Host overhead of one call on one network."""
 
     network: str
     tensors: int
-    """Parameters and buffers."""
+    """Number of parameters and buffers."""
     call: str
     median_us: float
-    """Of a call, over samples of several; in processor time of its thread, which other processes do not lengthen."""
+    """Median CPU time of the calling thread, per call, which other processes do not affect."""
     q20_us: float
     q80_us: float
     provenance: Provenance = field(kw_only=True, metadata={"columns": KERNELS})
 
 
 def measure(networks: Sequence[str], device: torch.device, command: str) -> list[Row]:
-    """The host time of ``FusedEMA.update``, and of ``ema_update_`` on lists that the caller has gathered.
+    """Time the host overhead of ``FusedEMA.update``, and of ``ema_update_`` on prepared lists; returns a row for each network and call.
 
     Raises:
-        DfkdError: plain PyTorch serves a network here, which is no kernel that could be left out.
+        DfkdError: A network's EMA is computed by the backend ``reference``, plain PyTorch, which has no kernel to replace.
     """
     provenance = measured_on(device, command)
     rows = []
@@ -53,24 +53,24 @@ def measure(networks: Sequence[str], device: torch.device, command: str) -> list
         network = ema.NETWORKS[name]().to(device)
         averages, sources = ema.tensors(copy.deepcopy(network)), ema.tensors(network)
         if pairs(averages, sources, None).backend == "reference":
-            raise DfkdError(f"{name}: its average is computed by the backend reference, which has no kernel to replace")
+            raise DfkdError(f"{name}: its EMA is computed by the backend reference, which has no kernel to replace")
         calls: dict[str, Callable[[], None]] = {
             "FusedEMA.update": partial(FusedEMA(network, ema.DECAY).update, network),
             "ema_update_": partial(ema_update_, averages, sources, ema.DECAY),
         }
-        with mock.patch.object(operators, "operator", lambda *_: _nothing):
+        with mock.patch.object(operators, "operator", lambda *_: _no_op):
             for call, function in calls.items():
                 q20, median, q80 = np.quantile(_microseconds(function), (0.2, 0.5, 0.8)).round(2).tolist()
                 rows.append(Row(name, len(sources), call, median, q20, q80, provenance=provenance))
     return rows
 
 
-def _nothing(*_: object) -> None:
-    """In place of a kernel."""
+def _no_op(*_: object) -> None:
+    """Stands in for a kernel."""
 
 
 def _microseconds(call: Callable[[], None]) -> list[float]:
-    call()  # what is done once for a list is not what a call costs
+    call()  # the first call prepares the lists
     samples = []
     for _ in range(SAMPLES):
         begin = time.thread_time_ns()

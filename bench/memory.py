@@ -1,4 +1,4 @@
-"""The most memory that steps need, beyond what is held before them."""
+"""Peak memory of steps, in addition to what was allocated before them."""
 
 import ctypes
 import gc
@@ -6,24 +6,24 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory", "give_freed_memory_back"]
+__all__ = ["PeakMemory", "return_freed_memory"]
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
-def give_freed_memory_back() -> None:
-    """Tell glibc's malloc to give large blocks back to the system, so that what is resident is what is used."""
+def return_freed_memory() -> None:
+    """Make glibc's malloc return large freed blocks to the system, so that resident memory equals used memory."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 class PeakMemory:
-    """Measures from its making on. The process should do nothing else.
+    """Peak memory since construction. Nothing else should run in the process.
 
-    On a GPU, what PyTorch's allocator reserves is compared with the tensors that are held. A replayed graph allocates nothing, so
-    that the allocator's peak of allocated memory misses it; but the memory of its pool stays reserved, also when the cache is emptied.
+    On a GPU this is the peak of the caching allocator's reserved memory, minus the tensors allocated at construction. A replayed CUDA graph
+    allocates nothing, so that the peak of allocated memory omits it, but its memory pool stays reserved, even after ``empty_cache``.
 
     Args:
-        device: where the steps run.
+        device: device of the steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,22 +33,22 @@ class PeakMemory:
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-            self._held = torch.cuda.memory_allocated(device)
+            self._before = torch.cuda.memory_allocated(device)
         else:
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak to what it holds
-            self._held = _resident("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+            self._before = _resident("VmRSS")
 
     def mib(self) -> float:
-        """The peak so far, in MiB, beyond what was held before."""
-        return _mib(self._reserved() - self._held)
+        """Return the peak so far in MiB, in addition to what was allocated at construction."""
+        return _mib(self._reserved() - self._before)
 
     def allocated_mib(self) -> float:
-        """The peak so far of all tensors together; of the whole process on a CPU. It misses what replayed graphs work on."""
+        """Return the peak so far of allocated memory in MiB; on a CPU of the whole process. It omits the pools of CUDA graphs."""
         return _mib(torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM"))
 
     def reserved_mib(self) -> float:
-        """The peak so far of what PyTorch's allocator took from the GPU; of the whole process on a CPU."""
+        """Return the peak so far of reserved memory in MiB; on a CPU of the whole process."""
         return _mib(self._reserved())
 
     def _reserved(self) -> int:

@@ -1,4 +1,4 @@
-"""What each method costs: time and memory of an iteration, beside those of the first one."""
+"""Time and peak memory of an iteration of each recipe, relative to the first recipe."""
 
 import multiprocessing
 import statistics
@@ -21,24 +21,24 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe."""
+    """Time and peak memory of one recipe."""
 
     recipe: str
     fresh_rows: int
     replayed_rows: int
     iteration_ms: float
-    """Median: all the student's and the generator's steps."""
+    """Median over the timed iterations, each with all student and generator steps."""
     times_first: float
-    """That over the first recipe's, the median of the turns' ratios."""
+    """Relative to the first recipe: the median of the ratios of interleaved iterations."""
     peak_memory_mib: float
-    """Of a process that does nothing else; on a CPU everything it holds, PyTorch too."""
+    """Peak of a process that does nothing else; on a CPU its whole resident memory, including PyTorch."""
     memory_over_first_mib: float
     turns: int
     provenance: Provenance = field(kw_only=True, metadata={"columns": LOOPS})
 
 
 def measure(names: Sequence[str], device: torch.device, turns: int, command: str) -> list[Row]:
-    """Time the recipes' iterations in turns, with untrained networks, and take each one's memory in a process of its own."""
+    """Time interleaved iterations of the recipes with untrained networks, and measure peak memory in one process per recipe."""
     recipes = [load_recipe(name, {"loop.iterations_per_epoch": turns + WARM_UP + 1}) for name in names]
     trainers = [_trainer(recipe, device) for recipe in recipes]
     for _ in range(WARM_UP):
@@ -73,7 +73,7 @@ def _trainer(recipe: Recipe, device: torch.device) -> Trainer:
     if (replay_source := trainer.state.replay_source) is not None:
         for epoch in range(1, recipe.loop.epochs + 1):
             if not replay_source.ready:
-                replay_source.end_epoch(epoch, trainer.state.fresh)
+                replay_source.end_epoch(epoch, trainer.state.fresh_batch)
         if not replay_source.ready:
             raise DfkdError(f"recipe {recipe.name!r}: its replay source stays empty")
     return trainer

@@ -1,6 +1,6 @@
-"""Functions called in other processes, for what must be alone in one: its malloc, its GPU memory, its hang or crash.
+"""Calls functions in other processes, which isolates malloc settings, GPU memory, hangs and crashes.
 
-``gpu/process.py`` runs a command instead, and hands on what it writes.
+``gpu/process.py`` runs a command instead, and forwards its output.
 """
 
 import faulthandler
@@ -23,16 +23,16 @@ from dfkd_fast.errors import first_line
 
 __all__ = ["OutOfTime", "Pool", "Worker", "WorkerError", "Workers"]
 
-FAREWELL = 2.0  # seconds in which a process may end by itself
+EXIT_TIMEOUT = 2.0  # seconds to wait for a process to exit
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 class WorkerError(Exception):
-    """A call failed: it raised an error, ended its process or took too long.
+    """A call raised an error, ended its process or exceeded its time limit.
 
     Attributes:
-        detail: the traceback of the error that it raised, else empty.
+        detail: Traceback of the error that the call raised, otherwise empty.
     """
 
     def __init__(self, message: str, detail: str = "") -> None:
@@ -40,60 +40,60 @@ class WorkerError(Exception):
         self.detail = detail
 
 
-class OutOfTime(WorkerError):  # noqa: N818  # nothing went wrong
-    """A call took longer than its limit, and its process was killed."""
+class OutOfTime(WorkerError):  # noqa: N818  # not an error of the call
+    """A call exceeded its time limit, and its process was killed."""
 
 
 class Worker:
-    """A process that calls functions, one after the other, and ends with the ``with`` block.
+    """A process that calls functions one after the other. It ends with the ``with`` block.
 
-    Functions are pickled by name, and the process imports their modules. It does not touch a GPU unless a function does.
+    Functions are pickled by name, and the process imports their modules. It uses a GPU only if a function does.
     """
 
     def __init__(self) -> None:
-        # Not fork, nor a server that forks: the imports look for GPUs, after which CUDA refuses to work in a fork.
+        # Neither fork nor forkserver: the imports query GPUs, after which CUDA cannot be used in a forked process.
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self._idle = False
         self._process = context.Process(target=_serve, args=(other, torch.get_num_threads()), daemon=True)
         self._process.start()
-        other.close()  # so that the end of the process is the end of the pipe
+        other.close()  # so that the pipe closes when the process ends
 
     def call(self, function: Callable[..., Result], *arguments: object, limit: float | None = None) -> Result:
         """Call a function and return its result.
 
         Args:
-            function: what is called.
-            arguments: of it.
-            limit: seconds after which the process is killed; None to wait without limit.
+            function: function to call.
+            arguments: its positional arguments.
+            limit: time limit in seconds, after which the process is killed; None for no limit.
 
         Raises:
-            WorkerError: the call failed. The process can be called again if the function raised an error.
+            WorkerError: The call failed. If the function raised an error, the worker can be called again.
         """
         self.submit(function, *arguments, limit=limit)
         return self.result(limit)
 
     def submit(self, function: Callable[..., object], *arguments: object, limit: float | None = None) -> None:
-        """Begin a call; :meth:`result` must follow before the next one.
+        """Start a call. :meth:`result` must be called before the next one.
 
         Args:
-            function: what is called.
-            arguments: of it.
-            limit: seconds after which the call will be stopped: shortly before, the process logs the line at which it is.
+            function: function to call.
+            arguments: its positional arguments.
+            limit: time limit in seconds; shortly before it, the process logs a traceback.
         """
         self._idle = False
-        with suppress(OSError):  # of a process that has ended: result() says so
+        with suppress(OSError):  # the process has ended, which result() raises
             self.pipe.send((function, arguments, None if limit is None else time.monotonic() + limit))
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait for the end of the call, at most so many seconds; returns whether it has ended."""
+        """Wait for the call to end, at most ``seconds``; returns whether it has ended."""
         return self.pipe.poll(seconds)
 
     def result(self, limit: float | None = None) -> Any:
-        """Wait for the call that was submitted, and return its result.
+        """Wait for the submitted call and return its result.
 
         Raises:
-            WorkerError: the call failed, or did not end within ``limit`` seconds.
+            WorkerError: The call failed, or did not end within ``limit`` seconds.
         """
         try:
             if not self.wait(limit):
@@ -101,7 +101,7 @@ class Worker:
                 raise OutOfTime(f"out of time: stopped after {limit:.0f} s")
             result, failure = self.pipe.recv()
         except (EOFError, OSError):
-            self._process.join(FAREWELL)
+            self._process.join(EXIT_TIMEOUT)
             self.kill()
             code = self._process.exitcode or 0
             raise WorkerError(f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with code {code}") from None
@@ -111,14 +111,14 @@ class Worker:
         return result
 
     def close(self) -> None:
-        """End the process: if it is idle, by itself, so that what it started ends, too."""
+        """End the process. An idle process exits by itself, so that its own child processes end, too."""
         self.pipe.close()
         if self._idle:
-            self._process.join(FAREWELL)
+            self._process.join(EXIT_TIMEOUT)
         self.kill()
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         self.pipe.close()
         self._process.kill()
         self._process.join()
@@ -131,16 +131,16 @@ class Worker:
 
 
 class Workers:
-    """One worker after the other, from batches that are prepared together, for imports take seconds and would disturb what is timed.
+    """A sequence of workers, prepared in batches, because imports take seconds and would disturb timings.
 
     Args:
-        count: how many will be taken.
-        prepare: the first function that each of them calls. With it the process imports its module.
-        batch: how many are prepared together.
+        count: number of workers.
+        prepare: function that each worker calls first. The process imports its module for it.
+        batch: number of workers that are prepared together.
     """
 
     def __init__(self, count: int, prepare: Callable[[], object], batch: int = 8) -> None:
-        self._left = count
+        self._remaining = count
         self._prepare = prepare
         self._batch = batch
         self._current: Worker | None = None
@@ -149,11 +149,11 @@ class Workers:
         self._start()
 
     def take(self, limit: float | None = None) -> Worker:
-        """End the worker before, and return the next one; while it works, no other is being prepared.
+        """Close the previous worker and return the next one. No other worker is being prepared while it runs.
 
         Raises:
-            WorkerError: it could not be prepared, or not within ``limit`` seconds. The workers that follow are not affected.
-            IndexError: all of them were taken.
+            WorkerError: The worker could not be prepared within ``limit`` seconds. Later workers are not affected.
+            IndexError: All workers were taken.
         """
         if self._current is not None:
             self._current.close()
@@ -177,8 +177,8 @@ class Workers:
                 worker.close()
 
     def _start(self) -> None:
-        for _ in range(min(self._batch, self._left)):
-            self._left -= 1
+        for _ in range(min(self._batch, self._remaining)):
+            self._remaining -= 1
             worker = Worker()
             worker.submit(self._prepare)
             self._waiting.append(worker)
@@ -186,13 +186,13 @@ class Workers:
 
 
 class Pool(Generic[Job, Result]):
-    """Workers that call one function with many arguments, in parallel; they start when they are needed, and end with the ``with`` block.
+    """Workers that call one function on many jobs in parallel. They start on demand and end with the ``with`` block.
 
-    A worker whose call has failed is replaced: its process may have lost the GPU.
+    A worker whose call failed is replaced, because its process may have lost the GPU.
 
     Args:
-        function: what is called, with a job.
-        processes: how many at most.
+        function: function of a job.
+        processes: maximum number of workers.
     """
 
     def __init__(self, function: Callable[[Job], Result], processes: int) -> None:
@@ -200,10 +200,10 @@ class Pool(Generic[Job, Result]):
         self._idle: list[Worker] = []
 
     def results(self, jobs: Iterable[Job], deadline: float) -> Iterator[tuple[Job, Result | WorkerError]]:
-        """Call the function with every job, in their order; yield each with its result, or its failure, as soon as its call has ended.
+        """Call the function on every job, in order; yields each job with its result, or its error, as soon as the call ends.
 
-        At the deadline, of ``time.monotonic()``, the calls that have not ended are stopped: their jobs, and those that were
-        not begun, are not yielded.
+        At ``deadline``, a time of ``time.monotonic()``, running calls are stopped. Their jobs, and those that did not start, are not
+        yielded.
         """
         waiting, busy = deque(jobs), dict[Worker, Job]()
         try:
@@ -239,12 +239,12 @@ def _serve(pipe: Connection, threads: int) -> None:
     while True:
         try:
             message = pipe.recv_bytes()
-        except (EOFError, OSError):  # the other end was closed
+        except (EOFError, OSError):  # the pipe was closed
             return
         try:
             function, arguments, until = pickle.loads(message)  # imports the function's module
             if until is not None:
-                # Where it hangs, the log shows at which line, shortly before it is killed. All processes share the clock.
+                # If the call hangs, the log gets a traceback shortly before the kill. All processes share the monotonic clock.
                 faulthandler.dump_traceback_later(max(0.1, until - time.monotonic() - 0.5))
             pipe.send((function(*arguments), None))
         except Exception as error:

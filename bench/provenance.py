@@ -1,4 +1,4 @@
-"""Where a figure comes from: the commit, the device and the versions behind it."""
+"""Provenance of a measurement: commit, device and versions."""
 
 import os
 import re
@@ -17,42 +17,42 @@ __all__ = ["KERNELS", "LOADERS", "LOOPS", "ROOT", "Provenance", "commit", "file_
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("device", "threads", "load", "torch", "triton", "numba", "commit", "command")
-"""What the tables of kernels, and files of records, hold of a provenance, in this order."""
+"""Columns of a provenance in tables of kernels and in files of records, in this order."""
 LOOPS = ("device", "load", "torch", "commit", "command")
-"""What the tables of whole iterations hold of it."""
+"""Columns of a provenance in tables of whole iterations."""
 LOADERS = ("device", "load", "torch", "dali", "commit", "command")
-"""What the tables of loaders hold of it."""
+"""Columns of a provenance in tables of loaders."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where and with what a figure was measured."""
+    """Device, versions, commit and command of a measurement."""
 
     device: str
     threads: int
-    """Of PyTorch."""
+    """Number of PyTorch's threads."""
     load: float
-    """Processes that wanted a core in the minute before the run: of a busy machine no time is worth much."""
+    """Load average of the minute before the run; timings on a busy machine are unreliable."""
     torch: str
     triton: str
-    """Empty if it is not installed, as numba and dali."""
+    """Version, empty if not installed; likewise numba and dali."""
     numba: str
     dali: str
     commit: str
     command: str
 
     def columns(self, names: Sequence[str]) -> dict[str, Any]:
-        """These fields by name, in this order."""
+        """Return the given fields by name, in this order."""
         return {name: getattr(self, name) for name in names}
 
 
 def measured_on(device: torch.device | str, command: str, known_commit: str | None = None) -> Provenance:
-    """The provenance of what is measured now.
+    """Return the provenance of a measurement that starts now.
 
     Args:
-        device: or its name.
-        command: the command line.
-        known_commit: what is measured, where git cannot tell.
+        device: device, or its name.
+        command: command line.
+        known_commit: commit that is measured; by default git's.
     """
     return Provenance(
         device=device if isinstance(device, str) else device_name(device),
@@ -68,26 +68,26 @@ def measured_on(device: torch.device | str, command: str, known_commit: str | No
 
 
 def commit() -> str:
-    """The commit checked out, with ``-dirty`` if other files than results and their documents differ; "unknown" outside a git checkout."""
+    """Return ``git describe`` with ``-dirty`` if files other than results and documents differ; ``unknown`` outside a git checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md", ":!docs/gpu.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md", ":!docs")
         return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def file_name(device: torch.device | str) -> str:
-    """The name of a device, which may be given instead of it, as part of a file's name."""
+    """Return the name of a device, or the given name, as part of a file name."""
     name = device if isinstance(device, str) else device_name(device)
     return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
 def version(distribution: str) -> str:
-    """Of an installed package; empty if it is not."""
+    """Return the version of a package; empty if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

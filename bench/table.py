@@ -1,7 +1,7 @@
-"""Files of rows in bench/results: CSV with a header, written whole.
+"""The CSVs in bench/results.
 
-A row is a dataclass whose fields are the columns. A field with ``columns`` in its metadata is a :class:`~bench.provenance.Provenance`, of
-which the table has these columns in its place.
+A row is a dataclass whose fields are the columns. A field with ``columns`` in its metadata is a :class:`~bench.provenance.Provenance`, and
+is replaced by these columns.
 """
 
 import csv
@@ -16,12 +16,12 @@ __all__ = ["cells", "names", "read", "replace", "write", "write_anew"]
 
 
 def names(row: type) -> tuple[str, ...]:
-    """The columns of a dataclass of rows."""
+    """Return the columns of a dataclass of rows."""
     return tuple(name for field in dataclasses.fields(row) for name in field.metadata.get("columns", (field.name,)))
 
 
 def cells(row: Any) -> dict[str, Any]:
-    """A row by column, for CSV and JSON."""
+    """Return a row as a dictionary by column, for CSV and JSON."""
     columns: dict[str, Any] = {}
     for field in dataclasses.fields(row):
         value = getattr(row, field.name)
@@ -30,13 +30,13 @@ def cells(row: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file, by column; an empty string is what was not measured."""
+    """Return the rows of a CSV, by column; a value that was not measured is an empty string."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Write rows; of older ones, columns that are no more are left out and new ones stay empty."""
+    """Write a CSV. Columns that a row lacks stay empty; its other columns are dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
@@ -45,12 +45,12 @@ def write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object
 
 
 def write_anew(path: Path, rows: Sequence[Any]) -> None:
-    """Write rows of one class, at least one, in the place of all others: times of different runs are not comparable."""
+    """Write a CSV of at least one row, replacing the whole file, because times of different runs are not comparable."""
     write(path, names(type(rows[0])), map(cells, rows))
 
 
 def replace(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]], key: Sequence[str]) -> None:
-    """Write rows in the place of those that have the same in the columns ``key``; the others come first."""
+    """Write rows to a CSV, replacing the rows with equal values in the columns ``key``; the other rows come first."""
     new = {tuple(str(row[name]) for name in key) for row in rows}
     kept = [row for row in read(path) if tuple(row[name] for name in key) not in new] if path.exists() else []
     write(path, columns, [*kept, *rows])

@@ -1,4 +1,4 @@
-"""Data-free knowledge distillation: a frozen teacher's knowledge in a small student, without any data."""
+"""Data-free knowledge distillation: distills a frozen teacher into a small student without any data."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ __all__ = [
     "load_recipe",
 ]
 
-# Imported at first use: PyTorch takes seconds, and neither --help nor one kernel shall pay for more than it needs.
+# Imported at first use: PyTorch takes seconds, which neither --help nor a single kernel should cost.
 MODULES = {
     "engine": ("Engine", "Epoch", "Loop", "Method", "Optimizer", "Trainer"),
     "errors": ("DfkdError", "NonFiniteLossError"),
@@ -41,7 +41,7 @@ MODULES = {
     "models": ("GeneratorA", "GeneratorB"),
     "recipe": ("Recipe", "load_recipe"),
 }
-"""Where the public names are defined."""
+"""Public names by the module that defines them."""
 
 
 def __getattr__(name: str) -> Any:

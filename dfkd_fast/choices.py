@@ -1,4 +1,4 @@
-"""Names that options and recipes choose from, without what they name: the command line shows them before PyTorch is imported."""
+"""Values of options and recipe keys, for the command line, which shows them before PyTorch is imported."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Which folder a run takes, for itself alone."""
+"""Chooses the folder of a run and claims it for this process."""
 
 import os
 import re
@@ -15,14 +15,17 @@ __all__ = ["claim_folder", "claim_free"]
 
 
 def claim_folder(out: Path | None, default: Path, resume: bool) -> tuple[RunFolder, bool]:
-    """The folder, claimed by this process, and whether a run goes on there.
+    """Claim a folder for this process.
+
+    Returns:
+        The folder, and whether a run is resumed there.
 
     Raises:
         DfkdError: as :func:`open_run`.
     """
     path, job = default if out is None else out, _job()
     try:
-        # torchrun starts the very same command again where a process has died.
+        # After a process has died, torchrun starts the same command again.
         candidates = ([out] if out is not None else _numbered(default)) if distributed.restarted() else []
         if mine := [folder for folder in candidates if FolderLock.job_of(folder) == job]:
             path = mine[-1]
@@ -48,7 +51,7 @@ def claim_folder(out: Path | None, default: Path, resume: bool) -> tuple[RunFold
 
 
 def claim_free(default: Path, job: str) -> RunFolder:
-    """The first folder of the default's names that nobody uses."""
+    """Claim and return the first unused folder of ``default``, ``default-2``, …"""
     for number in count(1):
         folder = RunFolder(_name(default, number))
         if not folder.is_unused:
@@ -57,11 +60,11 @@ def claim_free(default: Path, job: str) -> RunFolder:
             folder.claim(job)
         except FolderInUseError:
             continue
-        # Without locks only the one that has made it can be alone there.
+        # Without locks, only a folder that this process has created is its own.
         if folder.is_unused and (folder.lockable or folder.is_new):
             return folder
         folder.release()
-    raise AssertionError("there are numbers enough")
+    raise AssertionError("unreachable: count() does not end")
 
 
 def _check_content(folder: RunFolder, resume: bool) -> None:
@@ -75,26 +78,26 @@ def _check_content(folder: RunFolder, resume: bool) -> None:
     elif folder.path.exists() and not folder.path.is_dir():
         raise DfkdError(f"--out {folder.path} is a file, and must be a folder")
     elif not folder.is_unused:
-        advice = "choose another folder" + (", or go on with that run by --resume" if folder.holds_run else "")
+        advice = "choose another folder" + (", or resume that run with --resume" if folder.holds_run else "")
         raise DfkdError(f"--out {folder.path} already exists: {advice}")
 
 
 def _job() -> str:
-    """The name of the torchrun job this process is of, the same after a restart; empty without torchrun."""
+    """Returns the name of this process's torchrun job, which a restart keeps; empty without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # Jobs that were given no name are all called "none"; but the launcher outlives its workers.
+    # Jobs without a name are all called "none"; the launcher's process id is unique and outlives its workers.
     return f"launcher {os.getppid()} on {socket.gethostname()}" if name == "none" else name
 
 
 def _name(default: Path, number: int) -> Path:
-    """What a default name stands for: runs/digits, runs/digits-2, runs/digits-3."""
+    """Returns the folder of a number: runs/digits, runs/digits-2, runs/digits-3."""
     return default if number == 1 else default.with_name(f"{default.name}-{number}")
 
 
 def _numbered(default: Path) -> list[Path]:
-    """The folders a default name stands for, oldest first; numbers may be left out, of runs that failed before they began."""
-    found = {1: default} if default.exists() else {}
+    """Returns the existing folders ``default``, ``default-2``, …, oldest first; numbers of removed runs are missing."""
+    folders = {1: default} if default.exists() else {}
     for path in default.parent.iterdir() if default.parent.is_dir() else ():
         if match := re.fullmatch(rf"{re.escape(default.name)}-([1-9]\d*)", path.name):
-            found[int(match[1])] = path
-    return [found[number] for number in sorted(found)]
+            folders[int(match[1])] = path
+    return [folders[number] for number in sorted(folders)]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, TextIO
 import typer
 from rich.console import Console
 
-# Nothing that imports PyTorch, which takes seconds: each command imports its own.
+# No module that imports PyTorch, which takes seconds: each command imports what it needs.
 from .choices import DeviceName, Loader, LogLevel, PrecisionName
 from .console import Terminal
 from .environment import check_environment
@@ -22,15 +22,16 @@ from .errors import DfkdError, describe_os_error, first_line, short_repr
 from .files import expanded
 from .interrupt import Interrupted, discard, interrupting_on_signals
 from .out_of_memory import is_out_of_memory, one_line_message
+from .renamed import RenamedKeyWarning
 
 __all__ = ["app", "main"]
 
 SHOW_WARNING = warnings.showwarning
 COLUMNS = "[2-9][0-9]|[1-9][0-9]{2,3}"
-"""Of a terminal in which something can be read: 20 to 9999."""
+"""Accepted widths of a terminal: 20 to 9999 columns."""
 
 app = typer.Typer(
-    help="Distil a frozen teacher into a small student, without any data.",
+    help="Distill a frozen teacher into a small student, without any data.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,7 +39,7 @@ app = typer.Typer(
 
 
 def _path(text: str) -> Path:
-    """A path from the command line; an empty one, as a shell's unset variable is, would be the current folder."""
+    """Parse a path; an empty string, as an unset shell variable gives, would otherwise mean the current folder."""
     if not text:
         raise typer.BadParameter("an empty path")
     return Path(text)
@@ -46,20 +47,20 @@ def _path(text: str) -> Path:
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see dfkd-fast recipes) or a TOML file.")]
 Out = Annotated[
-    Path | None, typer.Option(parser=_path, metavar="PATH", help="Folder of the run; by default runs/RECIPE, numbered if taken.")
+    Path | None, typer.Option(parser=_path, metavar="PATH", help="Run folder; default: runs/RECIPE, with a number if it exists.")
 ]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a number of the recipe; may be repeated.")
-]
-DataRoot = Annotated[Path | None, typer.Option(parser=_path, metavar="PATH", help="Where the data is; nothing is downloaded.")]
-Device = Annotated[DeviceName, typer.Option(help="Where to compute.")]
-Seed = Annotated[int | None, typer.Option(help="Of networks and latent vectors; by default the recipe's.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a recipe value; repeatable.")]
+DataRoot = Annotated[Path | None, typer.Option(parser=_path, metavar="PATH", help="Folder of the data set; nothing is downloaded.")]
+Device = Annotated[DeviceName, typer.Option(help="Device to run on.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed; default: the recipe's.")]
 WeightsKey = Annotated[
-    str, typer.Option(metavar="KEY", help="Where in a file with several states the weights are, such as model_ema or state_dict.teacher.")
+    str, typer.Option(metavar="KEY", help="Key of the weights in a file with several state dicts, such as model_ema or state_dict.teacher.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-Level = Annotated[LogLevel, typer.Option("--log-level", help="What to tell beside the results: progress is info, notes are warnings.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+Level = Annotated[
+    LogLevel, typer.Option("--log-level", help="Least severe messages to print beside the results: progress is info, notes are warnings.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --out from its newest checkpoint.")]
 
 
 @app.command()
@@ -68,18 +69,19 @@ def distill(
     out: Out = None,
     changes: Changes = None,
     teacher: Annotated[
-        Path | None, typer.Option(parser=_path, metavar="PATH", help="Weights of the teacher; trained here if not given.")
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Weights of the teacher; without them a teacher is trained first.")
     ] = None,
     weights_key: WeightsKey = "",
     data_root: DataRoot = None,
     device: Device = "auto",
     seed: Seed = None,
-    fit: Annotated[bool, typer.Option("--fit", help="Set loop.batch_size to the largest that fits into the GPU.")] = False,
+    auto_batch_size: Annotated[bool, typer.Option("--auto-batch-size", help="Use the largest loop.batch_size that fits the GPU.")] = False,
+    fit: Annotated[bool, typer.Option("--fit", hidden=True)] = False,
     resume: Resume = False,
     quiet: Quiet = False,
     log_level: Level = "info",
 ) -> None:
-    """Distil the recipe's student from its teacher."""
+    """Distill the recipe's student from its teacher."""
     from .commands import distill as command
     from .commands.device import device_context
     from .recipe import load_recipe
@@ -88,6 +90,8 @@ def distill(
     overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
     with device_context(device) as compute_device, _console(quiet, log_level) as console:
         if fit:
+            warnings.warn("--fit is now called --auto-batch-size", RenamedKeyWarning, stacklevel=1)
+        if auto_batch_size or fit:
             overrides["loop.batch_size"] = command.auto_batch_size(load_recipe(recipe, overrides), compute_device).loop.batch_size
         with open_run("distill", recipe, overrides, out, resume, compute_device, console) as run:
             command.distill(run)
@@ -105,7 +109,7 @@ def teach(
     quiet: Quiet = False,
     log_level: Level = "info",
 ) -> None:
-    """Train the recipe's teacher and store its weights."""
+    """Train the recipe's teacher and save its weights."""
     from .commands import distill as command
     from .commands.device import device_context
     from .run import open_run
@@ -122,35 +126,33 @@ def teach(
 @app.command()
 def evaluate(
     targets: Annotated[
-        list[Path] | None, typer.Argument(parser=_path, metavar="[RUN_OR_WEIGHTS]...", help="Folders of runs, or files of weights.")
+        list[Path] | None, typer.Argument(parser=_path, metavar="[RUN_OR_WEIGHTS]...", help="Run folders or weight files.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="SET", help="Image files to evaluate on, in --data-root: imagenet, places365, folder or list.")
+        str | None, typer.Option(metavar="SET", help="Data set of image files in --data-root: imagenet, places365, folder or list.")
     ] = None,
     data_root: DataRoot = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Network of a file that does not say it, or efficientnet_lite0, whose weights are in a package; repeatable."),
+        typer.Option(help="Network of a weight file without metadata, or efficientnet_lite0, whose weights a package holds; repeatable."),
     ] = None,
-    loader: Annotated[Loader | None, typer.Option(help="What decodes image files; auto is DALI where it is installed.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes or threads that decode image files; with --data as many as cores by default.")
-    ] = None,
-    strict: Annotated[bool | None, typer.Option(help="Whether a file that cannot be decoded is an error, or left out.")] = None,
-    precision: Annotated[PrecisionName, typer.Option(help="What the networks compute in.")] = "fp32",
-    recipe: Annotated[str | None, typer.Option(help="What names network and data, where the file does not.")] = None,
-    role: Annotated[Literal["teacher", "student"] | None, typer.Option(help="Whose weights they are, where the file does not say.")] = None,
+    loader: Annotated[Loader | None, typer.Option(help="Decoder of image files; auto: DALI if installed.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Workers that decode image files; default with --data: one per core.")] = None,
+    strict: Annotated[bool | None, typer.Option(help="Fail on a file that cannot be decoded, or skip it.")] = None,
+    precision: Annotated[PrecisionName, typer.Option(help="Precision of the forward passes.")] = "fp32",
+    recipe: Annotated[str | None, typer.Option(help="Recipe of a weight file without metadata: its network and data.")] = None,
+    role: Annotated[Literal["teacher", "student"] | None, typer.Option(help="Role of a weight file without metadata.")] = None,
     weights_key: WeightsKey = "",
     changes: Changes = None,
     device: Device = "auto",
     json_file: Annotated[
-        Path | None, typer.Option("--json", parser=_path, metavar="PATH", help="Write the figures to this file, too.")
+        Path | None, typer.Option("--json", parser=_path, metavar="PATH", help="Also write the metrics to this file.")
     ] = None,
     quiet: Quiet = False,
     log_level: Level = "info",
 ) -> None:
-    """Accuracy of students and teachers on labelled images, and how far they agree."""
+    """Evaluate students and teachers on labelled images: accuracy, and agreement with the teacher."""
     from .commands import evaluate as command
     from .commands.candidates import EvaluationRequest
     from .commands.device import device_context
@@ -161,8 +163,8 @@ def evaluate(
         batch_size, workers = batch_size or 64, os.cpu_count() if workers is None else workers
     chosen = {"data.loader": loader, "data.batch_size": batch_size, "data.workers": workers, "data.strict": strict}
     overrides = {path: value for path, value in chosen.items() if value is not None} | _overrides(changes, data_root=data_root)
-    given = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
-    request = EvaluationRequest(targets or [], data, model or [], given, role, overrides, precision, weights_key)
+    named = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
+    request = EvaluationRequest(targets or [], data, model or [], named, role, overrides, precision, weights_key)
     with device_context(device) as compute_device, _console(quiet, log_level) as console:
         command.evaluate_and_print(request, compute_device, console, json_file)
 
@@ -170,12 +172,12 @@ def evaluate(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Folders of finished runs.")],
-    picture: Annotated[Path, typer.Option("--out", parser=_path, metavar="PATH", help="Where the picture goes.")] = Path("compare.png"),
+    plot: Annotated[Path, typer.Option("--out", parser=_path, metavar="PATH", help="File of the plot.")] = Path("compare.png"),
 ) -> None:
-    """Accuracies and retention statistics of runs, as one table and one picture."""
+    """Compare finished runs: accuracy and retention in one table and one plot."""
     from .commands.compare import compare_runs
 
-    compare_runs(runs, picture, Console())
+    compare_runs(runs, plot, Console())
 
 
 @app.command()
@@ -188,7 +190,7 @@ def recipes() -> None:
 
 @app.command()
 def show(recipe: RecipeName, changes: Changes = None) -> None:
-    """Print a recipe with every number of it resolved."""
+    """Print a recipe with every value resolved."""
     from .recipe import load_recipe, recipe_to_toml
 
     shown_recipe = recipe_to_toml(load_recipe(recipe, _overrides(changes)))
@@ -199,24 +201,24 @@ def show(recipe: RecipeName, changes: Changes = None) -> None:
 
 @app.command()
 def doctor(
-    teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Look the recipe's teacher over, not this machine.")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Check this recipe's teacher instead of the machine.")] = None,
     weights: Annotated[
-        Path | None, typer.Option(parser=_path, metavar="PATH", help="The teacher's file; by default the recipe's teacher.weights.")
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Weights of the teacher; default: the recipe's teacher.weights.")
     ] = None,
     weights_key: WeightsKey = "",
     data_root: DataRoot = None,
     changes: Changes = None,
     device: Device = "auto",
 ) -> None:
-    """Say what this machine has, and what is used; or whether a teacher is what its recipe takes it for."""
+    """Check the machine (devices, packages, kernel backends), or with --teacher a teacher against its recipe."""
     from .commands import doctor as command
     from .commands.device import device_context
     from .recipe import load_recipe
 
     if teacher is None:
-        given = {"--weights": weights, "--weights-key": weights_key, "--data-root": data_root, "--set": changes}
-        if useless := [option for option, value in given.items() if value]:
-            raise DfkdError(f"{useless[0]}: is of a teacher, and none is named: --teacher RECIPE")
+        values = {"--weights": weights, "--weights-key": weights_key, "--data-root": data_root, "--set": changes}
+        if unused := [option for option, value in values.items() if value]:
+            raise DfkdError(f"{unused[0]}: requires --teacher RECIPE")
         command.print_machine(Console())
         return
     overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root)
@@ -226,7 +228,7 @@ def doctor(
 
 @app.command()
 def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the compiler's commands and output.")] = False) -> None:
-    """Compile the CUDA kernels, once for an installation; needs nvcc, but no GPU."""
+    """Compile the CUDA kernels, once per installation; needs nvcc, but no GPU."""
     from .kernels.build import BuildError, compile_extension
     from .kernels.extension import BINARY
 
@@ -238,7 +240,7 @@ def build(verbose: Annotated[bool, typer.Option("--verbose", help="Print the com
 
 
 def main() -> NoReturn:
-    """Run the command line; what a user can fix is one line on standard error and exit code 2."""
+    """Run the command line; an error that the user can fix is one line on standard error and exit code 2."""
     warnings.showwarning = _show_warnings_once()
     _prepare_terminal()
     try:
@@ -250,14 +252,14 @@ def main() -> NoReturn:
     except Interrupted as interrupted:
         _fail(str(interrupted), interrupted.exit_code)
     except BrokenPipeError:
-        discard(sys.stdout.fileno())  # whoever read it has gone; there is nobody left to tell
+        discard(sys.stdout.fileno())  # the reader has closed the pipe
         sys.exit(1)
     except OSError as error:
         _fail(describe_os_error(error), 2)
     except Exception as error:
         if is_out_of_memory(error):
             _fail(one_line_message(error), 2)
-        # typer's own complaints about the command line, whose class moved between its versions
+        # typer's usage errors, whose class moved between its versions
         if not hasattr(error, "format_message"):
             if _is_one_of_several() and _failed_elsewhere():
                 sys.exit(1)
@@ -266,17 +268,17 @@ def main() -> NoReturn:
 
 
 def _prepare_terminal() -> None:
-    """Let output lose letters that its encoding lacks, rather than end the command, and ignore what was said for other programs."""
+    """Replace characters that the output's encoding lacks, and drop environment variables that would break rich or matplotlib."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if not re.fullmatch(COLUMNS, os.environ.get("COLUMNS", "")):
         os.environ.pop("COLUMNS", None)
-    os.environ.pop("MPLBACKEND", None)  # of windows; one that matplotlib does not know ends its import
+    os.environ.pop("MPLBACKEND", None)  # plots are drawn without a window; matplotlib fails to import with a backend that it does not know
 
 
 @contextmanager
 def _console(quiet: bool, level: LogLevel) -> Iterator[Console]:
-    """Where this process prints results and what is logged: the first one does, the others are silent."""
+    """The console of results and log messages, silent in all processes but the first."""
     from .log import log_to_console
 
     console = Terminal(quiet=quiet or _rank() > 0)
@@ -285,33 +287,33 @@ def _console(quiet: bool, level: LogLevel) -> Iterator[Console]:
 
 
 def _is_one_of_several() -> bool:
-    """Whether a launcher has started more processes than this one."""
+    """Whether this process is one of several of a launcher."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _reports_exit() -> bool:
-    """Whether it is this process that says why the command ends."""
+    """Whether this process is the one that reports why the command ends."""
     from . import distributed
 
     return distributed.reports_exit()
 
 
 def _failed_elsewhere() -> bool:
-    """Whether an error here only follows from that of another process, which says it."""
+    """Whether an error of this process follows from that of another one, which reports it."""
     from . import distributed
 
-    return distributed.failed_elsewhere(wait=4 * distributed.GRACE)
+    return distributed.failed_elsewhere(wait=4 * distributed.REPORT_GRACE)
 
 
 def _rank() -> int:
-    """Of this process in its group, from 0."""
+    """Rank of this process, from 0."""
     from . import distributed
 
     return distributed.rank()
 
 
 def _show_warnings_once() -> Callable[..., None]:
-    """What shows warnings: our own in one line, once in a command, by the first process; the others are Python's to show."""
+    """A ``warnings.showwarning`` that prints the package's own warnings as one line, once per command, in the first process."""
     shown: set[str] = set()
 
     def show(
@@ -356,13 +358,13 @@ def _fail(message: str, code: int) -> NoReturn:
             sys.exit(code)
         if (number := os.environ.get("RANK", "0")) != "0":
             message = f"process {number}: {message}"
-    # Names that files hold may have letters that a terminal obeys, or none that it could be sent.
+    # Names from files may hold control characters, or bytes that cannot be encoded.
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
     typer.echo(f"dfkd-fast: {line}", err=True)
     try:
         sys.stdout.flush()
     except OSError:
-        discard(sys.stdout.fileno())  # or Python tries again at its end, and fails again
+        discard(sys.stdout.fileno())  # Python would flush again at exit, and fail again
     sys.exit(code)
 
 
@@ -374,7 +376,7 @@ def _overrides(
     data_root: Path | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """What the options change in a recipe, by dotted path; ``--set`` values are read as TOML, else as text."""
+    """Recipe overrides of the options, by dotted path; values of ``--set`` are parsed as TOML, else taken as text."""
     overrides: dict[str, Any] = {}
     for change in changes or []:
         path, equals, text = change.partition("=")

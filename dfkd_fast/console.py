@@ -1,4 +1,4 @@
-"""Lines and short tables for the terminal."""
+"""Lines and tables on the terminal."""
 
 import os
 import shlex
@@ -16,22 +16,22 @@ from .interrupt import Interrupted, discard
 __all__ = ["Terminal", "print_line", "print_table", "shell_quoted"]
 
 NAME = 30
-"""Characters of a name that is printed in one piece however narrow the terminal."""
+"""Names up to this length are never wrapped."""
 WIDEST = 1000
 
 
 class Terminal(Console):
-    """A console that says so where nobody reads it any more, as behind ``| head``: rich's own ends the process without a word."""
+    """A console that reports a closed pipe, as of ``| head``; rich's own exits silently."""
 
     def on_broken_pipe(self) -> None:
-        """Raise :class:`Interrupted`, once, and be silent from then on."""
+        """Raise :class:`Interrupted` once, and print nothing from then on."""
         self.quiet = True
         discard(sys.stdout.fileno())
-        raise Interrupted("nobody reads the output any more", signal.SIGPIPE)
+        raise Interrupted("the output was closed by its reader", signal.SIGPIPE)
 
 
 def shell_quoted(path: Path) -> str:
-    """A path as it is typed in a shell; with ``$'…'``, which bash and zsh know, where it has letters that cannot be printed."""
+    """Returns a path quoted for a shell; as ``$'…'`` of bash and zsh if it has unprintable characters."""
     text = str(path)
     if text.isprintable():
         return shlex.quote(text)
@@ -40,14 +40,14 @@ def shell_quoted(path: Path) -> str:
 
 
 def print_line(console: Console, text: str) -> None:
-    """A line as it is, without markup, which the terminal wraps and nobody crops."""
+    """Print a line without markup, wrapped by the terminal instead of cropped."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(
     console: Console, header: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, figures: bool = False
 ) -> None:
-    """A table whose cells are printed as they are, without markup; short names in front and ``figures`` behind are never broken."""
+    """Print a table without markup. With ``figures``, cells behind the first column are right-aligned and never wrapped."""
     cells = list(rows)
     table = Table(title=title and Text(title), title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(header):
@@ -55,7 +55,7 @@ def print_table(
         table.add_column(Text(name), overflow="fold", no_wrap=whole, justify="right" if figures and index else "left")
     for row in cells:
         table.add_row(*map(Text, row))
-    # Figures that a narrow terminal crops are lost; a line that it wraps is not.
+    # A line that the terminal wraps is readable; a number that rich crops is lost.
     whole_width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum if figures else 0
     width, console.width = console.width, max(console.width, whole_width)
     console.print(table)

@@ -1,4 +1,4 @@
-"""What this machine has, and what is used instead of what it lacks."""
+"""Devices, optional packages and kernel backends of this machine."""
 
 import importlib.util
 import os
@@ -14,16 +14,16 @@ __all__ = ["Choice", "Finding", "choices", "findings"]
 
 
 class Finding(NamedTuple):
-    """One thing a run can profit from."""
+    """A device or an optional package."""
 
-    thing: str
-    found: str
+    name: str
+    installed: str
     used: str
-    """What does its work in this version on this machine."""
+    """What does its work on this machine."""
 
 
 class Choice(NamedTuple):
-    """Which backend serves an operation of ``dfkd_fast.kernels``."""
+    """Backends of an operation of ``dfkd_fast.kernels``."""
 
     operation: str
     cpu: str
@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
 
 def findings() -> list[Finding]:
-    """Look at everything that is optional; nothing is imported that could fail."""
+    """Returns the devices and optional packages of this machine; imports nothing that could fail."""
     threads = f"{torch.get_num_threads()} threads"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return [
@@ -51,7 +51,7 @@ def findings() -> list[Finding]:
 
 
 def choices() -> list[Choice]:
-    """The backend of every operation, by device; on a CPU also from which size on; the reference serves what is smaller.
+    """Returns the backend of every operation by device, on a CPU with the size from which it is used instead of the reference.
 
     Raises:
         BackendError: ``DFKD_FAST_BACKEND`` names a backend that does not exist or is not installed.
@@ -61,15 +61,15 @@ def choices() -> list[Choice]:
     for operation, elements in dispatch.WORTHWHILE.items():
         cpu, gpu = (_serving(operation, torch.device(kind)) for kind in ("cpu", "cuda"))
         small = "" if name or cpu == "reference" else f", from {elements} elements"
-        absent = "" if name or torch.cuda.is_available() else ", were there one"
+        absent = "" if name or torch.cuda.is_available() else " if present"
         rows.append(Choice(operation, f"{cpu}{small}", f"{gpu}{absent}"))
     return rows
 
 
 def _serving(operation: str, device: torch.device) -> str:
-    """The backend of an operation's larger calls on a device."""
+    """Returns the backend that an operation uses for large inputs on a device."""
     name, serving = dispatch.forced(), dispatch.backends(device)
-    if operation in dispatch.PARTLY_SERVED:  # left to PyTorch where numba does not serve them
+    if operation in dispatch.PARTLY_SERVED:  # PyTorch computes what numba does not support
         serving = [backend for backend in serving if dispatch.has_kernel(operation, backend)]
         if name == "numba" and name not in serving:
             return "reference"
@@ -92,9 +92,9 @@ def _version(*distributions: str) -> str:
 
 
 def _apex() -> str:
-    """NVIDIA's apex is known by its compiled module: PyPI's package of that name is a web toolkit."""
+    """Returns which apex is installed; NVIDIA's has a compiled module, PyPI's package of that name is a web toolkit."""
     if importlib.util.find_spec("amp_C") is not None:
         return "NVIDIA's, with its fused kernels"
     if importlib.util.find_spec("apex") is not None:
-        return "not NVIDIA's fused one (PyPI's apex is another project)"
+        return "not NVIDIA's (PyPI's apex is another project)"
     return "none"

@@ -1,4 +1,4 @@
-"""Environment variables that this package and the libraries below it read as numbers. Nothing here imports PyTorch."""
+"""Checks environment variables that this package and its libraries read. Nothing here imports PyTorch."""
 
 import os
 
@@ -15,44 +15,42 @@ BOUNDS = {
     "NUMBA_NUM_THREADS": (1, 2**15 - 1),
     "NUMBA_DISABLE_JIT": (0, 1),
 }
-"""The least and the largest value of each."""
+"""Minimum and maximum of each variable."""
 LAYERS = ("default", "safe", "forksafe", "threadsafe", "tbb", "omp", "workqueue")
-"""Of numba's threads."""
+"""Threading layers of numba."""
 READ_BY_LIBRARIES = ("LOCAL_RANK", "NUMBA_NUM_THREADS", "NUMBA_DISABLE_JIT")
 
 
 def whole_number(variable: str, default: int | None = None) -> int:
-    """The value of a variable of ``BOUNDS``.
+    """Returns the value of a variable of ``BOUNDS``.
 
     Args:
         variable: its name.
-        default: where it is not set; None where it must be.
+        default: value if it is not set; None if it must be set.
 
     Raises:
-        DfkdError: it is not set and must be, or is no whole number, or not one within its bounds.
+        DfkdError: it must be set and is not, or is not a whole number within its bounds.
     """
     text = os.environ.get(variable)
     if text is None and default is not None:
         return default
     if text is None:
         raise DfkdError(f"environment variable {variable} is not set: torchrun sets it")
-    least, most = BOUNDS[variable]
+    minimum, maximum = BOUNDS[variable]
     try:
         number = int(text)
     except ValueError:
-        number = least - 1
-    if not least <= number <= most:
-        raise DfkdError(f"environment variable {variable} = {short_repr(text)}: must be a whole number ≥ {least} and ≤ {most}")
+        number = minimum - 1
+    if not minimum <= number <= maximum:
+        raise DfkdError(f"environment variable {variable} = {short_repr(text)}: must be a whole number ≥ {minimum} and ≤ {maximum}")
     return number
 
 
 def check_environment() -> None:
-    """Find out whether libraries can be imported that read a variable as a number, and end or warn of it where it is none.
-
-    What only this package reads is checked where it is read: of one process alone nothing but ``WORLD_SIZE`` counts.
+    """Check variables that libraries read when they are imported; those of this package are checked where they are read.
 
     Raises:
-        DfkdError: they cannot.
+        DfkdError: a variable has a value that its library does not accept.
     """
     for variable in READ_BY_LIBRARIES:
         whole_number(variable, default=1)

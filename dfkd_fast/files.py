@@ -1,4 +1,4 @@
-"""Writing files and folders so that a crash, a full disk or a Ctrl-C never leaves half of one."""
+"""Writes files and folders such that a crash, a full disk or Ctrl-C never leaves a partial one."""
 
 import errno
 import os
@@ -17,35 +17,35 @@ from .errors import DfkdError
 __all__ = ["check_output", "expanded", "is_temporary", "make_folders", "naming", "remove_temporaries", "replacing"]
 
 DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/(stdout|stderr|fd/\d+)")
-"""Replacing a file that the shell has sent the output to would lose what else is written there."""
+"""Paths of open file descriptors. They are appended to: replacing a file to which the shell redirects would lose the rest of the output."""
 LONGEST_STEM = 200
-"""Bytes of a name in that of its temporary file, which may have 255."""
+"""Bytes of a file's name that its temporary file's name keeps, of the 255 that file systems allow."""
 TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)-[0-9a-f]{8}\.part(\.[^.]*)?")
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ``~`` in front replaced by the home folder that it means; as it is where there is none, as of an unknown user."""
+    """Returns a path with a leading ``~`` replaced by the home folder; unchanged for an unknown user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file that appears whole or not at all: write to the path given here; it takes ``path``'s place at the end.
+    """Atomically replace a file: yields a temporary path to write to, which is moved to ``path`` on exit.
 
-    The temporary file has a name of its own, so that no other process writes to it; :func:`remove_temporaries` knows it again.
-    When this returns, both content and name have reached the disk: a power failure loses neither.
+    The temporary name is unique to the process, and :func:`remove_temporaries` recognizes it. On return, both content and name
+    are on the disk and survive a power failure.
 
-    A symlink stays one: the file that it names is replaced. What is no regular file, a device or a pipe, is written to.
+    A symlink is kept and its target replaced. A device or pipe is written to.
 
     Raises:
-        OSError: it could not be written; what stood at ``path`` is untouched and nothing is left beside it.
+        OSError: the file could not be written; ``path`` is unchanged and the temporary file removed.
     """
     if _is_stream(path):
         with _copying_to(path) as part:
             yield part
         return
     named, path = path, Path(os.path.realpath(path)) if path.is_symlink() else path
-    # The suffix stays at the end: writers of pictures take the format from it.
+    # The suffix is kept: image writers take the format from it.
     stem = os.fsdecode(os.fsencode(path.stem)[:LONGEST_STEM])
     part = path.with_name(f".{stem}.{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}")
     try:
@@ -60,14 +60,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_output(option: str, path: Path) -> None:
-    """Find out, before the work for it is done, whether a file can be written.
+    """Check that a file can be written, before the work for it is done.
 
     Args:
-        option: that names it, as an error calls it.
+        option: name of the path in error messages.
         path: of the file.
 
     Raises:
-        DfkdError: it is a folder, or in none that can be written.
+        DfkdError: the path is a folder, or its folder does not exist or is not writable.
     """
     if path.is_dir():
         raise DfkdError(f"{option} {path} is a folder, and must be a file")
@@ -81,7 +81,7 @@ def check_output(option: str, path: Path) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether a path is written to rather than replaced: a device, a pipe, or what this process has open already."""
+    """Whether a path is written to instead of replaced: a device, a pipe, or an open file descriptor."""
     if DESCRIPTOR.fullmatch(str(path.absolute())):
         return True
     try:
@@ -92,7 +92,7 @@ def _is_stream(path: Path) -> bool:
 
 @contextmanager
 def _copying_to(path: Path) -> Iterator[Path]:
-    """A file whose content goes to a device or a pipe in the end."""
+    """Yields a temporary path whose content is copied to a device or pipe on exit."""
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / (path.name or "part")
         yield part
@@ -101,19 +101,16 @@ def _copying_to(path: Path) -> Iterator[Path]:
 
 
 def _open_stream(path: Path) -> IO[bytes]:
-    """Open what :func:`_is_stream` knows; what this process has open already, behind what it has written there."""
-    if found := DESCRIPTOR.fullmatch(str(path.absolute())):
+    """Open a path of :func:`_is_stream`; an open file descriptor is duplicated, to append to it."""
+    if match := DESCRIPTOR.fullmatch(str(path.absolute())):
         sys.stdout.flush()
-        return os.fdopen(os.dup({"stdout": 1, "stderr": 2}.get(found[1]) or int(found[1].rpartition("/")[2])), "wb")
+        return os.fdopen(os.dup({"stdout": 1, "stderr": 2}.get(match[1]) or int(match[1].rpartition("/")[2])), "wb")
     return path.open("wb")
 
 
 @contextmanager
 def naming(path: Path, part: Path | None = None) -> Iterator[None]:
-    """Let an OSError from inside name the file ``path``, where it names none or ``part``.
-
-    A failed write knows no name, and that of a temporary file means nothing to a user, who wants to know which file it was.
-    """
+    """Set the file name of an OSError from inside to ``path``, if it has none or that of the temporary file ``part``."""
     try:
         yield
     except OSError as error:
@@ -123,22 +120,26 @@ def naming(path: Path, part: Path | None = None) -> Iterator[None]:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file's name is one that :func:`replacing` gives while it writes."""
+    """Whether a file's name is that of a temporary file of :func:`replacing`."""
     return TEMPORARY.fullmatch(path.name) is not None
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete the temporary files in a folder whose processes were killed; nothing else, and no error where that fails."""
+    """Delete temporary files of processes that no longer run; errors are ignored."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
-            found = TEMPORARY.fullmatch(path.name)
-            if found and not _other_process_lives(int(found["pid"])):
+            match = TEMPORARY.fullmatch(path.name)
+            if match and not _other_process_lives(int(match["pid"])):
                 with suppress(OSError):
                     path.unlink()
 
 
 def make_folders(path: Path) -> list[Path]:
-    """Make a folder and its parents; returns those that this call made, outermost first: a folder two processes make is one's."""
+    """Create a folder and its parents.
+
+    Returns:
+        The folders that this call created, outermost first.
+    """
     missing = [path]
     while not missing[-1].parent.exists():
         missing.append(missing[-1].parent)
@@ -154,7 +155,7 @@ def make_folders(path: Path) -> list[Path]:
 
 
 def _other_process_lives(pid: int) -> bool:
-    if pid == os.getpid():  # in a container a process may have the number of the one before it
+    if pid == os.getpid():  # in a container, process ids are reused
         return False
     try:
         os.kill(pid, 0)
@@ -168,12 +169,12 @@ def _other_process_lives(pid: int) -> bool:
 def _sync_folder(folder: Path) -> None:
     try:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # a folder may be written and not listed
+    except PermissionError:  # a folder may be writable and not readable
         return
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system supports it
             raise
     finally:
         os.close(opened)

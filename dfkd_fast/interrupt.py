@@ -1,4 +1,4 @@
-"""Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP: finish the step under way, save, then go."""
+"""SIGINT, SIGTERM and SIGHUP: finish the current step, save, then exit."""
 
 import os
 import signal
@@ -12,39 +12,39 @@ __all__ = ["Interrupted", "discard", "interrupting_on_signals", "stopping_on_sig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 TOGETHER = 1.0
-"""Seconds within which several signals are one: a closed terminal hangs up twice, torchrun passes a Ctrl-C on that its processes got."""
+"""Signals within so many seconds count as one: a closed terminal sends two, and torchrun forwards a Ctrl-C that its processes also get."""
 
 
 class Interrupted(BaseException):
-    """A command was asked to stop; like a KeyboardInterrupt, no ``except Exception`` shall take it for a failure.
+    """A command was asked to stop. A BaseException, like KeyboardInterrupt, so that ``except Exception`` does not catch it.
 
     Args:
-        what: happened.
-        signal_number: which signal it was.
-        left: what is saved, and how to go on; empty as long as nobody has said it.
+        what: what happened.
+        signal_number: of the signal.
+        saved: what is saved, and how to resume; empty if unknown.
     """
 
-    def __init__(self, what: str = "interrupted", signal_number: int = signal.SIGINT, left: str = "") -> None:
+    def __init__(self, what: str = "interrupted", signal_number: int = signal.SIGINT, saved: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.signal_number = signal_number
-        self.left = left
+        self.saved = saved
         self.exit_code = 128 + signal_number
 
     def __str__(self) -> str:
-        return f"{self.what}; {self.left or 'nothing was saved yet'}"
+        return f"{self.what}; {self.saved or 'nothing was saved yet'}"
 
 
 class Stoppable(Protocol):
-    """What can be asked to stop after the step under way."""
+    """Interface of a training that can stop after the current step."""
 
     def stop(self) -> None:
-        """Ask."""
+        """Request the stop."""
 
 
 @contextmanager
 def interrupting_on_signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into :class:`Interrupted` at once."""
+    """Raise :class:`Interrupted` immediately on SIGINT, SIGTERM and SIGHUP."""
 
     def interrupt(number: int) -> None:
         raise Interrupted(signal_number=number)
@@ -55,9 +55,10 @@ def interrupting_on_signals() -> Iterator[None]:
 
 @contextmanager
 def stopping_on_signals(running: Stoppable, clock: Callable[[], float] = time.monotonic) -> Iterator[list[int]]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into ``running.stop()``; a later one is :class:`Interrupted` at once.
+    """Call ``running.stop()`` on the first SIGINT, SIGTERM or SIGHUP, and raise :class:`Interrupted` on a later one.
 
-    Gives the list of signals caught, empty as long as there was none.
+    Yields:
+        The list of signals caught so far.
     """
     caught: list[int] = []
     first = 0.0
@@ -69,7 +70,7 @@ def stopping_on_signals(running: Stoppable, clock: Callable[[], float] = time.mo
             caught.append(number)
             running.stop()
         elif clock() - first > TOGETHER:
-            raise Interrupted("interrupted again, at once", number)
+            raise Interrupted("interrupted again, without saving", number)
 
     with _handling(stop):
         yield caught
@@ -77,7 +78,7 @@ def stopping_on_signals(running: Stoppable, clock: Callable[[], float] = time.mo
 
 @contextmanager
 def _handling(handle: Callable[[int], None]) -> Iterator[None]:
-    """Call a function with every signal; not with a SIGHUP that is ignored, as under nohup, nor in a forked process."""
+    """Call a function on every signal, but not on a SIGHUP that is ignored, as under nohup, nor in a forked process."""
     owner = os.getpid()
     terminals = [file for file in (1, 2) if os.isatty(file)]
 
@@ -85,7 +86,7 @@ def _handling(handle: Callable[[int], None]) -> Iterator[None]:
         if os.getpid() == owner:
             _leave_hung_up(terminals)
             handle(number)
-        elif number != signal.SIGINT:  # a terminal's Ctrl-C reaches a loader's workers, too, which the owner ends
+        elif number != signal.SIGINT:  # a terminal's Ctrl-C also reaches the data loader's workers, which their owner terminates
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -99,14 +100,14 @@ def _handling(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def _leave_hung_up(terminals: list[int]) -> None:
-    """Write no more to what was a terminal and has hung up: it would fail what is still to be saved."""
+    """Discard output to a terminal that has hung up: writing to it would fail before everything is saved."""
     for file in terminals:
         if not os.isatty(file):
             discard(file)
 
 
 def discard(descriptor: int) -> None:
-    """Let what is written to a file descriptor from now on go nowhere."""
+    """Redirect a file descriptor to /dev/null."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)

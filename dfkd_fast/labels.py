@@ -1,6 +1,6 @@
-"""The label that stands for none."""
+"""The label of unlabelled pixels."""
 
 __all__ = ["IGNORE_INDEX"]
 
 IGNORE_INDEX = -100
-"""Of a pixel without a label: what PyTorch's losses leave out unless told otherwise."""
+"""Label of pixels that losses and metrics ignore; PyTorch's default."""

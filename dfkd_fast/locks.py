@@ -1,4 +1,4 @@
-"""A folder for one process alone."""
+"""Exclusive locks on folders."""
 
 import errno
 import json
@@ -21,22 +21,22 @@ __all__ = ["LOCK", "FolderInUseError", "FolderLock"]
 LOCK = ".lock"
 """Name of the file in a folder that its :class:`FolderLock` locks."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What flock fails with where the file system has no locks."""
+"""Errors of flock on a file system without locks."""
 
 
 class FolderInUseError(Exception):
-    """Another process has locked the folder; the message says which one, as far as it has said so itself."""
+    """Another process has locked the folder; the message names it, if it has written its record."""
 
 
 class FolderLock:
-    """A folder for one process alone, until :meth:`release` or the process's end, however it ends.
+    """An exclusive lock on a folder, held until :meth:`release` or until the process ends.
 
-    It is a flock on a file in the folder, which the system gives up with the process that holds it. Neither processes forked
-    from the holder (a DataLoader's workers) nor programs it starts inherit it: it ends with the holder even if they live on.
+    It is a flock on a file in the folder, which the system releases with the process. Neither forked processes (a DataLoader's
+    workers) nor started programs inherit it.
 
     Args:
-        folder: an existing folder; ``.lock`` is made in it and stays there.
-        job: what :meth:`job_of` shall return; of processes that a launcher starts anew, its name.
+        folder: an existing folder; the file ``.lock`` is created in it and kept.
+        job: name of the launcher's job, which :meth:`job_of` returns.
 
     Raises:
         FolderInUseError: another process holds the lock.
@@ -46,9 +46,9 @@ class FolderLock:
     def __init__(self, folder: Path, job: str = "") -> None:
         self.path = folder / LOCK
         self.effective = True
-        """False where the file system has no locks: nothing keeps another process away."""
+        """False if the file system does not support locks."""
         self.made = False
-        """Whether the file was not there before."""
+        """Whether this lock created the file."""
         while True:
             self._open()
             try:
@@ -59,7 +59,7 @@ class FolderLock:
             except BaseException:
                 os.close(self._file)
                 raise
-            os.close(self._file)  # its holder has removed it meanwhile
+            os.close(self._file)  # its holder has removed it in the meantime
         _held.add(self._file)
         try:
             with naming(self.path):
@@ -69,21 +69,21 @@ class FolderLock:
             raise
 
     def release(self, *, remove: bool = False) -> None:
-        """Let others have the folder; once only.
+        """Release the lock; does nothing if it is released already.
 
         Args:
-            remove: the file, too.
+            remove: whether to delete the lock file.
         """
         if self._file not in _held:  # released already, or a forked process's copy
             return
         if remove:
-            self.path.unlink(missing_ok=True)  # while it is locked: whoever has it open sees that it is no longer there
+            self.path.unlink(missing_ok=True)  # while it is locked: another process that has it open notices
         _held.discard(self._file)
         os.close(self._file)
 
     @staticmethod
     def job_of(folder: Path) -> str:
-        """The job of the folder's last holder, living or not; empty if it had none or is unknown."""
+        """Returns the job of the folder's last holder, running or not; empty if unknown."""
         return str(_read(folder / LOCK).get("job", ""))
 
     def _open(self) -> None:
@@ -122,7 +122,7 @@ _held: set[int] = set()
 
 
 def _close_in_child() -> None:
-    """A flock lasts as long as any copy of its file is open, and a forked process has copies of all."""
+    """Close the lock files in a forked process: a flock lasts as long as any copy of its file is open."""
     for file in _held:
         os.close(file)
     _held.clear()
@@ -132,7 +132,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _read(path: Path) -> dict[str, object]:
-    """What a holder wrote about itself; empty if it has not, or is just about to."""
+    """Returns the record of the lock's holder; empty if it is not written yet."""
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError):

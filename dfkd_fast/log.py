@@ -1,6 +1,6 @@
-"""What is told beside results: the logger ``dfkd_fast``, and how commands show what it is given.
+"""The logger ``dfkd_fast``, and how commands print its messages.
 
-Warnings are what a reader of the figures must know, information is how far a command is, debug messages are the parts of that.
+Warnings concern the results, info messages report progress, debug messages the parts of it.
 """
 
 import logging
@@ -15,7 +15,7 @@ from .console import print_line
 __all__ = ["LOGGER", "log_to_console"]
 
 LOGGER = logging.getLogger("dfkd_fast")
-LOGGER.addHandler(logging.NullHandler())  # whoever imports this package decides what is short_repr
+LOGGER.addHandler(logging.NullHandler())  # the importing program decides what is printed
 
 
 class _ConsoleHandler(logging.Handler):
@@ -29,7 +29,7 @@ class _ConsoleHandler(logging.Handler):
 
 @contextmanager
 def log_to_console(console: Console, level: LogLevel = "info") -> Iterator[None]:
-    """Inside, messages of this level and above are lines on a console, and go nowhere else."""
+    """Print messages of this level and above on a console, and nowhere else."""
     handler, before = _ConsoleHandler(console), (LOGGER.level, LOGGER.propagate)
     LOGGER.addHandler(handler)
     LOGGER.setLevel(level.upper())
@@ -38,5 +38,5 @@ def log_to_console(console: Console, level: LogLevel = "info") -> Iterator[None]
         yield
     finally:
         LOGGER.removeHandler(handler)
-        LOGGER.setLevel(before[0])  # not by assignment: it forgets what was enabled
+        LOGGER.setLevel(before[0])  # setLevel also clears the logger's cache of enabled levels
         LOGGER.propagate = before[1]

@@ -1,4 +1,4 @@
-"""What running out of memory looks like, and the line that a user gets for it."""
+"""Recognizes out-of-memory errors and turns them into one line."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -20,32 +20,32 @@ SIGNS = (
     "multiplication overflow",
     "Overflow when unpacking long",
 )
-"""In messages: only some allocators have a type of their own for it."""
+"""Parts of messages: only some allocators raise a type of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory is short, on the GPU or the host, or that a size is beyond any memory."""
-    # By name, for this file is imported where PyTorch is not.
+    """Whether an exception means that GPU or host memory is exhausted, or that a size exceeds any memory."""
+    # By name, because this module is imported without PyTorch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, ImportError | RuntimeError | ValueError | TypeError) and any(sign in str(error) for sign in SIGNS)
 
 
 def sizes_of(recipe: object, *paths: str) -> dict[str, object]:
-    """Settings by dotted path, such as loop.batch_size."""
+    """Returns the values of settings by dotted path, such as loop.batch_size."""
     return {path: attrgetter(path)(recipe) for path in paths}
 
 
 @contextmanager
 def memory_for(what: str, sizes: Mapping[str, object]) -> Iterator[None]:
-    """Let running out of memory inside be one line.
+    """Replace out-of-memory exceptions from inside by one with a one-line message.
 
     Args:
-        what: what the memory is for, such as "the first steps".
-        sizes: the settings that it depends on, by dotted path.
+        what: what the memory is for, such as "the steps".
+        sizes: settings that it depends on, by dotted path.
 
     Raises:
-        OutOfMemoryError: instead of whatever the allocator raised.
+        OutOfMemoryError: instead of the allocator's exception.
     """
     try:
         yield
@@ -58,10 +58,10 @@ def memory_for(what: str, sizes: Mapping[str, object]) -> Iterator[None]:
         raise OutOfMemoryError(one_line_message(error, f" for {what}", f"lower one of {settings}")) from error
 
 
-def one_line_message(error: BaseException, purpose: str = "", advice: str = "lower the sizes that were asked for") -> str:
-    """A line for an error that :func:`is_out_of_memory` knows, with the amount where the allocator tells it."""
-    found = re.search(r"allocate ([\d.]+) (\w+)", str(error))
-    amount = f", {_readable(*found.groups())} at once" if found else ""
+def one_line_message(error: BaseException, purpose: str = "", advice: str = "use smaller sizes") -> str:
+    """Returns one line for an out-of-memory exception, with the size of the failed allocation if the allocator reports it."""
+    match = re.search(r"allocate ([\d.]+) (\w+)", str(error))
+    amount = f", {_readable(*match.groups())} at once" if match else ""
     return f"out of memory{purpose}{amount}: {advice}"
 
 

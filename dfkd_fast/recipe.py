@@ -1,4 +1,4 @@
-"""Recipes: every number of a run, typed, validated, printable."""
+"""Recipes: every setting of a run, typed and validated."""
 
 import dataclasses
 import re
@@ -35,56 +35,56 @@ __all__ = [
 
 @settings
 class Teacher:
-    """Recipe section ``[teacher]``: the network, and how it is trained where no weights are given."""
+    """Recipe section ``[teacher]``: the network, its weights, or how to train it without any."""
 
     model: str = "lenet5"
     weights: str = ""
-    """A safetensors or PyTorch file; ``package`` for those that come in a Python package (efficientnet_lite0); empty to train
-    the teacher."""
+    """A safetensors or PyTorch file, or ``package`` for weights of a Python package (efficientnet_lite0); empty to train the teacher."""
     sha256: str = ""
-    """Of the file, or how it begins; it is refused if it has another. Empty for no check."""
+    """Expected SHA-256 of the weight file, or a prefix of it; empty for no check."""
     weights_key: str = ""
-    """Where in the file the weights are, such as ``model_ema`` or ``state_dict.teacher``; empty where only one state fits."""
+    """Key of the weights in a file with several state dicts, such as ``model_ema`` or ``state_dict.teacher``; empty if only one fits."""
     encoder_weights: str = ""
-    """Of a segmenter that is trained: a classifier's file, or ``efficientnet_lite0``, to begin its encoder with."""
+    """Initial encoder weights of a segmenter: the weight file of a classifier, or ``efficientnet_lite0``; empty for random ones."""
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 256
     augment: Augment = "none"
-    """Of the training images: moved by up to 4 pixels (``folder``: a random resized crop; with a label a pixel: a random
-    crop), and half of them mirrored."""
+    """Augmentation of the training images: shifts by up to 4 pixels (image folders: random resized crops; segmentation: random
+    crops), and horizontal flips."""
     focal_gamma: NonNegative = 0.0
-    """Of the focal loss that it is trained by; 0 for cross-entropy."""
+    """γ of the focal loss; 0 is the cross-entropy."""
 
 
 @settings
 class Student:
-    """Recipe section ``[student]``."""
+    """Recipe section ``[student]``: the network, and the initial weights of a segmenter's encoder."""
 
     model: str = "lenet5_half"
     encoder_weights: str = ""
-    """Of a segmenter: what its encoder begins with, as in ``[teacher]``, or ``teacher`` for the teacher's own first layers."""
+    """Initial encoder weights of a segmenter, as in ``[teacher]``, or ``teacher`` for those of the teacher's encoder."""
 
 
 @settings
 class Report:
-    """Recipe section ``[report]``: how often a run writes what."""
+    """Recipe section ``[report]``: checkpoints and samples that a run writes."""
 
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints."""
     samples_every: PositiveInt = 5
-    """Epochs between pictures of generated images; the last epoch always has one."""
+    """Epochs between grids of generated samples; the first and the last epoch always have one."""
     samples: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 64
-    """Images in a picture."""
+    """Samples per grid."""
     retained_within: NonNegative = 5.0
-    """Points below the teacher's accuracy down to which an epoch counts as retained."""
+    """An epoch counts as retained if its accuracy is at most this many points below the teacher's."""
 
 
 @settings
 class Recipe(Method):
-    """Everything a run is told; the sections that a :class:`~dfkd_fast.Trainer` reads are those of :class:`Method`."""
+    """Every setting of a run: the sections of :class:`Method`, which a :class:`~dfkd_fast.Trainer` reads, and those of data, networks
+    and reports."""
 
     name: FileName
-    """Also of the folder that its runs are put in by default."""
+    """Also the default name of the run folder."""
     description: str = ""
     seed: Seed = 0
     data: DataSettings = field(default_factory=DataSettings)
@@ -94,43 +94,45 @@ class Recipe(Method):
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     report: Report = field(default_factory=Report)
     provenance: dict[str, str] = field(default_factory=dict)
-    """Which number comes from where."""
+    """Source of the settings: which value is from a paper, and which is ours."""
 
 
 CHECKED = TypeAdapter(Recipe)
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""What Python makes of bytes that are no UTF-8."""
+"""Python's stand-ins for bytes that are not UTF-8."""
 
 
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A shipped recipe by its name, or one from a TOML file.
+    """Load a shipped recipe or a TOML file.
 
-    A file may begin with ``extends = "NAME"``: it then states only what differs from that recipe. The name of a
-    file is relative to the folder of the one that extends it.
+    A file may begin with ``extends = "NAME"`` and then states only the differences from that recipe. The path of a file there
+    is relative to the folder of the file that extends it.
 
     Args:
-        name_or_path: ``digits``, or a path that ends in ``.toml``.
+        name_or_path: a name such as ``digits``, or a path that ends in ``.toml``.
         overrides: values by dotted path, such as ``{"loop.epochs": 3}``.
 
+    Returns:
+        The recipe with every value resolved. It is a :class:`Method`, so a :class:`~dfkd_fast.Trainer` takes it.
+
     Raises:
-        DfkdError: no such recipe, a key that does not exist, or a value that is not allowed; one line with
-            the field, the value and what is allowed.
+        DfkdError: there is no such recipe, or a key or value is not allowed; one line with field, value and what is allowed.
     """
     return _checked(read_recipe(name_or_path), overrides, f"recipe {name_or_path!r}")
 
 
 def recipe_from_toml(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A complete recipe from its text, as a weights file holds it; ``where`` names it in errors."""
+    """Parse a recipe from TOML text, as the metadata of a weight file holds it; ``where`` names it in errors."""
     return _checked(parse_recipe(text, where), overrides, where)
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
-    """The complete recipe as TOML; reading it gives an equal one."""
+    """Returns the complete recipe as TOML, from which :func:`recipe_from_toml` gives an equal recipe."""
     return tomli_w.dumps(recipe_to_dict(recipe))
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The complete recipe as nested tables."""
+    """Returns the complete recipe as nested dictionaries."""
     return CHECKED.dump_python(recipe)
 
 
@@ -141,12 +143,12 @@ def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
         if isinstance(value, Mapping):
             moved = current_keys(_nested(path, value), path)
             value = _take(moved, path)
-            content = merged(content, moved)  # keys of it that are another section's by now
+            content = merged(content, moved)  # renamed keys may belong to another section
         section = content
         for name in sections:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise DfkdError(f"{path}: {name} is no section of a recipe")
+                raise DfkdError(f"{path}: {name} is not a section of a recipe")
         section[key] = value
     return content
 
@@ -158,7 +160,7 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _take(tables: dict[str, Any], path: str) -> Any:
-    """Remove what stands at a path; returns it."""
+    """Remove and return the value at a path."""
     *sections, key = path.split(".")
     for name in sections:
         tables = tables[name]
@@ -168,8 +170,8 @@ def _take(tables: dict[str, Any], path: str) -> Any:
 def _checked(content: dict[str, Any], overrides: Mapping[str, Any] | None, where: str) -> Recipe:
     try:
         changed = _with(content, overrides)
-        if (path := _with_no_text(changed)) is not None:
-            raise DfkdError(f"{where}: {path} has a NUL character or bytes that are no UTF-8")
+        if (path := _invalid_string(changed)) is not None:
+            raise DfkdError(f"{where}: {path} has a NUL character or bytes that are not UTF-8")
         return CHECKED.validate_python(changed)
     except ValidationError as error:
         raise DfkdError(f"{where}: {_one_line(error.errors()[0])}") from error
@@ -177,8 +179,8 @@ def _checked(content: dict[str, Any], overrides: Mapping[str, Any] | None, where
         raise DfkdError(f"{where} is nested too deeply") from error
 
 
-def _with_no_text(content: Any, path: str = "") -> str | None:
-    """Where a string is that TOML or the system cannot take; None where all are text."""
+def _invalid_string(content: Any, path: str = "") -> str | None:
+    """Returns the path of a string that TOML or the system cannot represent, or None."""
     if isinstance(content, Mapping):
         below = [(str(key), value) for key, value in content.items()]
         if any(not _is_text(key) for key, _ in below):
@@ -187,8 +189,8 @@ def _with_no_text(content: Any, path: str = "") -> str | None:
         below = [(str(index), value) for index, value in enumerate(content)]
     else:
         return path if isinstance(content, str) and not _is_text(content) else None
-    found = (_with_no_text(value, f"{path}.{key}" if path else key) for key, value in below)
-    return next((where for where in found if where is not None), None)
+    invalid = (_invalid_string(value, f"{path}.{key}" if path else key) for key, value in below)
+    return next((where for where in invalid if where is not None), None)
 
 
 def _is_text(string: str) -> bool:
@@ -202,21 +204,21 @@ def _one_line(problem: ErrorDetails) -> str:
     if problem["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(owner):
         return str(unknown("key", path, [".".join(map(str, [*sections, f.name])) for f in dataclasses.fields(owner)]))
     annotation = _annotation(problem["loc"])
-    given = short_repr(problem["input"])
-    name = problem["input"] if isinstance(problem["input"], str) else given
+    value = short_repr(problem["input"])
+    name = problem["input"] if isinstance(problem["input"], str) else value
     if problem["type"] == "literal_error":
-        return f"{path} = {given}: {unknown('choice', name, map(str, typing.get_args(annotation)))}"
+        return f"{path} = {value}: {unknown('choice', name, map(str, typing.get_args(annotation)))}"
     if problem["type"] == "choice":
-        return f"{path} = {given}: {unknown('choice', name, problem['ctx']['allowed'])}"
+        return f"{path} = {value}: {unknown('choice', name, problem['ctx']['allowed'])}"
     if problem["type"] == "missing":
         return f"{path} is missing"
     if problem["type"] == "value_error":
         return ": ".join(filter(None, (path, problem["msg"].removeprefix("Value error, "))))
-    return f"{path} = {given}: must be {_allowed(annotation)}"
+    return f"{path} = {value}: must be {_allowed(annotation)}"
 
 
 def _annotation(path: Sequence[str | int]) -> Any:
-    """The declared type at a path into :class:`Recipe`; a list's elements have no names, so their list's."""
+    """Returns the declared type at a path into :class:`Recipe`; for an element of a list, that of the list."""
     annotation: Any = Recipe
     for name in path:
         if not dataclasses.is_dataclass(annotation):

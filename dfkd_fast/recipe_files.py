@@ -1,4 +1,4 @@
-"""Recipes as they lie on disk: shipped ones, files, and what they extend. Nothing here imports PyTorch."""
+"""Reads recipes: shipped ones, TOML files, and the recipes that they extend. Nothing here imports PyTorch."""
 
 import os
 import tomllib
@@ -15,17 +15,20 @@ SHIPPED = resources.files("dfkd_fast") / "recipes"
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Returns the names of the recipes in the package."""
     return sorted(entry.name.removesuffix(".toml") for entry in SHIPPED.iterdir() if entry.name.endswith(".toml"))
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """The nested tables of a shipped recipe or a TOML file, over those of the recipe that it ``extends``; nothing is checked yet.
+    """Read a shipped recipe or a TOML file, merged over the recipe that it ``extends``; values are not validated.
 
-    A path in ``extends`` is relative to the folder of the file that it stands in.
+    A path in ``extends`` is relative to the folder of the file.
+
+    Returns:
+        Nested dictionaries.
 
     Raises:
-        DfkdError: no such recipe, no TOML, or one that extends itself.
+        DfkdError: there is no such recipe, it is not TOML, or it extends itself.
     """
     changes: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -36,7 +39,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         changes.append(content)
         identity = str(Path(current).resolve()) if current.endswith(".toml") else current
         if identity in seen:
-            raise DfkdError(f"recipe {name_or_path!r} extends itself, by way of {current!r}")
+            raise DfkdError(f"recipe {name_or_path!r} extends itself through {current!r}")
         seen.add(identity)
         current = _base(current, content)
     recipe = changes.pop()
@@ -59,7 +62,7 @@ def _text(name_or_path: str) -> str:
 
 
 def _base(name_or_path: str, content: dict[str, Any]) -> str | None:
-    """Take out of a recipe what it extends; None where it extends nothing."""
+    """Remove ``extends`` from a recipe and return it; None if there is none."""
     base = content.pop("extends", None)
     if base is None:
         return None
@@ -69,7 +72,7 @@ def _base(name_or_path: str, content: dict[str, Any]) -> str | None:
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested tables with those of ``changes`` over them."""
+    """Returns nested dictionaries merged recursively; values of ``changes`` take precedence."""
     result = dict(base)
     for key, value in changes.items():
         below = result.get(key)
@@ -78,12 +81,12 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_recipe(text: str, where: str) -> dict[str, Any]:
-    """A recipe's nested tables, under their present names, from TOML; ``where`` names it in errors."""
+    """Parse TOML into nested dictionaries, with renamed keys under their new names; ``where`` names the recipe in errors."""
     try:
         return current_keys(tomllib.loads(text), where)
     except DfkdError:
         raise
     except RecursionError as error:
         raise DfkdError(f"{where} is nested too deeply") from error
-    except ValueError as error:  # no TOML, or an integer of thousands of digits
+    except ValueError as error:  # not TOML, or an integer of thousands of digits
         raise DfkdError(f"{where} is not TOML: {error}") from error

@@ -1,4 +1,4 @@
-"""Keys that had another name in an earlier version: recipes, checkpoints and weights of that time go on loading."""
+"""Renamed recipe keys: recipes, checkpoints and weights of earlier versions keep loading."""
 
 import warnings
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import DfkdError
 
-__all__ = ["RENAMED", "RenamedKeyWarning", "current_keys", "current_path"]
+__all__ = ["RENAMED", "RenamedKeyWarning", "current_keys", "current_keywords", "current_path"]
 
 RENAMED = {
     "loop.precision": "engine.precision",
@@ -20,22 +20,22 @@ RENAMED = {
     "engine.keep_memory": "engine.malloc_reuse",
     "replay.ema_decay": "replay.ema_generator.decay",
 }
-"""Dotted paths in a recipe, of version 0.1.0, and of now."""
+"""Old and new dotted paths of recipe keys."""
 
 
 class RenamedKeyWarning(FutureWarning):
-    """A key has another name by now; shown once for a key, however many files hold it."""
+    """A key or option was renamed; shown once per name."""
 
 
 def current_keys(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A copy of a recipe's nested tables with every key under its present name; warns of each that had an earlier one.
+    """Returns a copy of a recipe's nested dictionaries with every renamed key under its new name; warns of each.
 
     Args:
-        content: of a recipe, or some of its sections.
-        where: what it is of, as an error calls it.
+        content: a recipe, or some of its sections.
+        where: name of the recipe in error messages.
 
     Raises:
-        DfkdError: a key stands there under both names.
+        DfkdError: a key is given under both names.
     """
     current = _copied(content)
     for old, new in RENAMED.items():
@@ -46,7 +46,7 @@ def current_keys(content: Mapping[str, Any], where: str) -> dict[str, Any]:
             continue
         target = _section(current, new_sections, make=True)
         if target is None:
-            continue  # what is wrong is the section, and whoever checks the content says so
+            continue  # the section is not a table, which validation reports
         if new_key in target:
             raise DfkdError(f"{where}: {old} is now called {new}, and both are given")
         current_path(old)
@@ -54,10 +54,36 @@ def current_keys(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     return current
 
 
+def current_keywords(section: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keyword arguments of a settings class under their current names; warns about each former name.
+
+    Args:
+        section: Recipe section of the class, such as ``"engine"`` for ``Engine``.
+        keywords: Keyword arguments by name.
+
+    Raises:
+        TypeError: A key has moved to another section, or is given under both names.
+    """
+    current = dict(keywords)
+    for old in keywords:
+        path = f"{section}.{old}"
+        if (new := RENAMED.get(path, path)) == path:
+            continue
+        new_section, _, key = new.rpartition(".")
+        if new_section != section:
+            raise TypeError(f"unexpected keyword argument {old!r}: {path} is now called {new}; pass it to the class of [{new_section}]")
+        if key in keywords:
+            raise TypeError(f"unexpected keyword argument {old!r}: {path} is now called {new}, and both are given")
+        current[current_path(path).rpartition(".")[2]] = current.pop(old)
+    return current
+
+
 def current_path(path: str) -> str:
-    """The present name of a key, by dotted path; warns where that is another one."""
+    """Returns the new dotted path of a key; warns if the key was renamed."""
     if (new := RENAMED.get(path, path)) != path:
-        warnings.warn(f"{path} is now called {new}", RenamedKeyWarning, stacklevel=1)  # one place, at which Python shows each text once
+        warnings.warn(
+            f"{path} is now called {new}", RenamedKeyWarning, stacklevel=1
+        )  # always from here, so that Python shows each text once
     return new
 
 
@@ -66,7 +92,7 @@ def _copied(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(tables: dict[str, Any], path: list[str], *, make: bool) -> dict[str, Any] | None:
-    """The table at a path; None where something else is there, or, unless it is to be made, nothing."""
+    """Returns the table at a path, created if ``make``; None if there is none, or another value."""
     section: Any = tables
     for name in path:
         section = section.setdefault(name, {}) if make else section.get(name)

@@ -57,7 +57,7 @@ def test_there_are_artefacts() -> None:
     assert {path.name for path in RUNS} >= {"mad", "vae"}
 
 
-def test_a_recipe_file_is_what_the_run_was_told(old: Path) -> None:
+def test_a_recipe_file_is_the_recipe_of_its_run(old: Path) -> None:
     written = load_recipe(str(old / f"tiny-{old.name}.toml"), {"engine.precision": "fp32"})
     assert written == load_recipe(str(old / "finished" / "recipe.toml"))
 
@@ -69,7 +69,7 @@ def test_every_key_can_still_be_set_by_its_path(old: Path) -> None:
         assert load_recipe(str(stored), {path: value}) == recipe, path
 
 
-def test_an_interrupted_run_ends_with_the_student_it_would_have_had(old: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_with_the_same_student(old: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(old / "interrupted", folder)
     run_command("distill", old / f"tiny-{old.name}.toml", "--out", folder, "--resume", "--device", "cpu")
@@ -78,10 +78,11 @@ def test_an_interrupted_run_ends_with_the_student_it_would_have_had(old: Path, t
     for name, tensor in expected.items():
         torch.testing.assert_close(ended[name], tensor, rtol=1e-3, atol=1e-5)  # processors round in different orders
     assert [epoch.keys() for epoch in epochs(folder)] == [epoch.keys() for epoch in epochs(old / "finished")]
-    assert summary(folder).keys() >= summary(old / "finished").keys()
+    renamed = {"remarks": "notes"}
+    assert summary(folder).keys() >= {renamed.get(key, key) for key in summary(old / "finished")}
 
 
-def test_a_teachers_training_goes_on(tmp_path: Path) -> None:
+def test_a_teachers_training_resumes(tmp_path: Path) -> None:
     old = ARTEFACTS / "0.1.0" / "mad"
     folder = tmp_path / "run"
     shutil.copytree(old / "teacher", folder)
@@ -90,7 +91,7 @@ def test_a_teachers_training_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(ended[name], tensor) for name, tensor in expected.items())  # its one epoch was done
 
 
-def test_weights_are_evaluated_by_what_their_header_says(old: Path, tmp_path: Path) -> None:
+def test_weights_are_evaluated_by_their_metadata(old: Path, tmp_path: Path) -> None:
     run_command("evaluate", old / "finished" / "student.safetensors", "--device", "cpu", "--json", tmp_path / "metrics.json")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["role"] == "student"

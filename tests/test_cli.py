@@ -64,7 +64,7 @@ def test_distill_leaves_everything_in_its_folder(tiny_run: Path) -> None:
     assert min(seconds.values()) > 0
     assert summary["peak_memory_bytes"] > 50e6
 
-    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
+    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
     assert Image.open(tiny_run / "samples" / "epoch-0003.png").size == (3 * 33 + 1, 3 * 33 + 1)
     assert Image.open(tiny_run / "curves.png").size > (400, 400)
     assert list((tiny_run / "checkpoints").glob("iteration-*.pt"))
@@ -87,7 +87,7 @@ def test_evaluate_asks_what_foreign_weights_are_and_believes_its_own(run: Run, t
     torch.save(load_file(tiny_run / "teacher.safetensors"), "foreign.pt")
     said = run("evaluate", "foreign.pt")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "give --model and --data, or --recipe and --role" in said.err
+    assert "use --model and --data, or --recipe and --role" in said.err
     said = run("evaluate", "foreign.pt", tiny_run, "--recipe", "digits", "--role", "teacher", "--json", "f.json")
     assert said.code == 0, said.err
     foreign, student, teacher = json.loads(Path("f.json").read_text())
@@ -132,7 +132,7 @@ def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkey
     monkeypatch.setattr(Trainer, "iterate", interrupted)
     said = run("distill", "digits", "--out", "b", "--seed", "1", *TINY)
     assert said.code == 130
-    assert said.err.startswith("dfkd-fast: interrupted and saved; go on with: dfkd-fast distill digits --out b --resume")
+    assert said.err.startswith("dfkd-fast: interrupted and saved; resume with: dfkd-fast distill digits --out b --resume")
     assert said.err.count("\n") == 1
     assert not Path("b/student.safetensors").exists()
 
@@ -286,14 +286,14 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Pat
         (["distill", "digits", "--set", "data.name=none"], "this recipe has no images"),
         (["distill"], "Missing argument"),
         (["distill", "digits", "--set", "student_optimizer.kind=apex_sgd"], "needs NVIDIA's apex"),
-        (["distill", "digits", "--fit"], "--fit: finds what fits into a GPU's memory, and the device is 'cpu'"),
+        (["distill", "digits", "--auto-batch-size"], "--auto-batch-size: needs a GPU, and the device is 'cpu'"),
         (["evaluate", "nowhere"], "weights nowhere not found"),
         (["evaluate", "."], "holds neither student.safetensors nor teacher.safetensors"),
         (["show", "nothing.toml"], "cannot be read"),
         (["frobnicate"], "No such command"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
+def test_what_a_user_can_fix_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
     tiny = TINY if arguments[:1] == ["distill"] and len(arguments) > 1 else []
     said = run(*arguments[:2], *tiny, *arguments[2:])
     assert said.code == 2
@@ -313,10 +313,10 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, arguments: l
             ["doctor", "--teacher", "digits", "--weights", "package", "--weights-key", "a"],
             "teacher.weights_key (--weights-key) = 'a': must be empty for teacher.weights (--weights) = 'package'",
         ),
-        (["teach", "digits", "--device", "cuda"], "PyTorch sees no GPU here; use 'cpu' (--device cpu), and see dfkd-fast doctor"),
+        (["teach", "digits", "--device", "cuda"], "no GPU is available to PyTorch; use 'cpu' (--device cpu), or run dfkd-fast doctor"),
         (["show", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
         (["evaluate", "--recipe", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
-        (["distill", "digits", "--set", "data.rot=2"], "did you mean 'data.root'? there are data.batch_size, "),
+        (["distill", "digits", "--set", "data.rot=2"], "did you mean 'data.root'? must be one of data.batch_size, "),
         (["distill", "digits", "--set", "data.rot=2"], ", data.resize, data.root, data.std, "),
         (["distill", "digits", "--set", "teacher.key=2"], ", teacher.weights, teacher.weights_key\n"),
     ],
@@ -373,7 +373,7 @@ def test_doctor_names_everything_optional(run: Run) -> None:
     ("backend", "message"),
     [
         ("fast", "DFKD_FAST_BACKEND must be one of reference, numba, triton, cuda, not 'fast'"),
-        ("triton", "the kernels' backend triton is forced, and does not serve it"),
+        ("triton", "device 'cpu': not supported by the forced kernel backend 'triton'"),
     ],
 )
 def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(
@@ -389,3 +389,12 @@ def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(
 def test_build_says_in_one_line_why_it_cannot(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DFKD_FAST_BUILD", "0")
     assert run("build") == Said(2, "", "dfkd-fast: DFKD_FAST_BUILD is 0\n")
+
+
+def test_the_old_name_of_an_option_works_with_a_warning(run: Run) -> None:
+    result = run("distill", "digits", "--fit", "--device", "cpu")
+    assert result.code == 2
+    assert result.err.splitlines() == [
+        "dfkd-fast: --fit is now called --auto-batch-size",
+        "dfkd-fast: --auto-batch-size: needs a GPU, and the device is 'cpu'",
+    ]

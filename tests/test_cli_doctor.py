@@ -83,7 +83,7 @@ def verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
             "data.mean": [0.45],
             "data.std": [0.25],
         }
-        return {check.thing: check.verdict for check in check_teacher(load_recipe("digits", settings | changes), torch.device("cpu"))}
+        return {check.name: check.verdict for check in check_teacher(load_recipe("digits", settings | changes), torch.device("cpu"))}
 
     return judge
 
@@ -107,7 +107,7 @@ def test_a_good_teacher_is_found_good(verdicts: Callable[..., dict[str, str]]) -
         ("random", {}, "evaluation mode"),
         ("few", {}, "classes"),
         ("bare", {"objective.bn_moments": 1.0}, "batch norms"),
-        ("good", {"data.mean": [0.0], "data.std": [0.004]}, "normalisation"),
+        ("good", {"data.mean": [0.0], "data.std": [0.004]}, "normalization"),
     ],
 )
 def test_what_is_wrong_with_a_teacher_is_found(
@@ -120,8 +120,8 @@ def test_with_data_the_accuracy_is_measured(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(LeNet5(10).state_dict(), tmp_path / "untrained.pt")
     recipe = load_recipe("digits", {"teacher.weights": str(tmp_path / "untrained.pt")})
-    accuracy = next(check for check in check_teacher(recipe, torch.device("cpu")) if check.thing == "accuracy")
-    assert "chance is 10.00 %" in accuracy.found
+    accuracy = next(check for check in check_teacher(recipe, torch.device("cpu")) if check.name == "accuracy")
+    assert "chance is 10.00 %" in accuracy.result
     assert accuracy.verdict == "wrong"
 
 
@@ -144,4 +144,4 @@ def test_the_command_prints_a_table_and_fails_where_something_is_wrong(run: Run,
     said = run("doctor", "--teacher", "digits", "--weights", tmp_path / "teacher.pt")
     assert said.code == 2
     assert "evaluation mode" in said.out
-    assert said.err == "dfkd-fast: --teacher digits: wrong are accuracy\n"
+    assert said.err == "dfkd-fast: --teacher digits: failed checks: accuracy\n"

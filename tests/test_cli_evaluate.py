@@ -124,7 +124,7 @@ def test_broken_files_are_an_error_that_names_and_counts_them_unless_left_out(ru
     assert not Path("f.json").exists()
     said = run("evaluate", *arguments, "--no-strict")
     assert said.code == 0, said.err
-    assert "7 files left out" in said.out
+    assert "7 files skipped" in said.out
     figures = json.loads(Path("f.json").read_text())
     assert (figures["count"], len(figures["unreadable"])) == (len(PLAIN), 7)
 
@@ -141,7 +141,7 @@ def test_a_folder_of_nothing_but_broken_files_is_one_line(run: Run, tmp_path: Pa
     ("arguments", "message"),
     [
         ([], "nothing to evaluate"),
-        (["--model", "efficientnet_lite0"], "needs --data and --data-root"),
+        (["--model", "efficientnet_lite0"], "requires --data and --data-root"),
         (["--model", "resnet50", "--data", "folder", "--data-root", "."], "nothing is downloaded"),
         (["--model", "efficientnet_lite0", "--data", "imagenet", "--data-root", "."], "not ImageNet classes"),
         (["--model", "efficientnet_lite0", "--data", "folder", "--data-root", "nowhere"], "nowhere"),
@@ -156,7 +156,7 @@ def test_a_folder_of_nothing_but_broken_files_is_one_line(run: Run, tmp_path: Pa
         (["w.safetensors", "--data", "folder", "--data-root", ".", "--batch-size", "0"], "batch-size"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_a_user_can_fix_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     save(tmp_path / "w.safetensors", "student")
     write_folder(tmp_path, {"a": PLAIN["jpeg"], "b": PLAIN["jpeg"]})
     said = run("evaluate", *arguments)

@@ -60,7 +60,7 @@ def test_evaluate_runs_a_function_that_a_header_names_only_if_the_command_line_d
     for options in ([], *other):
         said = run("evaluate", "w.safetensors", *options)
         assert (said.code, said.err.count("\n")) == (2, 1)
-        assert f"student.model = {code!r} in the header of w.safetensors: code that a file names is run only if" in said.err
+        assert f"student.model = {code!r} in the metadata of w.safetensors: code that a file names runs only if" in said.err
         assert f"--model {code}, or --recipe FILE" in said.err
         assert not ran(code)
     for options in (["--model", code], ["--recipe", "mine.toml"], ["--set", f"student.model={code}"]):
@@ -85,7 +85,7 @@ def test_resume_runs_a_function_that_the_folder_names_only_if_the_command_line_d
     assert ran(code)
     said = run("distill", "digits", *changes, "--out", "r", "--resume")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"student.model = {code!r} in r/recipe.toml: code that a folder names is run only if the command line names it" in said.err
+    assert f"student.model = {code!r} in r/recipe.toml: code that a folder names runs only if the command line names it" in said.err
     assert not ran(code)
     for recipe, options in (("digits", named), ("r/recipe.toml", [])):
         said = run("distill", recipe, *changes, *options, "--out", "r", "--resume")
@@ -111,9 +111,9 @@ HEADER = recipe_to_toml(load_recipe("digits"))
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        ({"role": "assistant", "recipe": HEADER}, "the role 'assistant' in the header of w.safetensors: must be 'teacher' or 'student'"),
-        ({"recipe": HEADER}, "w.safetensors has a recipe in its header and no role: must be 'teacher' or 'student', as --role says"),
-        ({"role": "student"}, "w.safetensors does not say what network it is"),
+        ({"role": "assistant", "recipe": HEADER}, "role 'assistant' in the metadata of w.safetensors: must be 'teacher' or 'student'"),
+        ({"recipe": HEADER}, "w.safetensors has a recipe but no role in its metadata: must be 'teacher' or 'student'; use --role"),
+        ({"role": "student"}, "w.safetensors has no metadata that names its network"),
         ({"role": "student", "recipe": ""}, "recipe in w.safetensors: name is missing"),
         ({"role": "student", "recipe": "name = "}, "recipe in w.safetensors is not TOML"),
         ({"role": "student", "recipe": "a = " + 4000 * "["}, "recipe in w.safetensors is nested too deeply"),
@@ -157,6 +157,6 @@ def test_the_key_on_the_command_line_chooses_for_teachers_and_for_evaluation(run
     assert "loaded 'ema'" in said.out
     said = run("evaluate", "r", "--weights-key", "ema")
     assert said.code == 2
-    assert "--weights-key 'ema': needs a file that another program left" in said.err
+    assert "--weights-key 'ema': weight files of a run hold one state dict only" in said.err
     said = run("distill", "digits", *changes, "--teacher", "package", "--weights-key", "ema", "--out", "r2")
     assert (said.code, "teacher.weights_key (--weights-key) = 'ema': must be empty" in said.err) == (2, True)

@@ -53,7 +53,7 @@ def test_a_teacher_at_chance_is_told_before_the_distillation_and_its_student_is_
 ) -> None:
     evaluating_to(monkeypatch, 10.0)
     said = run("distill", "digits", "--out", "a", *TINY)
-    doubt = "the teacher's top-1 accuracy is 10.00 %, which is chance (10.00 %), and its student can be no better"
+    doubt = "the teacher's top-1 accuracy is 10.00 %, which is chance (10.00 %), and a student cannot be better"
     lines = said.out.splitlines()
     told = next(number for number, line in enumerate(lines) if line.startswith(doubt))
     assert told < next(number for number, line in enumerate(lines) if "student 1/8" in line)

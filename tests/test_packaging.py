@@ -44,7 +44,7 @@ def test_wheel_holds_every_module_recipe_cuda_source_and_the_type_marker(wheel: 
         str((Path(folder) / name).relative_to(ROOT))
         for folder, _, names in os.walk(ROOT / "dfkd_fast", followlinks=True)
         for name in names
-        if name.endswith((".py", ".toml", "py.typed", ".cpp", ".h", ".cu", ".cuh"))
+        if name.endswith((".py", ".toml", "py.typed", ".cpp", ".h", ".cu", ".cuh", ".jinja"))
     }
     assert {"dfkd_fast/kernels/ema/reference.py", "dfkd_fast/csrc/ema.cu"} <= wanted
     assert wanted <= held

@@ -38,14 +38,14 @@ def test_shipped_recipe_is_printed_completely_and_read_back_equal(name: str) -> 
         ("engine.channels_last", 1, "engine.channels_last = 1: must be true or false"),
         ("replay.ema_generator.decay", 1.5, "replay.ema_generator.decay = 1.5: must be a number ≥ 0 and ≤ 1"),
         ("replay.kind", "ema", "replay.kind = 'ema': unknown choice 'ema': did you mean 'ema_generator'?"),
-        ("objective.discrepancy", "l2", "there are js, kl, l1"),
+        ("objective.discrepancy", "l2", "must be one of js, kl, l1"),
         ("student_optimizer.lr", float("nan"), "student_optimizer.lr = nan: must be a number ≥ 1e-38"),
         ("student_optimizer.lr", 0, "student_optimizer.lr = 0: must be a number ≥ 1e-38"),
         ("student_optimizer.betas", [0.1], "student_optimizer.betas.1 is missing"),
         ("data.mean", [0.1, 0.2], "data: mean has 2 numbers for 1 channels"),
         ("data.std", [0.0], "data.std.0 = 0.0"),
         ("seed", -1, "seed = -1: must be a whole number ≥ 0"),
-        ("seed.x", 1, "seed is no section"),
+        ("seed.x", 1, "seed is not a section"),
     ],
 )
 def test_what_is_not_allowed_is_named_with_its_field_value_and_range(path: str, value: Any, message: str) -> None:
@@ -144,7 +144,7 @@ def test_the_methods_on_digits_differ_only_in_replay_and_update(name: str) -> No
         loop.iterations_per_epoch,
         loop.student_steps,
     )
-    assert other.loop.batch_size + other.replay.rows_of(other.loop.batch_size) == loop.batch_size
+    assert other.loop.batch_size + other.replay.num_rows(other.loop.batch_size) == loop.batch_size
     assert not dfad.replay.replays
 
 

@@ -181,7 +181,7 @@ def test_without_locks_a_run_goes_on_and_says_so_in_one_line(run: Run, monkeypat
     monkeypatch.setattr(fcntl, "flock", none)
     said = run("teach", "digits", "--out", "t", *TINY)
     assert said.code == 0, said.err
-    assert said.out.count("the file system of t has no locks: nothing keeps another process from the same folder\n") == 1
+    assert said.out.count("the file system of t does not support locks: another process could write to the same folder\n") == 1
     folders = [claim_free(Path("runs/digits"), "").path.name for _ in range(2)]  # mkdir still tells which is whose
     assert folders == ["digits", "digits-2"]
 
@@ -270,7 +270,7 @@ def test_a_run_whose_recipe_is_not_whole_is_neither_resumed_nor_overwritten(
     for options in ([], ["--resume"]):
         said = run("distill", "digits", "--out", "mine", *options)
         assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"--resume: mine/recipe.toml is {'empty' if leave is leave_an_empty_recipe else 'cut off'}" in said.err
+    assert f"--resume: mine/recipe.toml is {'empty' if leave is leave_an_empty_recipe else 'truncated'}" in said.err
     assert (folder / "checkpoints" / "iteration-00000001.pt").exists()
 
 
@@ -395,7 +395,7 @@ def test_a_damaged_newest_checkpoint_costs_an_epoch_and_a_line(run: Run, interru
     said = run("distill", "digits", "--out", "b", "--resume")
     assert said.code == 0, said.err
     line = (
-        f"checkpoint {newest} cannot be read: its content does not match its checksum; going on from {checkpoints}/iteration-00000002.pt\n"
+        f"checkpoint {newest} cannot be read: its content does not match its checksum; resuming from {checkpoints}/iteration-00000002.pt\n"
     )
     assert line in said.out
     assert epochs_of(interrupted) == [1, 2, 3]
@@ -421,12 +421,12 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(run: Run, interrupted:
     foreign.write_bytes(Path("c/checkpoints/iteration-00000006.pt").read_bytes())
     said = run("distill", "digits", "--out", "b", "--resume")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"checkpoint {foreign} is of another run: seed is 7 there, and 0 in b/recipe.toml" in said.err
+    assert f"checkpoint {foreign} belongs to another run: seed is 7 there, and 0 in b/recipe.toml" in said.err
     assert foreign.is_file()
     torch.save({"training": [], "seconds": 1.0}, foreign)
-    assert f"checkpoint {foreign} is none of a run" in run("distill", "digits", "--out", "b", "--resume").err
+    assert f"{foreign} is not a checkpoint of a run" in run("distill", "digits", "--out", "b", "--resume").err
     torch.save({"training": {}, "seconds": 1.0}, foreign)
-    assert f"checkpoint {foreign}: the state is not of these networks" in run("distill", "digits", "--out", "b", "--resume").err
+    assert f"checkpoint {foreign}: the state does not match the networks" in run("distill", "digits", "--out", "b", "--resume").err
     foreign.unlink()
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
 
@@ -464,7 +464,7 @@ def test_a_summary_tells_of_finished_runs_only(run: Run, tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", killed)
         assert run("distill", "digits", "--out", "b", "--resume").code == 130
-    assert "holds no finished run" in run("compare", "b").err
+    assert "is not a finished run" in run("compare", "b").err
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
     assert run("compare", "b").code == 0
 
@@ -554,7 +554,7 @@ def test_another_teacher_in_the_middle_of_a_run_is_refused(run: Run) -> None:
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != LOCK}
     said = run("distill", "digits", "--out", "run", "--resume", "--teacher", "other/teacher.safetensors")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "the state is of a run with another teacher: of sha256 " in said.err
+    assert "the state is of a run with another teacher: its SHA-256 is " in said.err
     assert all(path.read_bytes() == content for path, content in before.items())
     assert run("distill", "digits", "--out", "run", "--resume", "--teacher", "run/teacher.safetensors").code == 0
 
@@ -576,13 +576,13 @@ def test_a_teacher_of_another_recipe_before_the_student_s_first_checkpoint_is_re
     Path("run/teacher.safetensors").write_bytes(Path("other/teacher.safetensors").read_bytes())
     said = run("distill", "digits", "--out", "run", "--resume")
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "run/teacher.safetensors is of another run: teacher.epochs is 2 there, and 1 in run/recipe.toml" in said.err
+    assert "run/teacher.safetensors belongs to another run: teacher.epochs is 2 there, and 1 in run/recipe.toml" in said.err
 
 
 def test_a_checksum_without_a_file_is_refused(run: Run) -> None:
     said = run("distill", "digits", "--out", "run", *TINY, "--set", 'teacher.sha256="abc"')
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "teacher.sha256 = 'abc': is of a file, and none is given: name it with --teacher FILE" in said.err
+    assert "teacher.sha256 = 'abc': requires a weight file: name it with --teacher FILE" in said.err
     assert not Path("run").exists()
 
 
@@ -606,7 +606,7 @@ def test_the_line_to_go_on_with_finds_the_run(run: Run, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    _, _, command = err.strip().partition("go on with: dfkd-fast ")
+    _, _, command = err.strip().partition("resume with: dfkd-fast ")
     said = run(*shlex.split(command), "--set", "loop.epochs=3")  # it would never end
     assert "loop.epochs is 100000 in my run/recipe.toml, and cannot become 3 in the middle of a run" in said.err
 

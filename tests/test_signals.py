@@ -34,7 +34,7 @@ class Running:
 def test_the_first_signal_asks_to_stop_and_a_later_one_interrupts_at_once(number: signal.Signals) -> None:
     running, now = Running(), [5.0]
     with (
-        pytest.raises(Interrupted, match="interrupted again, at once") as interrupted,
+        pytest.raises(Interrupted, match="interrupted again, without saving") as interrupted,
         stopping_on_signals(running, lambda: now[0]) as caught,
     ):
         signal.raise_signal(number)
@@ -119,7 +119,7 @@ def test_between_trainings_what_is_left_and_how_to_go_on_is_said(run: Run, monke
     assert said.code == 130
     assert said.err == (
         "dfkd-fast: interrupted; the last good checkpoint is a/checkpoints/teacher/iteration-00000001.pt;"
-        " go on with: dfkd-fast distill digits --out a --resume\n"
+        " resume with: dfkd-fast distill digits --out a --resume\n"
     )
     assert run("distill", "digits", "--out", "a", "--resume").code == 0
 
@@ -138,8 +138,8 @@ def test_interrupted_again_the_last_checkpoint_is_named(run: Run, monkeypatch: p
     said = run("distill", "digits", "--out", "a", *TINY)
     assert said.code == 143
     assert said.err == (
-        "dfkd-fast: interrupted again, at once; the last good checkpoint is a/checkpoints/iteration-00000002.pt;"
-        " go on with: dfkd-fast distill digits --out a --resume\n"
+        "dfkd-fast: interrupted again, without saving; the last good checkpoint is a/checkpoints/iteration-00000002.pt;"
+        " resume with: dfkd-fast distill digits --out a --resume\n"
     )
 
 
@@ -176,7 +176,7 @@ def test_under_nohup_a_run_survives_the_hangup(tmp_path: Path) -> None:
         process.terminate()
         _, err = process.communicate()
     assert process.returncode == 143
-    assert err.strip().splitlines()[-1].startswith("dfkd-fast: interrupted and saved; go on with: ")
+    assert err.strip().splitlines()[-1].startswith("dfkd-fast: interrupted and saved; resume with: ")
 
 
 def test_whoever_stops_reading_the_output_ends_a_run_that_says_how_to_go_on(tmp_path: Path, run: Run) -> None:
@@ -186,8 +186,8 @@ def test_whoever_stops_reading_the_output_ends_a_run_that_says_how_to_go_on(tmp_
         process.stdout.readline()
         process.stdout.close()
         said = process.stderr.read() if process.stderr else ""
-    assert said.startswith("dfkd-fast: nobody reads the output any more; ")
-    assert said.endswith("; go on with: dfkd-fast distill digits --out runs/digits --resume\n")
+    assert said.startswith("dfkd-fast: the output was closed by its reader; ")
+    assert said.endswith("; resume with: dfkd-fast distill digits --out runs/digits --resume\n")
     assert said.count("\n") == 1
     assert process.returncode == 128 + signal.SIGPIPE
     assert run("distill", "digits", "--resume", "--quiet").code == 0
@@ -203,8 +203,8 @@ def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_go_on(run: 
 
     monkeypatch.setattr(Trainer, "iterate", exits)
     said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.err.startswith("dfkd-fast: sys.exit(0) was called, as a network's own code may; the last good checkpoint is a/checkpoints/")
-    assert said.err.endswith("; go on with: dfkd-fast distill digits --out a --resume\n")
+    assert said.err.startswith("dfkd-fast: sys.exit(0) was called by code of a network; the last good checkpoint is a/checkpoints/")
+    assert said.err.endswith("; resume with: dfkd-fast distill digits --out a --resume\n")
     assert said.code == 2
 
 
@@ -220,4 +220,4 @@ def test_a_fault_in_the_middle_of_a_run_is_shown_with_how_to_go_on(run: Run, mon
     with pytest.raises(BaseException, match="user's own network") as error:
         run("distill", "digits", "--out", "a", *TINY)
     assert error.value.__notes__[0].startswith("dfkd-fast: the last good checkpoint is a/checkpoints/")
-    assert error.value.__notes__[0].endswith("; go on with: dfkd-fast distill digits --out a --resume")
+    assert error.value.__notes__[0].endswith("; resume with: dfkd-fast distill digits --out a --resume")

@@ -67,7 +67,7 @@ def test_a_run_of_any_name_is_written_and_read_in_utf_8_whatever_the_locale_has(
 @pytest.mark.parametrize("columns", ["0", "1", "-5", "many", "", "9" * 30])
 def test_a_width_that_no_terminal_has_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    for arguments, line in ((("recipes",), "digits-dfad"), (("--help",), "Distil a frozen teacher")):
+    for arguments, line in ((("recipes",), "digits-dfad"), (("--help",), "Distill a frozen teacher")):
         said = run(*arguments)
         assert (said.code, said.err) == (0, "")
         assert line in said.out

@@ -76,7 +76,7 @@ def test_ctrl_c_saves_and_is_said_once(tmp_path: Path) -> None:
     while not any(checkpoints.glob("iteration-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does; torchrun then signals its processes once more
-    assert said_by(running) == ["dfkd-fast: interrupted and saved; go on with: dfkd-fast distill digits --out a --resume"]
+    assert said_by(running) == ["dfkd-fast: interrupted and saved; resume with: dfkd-fast distill digits --out a --resume"]
 
 
 def test_a_process_that_waits_for_others_is_interrupted(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""DFAD and MAD as a textbook would write them: eager float32, nothing folded, fused, captured or skipped.
+"""A textbook implementation of DFAD and MAD: eager float32, without folding, fusion or CUDA graphs.
 
-The oracle of the engine's tests and the baseline of its speed-ups. It shares the networks with the engine and
-nothing else, and it is as wasteful as the public code: graphs are recorded and thrown away, weight gradients of
-the teacher and the student are computed in the generator's step, and losses are read back at every step.
+It is the oracle of the engine's tests and the baseline of its speedups, and shares only the networks with the engine. Like the public
+code, it does redundant work: autograd graphs are recorded and discarded, the generator step computes weight gradients of the teacher and
+the student, and every step reads back its loss.
 """
 
 import copy
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dfkd_fast.models import UpsampleConv2d
 
-__all__ = ["Iteration", "distil", "textbook"]
+__all__ = ["Iteration", "distill", "textbook"]
 
 
 class Iteration(NamedTuple):
-    """Losses of one iteration, and how long its first stage took."""
+    """Losses of one iteration, and the host time of its student steps."""
 
     student: list[float]
     generator: float
@@ -37,7 +37,7 @@ class _Textbook(nn.Module):
 
 
 def textbook(generator: nn.Module) -> nn.Module:
-    """The generator with upsampling and convolution one after the other, in place: the same function, more operations."""
+    """Replace each ``UpsampleConv2d`` in-place by an equivalent upsampling and convolution; returns the generator."""
     for name, layer in list(generator.named_modules()):
         if type(layer) is UpsampleConv2d:
             generator.set_submodule(name, _Textbook(layer))
@@ -55,7 +55,7 @@ def _kl(student: Tensor, teacher: Tensor) -> Tensor:
 DISCREPANCIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": _l1, "kl": _kl}
 
 
-def distil(
+def distill(
     teacher: nn.Module,
     student: nn.Module,
     generator: nn.Module,
@@ -78,10 +78,11 @@ def distil(
     replay_latents: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Iteration]:
-    """DFAD (arXiv 1912.11006, algorithm 1) with the L1 discrepancy; with ``ema_decay``, MAD's averaged generator beside it.
+    """Train a student and a generator in-place by DFAD (arXiv 1912.11006, algorithm 1); yields the losses of each iteration.
 
-    With ``bn_moments`` the generator also matches the running statistics of the teacher's batch norms, by hooks, as MAD does
-    on small images. The networks are trained in place. One iteration is ``student_steps`` imitation steps and one generation step.
+    One iteration is ``student_steps`` student steps and one generator step. With ``ema_decay`` the student also learns from images of an
+    exponential moving average of the generator, as in MAD. With ``bn_moments`` the generator also matches the running statistics of the
+    teacher's batch norms, as MAD does on small images.
     """
     teacher.eval()
     student.train()

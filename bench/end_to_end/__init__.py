@@ -1,11 +1,12 @@
-"""Whole iterations of a recipe: the plain loop, the plain loop compiled, and the engine with one feature after another.
+"""Whole iterations of a recipe: the plain loop, eager and compiled, and the engine with one feature enabled after another.
 
-``contenders.py`` builds what can be timed, ``measuring.py`` measures its times, its memory and its kernels in a process of its own, and
-``rows.py`` has the results as rows, a file and a plot.
+``contenders.py`` builds what is timed, ``measuring.py`` measures times, memory and kernels in one process per contender, ``rows.py`` holds
+the results as rows of a CSV, and ``plots.py`` plots them.
 """
 
 from .contenders import networks
 from .measuring import measure
-from .rows import Row, draw, write
+from .plots import headline_cases, plot, plot_headline
+from .rows import Row, read, write
 
-__all__ = ["Row", "draw", "measure", "networks", "write"]
+__all__ = ["Row", "headline_cases", "measure", "networks", "plot", "plot_headline", "read", "write"]

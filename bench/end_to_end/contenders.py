@@ -1,4 +1,4 @@
-"""What is timed: the plain loop, eager and compiled, and the engine with one feature after another."""
+"""The contenders: the plain loop as four peers on a CPU (eager or compiled, with or without malloc reuse), and the engine's features."""
 
 import dataclasses
 import itertools
@@ -23,81 +23,101 @@ from dfkd_fast.models import build_generator, build_model
 
 from ..baselines import plain
 
-__all__ = ["Contender", "Times", "build", "check", "contenders", "networks"]
+__all__ = ["PEERS", "Contender", "Times", "build", "check", "contenders", "current_name", "is_engine", "networks"]
 
 Times = list[tuple[float, float]]
 """For each iteration, the seconds of the student's steps and of all steps."""
-MANY = 100_000
-"""Iterations of a contender's one epoch: more than are ever timed."""
+PEERS = ("plain", "plain + malloc reuse", "plain compiled", "plain compiled + malloc reuse")
+"""The contenders that the engine is compared with; on a GPU those without malloc reuse only."""
+RENAMED = {
+    "plain_compiled": "plain compiled",
+    "plain, memory kept": "plain + malloc reuse",
+    "+ no wasted work": "+ no redundant gradients",
+    "+ chosen algorithms": "+ CPU convolution selection",
+    "+ kept memory": "+ malloc reuse",
+}
+"""Names of contenders in results of earlier versions."""
+MAX_ITERATIONS = 100_000
+"""Length of a contender's only epoch; more iterations than any benchmark times."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def current_name(contender: str) -> str:
+    """Return the current name of a contender that an earlier version may have named differently."""
+    return RENAMED.get(contender, contender)
+
+
+def is_engine(contender: str) -> bool:
+    """Return whether a contender is the engine with every feature of the ladder."""
+    return contender.partition(" (")[0] == "engine"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run a recipe that can be timed."""
+    """One implementation of a recipe's training loop."""
 
     run: Callable[[int], Times]
-    """Run so many whole iterations back to back; waits for the device only where the contender itself does."""
+    """Runs the given number of iterations back to back; synchronizes with the device only where the contender itself does."""
     student_optimizer: torch.optim.Optimizer
     autocast: PrecisionName = "fp32"
-    """What its networks compute in."""
+    """Compute precision of the networks."""
     notes: list[str] = dataclasses.field(default_factory=list)
-    """What the engine does differently from what was asked."""
+    """Settings that the engine could not apply as requested."""
     captured: bool = False
-    """Whether its steps are to be replayed as CUDA graphs."""
-    holds: Callable[[], bool] = lambda: True
-    """Whether it runs as it should: False where its steps could not be captured."""
+    """Whether the steps should be replayed as CUDA graphs."""
+    capture_succeeded: Callable[[], bool] = lambda: True
+    """Returns False if the steps should be captured and could not be."""
 
 
-class Marks:
-    """Points in a device's work; on a GPU they are events, so that the host does not wait for them.
+class Timestamps:
+    """Timestamps in a device's work queue. On a GPU they are CUDA events, so that recording one does not synchronize.
 
     Args:
-        device: whose work it is.
+        device: device whose work is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._moments: list[Any] = []
+        self._recorded: list[Any] = []
 
-    def set(self) -> None:
-        """Mark the end of the work that was submitted so far."""
+    def record(self) -> None:
+        """Record a timestamp after the work submitted so far."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
-            self._moments.append(event)
+            self._recorded.append(event)
         else:
-            self._moments.append(time.perf_counter())
+            self._recorded.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Return the seconds between each mark and the next, and remove the marks; waits for the device."""
-        moments, self._moments = self._moments, []
+        """Return the seconds between consecutive timestamps and clear them. Synchronizes with the device."""
+        recorded, self._recorded = self._recorded, []
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(moments)]
-        return [end - begin for begin, end in itertools.pairwise(moments)]
+            return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(recorded)]
+        return [end - begin for begin, end in itertools.pairwise(recorded)]
 
 
-class _MarkingClock(Clock):
-    """A trainer's clock that also marks the end of every phase."""
+class _TimestampingClock(Clock):
+    """A trainer's clock that also records a timestamp at the end of every phase."""
 
-    def __init__(self, device: torch.device, marks: Marks) -> None:
+    def __init__(self, device: torch.device, timestamps: Timestamps) -> None:
         super().__init__(device)
-        self._marks = marks
+        self._timestamps = timestamps
 
     @override
     @contextmanager
     def phase(self, name: str, *, memory: bool = True) -> Iterator[None]:
         with super().phase(name, memory=memory):
             yield
-        self._marks.set()
+        self._timestamps.record()
 
 
 def check(recipe: Recipe) -> None:
     """Check that the plain loop implements a recipe's method.
 
     Raises:
-        DfkdError: it does not.
+        DfkdError: The plain loop does not implement it.
     """
     objective = recipe.objective
     known = objective.discrepancy == objective.adversary and objective.discrepancy in ("l1", "kl") and objective.temperature == 1.0
@@ -106,7 +126,7 @@ def check(recipe: Recipe) -> None:
     known &= recipe.replay.kind in ("none", "ema_generator") and recipe.replay.rows == 0 and recipe.update.kind == "plain"
     known &= recipe.loop.generator_steps == 1 and not recipe.loop.generator_first
     if not known:
-        raise DfkdError(f"--recipe {recipe.name!r}: the plain loop knows L1 or KL, with or without BN moments and an averaged generator")
+        raise DfkdError(f"--recipe {recipe.name!r}: the plain loop implements L1 or KL, with or without BN moments and an EMA generator")
 
 
 def contenders(
@@ -115,63 +135,64 @@ def contenders(
     precision: PrecisionName,
     *,
     compiled_engine: bool = False,
-    keep_memory: bool = True,
+    malloc_reuse: bool = True,
     graphs: bool | None = None,
 ) -> dict[str, Callable[[], Contender]]:
-    """Return what builds each contender, by name: the plain ones, then the engine with one feature more each.
+    """Return a builder for each contender, by name: the plain loop's :data:`PEERS`, then a ladder of the engine's features.
+
+    Each rung of the ladder enables the feature in its name and keeps those of the rungs before. The last rung is the engine, and its name
+    has the feature in brackets, as ``engine (+ bf16 autocast)``.
 
     Args:
-        recipe: what is run; its networks are untrained.
-        device: where.
-        precision: of the engine and of the compiled plain loop.
-        compiled_engine: whether the engine under torch.compile is one of them.
-        keep_memory: on a CPU, whether those that let malloc keep freed memory really do.
-        graphs: whether CUDA graphs are one of the features; by default on a GPU only. On a CPU they change nothing. The engine without them
-            is then called ``engine, eager``.
+        recipe: recipe to run, with untrained networks.
+        device: device to run on.
+        precision: precision of the engine and of the compiled plain loop.
+        compiled_engine: also return the engine under torch.compile, as ``+ torch.compile``.
+        malloc_reuse: if False, the contenders with malloc reuse run without it. Peak memory is measured like this on a CPU.
+        graphs: whether CUDA graphs are the last feature; by default on a GPU only. On a CPU they have no effect.
     """
-    builders: dict[str, Callable[[], Contender]] = {
-        "plain": lambda: _plain(recipe, device, "fp32", compiled=False),
-        "plain_compiled": lambda: _plain(recipe, device, precision, compiled=True),
-    }
-    if device.type == "cpu":
-        builders["plain, memory kept"] = lambda: _plain(recipe, device, "fp32", compiled=False, keep_memory=keep_memory)
-    switches = ("channels_last", "cpu_convolutions", "keep_memory", "fold_teacher", "capture")
+    on_cpu = device.type == "cpu"
+    builders: dict[str, Callable[[], Contender]] = {}
+    for name in PEERS:
+        reused = name.endswith("malloc reuse")
+        if on_cpu or not reused:
+            compiled = name.startswith("plain compiled")
+            builders[name] = partial(
+                _plain, recipe, device, precision if compiled else "fp32", compiled=compiled, malloc_reuse=reused and malloc_reuse
+            )
+    switches = ("channels_last", "cpu_convolutions", "malloc_reuse", "fold_teacher", "capture")
     textbook = {"textbook": True, "kernels": False, "engine.precision": "fp32"} | {f"engine.{name}": False for name in switches}
-    # What each adds to those before it.
     features: list[tuple[str, dict[str, Any]]] = [
-        ("+ no wasted work", textbook),
+        ("+ no redundant gradients", textbook),
         ("+ channels-last", {"engine.channels_last": True}),
-        ("+ transposed convolution", {"textbook": False}),
-        ("+ fused kernels", {"kernels": True}),
-        ("+ folded teacher", {"engine.fold_teacher": True}),
     ]
-    if device.type == "cpu":
-        features[2:2] = [
-            ("+ chosen algorithms", {"engine.cpu_convolutions": True}),
-            ("+ kept memory", {"engine.malloc_reuse": keep_memory}),
-        ]
+    if on_cpu:
+        features.append(("+ CPU convolution selection", {"engine.cpu_convolutions": True}))
+        features.append(("+ malloc reuse", {"engine.malloc_reuse": malloc_reuse}))
+    features.append(("+ transposed convolution", {"textbook": False}))
+    features.append(("+ fused kernels", {"kernels": True}))
+    features.append(("+ folded teacher", {"engine.fold_teacher": True}))
     if precision != "fp32":
-        features.append(("+ precision", {"engine.precision": precision}))
-    if graphs or (graphs is None and device.type == "cuda"):
-        features[-1] = ("engine, eager", features[-1][1])
+        features.append((f"+ {precision} autocast", {"engine.precision": precision}))
+    if graphs or (graphs is None and not on_cpu):
         features.append(("+ CUDA graphs", {"engine.capture": True}))
-    features[-1] = ("engine", features[-1][1])
+    features[-1] = (f"engine ({features[-1][0]})", features[-1][1])
     if compiled_engine:
-        features.append(("engine, compiled", {"engine.compile": True}))
+        features.append(("+ torch.compile", {"engine.compile": True}))
     changes: dict[str, Any] = {}
-    for name, switched in features:
-        changes = changes | switched
+    for name, enabled in features:
+        changes = changes | enabled
         builders[name] = partial(_engine, recipe, device, changes)
     return builders
 
 
 def build(recipe: Recipe, device: torch.device, precision: PrecisionName, name: str, **options: Any) -> Contender:
-    """Build the contender of a name; for the options see :func:`contenders`."""
+    """Build the contender with the given name; for the options see :func:`contenders`."""
     return contenders(recipe, device, precision, **options)[name]()
 
 
 def networks(recipe: Recipe) -> tuple[Any, Any, Any]:
-    """Return the recipe's teacher, student and generator, untrained and always with the same weights."""
+    """Return the recipe's teacher, student and generator, untrained and initialized from seed 0."""
     torch.manual_seed(0)
     data = recipe.data
     teacher, student = (build_model(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
@@ -186,18 +207,18 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
     if changes["textbook"]:
         plain.textbook(generator)
     kernels: bool = changes["kernels"]
-    endless = {"loop.epochs": 1, "loop.iterations_per_epoch": MANY, "loop.generator_pretraining": 0}
-    trainer = Trainer(teacher, student, generator, _changed(recipe, changes | endless), device=device)
-    marks = Marks(device)
-    trainer.state.clock = _MarkingClock(device, marks)
+    one_epoch = {"loop.epochs": 1, "loop.iterations_per_epoch": MAX_ITERATIONS, "loop.generator_pretraining": 0}
+    trainer = Trainer(teacher, student, generator, _changed(recipe, changes | one_epoch), device=device)
+    timestamps = Timestamps(device)
+    trainer.state.clock = _TimestampingClock(device, timestamps)
     captured = device.type == "cuda" and trainer.method.engine.capture
 
     def run(iterations: int) -> Times:
         with nullcontext() if kernels else use_backend("reference"):
-            marks.set()
+            timestamps.record()
             for _ in range(iterations):
                 trainer.iterate()
-        phases = marks.seconds()
+        phases = timestamps.seconds()
         trainer.state.clock.read()  # clears its own events
         return [(student, student + generator) for student, generator in zip(phases[::2], phases[1::2], strict=True)]
 
@@ -207,32 +228,32 @@ def _engine(recipe: Recipe, device: torch.device, changes: dict[str, Any]) -> Co
         trainer.state.precision.name,
         trainer.notes,
         captured,
-        holds=lambda: trainer.steps.capturing == captured,
+        capture_succeeded=lambda: trainer.steps.capturing == captured,
     )
 
 
-def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, compiled: bool, keep_memory: bool = False) -> Contender:
-    if keep_memory:
+def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, compiled: bool, malloc_reuse: bool = False) -> Contender:
+    if malloc_reuse:
         reuse_freed_memory()
     teacher, student, generator = (network.to(device) for network in networks(recipe))
     plain.textbook(generator)
     teacher.requires_grad_(True)
     if compiled:
-        # Not network.compile(): it compiles nothing of a Sequential, nor of the copy of the generator that MAD averages.
+        # Not network.compile(): it does not compile a Sequential, nor the copy of the generator that MAD averages.
         teacher, student, generator = (
             torch.compile(network.to(memory_format=torch.channels_last), dynamic=False) for network in (teacher, student, generator)
         )
-    # For a CPU: PyTorch's plain ones, not fused, wherever they run.
+    # Built for a CPU on every device: PyTorch's default implementation, not the fused one.
     student_optimizer = build_optimizer(recipe.student_optimizer, student.parameters(), torch.device("cpu"))
     generator_optimizer = build_optimizer(recipe.generator_optimizer, generator.parameters(), torch.device("cpu"))
-    iterations: Iterator[plain.Iteration] = plain.distil(
+    iterations: Iterator[plain.Iteration] = plain.distill(
         teacher,
         student,
         generator,
         student_optimizer=student_optimizer,
         generator_optimizer=generator_optimizer,
         epochs=1,
-        iterations_per_epoch=MANY,
+        iterations_per_epoch=MAX_ITERATIONS,
         batch_size=recipe.loop.batch_size,
         latent_dim=recipe.generator.latent_dim,
         student_steps=recipe.loop.student_steps,
@@ -248,16 +269,17 @@ def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, co
     if precision != "fp32":
         # Around a whole iteration: cached casts of weights would miss the optimizers' steps.
         autocast = partial(torch.autocast, device.type, DTYPES[precision], cache_enabled=False)
-    marks = Marks(device)
+    timestamps = Timestamps(device)
 
     def run(count: int) -> Times:
-        students = []
-        marks.set()
+        student_seconds = []
+        timestamps.record()
         for _ in range(count):
             with autocast():
-                students.append(next(iterations).student_seconds)  # the host's, which has waited for the loss of the last step
-            marks.set()
-        return list(zip(students, marks.seconds(), strict=True))
+                # Host time, which includes the device's because the loop reads back the loss of each step.
+                student_seconds.append(next(iterations).student_seconds)
+            timestamps.record()
+        return list(zip(student_seconds, timestamps.seconds(), strict=True))
 
     return Contender(run, student_optimizer, precision)
 

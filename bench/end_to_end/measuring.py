@@ -1,4 +1,4 @@
-"""Measures contenders, each in a process of its own: times, memory and kernels."""
+"""Measures time, memory and kernels of the contenders, each in its own process."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from dfkd_fast import DfkdError, Recipe
 from dfkd_fast.choices import PrecisionName
 
-from ..memory import PeakMemory, give_freed_memory_back
+from ..memory import PeakMemory, return_freed_memory
 from ..processes import Worker, WorkerError
 from ..provenance import measured_on
 from .contenders import Contender, Times, build, check, contenders
@@ -22,12 +22,12 @@ from .rows import Memory, Row, row_of
 __all__ = ["Kernel", "Profile", "Start", "begin", "kernels", "measure", "memory", "time_for", "times"]
 
 WARM_UP = 2
-MOST = 2000
-"""Timed iterations at most, however short they are."""
+MAX_TIMED = 2000
+"""Maximum number of timed iterations."""
 
 
 class Start(NamedTuple):
-    """What is known of a contender after its first iterations: fields of a :class:`Row`."""
+    """Fields of a :class:`Row` that are known after a contender's warm-up."""
 
     autocast: str
     tf32: str
@@ -37,13 +37,13 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that an iteration runs; on a CPU an operator of PyTorch."""
+    """A kernel that an iteration launches; on a CPU a PyTorch operator."""
 
     name: str
     calls_per_iteration: float
     us_per_iteration: float
     share: float
-    """Of the time of all kernels, from 0 to 1."""
+    """Fraction of the time of all kernels, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Profile:
 
     calls_per_iteration: float
     seconds_per_iteration: float
-    """Summed over the kernels: the time in which two run at once counts twice."""
+    """Sum over the kernels; kernels that overlap are counted in full."""
     most_expensive: list[Kernel]
-    """The most expensive first."""
+    """In descending order of time."""
 
 
 def measure(
@@ -65,25 +65,26 @@ def measure(
     command: str,
     *,
     compiled_engine: bool = False,
-    failed: Callable[[str], None] = lambda line: None,
+    on_failure: Callable[[str], None] = lambda line: None,
 ) -> Iterator[list[Row]]:
-    """Time all contenders, with untrained networks; yield the rows so far whenever there are more figures.
+    """Time all contenders with untrained networks, and yield the rows so far after each measurement.
 
-    On a CPU they take turns, and the memory of those not compiled is measured afterwards. On a GPU they run one after the other, alone on
-    the device. Each has a process of its own, because malloc's settings and the memory that PyTorch keeps on a GPU are a process's.
+    On a CPU the contenders' iterations are interleaved, and peak memory is measured afterwards, except of compiled contenders. On a GPU
+    each contender runs alone. Every contender has its own process, because malloc's settings and PyTorch's caching
+    allocator are per process.
 
     Args:
-        recipe: what is run.
-        device: where.
-        precision: of the engine and of the compiled plain loop.
-        turns: timed iterations.
-        command: the command line, for the rows.
-        compiled_engine: whether the engine is timed under torch.compile, too.
-        failed: called with a line on a contender that failed on a GPU; the others are still measured.
+        recipe: recipe to run.
+        device: device to run on.
+        precision: precision of the engine and of the compiled plain loop.
+        turns: number of timed iterations.
+        command: command line, recorded in the rows.
+        compiled_engine: also time the engine under torch.compile.
+        on_failure: called with one line for each contender that fails on a GPU; the others are still measured.
 
     Raises:
-        DfkdError: the plain loop does not know the recipe's method.
-        WorkerError: a contender failed on a CPU.
+        DfkdError: The plain loop does not implement the recipe's method.
+        WorkerError: A contender failed on a CPU.
     """
     check(recipe)
     shared = {"precision": precision, "provenance": measured_on(device, command)}
@@ -92,8 +93,10 @@ def measure(
     peaks: dict[str, Memory] = {}
 
     def rows() -> list[Row]:
-        in_turns = device.type == "cpu"
-        return [row_of(recipe, name, seconds, peaks.get(name), in_turns=in_turns, **shared, **starts[name]._asdict()) for name in seconds]
+        interleaved = device.type == "cpu"
+        return [
+            row_of(recipe, name, seconds, peaks.get(name), interleaved=interleaved, **shared, **starts[name]._asdict()) for name in seconds
+        ]
 
     builders = {
         name: partial(build, recipe, device, precision, name, compiled_engine=compiled_engine)
@@ -104,15 +107,15 @@ def measure(
             try:
                 starts[name], seconds[name], peaks[name] = _alone(builder, device, turns)
             except WorkerError as error:
-                failed(f"{name}: {error}")
+                on_failure(f"{name}: {error}")
             else:
                 yield rows()
         return
-    starts, seconds = _in_turns(builders, device, turns)
+    starts, seconds = _interleaved(builders, device, turns)
     yield rows()
     for name, builder in builders.items():
-        if "compiled" not in name:
-            peaks[name] = _memory_alone(partial(builder, keep_memory=False), device)
+        if "compile" not in name:  # the compiler's own memory would dominate
+            peaks[name] = _memory_alone(partial(builder, malloc_reuse=False), device)
             yield rows()
 
 
@@ -121,7 +124,7 @@ def _alone(build: Callable[[], Contender], device: torch.device, turns: int) -> 
         return worker.call(begin, build, device), worker.call(times, turns), worker.call(memory, device)
 
 
-def _in_turns(
+def _interleaved(
     builders: Mapping[str, Callable[[], Contender]], device: torch.device, turns: int
 ) -> tuple[dict[str, Start], dict[str, Times]]:
     with ExitStack() as stack:
@@ -136,69 +139,69 @@ def _in_turns(
 
 def _memory_alone(build: Callable[[], Contender], device: torch.device) -> Memory:
     with Worker() as worker:
-        worker.call(give_freed_memory_back)
+        worker.call(return_freed_memory)
         worker.call(begin, build, device)
         return worker.call(memory, device)
 
 
 _contender: list[Contender] = []
-"""This process's, once :func:`begin` has built it."""
+"""The contender of this process, after :func:`begin`."""
 
 
 def begin(build: Callable[[], Contender], device: torch.device) -> Start:
-    """Build this process's contender, and run its first iterations.
+    """Build this process's contender and run its warm-up iterations.
 
     Raises:
-        DfkdError: its steps could not be captured as CUDA graphs, and run eagerly.
+        DfkdError: The steps should be captured as CUDA graphs and run eagerly instead.
     """
     contender = build()
     _contender[:] = [contender]
     contender.run(WARM_UP)
     notes = "; ".join(contender.notes)
-    if not contender.holds():
-        raise DfkdError(notes or "its steps were not captured, and nothing says why")
+    if not contender.capture_succeeded():
+        raise DfkdError(notes or "the steps were not captured, for an unknown reason")
     return Start(contender.autocast, _tf32(device, contender.autocast), contender.captured, notes)
 
 
 def times(iterations: int) -> Times:
-    """Run and time so many iterations of this process's contender."""
+    """Run ``iterations`` iterations of this process's contender; returns their times."""
     return _contender[0].run(iterations)
 
 
-def time_for(seconds: float, fewest: int) -> Times:
-    """Run and time as many iterations as fit into some seconds, but not fewer than ``fewest``."""
+def time_for(seconds: float, minimum: int) -> Times:
+    """Time as many iterations as fit into ``seconds``, between ``minimum`` and ``MAX_TIMED``; returns their times."""
     first = times(1)[0][1]
-    return times(min(max(fewest, int(seconds / first)), MOST))
+    return times(min(max(minimum, int(seconds / first)), MAX_TIMED))
 
 
 def memory(device: torch.device) -> Memory:
-    """Run an iteration of this process's contender, and measure its memory."""
+    """Run one iteration of this process's contender; returns its peak memory."""
     contender, peak = _contender[0], PeakMemory(device)
     student: list[float] = []
     hook = contender.student_optimizer.register_step_post_hook(lambda *_: student.append(peak.mib()))
     contender.run(1)
     hook.remove()
-    # A replayed graph calls no hook, and the student's and the generator's graphs share a pool: it is unknown what the student's needs.
+    # A replayed graph calls no hook, and the student's and the generator's graphs share a memory pool: the student's part is unknown.
     return Memory(peak.mib(), student[-1] if student else None, peak.allocated_mib(), peak.reserved_mib())
 
 
 def kernels(device: torch.device, iterations: int, count: int) -> Profile:
-    """Profile so many iterations of this process's contender, and list its ``count`` most expensive kernels.
+    """Profile ``iterations`` iterations of this process's contender; returns the totals and the ``count`` most expensive kernels.
 
     Raises:
-        DfkdError: the profiler saw no kernels.
+        DfkdError: The profiler recorded no kernels.
     """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         _contender[0].run(iterations)
-    where = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    # An annotated range spans kernels, and is not one itself.
-    events = [event for event in profiler.key_averages() if event.device_type == where and not event.is_user_annotation]
+    device_type = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    # An annotated range contains kernels and is not a kernel itself.
+    events = [event for event in profiler.key_averages() if event.device_type == device_type and not event.is_user_annotation]
     us = {event.key: float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in events}
     calls = {event.key: event.count for event in events}
     total = sum(us.values())
     if not total:
-        raise DfkdError("the profiler saw no kernels")
+        raise DfkdError("the profiler recorded no kernels")
     return Profile(
         sum(calls.values()) / iterations,
         total / iterations / 1e6,
@@ -210,7 +213,7 @@ def kernels(device: torch.device, iterations: int, count: int) -> Profile:
 
 
 def _tf32(device: torch.device, autocast: str) -> str:
-    """Where the GPU may use TF32; under autocast only the last layers compute in float32: matrix products."""
+    """Return which float32 operations may use TF32 on a GPU. Under autocast only the last layers, matrix products, compute in float32."""
     if device.type != "cuda":
         return ""
     allowed: dict[str, bool] = {

@@ -1,4 +1,4 @@
-"""Results: a row for each contender, a file of rows, and a plot of them."""
+"""The rows of results, one for each contender, and the CSV that holds them."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,83 +6,87 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from dfkd_fast import Recipe
-from dfkd_fast.files import replacing
 
 from .. import table
 from ..provenance import LOOPS, Provenance
-from .contenders import Times
+from .contenders import Times, current_name
 
-__all__ = ["Memory", "Row", "draw", "row_of", "write"]
+__all__ = ["CASE", "SPEEDUPS", "Memory", "Row", "read", "row_of", "write"]
 
 CASE = ("recipe", "batch_size", "precision", "device")
-"""Columns that tell the contenders of one case from those of others."""
+"""Columns that identify a case: the contenders with equal values are compared with each other."""
+SPEEDUPS = {
+    "plain": "speedup_over_plain",
+    "plain compiled": "speedup_over_plain_compiled",
+    "plain compiled + malloc reuse": "speedup_over_plain_compiled_malloc_reuse",
+}
+"""Peers, from weakest to strongest, and the columns with the speedups over them."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak memory of an iteration, in MiB."""
+    """Peak memory of an iteration, in MiB."""
 
     iteration: float
-    """Beyond what is held between iterations."""
+    """Allocated during the iteration, in addition to what is allocated between iterations."""
     student_steps: float | None
-    """The same of its student steps only; None where they are replayed as a CUDA graph."""
+    """As ``iteration``, of the student steps only; None if they are replayed as a CUDA graph."""
     allocated: float
-    """Of all tensors, those that are held between iterations included."""
+    """Peak of all tensors, including those that live between iterations."""
     reserved: float
-    """Of what PyTorch's allocator reserves: the pools of CUDA graphs included, which ``allocated`` misses."""
+    """Peak of what PyTorch's caching allocator reserves, including the memory pools of CUDA graphs, which ``allocated`` omits."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender."""
+    """Results of one contender."""
 
     recipe: str
     batch_size: int
     precision: str
-    """Of the engine and of the compiled plain loop."""
+    """Precision of the engine and of the compiled plain loop."""
     contender: str
     seconds_per_iteration: float
-    """Median over the turns: all the student's and the generator's steps."""
+    """Median over the timed iterations, each with all student and generator steps."""
     student_seconds: float
     generator_seconds: float
     iterations_per_second: float
     images_per_second: float
-    """Generated for the student and for the generator."""
+    """Images generated for the student and the generator steps."""
     speedup_over_plain: float | None
-    """For contenders that took turns, the median of the turns' ratios, else the ratio of the medians; None if the other was not timed."""
+    """If iterations were interleaved, the median of their ratios, else the ratio of the medians; None if the peer was not timed."""
     speedup_over_plain_compiled: float | None
+    speedup_over_plain_compiled_malloc_reuse: float | None
+    """Over the strongest peer on a CPU; None on a GPU, where malloc reuse does not apply."""
     peak_memory_mib: float | None
-    """Of an iteration, beyond what is held between iterations; None for compiled contenders on a CPU, where compiling takes the most."""
+    """As :attr:`Memory.iteration`; None for compiled contenders on a CPU, where the compiler's own memory dominates."""
     imitation_memory_mib: float | None
-    """The same of its student steps only; None where they are replayed as a CUDA graph."""
+    """As :attr:`Memory.student_steps`."""
     turns: int
-    """Timed iterations."""
+    """Number of timed iterations."""
     provenance: Provenance = field(kw_only=True, metadata={"columns": LOOPS})
     lower_quartile_seconds: float | None = None
-    """Of the iterations; None for fewer than two."""
+    """Over the timed iterations; None for fewer than two."""
     upper_quartile_seconds: float | None = None
     allocated_mib: float | None = None
-    """Peak of all tensors; it misses the pools of CUDA graphs."""
+    """As :attr:`Memory.allocated`."""
     reserved_mib: float | None = None
-    """Peak of what PyTorch's allocator reserves."""
+    """As :attr:`Memory.reserved`."""
     autocast: str = ""
-    """What this contender's networks compute in."""
+    """Compute precision of this contender's networks."""
     tf32: str = ""
-    """Where an NVIDIA GPU may use TF32, of what this contender computes in float32; empty on a CPU."""
+    """Which of this contender's float32 operations may use TF32; empty on a CPU."""
     captured: bool = False
-    """Whether its steps are replayed as CUDA graphs."""
+    """Whether the steps are replayed as CUDA graphs."""
     notes: str = ""
-    """What the engine does differently from what was asked."""
+    """Settings that the engine could not apply as requested."""
     kernels_per_iteration: float | None = None
-    """Kernels that the device runs, memory copies included; None if it was not profiled."""
+    """Kernels and memory copies that run on the device; None if not profiled."""
     kernels_per_step: float | None = None
-    """The same, divided by the number of the student's and generator's steps."""
+    """``kernels_per_iteration`` divided by the number of student and generator steps."""
     kernel_seconds: float | None = None
-    """Of an iteration, summed over its kernels."""
+    """Sum of the kernels' times in an iteration."""
 
 
 def row_of(
@@ -91,28 +95,28 @@ def row_of(
     times: Mapping[str, Times],
     memory: Memory | None,
     *,
-    in_turns: bool,
+    interleaved: bool,
     **others: Any,
 ) -> Row:
     """Return a contender's row.
 
     Args:
-        recipe: what was run.
-        name: of the contender.
-        times: of all contenders so far, by name.
-        memory: of this one, if it was measured.
-        in_turns: whether the contenders took turns, so that times with the same index were taken together.
-        others: the remaining fields of the row.
+        recipe: recipe that was run.
+        name: name of the contender.
+        times: times of all contenders so far, by name.
+        memory: peak memory of this contender, if measured.
+        interleaved: whether the contenders' iterations were interleaved, so that times with the same index were measured together.
+        others: remaining fields of the row.
     """
-    replayed = recipe.replay.rows_of(recipe.loop.batch_size) if recipe.replay.replays else 0
+    replayed = recipe.replay.num_rows(recipe.loop.batch_size) if recipe.replay.replays else 0
     images = recipe.loop.student_steps * (recipe.loop.batch_size + replayed) + recipe.loop.generator_steps * recipe.loop.batch_size
     student, seconds = (statistics.median(column) for column in zip(*times[name], strict=True))
 
-    def speedup(other: str) -> float | None:
-        if other not in times:
+    def speedup(peer: str) -> float | None:
+        if peer not in times:
             return None
-        ours, theirs = ([total for _, total in times[one]] for one in (name, other))
-        if in_turns:
+        ours, theirs = ([total for _, total in times[one]] for one in (name, peer))
+        if interleaved:
             return round(statistics.median(there / here for here, there in zip(ours, theirs, strict=True)), 3)
         return round(statistics.median(theirs) / seconds, 3)
 
@@ -127,7 +131,8 @@ def row_of(
         iterations_per_second=round(1 / seconds, 4),
         images_per_second=round(images / seconds, 2),
         speedup_over_plain=speedup("plain"),
-        speedup_over_plain_compiled=speedup("plain_compiled"),
+        speedup_over_plain_compiled=speedup("plain compiled"),
+        speedup_over_plain_compiled_malloc_reuse=speedup("plain compiled + malloc reuse"),
         peak_memory_mib=memory.iteration if memory else None,
         imitation_memory_mib=memory.student_steps if memory else None,
         turns=len(times[name]),
@@ -147,32 +152,10 @@ def _quartiles(seconds: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows to a file, where they replace those of the same recipe, batch size, precision and device."""
+    """Write rows to a CSV, replacing the rows with the same recipe, batch size, precision and device."""
     table.replace(path, table.names(Row), list(map(table.cells, rows)), CASE)
 
 
-def _case(row: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(row[name] for name in CASE)
-
-
-def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Plot a stacked bar for each contender of each case: the student's and the generator's seconds per iteration."""
-    cases = list(dict.fromkeys(_case(row) for row in rows))
-    figure = Figure(figsize=(9, 1 + 0.3 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
-    for axes, case in zip(panels, cases, strict=True):
-        bars = [row for row in rows if _case(row) == case][::-1]
-        names = [row["contender"] for row in bars]
-        student, generator = ([float(row[f"{network}_seconds"]) for row in bars] for network in ("student", "generator"))
-        axes.barh(names, student, label="student's steps")
-        axes.barh(names, generator, left=student, label="generator's step")
-        for row, total in zip(bars, map(sum, zip(student, generator, strict=True)), strict=True):
-            if row["speedup_over_plain"]:
-                axes.text(total, row["contender"], f" {float(row['speedup_over_plain']):.1f} ×", va="center", fontsize=8)
-        axes.set(title=f"{case[0]}, batch {case[1]}, {case[2]}, {case[3]}", xlabel="s/iteration")
-        axes.set_xlim(0, 1.15 * max(map(sum, zip(student, generator, strict=True))))
-        axes.grid(axis="x", alpha=0.3)
-    panels[0].legend(loc="lower right")
-    with replacing(path) as part:
-        figure.savefig(part, dpi=120)
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV by column, with the current names of contenders; a value that was not measured is an empty string."""
+    return [{**dict.fromkeys(SPEEDUPS.values(), ""), **row, "contender": current_name(row["contender"])} for row in table.read(path)]

@@ -1,12 +1,12 @@
-"""Everything that only a GPU can check or measure, in the few minutes that one is available: ``python -m bench gpu``.
+"""``python -m bench gpu``: all checks and measurements that need a GPU, within a time limit of a few minutes.
 
-``stages.py`` lists the stages in their order; each has a file of its own with a function ``run(context)``. ``schedule.py`` runs
-them one after the other, each in a process of its own (``worker.py``) with a time limit; ``context.py`` is what a stage
-gets: where it runs, how much time is left, and where its records go. ``records.py`` says what a record is, ``summary.py``
-prints the table, and ``rehearsal.py`` sets up a CPU to play the GPU.
+``stages.py`` lists the stages in order; each is a module with a function ``run(context)``. ``schedule.py`` runs them one after the other,
+each in its own process (``worker.py``) with a time limit. ``context.py`` defines what a stage receives: its device, the remaining time and
+where to send its records. ``records.py`` defines a record, ``summary.py`` prints the final table, and ``rehearsal.py`` lets a CPU stand in
+for the GPU.
 
-A stage's records are all that comes back: ``python -m bench report`` turns them into documents.
+The records are a stage's only output; ``python -m bench report`` generates documents from them.
 """
 
 REHEARSAL = "DFKD_FAST_REHEARSAL"
-"""The variable that tells a worker that a CPU plays the GPU."""
+"""Environment variable that is set in the workers of a rehearsal, where a CPU stands in for the GPU."""

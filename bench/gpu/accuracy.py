@@ -1,4 +1,4 @@
-"""Stage 6: runs of the MNIST recipes from their teachers' training to their students' test accuracy, seed after seed."""
+"""Stage 6: whole runs of the MNIST recipes, from training the teacher to the student's test accuracy, with several seeds."""
 
 import gc
 import shutil
@@ -25,23 +25,23 @@ from .context import Context
 
 __all__ = ["Case", "Plan", "run"]
 
-MARGIN = 3.0  # seconds that a run takes after its last epoch
+MARGIN = 3.0  # seconds that a run needs after its last epoch
 UNWRITTEN = {"report.checkpoint_every": 1_000_000, "report.samples_every": 1_000_000}
-"""Files that nobody would look at; the student is the same without them."""
+"""Disables checkpoints and samples, which do not affect the student."""
 
 
 class RunSettings(NamedTuple):
-    """A recipe, and the changes with which it fits into the stage's time."""
+    """A recipe, with overrides that fit it into the stage's time limit."""
 
     name: str
     changes: Mapping[str, object]
     needs: float
-    """Seconds below which it is not begun."""
+    """Minimum remaining time in seconds to start a run."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: all recipes with seed 0, then all with seed 1, and so on."""
+    """The runs: all recipes with seed 0, then all with seed 1, and so on."""
 
     recipes: tuple[RunSettings, ...]
     seeds: int
@@ -74,40 +74,40 @@ class Case:
 
     recipe: Recipe
     changes: Mapping[str, object]
-    """To the shipped recipe."""
+    """Overrides of the shipped recipe."""
     epochs: int
-    """Of the shipped recipe."""
+    """Epochs of the shipped recipe."""
 
     @property
     def title(self) -> str:
-        """The recipe's name, and its number of epochs if that was reduced."""
+        """The recipe's name, with the number of epochs if reduced."""
         epochs = self.recipe.loop.epochs
         return self.recipe.name if epochs == self.epochs else f"{self.recipe.name} ({epochs} of {self.epochs} epochs)"
 
     @property
     def name(self) -> str:
-        """Of its records."""
+        """Name of the case in its records."""
         return f"{self.recipe.name} seed {self.recipe.seed}"
 
     @property
     def command(self) -> str:
-        """A command line that does the same."""
+        """Equivalent command line."""
         changes = "".join(f" --set {path}={value}" for path, value in self.changes.items())
         root = " --data-root DIR" if self.recipe.data.root else ""
         return f"dfkd-fast distill {self.recipe.name} --seed {self.recipe.seed}{changes}{root}"
 
     @property
     def teacher(self) -> str:
-        """What its trained teacher depends on."""
+        """Identifies the trained teacher: everything that it depends on."""
         return repr((self.recipe.data, self.recipe.teacher, self.recipe.teacher_optimizer, self.recipe.seed))
 
 
-class _OutOfTime(Exception):  # noqa: N818  # nothing went wrong
+class _OutOfTime(Exception):  # noqa: N818  # not an error
     """The next epoch would not end before the deadline."""
 
 
 class _WatchedFolder(RunFolder):
-    """A run's folder that calls a function with every epoch that was logged."""
+    """A run folder that calls a function with every logged epoch."""
 
     def __init__(self, path: Path, watch: Callable[[Epoch], None]) -> None:
         super().__init__(path)
@@ -120,9 +120,9 @@ class _WatchedFolder(RunFolder):
 
 
 def run(context: Context) -> None:
-    """Record a row for each run: its summary, as ``dfkd-fast distill`` writes it, with its command and commit.
+    """Record a row for each run: the summary that ``dfkd-fast distill`` writes, with command and commit.
 
-    Recipes with the same teacher share it, for each seed. A run that the deadline stops is left, with its last epoch's accuracy.
+    Recipes with equal teachers share one per seed. A run that the deadline stops is recorded as left, with its last epoch's accuracy.
     """
     plan = REHEARSAL if context.rehearse else PLAN
     if (reason := _missing_data(plan, context.data_root)) is not None:
@@ -141,7 +141,7 @@ def run(context: Context) -> None:
 
 
 def _missing_data(plan: Plan, data_root: Path | None) -> str | None:
-    """Why the recipes cannot be run, or None."""
+    """Return why the recipes cannot be run, or None."""
     if all(load_recipe(settings.name).data.name != "mnist" for settings in plan.recipes):
         return None
     if data_root is None:
@@ -157,12 +157,12 @@ def _case(settings: RunSettings, seed: int, data_root: Path | None) -> Case:
 
 
 def _run(context: Context, case: Case, path: Path, teachers: dict[str, tuple[str, Path]]) -> None:
-    """Distill, and record the accuracy of every epoch, then the whole run."""
+    """Distill; record the accuracy of every epoch, then the whole run."""
 
     def watch(epoch: Epoch) -> None:
         if epoch.number == case.recipe.loop.epochs:
             return
-        # It counts if the run does not come to its end, whatever the reason.
+        # This record remains if the run does not finish.
         accuracy = f"{epoch.student_accuracy:.2f} %" if epoch.student_accuracy is not None else "not evaluated"
         text = f"{case.title} seed {case.recipe.seed}: epoch {epoch.number} of {case.recipe.loop.epochs}, {accuracy}"
         row = {"recipe": case.title, "seed": case.recipe.seed, "epoch": epoch.number, "student_accuracy": epoch.student_accuracy}
@@ -193,9 +193,9 @@ def _run(context: Context, case: Case, path: Path, teachers: dict[str, tuple[str
 
 
 def _row(context: Context, case: Case, summary: dict[str, Any], owner: str) -> dict[str, Any]:
-    """Return the summary with what was run, and at which commit.
+    """Return the summary with command and commit.
 
-    The seconds of a teacher that another run trained are added to the ``total``, which is then that of a whole run.
+    If another run trained the teacher, its training time is added to ``total``, so that ``total`` is the time of a whole run.
     """
     seconds = dict(summary["seconds"])
     if owner:
@@ -214,6 +214,6 @@ def _line(case: Case, row: dict[str, Any]) -> str:
     student, seconds = row["student_accuracy"], row["seconds"]
     return (
         f"{case.title} seed {case.recipe.seed}: student {student['last']:.2f} % (best {student['best']:.2f}), teacher"
-        f" {row['teacher_accuracy']:.2f} %, {seconds['total']:.1f} s, of which the teacher's {seconds['teacher']:.1f}"
+        f" {row['teacher_accuracy']:.2f} %, {seconds['total']:.1f} s, including {seconds['teacher']:.1f} s for the teacher"
         f"{''.join(f'; {note}' for note in row['notes'])}"
     )

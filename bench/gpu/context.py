@@ -1,4 +1,4 @@
-"""What a stage gets: where it runs, how much time is left, and where its records go."""
+"""The context of a stage: its device, the remaining time, and where to send its records."""
 
 import time
 import traceback
@@ -15,15 +15,15 @@ from .records import Record, Status
 __all__ = ["CaptureError", "Context", "GpuLostError"]
 
 Case = TypeVar("Case")
-DETAIL = 4000  # characters of a failure's detail that are kept: its end
+DETAIL = 4000  # characters kept of the end of a failure's detail
 
 
 class CaptureError(RuntimeError):
-    """A CUDA graph could not be captured. PyTorch 2.11 may then take the capture for being under way, and fail in what follows."""
+    """A CUDA graph could not be captured. PyTorch 2.11 may then consider the capture unfinished, and fail in later calls."""
 
 
 class GpuLostError(BaseException):
-    """The process cannot use the GPU any more, as after an illegal address: the stage goes on in a new one."""
+    """The process lost the GPU, for example after an illegal address; the stage continues in a new process."""
 
 
 @dataclass
@@ -31,14 +31,14 @@ class Context:
     """One run of a stage.
 
     Args:
-        stage: its name.
-        device: where it runs; a CPU in a rehearsal.
-        rehearse: toy sizes, on a CPU.
-        deadline: of ``time.monotonic()``; the process is killed soon after it.
-        send: takes the records; each has left the process when this returns.
-        announce: told a case's name before it begins, so that one that ends the process is known.
-        done: cases that an earlier run of the stage settled on the same commit and device.
-        data_root: a folder of data sets, or None if there is none.
+        stage: name of the stage.
+        device: device to run on; a CPU in a rehearsal.
+        rehearse: whether to run at toy size, on a CPU.
+        deadline: time of ``time.monotonic()`` shortly after which the process is killed.
+        send: called with each record; returns after the record has left the process.
+        announce: called with a case's name before it starts, so that a case that ends the process is known.
+        done: cases that an earlier run of the stage completed on the same commit and device.
+        data_root: folder of datasets, or None.
         origin: device, versions, commit and command, for every record; see :class:`~bench.gpu.records.Record`.
     """
 
@@ -52,10 +52,10 @@ class Context:
     data_root: Path | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
-    """Cases for which there was no time."""
+    """Cases that did not run because no time was left."""
 
     def seconds_left(self) -> float:
-        """Until the deadline."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def record(
@@ -75,12 +75,12 @@ class Context:
         self.send(Record(self.stage, case, status, one_line, detail[-DETAIL:], seconds, highlight, table, row or {}, dict(self.origin)))
 
     def cases(self, cases: Iterable[Case], name: Callable[[Case], str] = str, *, needs: float = 0.0) -> Iterator[Case]:
-        """Of some cases, those that an earlier run did not settle, as long as there is time; the others are recorded as left.
+        """Yield the cases that an earlier run did not complete, as long as time is left; the others are recorded as left.
 
         Args:
-            cases: all of them.
-            name: of a case.
-            needs: seconds that a case takes; one that would not end before the deadline is not begun.
+            cases: all cases.
+            name: returns the name of a case.
+            needs: minimum remaining time in seconds to start a case.
         """
         for case in cases:
             if name(case) in self.done:
@@ -91,21 +91,21 @@ class Context:
             yield case
 
     def leave(self, case: str, reason: str = "no time was left") -> None:
-        """Record a case that a later call may run."""
+        """Record a case as left for a later call."""
         self.left.append(case)
         self.record(case, "left", reason)
 
     def finish(self, seconds: float) -> None:
-        """Send the record of the stage itself, which is its last."""
+        """Send the record of the stage itself, its last one."""
         text = f"{len(self.left)} cases are left" if self.left else ""
         self.record("", "left" if self.left else "ok", text, seconds=round(seconds, 2), row={"complete": not self.left})
 
     @contextmanager
     def attempt(self, case: str) -> Iterator[None]:
-        """Inside, an error is the case's failure, not the stage's.
+        """Context manager that records an error as the failure of a case; the stage continues.
 
         Raises:
-            GpuLostError: after the failure, nothing can run on the GPU in this process.
+            GpuLostError: The process cannot use the GPU after the failure.
         """
         begin = time.monotonic()
         self.announce(case)

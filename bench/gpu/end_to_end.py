@@ -1,6 +1,6 @@
-"""Stage 5: whole iterations of the recipes, by the plain loop and by the engine: their times, their memory and their kernels.
+"""Stage 5: time, memory and kernels of whole iterations of the recipes, in the plain loop and in the engine.
 
-First, while nothing is timed, processes compile the compiled loops in parallel, and leave the code in the caches on disk.
+Before anything is timed, parallel processes compile the compiled loops and leave the code in the on-disk caches.
 """
 
 import os
@@ -36,57 +36,60 @@ UNCONDITIONAL = {
     "objective.embedding_norm": 0.0,
     "loop.generator_pretraining": 0,
 }
-"""Without what the plain loop does not have, which is a small part of the recipe's work."""
-COMPILED = "plain_compiled"
-COMPILE_SHARE = 0.4  # at most, of the time that is left
-MARGIN = 1.0  # seconds before the stage's deadline at which a contender is stopped, so that this is still recorded
-TITLES = {"plain": "plain", "engine, eager": "engine eager", "engine": "captured", COMPILED: "plain compiled"}
-"""The contenders that the line of a recipe names, and what it calls them."""
+"""imagenet-mad without the parts that the plain loop does not implement, a small part of the recipe's work."""
+COMPILED = "plain compiled"
+ENGINE = "engine (+ CUDA graphs)"
+EAGER_ENGINE = ("+ bf16 autocast", "+ fp16 autocast")
+"""The rung before CUDA graphs, which depends on the GPU's precision."""
+COMPILE_SHARE = 0.4  # maximum fraction of the remaining time
+MARGIN = 1.0  # seconds before the stage's deadline at which a contender is stopped, so that the failure is still recorded
+TITLES = {"plain": "plain", **dict.fromkeys(EAGER_ENGINE, "eager engine"), ENGINE: "engine with CUDA graphs", COMPILED: COMPILED}
+"""The contenders in a recipe's summary line, and their titles there."""
 
 
 class Priority(NamedTuple):
-    """Contenders of all recipes that are measured before those of the next priority."""
+    """Contenders that are measured for all recipes before those of the next priority."""
 
     contenders: tuple[str, ...]
-    """Their names; empty for all that no priority names."""
+    """Their names, of which a recipe may lack some; empty for all contenders that no priority names."""
     limit: float
-    """Seconds that one may take after its process was prepared: a hang costs no more."""
+    """Time limit of a contender in seconds, counted from when its process is prepared."""
     needs: float
-    """Seconds below which one is not begun."""
+    """Minimum remaining time in seconds to start a contender."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and for how long."""
+    """Recipes and contenders to measure, and for how long."""
 
     recipes: tuple[tuple[str, Mapping[str, object]], ...]
-    """Their names, with the changes to them."""
+    """Names and overrides."""
     priorities: tuple[Priority, ...]
     seconds: float
-    """For the timed iterations of a contender."""
-    fewest: int
-    """Iterations that are timed at least."""
+    """Target time of a contender's timed iterations."""
+    minimum: int
+    """Minimum number of timed iterations."""
     profiled: int
-    """Iterations whose kernels are counted."""
+    """Number of profiled iterations."""
 
 
 KERNELS = 25
 PLAN = Plan(
     recipes=(("mnist-dfad", {}), ("cifar10-dfad", {}), ("cifar10-mad", {}), ("imagenet-mad", UNCONDITIONAL)),
     priorities=(
-        Priority(("plain", "engine", COMPILED), limit=75, needs=10),
-        Priority(("engine, eager",), limit=45, needs=10),
+        Priority(("plain", ENGINE, COMPILED), limit=75, needs=10),
+        Priority(EAGER_ENGINE, limit=45, needs=10),
         Priority((), limit=45, needs=10),
     ),
     seconds=2.0,
-    fewest=5,
+    minimum=5,
     profiled=2,
 )
 REHEARSAL = Plan(
     recipes=(("digits-mad", {"loop.batch_size": 8, "loop.student_steps": 2, "generator.width": 4}),),
-    priorities=(Priority(("plain", "engine"), limit=60, needs=1), Priority(("+ fused kernels",), limit=60, needs=1)),
+    priorities=(Priority(("plain", ENGINE), limit=60, needs=1), Priority(("+ fused kernels",), limit=60, needs=1)),
     seconds=0.0,
-    fewest=2,
+    minimum=2,
     profiled=1,
 )
 
@@ -98,67 +101,67 @@ class Case:
     recipe: Recipe
     contender: str
     build: Callable[[], Contender]
-    """Called in another process, so that it must be picklable."""
+    """Called in another process, so it must be picklable."""
     priority: Priority
 
     @property
     def name(self) -> str:
-        """Of its records."""
+        """Name of the case in its records."""
         return f"{self.recipe.name} / {self.contender}"
 
 
 class Job(NamedTuple):
-    """What a process compiles."""
+    """A contender to compile in another process."""
 
     name: str
-    """Of the case."""
+    """Name of the case."""
     build: Callable[[], Contender]
 
 
 @dataclass
-class Standing:
-    """The times of a recipe's contenders so far."""
+class RecipeTimes:
+    """Times of a recipe's contenders so far."""
 
     resumed: bool
-    """Whether an earlier call measured some of them, whose times are not known here."""
+    """Whether an earlier call measured some of them; those times are not available here."""
     times: dict[str, Times] = field(default_factory=dict)
 
 
 def run(context: Context) -> None:
-    """Record a row for each contender: the seconds, memory and kernels of an iteration; and a row for each of its most expensive kernels.
+    """Record a row for each contender with time, memory and kernels of an iteration, and a row for each of its most expensive kernels.
 
-    Each contender runs alone on the device, in a process of its own. One that fails, hangs, or could not be captured although it should
-    be, is a failed case and affects no other.
+    Each contender runs alone on the device, in its own process. A contender that fails, hangs or cannot be captured is a failed case and
+    does not affect the others.
     """
     plan = REHEARSAL if context.rehearse else PLAN
     groups = _cases(plan, context.device)
     cases = [case for group in groups for case in group]
-    standings = {
-        recipe: Standing(any(case.name in context.done for case in cases if case.recipe.name == recipe))
+    recipe_times = {
+        recipe: RecipeTimes(any(case.name in context.done for case in cases if case.recipe.name == recipe))
         for recipe in dict.fromkeys(case.recipe.name for case in cases)
     }
-    left = sum(case.name not in context.done for case in cases)
-    with Workers(left, partial(prepare, context.rehearse)) as workers:
+    remaining = sum(case.name not in context.done for case in cases)
+    with Workers(remaining, partial(prepare, context.rehearse)) as workers:
         _compile(context, [case for case in cases if case.contender == COMPILED and case.name not in context.done])
         for group in groups:
             needs = max((case.priority.needs for case in group), default=0.0)
             for case in context.cases(group, lambda case: case.name, needs=needs):
                 with context.attempt(case.name):
-                    _measure(context, plan, case, workers, standings[case.recipe.name])
+                    _measure(context, plan, case, workers, recipe_times[case.recipe.name])
 
 
 def prepare(rehearse: bool) -> None:
-    """What every process calls first: with it, the process imports this module and with it all that measures."""
+    """Called first in every worker process: imports this module and everything that measures."""
     if rehearse:
         rehearsal.prepare()
-    # The same wherever something is compiled, as the caches' keys depend on it.
+    # Equal in all processes, because the caches' keys depend on it.
     torch._inductor.config.compile_threads = max(1, (os.cpu_count() or 1) // len(PLAN.recipes))
-    # Where several processes share a GPU, the fastest configuration of a kernel cannot be told: it is chosen again where it is timed.
+    # Autotuning is unreliable while several processes share a GPU: it is repeated where the contender is timed.
     torch._inductor.config.autotune_local_cache = False
 
 
 def compile_job(rehearse: bool, job: Job) -> float:
-    """Compile what a contender needs into the caches on disk; return the seconds it took."""
+    """Compile a contender into the on-disk caches; returns the seconds it took."""
     begin = time.monotonic()
     prepare(rehearse)
     job.build().run(1)
@@ -166,7 +169,7 @@ def compile_job(rehearse: bool, job: Job) -> float:
 
 
 def _compile(context: Context, cases: list[Case]) -> None:
-    """Compile for all cases at once. What does not compile here is compiled, or fails, where it is measured."""
+    """Compile all cases in parallel. A case that does not compile here is compiled, or fails, where it is measured."""
     if not cases:
         return
     begin = time.monotonic()
@@ -180,24 +183,26 @@ def _compile(context: Context, cases: list[Case]) -> None:
 
 
 def _cases(plan: Plan, device: torch.device) -> list[list[Case]]:
-    """The cases by priority, most important first."""
+    """Return the cases by priority, most important first."""
     precision = resolve_precision("auto", device)
     recipes = [load_recipe(name, changes) for name, changes in plan.recipes]
     for recipe in recipes:
         check(recipe)
     named = {name for priority in plan.priorities for name in priority.contenders}
+    existing = {recipe.name: list(contenders(recipe, device, precision, graphs=True)) for recipe in recipes}
     return [
         [
             Case(recipe, name, partial(build, recipe, device, precision, name, graphs=True), priority)
             for recipe in recipes
-            for name in priority.contenders or [name for name in contenders(recipe, device, precision, graphs=True) if name not in named]
+            for name in priority.contenders or [name for name in existing[recipe.name] if name not in named]
+            if name in existing[recipe.name]
         ]
         for priority in plan.priorities
     ]
 
 
-def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standing: Standing) -> None:
-    """Record a contender's times, then its memory, then its kernels: a part that fails loses none of those before it."""
+def _measure(context: Context, plan: Plan, case: Case, workers: Workers, measured: RecipeTimes) -> None:
+    """Record a contender's times, then its memory, then its kernels; if a part fails, the earlier ones are recorded already."""
     begin, end = time.monotonic(), context.deadline - MARGIN
     part = case.name
 
@@ -209,20 +214,20 @@ def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standin
         begin = time.monotonic()
         end = min(begin + case.priority.limit, end)
         start = worker.call(measuring.begin, case.build, context.device, limit=seconds_left())
-        standing.times[case.contender] = worker.call(measuring.time_for, plan.seconds, plan.fewest, limit=seconds_left())
+        measured.times[case.contender] = worker.call(measuring.time_for, plan.seconds, plan.minimum, limit=seconds_left())
         row_with = partial(
             row_of,
             case.recipe,
             case.contender,
-            standing.times,
-            in_turns=False,
+            measured.times,
+            interleaved=False,
             precision=resolve_precision("auto", context.device),
             provenance=measured_on(*(context.origin[name] for name in ("device", "command", "commit"))),
             **start._asdict(),
         )
         _record(context, case, row_with(memory=None), begin)
         if case.contender in TITLES:
-            _record_line(context, case.recipe, standing)
+            _record_line(context, case.recipe, measured)
         part = f"{case.name}: memory"
         row = row_with(memory=worker.call(measuring.memory, context.device, limit=seconds_left()))
         _record(context, case, row, begin)
@@ -245,11 +250,11 @@ def _measure(context: Context, plan: Plan, case: Case, workers: Workers, standin
 
 
 def _record(context: Context, case: Case, row: Row, begin: float) -> None:
-    """Record what is known of a contender so far; its last record counts."""
+    """Record a contender's results so far; a later record replaces this one."""
     quartiles = (row.lower_quartile_seconds, row.upper_quartile_seconds)
-    facts = [
+    parts = [
         f"{_ms(row.seconds_per_iteration)} ms/iteration ({' to '.join(map(_ms, filter(None, quartiles)))}; {row.turns} iterations)",
-        f"student's {_ms(row.student_seconds)}",
+        f"student {_ms(row.student_seconds)}",
         row.autocast,
         f"TF32 {row.tf32}" if row.tf32 == "nowhere" else f"TF32 in {row.tf32}" if row.tf32 else "",
         f"{row.reserved_mib:.0f} MiB" if row.reserved_mib is not None else "",
@@ -257,21 +262,21 @@ def _record(context: Context, case: Case, row: Row, begin: float) -> None:
         row.notes,
     ]
     seconds = round(time.monotonic() - begin, 2)
-    context.record(case.name, text=", ".join(filter(None, facts)), seconds=seconds, table="end-to-end", row=table.cells(row))
+    context.record(case.name, text=", ".join(filter(None, parts)), seconds=seconds, table="end-to-end", row=table.cells(row))
 
 
-def _record_line(context: Context, recipe: Recipe, standing: Standing) -> None:
-    """Record one line with all times of a recipe; what an earlier call measured has a line of its own."""
-    medians = {name: statistics.median(seconds for _, seconds in times) for name, times in standing.times.items()}
-    facts = []
+def _record_line(context: Context, recipe: Recipe, measured: RecipeTimes) -> None:
+    """Record one line with all times of a recipe; those that an earlier call measured have their own line."""
+    medians = {name: statistics.median(seconds for _, seconds in times) for name, times in measured.times.items()}
+    parts = []
     for name, title in TITLES.items():
         if name in medians:
             peers = ("plain",) if name == COMPILED else ("plain", COMPILED)
             ratios = [f"{medians[peer] / medians[name]:.2f} × {TITLES[peer]}" for peer in peers if peer in medians and name != peer]
             compared = f" ({', '.join(ratios)})" if ratios else ""
-            facts.append(f"{title} {_ms(medians[name])} ms{compared}")
-    case = f"{recipe.name}, resumed" if standing.resumed else recipe.name
-    context.record(case, text=f"{recipe.name} {recipe.loop.batch_size}: {', '.join(facts)}", highlight=True, table="comparison")
+            parts.append(f"{title} {_ms(medians[name])} ms{compared}")
+    case = f"{recipe.name}, resumed" if measured.resumed else recipe.name
+    context.record(case, text=f"{recipe.name} {recipe.loop.batch_size}: {', '.join(parts)}", highlight=True, table="comparison")
 
 
 def _record_kernels(context: Context, case: Case, profile: Profile) -> None:

@@ -1,4 +1,4 @@
-"""Stage 1: what the host has, and its two ceilings: a large copy and a large matrix product."""
+"""Stage 1: the host's hardware and versions, and two upper bounds: copy bandwidth and the rate of a large matrix product."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ PRODUCTS = 9
 
 
 def run(context: Context) -> None:
-    """Record versions, the copy bandwidth (bytes read + written per second), the rate of a bfloat16 product, and a call of each backend."""
+    """Record versions, copy bandwidth (bytes read + written per second), the rate of a bfloat16 matrix product, and each backend."""
     steps: dict[str, Callable[[str, Context], None]] = {
         "versions": _versions,
         "copy bandwidth": _copy,
@@ -52,23 +52,23 @@ def _copy(case: str, context: Context) -> None:
 
 
 def _product(case: str, context: Context) -> None:
-    """The median product of two square matrices of random numbers."""
+    """Record the median rate of the product of two random square matrices."""
     side = TOY_SIDE if context.rehearse else SIDE
     left, right = (torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2))
     trial = Trial(lambda _: left @ right, dict, torch.no_grad)
     rate = 2 * side**3 / statistics.median(timing.turn_on(context.device)(trial, PRODUCTS, True)) / 1e12
     row = {"tflops": rate, "side": side}
-    context.record(case, text=f"a bf16 product of side {side}: {rate:.3g} TFLOP/s", table="ceilings", row=row, highlight=True)
+    context.record(case, text=f"a bf16 matrix product of size {side}: {rate:.3g} TFLOP/s", table="ceilings", row=row, highlight=True)
 
 
 def _backend(case: str, context: Context) -> None:
-    """Whether a backend is there, and runs: one that was compiled for other GPUs can be loaded all the same."""
+    """Record whether a backend is available and runs; one that was compiled for other GPUs can be loaded, but not run."""
     backend = cast(Backend, case)
     if (reason := _reason(context, backend)) is not None:
         context.record(case, "failed", reason)
         return
     x = torch.arange(24.0, device=context.device).reshape(2, 3, 2, 2)
-    if backend in backends(context.device):  # not yet, of an extension that was compiled just now
+    if backend in backends(context.device):  # an extension that was just compiled is not registered yet
         with use_backend(backend):
             mean, _ = channel_moments(x)
         torch.testing.assert_close(mean, x.mean((0, 2, 3)))
@@ -89,7 +89,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
 
 
 def _reason(context: Context, backend: Backend) -> str | None:
-    """Why a backend cannot serve the device, or None. The extension is compiled here if it was not brought."""
+    """Return why a backend is not available on the device, or None. Compiles the CUDA extension if it is missing."""
     if context.rehearse:
         from . import rehearsal
 

@@ -1,8 +1,8 @@
-"""Stage 4: the kernels against plain PyTorch, torch.compile and the field's, at the sizes that users have.
+"""Stage 4: the kernels against eager PyTorch, torch.compile and other libraries, at realistic sizes.
 
-What runs for microseconds takes seconds to compile. So processes first compile our Triton kernels and torch.compile's code in
-parallel, while nothing is timed, and leave both in the caches on disk. Then every case is measured; without torch.compile where its
-code is not there.
+A kernel that runs for microseconds takes seconds to compile. Therefore, before anything is timed, parallel processes compile the Triton
+kernels and torch.compile's code into the on-disk caches. Then every case is measured, without torch.compile if its code is not in the
+cache.
 """
 
 import os
@@ -36,36 +36,36 @@ BACKENDS: tuple[Backend, ...] = ("reference", "triton", "cuda")
 OURS = ("numba", "triton", "cuda", "fused_ema")
 PEERS = tuple(name for name in PROVIDERS if name not in (*OURS, "reference"))
 CASE_NEEDS = 1.5  # seconds
-COMPILE_SHARE = 0.5  # at most, of the time that is left
-MOST_PROCESSES = 8  # each begins with seconds of imports, and has memory of the GPU
+COMPILE_SHARE = 0.5  # maximum fraction of the remaining time
+MAX_PROCESSES = 8  # each imports for seconds and takes GPU memory
 FLOAT, HALF = torch.float32, torch.bfloat16
 LAYOUTS = ("contiguous", "channels_last")
 
 
 class Job(NamedTuple):
-    """What a process compiles."""
+    """A provider to compile for a case, in another process."""
 
     provider: str
     case: Case
 
 
 class Plan(NamedTuple):
-    """What is measured."""
+    """Cases to measure."""
 
     cases: Sequence[Case]
-    """The most important first: time may not suffice for all."""
+    """Most important first, because time may not suffice for all."""
     highlights: Sequence[Case]
-    """Those whose result belongs in the final table."""
+    """Cases whose result is part of the final table."""
     compiled: Sequence[Case]
-    """Those that are also compared with torch.compile."""
+    """Cases that are also compared with torch.compile."""
     seconds: float
-    """For the measured calls of a case."""
+    """Target time of a case's timed calls."""
 
 
 def _cases(
     kernels: str, variants: str, sizes: str, dtypes: Sequence[torch.dtype], layouts: Sequence[str] = LAYOUTS[:1], mode: Mode = "full"
 ) -> list[Case]:
-    """The product of all; words are separated by spaces."""
+    """Return the Cartesian product; the strings are lists separated by spaces."""
     every = product(sizes.split(), dtypes, variants.split(" "), layouts, kernels.split())
     return [Case(kernel, variant, size, dtype, layout, mode) for size, dtype, variant, layout, kernel in every]
 
@@ -112,7 +112,7 @@ REHEARSAL_PLAN = Plan(IN_REHEARSAL, IN_REHEARSAL[:3], _cases("l1", "both", "4x5"
 
 
 def run(context: Context) -> None:
-    """Measure, compile and measure again: a record for each row, and one for each case that compares our kernels with their peers."""
+    """Compile, then measure: a record for each row, and one for each case that compares our kernels with their peers."""
     plan = REHEARSAL_PLAN if context.rehearse else GPU_PLAN
     turn = timing.turn_on(context.device)
     with_compile = runner.Run(
@@ -128,11 +128,11 @@ def run(context: Context) -> None:
     )
     without_compile = replace(with_compile, providers=[name for name in PROVIDERS if name != COMPILE])
     _configure_inductor()
-    processes = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1))
+    processes = max(1, min(MAX_PROCESSES, len(os.sched_getaffinity(0)) - 1))
     with Pool(partial(compile_job, context.device), processes) as pool:
         compiled = _compile(context, pool, plan)
 
-    def name(case: Case) -> str:  # what fails with torch.compile is tried without it by a process that continues the stage
+    def name(case: Case) -> str:  # a case that fails with torch.compile is retried without it by the process that continues the stage
         return _compiled_name(case) if case in compiled else str(case)
 
     for case in context.cases(plan.cases, name, needs=CASE_NEEDS):
@@ -143,13 +143,13 @@ def run(context: Context) -> None:
 
 
 def compile_job(device: torch.device, job: Job) -> float:
-    """Compile what a provider needs for a case, gradients included, into the caches on disk; return the seconds it took."""
+    """Compile a provider for a case, including gradients, into the on-disk caches; returns the seconds it took."""
     begin = time.monotonic()
     if device.type == "cpu":
         rehearsal.prepare()
     _configure_inductor()
     job.case.workload().trial(_provider(job, device), job.case.mode, device).results()
-    torch.cuda.empty_cache()  # all processes share one memory
+    torch.cuda.empty_cache()  # all processes share the GPU's memory
     return time.monotonic() - begin
 
 
@@ -158,8 +158,7 @@ def _measure(context: Context, measured: runner.Run, case: Case, highlight: bool
     for rows in replace(measured, modes=[case.mode]).rows(case.workload()):
         for row in rows:
             context.record(f"{case} / {row.provider}", _status(row), _described(row), table="micro", row=table.cells(row))
-        # A provider whose row is a failure may have cost this process the GPU: then the case fails here, and the stage continues in
-        # another process.
+        # A failed provider may have lost the GPU: then the case fails here, and the stage continues in another process.
         torch.ones(1, device=context.device).sum().item()
         seconds = round(time.monotonic() - begin, 2)
         context.record(str(case), text=f"{case}: {_compared(rows)}", seconds=seconds, highlight=highlight, table="comparison")
@@ -184,13 +183,13 @@ def _described(row: Row) -> str:
 
 
 def _compared(rows: Sequence[Row]) -> str:
-    """Our fastest against the fastest peer, of those that do all of the same work."""
+    """Describe our fastest provider, and its speedup over the fastest peer that does the same work."""
     ours, peer = (
         min((row for row in rows if row.provider in names and row.status == "ok" and row.median_us), key=_median, default=None)
         for names in (OURS, PEERS)
     )
     if ours is None:
-        return "none of ours was timed"
+        return "none of our providers was timed"
     if peer is None:
         return _described(ours)
     return f"{_described(ours)}, {_median(peer) / _median(ours):.3g} x the fastest peer ({peer.provider})"
@@ -201,11 +200,11 @@ def _median(row: Row) -> float:
 
 
 def _compile(context: Context, pool: Pool[Job, float], plan: Plan) -> set[Case]:
-    """Compile what the cases that are not done need, the most important first, and record how long it took.
+    """Compile for the cases that are not done, most important first, and record how long it took.
 
     Returns:
-        The cases whose code of torch.compile is there. For the others of ``plan.compiled``, the reason is recorded. A Triton kernel that
-        does not compile here is compiled, or fails, where it is measured.
+        The cases that torch.compile compiled. For the others of ``plan.compiled``, the reason is recorded. A Triton kernel that does not
+        compile here is compiled, or fails, where it is measured.
     """
     jobs = []
     for case in plan.cases:
@@ -237,7 +236,7 @@ def _compile(context: Context, pool: Pool[Job, float], plan: Plan) -> set[Case]:
 
 
 def _compiled_name(case: Case) -> str:
-    """The record of its row with torch.compile."""
+    """Return the name of a case's record with torch.compile."""
     return f"{case} / {COMPILE}"
 
 
@@ -246,11 +245,11 @@ def _provider(job: Job, device: torch.device) -> Provider:
 
 
 def _configure_inductor() -> None:
-    """The same wherever something is compiled, as the caches' keys depend on it."""
+    """Configure Inductor equally in all processes, because the caches' keys depend on it."""
     torch._inductor.config.compile_threads = 1
-    # Where many processes share a GPU, the fastest configuration of a kernel cannot be told: it is chosen again where it is timed.
+    # Autotuning is unreliable while several processes share a GPU: it is repeated where the case is timed.
     torch._inductor.config.autotune_local_cache = False
-    # The check of the CPU's vector instructions would take most of a rehearsal: it starts a Python for each kind.
+    # Detecting the CPU's vector instructions would take most of a rehearsal: it starts a Python process for each of them.
     torch._inductor.config.cpp.vec_isa_ok = True
 
 

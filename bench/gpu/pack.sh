@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Pack for a GPU host without a network: what such a host lacks, in the ignored folder .carry, and the one line to run there.
+# Pack what a GPU host without a network lacks into the ignored folder .carry, and print the one line to run there.
 #
 #     bench/gpu/pack.sh [--python PYTHON] [--data DIR] [--rehearse]
 #     bench/gpu/pack.sh --list | --help
 #
 # --python    interpreter whose PyTorch the extension is compiled against, Python 3.11 or newer; python3 by default
 # --data      folder with MNIST in torchvision's layout, its files gzipped or not; without it no data set is packed
-# --rehearse  run the line here as well: with --rehearse, by PYTHON, in a copy without .git and, where unshare is permitted,
-#             without a network; the results go to .bench-gpu/packed. PYTHON must be Python 3.12, which the wheels are for
-# --list      only print the requirements to pack
-# --help      print this
+# --rehearse  also run the line here, with --rehearse, by PYTHON, in a copy without .git and, if unshare is permitted, without
+#             a network; the results go to .bench-gpu/packed. PYTHON must be Python 3.12, like the wheels
+# --list      print the requirements to pack, and exit
+# --help      print this help
 #
 # The host is Linux on x86-64 with Python 3.12, a copy of the working tree, the packages of `installed`, and a GPU of compute
 # capability 8.0 or higher (the extension has code for 8.0, as A100, and 9.0, as H100, and PTX for newer ones). The line goes
@@ -20,7 +20,7 @@ installed=(
     torch torchvision timm numpy numba scikit-learn torchmetrics safetensors typer rich matplotlib tensorboard
     pytest pytest-xdist hypothesis scipy
 )
-omitted=(build ruff mypy dfkd-fast) # development tools, and optional parts whose tests skip without them
+omitted=(build ruff mypy dfkd-fast) # development tools, and optional packages without which tests are skipped
 max_bytes=60000000
 max_line=2000 # characters
 mnist=(train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
@@ -62,7 +62,7 @@ torch.ops.load_library(sys.argv[1])
 if not torch.__version__.startswith("2.11."):
     print(f"compiled against PyTorch {torch.__version__}: the host's 2.11 has not been tried", file=sys.stderr)
 PYTHON
-    # nvcc names symbols after its temporary files: without them the same sources give the same bytes.
+    # nvcc names symbols after its temporary files: without symbols, equal sources give equal bytes.
     strip "$1"
 }
 
@@ -78,7 +78,7 @@ pack_mnist() { # from, to
     done
 }
 
-# As bench/provenance.py, which is not imported because it needs packages that PYTHON may lack.
+# As in bench/provenance.py, which needs packages that PYTHON may lack.
 commit() {
     local excluded changed
     excluded=$(grep -o ':![^"]*' bench/provenance.py) || cannot "bench/provenance.py: no excluded paths found"
@@ -123,13 +123,13 @@ while (($#)); do
     esac
     shift
 done
-program=$(command -v "$python") || cannot "--python $python: there is no such program"
+program=$(command -v "$python") || cannot "--python $python: no such program"
 python=$(realpath -s "$program") # a virtual environment's interpreter is a link
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || true
 [[ $version =~ ^3\.(1[1-9]|[2-9][0-9])$ ]] || cannot "--python $python: must be Python 3.11 or newer"
-[[ -z $rehearse || $version == 3.12 ]] || cannot "--rehearse: needs Python 3.12, which the wheels are for; --python $python is $version"
+[[ -z $rehearse || $version == 3.12 ]] || cannot "--rehearse: requires Python 3.12, like the wheels; --python $python is $version"
 for name in "${mnist[@]}"; do
-    [[ -z $data || -f $data/MNIST/raw/$name || -f $data/MNIST/raw/$name.gz ]] || cannot "--data $data: there is neither MNIST/raw/$name nor $name.gz"
+    [[ -z $data || -f $data/MNIST/raw/$name || -f $data/MNIST/raw/$name.gz ]] || cannot "--data $data: has neither MNIST/raw/$name nor $name.gz"
 done
 [[ -z $data ]] || data=$(realpath "$data")
 cd "$(dirname "$0")/../.."

@@ -1,4 +1,4 @@
-"""Commands run with a time limit: what they write is handed on at once, and nothing that they start outlives them.
+"""Runs commands with a time limit. Their output is forwarded immediately, and their child processes do not outlive them.
 
 ``bench/processes.py`` calls functions in other processes instead.
 """
@@ -17,7 +17,7 @@ from ..provenance import ROOT
 __all__ = ["Ending", "run"]
 
 CLEARED = ("DFKD_FAST_BACKEND", "PYTEST_ADDOPTS", "TRITON_INTERPRET")
-"""Variables of the user's that would change what is checked or measured."""
+"""Environment variables that are removed, because they would change what is checked or measured."""
 TICK = 1.0  # seconds between calls of ``on_tick``
 CHUNK = 1 << 16
 
@@ -26,11 +26,11 @@ class Ending(NamedTuple):
     """How a process ended."""
 
     code: int
-    """Its exit code; minus the number of the signal that killed it."""
+    """Exit code; negative signal number if killed by a signal."""
     timed_out: bool
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return a short description."""
         if self.timed_out:
             return "out of time"
         return f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
@@ -46,19 +46,19 @@ def run(
     on_output: Callable[[bytes], None],
     on_tick: Callable[[], None],
 ) -> Ending:
-    """Run a command in the repository's root, in a process group of its own.
+    """Run a command in the repository's root, in its own process group; returns how it ended.
 
     Args:
-        command: the number of a file descriptor is appended, to which it may write lines.
-        standard_input: what it can read. Not an argument, whose length is limited.
-        variables: added to this process's environment, of which ``CLEARED`` are left out.
-        seconds: after which the group is killed.
-        on_line: told each line written to that descriptor, without its newline.
-        on_output: told what is written to standard output and standard error, in pieces.
+        command: command and arguments, to which the number of a file descriptor is appended; the command may write lines to it.
+        standard_input: standard input of the command; unlike an argument, its length is not limited.
+        variables: environment variables, added to those of this process without ``CLEARED``.
+        seconds: time limit, after which the process group is killed.
+        on_line: called with each line written to the file descriptor, without the newline.
+        on_output: called with chunks of standard output and standard error.
         on_tick: called about every second.
     """
     reading, writing = os.pipe()
-    content = os.memfd_create("standard input")  # no file, for which the disk may have no room
+    content = os.memfd_create("standard input")  # not a file, because the disk may be full
     try:
         os.write(content, standard_input)
         os.lseek(content, 0, os.SEEK_SET)
@@ -105,7 +105,7 @@ def _by_lines(on_line: Callable[[bytes], None]) -> Callable[[bytes], None]:
 def _listen(
     process: subprocess.Popen[bytes], handlers: Mapping[int, Callable[[bytes], None]], deadline: float, on_tick: Callable[[], None]
 ) -> bool:
-    """Hand on what a process writes until it ends; returns whether the deadline came first."""
+    """Forward a process's output until it ends; returns whether the deadline came first."""
     next_tick = time.monotonic() + TICK
     with selectors.DefaultSelector() as selector:
         for descriptor, handler in handlers.items():
@@ -119,7 +119,7 @@ def _listen(
                     key.data(data)
                 else:
                     selector.unregister(key.fd)
-            # Something it started may still hold the pipes open, and even write to them.
+            # A child process may still hold the pipes open, and even write to them.
             if late or (ended and not ready):
                 return late and not ended
             if time.monotonic() > next_tick:

@@ -1,4 +1,4 @@
-"""What every process of the tests stage's pytest needs, those of xdist included: ``-p bench.gpu.pytest_plugin``."""
+"""pytest plugin of the tests stage, also loaded by the workers of xdist: ``-p bench.gpu.pytest_plugin``."""
 
 import os
 from collections.abc import Generator
@@ -11,24 +11,24 @@ __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--settled FILE``."""
-    parser.addoption("--settled", type=Path, help="file with the tests that are not run again, one on each line")
+    """Add ``--completed FILE``."""
+    parser.addoption("--completed", type=Path, help="file with the tests to skip, one per line")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that an earlier call settled."""
-    file = config.getoption("settled")
+    """Deselect the tests that an earlier call completed."""
+    file = config.getoption("completed")
     if file is None:
         return
-    settled = set(file.read_text().splitlines())
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in settled])
-    items[:] = [item for item in items if item.nodeid not in settled]
+    completed = set(file.read_text().splitlines())
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in completed])
+    items[:] = [item for item in items if item.nodeid not in completed]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """End a worker whose test cost it the GPU, before all its further tests fail for that reason: xdist starts a new one."""
+    """Exit a worker whose test lost the GPU, before its other tests fail for that reason; xdist starts a new worker."""
     result = yield
     if hasattr(item.config, "workerinput") and torch.cuda.is_initialized():
         try:

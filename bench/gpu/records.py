@@ -1,4 +1,4 @@
-"""A record: one line of what a stage checked or measured, and the file of them."""
+"""Records of checks and measurements, and the JSON Lines file of them."""
 
 import dataclasses
 import json
@@ -10,42 +10,42 @@ from typing import Any, Literal, get_args
 __all__ = ["FAILURES", "Record", "Status", "cases_done", "parse", "read", "stages_done"]
 
 Status = Literal["ok", "wrong", "failed", "skipped", "left"]
-"""A case passed; computed something else than its reference; raised an error; cannot run on this host; or there was no time for it."""
+"""A case passed; differs from its reference; raised an error; cannot run on this host; or did not run for lack of time."""
 FAILURES: tuple[Status, ...] = ("failed", "wrong")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One case of a stage, or the stage itself."""
+    """Result of one case of a stage, or of the stage itself."""
 
     stage: str
     case: str
-    """Unique in its stage; empty for the stage as a whole, whose record comes last."""
+    """Name, unique in the stage; empty for the stage itself, whose record comes last."""
     status: Status
     text: str = ""
-    """One line: the reason, or the result."""
+    """One line with the result, or with the reason of a failure."""
     detail: str = ""
-    """More lines of a failure: a traceback, the end of a log."""
+    """Further lines of a failure, such as a traceback or the end of a log."""
     seconds: float | None = None
     highlight: bool = False
-    """Whether the text belongs in the final table even where nothing failed."""
+    """Whether the text is part of the final table even if nothing failed."""
     table: str = ""
-    """What ``row`` is a row of: ``micro``, ``end-to-end``, ``accuracy`` or a name that only the stage's documents know."""
+    """Name of the table that ``row`` belongs to: ``micro``, ``end-to-end``, ``accuracy`` or another one."""
     row: dict[str, Any] = field(default_factory=dict)
-    """Figures, by name."""
+    """Values by column."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """Device, versions, commit and command; ``rehearsal`` is true where a CPU played the GPU."""
+    """Device, versions, commit and command; ``rehearsal`` is true if a CPU stood in for the GPU."""
 
     def line(self) -> str:
-        """The record as one line of JSON, without a newline."""
+        """Return the record as one line of JSON, without a newline."""
         return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if value not in ("", None, {}, False)})
 
 
 def parse(line: str) -> Record:
-    """The record that :meth:`Record.line` wrote.
+    """Parse a line written by :meth:`Record.line`; returns the record.
 
     Raises:
-        ValueError: the line is something else.
+        ValueError: The line is not a record.
     """
     fields = json.loads(line)
     if not isinstance(fields, dict):
@@ -58,10 +58,10 @@ def parse(line: str) -> Record:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file; lines that were cut off, as by the end of a process or a full disk, are left out. No file, no records.
+    """Return the records of a file, without truncated lines, which a killed process or a full disk leaves. Empty if there is no file.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: The file does not contain records.
     """
     if not path.is_file():
         return []
@@ -78,12 +78,12 @@ def read(path: Path) -> list[Record]:
 
 
 def cases_done(records: Iterable[Record], stage: str) -> set[str]:
-    """The cases of a stage whose last record is final: neither failed nor left for later."""
+    """Return the cases of a stage whose last record is neither a failure nor left for later."""
     last = {record.case: record.status for record in records if record.stage == stage and record.case}
     return {case for case, status in last.items() if status in ("ok", "skipped")}
 
 
 def stages_done(records: Iterable[Record]) -> set[str]:
-    """The stages that came to their end: their failed cases would fail again on the same commit and device."""
+    """Return the completed stages. Their failed cases would fail again on the same commit and device."""
     last = {record.stage: record for record in records if not record.case}
     return {stage for stage, record in last.items() if record.row.get("complete")}

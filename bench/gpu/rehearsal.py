@@ -1,4 +1,4 @@
-"""A CPU plays the GPU: Triton's interpreter and the CUDA kernels compiled for a CPU serve its tensors."""
+"""Lets a CPU stand in for the GPU: Triton's interpreter and the CUDA kernels compiled for a CPU run on CPU tensors."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ __all__ = ["environment", "prepare", "unavailable_reason"]
 
 
 def environment() -> dict[str, str]:
-    """The variables that a process needs before it imports the kernels. Compiles the CUDA kernels, if they changed."""
+    """Return the environment variables that must be set before the kernels are imported. Compiles the CUDA kernels if they changed."""
     build = _cuda_on_cpu()
     variables = {REHEARSAL: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if build.why_not() is None:
@@ -25,16 +25,16 @@ def environment() -> dict[str, str]:
 
 
 def prepare() -> None:
-    """Let the backends of a GPU serve this process's CPU tensors, in the order in which they serve a GPU's."""
+    """Enable the GPU backends for this process's CPU tensors, in the order of a GPU."""
     preferred: tuple[Backend, ...] = ("cuda", "triton")
     dispatch.SERVING["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
-    # A GPU's kernels serve tensors of any size; those of a toy are too small for a CPU's to pay. What only Triton has stays with PyTorch
-    # unless it is forced: the interpreter would take minutes for whole iterations.
+    # GPU kernels have no minimum size, and toy tensors are below the CPU's. Operations that only Triton implements stay with PyTorch unless
+    # forced, because the interpreter would take minutes for whole iterations.
     dispatch.WORTHWHILE.update({name: 0 if dispatch.has_kernel(name, "cuda") else sys.maxsize for name in dispatch.WORTHWHILE})
 
 
 def unavailable_reason(backend: Backend) -> str | None:
-    """Why a GPU's backend does not serve this process's CPU tensors, in a line; None if it can."""
+    """Return in one line why a GPU backend is not available for this process's CPU tensors, or None."""
     if backend == "cuda" and (reason := _cuda_on_cpu().why_not()) is not None:
         return str(reason)
     if (reason := dispatch.why_not(backend)) is not None:
@@ -49,5 +49,5 @@ def unavailable_reason(backend: Backend) -> str | None:
 
 
 def _cuda_on_cpu() -> Any:
-    # The emulator belongs to the tests: nothing that is installed needs it.
+    # The emulator is part of the tests and is not installed.
     return importlib.import_module("tests.kernels.cuda_on_cpu.build")

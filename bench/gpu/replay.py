@@ -1,4 +1,4 @@
-"""One call that can be repeated: a CUDA graph on a GPU, the call itself on a CPU."""
+"""Repeats a call: as a CUDA graph on a GPU, by calling it again on a CPU."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,14 +18,15 @@ def replayed(step: Callable[[], Sequence[Tensor]], device: torch.device) -> tupl
     """Capture a step.
 
     Args:
-        step: reads and writes tensors that stay where they are; returns its results.
-        device: of these tensors.
+        step: function that reads and writes tensors at fixed addresses, and returns its results.
+        device: device of these tensors.
 
     Returns:
-        What replays the step, and the results, which every replay overwrites. On a CPU a replay is a call whose results are copied.
+        A function that replays the step, and the results, which every replay overwrites. On a CPU a replay calls the step and copies its
+        results.
 
     Raises:
-        CaptureError: the step cannot be captured.
+        CaptureError: The step cannot be captured.
     """
     if device.type != "cuda":
         results = step()

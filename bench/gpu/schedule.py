@@ -1,4 +1,4 @@
-"""Runs the stages one after the other, each in a process of its own, and keeps what they send, whatever happens to them."""
+"""Runs the stages one after the other, each in its own process, and keeps their records even if a process dies."""
 
 import fcntl
 import hashlib
@@ -26,25 +26,25 @@ from .worker import GPU_LOST
 __all__ = ["STATE", "Campaign", "alone", "digest_of_all", "folder_of"]
 
 STATE = ROOT / ".bench-gpu"
-RESERVE = 5.0  # seconds kept for the table
-GRACE = 2.0  # seconds from a stage's deadline, of which it knows, to its end by force
-PROCESSES = 8  # that one stage may have, where each dies of one of its cases
-LOG_END = 4000  # characters of a stage's output that are kept with its failure
+RESERVE = 5.0  # seconds reserved for the final table
+GRACE = 2.0  # seconds from a stage's deadline until it is killed
+PROCESSES = 8  # maximum per stage, if each dies in one of its cases
+LOG_END = 4000  # characters of a stage's output that are stored with its failure
 SOURCES = ("bench", "csrc", "dfkd_fast", "kernels", "tests")
 SOURCE_FILES = {".cpp", ".cu", ".cuh", ".h", ".py", ".toml"}
 
 
 @dataclass
 class Campaign:
-    """All stages on one device and one state of the sources; a later call goes on where this one ends.
+    """All stages on one device and one state of the sources; a later call resumes.
 
     Args:
-        stages: in their order.
-        files: where results go.
+        stages: stages in order.
+        files: files for the results.
         origin, data_root: see :class:`~bench.gpu.context.Context`.
-        rehearse: on a CPU, at toy size.
-        variables: of the stages' environment, beside this process's.
-        log: told a line whenever a stage begins or ends.
+        rehearse: whether to run at toy size, on a CPU.
+        variables: environment variables of the stages, added to those of this process.
+        log: called with one line when a stage starts or ends.
     """
 
     stages: Sequence[Stage]
@@ -55,19 +55,19 @@ class Campaign:
     variables: Mapping[str, str] = field(default_factory=dict)
     log: Callable[[str], None] = print
     records: list[Record] = field(default_factory=list)
-    """Of this call and, for the same sources and device, of earlier ones."""
-    troubles: list[str] = field(default_factory=list)
-    """What went wrong outside the stages, in a line each."""
+    """Records of this call and of earlier ones with the same sources and device."""
+    problems: list[str] = field(default_factory=list)
+    """Errors outside the stages, one line each."""
     restarted: set[str] = field(default_factory=set)
-    """Stages whose records of earlier calls go once there are new ones."""
+    """Stages whose earlier records are removed as soon as there are new ones."""
 
     @property
     def failed(self) -> bool:
-        """Whether a case or a stage failed, or a result could not be written."""
-        return bool(self.troubles or self.files.troubles) or any(one.status in FAILURES for one in summary.latest(self.records))
+        """Whether a case or a stage failed, or a file could not be written."""
+        return bool(self.problems or self.files.problems) or any(one.status in FAILURES for one in summary.latest(self.records))
 
     def run(self, minutes: float, chosen: Sequence[str] = ()) -> list[str]:
-        """Run what is not done yet; or the chosen stages, where one that was done begins anew.
+        """Run the stages that are not done, or the chosen ones; a chosen stage that is done is run again.
 
         Returns:
             The lines of the final table.
@@ -81,28 +81,28 @@ class Campaign:
                     if stage.name in done and not chosen:
                         self.log(f"{stage.name}: done in an earlier call")
                     elif not chosen or stage.name in chosen:
-                        self._run_stage(stage, end, anew=stage.name in done)
+                        self._run_stage(stage, end, restart=stage.name in done)
         except KeyboardInterrupt:
-            self.troubles.append("INTERRUPTED: what was recorded before is here")
-        self.files.replace(folder.FAILURES, "\n".join([*self.troubles, *self.files.troubles, summary.failures(self.records)]))
+            self.problems.append("INTERRUPTED: the earlier records are kept")
+        self.files.replace(folder.FAILURES, "\n".join([*self.problems, *self.files.problems, summary.failures(self.records)]))
         self.files.replace(folder.SUMMARY, "\n".join(self._table()) + "\n")
         self.files.copy()
         return self._table()
 
     def _table(self) -> list[str]:
-        return summary.lines(self.records, [stage.name for stage in self.stages], [*self.troubles, *self.files.troubles])
+        return summary.lines(self.records, [stage.name for stage in self.stages], [*self.problems, *self.files.problems])
 
-    def _run_stage(self, stage: Stage, end: float, *, anew: bool) -> None:
+    def _run_stage(self, stage: Stage, end: float, *, restart: bool) -> None:
         limit = stage.rehearsal_limit if self.rehearse else stage.limit
         begin = time.monotonic()
         deadline = min(begin + limit, end - GRACE)
         if deadline - begin < min(stage.needs, limit):
-            text = f"{max(0.0, deadline - begin):.0f} s are left, and it needs {stage.needs:.0f}"
-            if not anew:
+            text = f"needs {stage.needs:.0f} s, and {max(0.0, deadline - begin):.0f} s are left"
+            if not restart:
                 self.take(Record(stage.name, "", "left", text))
             self.log(f"{stage.name}: {text}")
             return
-        if anew:
+        if restart:
             self.restarted.add(stage.name)
         self.log(f"{stage.name}: at most {deadline - begin:.0f} s")
         run = _StageRun(self, stage, deadline)
@@ -114,14 +114,14 @@ class Campaign:
             raise
         seconds = round(time.monotonic() - begin, 2)
         if stage.name in self.restarted:
-            self.troubles.append(f"FAILED {stage.name}: {reason}; it recorded nothing, and what an earlier call found stays")
+            self.problems.append(f"FAILED {stage.name}: {reason}; it recorded nothing, and the records of an earlier call stay")
         elif reason is not None:
             self.take(Record(stage.name, "", "failed", reason, run.log_end, seconds))
         self.log(f"{stage.name}: {summary.describe(self.records, stage.name)}, {seconds:.0f} s")
         self.files.copy()
 
     def take(self, record: Record) -> None:
-        """Keep a record; one that its stage could not send itself gets its origin here."""
+        """Keep a record. A record without origin, which the stage did not send itself, gets the campaign's."""
         record = record if record.origin else replace(record, origin=dict(self.origin))
         if record.stage in self.restarted:
             self.restarted.remove(record.stage)
@@ -132,31 +132,31 @@ class Campaign:
 
 
 class _StageRun:
-    """One stage: a process, and another one where that dies of a case."""
+    """Runs one stage, in a new process after each process that a case has killed."""
 
     def __init__(self, campaign: Campaign, stage: Stage, deadline: float) -> None:
         self.campaign, self.stage, self.deadline = campaign, stage, deadline
-        self.settled = set() if stage.name in campaign.restarted else cases_done(campaign.records, stage.name)
-        """Cases that are not to be run again."""
+        self.completed = set() if stage.name in campaign.restarted else cases_done(campaign.records, stage.name)
+        """Cases that are not run again."""
         self.running = ""
-        """The case that was begun last, as long as it has not ended."""
+        """The running case."""
         self.ended = False
-        """Whether the stage said that it came to its end."""
+        """Whether the stage sent its own record."""
         self.log_end = ""
         campaign.files.append(folder.LOG, f"\n== {stage.name}\n")
 
     def to_its_end(self) -> str | None:
-        """Run it; why it did not come to its end, or None."""
+        """Run the stage; returns why it did not complete, or None."""
         for _ in range(PROCESSES):
-            died_of, ending = "", self._process()
+            fatal_case, ending = "", self._process()
             if self.ended:
                 return None
             reason = "the GPU was lost to its process" if ending.code == GPU_LOST else ending.describe()
             if self.running:
-                died_of, self.running = self.running, ""
-                self.settled.add(died_of)
-                self.campaign.take(Record(self.stage.name, died_of, "failed", reason, self.log_end))
-            again = ending.code == GPU_LOST or (died_of and not ending.timed_out)
+                fatal_case, self.running = self.running, ""
+                self.completed.add(fatal_case)
+                self.campaign.take(Record(self.stage.name, fatal_case, "failed", reason, self.log_end))
+            again = ending.code == GPU_LOST or (fatal_case and not ending.timed_out)
             if not again or self.deadline - time.monotonic() < self.stage.needs:
                 break
         return reason
@@ -167,7 +167,7 @@ class _StageRun:
             "stage": self.stage.name,
             "function": self.stage.function,
             "seconds": seconds,
-            "done": sorted(self.settled),
+            "done": sorted(self.completed),
             "rehearse": self.campaign.rehearse,
             "data_root": str(self.campaign.data_root or ""),
             "origin": dict(self.campaign.origin),
@@ -184,17 +184,17 @@ class _StageRun:
 
     def _line(self, line: bytes) -> None:
         try:
-            if line.startswith(b'{"begun"'):
-                self.running = json.loads(line)["begun"]
+            if line.startswith(b'{"started"'):
+                self.running = json.loads(line)["started"]
                 return
             record = parse(line.decode())
         except (TypeError, ValueError) as error:
-            self.campaign.troubles.append(f"FAILED {self.stage.name} sent what is not a record: {error}")
+            self.campaign.problems.append(f"FAILED {self.stage.name} sent an invalid record: {error}")
             return
         self.ended |= not record.case
         self.running = "" if record.case == self.running else self.running
         if record.status != "left":
-            self.settled.add(record.case)
+            self.completed.add(record.case)
         self.campaign.take(record)
 
     def _output(self, data: bytes) -> None:
@@ -205,26 +205,26 @@ class _StageRun:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, no other campaign of this checkout runs: they would share the device, and the files.
+    """Context manager that prevents another campaign in this checkout, which would share the device and the files.
 
     Raises:
-        DfkdError: one is running.
+        DfkdError: Another campaign is running.
     """
     with (STATE / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DfkdError("another python -m bench gpu is running here") from None
+            raise DfkdError("another python -m bench gpu is running in this checkout") from None
         yield
 
 
 def folder_of(device_name: str) -> Path:
-    """Where the records of a device are kept from call to call, as long as what runs there stays the same."""
+    """Return the folder that keeps the records of a device from call to call, for one state of the sources."""
     return STATE / f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}-{digest_of_all()}"
 
 
 def digest_of_all() -> str:
-    """Of the sources, committed or not, the compiled extension and the versions of what they stand on."""
+    """Return a hash of the sources, committed or not, the compiled extension and the versions of its dependencies."""
     digest = hashlib.sha256(repr([version(name) for name in ("torch", "triton", "numba")]).encode())
     if BINARY.is_file():
         digest.update(BINARY.read_bytes())
@@ -237,7 +237,7 @@ def digest_of_all() -> str:
 
 @contextmanager
 def _signals_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM and the end of the terminal do what Ctrl-C does: the stage ends, and the table is still written."""
+    """Context manager in which SIGTERM and SIGHUP raise KeyboardInterrupt: the stage ends, and the table is still written."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Stage 2: the smallest recipes take captured steps; and every operation of every backend is right, called and replayed."""
+"""Stage 2: captured steps of the smallest recipes, and the correctness of every operation of every backend, called and replayed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -43,13 +43,13 @@ ITERATIONS, TOY_ITERATIONS = 10, 2
 
 
 class Operation(NamedTuple):
-    """What is called: a function of two inputs."""
+    """An operation, as a function of two inputs."""
 
     call: Callable[[Tensor, Tensor], Tensors]
     differentiable: int = 2
-    """How many of the inputs get a gradient, from the first one on."""
+    """Number of inputs that require grad, from the first on."""
     first_dtype: torch.dtype | None = None
-    """Of the first input, where the operation does not leave it open."""
+    """Dtype of the first input, if the operation prescribes it."""
 
 
 def _ema(average: Tensor, source: Tensor) -> Tensors:
@@ -74,7 +74,7 @@ def _norm(x: Tensor, _: Tensor) -> Tensors:
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, variance = (torch.full(x.shape[1:2], value, dtype=dtype, device=x.device) for value in (0.0, 1.0))
     channel = torch.arange(x.shape[1], dtype=dtype, device=x.device)
-    # Before the ReLU no number is near 0, where its rounding would decide on the gradient.
+    # Keep the inputs of the ReLU away from 0, where rounding would decide the gradient.
     weight, bias = 0.3 * channel.cos(), channel.remainder(2) * 4 - 2
     y = batch_norm_leaky_relu(x, mean, variance, weight, bias, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2)
     return [y, mean, variance]
@@ -99,7 +99,7 @@ OPERATIONS = {
 
 
 class Case(NamedTuple):
-    """One operation on one kind of input."""
+    """One operation with one backend, dtype and memory layout."""
 
     operation: str
     backend: Backend
@@ -111,16 +111,16 @@ class Case(NamedTuple):
 
 
 def run(context: Context) -> None:
-    """Take steps of the recipes; then check values and gradients against float64, in a plain call and in a replay with other inputs."""
+    """Run iterations of the recipes; then check values and gradients against float64, in a call and in a replay with other inputs."""
     for name in context.cases(RECIPES, needs=1.0):
         with context.attempt(name):
             iterations = TOY_ITERATIONS if context.rehearse else ITERATIONS
             notes, seconds = _steps(name, iterations, context.device)
-            text = "; ".join(notes) or f"{iterations} iterations, nothing remarked"
+            text = "; ".join(notes) or f"{iterations} iterations without notes"
             context.record(name, text=text, seconds=seconds, highlight=bool(notes))
     for case in context.cases([Case(*parts) for parts in product(OPERATIONS, BACKENDS, DTYPES, LAYOUTS)]):
         if case.backend not in backends(context.device):
-            context.record(str(case), "skipped", why_not(case.backend) or f"does not serve {context.device.type} tensors")
+            context.record(str(case), "skipped", why_not(case.backend) or f"does not support {context.device.type} tensors")
             continue
         if not has_kernel(case.operation, case.backend):
             context.record(str(case), "skipped", "has no kernel")
@@ -131,7 +131,7 @@ def run(context: Context) -> None:
 
 
 def _check(case: Case, context: Context) -> str | None:
-    """What is wrong with a case, or None."""
+    """Return how a case differs from its reference, or None."""
     operation, random = OPERATIONS[case.operation], torch.Generator().manual_seed(0)
     shape = TOY_SHAPE if context.rehearse else SHAPE
 
@@ -156,17 +156,17 @@ def _check(case: Case, context: Context) -> str | None:
                 tensor.copy_(value)
         if how == "replayed":
             replay()
-        found = _named(step() if how == "called" else replayed_results)
+        actual = _named(step() if how == "called" else replayed_results)
         with use_backend("reference"):
             expected = _oracle(operation, values, torch.float64)
-            of_plain = errors(_oracle(operation, values), expected)
-        if (wrong := mismatch({name: tensor.cpu() for name, tensor in found.items()}, expected, of_plain, ())) is not None:
+            reference_errors = errors(_oracle(operation, values), expected)
+        if (wrong := mismatch({name: tensor.cpu() for name, tensor in actual.items()}, expected, reference_errors, ())) is not None:
             return f"{how}: {wrong}"
     return None
 
 
 def _results(operation: Operation, inputs: Tensors) -> Tensors:
-    """The values of a call, and the gradients of their sum with different weights."""
+    """Return the results of a call, and the gradients of a weighted sum of them."""
     values = list(operation.call(*inputs))
     if not operation.differentiable:
         return values
@@ -185,10 +185,10 @@ def _named(results: Tensors) -> Results:
 
 
 def _steps(name: str, iterations: int, device: torch.device) -> tuple[list[str], float]:
-    """Take a recipe's first iterations with untrained networks; what the trainer remarked, and the seconds that its steps took.
+    """Run a recipe's first iterations with untrained networks; returns the trainer's notes and the seconds of its steps.
 
     Raises:
-        ArithmeticError: a loss is not finite.
+        ArithmeticError: A loss is not finite.
     """
     recipe = load_recipe(name, {"loop.epochs": 1, "loop.iterations_per_epoch": iterations, "loop.generator_pretraining": 0})
     trainer = Trainer(*networks(recipe), recipe, device=device)

@@ -1,4 +1,4 @@
-"""The stages, in the order in which they run. A new one is a file with a function ``run(context)``, and a line here."""
+"""The stages, in order. A new stage is a module with a function ``run(context)``, and a line here."""
 
 from typing import NamedTuple
 
@@ -6,17 +6,17 @@ __all__ = ["STAGES", "Stage"]
 
 
 class Stage(NamedTuple):
-    """What runs in a process of its own."""
+    """A stage, which runs in its own process."""
 
     name: str
     limit: float
-    """Seconds it may take at most on a GPU."""
+    """Time limit in seconds on a GPU."""
     rehearsal_limit: float
-    """Seconds its rehearsal may take at most on a CPU."""
+    """Time limit in seconds of a rehearsal."""
     needs: float
-    """Seconds below which it is not worth starting."""
+    """Minimum remaining time in seconds to start the stage."""
     function: str
-    """``module:function``; takes a :class:`~bench.gpu.context.Context`."""
+    """``module:function`` of a :class:`~bench.gpu.context.Context`."""
 
 
 STAGES = (

@@ -1,37 +1,37 @@
-"""The table at the end: at most 60 lines, failures first."""
+"""The final table: at most 60 lines, failures first."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .records import FAILURES, Record, Status
 
-__all__ = ["FIGURES", "describe", "failures", "latest", "lines"]
+__all__ = ["NOT_CASES", "describe", "failures", "latest", "lines"]
 
-FIGURES = {"comparison", "compilation", "kernels", "pytest"}
-"""Tables whose records are results of cases, or of several, and no cases themselves."""
+NOT_CASES = {"comparison", "compilation", "kernels", "pytest"}
+"""Tables whose records are not counted as cases, because they summarize cases."""
 LINES = 60
 WIDTH = 240
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """The last record of every case: a later call may have settled what an earlier one left or failed."""
+    """Return the last record of every case: a later call may have completed a case that an earlier one left or failed."""
     return list({(record.stage, record.case): record for record in records}.values())
 
 
-def lines(records: Sequence[Record], stages: Sequence[str], troubles: Sequence[str] = ()) -> list[str]:
-    """The table.
+def lines(records: Sequence[Record], stages: Sequence[str], problems: Sequence[str] = ()) -> list[str]:
+    """Return the lines of the table.
 
     Args:
-        records: of all stages.
-        stages: their names, in order.
-        troubles: what went wrong outside the stages, in a line each.
+        records: records of all stages.
+        stages: names of the stages, in order.
+        problems: errors outside the stages, one line each.
     """
     now = latest(records)
-    failed = [*troubles, *(_failure(record) for record in now if record.status in FAILURES)]
+    failed = [*problems, *(_failure(record) for record in now if record.status in FAILURES)]
     width = 2 + max(map(len, ("stage", *stages)))
     table = [_row(name, now, width) for name in stages]
     highlights = [f"{record.stage}: {record.text}" for record in now if record.highlight and record.status not in FAILURES]
-    # What fails most often fails for one reason: a part of the failures is enough, and the results need some room, too.
+    # Most failures have one cause: some of them are enough, and the results need lines, too.
     room = LINES - len(table) - 2
     shown = failed if len(failed) + len(highlights) <= room else failed[: max(room - min(len(highlights), room // 2) - 1, 1)]
     if len(shown) < len(failed):
@@ -44,18 +44,18 @@ def lines(records: Sequence[Record], stages: Sequence[str], troubles: Sequence[s
 
 
 def failures(records: Iterable[Record]) -> str:
-    """All failures, with their details."""
+    """Return all failures, with their details."""
     return "\n".join(f"{_failure(record)}\n{record.detail}" for record in latest(records) if record.status in FAILURES)
 
 
 def describe(records: Iterable[Record], stage: str) -> str:
-    """How a stage ended, in a few words."""
+    """Return in a few words how a stage ended."""
     now = [record for record in latest(records) if record.stage == stage]
     whole = next((record for record in now if not record.case), None)
-    said = ", ".join(f"{count} {status}" for status, count in sorted(_counts(now).items()))
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(_counts(now).items()))
     if whole is None:
-        return said or "nothing"
-    return f"{whole.text or _status(now)}{f' ({said})' if said else ''}"
+        return counts or "nothing"
+    return f"{whole.text or _status(now)}{f' ({counts})' if counts else ''}"
 
 
 def _row(stage: str, records: Iterable[Record], width: int) -> str:
@@ -70,7 +70,7 @@ def _row(stage: str, records: Iterable[Record], width: int) -> str:
 
 
 def _counts(records: Iterable[Record]) -> Counter[Status]:
-    return Counter(record.status for record in records if record.case and (record.table not in FIGURES or record.status in FAILURES))
+    return Counter(record.status for record in records if record.case and (record.table not in NOT_CASES or record.status in FAILURES))
 
 
 def _status(of_stage: Sequence[Record]) -> str:

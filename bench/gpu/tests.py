@@ -1,4 +1,4 @@
-"""Stage 3: the tests that need a GPU, on all cores; those that need its memory or may break their process come last, one by one."""
+"""Stage 3: the tests that need a GPU, on all cores; those that need much memory or may crash their process come last, one by one."""
 
 import os
 import sys
@@ -17,17 +17,17 @@ from .records import Status
 
 __all__ = ["ON_CPU", "ON_GPU", "Part", "run"]
 
-# Not pytest's auto, which counts a core's two threads as one: what takes time is compiling. But each process has memory of the GPU.
+# Not xdist's auto, which counts physical cores: compiling takes most of the time. Limited, because each process takes GPU memory.
 CORES = min(16, len(os.sched_getaffinity(0)))
-CHUNK = 4  # tests that a worker gets at once
-SPARE = 2.0  # seconds before the deadline at which what has not ended is left
+CHUNK = 4  # tests per chunk of a worker
+SPARE = 2.0  # seconds before the deadline at which unfinished tests are recorded as left
 
 
 class Part(NamedTuple):
-    """One call of pytest."""
+    """One run of pytest."""
 
     arguments: Sequence[str]
-    """Which tests."""
+    """Arguments that select the tests."""
     workers: int
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ ON_GPU: Sequence[Part] = (
     Part(("-m", "gpu and alone"), 1),
     Part(("-m", "gpu and last"), 1),
 )
-# The same calls with the tests of a backend that a CPU runs in the place of a GPU.
+# The same for the tests of a GPU backend that run on a CPU.
 ON_CPU: Sequence[Part] = (
     Part(("-p", "tests.kernels.on_cpu", "--on-cpu=cuda", "--sample", "tests/kernels/test_moments.py"), 2),
     Part(
@@ -76,26 +76,26 @@ class _Reporter:
             self.ended.add(report.nodeid)
 
     def leave(self) -> None:
-        """Record what was not run, or was running."""
+        """Record the tests that did not run, or did not finish, as left."""
         for case in sorted(self.collected - self.ended):
             self.context.leave(case)
 
     def _record_failure(self, report: pytest.CollectReport | pytest.TestReport, case: str) -> None:
         lines = [line for line in report.longreprtext.splitlines() if line.strip()] or ["no reason given"]
-        # pytest marks the lines of the error itself with an E; of a worker that crashed there are none
+        # pytest marks the lines of the error with an E; a crashed worker has none
         errors = [line[1:].strip() for line in lines if line.startswith("E ")]
         self.context.record(case, "failed", errors[0] if errors else lines[-1], detail=report.longreprtext)
 
 
 def run(context: Context) -> None:
-    """Run the tests that no earlier call settled; every test is a case, and so is every part of them."""
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers take all cores
+    """Run the tests that no earlier call completed. Every test is a case, and every part is one."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the workers use all cores
     parts = [part for part in (ON_CPU if context.rehearse else ON_GPU) if str(part) not in context.done]
     reporters = {part: _Reporter(context) for part in parts}
     begin = time.monotonic()
 
     def stop() -> None:
-        # pytest would wait for the test that is running, and xdist for its workers: the process ends here instead.
+        # pytest would wait for the running test, and xdist for its workers.
         for part, reporter in list(reporters.items()):
             reporter.leave()
             context.left.append(str(part))
@@ -108,8 +108,8 @@ def run(context: Context) -> None:
     timer.daemon = True
     timer.start()
     with tempfile.TemporaryDirectory() as folder:
-        settled = Path(folder) / "settled.txt"
-        settled.write_text("\n".join(context.done))
+        completed = Path(folder) / "completed.txt"
+        completed.write_text("\n".join(context.done))
         options = (
             "-q",
             "--tb=short",
@@ -120,8 +120,8 @@ def run(context: Context) -> None:
             "no:benchmark",  # a plugin that warns in every worker
             "-p",
             "bench.gpu.pytest_plugin",
-            f"--settled={settled}",
-            # Few at a time: the slow ones lie together, and a quarter of all tests go to the workers in advance.
+            f"--completed={completed}",
+            # Small, because slow tests are adjacent and xdist assigns a quarter of all tests in advance.
             f"--maxschedchunk={CHUNK}",
         )
         for part in parts:

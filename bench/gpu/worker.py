@@ -1,6 +1,6 @@
 """The process of one stage: ``python -m bench.gpu.worker DESCRIPTOR``, which ``schedule.py`` starts.
 
-What to run is read from standard input, in JSON. Records, and the names of cases that begin, go to the descriptor, line by line.
+It reads the job from standard input, as JSON, and writes records and the names of starting cases to the descriptor, one per line.
 """
 
 import faulthandler
@@ -22,17 +22,17 @@ from .records import Record
 __all__ = ["GPU_LOST", "main"]
 
 GPU_LOST = 75
-"""Exit code where this process cannot use the GPU any more, but a new one may."""
+"""Exit code of a process that lost the GPU, which a new process may use."""
 
 
 def main() -> None:
-    """Run the stage, and end with its own record."""
+    """Run the stage, and write its own record last."""
     job: dict[str, Any] = json.load(sys.stdin)
     deadline = time.monotonic() + job["seconds"]
     descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    # Where it hangs, the log shows at which line.
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    # If the stage hangs, the log gets a traceback.
     faulthandler.dump_traceback_later(max(0.5, job["seconds"]))
     with os.fdopen(descriptor, "w", buffering=1) as records:
         lock = threading.Lock()
@@ -50,8 +50,8 @@ def main() -> None:
             sys.exit(1)
 
 
-def _end_with(parent: int) -> None:
-    """End this process and what it started once its parent is gone: nobody else would free the GPU."""
+def _exit_with(parent: int) -> None:
+    """Kill this process group when the parent process is gone, to free the GPU."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)
@@ -72,7 +72,7 @@ def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> 
         rehearse=job["rehearse"],
         deadline=deadline,
         send=lambda record: write(record.line()),
-        announce=lambda case: write(json.dumps({"begun": case})),
+        announce=lambda case: write(json.dumps({"started": case})),
         done=frozenset(job["done"]),
         data_root=Path(job["data_root"]) if job["data_root"] else None,
         origin=job["origin"],
@@ -83,7 +83,7 @@ def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> 
         getattr(importlib.import_module(module), function)(context)
     except GpuLostError as error:
         print(f"this process has lost the GPU: {error}", file=sys.stderr)
-        os._exit(GPU_LOST)  # what Python does at its end would wait for the GPU
+        os._exit(GPU_LOST)  # Python's shutdown would wait for the GPU
     context.finish(time.monotonic() - begin)
 
 

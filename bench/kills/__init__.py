@@ -1,1 +1,1 @@
-"""Runs that are killed at chosen points and resumed: each must end bit-identical to a run that was never killed, or refuse in one line."""
+"""Kills runs at chosen points and resumes them: each must end bit-identical to an uninterrupted run, or refuse with one line."""

@@ -21,23 +21,23 @@ from typing import Any, NamedTuple, TypeVar
 __all__ = ["RUN_BEGINS", "STAGES", "AtCall", "Call", "Order", "Watch", "file_kind"]
 
 STAGES = dict.fromkeys(("fsync", "replace", "unlink", "mkdir"), ("before", "after")) | {"write": ("before", "middle", "after")}
-"""Where in a call a process can be killed; the middle of a write is when half of it is in the file."""
+"""Points of a call at which a process can be killed; in the middle of a write, half of the data is in the file."""
 RUN_BEGINS = ("recipe.toml", "replace")
-"""What a run does right before its teacher is trained."""
+"""The file operation directly before the teacher's training."""
 NAMES = ("student-best-on-test.safetensors", "student.safetensors", "teacher.safetensors", "recipe.toml", "metrics.jsonl", "summary.json")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class AtCall:
-    """A file operation of the process, and the moment in it at which the process is killed."""
+    """A file operation of the process, and the point in it at which the process is killed."""
 
     file: str
-    """A :func:`file_kind`, or ``folder`` where the call is ``mkdir``."""
+    """A :func:`file_kind`, or ``folder`` if the call is ``mkdir``."""
     call: str
     """One of ``STAGES``."""
     number: int
-    """Which call of this kind on this kind of file, from 1."""
+    """Index of the call among those on this kind of file, from 1."""
     stage: str
 
     def __str__(self) -> str:
@@ -45,39 +45,39 @@ class AtCall:
 
 
 class Call(NamedTuple):
-    """A file operation that was observed."""
+    """An observed file operation."""
 
     seconds: float
-    """Since all imports were done."""
+    """Seconds since the end of the imports."""
     file: str
     call: str
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the process is told."""
+    """Instructions for the process."""
 
     folder: str
-    """Of the run: absolute. Only what happens in it is watched."""
+    """Absolute path of the run folder, the only one that is watched."""
     ready: int
-    """A file descriptor: ``start`` is written to it when all imports are done, ``teacher`` right before the teacher's training."""
+    """File descriptor to which ``start`` is written after the imports, and ``teacher`` directly before the teacher's training."""
     record: str
-    """JSON file that takes the calls if the process ends by itself; empty for none."""
+    """JSON file for the observed calls, if the process ends by itself; empty for none."""
     kill: AtCall | None
 
     def to_json(self) -> str:
-        """As :meth:`from_json` reads it."""
+        """Return the order as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Order":
-        """From what :meth:`to_json` returns."""
+        """Return the order from the JSON of :meth:`to_json`."""
         fields = json.loads(text)
         return cls(**fields | {"kill": AtCall(**fields["kill"]) if fields["kill"] else None})
 
 
 def file_kind(folder: str, path: str) -> str | None:
-    """Which of a run's files a path is, or is a temporary version of; None outside the folder."""
+    """Return which of a run's files a path is, or is a temporary version of; None outside the folder."""
     relative = os.path.relpath(path, folder)
     if relative == ".." or relative.startswith("../"):
         return None
@@ -95,9 +95,9 @@ class Watch:
     """Counts the file operations in a folder, and kills the process at one of them.
 
     Args:
-        folder: whose files are watched; absolute.
-        kill: where to kill the process; None for nowhere.
-        on_call: told the kind of file and the operation, after it.
+        folder: absolute path of the folder to watch.
+        kill: where to kill the process; None to not kill it.
+        on_call: called with the kind of file and the operation, after each operation.
     """
 
     def __init__(self, folder: str, kill: AtCall | None, on_call: Callable[[str, str], None] = lambda file, call: None) -> None:
@@ -109,7 +109,7 @@ class Watch:
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def install(self) -> None:
-        """Put this in front of Python's ways to change files, for the rest of the process."""
+        """Wrap Python's functions that change files, for the rest of the process."""
         builtins.open = io.open = partial(self._open, io.open)
         os.replace = partial(self._move, os.replace)
         os.rename = partial(self._move, os.rename)
@@ -171,7 +171,7 @@ class Watch:
         if kill.stage == "middle":
             middle()
         if kill.stage == "after":
-            with suppress(OSError):  # a file to be removed may not be there, and its caller may not mind
+            with suppress(OSError):  # a file to remove may not exist, which its caller may accept
                 function()
                 finish()
         os.kill(os.getpid(), signal.SIGKILL)

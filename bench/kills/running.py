@@ -1,4 +1,4 @@
-"""Runs that are killed: each in a process of its own, resumed until it ends by itself, and judged."""
+"""Kills runs, each in its own process, resumes them until they end by themselves, and compares the results."""
 
 import json
 import os
@@ -23,89 +23,89 @@ from .verdict import Reference, Verdict, contents, judge
 
 __all__ = ["finish", "references", "run_all", "try_kill"]
 
-SOONER = 0.7  # of its time, where a kill came after the end
+EARLIER = 0.7  # factor of a kill's time, if the run had ended before it
 TRIES = 6
-SLOWNESS = 20.0  # times the reference's seconds after which a process hangs
+HANG_FACTOR = 20.0  # a process that takes this many times the reference's time hangs
 
 
 def finish(changes: tuple[str, ...], folder: Path) -> Done:
-    """Distil the digits without killing the run.
+    """Run the recipe digits without killing it; returns its reference results.
 
     Args:
-        changes: for ``--set``.
-        folder: of the run, which must not exist; it is kept.
+        changes: values of ``--set``.
+        folder: run folder to create; it is kept.
 
     Raises:
-        DfkdError: the run fails.
+        DfkdError: The run fails.
     """
     record = folder.with_name(f"{folder.name}.json")
     ending = _start(_arguments(changes, folder), Order(str(folder), 0, str(record), None), None, None)
     if ending.code != 0:
-        raise DfkdError(f"the run that is not killed ends with code {ending.code}: {ending.errors.strip()}")
+        raise DfkdError(f"the uninterrupted run ends with code {ending.code}: {ending.errors.strip()}")
     recorded = json.loads(record.read_text())
     return Done(changes, Reference.of(folder), tuple(Call(*call) for call in recorded["calls"]), recorded["seconds"])
 
 
 def references(folder: Path) -> dict[str, Done]:
-    """Run every configuration twice without killing it; returns the second runs, for which everything was compiled.
+    """Run every configuration twice without killing it; returns the second runs, which do not compile anything.
 
     Args:
-        folder: takes the runs in.
+        folder: folder for the run folders.
 
     Raises:
-        DfkdError: a run fails, or is not repeatable, in which case no trial could say anything.
+        DfkdError: A run fails, or is not reproducible, so that no trial could be compared with it.
     """
-    found = {}
+    done = {}
     for name, changes in CONFIGURATIONS.items():
         finish(changes, folder / f"{name}-first")
-        found[name] = finish(changes, folder / name)
-        if differences := found[name].reference.differences(folder / f"{name}-first"):
-            raise DfkdError(f"{name}: two runs that are not killed are not the same: {'; '.join(differences)}")
-    return found
+        done[name] = finish(changes, folder / name)
+        if differences := done[name].reference.differences(folder / f"{name}-first"):
+            raise DfkdError(f"{name}: two uninterrupted runs differ: {'; '.join(differences)}")
+    return done
 
 
 def try_kill(trial: Trial, done: Done, folder: Path) -> Result:
-    """Kill a run, resume it until it ends by itself, and judge what it left.
+    """Kill a run, resume it until it ends by itself, and compare its files with the reference; returns the result.
 
     Args:
-        trial: which kills.
-        done: the run that was never killed.
-        folder: of the new one, which must not exist; it is kept.
+        trial: the kills.
+        done: the uninterrupted run.
+        folder: run folder to create; it is kept.
     """
     begin = time.perf_counter()
     first, *others = trial.kills
     struck: list[str] = []
-    before, found, ending = {}, "", None
+    before, newest, ending = {}, "", None
     for _ in range(TRIES):
         ending = _attempt(folder, first, done)
-        # Another machine, or this one at another time, is faster than the reference: the run ended before its kill.
+        # The run was faster than the reference, and ended before its kill.
         if ending.code != 0 or not isinstance(first, AtTime):
             break
-        first = replace(first, fraction=first.fraction * SOONER)
+        first = replace(first, fraction=first.fraction * EARLIER)
         shutil.rmtree(folder)
     if ending is None or not ending.struck:
         verdict = Verdict("FAILED", f"the run ended before the kill {first}, with code {ending.code if ending else 0}")
         return Result(trial, (), "", verdict, time.perf_counter() - begin)
     struck.append(str(first))
     for kill in (*others, None):
-        before, found = contents(folder), _newest(folder)
+        before, newest = contents(folder), _newest(folder)
         ending = _attempt(folder, kill, done)
         if not ending.struck:
             break
         struck.append(str(kill))
     verdict = judge(ending.code, ending.errors, before, folder, done.reference)
-    return Result(trial, tuple(struck), found, verdict, time.perf_counter() - begin)
+    return Result(trial, tuple(struck), newest, verdict, time.perf_counter() - begin)
 
 
 def run_all(trials: Sequence[Trial], done: Mapping[str, Done], folder: Path, jobs: int, on_result: Callable[[Result], None]) -> None:
-    """Run trials, so many at a time.
+    """Run trials in parallel.
 
     Args:
-        trials: what is tried.
-        done: runs that were never killed, by configuration.
-        folder: takes the runs in; those that failed stay there.
-        jobs: how many at a time.
-        on_result: told each result as soon as it is known.
+        trials: trials to run.
+        done: uninterrupted runs, by configuration.
+        folder: folder for the run folders; those of failed trials are kept.
+        jobs: number of concurrent trials.
+        on_result: called with each result as soon as it is known.
     """
 
     def run(trial: Trial) -> Result:
@@ -131,7 +131,7 @@ class _Ending:
 
 
 def _attempt(folder: Path, kill: Kill | None, done: Done) -> _Ending:
-    """Begin the run, or resume it where the folder holds one."""
+    """Start the run, or resume it if the folder holds one."""
     arguments = [*_arguments(done.changes, folder), *(["--resume"] if (folder / "recipe.toml").is_file() else [])]
     order = Order(str(folder), 0, "", kill if isinstance(kill, AtCall) else None)
     return _start(arguments, order, kill if isinstance(kill, AtTime) else None, done)
@@ -142,7 +142,7 @@ def _arguments(changes: Sequence[str], folder: Path) -> list[str]:
 
 
 def _start(arguments: Sequence[str], order: Order, moment: AtTime | None, done: Done | None) -> _Ending:
-    limit = 600.0 if done is None else 60.0 + SLOWNESS * done.seconds
+    limit = 600.0 if done is None else 60.0 + HANG_FACTOR * done.seconds
     folder = Path(order.folder)
     reading, writing = os.pipe()
     errors = folder.with_name(f"{folder.name}.stderr")
@@ -174,12 +174,12 @@ def _start(arguments: Sequence[str], order: Order, moment: AtTime | None, done: 
 
 
 def _kill_at(process: subprocess.Popen[bytes], pipe: int, moment: AtTime, done: Done, limit: float) -> bool:
-    """Kill the process at a moment; returns whether it was still there."""
-    whole, event = (done.seconds, b"start\n") if moment.of == "run" else (done.teacher_seconds, b"teacher\n")
-    for said in _lines(pipe, limit):
-        if said == event:
+    """Kill the process at a moment; returns whether it was still running."""
+    total, event = (done.seconds, b"start\n") if moment.of == "run" else (done.teacher_seconds, b"teacher\n")
+    for line in _lines(pipe, limit):
+        if line == event:
             try:
-                process.wait(moment.fraction * whole)
+                process.wait(moment.fraction * total)
             except subprocess.TimeoutExpired:
                 process.kill()
                 return True
@@ -188,7 +188,7 @@ def _kill_at(process: subprocess.Popen[bytes], pipe: int, moment: AtTime, done: 
 
 
 def _lines(pipe: int, limit: float) -> Iterator[bytes]:
-    """What comes through a pipe, line by line, until its other end is closed or the seconds are over."""
+    """Yield the lines of a pipe until it is closed or the time limit is reached."""
     deadline, rest = time.monotonic() + limit, b""
     while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0] and (data := os.read(pipe, 100)):
         *lines, rest = (rest + data).split(b"\n")
@@ -196,7 +196,7 @@ def _lines(pipe: int, limit: float) -> Iterator[bytes]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with one thread: sums over threads are grouped by their number, and bits are compared."""
+    """Return this process's environment with one thread, because the number of threads affects rounding, and bits are compared."""
     kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

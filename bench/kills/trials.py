@@ -1,6 +1,6 @@
-"""Trials: which runs are killed, at points of a seeded random stream, and the table of what came of it.
+"""Trials: runs to kill at seeded random points, and the table of their results.
 
-``running.py`` kills and resumes them, ``child.py`` is the process that is killed, and ``verdict.py`` judges what it left.
+``running.py`` kills and resumes them, ``child.py`` is the killed process, and ``verdict.py`` compares the results.
 """
 
 import json
@@ -21,26 +21,26 @@ __all__ = ["CONFIGURATIONS", "AtTime", "Done", "Kill", "Result", "Row", "Trial",
 
 SMALL = ("teacher.epochs=6", "loop.epochs=4", "loop.iterations_per_epoch=3", "report.samples_every=2")
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
-    "ema_generator": SMALL,  # MAD, Adam and cosine schedules, as digits has it
+    "ema_generator": SMALL,  # MAD, Adam and cosine schedules, as in digits
     "memory_bank": (
         *SMALL,
         *("replay.kind=memory_bank", "replay.rows=16", "replay.memory_bank.every=1", "update.kind=pooled", "loop.batch_size=48"),
         *("loop.student_ema_decay=0.9", "loop.drift_samples=16", "teacher.augment=shift", "student_optimizer.kind=sgd"),
     ),
 }
-"""What ``--set`` makes of the recipe digits; together they have all kinds of state that a checkpoint keeps on a CPU, but the VAE's."""
+"""Overrides of the recipe digits. Together they cover all state of a checkpoint on a CPU, except the VAE's."""
 TEACHER_FILES = ("teacher checkpoint", "teacher.safetensors")
-SECOND_KILLS = 0.25  # of the trials have one
+SECOND_KILLS = 0.25  # fraction of the trials with a second kill
 Kind = Literal["time", "write", "teacher"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class AtTime:
-    """A moment at which the process is killed from outside, wherever it is."""
+    """A moment at which the process is killed from outside."""
 
     fraction: float
-    """Of the reference's seconds: of the whole run, or of its teacher's training."""
+    """Fraction of the reference's time, of the whole run or of the teacher's training."""
     of: Literal["run", "teacher"]
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ Kill = AtCall | AtTime
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a configuration, and its kills: the first of the run, the second of the resumed one."""
+    """A run of a configuration, and its kills: the first one kills the run, the second one the resumed run."""
 
     number: int
     kind: Kind
@@ -62,19 +62,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Done:
-    """A run that was never killed."""
+    """An uninterrupted run."""
 
     changes: tuple[str, ...]
-    """What ``--set`` made of the recipe digits."""
+    """Overrides of the recipe digits."""
     reference: Reference
     calls: tuple[Call, ...]
-    """Its file operations."""
+    """File operations of the run."""
     seconds: float
-    """Without the imports."""
+    """Duration without the imports."""
 
     @property
     def teacher_seconds(self) -> float:
-        """From the beginning of the teacher's training until its weights are there."""
+        """Seconds from the start of the teacher's training until its weights are written."""
         begin = next(call.seconds for call in self.calls if (call.file, call.call) == RUN_BEGINS)
         return max(call.seconds for call in self.calls if call.file == "teacher.safetensors") - begin
 
@@ -85,9 +85,9 @@ class Result:
 
     trial: Trial
     kills: tuple[str, ...]
-    """That struck. A second one does not where the resumed run has no such point, or refuses."""
-    found: str
-    """What the last kill left: the newest of the files that a run goes on from; empty for none."""
+    """The kills that happened. A second one does not happen if the resumed run does not reach its point, or refuses."""
+    newest_file: str
+    """Newest file after the last kill from which a run can resume; empty if there is none."""
     verdict: Verdict
     seconds: float
 
@@ -97,14 +97,19 @@ class Result:
         return f"trial {trial.number}, {trial.configuration}, {kills}: {self.verdict.outcome}{why}"
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the result as a dictionary for JSON."""
         trial = asdict(self.trial) | {"kills": [{"point": str(kill)} | asdict(kill) for kill in self.trial.kills]}
-        return trial | {"struck": list(self.kills), "found": self.found, **asdict(self.verdict), "seconds": round(self.seconds, 1)}
+        return trial | {
+            "struck": list(self.kills),
+            "newest_file": self.newest_file,
+            **asdict(self.verdict),
+            "seconds": round(self.seconds, 1),
+        }
 
 
 @dataclass(frozen=True)
 class Row:
-    """Trials of a kind."""
+    """Results of the trials of one kind."""
 
     kill: str
     """Kind and file of the first kill."""
@@ -116,12 +121,14 @@ class Row:
 
 
 def draw(seed: int, number: int, done: Mapping[str, Done]) -> Trial:
-    """A trial by its number, the same whatever others are drawn: half of them at random times, a quarter each at writes and the teacher.
+    """Return the trial with a number, which does not depend on other trials.
+
+    Half of the trials kill at random times, a quarter at file writes, and a quarter during the teacher's training.
 
     Args:
-        seed: of the streams of random numbers; each trial has its own.
-        number: from 0.
-        done: runs that were never killed, by configuration.
+        seed: seed of the random numbers.
+        number: number of the trial, from 0.
+        done: uninterrupted runs, by configuration.
     """
     stream = random.Random(f"{seed} {number}")
     kind = KINDS[(0, 1, 0, 2)[number % 4]]
@@ -141,7 +148,7 @@ def draw(seed: int, number: int, done: Mapping[str, Done]) -> Trial:
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """The table: a row for each kind of kill and file, in the order of kinds, and one for all."""
+    """Return a row for each kind of kill and file, in the order of the kinds, and one for all trials."""
     groups: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: (KINDS.index(result.trial.kind), _label(result.trial))):
         groups.setdefault(_label(result.trial), []).append(result)
@@ -149,12 +156,12 @@ def rows(results: Sequence[Result]) -> list[Row]:
 
 
 def write(folder: Path, origin: Mapping[str, object], results: Sequence[Result]) -> None:
-    """Write kills.json, a record a trial, and kills.csv, the table.
+    """Write kills.json, with a record per trial, and kills.csv, the table.
 
     Args:
-        folder: takes the files in.
-        origin: where and with what the trials ran.
-        results: of the trials so far, in any order.
+        folder: output folder.
+        origin: provenance of the trials.
+        results: results of the trials so far, in any order.
     """
     ordered = [result.to_dict() for result in sorted(results, key=lambda result: result.trial.number)]
     with replacing(folder / "kills.json") as part:
@@ -175,7 +182,7 @@ def _label(trial: Trial) -> str:
 
 
 def _draw_call(stream: random.Random, calls: Sequence[Call]) -> AtCall:
-    """Files first, then calls: there are many more writes of pictures than of anything else."""
+    """Draw the file first, then the call, because most calls are writes of images."""
     file = stream.choice(sorted({call.file for call in calls}))
     call = stream.choice(sorted({call.call for call in calls if call.file == file}))
     number = stream.randint(1, sum((one.file, one.call) == (file, call) for one in calls))

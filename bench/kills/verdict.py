@@ -1,4 +1,4 @@
-"""Whether a run that was killed and resumed is the run that was never killed."""
+"""Compares a run that was killed and resumed with an uninterrupted run."""
 
 import hashlib
 import json
@@ -14,42 +14,42 @@ __all__ = ["Outcome", "Reference", "Verdict", "contents", "judge"]
 
 Outcome = Literal["identical", "refused", "FAILED"]
 UNREPEATABLE = ("seconds", "peak_memory_bytes", "peak_memory_bytes_by_phase")
-"""Keys of metrics.jsonl and summary.json: measured, not computed."""
+"""Keys of metrics.jsonl and summary.json whose values are measured, and differ between runs."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one trial."""
+    """Outcome of one trial."""
 
     outcome: Outcome
     why: str = ""
-    """It failed, or what the refusal says."""
+    """Reason of the failure, or message of the refusal."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a run that was never killed left."""
+    """Files of an uninterrupted run."""
 
     hashes: Mapping[str, str]
-    """By file: of what a repetition must reproduce."""
+    """Hashes by file, of the contents that a repetition must reproduce."""
     names: frozenset[str]
-    """Of all files, with ``#`` for what differs between repetitions in the names of TensorBoard's."""
+    """Names of all files; the parts of TensorBoard's file names that differ between runs are replaced by ``#``."""
 
     @classmethod
     def of(cls, folder: Path) -> "Reference":
-        """Of a finished run's folder."""
+        """Return the reference of a finished run's folder."""
         files = [path for path in folder.rglob("*") if path.is_file()]
         compared = {path: reader for path in files if (reader := _reader(path)) is not None}
         hashes = {str(path.relative_to(folder)): hashlib.sha256(reader(path)).hexdigest() for path, reader in compared.items()}
         return cls(hashes, frozenset(_name(path, folder) for path in files))
 
     def differences(self, folder: Path) -> list[str]:
-        """What another run's folder has otherwise, a few words a file."""
+        """Return the differences of another run's folder, one string per file."""
         try:
             other = Reference.of(folder)
-        except Exception as error:  # whatever a damaged file makes its reader raise
+        except Exception as error:  # readers raise many types for a damaged file
             return [f"a file cannot be read: {type(error).__name__}: {error}"]
-        # Older checkpoints than the kept ones survive where a run was killed before it removed them.
+        # Older checkpoints remain if a run was killed before it removed them.
         expected = {_any_iteration(name) for name in self.names}
         return [
             *(f"{name} is missing" for name in sorted(self.names - other.names)),
@@ -59,20 +59,20 @@ class Reference:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file in a folder, by its path there; empty if there is no folder."""
+    """Return the SHA-256 of every file in a folder, by relative path; empty if there is no folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def judge(code: int, errors: str, before: Mapping[str, str], folder: Path, reference: Reference) -> Verdict:
-    """The verdict on the last command of a trial.
+    """Return the verdict on the last command of a trial.
 
     Args:
-        code: its exit code; minus the number of the signal that killed it.
-        errors: what it wrote to standard error.
-        before: ``contents`` of the folder when it began.
-        folder: of the run.
-        reference: what the folder must hold if the command succeeded.
+        code: exit code; negative signal number if killed by a signal.
+        errors: standard error.
+        before: ``contents`` of the folder before the command.
+        folder: run folder.
+        reference: expected files if the command succeeded.
     """
     if code == 0:
         differences = reference.differences(folder)
@@ -99,7 +99,7 @@ def _reader(path: Path) -> Callable[[Path], bytes] | None:
 
 
 def _tensors(path: Path) -> bytes:
-    """Without the metadata, in which a teacher has the seconds of its training."""
+    """Return the tensors without the metadata, which has the duration of a teacher's training."""
     parts = [
         f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.numpy().tobytes()
         for name, tensor in sorted(load_file(path).items())

@@ -1,4 +1,4 @@
-"""Which networks ``dfkd-fast evaluate`` was asked for: built, with their weights and the data they are tested on."""
+"""The networks of ``dfkd-fast evaluate``, built and loaded, with the data they are evaluated on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,28 +24,28 @@ __all__ = ["Candidate", "EvaluationRequest", "candidates"]
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What shall be evaluated, and on what."""
+    """Arguments of ``dfkd-fast evaluate``."""
 
     targets: Sequence[Path]
-    """Folders of runs, and files of weights."""
+    """Run folders and weight files."""
     data: str | None = None
-    """A data set of image files, whatever the weights' own recipes name."""
+    """Data set of image files; overrides the data set of the weights' recipes."""
     models: Sequence[str] = ()
-    """Names of the networks whose files do not say what they are, in their order; then of networks that bring weights."""
+    """Model names: first of the weight files without metadata, in their order, then of networks whose weights a package holds."""
     recipe: Recipe | None = None
-    """What says network and data, where the file's header does not."""
+    """Recipe with network and data of a weight file without metadata."""
     role: str | None = None
-    """"teacher" or "student", where the file's header does not say."""
+    """Role, "teacher" or "student", of a weight file without metadata."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Values by dotted path, over the recipe in the header."""
+    """Overrides by dotted path of the recipe in a file's metadata."""
     precision: PrecisionName = "fp32"
     weights_key: str = ""
-    """Where in the files the weights are; those that a run left have them in one place only."""
+    """Key of the weights in files with several state dicts; files of a run have only one."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network to test."""
+    """A network to evaluate."""
 
     name: str
     role: str
@@ -55,7 +55,7 @@ class Candidate:
 
 
 def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterator[Candidate]:
-    """The networks, with their weights, under names that differ."""
+    """Yields the networks with their weights, under unique names."""
     models = list(request.models)
     names: dict[str, int] = {}
     keyed = False
@@ -80,7 +80,7 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
         raise DfkdError("nothing to evaluate: name a run's folder, a file of weights, or --model")
     if request.weights_key and not keyed:
         raise DfkdError(
-            f"--weights-key {request.weights_key!r}: needs a file that another program left; what a run leaves has one state only"
+            f"--weights-key {request.weights_key!r}: weight files of a run hold one state dict only; the key is for files of other programs"
         )
 
 
@@ -88,34 +88,34 @@ def _files(targets: Sequence[Path]) -> Iterator[Path]:
     for target in targets:
         if target.is_dir():
             folder = RunFolder(target)
-            found = [file for file in (folder.student, folder.teacher) if file.is_file()]
-            if not found:
+            files = [file for file in (folder.student, folder.teacher) if file.is_file()]
+            if not files:
                 raise DfkdError(f"{target} holds neither student.safetensors nor teacher.safetensors")
-            yield from found
+            yield from files
         else:
             yield target
 
 
 def _described(path: Path, request: EvaluationRequest, models: list[str], log: Callable[[str], None]) -> tuple[str, Recipe, str]:
-    """The role of a file of weights, a recipe that names its network and its data, and the key of its weights."""
+    """Returns the role of a weight file, a recipe with its network and data, and the key of its weights."""
     metadata = read_metadata(path)
     if "recipe" in metadata:
         role = metadata.get("role", request.role)
         if role not in ("teacher", "student"):
-            there = f"the role {role!r} in the header of {path}" if role else f"{path} has a recipe in its header and no role"
-            raise DfkdError(f"{there}: must be 'teacher' or 'student'" + ("" if role else ", as --role says"))
+            problem = f"role {role!r} in the metadata of {path}" if role else f"{path} has a recipe but no role in its metadata"
+            raise DfkdError(f"{problem}: must be 'teacher' or 'student'" + ("" if role else "; use --role"))
         recipe = recipe_from_toml(metadata["recipe"], f"recipe in {path}", _data_of(request))
         _confirm_code(path, role, recipe, request, models)
         return role, recipe, ""
     if models:
         return request.role or "student", _pretrained(models.pop(0), path, request, log), request.weights_key
     if request.recipe is None or request.role is None:
-        raise DfkdError(f"{path} does not say what network it is: give --model and --data, or --recipe and --role teacher or student")
+        raise DfkdError(f"{path} has no metadata that names its network: use --model and --data, or --recipe and --role teacher or student")
     return request.role, request.recipe, request.weights_key
 
 
 def _confirm_code(path: Path, role: str, recipe: Recipe, request: EvaluationRequest, models: list[str]) -> None:
-    """Raise a :class:`DfkdError` where a file alone names a function to run, and the command line does not."""
+    """Raise a :class:`DfkdError` if a file names code to run that the command line does not name, too."""
     model = model_of(recipe, role)
     if not is_user_function(model):
         return
@@ -125,11 +125,11 @@ def _confirm_code(path: Path, role: str, recipe: Recipe, request: EvaluationRequ
         named += [request.recipe.teacher.model, request.recipe.student.model]
     if model not in named:
         raise DfkdError(
-            f"{role}.model = {model!r} in the header of {path}: code that a file names is run only if the command line names it, too:"
+            f"{role}.model = {model!r} in the metadata of {path}: code that a file names runs only if the command line names it, too:"
             f" --model {model}, or --recipe FILE"
         )
     if model in models:
-        models.remove(model)  # it confirms, and names no further network
+        models.remove(model)  # it confirms the file's network, and is not another one to evaluate
 
 
 def _data_of(request: EvaluationRequest) -> dict[str, Any]:
@@ -137,12 +137,20 @@ def _data_of(request: EvaluationRequest) -> dict[str, Any]:
 
 
 def _pretrained(model: str, weights: Path | None, request: EvaluationRequest, log: Callable[[str], None]) -> Recipe:
-    """A recipe for a network that is known by name only, with the images seen as it was trained to."""
+    """Returns a recipe for a network known by name only, with the input transform it was trained with."""
     root = request.overrides.get("data.root")
     if request.data is None or root is None:
-        raise DfkdError(f"--model {model}: needs --data and --data-root, the images to evaluate it on")
-    view = resolve_eval_transform(model, weights, log=log)
-    seen = {"image_size": view.crop, "resize": view.resize, "interpolation": view.interpolation, "mean": view.mean, "std": view.std}
+        raise DfkdError(f"--model {model}: requires --data and --data-root, the images to evaluate on")
+    transform = resolve_eval_transform(model, weights, log=log)
     classes = DATA_SETS[request.data].classes or list_test_images(request.data, Path(root)).classes
-    content = {"name": model, "student": {"model": model}, "data": {"channels": len(view.mean), "num_classes": classes, **seen}}
+    data = {
+        "channels": len(transform.mean),
+        "num_classes": classes,
+        "image_size": transform.crop,
+        "resize": transform.resize,
+        "interpolation": transform.interpolation,
+        "mean": transform.mean,
+        "std": transform.std,
+    }
+    content = {"name": model, "student": {"model": model}, "data": data}
     return recipe_from_toml(tomli_w.dumps(content), f"--model {model}", _data_of(request))

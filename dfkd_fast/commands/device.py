@@ -1,4 +1,4 @@
-"""Where a command computes."""
+"""The device of a command."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +16,13 @@ __all__ = ["device_context"]
 
 @contextmanager
 def device_context(name: DeviceName) -> Iterator[torch.device]:
-    """Gives this process's device; inside, the processes that torchrun started are a group.
+    """Yields this process's device; inside, the processes of torchrun form a process group.
 
     Raises:
-        DfkdError: there is no such device, or the kernels' backend that is forced does not exist or does not serve a call.
+        DfkdError: the device does not exist, or a forced kernel backend does not exist or does not support a call.
     """
     try:
-        device = distributed.local(pick_device(name))
+        device = distributed.local_device(pick_device(name))
         with distributed.process_group(device):
             yield device
     except BackendError as error:

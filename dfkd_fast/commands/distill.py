@@ -1,4 +1,4 @@
-"""Distilling, and teaching what is distilled."""
+"""``dfkd-fast distill`` and ``dfkd-fast teach``."""
 
 import platform
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder
+from dfkd_fast.report.html import write_report
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import eval_mode
 
@@ -36,13 +37,17 @@ from .segmentation import label_maps, print_iou
 __all__ = ["auto_batch_size", "distill", "teach"]
 
 OF_THE_TEACHER = {"seed", "data", "teacher", "teacher_optimizer"}
-"""What a trained teacher depends on of a recipe."""
+"""Recipe sections that a trained teacher depends on."""
 TEACHER_SIZES = ("teacher.batch_size", "data.image_size", "data.channels")
-"""What the memory of its training depends on."""
+"""Settings that the memory of the teacher's training depends on."""
 
 
 def teach(run: Run) -> float:
-    """Train the recipe's teacher and store it in the run's folder; returns its test accuracy, or mIoU, in percent."""
+    """Train the recipe's teacher and save it in the run folder.
+
+    Returns:
+        The test accuracy, or mIoU, in percent.
+    """
     recipe = run.recipe
     with memory_for("the teacher", sizes_of(recipe, "teacher.model", "data.image_size", "data.channels", "data.num_classes")):
         teacher = build_network(recipe, "teacher").to(run.device)
@@ -61,9 +66,12 @@ def teach(run: Run) -> float:
 
 
 def distill(run: Run) -> dict[str, Any]:
-    """Distil the recipe's student, going on from the folder's newest checkpoint; returns the summary.
+    """Distill the recipe's student, resuming from the newest checkpoint of the run folder.
 
-    Of the data, only ``evaluate`` reaches the trainer, and only to report.
+    The trainer never sees the data: it calls ``evaluate``, whose result is only reported.
+
+    Returns:
+        The content of ``summary.json``.
     """
     recipe, folder, device = run.recipe, run.folder, run.device
     teacher, student, generator = build_networks(recipe, device)
@@ -72,8 +80,8 @@ def distill(run: Run) -> dict[str, Any]:
     teacher_seconds = _obtain_teacher(run, teacher)
     with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
         teacher_accuracy = evaluate(teacher) if evaluate else None
-    if teacher_accuracy is not None and (doubt := _doubt_of_teacher(recipe, teacher_accuracy)):
-        run.note(doubt)
+    if teacher_accuracy is not None and (warning := _teacher_warning(recipe, teacher_accuracy)):
+        run.note(warning)
     initialize_encoder(recipe, student, teacher)
 
     trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
@@ -84,24 +92,25 @@ def distill(run: Run) -> dict[str, Any]:
     iou = evaluate.iou({"teacher": teacher, "student": trainer.result}) if evaluate else {}
 
     folder.save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
-    folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
-    summary = _summarise(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {})
+    folder.plot_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
+    summary = _summarize(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {})
     folder.write_summary(summary)
+    write_report(folder)
     _print_summary(run.console, summary, folder)
     print_iou(run.console, iou)
     return summary
 
 
 def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with the largest batch that fits into the GPU.
+    """Returns the recipe with the largest power of 2 as ``loop.batch_size`` that fits the GPU.
 
     Raises:
         DfkdError: there is no GPU, or not even the smallest batch fits.
     """
     if device.type != "cuda":
-        raise DfkdError(f"--fit: finds what fits into a GPU's memory, and the device is {device.type!r}")
+        raise DfkdError(f"--auto-batch-size: needs a GPU, and the device is {device.type!r}")
     if distributed.world_size() > 1:
-        raise DfkdError("--fit: finds what fits into one GPU; run it in a single process, then set loop.batch_size")
+        raise DfkdError("--auto-batch-size: works on one GPU; run it in a single process, then set loop.batch_size")
 
     data = recipe.data
 
@@ -111,35 +120,35 @@ def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
     def attempt(size: int) -> None:
         trainer = Trainer(*build_networks(recipe, device), with_batch(size), device=device)
         trainer.steps.warm_up()
-        if data.has_images:  # the evaluation between two epochs, beside what the steps keep
+        if data.has_images:  # evaluation between two epochs, while the steps keep their memory
             images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)
             with eval_mode(trainer.result):
                 trainer.result(images.to(memory_format=torch.channels_last))
 
-    # What a recipe may ask of a batch of its own.
     smallest = max(2, recipe.engine.micro_batches, recipe.replay.smallest_batch)
     size = largest_batch_size(attempt, smallest)
     if size == 0:
         raise DfkdError(
-            f"--fit: not even a batch of {smallest} fits: choose smaller networks, engine.micro_batches or generator.checkpointing"
+            f"--auto-batch-size: not even {smallest} samples fit: use smaller networks, engine.micro_batches or generator.checkpointing"
         )
-    LOGGER.info("--fit: loop.batch_size = %d (the recipe has %d)", size, recipe.loop.batch_size)
+    LOGGER.info("--auto-batch-size: loop.batch_size = %d (the recipe has %d)", size, recipe.loop.batch_size)
     return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 
 
 def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
-    """Give the teacher its weights: the user's, the folder's, or trained ones; returns the seconds of the training.
+    """Load or train the teacher: weights of the user, of the run folder, or newly trained. From here on the run folder exists.
 
-    From here on the run's folder exists.
+    Returns:
+        Seconds of the teacher's training, 0 for weights of the user.
     """
-    wanted, stored = run.recipe.teacher.weights, run.folder.teacher
-    if wanted:
+    stored = run.folder.teacher
+    if run.recipe.teacher.weights:
         load_given_teacher(run.recipe, teacher, run.note)
         run.begin()
         return 0.0
     for name in ("sha256", "weights_key"):
         if value := getattr(run.recipe.teacher, name):
-            raise DfkdError(f"teacher.{name} = {value!r}: is of a file, and none is given: name it with --teacher FILE")
+            raise DfkdError(f"teacher.{name} = {value!r}: requires a weight file: name it with --teacher FILE")
     if stored.is_file():
         metadata = read_metadata(stored)
         if "recipe" in metadata:
@@ -153,7 +162,11 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
 
 
 def _train_teacher(run: Run, teacher: nn.Module) -> float:
-    """Train on the training split, which nothing outside this function ever holds; returns the seconds it took."""
+    """Train on the training split, which nothing outside this function holds a reference to.
+
+    Returns:
+        Seconds of the training.
+    """
     recipe, device = run.recipe, run.device
     check_trainable(recipe, teacher, device)
     stream = torch.Generator().manual_seed(recipe.seed)
@@ -167,8 +180,8 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
         teacher, loader, recipe.teacher_optimizer, settings.epochs, stream, run.device, focal_gamma=settings.focal_gamma
     )
     run.resume(training, run.folder.teacher_checkpoints)
-    with Progress(run.console, "teacher", settings.epochs, len(loader), training.done * len(loader)) as progress:
-        training.on_batch = lambda count: progress.iteration(training.done * len(loader) + count)
+    with Progress(run.console, "teacher", settings.epochs, len(loader), training.epochs_done * len(loader)) as progress:
+        training.on_batch = lambda count: progress.iteration(training.epochs_done * len(loader) + count)
         run.train(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
     seconds = training.clock.read()["teacher"]
     run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
@@ -180,21 +193,21 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
 
     def report(epoch: Epoch) -> None:
         progress.epoch(epoch)
-        if epoch is _judged(recipe, trainer.history):
-            for doubt in _doubts(recipe, trainer.history, teacher_accuracy):
-                run.note(doubt)
+        if epoch is _first_quarter_epoch(recipe, trainer.history):
+            for warning in _chance_warnings(recipe, trainer.history, teacher_accuracy):
+                run.note(warning)
         folder.log(epoch)
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
             folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
-        if epoch.number % recipe.report.samples_every == 0 or trainer.finished:
+        if epoch.number == 1 or epoch.number % recipe.report.samples_every == 0 or trainer.finished:
             images = trainer.sample(recipe.report.samples)
             dense = recipe.data.task == "segmentation"
-            seen = label_maps([trainer.teacher, trainer.result], images, palette(recipe.data)) if dense else []
-            folder.draw_samples(images, recipe.data.mean, recipe.data.std, epoch.number, seen)
-            folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
+            maps = label_maps([trainer.teacher, trainer.result], images, palette(recipe.data)) if dense else []
+            folder.save_samples(images, recipe.data.mean, recipe.data.std, epoch.number, maps)
+            folder.plot_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
 
     if trainer.state.pretrained < recipe.loop.generator_pretraining:
-        LOGGER.info("the generator learns alone for %d steps", recipe.loop.generator_pretraining - trainer.state.pretrained)
+        LOGGER.info("pretraining the generator for %d steps", recipe.loop.generator_pretraining - trainer.state.pretrained)
     folder.begin_log(trainer.history)
     try:
         loop, metric = recipe.loop, recipe.data.metric
@@ -205,37 +218,36 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
         folder.end_log()
 
 
-def _doubts(recipe: Recipe, history: Sequence[Epoch], teacher_accuracy: float | None) -> list[str]:
-    """What to check of a run whose teacher, or else whose student after a quarter of the epochs, is no better than chance."""
+def _chance_warnings(recipe: Recipe, history: Sequence[Epoch], teacher_accuracy: float | None) -> list[str]:
+    """Warnings for a teacher, or a student after a quarter of the epochs, that is no better than chance."""
     if teacher_accuracy is None:
         return []
-    if doubt := _doubt_of_teacher(recipe, teacher_accuracy):
-        return [doubt]
-    judged, data = _judged(recipe, history), recipe.data
-    if judged is None or judged.student_accuracy is None or not is_at_chance(judged.student_accuracy, data):
+    if warning := _teacher_warning(recipe, teacher_accuracy):
+        return [warning]
+    epoch, data = _first_quarter_epoch(recipe, history), recipe.data
+    if epoch is None or epoch.student_accuracy is None or not is_at_chance(epoch.student_accuracy, data):
         return []
     rates = (f"{name}.lr = {getattr(recipe, name).lr}" for name in ("student_optimizer", "generator_optimizer"))
     return [
-        f"after {judged.number} of {recipe.loop.epochs} epochs the student's {data.metric} is {judged.student_accuracy:.2f} %,"
-        f" which is chance ({chance(data):.2f} %); check that the teacher's, {teacher_accuracy:.2f} %, is what it should be,"
-        f" that data.mean and data.std are the teacher's, that teacher and student are the networks that were meant,"
-        f" and {' and '.join(rates)}"
+        f"after {epoch.number} of {recipe.loop.epochs} epochs the student's {data.metric} is {epoch.student_accuracy:.2f} %,"
+        f" which is chance ({chance(data):.2f} %); check the teacher's {data.metric} ({teacher_accuracy:.2f} %),"
+        f" that data.mean and data.std are the teacher's, teacher.model and student.model, and {' and '.join(rates)}"
     ]
 
 
-def _doubt_of_teacher(recipe: Recipe, accuracy: float) -> str:
-    """A line for a teacher that is no better than chance; empty for others."""
+def _teacher_warning(recipe: Recipe, accuracy: float) -> str:
+    """A warning for a teacher that is no better than chance; empty for others."""
     data = recipe.data
     if not is_at_chance(accuracy, data):
         return ""
     return (
-        f"the teacher's {data.metric} is {accuracy:.2f} %, which is chance ({chance(data):.2f} %), and its student can be no better;"
+        f"the teacher's {data.metric} is {accuracy:.2f} %, which is chance ({chance(data):.2f} %), and a student cannot be better;"
         " check its weights, data.mean and data.std, and the order of the classes"
     )
 
 
-def _judged(recipe: Recipe, history: Sequence[Epoch]) -> Epoch | None:
-    """The first epoch after a quarter of all of them whose student was evaluated."""
+def _first_quarter_epoch(recipe: Recipe, history: Sequence[Epoch]) -> Epoch | None:
+    """The first epoch with an evaluated student after a quarter of the run; None before."""
     quarter = recipe.loop.epochs / 4
     return next((epoch for epoch in history if epoch.number >= quarter and epoch.student_accuracy is not None), None)
 
@@ -248,12 +260,12 @@ def _accuracies(trainer: Trainer) -> list[float]:
     return [epoch.student_accuracy for epoch in trainer.history if epoch.student_accuracy is not None]
 
 
-def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teacher_seconds: float) -> dict[str, Any]:
+def _summarize(run: Run, trainer: Trainer, teacher_accuracy: float | None, teacher_seconds: float) -> dict[str, Any]:
     accuracies, phases = _accuracies(trainer), trainer.state.clock.read()
-    student_accuracy = found = None
+    student_accuracy = statistics = None
     if accuracies and teacher_accuracy is not None:
-        found = asdict(retention(accuracies, teacher_accuracy - run.recipe.report.retained_within))
-        student_accuracy = {name: found[name] for name in ("last", "best", "mean", "variance")}
+        statistics = asdict(retention(accuracies, teacher_accuracy - run.recipe.report.retained_within))
+        student_accuracy = {name: statistics[name] for name in ("last", "best", "mean", "variance")}
     drifts = [epoch.drift for epoch in trainer.history if epoch.drift]
     return {
         "recipe": run.recipe.name,
@@ -265,8 +277,8 @@ def _summarise(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "metric": run.recipe.data.metric,
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
-        "retention": found,
-        "notes": [*trainer.notes, *_doubts(run.recipe, trainer.history, teacher_accuracy)],
+        "retention": statistics,
+        "notes": [*trainer.notes, *_chance_warnings(run.recipe, trainer.history, teacher_accuracy)],
         "drift": {name: fmean(drift[name] for drift in drifts) for name in drifts[0]} if drifts else None,
         "seconds": {
             "total": run.seconds,

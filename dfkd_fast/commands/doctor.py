@@ -1,4 +1,4 @@
-"""``dfkd-fast doctor``: what this machine has, or whether a teacher is what its recipe takes it for."""
+"""``dfkd-fast doctor``: a report on the machine, or on a teacher."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -26,15 +26,15 @@ IMAGES = 16
 
 
 class Check(NamedTuple):
-    """One thing about a teacher."""
+    """Result of one check of a teacher."""
 
-    thing: str
-    found: str
+    name: str
+    result: str
     verdict: Literal["good", "wrong", "note"]
 
 
 def print_machine(console: Console) -> None:
-    """Print tables of what this machine has and what is used, and of the backend of every operation.
+    """Print a table of the machine's devices and packages, and one of the backend of every operation.
 
     Raises:
         DfkdError: ``DFKD_FAST_BACKEND`` names a backend that does not exist or is not installed.
@@ -43,28 +43,31 @@ def print_machine(console: Console) -> None:
         backends = choices()
     except BackendError as error:
         raise DfkdError(str(error)) from error
-    print_table(console, ("", "found", "used"), findings())
+    print_table(console, ("", "installed", "used"), findings())
     print_table(console, ("operation", "on a CPU", "on a GPU"), backends)
 
 
 def print_teacher(recipe: Recipe, device: torch.device, console: Console) -> None:
-    """A table of :func:`check_teacher`.
+    """Print the results of :func:`check_teacher` as a table.
 
     Raises:
-        DfkdError: as there; or something is wrong, once it is printed.
+        DfkdError: as there; or a check has failed, after the table is printed.
     """
     checks = check_teacher(recipe, device)
-    print_table(console, ("teacher", "found", ""), checks)
-    if wrong := [check.thing for check in checks if check.verdict == "wrong"]:
-        raise DfkdError(f"--teacher {recipe.name}: wrong are {', '.join(wrong)}")
+    print_table(console, ("check", "result", "verdict"), checks)
+    if wrong := [check.name for check in checks if check.verdict == "wrong"]:
+        raise DfkdError(f"--teacher {recipe.name}: failed checks: {', '.join(wrong)}")
 
 
 def check_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
-    """Whether a recipe's teacher is what the recipe takes it for.
+    """Check a teacher's weights against its recipe.
 
     Args:
-        recipe: its ``teacher.weights`` are looked at; with ``data.root`` the accuracy, too.
-        device: where it is tried.
+        recipe: with ``teacher.weights``; with ``data.root`` the accuracy is measured, too.
+        device: to run the teacher on.
+
+    Returns:
+        One result per check.
 
     Raises:
         DfkdError: there are no weights, or they do not fit the network.
@@ -83,7 +86,7 @@ def check_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
 
 
 def _images(recipe: Recipe, labelled: Batches | None) -> Tensor:
-    """Some of the data set's, normalised, or noise whose spectrum is that of natural images."""
+    """Returns normalized images of the data set, or noise with the 1/f spectrum of natural images, (N, C, H, W)."""
     if labelled is not None:
         for images, _ in labelled:
             return images[:IMAGES].float().clone()
@@ -100,23 +103,23 @@ def _images(recipe: Recipe, labelled: Batches | None) -> Tensor:
 
 
 def _checks(recipe: Recipe, teacher: nn.Module, images: Tensor, evaluate: Evaluator | None) -> Iterator[Check]:
-    wanted, seen = recipe.teacher, "images of the data set" if evaluate else "noise like natural images"
-    yield Check("weights", wanted.weights + (f", sha256 {wanted.sha256}…" if wanted.sha256 else ""), "good")
+    config, source = recipe.teacher, "images of the data set" if evaluate else "1/f noise"
+    yield Check("weights", config.weights + (f", sha256 {config.sha256}…" if config.sha256 else ""), "good")
     logits = teacher(images)
     classes = recipe.data.num_classes
     yield Check("classes", f"{logits.shape[1]} logits, data.num_classes is {classes}", "good" if logits.shape[1] == classes else "wrong")
     yield _scores(logits.float())
     again, alone = teacher(images), teacher(images[:1])
     same = torch.equal(logits, again) and torch.allclose(logits[:1].float(), alone.float(), rtol=1e-3, atol=1e-3)
-    answers = "an image has the same logits in every call, also alone" if same else "an image has other logits in another call, or alone"
+    answers = "logits are deterministic and independent of the batch" if same else "logits change between calls, or with the batch"
     yield Check("evaluation mode", answers, "good" if same else "wrong")
     norms = [layer for layer in teacher.modules() if has_running_statistics(layer)]
     needed = recipe.objective.bn_moments > 0
-    asked = "objective.bn_moments needs them" if needed else "the objective needs none"
-    yield Check("batch norms", f"{len(norms)} with running statistics; {asked}", "wrong" if needed and not norms else "good")
+    reason = "objective.bn_moments requires them" if needed else "not required by the objective"
+    yield Check("batch norms", f"{len(norms)} with running statistics; {reason}", "wrong" if needed and not norms else "good")
     if norms:
         yield _folding(teacher, images)
-        yield _normalisation(recipe, teacher, images, seen)
+        yield _normalization(recipe, teacher, images, source)
     if evaluate is not None:
         accuracy, chance = evaluate(teacher), 100 / classes
         below = "below " if recipe.data.task == "segmentation" else ""
@@ -129,9 +132,9 @@ def _scores(logits: Tensor) -> Check:
         return Check("scores", "NaN or infinite", "wrong")
     sums = logits.sum(1)
     if (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        return Check("scores", "probabilities, but logits are wanted: take the softmax off", "wrong")
+        return Check("scores", "probabilities instead of logits: remove the softmax", "wrong")
     if logits.logsumexp(1).abs().max() < 1e-3:
-        return Check("scores", "log-probabilities: an L1 discrepancy wants logits, take the log-softmax off", "wrong")
+        return Check("scores", "log-probabilities instead of logits: remove the log-softmax", "wrong")
     if logits.std() < 1e-6:
         return Check("scores", "the same for all classes", "wrong")
     return Check("scores", f"logits between {logits.min():.1f} and {logits.max():.1f}", "good")
@@ -142,11 +145,11 @@ def _folding(teacher: nn.Module, images: Tensor) -> Check:
         fold_and_verify(teacher, images[:4])
     except FoldingError as error:
         return Check("folding", f"not possible: {error}", "note")
-    return Check("folding", "batch norms fold into convolutions, the logits stay", "good")
+    return Check("folding", "batch norms fold into convolutions with the same logits", "good")
 
 
-def _normalisation(recipe: Recipe, teacher: nn.Module, images: Tensor, seen: str) -> Check:
-    """Under which normalisation the first batch norm is given what it was in training."""
+def _normalization(recipe: Recipe, teacher: nn.Module, images: Tensor, source: str) -> Check:
+    """Find the input normalization under which the first batch norm's input matches its running statistics best."""
     mean, std = (torch.tensor(constants, device=images.device)[:, None, None] for constants in (recipe.data.mean, recipe.data.std))
     pixels = images * std + mean
     observer = Observer(teacher, statistics=True, features=False)
@@ -165,9 +168,9 @@ def _normalisation(recipe: Recipe, teacher: nn.Module, images: Tensor, seen: str
         "pixels in [-1, 1]": lambda x: 2 * x - 1,
         "pixels in [0, 255]": lambda x: 255 * x,
     }
-    found = {name: mismatch(view) for name, view in views.items()}
-    ours, (best, least) = found["the recipe's mean and std"], min(found.items(), key=lambda item: item[1])
-    text = f"{seen} miss the first batch norm's statistics by {ours:.2f}"
-    if least < 0.5 * ours:
-        return Check("normalisation", f"{text}, as {best} by {least:.2f}", "wrong")
-    return Check("normalisation", f"{text}; no other usual one fits better by half", "good")
+    mismatches = {name: mismatch(view) for name, view in views.items()}
+    ours, (best, smallest) = mismatches["the recipe's mean and std"], min(mismatches.items(), key=lambda item: item[1])
+    text = f"mismatch of the first batch norm's statistics on {source}: {ours:.2f} with the recipe's mean and std"
+    if smallest < 0.5 * ours:
+        return Check("normalization", f"{text}, {smallest:.2f} with {best}", "wrong")
+    return Check("normalization", f"{text}; no other usual normalization halves it", "good")

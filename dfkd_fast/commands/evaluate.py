@@ -1,4 +1,4 @@
-"""``dfkd-fast evaluate``: accuracy of weights on labelled images, and how far they agree."""
+"""``dfkd-fast evaluate``: accuracy of weights on labelled images, and agreement with the teacher."""
 
 import json
 import logging
@@ -45,26 +45,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What one file of weights is worth."""
+    """Evaluation of one weight file."""
 
     weights: str
     role: str
     model: str
     count: int
-    """Images it was tested on."""
+    """Number of images evaluated."""
     images_per_second: float
-    """Of the pass that it shared with the networks that see images as it does."""
+    """Throughput of the pass, which networks with the same input transform share."""
     seconds: dict[str, float]
-    """Of that pass: ``total``, ``decode``, ``network``."""
+    """Seconds of that pass: ``total``, ``decode``, ``network``."""
     agreement: dict[str, Any] | None
-    """With the first teacher, or the first network: ``reference``, ``top1`` in percent, ``mean_kl`` in nats."""
+    """Agreement with the first teacher, or the first network: ``reference``, ``top1`` in percent, ``mean_kl`` in nats."""
     unreadable: list[str]
-    """Files left out, and why."""
+    """Files that could not be decoded, with the reason."""
 
 
 @dataclass(frozen=True)
 class EvaluatedClassifier(Evaluated):
-    """The same of a classifier, in percent."""
+    """Evaluation of a classifier; accuracies in percent."""
 
     top1: float
     top5: float
@@ -72,24 +72,24 @@ class EvaluatedClassifier(Evaluated):
 
 @dataclass(frozen=True)
 class EvaluatedSegmenter(Evaluated):
-    """The same of a segmenter, in percent."""
+    """Evaluation of a segmenter; metrics in percent."""
 
     miou: float
     pixel_accuracy: float
     iou: dict[str, float | None]
-    """By class, None of one that occurs nowhere."""
+    """IoU by class; None for a class that occurs nowhere."""
 
 
 def evaluate_and_print(request: EvaluationRequest, device: torch.device, console: Console, json_file: Path | None = None) -> None:
-    """Test networks, print what they are worth, and write it to a JSON file, too, where one is named; only the first process does.
+    """Evaluate networks, print the metrics and optionally write them to a JSON file; the first process prints and writes.
 
     Raises:
-        DfkdError: as :func:`evaluate_weights`, or the JSON file cannot be written, or is one of the weights.
+        DfkdError: as :func:`evaluate_weights`, or the JSON file cannot be written, or is one of the weight files.
     """
     if json_file is not None:
         check_output("--json", json_file)
         if json_file.exists() and any(target.exists() and target.samefile(json_file) for target in request.targets):
-            raise DfkdError(f"--json {json_file}: would replace what is to be evaluated")
+            raise DfkdError(f"--json {json_file}: would overwrite a file to evaluate")
     results = evaluate_weights(request, device, console)
     if distributed.rank() > 0:
         return
@@ -100,14 +100,14 @@ def evaluate_and_print(request: EvaluationRequest, device: torch.device, console
         print_table(console, ("weights", "role", "model", "top-1", "top-5", "images"), rows)
     if segmented:
         rows = [(*_which(one), f"{one.miou:.2f} %", f"{one.pixel_accuracy:.2f} %", str(one.count)) for one in segmented]
-        print_table(console, ("weights", "role", "model", "mIoU", "pixels right", "images"), rows)
+        print_table(console, ("weights", "role", "model", "mIoU", "pixel accuracy", "images"), rows)
         print_iou(console, {one.weights: one.iou for one in segmented})
     for result in results:
         if result.agreement is not None:
             agreement, what = result.agreement, "pixels" if result in segmented else "images"
             print_line(
                 console,
-                f"{result.weights} predicts as {agreement['reference']} on {agreement['top1']:.2f} % of the {what};"
+                f"{result.weights} agrees with {agreement['reference']} on {agreement['top1']:.2f} % of the {what};"
                 f" mean KL {agreement['mean_kl']:.4f} nats",
             )
     for speed in dict.fromkeys(_speed(result) for result in results):
@@ -123,25 +123,27 @@ def _which(result: Evaluated) -> tuple[str, str, str]:
 
 
 def _speed(result: Evaluated) -> str:
-    seconds, left_out = result.seconds, f"; {len(result.unreadable)} files left out" if result.unreadable else ""
+    seconds, skipped = result.seconds, f"; {len(result.unreadable)} files skipped" if result.unreadable else ""
     return (
-        f"{result.count} images in {seconds['total']:.1f} s, {result.images_per_second:.1f} a second:"
-        f" {seconds['decode']:.1f} s waiting for images, {seconds['network']:.1f} s for the networks{left_out}"
+        f"{result.count} images in {seconds['total']:.1f} s, {result.images_per_second:.1f} images/s:"
+        f" {seconds['decode']:.1f} s waiting for data, {seconds['network']:.1f} s in the networks{skipped}"
     )
 
 
 def check_image_files(name: str) -> None:
-    """Raise a :class:`DfkdError` unless a data set of that name consists of image files with a label each."""
+    """Raise a :class:`DfkdError` unless a data set of that name consists of labelled image files."""
     if name not in (names := [known for known, row in DATA_SETS.items() if row.image_files]):
         raise DfkdError(f"--data: {unknown('data set of image files', name, names)}")
 
 
 def evaluate_weights(request: EvaluationRequest, device: torch.device, console: Console) -> list[Evaluated]:
-    """Test networks; those that see the same images share one pass over them.
+    """Evaluate networks; those with the same input transform share one pass over the data.
+
+    Returns:
+        One result per network, in the order of the request.
 
     Raises:
-        DfkdError: nothing to evaluate, nothing that says what network it is or where images are, or images that cannot be
-            decoded.
+        DfkdError: nothing to evaluate, an unknown network or data folder, or images that cannot be decoded.
     """
 
     log = partial(LOGGER.warning, "%s")
@@ -150,11 +152,11 @@ def evaluate_weights(request: EvaluationRequest, device: torch.device, console: 
     for candidate in requested:
         passes.setdefault(candidate.data, []).append(candidate)
     if len(passes) > 1:
-        log("these networks see images in different ways: a pass each, and no agreement between them")
-    found: dict[str, Evaluated] = {}
+        log("these networks have different input transforms: one pass each, and no agreement between them")
+    results: dict[str, Evaluated] = {}
     for data, together in passes.items():
-        found |= _one_pass(data, together, request.precision, device, console, log)
-    return [found[candidate.name] for candidate in requested]
+        results |= _one_pass(data, together, request.precision, device, console, log)
+    return [results[candidate.name] for candidate in requested]
 
 
 def _is_silent(console: Console) -> bool:
@@ -172,7 +174,7 @@ def _one_pass(
     networks = {one.name: one.network.to(device, memory_format=torch.channels_last) for one in candidates}  # type: ignore[call-overload]
     lowered = Precision(precision, device)
     for network in networks.values():
-        lowered.keep_logits(network, torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
+        lowered.keep_logits_in_float32(network, torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
     reference = next((one.name for one in candidates if one.role == "teacher"), candidates[0].name)
     images = torch.float16 if precision == "fp16" else torch.float32
     batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), log=log)
@@ -191,7 +193,7 @@ def _one_pass(
     check_readable(done.unreadable, done.count, data)
     agreements = {one.network: {name: value for name, value in asdict(one).items() if name != "network"} for one in done.agreements}
 
-    def described(one: Candidate, figures: ClassificationMetrics | SegmentationMetrics) -> Evaluated:
+    def result_of(one: Candidate, metrics: ClassificationMetrics | SegmentationMetrics) -> Evaluated:
         common: dict[str, Any] = {
             "weights": one.name,
             "role": one.role,
@@ -202,9 +204,9 @@ def _one_pass(
             "agreement": agreements.get(one.name),
             "unreadable": done.unreadable,
         }
-        if isinstance(figures, SegmentationMetrics):
-            iou = iou_by_class(data, figures)
-            return EvaluatedSegmenter(**common, miou=figures.miou, pixel_accuracy=figures.pixel_accuracy, iou=iou)
-        return EvaluatedClassifier(**common, top1=figures.top1, top5=figures.top5)
+        if isinstance(metrics, SegmentationMetrics):
+            iou = iou_by_class(data, metrics)
+            return EvaluatedSegmenter(**common, miou=metrics.miou, pixel_accuracy=metrics.pixel_accuracy, iou=iou)
+        return EvaluatedClassifier(**common, top1=metrics.top1, top5=metrics.top5)
 
-    return {one.name: described(one, done.networks[one.name]) for one in candidates}
+    return {one.name: result_of(one, done.networks[one.name]) for one in candidates}

@@ -1,4 +1,4 @@
-"""The networks a recipe names."""
+"""Builds the networks that a recipe names."""
 
 import hashlib
 from collections.abc import Callable
@@ -28,25 +28,25 @@ NETWORK_SIZES = (
     *("teacher.model", "student.model", "generator.width", "generator.latent_dim"),
     *("data.image_size", "data.channels", "data.num_classes"),
 )
-"""What the memory of the networks depends on."""
+"""Settings that the memory of the networks depends on."""
 
 
 def model_of(recipe: Recipe, role: str) -> str:
-    """The name of the recipe's "teacher" or "student"."""
+    """Returns the model name of the recipe's "teacher" or "student"."""
     return recipe.teacher.model if role == "teacher" else recipe.student.model
 
 
 def build_network(recipe: Recipe, role: str) -> nn.Module:
-    """A freshly initialised teacher or student, the same for the same seed whatever was built before."""
+    """Returns a newly initialized "teacher" or "student"; its weights depend on the recipe's seed only."""
     torch.manual_seed(recipe.seed)
     return build_model(model_of(recipe, role), recipe.data.num_classes, recipe.data.channels)
 
 
 def build_networks(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The recipe's teacher, student and generator, untrained.
+    """Returns the recipe's teacher, student and generator, untrained, on the device.
 
     Raises:
-        OutOfMemoryError: they need more memory than there is.
+        OutOfMemoryError: they do not fit in memory.
     """
     data = recipe.data
     sizes = sizes_of(recipe, *NETWORK_SIZES)
@@ -59,53 +59,57 @@ def build_networks(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.
 
 
 def noise_images(recipe: Recipe, count: int, device: torch.device) -> Tensor:
-    """Standard normal numbers in the shape of the recipe's images, (count, C, H, W); always the same."""
+    """Returns standard normal noise in the shape of the recipe's images, (count, C, H, W), with a fixed seed."""
     shape = count, recipe.data.channels, recipe.data.image_size, recipe.data.image_size
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def check_teacher(recipe: Recipe, teacher: nn.Module, device: torch.device) -> None:
-    """Raise a :class:`DfkdError` where a teacher, on the device, does not give as many logits as its data has classes, or not where
-    the labels are, if there are any."""
+    """Check the shape of the teacher's logits.
+
+    Raises:
+        DfkdError: it does not return one logit per class, or, with data, not one set of them per label.
+    """
     data = recipe.data
-    found = tuple(check_classifier("teacher", teacher, noise_images(recipe, 2, device), "data.image_size's"))
+    shape = tuple(check_classifier("teacher", teacher, noise_images(recipe, 2, device), "data.image_size's"))
     expected = (data.num_classes, *((data.image_size,) * 2 if data.task == "segmentation" else ()))
-    if found[0] != data.num_classes or (data.has_images and found != expected):
+    if shape[0] != data.num_classes or (data.has_images and shape != expected):
         raise DfkdError(
-            f"the teacher {recipe.teacher.model} gives {found} logits an image, not {expected}: data.num_classes is {data.num_classes}"
+            f"the teacher {recipe.teacher.model} returns logits of shape {shape} per image, expected {expected}:"
+            f" data.num_classes is {data.num_classes}"
         )
 
 
 def check_storable(role: str, network: nn.Module) -> None:
-    """Raise a :class:`DfkdError` where a network keeps more than tensors, which a file of weights cannot hold."""
+    """Raise a :class:`DfkdError` if the network's state dict holds anything but tensors, which a weight file cannot store."""
     for name, value in network.state_dict().items():
         if not isinstance(value, Tensor):
-            raise DfkdError(f"the {role} keeps a {type(value).__name__} as {name} in its state: only tensors can be stored")
+            raise DfkdError(f"the {role}'s state dict holds a {type(value).__name__} as {name}: only tensors can be stored")
 
 
 def load_given_teacher(recipe: Recipe, teacher: nn.Module, log: Callable[[str], None]) -> None:
-    """Load the weights that ``teacher.weights`` names.
+    """Load ``teacher.weights`` into the teacher.
 
     Args:
-        recipe: its ``[teacher]`` says which.
-        teacher: is given them.
-        log: called with a line that says what was taken from the file, unless it is all of it.
+        recipe: with the section ``[teacher]``.
+        teacher: modified in place.
+        log: called with a line that says which part of the file was loaded, unless it is all of it.
 
     Raises:
-        DfkdError: they are not there, of another network, or have another checksum than ``teacher.sha256``.
+        DfkdError: the weights do not exist, do not fit the network, or do not match ``teacher.sha256``.
     """
-    wanted = recipe.teacher
-    if wanted.weights == "package":
-        if wanted.weights_key:
-            raise DfkdError(f"teacher.weights_key = {wanted.weights_key!r}: must be empty for teacher.weights = 'package'")
-        if wanted.sha256:
-            raise DfkdError(f"teacher.sha256 = {wanted.sha256!r}: must be empty for teacher.weights = 'package'")
-        load_pretrained(teacher, wanted.model)
+    config = recipe.teacher
+    if config.weights == "package":
+        if config.weights_key:
+            raise DfkdError(f"teacher.weights_key = {config.weights_key!r}: must be empty for teacher.weights = 'package'")
+        if config.sha256:
+            raise DfkdError(f"teacher.sha256 = {config.sha256!r}: must be empty for teacher.weights = 'package'")
+        load_pretrained(teacher, config.model)
         return
-    path = expanded(wanted.weights)
-    if wanted.sha256 and path.is_file():
+    path = expanded(config.weights)
+    if config.sha256 and path.is_file():
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not found.startswith(wanted.sha256.lower()):
-            raise DfkdError(f"teacher.sha256 = {wanted.sha256!r}: the file {path} has {found}")
-    load_weights(teacher, path, key=wanted.weights_key, log=log)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(config.sha256.lower()):
+            raise DfkdError(f"teacher.sha256 = {config.sha256!r}: the file {path} has {digest}")
+    load_weights(teacher, path, key=config.weights_key, log=log)

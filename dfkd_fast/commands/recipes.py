@@ -1,4 +1,4 @@
-"""``dfkd-fast recipes``: what ships. Nothing here imports PyTorch."""
+"""``dfkd-fast recipes``. Nothing here imports PyTorch."""
 
 from rich.console import Console
 
@@ -10,4 +10,4 @@ __all__ = ["print_recipes"]
 
 def print_recipes(console: Console) -> None:
     """Print a table of the recipes that come with the package."""
-    print_table(console, ("recipe", "what it does"), [(name, read_recipe(name)["description"]) for name in shipped_recipes()])
+    print_table(console, ("recipe", "description"), [(name, read_recipe(name)["description"]) for name in shipped_recipes()])

@@ -1,4 +1,4 @@
-"""What is told of networks that label every pixel, beside their mIoU."""
+"""Label maps and the per-class IoU table of segmenters."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,12 +12,12 @@ __all__ = ["label_maps", "print_iou"]
 
 
 def label_maps(networks: Sequence[nn.Module], images: Tensor, colours: Tensor) -> list[Tensor]:
-    """What networks see in images (N, C, H, W), painted in the classes' colours: uint8 (N, 3, H, W) each.
+    """Returns the predicted label maps of each network as RGB images, uint8 (N, 3, H, W).
 
     Args:
-        networks: images → logits (N, classes, H, W).
-        images: in the networks' normalised space.
-        colours: uint8 (classes, 3).
+        networks: map images to logits (N, classes, H, W).
+        images: normalized, (N, C, H, W).
+        colours: of the classes, uint8 (classes, 3).
     """
     maps = []
     for network in networks:
@@ -28,9 +28,9 @@ def label_maps(networks: Sequence[nn.Module], images: Tensor, colours: Tensor) -
 
 
 def print_iou(console: Console, iou: Mapping[str, Mapping[str, float | None]]) -> None:
-    """A table of the IoU in percent by network and class; a class that occurs nowhere has none. Of no network, nothing."""
+    """Print a table of the IoU in percent by class and network; a dash for a class that occurs nowhere. Prints nothing without networks."""
     if not iou:
         return
     names = list(next(iter(iou.values())))
-    rows = [(name, *("–" if found[name] is None else f"{found[name]:.2f}" for found in iou.values())) for name in names]
+    rows = [(name, *("–" if by_class[name] is None else f"{by_class[name]:.2f}" for by_class in iou.values())) for name in names]
     print_table(console, ("IoU (%)", *iou), rows, figures=True)

@@ -89,7 +89,7 @@ CASES: list[Case] = [
         "replay.kind=memory_bank",
         "--set",
         f"replay.rows={HUGE}",
-        says="of which there are 64",
+        says="must be at most loop.batch_size = 64",
     ),
     case(
         "more losses than an epoch keeps",
@@ -105,7 +105,7 @@ CASES: list[Case] = [
         "digits",
         "--set",
         f"loop.generator_steps={HUGE}",
-        says="100000000 of a kind",
+        says="at most 100000000 are allowed",
     ),
     case(
         "more micro-batches than samples",
@@ -113,7 +113,7 @@ CASES: list[Case] = [
         "digits",
         "--set",
         f"engine.micro_batches={HUGE}",
-        says="fresh or replayed samples are 64 only",
+        says="must be at most 64, the number of fresh or replayed samples",
     ),
     case("images too large for any network", "show", "digits", "--set", "data.image_size=16388", says="≤ 16384"),
     case("images whose side is no machine number", "show", "digits", "--set", f"data.image_size={2**63}", says="≤ 16384"),

@@ -23,7 +23,7 @@ CASES: list[Case] = [
     case(
         "figures in place of the weights",
         *("evaluate", "./weights.pt", "--json", "weights.pt"),
-        says="--json weights.pt: would replace what is to be evaluated",
+        says="--json weights.pt: would overwrite a file to evaluate",
         files={"weights.pt": b"weights"},
     ),
     evaluates("figures in no folder", "none/figures.json", says="--json none/figures.json: there is no folder"),
@@ -33,10 +33,10 @@ CASES: list[Case] = [
     case("a run that is given twice", "compare", "run", "./run", says="run is given twice", files=RUN),
     compares("a folder for a picture", "run", says="--out run is a folder, and must be a file"),
     compares("a picture in no folder", "none/picture.png", says="--out none/picture.png: there is no folder"),
-    compares("a picture of no kind", "picture.foo", says="--out picture.foo: a picture's name ends in .png, .svg"),
-    compares("a picture of no suffix", "picture", says="--out picture: a picture's name ends in .png, .svg"),
-    compares("a picture of a suffix alone", ".png", says="--out .png: a picture's name ends in .png, .svg"),
-    compares("a picture that is data", "picture.raw", says="--out picture.raw: a picture's name ends in .png, .svg"),
+    compares("a picture of no kind", "picture.foo", says="--out picture.foo: the suffix must be one of .png, .svg"),
+    compares("a picture of no suffix", "picture", says="--out picture: the suffix must be one of .png, .svg"),
+    compares("a picture of a suffix alone", ".png", says="--out .png: the suffix must be one of .png, .svg"),
+    compares("a picture that is data", "picture.raw", says="--out picture.raw: the suffix must be one of .png, .svg"),
     compares("a name too long for a picture", "a" * 300 + ".png", says="File name too long"),
     case(
         "a symlink into no folder",

@@ -52,12 +52,12 @@ CASES: list[Case] = [
     shows("what is extended is no name", "extends = 3", says="extends = 3: must be the name or path of a recipe"),
     shows("what is extended does not exist", "extends = 'digit'", says="unknown recipe 'digit': did you mean 'digits'?"),
     shows("what is extended is not there", "extends = 'nowhere.toml'", says="recipe 'nowhere.toml' cannot be read"),
-    shows("it extends itself", "extends = 'mine.toml'", says="recipe 'mine.toml' extends itself, by way of 'mine.toml'"),
+    shows("it extends itself", "extends = 'mine.toml'", says="recipe 'mine.toml' extends itself through 'mine.toml'"),
     shows("it extends itself under another path", "extends = './a/../mine.toml'", says="cannot be read"),
     case(
         "two extend each other",
         *("show", "a/mine.toml"),
-        says="recipe 'a/mine.toml' extends itself, by way of 'a/../b/../a/mine.toml'",
+        says="recipe 'a/mine.toml' extends itself through 'a/../b/../a/mine.toml'",
         files={"a/mine.toml": "extends = '../b/other.toml'", "b/other.toml": "extends = '../a/mine.toml'"},
     ),
     shows("NUL in what is extended", 'extends = "a\\u0000b.toml"', says="cannot be read: embedded null byte"),
@@ -81,9 +81,9 @@ CASES: list[Case] = [
         }.items()
     ),
     sets("a number for a name", "name=3", says="name = 3: must be a string"),
-    sets("a name that is no text", "name=a\udcff", says="name has a NUL character or bytes that are no UTF-8"),
+    sets("a name that is no text", "name=a\udcff", says="name has a NUL character or bytes that are not UTF-8"),
     sets("NUL in a name", 'name="a\\u0000b"', says="name has a NUL character"),
-    sets("a path that is no UTF-8", "data.root=/a\udcff", says="data.root has a NUL character or bytes that are no UTF-8"),
+    sets("a path that is no UTF-8", "data.root=/a\udcff", says="data.root has a NUL character or bytes that are not UTF-8"),
     sets("NUL in a path", 'data.root="a\\u0000b"', says="data.root has a NUL character"),
     # numbers that no machine can use
     sets("a seed of 2⁶³", f"seed={2**63}", says=f"seed = {2**63}: must be a whole number ≥ 0 and ≤ {2**63 - 1}"),

@@ -172,10 +172,10 @@ RECIPES = [
     evaluated("a recipe in a header with an unknown key", student("name = 'x'\nabsent = 1"), "in s.safetensors: unknown key 'absent'"),
     evaluated("a recipe in a header that is no text", student("name = '\ud800'"), "recipe in s.safetensors: name has a NUL"),
     evaluated("a recipe in a header with an unknown network", student("name = 'x'\nstudent.model = 'absent'"), "unknown model 'absent'"),
-    evaluated("code in a header", student("name = 'x'\nstudent.model = 'os:getcwd'"), "code that a file names is run only if"),
-    evaluated("a header without a role", {"recipe": "name = 'x'"}, "has a recipe in its header and no role"),
-    evaluated("a header with another role", {"role": "boss", "recipe": "name = 'x'"}, "the role 'boss' in the header of s.safetensors"),
-    evaluated("a header without a recipe", {}, "s.safetensors does not say what network it is"),
+    evaluated("code in a header", student("name = 'x'\nstudent.model = 'os:getcwd'"), "code that a file names runs only if"),
+    evaluated("a header without a role", {"recipe": "name = 'x'"}, "has a recipe but no role in its metadata"),
+    evaluated("a header with another role", {"role": "boss", "recipe": "name = 'x'"}, "role 'boss' in the metadata of s.safetensors"),
+    evaluated("a header without a recipe", {}, "s.safetensors has no metadata that names its network"),
 ]
 PYTORCH = [
     weights("an empty file", b"", "t.pt cannot be read: it is empty"),

@@ -7,7 +7,7 @@ from bench.gpu.folder import Folder
 from bench.gpu.schedule import Campaign
 from bench.gpu.stages import Stage
 
-# A function of planted.py each.
+# The fault and its function in planted.py.
 FAULTS = {
     "exception": "raising",
     "case": "failing_case",

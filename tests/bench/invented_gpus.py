@@ -1,4 +1,4 @@
-"""What python -m bench gpu would write on two GPUs that nobody has, and what python -m bench report makes of it."""
+"""Invented records of python -m bench gpu on two GPUs, and helpers to read the documents generated from them."""
 
 import shutil
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from bench import report
 from bench.gpu.records import Record, Status
 from bench.micro.rows import Row
 from bench.provenance import ROOT, measured_on
-from bench.report.figures import Figures
 from bench.report.markdown import END
+from bench.report.results import Results
 from bench.table import cells
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -20,7 +20,7 @@ COMMAND = "python -m bench gpu --minutes 9 --out /scratch/out"
 
 
 class Device:
-    """Writes the records of a GPU that is so many times as slow as an imagined one."""
+    """Creates records of a GPU, with all times multiplied by ``slowness``."""
 
     def __init__(self, name: str, slowness: float, commit: str = "abc1234", rehearsal: bool = False) -> None:
         self.slowness = slowness
@@ -107,9 +107,9 @@ def write(path: Path, records: Iterable[Record]) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A checkout with the documents as they are and no results."""
+    """A checkout with the current documents and without results."""
     root = tmp_path / "root"
-    for name in ("README.md", "docs/gpu.md"):
+    for name in report.documents(Results(root)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     (root / "bench" / "results").mkdir(parents=True)
@@ -118,13 +118,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def shown(root: Path, begin: str) -> str:
-    """What stands under a line of a document."""
-    name = next(name for name, sections in report.documents(Figures(root)).items() if begin in sections)
+    """Return the table under a marker in a document."""
+    name = next(name for name, sections in report.documents(Results(root)).items() if begin in sections)
     return (root / name).read_text().partition(begin)[2].partition(END)[0].strip()
 
 
 def column(text: str, device: str) -> dict[tuple[str, ...], str]:
-    """A device's cell of each row of the first table, by the cells before the devices."""
+    """Return a device's cells in the first table, by the label cells of the row."""
     lines = text[text.index("| ") :].partition("\n\n")[0].splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     labels = min(index for index, title in enumerate(rows[0]) if title in (H100, H200))

@@ -1,4 +1,4 @@
-"""Stages with a fault each, for faults.py. Imports little, because every stage is a process of its own."""
+"""Stages with one fault each, for faults.py. Imports little, because every stage has its own process."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def failing_case(context: Context) -> None:
 
 
 def hanging(context: Context) -> None:
-    """Deaf to SIGTERM, with a child that holds its pipes and writes for ever."""
+    """Ignores SIGTERM, with a child process that holds its pipes open and writes forever."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     context.record("before")
     child = subprocess.Popen([sys.executable, "-c", "import time\nwhile True: print('child', flush=True); time.sleep(0.05)"])
@@ -81,8 +81,8 @@ def losing_the_gpu(context: Context) -> None:
 
 
 def wrong_kernel(context: Context) -> None:
-    """The smoke stage with a kernel of Triton that is off by a little."""
-    os.environ["TRITON_INTERPRET"] = "1"  # which is read when the kernels are imported
+    """The smoke stage with a Triton kernel whose result is slightly wrong."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     from bench.gpu import rehearsal, smoke
     from dfkd_fast.kernels.moments import gpu
 
@@ -111,7 +111,7 @@ def without_time(context: Context) -> None:
         context.record(case)
 
 
-def telling_variables(context: Context) -> None:
+def recording_variables(context: Context) -> None:
     for name in ("DFKD_FAST_BACKEND", "PYTEST_ADDOPTS", "TRITON_INTERPRET", "GIVEN"):
         context.record(name, text=os.environ.get(name, "cleared"))
 
@@ -122,7 +122,7 @@ def flooding(context: Context) -> None:
 
 
 def few_tests(context: Context) -> None:
-    """The tests stage, of the tests in a file that a variable names."""
+    """The tests stage, on the tests in a file that an environment variable names."""
     from bench.gpu import tests
 
     file = Path(os.environ["PLANTED_TESTS"])

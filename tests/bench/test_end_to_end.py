@@ -1,5 +1,4 @@
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -9,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch._C._autograd import DeviceType
 from torch._dynamo.utils import counters
@@ -16,13 +17,15 @@ from torch._dynamo.utils import counters
 from bench import end_to_end, methods, provenance, report, table
 from bench.__main__ import main
 from bench.baselines.plain import textbook
-from bench.end_to_end import Row, contenders, measuring, rows
-from bench.processes import WorkerError
+from bench.end_to_end import Row, contenders, measuring, plots, rows
+from bench.processes import Worker, WorkerError
 from bench.provenance import measured_on
 from dfkd_fast import DfkdError, GeneratorA, Recipe, load_recipe
 from dfkd_fast.engine.clock import Clock
 
 CPU = torch.device("cpu")
+ON_GPU = torch.device("cuda")
+PEERS = ["plain", "plain + malloc reuse", "plain compiled", "plain compiled + malloc reuse"]
 
 
 def tiny(**changes: object) -> Recipe:
@@ -32,8 +35,8 @@ def tiny(**changes: object) -> Recipe:
 
 def row(contender: str, seconds: float) -> Row:
     text = {"recipe": "r", "precision": "fp32", "contender": contender}
-    figures = {name: seconds for name in Row.__annotations__ if name not in (*text, "provenance")}
-    return Row(**text, **figures | {"batch_size": 4}, provenance=measured_on("d", ""))  # type: ignore[arg-type]
+    values = {name: seconds for name in Row.__annotations__ if name not in (*text, "provenance")}
+    return Row(**text, **values | {"batch_size": 4}, provenance=measured_on("d", ""))  # type: ignore[arg-type]
 
 
 def test_the_textbook_generator_is_the_same_function_with_the_same_parameters() -> None:
@@ -46,50 +49,118 @@ def test_the_textbook_generator_is_the_same_function_with_the_same_parameters() 
 
 
 @pytest.mark.parametrize("replay", ["none", "ema_generator"])
-def test_every_uncompiled_contender_plays_whole_iterations_and_says_how_long(replay: str) -> None:
-    builds = contenders.contenders(tiny(replay__kind=replay), CPU, "bf16", compiled_engine=True)
-    assert list(builds)[:2] == ["plain", "plain_compiled"]
-    assert list(builds)[-2:] == ["engine", "engine, compiled"]
-    for name, build in builds.items():
-        if "compiled" not in name:
+def test_every_uncompiled_contender_runs_and_times_whole_iterations(replay: str) -> None:
+    for name, build in contenders.contenders(tiny(replay__kind=replay), CPU, "bf16", compiled_engine=True).items():
+        if "compile" not in name:
             times = build().run(2)
             assert len(times) == 2, name
             assert all(0 < student < whole for student, whole in times), name
 
 
-def test_the_features_are_switched_on_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, object]] = []
-    monkeypatch.setattr(contenders, "_engine", lambda recipe, device, changes: seen.append(changes))
-    for name, build in contenders.contenders(tiny(), CPU, "bf16", compiled_engine=True, graphs=True).items():
-        if not name.startswith("plain"):
-            build()
-    differences = [{key for key in seen[-1] if before.get(key) != after.get(key)} for before, after in itertools.pairwise(seen)]
-    assert differences == [
-        {"engine.channels_last"},
-        {"engine.cpu_convolutions"},
-        {"engine.malloc_reuse"},
-        {"textbook"},
-        {"kernels"},
-        {"engine.fold_teacher"},
-        {"engine.precision"},
-        {"engine.capture"},
-        {"engine.compile"},
+def test_on_a_cpu_each_plain_loop_is_a_peer_with_and_without_malloc_reuse() -> None:
+    names = list(contenders.contenders(tiny(), CPU, "bf16"))
+    assert names[:4] == PEERS
+    assert names[4:] == [
+        "+ no redundant gradients",
+        "+ channels-last",
+        "+ CPU convolution selection",
+        "+ malloc reuse",
+        "+ transposed convolution",
+        "+ fused kernels",
+        "+ folded teacher",
+        "engine (+ bf16 autocast)",
     ]
-    names = list(contenders.contenders(tiny(), CPU, "bf16", graphs=True))
-    assert names[-3:] == ["+ folded teacher", "engine, eager", "engine"]
+    assert list(contenders.contenders(tiny(), CPU, "fp32"))[-2:] == ["+ fused kernels", "engine (+ folded teacher)"]
+
+
+def test_on_a_gpu_no_contender_has_malloc_reuse_and_cuda_graphs_come_last() -> None:
+    assert list(contenders.contenders(tiny(), ON_GPU, "bf16", compiled_engine=True)) == [
+        "plain",
+        "plain compiled",
+        "+ no redundant gradients",
+        "+ channels-last",
+        "+ transposed convolution",
+        "+ fused kernels",
+        "+ folded teacher",
+        "+ bf16 autocast",
+        "engine (+ CUDA graphs)",
+        "+ torch.compile",
+    ]
+
+
+def test_each_rung_enables_the_feature_in_its_name_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    rungs: dict[str, dict[str, object]] = {}
+    monkeypatch.setattr(contenders, "_engine", lambda recipe, device, changes: changes)
+    builders: dict[str, Callable[[], Any]] = dict(contenders.contenders(tiny(), CPU, "bf16", compiled_engine=True, graphs=True))
+    for name, build in builders.items():
+        if name not in PEERS:
+            rungs[name] = build()
+    before: dict[str, object] = rungs.pop("+ no redundant gradients")
+    assert set(before.values()) == {True, False, "fp32"}
+    assert [name for name, value in before.items() if value is True] == ["textbook"]
+    enabled = {}
+    for name, changes in rungs.items():
+        enabled[name] = {key: value for key, value in changes.items() if before.get(key) != value}
+        before = changes
+    assert enabled == {
+        "+ channels-last": {"engine.channels_last": True},
+        "+ CPU convolution selection": {"engine.cpu_convolutions": True},
+        "+ malloc reuse": {"engine.malloc_reuse": True},
+        "+ transposed convolution": {"textbook": False},
+        "+ fused kernels": {"kernels": True},
+        "+ folded teacher": {"engine.fold_teacher": True},
+        "+ bf16 autocast": {"engine.precision": "bf16"},
+        "engine (+ CUDA graphs)": {"engine.capture": True},
+        "+ torch.compile": {"engine.compile": True},
+    }
+
+
+def test_the_compiled_peers_differ_from_the_eager_ones_in_compilation_and_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "_plain", lambda recipe, device, precision, **options: (precision, options))
+    builders: dict[str, Callable[[], Any]] = dict(contenders.contenders(tiny(), CPU, "bf16"))
+    assert {name: builders[name]() for name in PEERS} == {
+        "plain": ("fp32", {"compiled": False, "malloc_reuse": False}),
+        "plain + malloc reuse": ("fp32", {"compiled": False, "malloc_reuse": True}),
+        "plain compiled": ("bf16", {"compiled": True, "malloc_reuse": False}),
+        "plain compiled + malloc reuse": ("bf16", {"compiled": True, "malloc_reuse": True}),
+    }
+
+
+def resident_mib() -> float:
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def freed_mib_that_stay_resident(name: str, malloc_reuse: bool) -> float:
+    """Build a contender, then allocate and free 256 MiB, which glibc returns to the system unless malloc reuse is on."""
+    contenders.build(tiny(), CPU, "bf16", name, malloc_reuse=malloc_reuse)
+    before = resident_mib()
+    torch.ones(64 << 20)
+    return resident_mib() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the resident memory from /proc")
+def test_malloc_reuse_is_on_in_the_process_of_every_contender_that_has_it_and_of_no_other() -> None:
+    off = [("plain", True), ("plain compiled", True), ("+ CPU convolution selection", True), ("engine (+ bf16 autocast)", False)]
+    on = ["plain + malloc reuse", "plain compiled + malloc reuse", "+ malloc reuse", "engine (+ bf16 autocast)"]
+    with Worker() as worker:
+        for name, malloc_reuse in off:  # they share a process, whose malloc none of them changes
+            assert worker.call(freed_mib_that_stay_resident, name, malloc_reuse) < 128, name
+    for name in on:
+        with Worker() as worker:
+            assert worker.call(freed_mib_that_stay_resident, name, True) > 128, name
 
 
 def test_the_memory_of_an_iteration_is_at_least_that_of_its_student_steps() -> None:
     recipe = tiny(generator__width=32)
-    for name in ("plain", "engine"):
+    for name in ("plain", "engine (+ folded teacher)"):
         memory = measuring._memory_alone(partial(contenders.build, recipe, CPU, "fp32", name), CPU)
         assert memory.student_steps is not None
         assert 0 <= memory.student_steps <= memory.iteration < 1000
         assert memory.iteration < memory.reserved
 
 
-def test_a_contender_is_timed_for_some_turns_in_a_process_of_its_own() -> None:
-    starts, times = measuring._in_turns({"plain": partial(contenders.build, tiny(), CPU, "fp32", "plain")}, CPU, turns=2)
+def test_a_contender_is_timed_in_its_own_process() -> None:
+    starts, times = measuring._interleaved({"plain": partial(contenders.build, tiny(), CPU, "fp32", "plain")}, CPU, turns=2)
     assert starts == {"plain": measuring.Start("fp32", "", False, "")}
     assert len(times["plain"]) == 2
     assert all(0 < student < whole for student, whole in times["plain"])
@@ -124,7 +195,7 @@ def test_every_call_of_the_compiled_peer_is_compiled_and_it_takes_the_same_steps
 
 
 class FakeAllocator:
-    """PyTorch's, in MiB: what is freed stays reserved until the cache is emptied, but for the pools of graphs."""
+    """PyTorch's caching allocator, in MiB: freed memory stays reserved until the cache is emptied, pools of CUDA graphs even longer."""
 
     def __init__(self, patched: pytest.MonkeyPatch, held: int, pool: int) -> None:
         self.held, self.pool, self.cached = held, pool, 0
@@ -164,52 +235,60 @@ def test_the_memory_of_an_iteration_on_a_gpu_counts_that_of_replayed_graphs(monk
 
     allocator.take(2000)  # of a warm-up
     monkeypatch.setattr(measuring, "_contender", [contenders.Contender(run, optimizer)])
-    found = measuring.memory(torch.device("cuda"))
-    assert (found.iteration, found.student_steps) == ((450.0, None) if replayed else (500.0, 300.0))
-    assert found.reserved == (550.0 if replayed else 600.0)
+    peak = measuring.memory(ON_GPU)
+    assert (peak.iteration, peak.student_steps) == ((450.0, None) if replayed else (500.0, 300.0))
+    assert peak.reserved == (550.0 if replayed else 600.0)
 
 
-def test_on_a_gpu_contenders_are_alone_and_one_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_contenders_run_alone_and_a_failure_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "device_name", lambda device: "a GPU")
-    names = list(contenders.contenders(tiny(), torch.device("cuda"), "bf16"))
-    alone: list[str] = []
+    names = list(contenders.contenders(tiny(), ON_GPU, "bf16"))
+    started: list[str] = []
 
     def measure(build: Callable[[], Any], device: torch.device, turns: int) -> Any:
-        alone.append(names[len(alone)])
-        if alone[-1] == "plain_compiled":
+        started.append(names[len(started)])
+        if started[-1] == "plain compiled":
             raise WorkerError("RuntimeError: out of memory")
         memory = rows.Memory(5.0, None, 6.0, 7.0)
-        return measuring.Start("bf16", "convolutions", False, ""), [(1.0, 8.0 / len(alone))] * turns, memory
+        return measuring.Start("bf16", "convolutions", False, ""), [(1.0, 8.0 / len(started))] * turns, memory
 
     monkeypatch.setattr(measuring, "_alone", measure)
     failures: list[str] = []
-    found = list(end_to_end.measure(tiny(), torch.device("cuda"), "bf16", 3, "", failed=failures.append))
-    assert alone == names
-    assert failures == ["plain_compiled: RuntimeError: out of memory"]
-    assert [len(rows) for rows in found] == list(range(1, len(alone)))
-    assert [row.contender for row in found[-1]] == [name for name in alone if name != "plain_compiled"]
-    assert {row.speedup_over_plain_compiled for row in found[-1]} == {None}
-    assert found[-1][1].speedup_over_plain == 3.0
+    measured = list(end_to_end.measure(tiny(), ON_GPU, "bf16", 3, "", on_failure=failures.append))
+    assert started == names
+    assert failures == ["plain compiled: RuntimeError: out of memory"]
+    assert [len(rows) for rows in measured] == list(range(1, len(started)))
+    assert [row.contender for row in measured[-1]] == [name for name in started if name != "plain compiled"]
+    assert {(row.speedup_over_plain_compiled, row.speedup_over_plain_compiled_malloc_reuse) for row in measured[-1]} == {(None, None)}
+    assert measured[-1][1].speedup_over_plain == 3.0
 
 
-def test_a_contender_that_is_not_captured_as_it_should_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speedups_are_medians_of_the_ratios_of_interleaved_iterations() -> None:
+    seconds = {name: [(0.5, value), (0.5, 2 * value), (0.5, value)] for name, value in zip(PEERS, (8.0, 6.0, 4.0, 3.0), strict=True)}
+    seconds["engine (+ folded teacher)"] = [(0.5, 1.0), (0.5, 1.0), (0.5, 2.0)]
+    others = {"precision": "fp32", "provenance": measured_on("d", "")}
+    engine = rows.row_of(tiny(), "engine (+ folded teacher)", seconds, None, interleaved=True, **others)
+    speedups = engine.speedup_over_plain, engine.speedup_over_plain_compiled, engine.speedup_over_plain_compiled_malloc_reuse
+    assert speedups == (8.0, 4.0, 3.0)
+
+
+def test_a_contender_that_should_be_captured_and_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "_contender", [])
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 
     def build() -> contenders.Contender:
-        return contenders.Contender(lambda _: [], optimizer, notes=["the student step: no"], captured=True, holds=lambda: False)
+        return contenders.Contender(lambda _: [], optimizer, notes=["the student step: no"], captured=True, capture_succeeded=lambda: False)
 
     with pytest.raises(DfkdError, match=r"^the student step: no$"):
         measuring.begin(build, CPU)
 
 
-def test_tf32_is_named_where_a_contender_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_reported_for_the_operations_that_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch._C, "_get_cublas_allow_tf32", lambda: False)
-    gpu = torch.device("cuda")
-    assert [measuring._tf32(gpu, autocast) for autocast in ("fp32", "bf16")] == ["convolutions", "nowhere"]
+    assert [measuring._tf32(ON_GPU, autocast) for autocast in ("fp32", "bf16")] == ["convolutions", "nowhere"]
     monkeypatch.setattr(torch._C, "_get_cublas_allow_tf32", lambda: True)
-    assert [measuring._tf32(gpu, autocast) for autocast in ("fp32", "bf16")] == ["convolutions, matrix products", "matrix products"]
+    assert [measuring._tf32(ON_GPU, autocast) for autocast in ("fp32", "bf16")] == ["convolutions, matrix products", "matrix products"]
     assert measuring._tf32(CPU, "fp32") == ""
 
 
@@ -223,12 +302,12 @@ def test_short_iterations_are_timed_more_often_than_long_ones(monkeypatch: pytes
     for seconds in (1e-9, 0.1, 10.0):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
         monkeypatch.setattr(measuring, "_contender", [contenders.Contender(partial(run, seconds), optimizer)])
-        measuring.time_for(2.0, fewest=3)
-    assert counts == [1, measuring.MOST, 1, 20, 1, 3]
+        measuring.time_for(2.0, minimum=3)
+    assert counts == [1, measuring.MAX_TIMED, 1, 20, 1, 3]
 
 
 class FakeProfiler:
-    """torch.profiler's, of two iterations on a GPU."""
+    """torch.profiler's profile of two iterations on a GPU."""
 
     def __init__(self, activities: list[Any]) -> None:
         self.activities = activities
@@ -247,32 +326,32 @@ class FakeProfiler:
 
         return [
             event("cheap", DeviceType.CUDA, 8, 20.0),
-            event("dear", DeviceType.CUDA, 2, 60.0),
+            event("expensive", DeviceType.CUDA, 2, 60.0),
             event("Memset (Device)", DeviceType.CUDA, 2, 1.0),
             event("Optimizer.step#SGD.step", DeviceType.CUDA, 2, 500.0, annotation=True),
             event("cudaLaunchKernel", DeviceType.CPU, 10, 0.0),
         ]
 
 
-def test_kernels_are_what_the_gpu_ran_without_the_hosts_calls_and_annotated_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_exclude_host_calls_and_annotated_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "profile", FakeProfiler)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     monkeypatch.setattr(measuring, "_contender", [contenders.Contender(lambda _: [], optimizer)])
-    found = measuring.kernels(torch.device("cuda"), iterations=2, count=2)
-    assert found.calls_per_iteration == 6.0
-    assert found.seconds_per_iteration == pytest.approx(40.5e-6)
-    assert [(one.name, one.calls_per_iteration, one.us_per_iteration) for one in found.most_expensive] == [
-        ("dear", 1.0, 30.0),
+    profile = measuring.kernels(ON_GPU, iterations=2, count=2)
+    assert profile.calls_per_iteration == 6.0
+    assert profile.seconds_per_iteration == pytest.approx(40.5e-6)
+    assert [(one.name, one.calls_per_iteration, one.us_per_iteration) for one in profile.most_expensive] == [
+        ("expensive", 1.0, 30.0),
         ("cheap", 4.0, 10.0),
     ]
-    assert [one.share for one in found.most_expensive] == [pytest.approx(60 / 81, abs=1e-4), pytest.approx(20 / 81, abs=1e-4)]
+    assert [one.share for one in profile.most_expensive] == [pytest.approx(60 / 81, abs=1e-4), pytest.approx(20 / 81, abs=1e-4)]
     monkeypatch.setattr(FakeProfiler, "key_averages", lambda self: [])
     with pytest.raises(DfkdError, match="no kernels"):
-        measuring.kernels(torch.device("cuda"), iterations=2, count=2)
+        measuring.kernels(ON_GPU, iterations=2, count=2)
 
 
 class FakeEvent:
-    """Of a GPU whose clock goes on by a second with every event, and whose work is done once it was waited for."""
+    """CUDA event whose clock advances by one second per event."""
 
     clock = 0
 
@@ -287,60 +366,187 @@ class FakeEvent:
         return 1000.0 * (end.at - self.at)
 
 
-def test_marks_on_a_gpu_are_events_that_wait_at_the_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[object] = []
+def test_timestamps_on_a_gpu_are_events_that_synchronize_only_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    synchronized: list[object] = []
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    marks = contenders.Marks(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    timestamps = contenders.Timestamps(ON_GPU)
     for _ in range(3):
-        marks.set()
-    assert not waited
-    assert marks.seconds() == [1.0, 1.0]
-    assert len(waited) == 1
-    assert marks.seconds() == []
+        timestamps.record()
+    assert not synchronized
+    assert timestamps.seconds() == [1.0, 1.0]
+    assert len(synchronized) == 1
+    assert timestamps.seconds() == []
 
 
-def test_rows_are_in_the_file_when_a_later_contender_breaks_the_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_rows_so_far_are_written_when_a_later_contender_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def measure(*_: object, **__: object) -> Iterator[list[Row]]:
-        rows = [replace(row("plain", 4.0), speedup_over_plain_compiled=None, peak_memory_mib=None, imitation_memory_mib=None)]
-        yield rows
-        yield [*rows, row("engine", 1.0)]
+        unknown = dict.fromkeys((*list(rows.SPEEDUPS.values())[1:], "peak_memory_mib", "imitation_memory_mib"))
+        yield [replace(row("plain", 4.0), **unknown)]  # type: ignore[arg-type]
+        yield [replace(row("plain", 4.0), **unknown), row("engine (+ folded teacher)", 1.0)]  # type: ignore[arg-type]
         raise RuntimeError("the driver is gone")
 
     monkeypatch.setattr(end_to_end, "measure", measure)
     monkeypatch.setattr("sys.argv", ["bench", "end-to-end", "--recipe", "digits", "--device", "cpu", "--out", str(tmp_path / "rows.csv")])
     with pytest.raises(RuntimeError, match="driver"):
         main()
-    rows = table.read(tmp_path / "rows.csv")
-    assert [found["contender"] for found in rows] == ["plain", "engine"]
-    # What is missing is left out of the picture and of the table.
-    end_to_end.draw(rows, tmp_path / "rows.png")
-    assert "| plain | 4.000 | 4.00 |  |  |  | d |" in report.end_to_end_table(rows)
+    written = end_to_end.read(tmp_path / "rows.csv")
+    assert [row["contender"] for row in written] == ["plain", "engine (+ folded teacher)"]
+    # The plot and the table leave out what was not measured.
+    end_to_end.plot(written, tmp_path / "rows.png")
+    assert "| plain | 4.000 | 4.00 |  |  |" in report.end_to_end_table(written)
 
 
-def test_what_the_plain_loop_does_not_know_is_refused() -> None:
-    with pytest.raises(DfkdError, match="the plain loop knows"):
+def test_a_method_that_the_plain_loop_does_not_implement_is_refused() -> None:
+    with pytest.raises(DfkdError, match="the plain loop implements"):
         contenders.check(load_recipe("digits-vae"))
     contenders.check(load_recipe("cifar10-mad"))
 
 
-def test_rows_replace_those_of_their_own_case_only(tmp_path: Path) -> None:
+def test_rows_replace_those_of_the_same_case_only(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    end_to_end.write(path, [row("plain", 4.0), row("engine", 1.0)])
+    end_to_end.write(path, [row("plain", 4.0), row("engine (+ folded teacher)", 1.0)])
     end_to_end.write(path, [replace(row("plain", 8.0), precision="bf16")])
     end_to_end.write(path, [row("plain", 3.0)])
-    assert [(found["precision"], found["contender"], float(found["seconds_per_iteration"])) for found in table.read(path)] == [
+    assert [(row["precision"], row["contender"], float(row["seconds_per_iteration"])) for row in table.read(path)] == [
         ("bf16", "plain", 8.0),
         ("fp32", "plain", 3.0),
     ]
 
 
-def test_the_picture_has_a_panel_a_case(tmp_path: Path) -> None:
-    rows = [{name: str(value) for name, value in table.cells(row(name, 1.0)).items()} for name in ("plain", "engine")]
-    end_to_end.draw(rows, tmp_path / "one.png")
-    end_to_end.draw([*rows, *({**found, "precision": "bf16"} for found in rows)], tmp_path / "two.png")
+def test_rows_of_earlier_versions_are_read_with_current_names(tmp_path: Path) -> None:
+    old = ["plain_compiled", "plain, memory kept", "+ no wasted work", "+ chosen algorithms", "+ kept memory", "engine"]
+    lines = ["recipe,contender,speedup_over_plain", *(f'r,"{name}",1.0' for name in old)]
+    (tmp_path / "old.csv").write_text("\n".join(lines))
+    read = end_to_end.read(tmp_path / "old.csv")
+    assert [row["contender"] for row in read] == [
+        "plain compiled",
+        "plain + malloc reuse",
+        "+ no redundant gradients",
+        "+ CPU convolution selection",
+        "+ malloc reuse",
+        "engine",
+    ]
+    assert contenders.is_engine(read[-1]["contender"])
+    assert {row["speedup_over_plain_compiled_malloc_reuse"] for row in read} == {""}
+
+
+SECONDS = {
+    "+ no redundant gradients": 3.5,
+    "+ malloc reuse": 1.1,
+    "plain compiled + malloc reuse": 0.79,
+    "engine (+ bf16 autocast)": 0.31,
+    "plain": 3.6,
+    "plain compiled": 1.5,
+    "plain + malloc reuse": 1.46,
+}
+
+
+def case(recipe: str = "mnist-dfad", leave_out: str = "", device: str = "d") -> list[dict[str, str]]:
+    """Rows as read from a CSV, not in the order of the plot."""
+    measured = {name: [(seconds / 2, seconds)] for name, seconds in SECONDS.items() if name != leave_out}
+    others: dict[str, Any] = {"interleaved": False, "precision": "bf16", "provenance": measured_on(device, "")}
+    return [
+        {column: "" if value is None else str(value) for column, value in table.cells(one).items()} | {"recipe": recipe}
+        for one in (rows.row_of(tiny(), name, measured, None, **others) for name in measured)
+    ]
+
+
+def panels(measured: list[dict[str, str]], path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    figures: list[Figure] = []
+
+    def savefig(figure: Figure, part: Path, **_: object) -> None:
+        figures.append(figure)
+        part.touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    end_to_end.plot(measured, path)
+    return figures[0].axes
+
+
+def test_the_chart_has_the_peers_first_then_the_rungs_and_the_engine_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (axes,) = panels(case(), tmp_path / "chart.png", monkeypatch)
+    assert axes.get_title() == "mnist-dfad, batch size 4, bf16, d"
+    assert axes.get_xlabel() == "s/iteration (speedup over plain compiled + malloc reuse)"
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "plain (fp32)",
+        "plain + malloc reuse (fp32)",
+        "plain compiled",
+        "plain compiled + malloc reuse",
+        "+ no redundant gradients",
+        "+ malloc reuse",
+        "engine (+ bf16 autocast)",
+    ]
+    assert axes.yaxis_inverted(), "the first bar is at the top"
+    assert [round(bar.get_width(), 4) for bar in axes.patches] == [3.6, 1.46, 1.5, 0.79, 3.5, 1.1, 0.31]  # type: ignore[attr-defined]
+    assert [text.get_text().strip() for text in axes.texts] == [
+        *("3.60 (0.22×)", "1.46 (0.54×)", "1.50 (0.53×)", "0.790 (1.00×)", "3.50 (0.23×)", "1.10 (0.72×)", "0.310 (2.55×)")
+    ]
+    colors = [bar.get_facecolor() for bar in axes.patches]
+    assert [len(set(group)) for group in (colors[:4], colors[4:6], colors)] == [1, 1, 3]
+
+
+def test_the_chart_compares_with_the_strongest_peer_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weaker = case("other", leave_out="plain compiled + malloc reuse")
+    first, second = panels([*case(), *weaker], tmp_path / "chart.png", monkeypatch)
+    assert first.get_xlabel() == "s/iteration (speedup over plain compiled + malloc reuse)"
+    assert second.get_xlabel() == "s/iteration (speedup over plain compiled)"
+    assert second.texts[-1].get_text() == " 0.310 (4.84×)"
+
+
+def test_the_chart_is_a_png_with_a_panel_per_case(tmp_path: Path) -> None:
+    end_to_end.plot(case(), tmp_path / "one.png")
+    end_to_end.plot([*case(), *case("other")], tmp_path / "two.png")
     assert Image.open(tmp_path / "two.png").height > Image.open(tmp_path / "one.png").height
+
+
+def test_the_headline_figure_has_the_numbers_of_the_csv() -> None:
+    measured = [*case(), *case("gpu", leave_out="plain + malloc reuse", device="a GPU")]
+    (axes,) = plots._headline(measured).axes
+    assert [bar.get_height() for bar in axes.patches] == [1.46, 0.79, 0.31]  # type: ignore[attr-defined]
+    assert [text.get_text() for text in axes.texts] == ["1.46", "0.79", "0.31\n2.55×"]
+    assert axes.get_ylabel() == "s/iteration (lower is better)"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["mnist-dfad, bf16\nbatch size 4"]
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == ["plain + malloc reuse (eager fp32)", "plain compiled + malloc reuse", "dfkd_fast engine"]
+
+
+def test_the_headline_command_writes_the_same_svg_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table.write(tmp_path / "rows.csv", list(case()[0]), case())
+    files = [tmp_path / "new" / name for name in ("a.svg", "b.svg")]
+    for file in files:
+        monkeypatch.setattr("sys.argv", ["bench", "plot", "--headline", str(tmp_path / "rows.csv"), "--out", str(file)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+    assert capsys.readouterr().out.split() == list(map(str, files))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "2.55×" in files[0].read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--headline", "rows.csv"], "rows.csv: must have the engine and its peers with malloc reuse"),
+        (["--out", "speed.svg", "rows.csv"], "--out speed.svg: must come with --headline"),
+    ],
+)
+def test_a_headline_that_cannot_be_plotted_is_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    measured = case(leave_out="plain compiled + malloc reuse")
+    table.write(Path("rows.csv"), list(measured[0]), measured)
+    monkeypatch.setattr("sys.argv", ["bench", "plot", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_the_memory_of_a_method_is_its_trainers_whole_peak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +556,7 @@ def test_the_memory_of_a_method_is_its_trainers_whole_peak(monkeypatch: pytest.M
 
 def test_the_cost_of_a_method_is_relative_to_the_first() -> None:
     rows = methods.measure(["digits-dfad", "digits-bank"], CPU, 1, "")
-    assert [found.recipe for found in rows] == ["digits-dfad", "digits-bank"]
+    assert [row.recipe for row in rows] == ["digits-dfad", "digits-bank"]
     assert (rows[0].times_first, rows[0].memory_over_first_mib) == (1.0, 0.0)
-    assert [found.fresh_rows + found.replayed_rows for found in rows] == [64, 64]
-    assert all(found.iteration_ms > 0 and found.peak_memory_mib > 50 for found in rows)
+    assert [row.fresh_rows + row.replayed_rows for row in rows] == [64, 64]
+    assert all(row.iteration_ms > 0 and row.peak_memory_mib > 50 for row in rows)

@@ -22,7 +22,7 @@ def listing(tmp_path: Path) -> ImageList:
 
 
 @needs_dali
-def test_both_loaders_are_timed_alone_and_behind_a_network(monkeypatch: pytest.MonkeyPatch, listing: ImageList) -> None:
+def test_both_loaders_are_timed_alone_and_followed_by_a_network(monkeypatch: pytest.MonkeyPatch, listing: ImageList) -> None:
     monkeypatch.setattr(evaluation, "_originals", lambda root, images: listing)
     rows = evaluation.measure(Path(), 1, 3, 1, "")
     assert [(row.stage, row.loader) for row in rows] == [
@@ -35,20 +35,20 @@ def test_both_loaders_are_timed_alone_and_behind_a_network(monkeypatch: pytest.M
     assert all(row.times_torchvision == 1 for row in rows if row.loader == "torchvision")
 
 
-def test_loaders_that_serve_other_pixels_or_labels_get_no_time() -> None:
+def test_loaders_that_return_different_pixels_or_labels_are_refused() -> None:
     images, labels = torch.randn(2, 3, 4, 4), torch.arange(2)
     evaluation._check_same({"a": [(images, labels)], "b": [(images + 0.001, labels)]}, 0.5)  # type: ignore[dict-item]
-    with pytest.raises(DfkdError, match=r"pixels differ by 12\.75 levels"):
+    with pytest.raises(DfkdError, match=r"images differ by 12\.75 of 255 levels"):
         evaluation._check_same({"a": [(images, labels)], "b": [(images + 0.1, labels)]}, 0.5)  # type: ignore[dict-item]
     with pytest.raises(DfkdError, match="different labels"):
         evaluation._check_same({"a": [(images, labels)], "b": [(images, labels + 1)]}, 0.5)  # type: ignore[dict-item]
 
 
-def test_only_files_that_must_be_made_smaller_are_timed(tmp_path: Path) -> None:
+def test_only_files_that_must_be_resized_are_timed(tmp_path: Path) -> None:
     names = ("n01440764", "n01443537", "n01484850", "n01491361")
     for number, name in enumerate(names):
         folder = tmp_path / "val" / name
         folder.mkdir(parents=True)
         (folder / "image.JPEG").write_bytes(jpeg(noise(250 + 10 * number, 400)))
-    found = [path.parent.name for path in evaluation._originals(tmp_path, 5).paths]
-    assert found == [names[number] for number in (1, 2, 3, 1, 2)]
+    used = [path.parent.name for path in evaluation._originals(tmp_path, 5).paths]
+    assert used == [names[number] for number in (1, 2, 3, 1, 2)]

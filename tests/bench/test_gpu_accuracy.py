@@ -22,11 +22,11 @@ def context_of(records: list[Record], *, rehearse: bool = True, data_root: Path 
 
 
 def two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the rehearsal to two recipes."""
+    """Limit the rehearsal to two recipes."""
     monkeypatch.setattr(accuracy, "REHEARSAL", Plan(REHEARSAL.recipes[:2], seeds=1))
 
 
-def test_a_run_is_recorded_as_its_summary_with_what_repeats_it() -> None:
+def test_a_run_is_recorded_as_its_summary_with_the_command_that_reproduces_it() -> None:
     records: list[Record] = []
     accuracy.run(context_of(records))
     now = latest(records)
@@ -37,7 +37,7 @@ def test_a_run_is_recorded_as_its_summary_with_what_repeats_it() -> None:
         assert row["commit"] == "abc"
         assert row["command"].startswith(f"dfkd-fast distill {settings.name} --seed 0 --set teacher.epochs=1 ")
         assert "report" not in row["command"]
-        assert row["recipe"].startswith(f"{settings.name} (2 of "), "a run that is cut short does not pass for the recipe's"
+        assert row["recipe"].startswith(f"{settings.name} (2 of "), "a shortened run is marked as such"
         assert row["retention"]["last"] == row["student_accuracy"]["last"]
         assert 0 < row["teacher_accuracy"] <= 100
         assert row["seconds"]["total"] > row["seconds"]["teacher"] > 0
@@ -57,7 +57,7 @@ def test_a_teacher_is_shared_within_its_seed_only(monkeypatch: pytest.MonkeyPatc
     ]
 
 
-def test_a_run_that_the_deadline_cuts_short_is_left_with_the_accuracy_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_the_deadline_stops_is_left_with_its_last_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     two(monkeypatch)
     monkeypatch.setattr(accuracy, "MARGIN", 1e6)
     records: list[Record] = []
@@ -70,7 +70,7 @@ def test_a_run_that_the_deadline_cuts_short_is_left_with_the_accuracy_it_had(mon
         assert f"epoch 1 of 2, {record.row['student_accuracy']:.2f} %" in record.text
 
 
-def test_a_run_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     two(monkeypatch)
     distilled = distill.distill
 
@@ -87,7 +87,7 @@ def test_a_run_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPat
     assert records[-1].row["teacher_trained_in"] == SEED_0[1]
 
 
-def test_a_later_call_runs_what_is_left_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_call_runs_only_the_cases_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     two(monkeypatch)
     records: list[Record] = []
     accuracy.run(context_of(records, done={SEED_0[0]}))
@@ -103,7 +103,7 @@ def test_without_time_every_run_is_left() -> None:
     assert context.left == SEED_0
 
 
-def test_without_mnist_the_stage_says_so_and_runs_nothing(tmp_path: Path) -> None:
+def test_without_mnist_every_run_is_left_with_the_reason(tmp_path: Path) -> None:
     for root, reason in ((None, "no MNIST: --data-root was not given"), (tmp_path, f"no MNIST: {tmp_path} has no folder MNIST/raw")):
         records: list[Record] = []
         accuracy.run(context_of(records, rehearse=False, data_root=root))
@@ -111,7 +111,7 @@ def test_without_mnist_the_stage_says_so_and_runs_nothing(tmp_path: Path) -> Non
         assert {(record.status, record.text) for record in records} == {("left", reason)}
 
 
-def test_the_plan_runs_whole_recipes_or_says_how_much_of_them(tmp_path: Path) -> None:
+def test_the_plan_runs_whole_recipes_or_titles_the_shortened_ones(tmp_path: Path) -> None:
     cases = [accuracy._case(settings, 1, tmp_path) for settings in PLAN.recipes]
     assert [case.title for case in cases] == ["mnist-dfad", "mnist-mad", "mnist-pre (10 of 40 epochs)", "mnist-retain (10 of 40 epochs)"]
     assert [case.command for case in cases][::3] == [

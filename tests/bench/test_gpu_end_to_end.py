@@ -14,7 +14,7 @@ from bench.end_to_end import Row, measuring
 from bench.end_to_end.contenders import Contender, build
 from bench.gpu import end_to_end
 from bench.gpu.context import Context
-from bench.gpu.end_to_end import PLAN, REHEARSAL, Case, Priority
+from bench.gpu.end_to_end import ENGINE, PLAN, REHEARSAL, Case, Priority
 from bench.gpu.records import Record, cases_done
 from bench.gpu.summary import latest
 from bench.processes import OutOfTime, WorkerError
@@ -53,11 +53,11 @@ def dies() -> Contender:
 def falls_back() -> Contender:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     note = "steps run eagerly, not as CUDA graphs: the student step: an operation waits"
-    return Contender(lambda count: [(1.0, 2.0)] * count, optimizer, "bf16", [note], captured=True, holds=lambda: False)
+    return Contender(lambda count: [(1.0, 2.0)] * count, optimizer, "bf16", [note], captured=True, capture_succeeded=lambda: False)
 
 
 class Inside:
-    """Calls functions in this process, as workers would in others."""
+    """Calls functions in this process instead of a worker."""
 
     def __init__(self, count: int, prepare: object) -> None:
         measuring._contender.clear()
@@ -110,14 +110,14 @@ def test_contenders_that_fail_hang_or_die_are_failures_and_the_others_are_measur
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_contender_that_fell_back_to_eager_steps_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_fell_back_to_eager_steps_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     records: list[Record] = []
-    run(monkeypatch, [[case("engine", falls_back), case("plain")]], context_of(records))
+    run(monkeypatch, [[case(ENGINE, falls_back), case("plain")]], context_of(records))
     failed = records[0]
-    assert (failed.case, failed.status, failed.row) == ("digits-dfad / engine", "failed", {})
+    assert (failed.case, failed.status, failed.row) == ("digits-dfad / engine (+ CUDA graphs)", "failed", {})
     assert "an operation waits" in failed.text
     assert records[-1].status == "ok"
-    assert "captured" not in next(record.text for record in records if record.highlight)
+    assert "CUDA graphs" not in next(record.text for record in records if record.highlight)
 
 
 @pytest.mark.usefixtures("inside")
@@ -127,12 +127,12 @@ def test_the_rehearsal_records_whole_rows_kernels_and_a_line_a_recipe() -> None:
     now = latest(records)
     assert all(record.status == "ok" for record in now), [record.text for record in now if record.status != "ok"]
     rows = [record.row for record in now if record.table == "end-to-end"]
-    assert [row["contender"] for row in rows] == ["plain", "engine", "+ fused kernels"]
+    assert [row["contender"] for row in rows] == ["plain", ENGINE, "+ fused kernels"]
     for row in rows:
         assert tuple(row) == names(Row)
         assert 0 < row["student_seconds"] < row["seconds_per_iteration"]
         assert row["lower_quartile_seconds"] <= row["seconds_per_iteration"] <= row["upper_quartile_seconds"]
-        assert row["turns"] == REHEARSAL.fewest
+        assert row["turns"] == REHEARSAL.minimum
         assert row["kernels_per_step"] == pytest.approx(row["kernels_per_iteration"] / 3, abs=0.01)
         assert row["kernel_seconds"] > 0
         assert 0 <= row["peak_memory_mib"] < row["reserved_mib"]
@@ -147,12 +147,12 @@ def test_the_rehearsal_records_whole_rows_kernels_and_a_line_a_recipe() -> None:
         assert kernels[0]["us_per_iteration"] >= kernels[-1]["us_per_iteration"]
     (line,) = [record for record in now if record.highlight]
     assert line.text.startswith("digits-mad 8: plain ")
-    assert "× plain)" in line.text.partition("captured ")[2]
+    assert "× plain)" in line.text.partition("engine with CUDA graphs ")[2]
 
 
 @pytest.mark.usefixtures("inside")
 @pytest.mark.parametrize("part", ["memory", "kernels"])
-def test_a_figure_is_recorded_before_the_part_that_fails(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+def test_results_are_recorded_before_the_part_that_fails(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no CUPTI")
 
@@ -176,7 +176,7 @@ def test_without_time_every_case_is_left() -> None:
 
 
 @pytest.mark.usefixtures("inside")
-def test_a_contender_that_the_stages_end_cuts_off_is_left_and_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_the_deadline_stops_is_left_and_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(*_: object, **__: object) -> None:
         raise OutOfTime("out of time")
 
@@ -192,22 +192,22 @@ def test_a_contender_that_the_stages_end_cuts_off_is_left_and_not_failed(monkeyp
 @pytest.mark.usefixtures("inside")
 def test_a_later_call_measures_what_is_left_and_keeps_the_line_of_the_former(monkeypatch: pytest.MonkeyPatch) -> None:
     records: list[Record] = []
-    groups = [[case("plain"), case("engine", falls_back)]]
+    groups = [[case("plain"), case(ENGINE, falls_back)]]
     run(monkeypatch, groups, context_of(records))
     done = cases_done(records, "end-to-end")
     assert "digits-dfad / plain" in done
-    assert "digits-dfad / engine" not in done
+    assert "digits-dfad / engine (+ CUDA graphs)" not in done
     later: list[Record] = []
-    run(monkeypatch, [[case("plain"), case("engine")]], context_of(later, done=done))
-    assert {record.row["contender"] for record in later if record.row} == {"engine"}
+    run(monkeypatch, [[case("plain"), case(ENGINE)]], context_of(later, done=done))
+    assert {record.row["contender"] for record in later if record.row} == {ENGINE}
     lines = [record.text for record in latest([*records, *later]) if record.highlight]
     assert len(lines) == 2
     assert "plain" in lines[0]
-    assert "captured" in lines[1]
+    assert "engine with CUDA graphs" in lines[1]
 
 
 class Compilers:
-    """In the place of a pool of processes."""
+    """Fake of a pool of processes."""
 
     def __init__(self, function: Callable[[end_to_end.Job], float], processes: int) -> None:
         self.function, self.processes = function, processes
@@ -227,31 +227,34 @@ class Compilers:
 
 
 @pytest.mark.usefixtures("inside")
-def test_what_is_compiled_is_compiled_before_anything_is_timed_and_a_failure_is_only_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_are_compiled_before_anything_is_timed_and_a_failure_affects_only_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_to_end, "Pool", Compilers)
-    monkeypatch.setattr(end_to_end, "prepare", lambda rehearse: None)  # which is for a process of its own
-    monkeypatch.setattr(end_to_end, "COMPILED", "engine")  # whose code is not compiled, so that it is there at once
+    monkeypatch.setattr(end_to_end, "prepare", lambda rehearse: None)  # it configures a worker process
+    monkeypatch.setattr(end_to_end, "COMPILED", ENGINE)  # which needs no compilation
     records: list[Record] = []
-    run(monkeypatch, [[case("plain"), case("engine"), replace(case("engine", fails), recipe=OTHER)]], context_of(records))
+    run(monkeypatch, [[case("plain"), case(ENGINE), replace(case(ENGINE, fails), recipe=OTHER)]], context_of(records))
     first = records[0]
     assert (first.case, first.status, first.table) == ("compiling", "ok", "compilation")
-    assert list(first.row) == ["digits-dfad / engine"]
+    assert list(first.row) == ["digits-dfad / engine (+ CUDA graphs)"]
     assert "1 of 2" in first.text
     assert statuses(records) == {
         "compiling": "ok",
         "digits-dfad / plain": "ok",
-        "digits-dfad / engine": "ok",
+        "digits-dfad / engine (+ CUDA graphs)": "ok",
         "digits-dfad": "ok",
-        "other / engine": "failed",
+        "other / engine (+ CUDA graphs)": "failed",
     }
 
 
-def test_the_plan_puts_the_engine_and_its_peers_of_every_recipe_before_single_features() -> None:
-    first, eager, features = end_to_end._cases(PLAN, CPU)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_plan_puts_the_engine_and_its_peers_of_every_recipe_before_single_features(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(end_to_end, "resolve_precision", lambda setting, device: precision)
+    first, eager, features = end_to_end._cases(PLAN, torch.device("cuda"))
     recipes = ["mnist-dfad", "cifar10-dfad", "cifar10-mad", "imagenet-mad, unconditional"]
-    assert [one.name for one in first] == [f"{recipe} / {name}" for recipe in recipes for name in ("plain", "engine", "plain_compiled")]
-    assert [one.name for one in eager] == [f"{recipe} / engine, eager" for recipe in recipes]
-    assert {one.contender for one in features}.isdisjoint({"plain", "plain_compiled", "engine, eager", "engine"})
-    everything = [one.name for one in (*first, *eager, *features)]
-    assert len(set(everything)) == len(everything)
+    assert [one.name for one in first] == [f"{recipe} / {name}" for recipe in recipes for name in ("plain", ENGINE, "plain compiled")]
+    assert [one.name for one in eager] == [f"{recipe} / + {precision} autocast" for recipe in recipes]
+    names = ["+ no redundant gradients", "+ channels-last", "+ transposed convolution", "+ fused kernels", "+ folded teacher"]
+    assert [one.name for one in features] == [f"{recipe} / {name}" for recipe in recipes for name in names]
     assert [one.recipe.loop.batch_size for one in first[::3]] == [512, 256, 256, 128]

@@ -1,4 +1,4 @@
-"""The first stage of python -m bench gpu: where no extension was brought, it is compiled for the GPU that is there."""
+"""The first stage of python -m bench gpu: a missing extension is compiled for the GPU of the host."""
 
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ from dfkd_fast.kernels.build import BuildError
 
 @pytest.fixture
 def binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where an extension would be, on a host with an H100 and none."""
+    """Path of the missing extension, on a host with an H100."""
     path = tmp_path / "dfkd_fast_cuda.so"
     monkeypatch.setattr(environment, "BINARY", path)
     monkeypatch.setattr("dfkd_fast.kernels.dispatch.why_not", lambda backend: "not built" if backend == "cuda" else None)
@@ -28,7 +28,7 @@ def context() -> Context:
     return Context("environment", torch.device("cuda"), False, time.monotonic() + 60, records.append)
 
 
-def test_an_extension_that_was_not_brought_is_compiled_for_the_gpu_and_loaded(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extension_is_compiled_for_the_gpu_and_loaded(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
     monkeypatch.setattr(environment, "compile_extension", lambda path, architectures: events.append((path, architectures)))
     monkeypatch.setattr(torch.ops, "load_library", events.append)
@@ -36,7 +36,7 @@ def test_an_extension_that_was_not_brought_is_compiled_for_the_gpu_and_loaded(bi
     assert events == [(binary, ["-gencode=arch=compute_90,code=sm_90"]), str(binary)]
 
 
-def test_an_extension_that_does_not_compile_is_said_with_both_reasons(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extension_that_does_not_compile_is_reported_with_both_reasons(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, architectures: object) -> None:
         raise BuildError("no nvcc\nmore")
 
@@ -44,11 +44,11 @@ def test_an_extension_that_does_not_compile_is_said_with_both_reasons(binary: Pa
     assert environment._reason(context(), "cuda") == "not built; and no nvcc"
 
 
-def test_an_extension_that_cannot_be_loaded_is_not_compiled_over(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extension_that_cannot_be_loaded_is_not_overwritten(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     binary.write_text("of another machine")
     assert environment._reason(context(), "cuda") == "not built"
     assert binary.read_text() == "of another machine"
 
 
-def test_without_triton_the_reason_is_that_of_the_dispatcher(binary: Path) -> None:
+def test_the_reason_for_triton_is_the_dispatcher_s(binary: Path) -> None:
     assert environment._reason(context(), "triton") is None

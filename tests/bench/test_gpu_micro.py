@@ -1,4 +1,4 @@
-"""The stage ``micro`` of ``python -m bench gpu``, in this process and on toy cases. No test looks at a time."""
+"""The stage ``micro`` of ``python -m bench gpu``, in this process and on toy cases. No test checks a time."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,13 +24,13 @@ Stage = Callable[..., list[Record]]
 
 
 class Compilers:
-    """Stands for the processes that compile: each job ends as it is told."""
+    """Fake of the compiling processes, with a result for each job."""
 
     processes = 2
 
     def __init__(self) -> None:
-        self.ends: dict[micro.Job, float | WorkerError | None] = {}
-        self.asked: list[micro.Job] = []
+        self.results_by_job: dict[micro.Job, float | WorkerError | None] = {}
+        self.jobs: list[micro.Job] = []
 
     def __call__(self, *_: object) -> "Compilers":
         return self
@@ -43,14 +43,14 @@ class Compilers:
 
     def results(self, jobs: Iterable[micro.Job], deadline: float) -> Iterator[tuple[micro.Job, float | WorkerError]]:
         for job in jobs:
-            self.asked.append(job)
-            if (result := self.ends.get(job, 1.5)) is not None:
+            self.jobs.append(job)
+            if (result := self.results_by_job.get(job, 1.5)) is not None:
                 yield job, result
 
 
 @pytest.fixture
 def compilers(monkeypatch: pytest.MonkeyPatch) -> Compilers:
-    """All succeed, unless a test says otherwise; what torch.compile makes is the plain function."""
+    """All jobs succeed, unless a test sets another result; torch.compile returns the function itself."""
     made = Compilers()
     monkeypatch.setattr(micro, "Pool", made)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -74,7 +74,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 
 def statuses(records: Iterable[Record], *providers: str) -> dict[str, str]:
-    """The last of every case; of rows of some providers only, if any are named."""
+    """Return the last status of every case, or only of the rows of the given providers."""
     endings = tuple(f"/ {provider}" for provider in providers)
     return {record.case: record.status for record in records if record.case.endswith(endings or ("",))}
 
@@ -112,25 +112,25 @@ def test_nothing_is_compiled_while_something_is_measured(stage: Stage, compilers
     assert passes == ["compile triton", "compile compile"] * 2 + ["measure"] * 2
 
 
-def test_a_case_has_one_line_that_names_the_fastest_of_ours(stage: Stage, compilers: Compilers) -> None:
-    said = {record.case: record for record in stage()}
-    assert said[str(KL)].highlight
-    assert not said[str(L1)].highlight
-    assert said[str(KL)].text.startswith(f"{KL}: numba ")
-    assert said[str(KL)].text.endswith(("x the fastest peer (eager)", "x the fastest peer (compile)"))
+def test_a_case_has_one_line_that_names_our_fastest_provider(stage: Stage, compilers: Compilers) -> None:
+    records = {record.case: record for record in stage()}
+    assert records[str(KL)].highlight
+    assert not records[str(L1)].highlight
+    assert records[str(KL)].text.startswith(f"{KL}: numba ")
+    assert records[str(KL)].text.endswith(("x the fastest peer (eager)", "x the fastest peer (compile)"))
 
 
 @pytest.mark.parametrize(
     ("provider", "kind"), [("reference", "neither"), ("numba", "ours"), ("fused_ema", "ours"), ("eager", "peer"), ("liger", "peer")]
 )
-def test_who_is_compared_with_whom(provider: str, kind: str) -> None:
+def test_our_fastest_provider_is_compared_with_the_fastest_peer(provider: str, kind: str) -> None:
     here = measured_on("a GPU", "")
     usual = rows.Row("ema", "plain", "update", "toy", "float32", "contiguous", "cuda", "ok", median_us=9.0, provenance=here)
     slow = [usual, replace(usual, provider="foreach_lerp")]
     fast = replace(usual, provider=provider, median_us=3.0)
-    said = micro._compared([*slow, fast])
+    text = micro._compared([*slow, fast])
     assert (
-        said
+        text
         == {
             "neither": "cuda 9 us, 1 x the fastest peer (foreach_lerp)",
             "ours": f"{provider} 3 us, 3 x the fastest peer (foreach_lerp)",
@@ -138,7 +138,7 @@ def test_who_is_compared_with_whom(provider: str, kind: str) -> None:
         }[kind]
     )
     lacking = replace(usual, provider="flat_lerp", status="ok, without num_batches_tracked", median_us=1.0)
-    assert micro._compared([*slow, fast, lacking]) == said
+    assert micro._compared([*slow, fast, lacking]) == text
 
 
 def test_a_wrong_result_is_a_wrong_record_without_a_time(stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,39 +152,42 @@ def test_a_wrong_result_is_a_wrong_record_without_a_time(stage: Stage, compilers
     assert all(record.text.startswith("wrong: loss is off by") for record in wrong)
     assert all(record.row["median_us"] is None for record in wrong)
     assert set(statuses(records, "eager", "compile").values()) == {"ok"}
-    assert {record.case: record.text for record in records}[str(L1)] == f"{L1}: none of ours was timed"
+    assert {record.case: record.text for record in records}[str(L1)] == f"{L1}: none of our providers was timed"
 
 
-def test_a_case_that_raises_loses_no_other(stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_that_raises_does_not_affect_the_others(stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> Tensor:
         raise RuntimeError("planted")
 
     monkeypatch.setitem(discrepancy.FUNCTIONS, "l1", (broken, broken))
-    said = statuses(stage())
-    assert said[f"{L1} / compile"] == "failed"
-    assert said[str(KL)] == said[f"{KL} / compile"] == "ok"
-    compilers.ends = {micro.Job("compile", L1): WorkerError("planted")}
-    said = statuses(stage(done=[f"{L1} / compile", str(KL), f"{KL} / compile"]))
-    assert said[str(L1)] == "failed"  # tried again without torch.compile
+    ended = statuses(stage())
+    assert ended[f"{L1} / compile"] == "failed"
+    assert ended[str(KL)] == ended[f"{KL} / compile"] == "ok"
+    compilers.results_by_job = {micro.Job("compile", L1): WorkerError("planted")}
+    ended = statuses(stage(done=[f"{L1} / compile", str(KL), f"{KL} / compile"]))
+    assert ended[str(L1)] == "failed"  # retried without torch.compile
 
 
 def test_a_case_after_which_the_device_does_not_work_has_failed(
     stage: Stage, compilers: Compilers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU the failure of one provider may be the end of its process: its row alone would not say so."""
+    """On a GPU the failure of one provider may lose the GPU, which its row alone does not show."""
 
     def lost(*_: object, **__: object) -> Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch, "ones", lost)
     records = stage()
-    said = {record.case: record for record in records}
-    assert (said[f"{KL} / compile"].status, said[f"{KL} / eager"].status) == ("failed", "ok")
-    assert said[f"{KL} / compile"].text == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    last = {record.case: record for record in records}
+    assert (last[f"{KL} / compile"].status, last[f"{KL} / eager"].status) == ("failed", "ok")
+    assert last[f"{KL} / compile"].text == "RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
-def test_what_was_not_compiled_is_measured_without_it(stage: Stage, compilers: Compilers) -> None:
-    compilers.ends = {micro.Job("compile", L1): WorkerError("BackendCompilerFailed: planted", "traceback"), micro.Job("compile", KL): None}
+def test_a_case_that_was_not_compiled_is_measured_without_torch_compile(stage: Stage, compilers: Compilers) -> None:
+    compilers.results_by_job = {
+        micro.Job("compile", L1): WorkerError("BackendCompilerFailed: planted", "traceback"),
+        micro.Job("compile", KL): None,
+    }
     records = stage()
     last = {record.case: record for record in records}
     assert (last[f"{L1} / compile"].status, last[f"{L1} / compile"].text) == ("failed", "BackendCompilerFailed: planted")
@@ -198,17 +201,17 @@ def test_without_a_compiler_its_rows_are_skipped(stage: Stage, compilers: Compil
     monkeypatch.setattr("bench.micro.workload._no_compiler", lambda _: "no C++ compiler")
     records = stage()
     assert statuses(records, "compile") == {f"{case} / compile": "skipped" for case in (L1, KL)}
-    assert not compilers.asked
+    assert not compilers.jobs
 
 
 def test_without_time_all_cases_are_left(stage: Stage, compilers: Compilers) -> None:
     assert [(record.case, record.status) for record in stage(seconds=-1.0)] == [(str(L1), "left"), (str(KL), "left")]
-    assert not compilers.asked
+    assert not compilers.jobs
 
 
-def test_what_an_earlier_call_settled_is_not_measured_again(stage: Stage, compilers: Compilers) -> None:
+def test_cases_that_an_earlier_call_completed_are_not_measured_again(stage: Stage, compilers: Compilers) -> None:
     records = stage(done=[str(L1), str(KL), f"{KL} / compile"])
-    assert compilers.asked == [micro.Job("compile", L1)]
+    assert compilers.jobs == [micro.Job("compile", L1)]
     assert {record.row["kernel"] for record in records if record.table == "micro"} == {"l1"}
 
 
@@ -221,8 +224,8 @@ def test_the_plans_name_cases_that_exist_once_each(plan: micro.Plan) -> None:
         assert case.workload().floor_bytes(case.mode) > 0
 
 
-def test_a_process_leaves_its_code_where_this_one_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a job runs is the compiled provider, in the mode that is measured."""
+def test_a_compile_job_runs_the_compiled_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the mode that is measured, so that the cached code is found."""
     called: list[Callable[..., object]] = []
 
     def compiled(function: Callable[..., object], **_: object) -> Callable[..., object]:
@@ -239,7 +242,7 @@ def test_a_process_leaves_its_code_where_this_one_finds_it(monkeypatch: pytest.M
     assert set(called) == {discrepancy.FUNCTIONS["kl"][0]}
 
 
-def test_a_capture_that_failed_costs_the_process_but_not_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_ends_the_process_but_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     here, timed = measured_on("a GPU", ""), f"behind a sleep, {timing.CAPTURE_FAILED}: x"
     row = rows.Row("kl", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", timed=timed, provenance=here)
     monkeypatch.setattr(runner.Run, "rows", lambda self, workload: iter([[row]]))

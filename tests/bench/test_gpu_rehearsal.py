@@ -1,4 +1,4 @@
-"""All of python -m bench gpu at toy size on a CPU, as its user starts it."""
+"""The whole of python -m bench gpu at toy size on a CPU, as a user starts it."""
 
 import subprocess
 import sys
@@ -37,9 +37,9 @@ def test_every_stage_of_the_rehearsal_passes(tmp_path: Path) -> None:
     assert run.stdout.splitlines()[-len(table) :] == table
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_how_to_rehearse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused([], monkeypatch, capsys) == "bench: PyTorch sees no GPU here; --rehearse runs everything at toy size on a CPU"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch finds a GPU")
+def test_without_a_gpu_the_error_names_the_rehearsal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused([], monkeypatch, capsys) == "bench: PyTorch finds no GPU; --rehearse runs everything at toy size on a CPU"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_without_a_gpu_it_says_how_to_rehearse(monkeypatch: pytest.MonkeyPatch, 
         (["--stage", "smok"], "--stage 'smok': must be one of environment, smoke, tests, micro, end-to-end, accuracy"),
         (["--rehearse", "--minutes", "0"], "--minutes 0: must be above 0"),
         (["--rehearse", "--minutes", "nan"], "--minutes nan: must be above 0"),
-        (["--rehearse", "--out", ""], "--out '.': must be a folder of its own"),
+        (["--rehearse", "--out", ""], "--out '.': must not be the current folder"),
         (["--rehearse", "--commit", "`x`"], "--commit '`x`': must be letters, digits"),
         (["--rehearse", "--data-root", "nowhere"], "--data-root nowhere: is not a folder"),
         (["--rehearse", "--out", "README.md"], "--out README.md: is not a folder"),
@@ -60,7 +60,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
     assert message in refused(arguments, monkeypatch, capsys)
 
 
-def test_the_default_folder_may_hold_what_an_interrupted_call_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder_may_hold_files_of_an_interrupted_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     left = tmp_path / "rehearsal" / "log.txt"
     left.parent.mkdir()
     left.write_text("== environment")
@@ -75,7 +75,7 @@ def test_the_default_folder_may_hold_what_an_interrupted_call_left(monkeypatch: 
 
 
 def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that the command says, with exit code 2."""
+    """Return the command's only error line; its exit code must be 2."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["bench", "gpu", *arguments])
     with pytest.raises(SystemExit) as ended:

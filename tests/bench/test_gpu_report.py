@@ -11,17 +11,17 @@ from bench import provenance, report, table
 from bench.gpu.records import Record
 from bench.provenance import ROOT
 from bench.report import gpu
-from bench.report.figures import Figures, is_gpu
+from bench.report.results import Results, is_gpu
 from dfkd_fast.engine.device import device_name
 from tests.bench.invented_gpus import H100, H200, Device, all_files, column, shown, write
 from tests.bench.invented_gpus import root as root
 
 
-def test_without_a_gpu_every_table_says_so_in_one_line(root: Path) -> None:
-    figures = Figures(root / "bench" / "results")
-    assert set(gpu.sections(figures).values()) == {gpu.NOT_MEASURED}
-    assert set(gpu.readme_sections(figures).values()) == {gpu.README_NOT_MEASURED}
-    assert (root / "docs" / "gpu.md").read_text().count(gpu.NOT_MEASURED) == len(gpu.sections(figures))
+def test_without_a_gpu_every_table_is_one_line(root: Path) -> None:
+    results = Results(root / "bench" / "results")
+    assert set(gpu.sections(results).values()) == {gpu.NOT_MEASURED}
+    assert set(gpu.extracts(results).values()) == {gpu.EXTRACT_NOT_MEASURED}
+    assert (root / "docs" / "gpu.md").read_text().count(gpu.NOT_MEASURED) == len(gpu.sections(results))
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -47,8 +47,8 @@ def test_each_device_has_its_own_column(root: Path, tmp_path: Path, together: bo
     text = "last 97.50 (seed 0: 98.00, seed 1: 97.00), best 98.00, teacher 99.00, largest drop 0.25, {} s"
     assert column(shown(root, gpu.ACCURACY), H200)[run] == text.format(40)
     assert column(shown(root, gpu.ACCURACY), H100)[run] == text.format(80)
-    assert column(shown(root, gpu.README_KERNELS), H100)["ema", "resnet50", "float32"].startswith("cuda 20 µs")
-    assert column(shown(root, gpu.README_END_TO_END), H200)["`cifar10-dfad`", "256", "bf16"].startswith("0.2 s/iteration")
+    assert column(shown(root, gpu.KERNEL_EXTRACT), H100)["ema", "resnet50", "float32"].startswith("cuda 20 µs")
+    assert column(shown(root, gpu.END_TO_END_EXTRACT), H200)["`cifar10-dfad`", "256", "bf16"].startswith("0.2 s/iteration")
 
 
 def test_the_ten_most_expensive_kernels_of_each_device_are_listed(root: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_stage_that_was_killed_is_its_device_s_failure(root: Path, tmp_path: P
     assert column(shown(root, gpu.STAGES), H200)["tests",] == "failed: `its process was killed by SIGSEGV`"
 
 
-def test_the_same_device_again_replaces_its_figures_and_no_other_s(root: Path, tmp_path: Path) -> None:
+def test_new_results_of_a_device_replace_only_its_own(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), *Device(H100, 2).everything()])], root)
     before = all_files(root)
     again = Device(H200, 3)
@@ -94,7 +94,7 @@ def test_the_same_device_again_replaces_its_figures_and_no_other_s(root: Path, t
     assert all_files(root) == before
 
 
-def test_a_later_call_adds_to_what_an_earlier_one_found(root: Path, tmp_path: Path) -> None:
+def test_a_later_call_adds_to_the_results_of_an_earlier_one(root: Path, tmp_path: Path) -> None:
     first, later = Device(H200, 1), Device(H200, 1, commit="def5678-dirty")
     report.main([write(tmp_path / "one.jsonl", first.everything())], root)
     left = later.record("tests", "", "left", "3 s are left, and it needs 30: the next call runs it")
@@ -110,7 +110,7 @@ def test_a_later_call_adds_to_what_an_earlier_one_found(root: Path, tmp_path: Pa
         assert "commit `def5678-dirty` (with uncommitted changes)" in shown(root, begin)
 
 
-def test_under_each_table_stand_commit_versions_and_command_without_the_machine_s_folders(root: Path, tmp_path: Path) -> None:
+def test_each_table_names_commit_versions_and_command_without_local_folders(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     line = f"- {H200}: commit `abc1234`, torch 2.11.0, triton 3.6.0, `python -m bench gpu --minutes 9 --out DIR`"
     for begin in (gpu.ENVIRONMENT, gpu.KERNELS, gpu.END_TO_END, gpu.PROFILE, gpu.STAGES):
@@ -118,18 +118,18 @@ def test_under_each_table_stand_commit_versions_and_command_without_the_machine_
     assert not any(b"/scratch" in content for content in all_files(root).values())
 
 
-def test_figures_of_a_gpu_stay_out_of_the_tables_of_a_cpu(root: Path, tmp_path: Path) -> None:
+def test_results_of_a_gpu_are_not_in_the_tables_of_a_cpu(root: Path, tmp_path: Path) -> None:
     cpu = table.read(ROOT / "bench" / "results" / "micro-x86_64-avx2-2-threads.csv")
     table.write(root / "bench" / "results" / "micro-x86_64-avx2-2-threads.csv", tuple(cpu[0]), cpu)
     report.main((), root)
-    before = report.readme.sections(Figures(root / "bench" / "results"))
+    before = report.cpu.sections(Results(root / "bench" / "results"))
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
-    assert report.readme.sections(Figures(root / "bench" / "results")) == before
-    assert not any("x86_64" in text for text in gpu.sections(Figures(root / "bench" / "results")).values())
+    assert report.cpu.sections(Results(root / "bench" / "results")) == before
+    assert not any("x86_64" in text for text in gpu.sections(Results(root / "bench" / "results")).values())
     assert not is_gpu(device_name(torch.device("cpu")))
 
 
-def test_a_result_goes_to_the_file_that_a_single_benchmark_writes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_stored_in_the_files_of_the_single_benchmarks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H100, 1).everything())], root)
     monkeypatch.setattr(provenance, "device_name", lambda device: H100)
     name = provenance.file_name(torch.device("cuda"))
@@ -137,7 +137,7 @@ def test_a_result_goes_to_the_file_that_a_single_benchmark_writes(root: Path, tm
         assert (root / "bench" / "results" / file).is_file()
 
 
-def test_passed_cases_are_counted_not_kept(root: Path, tmp_path: Path) -> None:
+def test_passed_cases_are_counted_and_not_stored(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     many = [device.record("tests", f"tests/test_x.py::test_{index}") for index in range(3000)]
     failed = [device.record("tests", f"tests/test_y.py::test_{index}", "failed", "AssertionError") for index in range(100)]
@@ -156,13 +156,13 @@ def test_columns_that_only_a_gpu_has_are_kept(root: Path, tmp_path: Path) -> Non
     assert json.loads(rows[1]["settings"]) == {"tf32": True}
 
 
-def test_what_the_device_waited_for_the_host_can_be_told(root: Path, tmp_path: Path) -> None:
+def test_the_time_of_the_kernels_is_shown_beside_the_iteration_s(root: Path, tmp_path: Path) -> None:
     record = Device(H200, 1).contender("plain", 0.034, kernels_per_iteration=853.0, kernel_seconds=0.0252)
     report.main([write(tmp_path / "one.jsonl", [record])], root)
     assert set(column(shown(root, gpu.END_TO_END), H200).values()) == {"0.034 s/iteration, 1234 MiB, 853 kernels of 0.0252 s"}
 
 
-def test_a_part_of_a_run_is_no_figure(root: Path, tmp_path: Path) -> None:
+def test_an_incomplete_run_is_not_a_result(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     part = Record("accuracy", "mnist-dfad seed 0", "left", "cut at epoch 2", table="accuracy", row={"epoch": 2}, origin=device.origin)
     report.main([write(tmp_path / "one.jsonl", [part])], root)
@@ -182,7 +182,7 @@ def test_any_name_stays_in_its_cell(root: Path, tmp_path: Path, name: str) -> No
     before = all_files(root)
     report.main((), root)
     assert all_files(root) == before
-    for begin in [*gpu.sections(Figures(root)), *gpu.readme_sections(Figures(root))]:
+    for begin in [*gpu.sections(Results(root)), *gpu.extracts(Results(root))]:
         text = shown(root, begin)
         for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
@@ -192,7 +192,7 @@ def test_any_name_stays_in_its_cell(root: Path, tmp_path: Path, name: str) -> No
             assert line.count("`") % 2 == 0 or name.count("`")
 
 
-def test_a_campaign_whose_stages_were_all_killed_is_stored_and_costs_no_figure(root: Path, tmp_path: Path) -> None:
+def test_a_campaign_whose_stages_were_all_killed_is_stored_and_removes_no_result(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     later = Device(H200, 1, commit="def5678")
     names = ("environment", "smoke", "tests", "micro", "end-to-end", "accuracy")
@@ -205,7 +205,7 @@ def test_a_campaign_whose_stages_were_all_killed_is_stored_and_costs_no_figure(r
     assert column(shown(root, gpu.ENVIRONMENT), H200)["a large copy (GB/s)",] == f"4000{old}"
     case = ("plain", "resnet50", "float32", "contiguous", "update")
     assert column(shown(root, gpu.KERNELS), H200)[case] == f"cuda 10 µs, 91 %, 2.00 × foreach_lerp†, triton wrong{old}"
-    for begin in (gpu.END_TO_END, gpu.README_END_TO_END, gpu.README_KERNELS):
+    for begin in (gpu.END_TO_END, gpu.END_TO_END_EXTRACT, gpu.KERNEL_EXTRACT):
         assert all(cell.endswith(old) for cell in column(shown(root, begin), H200).values())
     (cell,) = column(shown(root, gpu.ACCURACY), H200).values()
     assert f"(seed 0: 98.00{old}, seed 1: 97.00{old})" in cell
@@ -215,11 +215,11 @@ def test_a_campaign_whose_stages_were_all_killed_is_stored_and_costs_no_figure(r
         assert "def5678" not in shown(root, begin)
     report.main([write(tmp_path / "three.jsonl", Device(H200, 1, commit="def5678").everything())], root)
     assert "abc1234" not in "".join(
-        text for sections in report.documents(Figures(root / "bench" / "results")).values() for text in sections.values()
+        text for sections in report.documents(Results(root / "bench" / "results")).values() for text in sections.values()
     )
 
 
-def test_a_figure_stays_with_its_commit_until_a_newer_one_replaces_it(root: Path, tmp_path: Path) -> None:
+def test_a_result_stays_with_its_commit_until_a_newer_one_replaces_it(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [*Device(H200, 1).everything(), Device(H200, 1).kernel("triton", 8)])], root)
     later = Device(H200, 1, commit="def5678")
     records = [
@@ -247,7 +247,7 @@ def test_a_figure_stays_with_its_commit_until_a_newer_one_replaces_it(root: Path
     assert "`failed: out of memory`" in shown(root, gpu.STAGES)
 
 
-def test_a_comparison_without_torch_compile_says_so(root: Path, tmp_path: Path) -> None:
+def test_a_comparison_without_torch_compile_is_marked(root: Path, tmp_path: Path) -> None:
     device, case = Device(H200, 1), ("plain", "resnet50", "float32", "contiguous", "update")
     report.main([write(tmp_path / "one.jsonl", [device.kernel("cuda", 10), device.kernel("eager", 20)])], root)
     assert column(shown(root, gpu.KERNELS), H200)[case] == "cuda 10 µs, 91 %, 2.00 × eager†"
@@ -264,26 +264,26 @@ def test_a_failure_at_the_same_commit_replaces_the_time(root: Path, tmp_path: Pa
     assert set(column(shown(root, gpu.KERNELS), H200).values()) == {"cuda wrong"}
 
 
-def test_stages_stand_in_their_order_whichever_was_taken_in_first(root: Path, tmp_path: Path) -> None:
+def test_stages_are_shown_in_order_whichever_was_added_first(root: Path, tmp_path: Path) -> None:
     device = Device(H200, 1)
     for name in ("micro", "environment", "smoke"):
         report.main([write(tmp_path / f"{name}.jsonl", [device.record(name, "case")])], root)
     assert list(column(shown(root, gpu.STAGES), H200)) == [("environment",), ("smoke",), ("micro",)]
 
 
-def test_kernels_of_a_profile_are_no_cases(root: Path, tmp_path: Path) -> None:
+def test_kernels_of_a_profile_are_not_counted_as_cases(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
     assert column(shown(root, gpu.STAGES), H200)["end-to-end",].startswith("2 passed, left: ")
 
 
-def test_a_run_s_folder_is_taken_in_at_the_commit_checked_out(root: Path, tmp_path: Path) -> None:
+def test_a_run_folder_is_added_with_the_current_commit(root: Path, tmp_path: Path) -> None:
     summary = Device(H200, 1).run(3, 98.0).row | {"recipe": "mnist-dfad"}
     del summary["command"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "run" / "recipe.toml").write_text('[data]\nname = "mnist"\nroot = "/data"\n')
     report.main([tmp_path / "run"], root)
-    (entry,) = Figures(root / "bench" / "results").runs
+    (entry,) = Results(root / "bench" / "results").runs
     assert entry["command"] == "dfkd-fast distill mnist-dfad --seed 3 --data-root DIR"
     assert entry["commit"] == provenance.commit()
     assert list(column(shown(root, gpu.ACCURACY), H200)) == [

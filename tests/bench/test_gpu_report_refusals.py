@@ -1,4 +1,4 @@
-"""What may not be published: it is refused in one line, and no file changes."""
+"""Invalid results are refused with one line, and no file changes."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ from tests.bench.invented_gpus import root as root
         (Device(H200, 1).run(0, 98.0).line().replace("largest_drop", "drop") + "\n", r"has no retention\.largest_drop"),
     ],
 )
-def test_what_may_not_be_published_is_refused_in_a_line_and_changes_nothing(root: Path, tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_results_are_refused_with_one_line_and_change_nothing(root: Path, tmp_path: Path, content: str, message: str) -> None:
     before = all_files(root)
     good, bad = write(tmp_path / "good.jsonl", Device(H200, 1).everything()), tmp_path / "bad.jsonl"
     bad.write_text(content)
@@ -78,7 +78,7 @@ BAD_FIELDS: list[tuple[str, object]] = [
 
 
 def refused(root: Path, source: Path) -> str:
-    """The message for a source, which must change nothing and not stop later reports."""
+    """Return the error for a source, which must not change files nor prevent later reports."""
     report.main([write(root.parent / "good.jsonl", Device(H200, 1).everything())], root)
     before = all_files(root)
     with pytest.raises(DfkdError) as caught:
@@ -126,14 +126,14 @@ def test_a_bad_run_is_refused_and_changes_nothing(root: Path, tmp_path: Path, co
     refused(root, tmp_path / "run")
 
 
-def test_a_run_without_what_the_readme_says_of_a_cpu_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_cpu_without_the_columns_of_its_table_is_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text(json.dumps(Device("x86_64 AVX512, 2 threads", 1).run(0, 98.0).row))
     (tmp_path / "run" / "recipe.toml").write_text('[data]\nname = "digits"\nroot = ""\n')
     assert "has no retention.mean" in refused(root, tmp_path / "run")
 
 
-def test_an_error_while_the_tables_are_made_changes_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_the_tables_are_generated_changes_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(rows: object) -> str:
         raise ZeroDivisionError("float division by zero")
 
@@ -152,13 +152,13 @@ def test_devices_whose_files_would_have_the_same_name_are_not_mixed(root: Path, 
     assert all_files(root) == before
 
 
-def test_a_wrong_result_s_error_need_not_be_finite(root: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_wrong_result_may_be_infinite_or_nan(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [Device(H200, 1).kernel("cuda", 0, status="wrong: NaN", error=NAN)])], root)
     assert "cuda wrong" in shown(root, gpu.KERNELS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/gpu.md"])
-def test_a_document_without_a_place_for_a_table_is_found_before_anything_is_written(root: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/gpu.md"])
+def test_a_document_without_the_markers_of_a_table_is_refused_before_anything_is_written(root: Path, tmp_path: Path, name: str) -> None:
     (root / name).write_text("nothing\n")
     before = all_files(root)
     with pytest.raises(DfkdError, match="has no line"):

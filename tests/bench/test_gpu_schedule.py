@@ -1,4 +1,4 @@
-"""Stages of python -m bench gpu that fail: the others finish, nothing that was recorded is lost, and the table names the fault."""
+"""Stages of python -m bench gpu that fail: the others finish, no record is lost, and the table names the fault."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def statuses(ran: Campaign, name: str) -> dict[str, str]:
 
 
 def runs(process: str) -> bool:
-    """Whether a process is there, and not only its exit code."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def runs(process: str) -> bool:
 
 
 def ends(process: str) -> bool:
-    """Whether a process ends within 30 seconds: who was killed is not gone at once."""
+    """Return whether a process ends within 30 seconds; a killed process takes a moment."""
     for _ in range(300):
         if not runs(process):
             return True
@@ -54,7 +54,7 @@ def text(ran: Campaign, name: str, case: str = "") -> str:
     return next(record.text for record in reversed(ran.records) if (record.stage, record.case) == (name, case))
 
 
-def test_stages_around_the_faults_come_to_their_end(faulty: tuple[Campaign, list[str], Path]) -> None:
+def test_stages_around_the_faults_complete(faulty: tuple[Campaign, list[str], Path]) -> None:
     ran, _, _ = faulty
     for name in ("sound", "sound at the end"):
         assert statuses(ran, name) == {"first": "ok", "second": "ok", "": "ok"}
@@ -81,7 +81,7 @@ def test_every_fault_is_named_before_the_results(faulty: tuple[Campaign, list[st
     assert any(line.startswith("sound: second of abc") for line in lines[len(failures) :])
 
 
-def test_what_was_recorded_before_the_fault_is_kept(faulty: tuple[Campaign, list[str], Path]) -> None:
+def test_records_before_the_fault_are_kept(faulty: tuple[Campaign, list[str], Path]) -> None:
     ran, lines, folder = faulty
     assert statuses(ran, "exception")["before"] == "ok"
     assert statuses(ran, "hang")["before"] == "ok"
@@ -91,7 +91,7 @@ def test_what_was_recorded_before_the_fault_is_kept(faulty: tuple[Campaign, list
     assert {path.name for path in (folder / "out").iterdir()} == {"results.jsonl", "log.txt", "failures.txt", "summary.txt"}
 
 
-def test_a_stage_goes_on_behind_the_case_that_killed_its_process(faulty: tuple[Campaign, list[str], Path]) -> None:
+def test_a_stage_continues_after_the_case_that_killed_its_process(faulty: tuple[Campaign, list[str], Path]) -> None:
     ran, _, _ = faulty
     assert statuses(ran, "crash") == {"before": "ok", "deadly": "failed", "after": "ok", "": "ok"}
     assert statuses(ran, "lost GPU") == {"before": "ok", "illegal": "failed", "after": "ok", "": "ok"}
@@ -103,7 +103,7 @@ def test_the_line_at_which_a_stage_hangs_is_in_its_log(faulty: tuple[Campaign, l
     assert "in hanging" in (folder / "out" / "log.txt").read_text()
 
 
-def test_nothing_that_a_stage_started_outlives_it(faulty: tuple[Campaign, list[str], Path], tmp_path: Path) -> None:
+def test_child_processes_do_not_outlive_their_stage(faulty: tuple[Campaign, list[str], Path], tmp_path: Path) -> None:
     left = campaign(tmp_path, stage("leaving", "leaving_a_child"), log=lambda line: None)
     left.run(5.0)
     assert statuses(left, "leaving")[""] == "ok"
@@ -113,38 +113,38 @@ def test_nothing_that_a_stage_started_outlives_it(faulty: tuple[Campaign, list[s
 
 def test_other_operations_than_the_wrong_one_pass(faulty: tuple[Campaign, list[str], Path]) -> None:
     ran, _, _ = faulty
-    found = {case: status for case, status in statuses(ran, "wrong kernel").items() if " triton " in case}
-    assert {status for case, status in found.items() if case.startswith("channel_moments")} == {"wrong"}
-    assert {status for case, status in found.items() if case.startswith("l1_discrepancy")} == {"ok"}
+    of_triton = {case: status for case, status in statuses(ran, "wrong kernel").items() if " triton " in case}
+    assert {status for case, status in of_triton.items() if case.startswith("channel_moments")} == {"wrong"}
+    assert {status for case, status in of_triton.items() if case.startswith("l1_discrepancy")} == {"ok"}
 
 
-@pytest.mark.parametrize("place", ["kept", "out"])
-def test_a_full_disk_is_named_and_loses_nothing_of_the_table(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["kept", "out"])
+def test_a_full_disk_is_reported_and_the_table_is_complete(name: str, tmp_path: Path) -> None:
     ran = campaign(tmp_path, stage("sound", "sound"), log=lambda line: None)
-    (tmp_path / place / "results.jsonl").symlink_to("/dev/full")
+    (tmp_path / name / "results.jsonl").symlink_to("/dev/full")
     lines = ran.run(5.0)
-    assert lines[0] == f"FAILED {tmp_path / place / 'results.jsonl'} cannot be written: No space left on device"
+    assert lines[0] == f"FAILED {tmp_path / name / 'results.jsonl'} cannot be written: No space left on device"
     assert any(line.split()[:2] == ["sound", "ok"] for line in lines)
     assert ran.failed
 
 
-def test_a_second_call_goes_on_where_the_first_one_ended(tmp_path: Path) -> None:
+def test_a_second_call_resumes_the_first_one(tmp_path: Path) -> None:
     stages = [stage("sound", "sound"), stage("without time", "without_time"), stage("too long", "sound", needs=50.0)]
-    said: list[str] = []
-    first = campaign(tmp_path, *stages, log=said.append)
+    logged: list[str] = []
+    first = campaign(tmp_path, *stages, log=logged.append)
     first.run(0.5)
     assert statuses(first, "without time") == {"short": "left", "long": "left", "": "left"}
     assert statuses(first, "too long") == {"": "left"}
-    assert "s are left, and it needs 50" in text(first, "too long")
+    assert "needs 50 s, and " in text(first, "too long")
     assert not first.failed
-    second = campaign(tmp_path, *stages, log=said.append)
+    second = campaign(tmp_path, *stages, log=logged.append)
     second.run(5.0)
-    assert "sound: done in an earlier call" in said
+    assert "sound: done in an earlier call" in logged
     assert statuses(second, "too long") == {"first": "ok", "second": "ok", "": "ok"}
     assert sum(record.stage == "sound" for record in second.records) == 3
 
 
-def test_a_chosen_stage_that_was_done_begins_anew_and_no_other_runs(tmp_path: Path) -> None:
+def test_a_chosen_stage_that_is_done_restarts_and_no_other_runs(tmp_path: Path) -> None:
     stages = [stage("sound", "sound"), stage("other", "sound")]
     for chosen in ((), ("sound",)):
         ran = campaign(tmp_path, *stages, log=lambda line: None)
@@ -154,7 +154,7 @@ def test_a_chosen_stage_that_was_done_begins_anew_and_no_other_runs(tmp_path: Pa
     assert ran.records[-1].stage == "sound"
 
 
-def test_a_chosen_stage_without_time_keeps_what_it_had(tmp_path: Path) -> None:
+def test_a_chosen_stage_without_time_keeps_its_records(tmp_path: Path) -> None:
     for minutes in (5.0, 0.5):
         ran = campaign(tmp_path, stage("sound", "sound", needs=50.0), log=lambda line: None)
         ran.run(minutes, ["sound"])
@@ -162,22 +162,22 @@ def test_a_chosen_stage_without_time_keeps_what_it_had(tmp_path: Path) -> None:
         assert len(read(tmp_path / "kept" / "results.jsonl")) == 3
 
 
-def test_a_chosen_stage_that_records_nothing_keeps_what_it_had(tmp_path: Path) -> None:
+def test_a_chosen_stage_that_records_nothing_keeps_its_records(tmp_path: Path) -> None:
     campaign(tmp_path, stage("sound", "sound"), log=lambda line: None).run(5.0)
     ran = campaign(tmp_path, stage("sound", "dying_at_once"), log=lambda line: None)
     lines = ran.run(5.0, ["sound"])
-    assert lines[0] == "FAILED sound: exit code 3; it recorded nothing, and what an earlier call found stays"
+    assert lines[0] == "FAILED sound: exit code 3; it recorded nothing, and the records of an earlier call stay"
     assert statuses(ran, "sound") == {"first": "ok", "second": "ok", "": "ok"}
     assert ran.failed
 
 
-def test_a_case_that_was_left_before_the_process_died_is_run_by_the_next_one(tmp_path: Path) -> None:
+def test_a_case_that_was_left_before_the_process_died_runs_in_the_next_one(tmp_path: Path) -> None:
     ran = campaign(tmp_path, stage("leaving", "leaving_before_dying"), log=lambda line: None)
     ran.run(5.0)
     assert statuses(ran, "leaving") == {"left at first": "ok", "deadly": "failed", "": "ok"}
 
 
-def test_a_call_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path) -> None:
+def test_a_call_resumes_after_a_truncated_line(tmp_path: Path) -> None:
     kept = tmp_path / "kept" / "results.jsonl"
     for _ in range(3):
         ran = campaign(tmp_path, stage("sound", "sound"), log=lambda line: None)
@@ -188,17 +188,17 @@ def test_a_call_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path) -> None:
     assert sum(record.case == "first" for record in ran.records) == 1
 
 
-def test_variables_of_the_user_change_nothing_of_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_of_the_user_do_not_reach_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DFKD_FAST_BACKEND", "PYTEST_ADDOPTS", "TRITON_INTERPRET"):
         monkeypatch.setenv(name, "reference")
     variables = {"TRITON_INTERPRET": "1", "GIVEN": "2"}
-    ran = campaign(tmp_path, stage("telling", "telling_variables"), variables=variables, log=lambda line: None)
+    ran = campaign(tmp_path, stage("variables", "recording_variables"), variables=variables, log=lambda line: None)
     ran.run(5.0)
-    said = {record.case: record.text for record in ran.records if record.case}
-    assert said == {"DFKD_FAST_BACKEND": "cleared", "PYTEST_ADDOPTS": "cleared", "TRITON_INTERPRET": "1", "GIVEN": "2"}
+    texts = {record.case: record.text for record in ran.records if record.case}
+    assert texts == {"DFKD_FAST_BACKEND": "cleared", "PYTEST_ADDOPTS": "cleared", "TRITON_INTERPRET": "1", "GIVEN": "2"}
 
 
-def test_a_stage_ends_where_its_scheduler_is_killed(tmp_path: Path) -> None:
+def test_a_stage_ends_when_its_scheduler_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.bench.faults import campaign, stage;"
         "campaign(Path(sys.argv[1]), stage('hang', 'hanging')).run(5.0)"
@@ -225,7 +225,7 @@ def test_sigterm_ends_the_stage_and_still_prints_the_table(tmp_path: Path) -> No
     thread.start()
     lines = ran.run(5.0)
     thread.join()
-    assert lines[0] == "INTERRUPTED: what was recorded before is here"
+    assert lines[0] == "INTERRUPTED: the earlier records are kept"
     assert lines[0] in (tmp_path / "out" / "failures.txt").read_text()
     assert statuses(ran, "sound")[""] == "ok"
     assert statuses(ran, "hang")["before"] == "ok"
@@ -250,7 +250,7 @@ def test_more_cases_than_an_argument_could_name_are_skipped(tmp_path: Path) -> N
     assert [record.case for record in ran.records[5001:]] == ["second", ""]
 
 
-def test_lines_that_were_cut_off_are_left_out(tmp_path: Path) -> None:
+def test_truncated_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     whole = Record("smoke", "case", "ok", row={"value": 1.5})
     path.write_text(f"{whole.line()}\n{whole.line()[:20]}{whole.line()}\n{whole.line()}\n{whole.line()[:20]}")
@@ -260,15 +260,15 @@ def test_lines_that_were_cut_off_are_left_out(tmp_path: Path) -> None:
         read(path)
 
 
-def test_what_is_written_after_a_failure_begins_a_line_of_its_own(tmp_path: Path) -> None:
+def test_a_record_after_a_failed_write_starts_on_a_new_line(tmp_path: Path) -> None:
     files = Folder(tmp_path / "kept", tmp_path / "out")
     files.append("results.jsonl", "half of a li")
-    files._cut.add("results.jsonl")  # as an error in the middle of it does
+    files._cut.add("results.jsonl")  # as after an error during the write
     files.append("results.jsonl", Record("smoke", "case", "ok").line() + "\n")
     assert [record.case for record in files.records()] == ["case"]
 
 
-def test_a_folder_of_someone_else_is_refused_as_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_folder_with_other_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("log.txt", "results.jsonl"):
         theirs = tmp_path / name.partition(".")[0]
         theirs.mkdir()
@@ -280,25 +280,25 @@ def test_a_folder_of_someone_else_is_refused_as_out(tmp_path: Path, monkeypatch:
     check_out(tmp_path / "out")
     check_out(tmp_path / "new")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DfkdError, match="must be a folder of its own"):
+    with pytest.raises(DfkdError, match="must not be the current folder"):
         check_out(Path())
 
 
 def test_two_campaigns_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "STATE", tmp_path)
-    with schedule.alone(), pytest.raises(DfkdError, match="another python -m bench gpu is running here"), schedule.alone():
+    with schedule.alone(), pytest.raises(DfkdError, match="another python -m bench gpu is running in this checkout"), schedule.alone():
         pass
     with schedule.alone():
         pass
 
 
 @pytest.mark.parametrize("line", ["[]", "3", '{"stage": "smoke", "status": "fine"}', '{"case": "x"}', "nothing"])
-def test_what_is_no_record_is_refused(line: str) -> None:
+def test_an_invalid_record_is_refused(line: str) -> None:
     with pytest.raises((TypeError, ValueError)):
         parse(line)
 
 
-def test_the_table_has_at_most_60_lines_and_names_how_many_failures_it_leaves_out() -> None:
+def test_the_table_has_at_most_60_lines_and_counts_the_omitted_failures() -> None:
     records = [Record("tests", f"test {number}", "failed", "planted") for number in range(300)]
     records += [Record("micro", f"case {number}", "ok", "fast", highlight=True) for number in range(100)]
     lines = summary.lines(records, ["tests", "micro"])

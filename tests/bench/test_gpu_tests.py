@@ -1,4 +1,4 @@
-"""The stage of python -m bench gpu that runs tests: each is a case, what failed says why, and a second call runs what is left."""
+"""The stage of python -m bench gpu that runs tests: each test is a case, failures have a reason, and a second call runs the rest."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def test_passes(): pass
 def test_fails():
     assert 1 == 2, "planted"
 
-@pytest.mark.skip(reason="no such thing here")
+@pytest.mark.skip(reason="not available")
 def test_is_skipped(): pass
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_comes_after_the_crash(): pass
 
 
 def run(folder: Path, text: str, tested: Path | None = None, *, limit: float = 60.0, parts: bool = False) -> dict[str, Record]:
-    """The records of the tests in a file, or in a folder, by their functions' names; with ``parts`` those of whole calls, too."""
+    """Return the records of the tests in a file or folder by function name; with ``parts`` also those of whole pytest runs."""
     file = folder / "test_planted.py"
     file.write_text(text)
     variables = {"PLANTED_TESTS": str(tested or file)}
@@ -44,9 +44,9 @@ def run(folder: Path, text: str, tested: Path | None = None, *, limit: float = 6
     return {record.case.rpartition("::")[2]: record for record in latest(ran.records) if parts or record.table != "pytest"}
 
 
-def test_every_test_is_a_case_and_a_failure_says_why(tmp_path: Path) -> None:
-    found = run(tmp_path, TESTS)
-    assert {name: record.status for name, record in found.items()} == {
+def test_every_test_is_a_case_and_a_failure_has_its_reason(tmp_path: Path) -> None:
+    records = run(tmp_path, TESTS)
+    assert {name: record.status for name, record in records.items()} == {
         "test_passes": "ok",
         "test_fails": "failed",
         "test_is_skipped": "skipped",
@@ -55,11 +55,11 @@ def test_every_test_is_a_case_and_a_failure_says_why(tmp_path: Path) -> None:
         "test_comes_after_the_crash": "ok",
         "": "ok",
     }
-    assert found["test_fails"].text == "AssertionError: planted"
-    assert "assert 1 == 2" in found["test_fails"].detail
-    assert found["test_has_a_broken_fixture"].text == "RuntimeError: planted fixture"
-    assert found["test_is_skipped"].text == "no such thing here"
-    assert "crashed" in found["test_crashes"].text
+    assert records["test_fails"].text == "AssertionError: planted"
+    assert "assert 1 == 2" in records["test_fails"].detail
+    assert records["test_has_a_broken_fixture"].text == "RuntimeError: planted fixture"
+    assert records["test_is_skipped"].text == "not available"
+    assert "crashed" in records["test_crashes"].text
 
 
 LOSING = """
@@ -77,24 +77,24 @@ def test_is_innocent():
 """
 
 
-def test_a_test_that_costs_the_gpu_fails_alone(tmp_path: Path) -> None:
-    found = run(tmp_path, LOSING)
-    assert found["test_loses_the_gpu"].status == "failed"
-    assert found["test_is_innocent"].status == "ok"
+def test_a_test_that_loses_the_gpu_fails_alone(tmp_path: Path) -> None:
+    records = run(tmp_path, LOSING)
+    assert records["test_loses_the_gpu"].status == "failed"
+    assert records["test_is_innocent"].status == "ok"
 
 
 def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "test_sound.py").write_text("def test_sound(): pass\n")
-    found = run(tmp_path, "import nothing_of_this_name\n", tmp_path)
-    assert any(record.status == "failed" and "nothing_of_this_name" in record.text for record in found.values())
-    assert found["test_sound"].status == "ok"
+    records = run(tmp_path, "import nothing_of_this_name\n", tmp_path)
+    assert any(record.status == "failed" and "nothing_of_this_name" in record.text for record in records.values())
+    assert records["test_sound"].status == "ok"
 
 
-def test_no_test_at_all_is_a_failure(tmp_path: Path) -> None:
+def test_a_part_without_tests_is_a_failure(tmp_path: Path) -> None:
     assert any(record.status == "failed" and "exit code 5" in record.text for record in run(tmp_path, "", parts=True).values())
 
 
-def test_what_there_is_no_time_for_is_left_and_a_second_call_runs_it(tmp_path: Path) -> None:
+def test_tests_without_time_are_left_and_a_second_call_runs_them(tmp_path: Path) -> None:
     slow = "import time\n\ndef test_first(): pass\n\ndef test_slow(): time.sleep({seconds})\n\ndef test_last(): pass\n"
     first = run(tmp_path, slow.format(seconds=300), limit=30.0)
     assert first["test_first"].status == "ok"

@@ -1,4 +1,4 @@
-"""The host's time of an average: which calls are measured, and that their kernel does not run. No test looks at a time."""
+"""The host overhead of an EMA update: which calls are timed, and that their kernel does not run. No test checks a time."""
 
 import sys
 from pathlib import Path
@@ -19,12 +19,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
 
 def test_the_calls_are_measured_without_their_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     called: list[int] = []
-    monkeypatch.setattr(host, "_nothing", lambda averages, *_: called.append(len(averages)))
+    monkeypatch.setattr(host, "_no_op", lambda averages, *_: called.append(len(averages)))
     operator, out = operators.operator, tmp_path / "host.csv"
     assert not run(monkeypatch, "--network", "generator-a", "--out", str(out))
     rows = table.read(out)
     assert [(row["network"], row["call"]) for row in rows] == [("generator-a", "FusedEMA.update"), ("generator-a", "ema_update_")]
-    assert all(float(row[figure]) > 0 for row in rows for figure in ("median_us", "q20_us", "q80_us"))
+    assert all(float(row[column]) > 0 for row in rows for column in ("median_us", "q20_us", "q80_us"))
     assert set(called) == {int(rows[0]["tensors"])}
     assert len(called) == 2 * (host.CALLS * host.SAMPLES + 1)
     assert operators.operator is operator

@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed. Of the trials in ``python -m bench kills`` a few are run here, on the smallest run there is."""
+"""Runs that are killed and resumed: a few trials as in ``python -m bench kills``, on a minimal run."""
 
 import json
 import shutil
@@ -22,11 +22,11 @@ from bench.kills.trials import AtTime, Done, Result, Trial, draw, rows
 from bench.kills.verdict import Reference, Verdict, contents, judge
 from bench.provenance import ROOT
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the harness needs Linux")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="requires Linux")
 
 TINY = ("teacher.epochs=2", "loop.epochs=2", "loop.iterations_per_epoch=1", "loop.student_steps=1", "report.samples=4")
 
-# The writes of a run in small: through a temporary file, and a line added.
+# The kinds of writes of a run: through a temporary file, and appending lines.
 WRITER = """
 import os, sys
 from pathlib import Path
@@ -63,16 +63,14 @@ OLD, NEW, PART = {"summary.json": "old"}, {"summary.json": "0123456789"}, ".summ
         (("recipe.toml", "write", 1, "middle"), NEW | {"metrics.jsonl": "first\nsecond\n", "recipe.toml": "ab"}),
     ],
 )
-def test_a_process_is_killed_at_the_call_and_the_stage_that_were_asked_for(
-    kill: tuple[str, str, int, str], left: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_process_is_killed_at_the_given_call_and_stage(kill: tuple[str, str, int, str], left: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("old")
     ended = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), repr(kill)], cwd=ROOT, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == left
 
 
-def test_a_process_that_has_no_such_call_is_not_killed(tmp_path: Path) -> None:
+def test_a_process_without_the_given_call_is_not_killed(tmp_path: Path) -> None:
     kill = ("metrics.jsonl", "write", 3, "before")
     ended = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), repr(kill)], cwd=ROOT, check=False)
     assert ended.returncode == 0
@@ -108,7 +106,7 @@ def test_an_order_reaches_the_process_unchanged(kill: AtCall | None) -> None:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """What a run leaves, in small."""
+    """A small run folder."""
     folder = tmp_path / "run"
     for name in ("checkpoints", "tensorboard", "samples"):
         (folder / name).mkdir(parents=True)
@@ -117,7 +115,7 @@ def run_folder(tmp_path: Path) -> Path:
     (folder / "recipe.toml").write_text("seed = 0\n")
     (folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 1.5, "losses": {"student": 0.5}}\n')
     (folder / "summary.json").write_text('{"teacher_accuracy": 70.0, "seconds": {"total": 3.5}, "peak_memory_bytes": 5}\n')
-    (folder / "samples" / "epoch-0001.png").write_bytes(b"picture")
+    (folder / "samples" / "epoch-0001.png").write_bytes(b"image")
     (folder / "checkpoints" / "iteration-00000009.pt").write_bytes(b"state")
     (folder / "tensorboard" / "events.out.tfevents.17.vm.1").write_bytes(b"events")
     return folder
@@ -129,7 +127,7 @@ def set_weight(path: Path, value: float) -> None:
     save_file(tensors, path)
 
 
-def test_what_is_measured_and_what_a_kill_may_leave_does_not_make_a_run_another(run_folder: Path) -> None:
+def test_measured_values_and_files_that_a_kill_may_leave_are_not_differences(run_folder: Path) -> None:
     reference = Reference.of(run_folder)
     save_file({"weight": torch.arange(4.0), "bias": torch.zeros(1)}, run_folder / "teacher.safetensors", {"seconds": "2.5"})
     (run_folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 9.5, "losses": {"student": 0.5}}\n')
@@ -161,7 +159,7 @@ def test_what_is_measured_and_what_a_kill_may_leave_does_not_make_a_run_another(
         (shutil.rmtree, "is missing"),
     ],
 )
-def test_a_run_that_is_another_than_the_reference_fails_and_the_verdict_names_the_file(
+def test_a_run_that_differs_from_the_reference_fails_and_the_verdict_names_the_file(
     damage: Callable[[Path], object], why: str, run_folder: Path
 ) -> None:
     reference = Reference.of(run_folder)
@@ -171,7 +169,7 @@ def test_a_run_that_is_another_than_the_reference_fails_and_the_verdict_names_th
     assert why in verdict.why
 
 
-def test_a_refusal_is_one_line_with_exit_code_2_that_touches_no_file(run_folder: Path) -> None:
+def test_a_refusal_is_one_line_with_exit_code_2_and_changes_no_file(run_folder: Path) -> None:
     reference, before = Reference.of(run_folder), contents(run_folder)
     line = "dfkd-fast: checkpoint cannot be read\n"
     assert judge(2, line, before, run_folder, reference) == Verdict("refused", line.strip())
@@ -184,7 +182,7 @@ def test_a_refusal_is_one_line_with_exit_code_2_that_touches_no_file(run_folder:
 
 
 def test_a_run_killed_in_its_teachers_training_at_its_weights_and_in_a_checkpoint_ends_identical(tmp_path: Path) -> None:
-    done = finish(TINY, tmp_path / "never-killed")
+    done = finish(TINY, tmp_path / "uninterrupted")
     kills = (
         AtTime(0.0, "teacher"),
         AtCall("teacher.safetensors", "replace", 1, "before"),
@@ -193,8 +191,8 @@ def test_a_run_killed_in_its_teachers_training_at_its_weights_and_in_a_checkpoin
     result = try_kill(Trial(0, "teacher", "tiny", kills), done, tmp_path / "run")
     assert result.verdict == Verdict("identical")
     assert result.kills == tuple(map(str, kills))
-    assert result.found == "checkpoints/iteration-00000001.pt"
-    # The same run would not pass for one of other weights.
+    assert result.newest_file == "checkpoints/iteration-00000001.pt"
+    # A reference with other weights is detected as different.
     other = replace(done.reference, hashes={**done.reference.hashes, "student.safetensors": "0"})
     assert judge(0, "", {}, tmp_path / "run", other) == Verdict("FAILED", "student.safetensors differs")
 
@@ -225,7 +223,7 @@ def test_a_trial_can_be_repeated_by_its_number_and_other_seeds_give_other_trials
     assert [draw(1, number, references) for number in range(40)] != drawn
 
 
-def test_half_of_the_trials_aim_at_writes_and_at_the_teacher_and_all_points_are_in_the_run() -> None:
+def test_half_of_the_trials_target_writes_and_the_teacher_and_all_points_exist_in_the_run() -> None:
     references = {"one": invented(), "two": invented()}
     drawn = [draw(0, number, references) for number in range(400)]
     assert Counter(trial.kind for trial in drawn) == {"time": 200, "write": 100, "teacher": 100}
@@ -243,7 +241,7 @@ def result_of(number: int, kill: AtCall | AtTime, verdict: Verdict) -> Result:
     return Result(Trial(number, kind, "one", (kill,)), (str(kill),), "", verdict, 1.0)  # type: ignore[arg-type]
 
 
-def test_the_table_counts_verdicts_by_what_was_aimed_at() -> None:
+def test_the_table_counts_verdicts_by_kind_of_kill() -> None:
     write, moment = AtCall("recipe.toml", "write", 1, "before"), AtTime(0.5, "run")
     verdicts = [Verdict("identical"), Verdict("refused", "a line"), Verdict("FAILED", "a reason")]
     results = [result_of(number, write, verdict) for number, verdict in enumerate(verdicts)] + [result_of(3, moment, verdicts[0])]
@@ -273,7 +271,7 @@ def test_the_command_fails_if_any_trial_does_and_writes_every_trial(
     assert [trial["outcome"] for trial in written["trials"]] == ["identical", "identical", verdict.outcome, "identical"]
     assert written["origin"]["commit"]
     assert f"all,4,0,3,{1 - code},{code}" in (tmp_path / "out" / "kills.csv").read_text()
-    # The run that failed is kept to be looked at; nothing else is.
+    # Only the run that failed is kept.
     kept = [path.name for path in tmp_path.glob("kills-*/*")]
     assert kept == (["trial-2"] if code else [])
     assert ("1 of 4 trials failed" in capsys.readouterr().err) == bool(code)

@@ -1,4 +1,4 @@
-"""What bench/gpu/pack.sh packs and prints, in a copy of its own, with stand-ins for the package index and the compiler."""
+"""bench/gpu/pack.sh, in a copy of the repository, with fakes of the package index and the compiler."""
 
 import gzip
 import json
@@ -20,8 +20,8 @@ from bench import provenance
 
 ROOT = Path(__file__).parents[2]
 MNIST = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
-# In place of the interpreter, one of VERSION: pip's downloads are empty files of WHEEL_BYTES, the extension is a text unless the copy has
-# kernels/build.py; the line's own commands are noted.
+# A fake interpreter of version VERSION: pip's downloads are empty files of WHEEL_BYTES, the extension is a text file unless the copy has
+# kernels/build.py, and the commands of the printed line are logged.
 PYTHON = """#!{executable}
 import json
 import os
@@ -52,8 +52,8 @@ else:
 """
 
 
-class Said(NamedTuple):
-    """One call's exit code and output."""
+class Result(NamedTuple):
+    """Exit code and output of a call."""
 
     code: int
     out: str
@@ -61,7 +61,7 @@ class Said(NamedTuple):
 
 
 class Copy:
-    """A repository of pack.sh and what it reads in ``root``, and the programs in ``bin``."""
+    """A repository in ``root`` with pack.sh and the files it reads, and fake programs in ``bin``."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.bin = folder / "repository", folder / "bin"
@@ -78,14 +78,14 @@ class Copy:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
-    def pack(self, *arguments: str | Path, **environment: str) -> Said:
+    def pack(self, *arguments: str | Path, **environment: str) -> Result:
         command = ["bash", self.root / "bench" / "gpu" / "pack.sh", *arguments]
         environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", **environment}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        return Said(done.returncode, done.stdout, done.stderr)
+        return Result(done.returncode, done.stdout, done.stderr)
 
     def commit(self) -> None:
-        """Begin a history that ignores .carry."""
+        """Create a git repository that ignores .carry, with one commit."""
         (self.root / ".gitignore").write_text("/.carry/\n")
         identity = ("-c", "user.name=N", "-c", "user.email=n@example.org")
         for command in (("init", "-q"), ("add", "-A"), (*identity, "commit", "-qm", "all")):
@@ -102,7 +102,7 @@ def copy(tmp_path: Path) -> Copy:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """MNIST's files, two of them gzipped."""
+    """Files of MNIST, two of them gzipped."""
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in MNIST[:2]:
@@ -117,14 +117,14 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def array(name: str) -> set[str]:
-    """A list of pack.sh."""
-    found = re.search(rf"^{name}=\(([^)]*)\)", (ROOT / "bench" / "gpu" / "pack.sh").read_text(), re.MULTILINE)
-    assert found is not None
-    return set(found[1].split())
+    """Return an array of pack.sh."""
+    match = re.search(rf"^{name}=\(([^)]*)\)", (ROOT / "bench" / "gpu" / "pack.sh").read_text(), re.MULTILINE)
+    assert match is not None
+    return set(match[1].split())
 
 
 def with_dependencies(requirements: set[str]) -> set[str]:
-    """The names of installed packages, and of all that they need."""
+    """Return the names of installed packages and of all their dependencies."""
     reached: set[str] = set()
     waiting = set(requirements)
     while waiting:
@@ -135,7 +135,7 @@ def with_dependencies(requirements: set[str]) -> set[str]:
     return reached
 
 
-def test_every_dependency_is_packed_or_on_the_host_or_left_out_on_purpose(copy: Copy) -> None:
+def test_every_dependency_is_packed_or_installed_or_omitted_explicitly(copy: Copy) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["test"]
     packed = copy.pack("--list").out.splitlines()
@@ -151,30 +151,30 @@ def test_a_new_dependency_is_packed_unless_the_host_has_it(copy: Copy) -> None:
     assert copy.pack("--list").out.splitlines() == ["attrs>=25", "pydantic>=2.9", "tomli-w>=1.1"]
 
 
-def test_no_wheel_takes_the_place_of_a_package_of_the_host(copy: Copy) -> None:
+def test_no_wheel_replaces_a_package_of_the_host(copy: Copy) -> None:
     wheels = with_dependencies(names(copy.pack("--list").out.splitlines()))
     assert wheels >= {"pydantic-core", "annotated-types", "typing-inspection"}
     assert wheels.isdisjoint(array("installed"))
 
 
 def test_the_folder_holds_the_wheels_the_extension_and_the_data_gzipped(copy: Copy, data: Path) -> None:
-    said = copy.pack("--data", data)
-    assert said.code == 0, said.err
+    result = copy.pack("--data", data)
+    assert result.code == 0, result.err
     contents = copy.contents()
     wheels = {f"wheels/{name}-1.0-py3-none-any.whl" for name in ("pydantic", "tomli_w")}
     assert contents.keys() == wheels | {"dfkd_fast_cuda.so"} | {f"data/MNIST/raw/{name}.gz" for name in MNIST}
     assert all(gzip.decompress(contents[f"data/MNIST/raw/{name}.gz"]).decode() == name for name in MNIST)
-    assert all(re.search(rf"^\d+\s+{part}$", said.err, re.MULTILINE) for part in ("wheels", "data", "dfkd_fast_cuda.so", "total"))
+    assert all(re.search(rf"^\d+\s+{part}$", result.err, re.MULTILINE) for part in ("wheels", "data", "dfkd_fast_cuda.so", "total"))
 
 
-def test_paths_are_relative_to_the_folder_of_the_call(copy: Copy, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_current_folder(copy: Copy, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data.parent)
-    said = copy.pack("--data", "data", "--python", "bin/python3")
-    assert said.code == 0, said.err
+    result = copy.pack("--data", "data", "--python", "bin/python3")
+    assert result.code == 0, result.err
     assert (copy.carry / "data").is_dir()
 
 
-def test_a_second_call_leaves_the_same_folder(copy: Copy, data: Path) -> None:
+def test_a_second_call_produces_the_same_folder(copy: Copy, data: Path) -> None:
     copy.pack("--data", data)
     first = copy.contents()
     (copy.carry / "stale").touch()
@@ -182,7 +182,7 @@ def test_a_second_call_leaves_the_same_folder(copy: Copy, data: Path) -> None:
     assert copy.contents() == first
 
 
-def test_the_line_is_all_of_the_output_and_names_the_commit(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_is_the_only_output_and_names_the_commit(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "ROOT", copy.root)
     assert "--commit unknown " in copy.pack().out
     results = [copy.root / name for name in ("README.md", "docs/gpu.md", "bench/results/micro.csv")]
@@ -195,14 +195,14 @@ def test_the_line_is_all_of_the_output_and_names_the_commit(copy: Copy, monkeypa
         if change is not None:
             with change.open("a") as file:
                 file.write("# changed\n")
-        said = copy.pack()
-        assert len(said.out.splitlines()) == 1
-        assert len(said.out) <= 2000
-        assert f"--commit {provenance.commit()} " in said.out
+        result = copy.pack()
+        assert len(result.out.splitlines()) == 1
+        assert len(result.out) <= 2000
+        assert f"--commit {provenance.commit()} " in result.out
         assert (provenance.commit() == clean) == (change is None or change in results)
 
 
-def test_without_the_excluded_paths_there_is_no_commit_to_name(copy: Copy) -> None:
+def test_without_the_excluded_paths_the_commit_is_unknown_and_refused(copy: Copy) -> None:
     (copy.root / "bench" / "provenance.py").write_text("")
     assert copy.pack()[:2] == (2, "")
     assert not copy.carry.exists()
@@ -226,14 +226,14 @@ def test_the_extension_is_compiled_for_the_default_architectures(copy: Copy) -> 
         "def compile_extension(binary, **options):\n"
         "    raise BuildError(f'{binary.name} with {options}')\n"
     )
-    assert copy.pack() == Said(1, "", "bench/gpu/pack.sh: dfkd_fast_cuda.so with {}\n")
+    assert copy.pack() == Result(1, "", "bench/gpu/pack.sh: dfkd_fast_cuda.so with {}\n")
 
 
 def test_help_is_the_comment_at_the_top(copy: Copy) -> None:
-    said = copy.pack("--help")
-    assert (said.code, said.err) == (0, "")
-    lines = said.out.splitlines()
-    assert lines[0].startswith("Pack for a GPU host")
+    result = copy.pack("--help")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0].startswith("Pack what a GPU host")
     assert lines[-1].endswith("the line refuses to run without it.")
     usage = [line for line in lines if line.startswith("    bench/gpu/pack.sh")]
     options = {line.split()[0] for line in lines if line.startswith("--")}
@@ -244,8 +244,8 @@ def test_help_is_the_comment_at_the_top(copy: Copy) -> None:
 @pytest.mark.parametrize("with_data", [False, True], ids=["no data", "data"])
 def test_the_line_installs_unpacks_and_starts_the_benchmark(copy: Copy, data: Path, with_data: bool) -> None:
     copy.commit()
-    said = copy.pack("--rehearse", *(("--data", data) if with_data else ()))
-    assert said.code == 0, said.err
+    result = copy.pack("--rehearse", *(("--data", data) if with_data else ()))
+    assert result.code == 0, result.err
     install, start = map(json.loads, (copy.bin.parent / "commands.txt").read_text().splitlines())
     site = install[0][install[0].index("--target") + 1]
     assert install[0][:3] == ["-m", "pip", "install"]
@@ -269,12 +269,12 @@ def test_the_line_installs_unpacks_and_starts_the_benchmark(copy: Copy, data: Pa
     ("environment", "code", "message"),
     [({"WHEEL_BYTES": "31000000"}, 2, "are more than 60000000"), ({"BROKEN_COMPILER": "1"}, 1, "nvcc failed")],
 )
-def test_a_failure_leaves_the_folder_of_before(copy: Copy, environment: dict[str, str], code: int, message: str) -> None:
+def test_a_failure_keeps_the_previous_folder(copy: Copy, environment: dict[str, str], code: int, message: str) -> None:
     assert copy.pack().code == 0
     before = copy.contents()
-    said = copy.pack(**environment)
-    assert (said.code, said.out) == (code, "")
-    assert message in said.err
+    result = copy.pack(**environment)
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
     assert copy.contents() == before
     assert {path.name for path in copy.root.iterdir()} == {".carry", "bench", "pyproject.toml"}
 
@@ -284,29 +284,29 @@ def test_a_failure_leaves_the_folder_of_before(copy: Copy, environment: dict[str
     [
         (["--dta", "x"], "--dta: must be one of --python, --data, --rehearse, --list, --help"),
         (["--data"], "--data needs a value"),
-        (["--python", "no-such-python"], "--python no-such-python: there is no such program"),
+        (["--python", "no-such-python"], "--python no-such-python: no such program"),
         (["--python", "/bin/cat", "--list"], "--python /bin/cat: must be Python 3.11 or newer"),
         (["--python", "/bin/true", "--list"], "--python /bin/true: must be Python 3.11 or newer"),
-        (["--data", "nowhere"], "--data nowhere: there is neither MNIST/raw/train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"),
+        (["--data", "nowhere"], "--data nowhere: has neither MNIST/raw/train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_code_2(copy: Copy, arguments: list[str], message: str) -> None:
-    assert copy.pack(*arguments) == Said(2, "", f"bench/gpu/pack.sh: {message}\n")
+    assert copy.pack(*arguments) == Result(2, "", f"bench/gpu/pack.sh: {message}\n")
     assert not copy.carry.exists()
 
 
 @pytest.mark.parametrize(("version", "accepted"), [("2.7", False), ("3.9", False), ("3.10", False), ("3.11", True), ("3.14", True)])
 def test_python_is_3_11_or_newer(copy: Copy, version: str, accepted: bool) -> None:
-    said = copy.pack("--list", VERSION=version)
-    assert (said.code == 0) == accepted
-    assert accepted or said.err.splitlines() == [f"bench/gpu/pack.sh: --python {copy.bin}/python3: must be Python 3.11 or newer"]
+    result = copy.pack("--list", VERSION=version)
+    assert (result.code == 0) == accepted
+    assert accepted or result.err.splitlines() == [f"bench/gpu/pack.sh: --python {copy.bin}/python3: must be Python 3.11 or newer"]
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.13"])
-def test_only_the_python_of_the_wheels_rehearses(copy: Copy, version: str) -> None:
-    said = copy.pack("--rehearse", VERSION=version)
-    assert (said.code, said.out) == (2, "")
-    assert said.err.splitlines() == [
-        f"bench/gpu/pack.sh: --rehearse: needs Python 3.12, which the wheels are for; --python {copy.bin}/python3 is {version}"
+def test_a_rehearsal_requires_the_python_of_the_wheels(copy: Copy, version: str) -> None:
+    result = copy.pack("--rehearse", VERSION=version)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines() == [
+        f"bench/gpu/pack.sh: --rehearse: requires Python 3.12, like the wheels; --python {copy.bin}/python3 is {version}"
     ]
     assert not copy.carry.exists()

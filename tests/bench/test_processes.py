@@ -1,4 +1,4 @@
-"""Functions that are called in other processes. Times are limits only: no test looks at how long something took."""
+"""Functions that are called in other processes. Times are only limits: no test checks a duration."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def die() -> None:
 
 
 def run(code: str) -> int:
-    """Execute a job, and return the process in which it ran."""
+    """Execute a job; returns the id of the process that ran it."""
     exec(code)
     return os.getpid()
 
@@ -40,7 +40,7 @@ THREADS = torch.get_num_threads() + 1
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
-    """For calls that do not end its process."""
+    """A worker for calls that do not end its process."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     with Worker() as worker:
@@ -48,7 +48,7 @@ def worker() -> Iterator[Worker]:
         yield worker
 
 
-def test_a_process_computes_with_as_many_threads_as_the_one_that_starts_it(worker: Worker) -> None:
+def test_a_worker_has_the_number_of_threads_of_its_parent_process(worker: Worker) -> None:
     assert worker.call(torch.get_num_threads) == THREADS
 
 
@@ -60,7 +60,7 @@ def test_after_an_error_in_a_function_the_process_can_be_called_again(worker: Wo
     assert worker.call(os.getpid) != os.getpid()
 
 
-def test_what_cannot_be_pickled_or_imported_fails_its_own_call_only(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_cannot_be_pickled_or_imported_fails_only_its_call(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkerError, match=r"^TypeError: cannot pickle"):
         worker.call(threading.Lock)
     with monkeypatch.context() as patched:
@@ -72,7 +72,7 @@ def test_what_cannot_be_pickled_or_imported_fails_its_own_call_only(worker: Work
     assert worker.call(os.getpid) != os.getpid()
 
 
-def test_a_call_that_hangs_logs_its_line_and_is_stopped(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_call_that_hangs_logs_a_traceback_and_is_stopped(capfd: pytest.CaptureFixture[str]) -> None:
     with Worker() as worker:
         worker.call(os.getpid)
         with pytest.raises(OutOfTime, match=r"^out of time: stopped after 1 s$"):
@@ -82,12 +82,12 @@ def test_a_call_that_hangs_logs_its_line_and_is_stopped(capfd: pytest.CaptureFix
             worker.call(os.getpid)
 
 
-def test_a_call_that_ends_its_process_says_how() -> None:
+def test_a_call_that_ends_its_process_is_an_error_with_the_signal() -> None:
     with Worker() as worker, pytest.raises(WorkerError, match=r"^killed by SIGKILL$"):
         worker.call(die)
 
 
-def test_a_process_ends_with_its_worker_whatever_it_does() -> None:
+def test_a_busy_process_ends_with_its_worker() -> None:
     with Worker() as worker:
         process = worker.call(os.getpid)
         worker.submit(time.sleep, 1e6)
@@ -106,21 +106,21 @@ def test_every_worker_is_prepared_before_it_is_taken_and_ends_when_the_next_one_
     assert has_ended(second)
 
 
-def test_a_worker_that_cannot_be_prepared_fails_when_it_is_taken_and_not_before() -> None:
+def test_a_worker_that_cannot_be_prepared_fails_only_when_taken() -> None:
     with Workers(2, partial(run, FAIL)) as workers:
         for _ in range(2):
             with pytest.raises(WorkerError, match=r"^ValueError: a reason$"):
                 workers.take()
 
 
-def test_a_worker_that_is_not_prepared_in_time_is_stopped_when_it_is_taken_and_not_before() -> None:
+def test_a_worker_that_is_not_prepared_in_time_is_stopped_only_when_taken() -> None:
     with Workers(2, partial(time.sleep, 1e6)) as workers:
         for _ in range(2):
             with pytest.raises(OutOfTime):
                 workers.take(0.1)
 
 
-def test_while_a_worker_works_no_other_of_its_batch_is_being_prepared(tmp_path: Path) -> None:
+def test_no_worker_is_prepared_while_another_of_its_batch_runs(tmp_path: Path) -> None:
     prepared = tmp_path / "prepared"
     with Workers(3, partial(run, f"import os; open({str(prepared)!r}, 'a').write(f'{{os.getpid()}} ')"), batch=2) as workers:
         for taken, count in ((1, 2), (2, 2), (3, 3)):
@@ -132,7 +132,7 @@ def results_of(pool: Pool[str, int], jobs: Sequence[str], seconds: float = SOON)
     return dict(pool.results(jobs, time.monotonic() + seconds))
 
 
-def test_a_job_that_fails_or_crashes_loses_no_other_and_its_process_serves_no_other() -> None:
+def test_a_job_that_fails_or_crashes_does_not_affect_others_and_its_process_is_replaced() -> None:
     jobs = ["pass", FAIL, "pass  # again", "import os; os._exit(3)", "1 + 1"]
     with Pool(run, 1) as pool:
         results = results_of(pool, jobs)
@@ -155,7 +155,7 @@ def test_at_the_deadline_a_job_is_stopped_and_the_next_ones_get_a_new_process() 
         assert results_of(pool, ["pass"], seconds=-1.0) == {}
 
 
-def test_processes_serve_many_jobs_and_end_with_their_pool() -> None:
+def test_processes_are_reused_and_end_with_their_pool() -> None:
     with Pool(run, 2) as pool:
         results = [*results_of(pool, [f"pass  # {number}" for number in range(5)]).values(), *results_of(pool, ["pass"]).values()]
         processes = {result for result in results if isinstance(result, int)}

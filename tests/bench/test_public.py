@@ -1,4 +1,4 @@
-"""The benchmarks use dfkd_fast as anybody can: by public names, on networks whose classes stay what they are."""
+"""The benchmarks use only public names of dfkd_fast, and do not change the classes of networks."""
 
 import ast
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "bench").rglob("*.py"))
 
 
 def is_private(name: str) -> bool:
-    # A NamedTuple's methods are public all the same.
+    # These methods of a NamedTuple are public.
     return name.startswith("_") and not name.endswith("__") and name not in ("_asdict", "_replace")
 
 
@@ -22,7 +22,7 @@ def is_ours(node: ast.ImportFrom) -> bool:
 
 
 def names_of_others(tree: ast.Module) -> set[str]:
-    """What a file imports from elsewhere: PyTorch's private names are PyTorch's business."""
+    """Return the names that a file imports from other projects, whose private names are allowed."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -32,8 +32,8 @@ def names_of_others(tree: ast.Module) -> set[str]:
     return names - {*OURS}
 
 
-def offences(source: str) -> Iterator[str]:
-    """Private names of other objects than an object's own, and classes that are assigned."""
+def violations(source: str) -> Iterator[str]:
+    """Yield the uses of private names of other objects, and the assignments of classes."""
     tree = ast.parse(source)
     others = names_of_others(tree)
     for node in ast.walk(tree):
@@ -50,13 +50,13 @@ def offences(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_benchmark_uses_public_names_only_and_changes_no_class(path: Path) -> None:
-    assert list(offences(path.read_text())) == []
+    assert list(violations(path.read_text())) == []
 
 
 @pytest.mark.parametrize(
     ("source", "count"),
     [
-        ("trainer._game", 1),
+        ("trainer._state", 1),
         ("self.trainer._state.logits", 1),
         ("from dfkd_fast import dispatch\ndispatch._SERVING['cpu'] = []", 1),
         ("from .workload import _fresh", 1),
@@ -67,5 +67,5 @@ def test_a_benchmark_uses_public_names_only_and_changes_no_class(path: Path) -> 
         ("start._asdict(); type(error).__name__; isinstance(x.__class__, type)", 0),
     ],
 )
-def test_what_is_private_is_found(source: str, count: int) -> None:
-    assert len(list(offences(source))) == count
+def test_uses_of_private_names_are_detected(source: str, count: int) -> None:
+    assert len(list(violations(source))) == count

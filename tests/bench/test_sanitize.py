@@ -1,4 +1,4 @@
-"""What bench/sanitize.sh selects, asked of the script itself with stand-ins for compute-sanitizer and for a PyTorch that sees a GPU."""
+"""The tests that bench/sanitize.sh selects, with fakes of compute-sanitizer and of a PyTorch that finds a GPU."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def commands(folder: Path, *arguments: str) -> dict[str, list[str]]:
-    """What the script would have each of compute-sanitizer's tools run: arguments of Python."""
+    """Return the Python arguments that the script passes to each tool of compute-sanitizer."""
     for name, script in (("python", "true"), ("compute-sanitizer", f'printf "%s\\n" "$@" > "{folder}/$2.txt"')):
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
@@ -20,12 +20,12 @@ def commands(folder: Path, *arguments: str) -> dict[str, list[str]]:
     return {tool: run[run.index("python") + 1 :] for tool, run in runs.items()}
 
 
-def test_a_short_selection_starts_every_kernel_of_the_extension(tmp_path: Path) -> None:
+def test_a_short_selection_launches_every_kernel_of_the_extension(tmp_path: Path) -> None:
     run = commands(tmp_path)
     assert run.keys() == {"memcheck", "racecheck"}
     collect = [sys.executable, *run["memcheck"], "--collect-only", "-p", "no:cacheprovider"]
-    said = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    tests = [line for line in said.splitlines() if line.startswith("tests/")]
+    output = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tests = [line for line in output.splitlines() if line.startswith("tests/")]
     assert all("[cuda" in test for test in tests)
     files = Counter(Path(test.split("::")[0]).name for test in tests)
     assert files.keys() == {"test_concat.py", "test_discrepancy.py", "test_ema.py", "test_moments.py"}

@@ -26,7 +26,7 @@ def test_the_columns_of_a_table_are_those_of_its_published_file(file: str, row: 
     assert table.names(row) == columns[: len(columns) - of_gpus_only]
 
 
-def test_a_provenance_stands_in_the_columns_of_its_row(tmp_path: Path) -> None:
+def test_a_provenance_is_written_as_columns_of_its_row(tmp_path: Path) -> None:
     here = provenance.measured_on("a CPU", "python -m bench host", "abc")
     row = Row("resnet18", 122, "update", 1.5, 1.0, 2.0, provenance=here)
     assert tuple(table.cells(row)) == table.names(Row)

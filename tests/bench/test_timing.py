@@ -1,4 +1,4 @@
-"""What the clock of the micro-benchmarks measures on a GPU, shown with a stand-in for it: one queue of work, and a host that fills it."""
+"""What the micro-benchmarks time on a GPU, with a simulated one: a queue of work, and a host that fills it."""
 
 import gc
 import statistics
@@ -14,11 +14,16 @@ from bench.micro import timing
 from bench.micro.workload import Trial
 
 CUDA = torch.device("cuda")
-ISSUE, FLUSH, CYCLE, REPLAY = 5e-6, 70e-6, 0.6e-9, 15e-6  # seconds: to issue one thing, of the device's two, of the host for a graph
+ISSUE, FLUSH, CYCLE, REPLAY = (
+    5e-6,
+    70e-6,
+    0.6e-9,
+    15e-6,
+)  # seconds: host per launch, device per flush, device per sleep cycle, host per replay
 
 
 class Gpu:
-    """Time passes on the host as it works, and on the device as it works off what was issued, in order."""
+    """Simulated clocks of the host and of the device, which runs the submitted work in order."""
 
     def __init__(self) -> None:
         self.now = self.free_at = 0.0
@@ -114,7 +119,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 class Flushed:
-    """Memory as large as the caches."""
+    """A buffer as large as the caches."""
 
     device = CUDA
 
@@ -126,7 +131,7 @@ class Flushed:
 
 
 class Result:
-    """What a call returns."""
+    """Return value of a call."""
 
 
 def trial(run: Callable[[], object], *, capturable: bool) -> Trial:
@@ -141,7 +146,7 @@ def microseconds(gpu: Gpu, ready: timing.Ready) -> float:
 @pytest.mark.parametrize("kernels", [1, 9])
 @pytest.mark.parametrize("host", [20e-6, 500e-6, 6e-3])
 @pytest.mark.parametrize(("capturable", "timed"), [(True, "graph replay"), (False, "behind a sleep")])
-def test_a_call_takes_the_devices_time_however_long_the_host_needs(
+def test_the_time_of_a_call_is_the_device_s_independent_of_the_host(
     gpu: Gpu, kernels: int, host: float, capturable: bool, timed: str
 ) -> None:
     def call() -> None:
@@ -153,7 +158,7 @@ def test_a_call_takes_the_devices_time_however_long_the_host_needs(
     assert microseconds(gpu, ready) == pytest.approx(kernels * 30)
 
 
-def test_a_host_that_cannot_be_hidden_is_said(gpu: Gpu) -> None:
+def test_host_time_that_cannot_be_hidden_is_reported(gpu: Gpu) -> None:
     def call() -> None:
         gpu.issue(30e-6)
         gpu.synchronize()
@@ -164,7 +169,7 @@ def test_a_host_that_cannot_be_hidden_is_said(gpu: Gpu) -> None:
     assert microseconds(gpu, ready) > 60 + 200
 
 
-def test_what_waits_is_not_captured_and_leaves_everything_as_it_was(gpu: Gpu) -> None:
+def test_a_call_that_synchronizes_is_not_captured_and_the_state_is_restored(gpu: Gpu) -> None:
     captured: list[bool] = []
 
     def call() -> None:
@@ -174,11 +179,11 @@ def test_what_waits_is_not_captured_and_leaves_everything_as_it_was(gpu: Gpu) ->
 
     ready = timing.ready(trial(call, capturable=True), CUDA)
     assert ready.timed == "with the host's time, which no sleep hides"
-    assert not any(captured), "found before a capture, which it would break"
+    assert not any(captured), "detected before a capture, which it would break"
     assert (gpu.stream, gpu.mode) == ("usual", "default")
 
 
-def test_what_cannot_be_captured_is_timed_behind_a_sleep_with_the_reason(gpu: Gpu) -> None:
+def test_a_call_that_cannot_be_captured_is_timed_behind_a_sleep_with_the_reason(gpu: Gpu) -> None:
     def call() -> None:
         if gpu.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -190,7 +195,7 @@ def test_what_cannot_be_captured_is_timed_behind_a_sleep_with_the_reason(gpu: Gp
     assert gpu.stream == "usual"
 
 
-def test_what_a_replay_writes_into_is_kept(gpu: Gpu) -> None:
+def test_the_outputs_of_a_replay_are_kept_alive(gpu: Gpu) -> None:
     made: list[weakref.ref[Result]] = []
 
     def call() -> Result:
@@ -204,6 +209,6 @@ def test_what_a_replay_writes_into_is_kept(gpu: Gpu) -> None:
     assert ready.timed == "graph replay"
 
 
-def test_on_a_cpu_a_call_is_timed_as_it_is() -> None:
-    given = trial(lambda: None, capturable=True)
-    assert timing.ready(given, torch.device("cpu")) == (given, "wall clock")
+def test_on_a_cpu_a_call_is_timed_by_wall_clock() -> None:
+    unchanged = trial(lambda: None, capturable=True)
+    assert timing.ready(unchanged, torch.device("cpu")) == (unchanged, "wall clock")

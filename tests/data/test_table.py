@@ -50,7 +50,7 @@ def test_a_recipe_can_name_a_registered_data_set(toy: DataSettings) -> None:
 
 def test_an_unknown_data_set_is_a_one_line_error_that_suggests_the_nearest() -> None:
     with pytest.raises(
-        DfkdError, match=r"data\.name = 'minst': unknown choice 'minst': did you mean 'mnist'\? there are camvid, cifar10, .*nyuv2"
+        DfkdError, match=r"data\.name = 'minst': unknown choice 'minst': did you mean 'mnist'\? must be one of camvid, cifar10, .*nyuv2"
     ):
         load_recipe("digits", {"data.name": "minst"})
 

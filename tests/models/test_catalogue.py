@@ -79,7 +79,7 @@ def test_an_unknown_name_suggests_the_nearest(name: str, suggestion: str) -> Non
 def test_an_unknown_name_lists_each_choice_once() -> None:
     with pytest.raises(DfkdError) as caught:
         build_model("resnet18_", 10, 3)
-    choices = str(caught.value).partition("there are ")[2].split(", ")
+    choices = str(caught.value).partition("must be one of ")[2].split(", ")
     assert set(choices) >= {"lenet5", "lenet5_half", "cifar_resnet18", "cifar_resnet34", "resnet18"}
     assert len(choices) == len(set(choices))
 
