@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dfkd_fast.commands.candidates import EvaluationRequest
 from dfkd_fast.commands.evaluate import EvaluatedClassifier, evaluate_weights
-from dfkd_fast.data import Batches, DaliBatches, FolderBatches, eval_transform_of, read_listing
+from dfkd_fast.data import Batches, DaliBatches, FolderBatches, list_test_images, resolve_eval_transform
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_model, load_pretrained, save_weights
 from dfkd_fast.recipe import load_recipe, recipe_to_toml
@@ -167,17 +167,17 @@ def test_what_a_user_can_fix_is_one_line_and_exit_code_2(run: Run, tmp_path: Pat
 
 def test_preprocessing_is_the_networks_own() -> None:
     said: list[str] = []
-    assert eval_transform_of("efficientnet_lite0")[:3] == (256, 224, "bicubic")
-    assert eval_transform_of("torchvision:resnet50", Path("resnet50-0676ba61.pth"), log=said.append)[:3] == (256, 224, "bilinear")
-    assert eval_transform_of("resnet50", Path("resnet50-11ad3fa6.pth"), log=said.append)[:3] == (232, 224, "bilinear")
+    assert resolve_eval_transform("efficientnet_lite0")[:3] == (256, 224, "bicubic")
+    assert resolve_eval_transform("torchvision:resnet50", Path("resnet50-0676ba61.pth"), log=said.append)[:3] == (256, 224, "bilinear")
+    assert resolve_eval_transform("resnet50", Path("resnet50-11ad3fa6.pth"), log=said.append)[:3] == (232, 224, "bilinear")
     assert said == []
-    assert eval_transform_of("resnet50", Path("mine.pth"), log=said.append).resize == 256
+    assert resolve_eval_transform("resnet50", Path("mine.pth"), log=said.append).resize == 256
     assert "IMAGENET1K_V1, IMAGENET1K_V2" in said.pop()
-    deit = eval_transform_of("timm:deit_tiny_patch16_224", log=said.append)
+    deit = resolve_eval_transform("timm:deit_tiny_patch16_224", log=said.append)
     assert deit[:3] == (248, 224, "bicubic")  # a crop of .9
     assert (deit.mean, said) == ((0.485, 0.456, 0.406), [])
     with pytest.raises(DfkdError, match=r"data\.mean"):
-        eval_transform_of("mine:network")
+        resolve_eval_transform("mine:network")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -205,7 +205,7 @@ def test_1003_images_are_1003_images_on_any_number_of_processes(tmp_path: Path, 
 def test_dali_and_torchvision_agree_on_real_images_with_a_real_network(tmp_path: Path) -> None:
     with zipfile.ZipFile(SAMPLE) as archive:
         archive.extractall(tmp_path)
-    listing, view = read_listing("imagenet", tmp_path), eval_transform_of("efficientnet_lite0")
+    listing, view = list_test_images("imagenet", tmp_path), resolve_eval_transform("efficientnet_lite0")
     torch.set_num_threads(os.cpu_count() or 1)  # 2,000 images, and no bits are compared
     network = build_model("efficientnet_lite0", 1000, 3).eval().to(memory_format=torch.channels_last)
     load_pretrained(network, "efficientnet_lite0")

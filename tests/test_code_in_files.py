@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dfkd_fast.models import build_model, names_code, save_weights
+from dfkd_fast.models import build_model, is_user_function, save_weights
 from dfkd_fast.recipe import load_recipe, recipe_to_toml
 from tests.command_line import Run
 
@@ -97,12 +97,12 @@ def test_resume_runs_a_function_that_the_folder_names_only_if_the_command_line_d
     "name", ["lenet5", "wrn40_2", "resnet18", "timm:resnet18", "torchvision:deeplabv3_resnet50", "lraspp:os", "deeplabv3:a:b"]
 )
 def test_names_of_libraries_are_no_code(name: str) -> None:
-    assert not names_code(name)
+    assert not is_user_function(name)
 
 
 @pytest.mark.parametrize("name", ["os:abort", "a.b:c", "hf-hub:timm/resnet18", "timm:hf-hub:x", "local-dir:x", "a:b:c"])
 def test_every_other_name_with_a_colon_is_code(name: str) -> None:
-    assert names_code(name)
+    assert is_user_function(name)
 
 
 HEADER = recipe_to_toml(load_recipe("digits"))
@@ -118,7 +118,7 @@ HEADER = recipe_to_toml(load_recipe("digits"))
         ({"role": "student", "recipe": "name = "}, "recipe in w.safetensors is not TOML"),
         ({"role": "student", "recipe": "a = " + 4000 * "["}, "recipe in w.safetensors is nested too deeply"),
         ({"role": "student", "recipe": 'name = "x"\nextends = "digits"'}, "unknown key 'extends'"),
-        ({"role": 3}, "w.safetensors cannot be read: 'dfkd_fast' in its header must be a table of strings"),
+        ({"role": 3}, "w.safetensors cannot be read: 'dfkd_fast' in its header must be a JSON object of strings"),
     ],
 )
 def test_a_header_that_does_not_say_what_it_must_is_one_line(run: Run, metadata: dict[str, Any], problem: str) -> None:
@@ -138,7 +138,7 @@ def test_the_key_on_the_command_line_chooses_for_teachers_and_for_evaluation(run
     states = [build_model("lenet5", 10, 1).state_dict() for _ in range(2)]
     torch.save({"model": states[0], "ema": states[1]}, "w.pth")
     changes = [word for change in TINY for word in ("--set", change)]
-    taken = "weights {}: took 'ema' (10 tensors), left out 'model'"
+    taken = "weights {}: loaded 'ema' (10 tensors), ignored 'model'"
     evaluated = ("evaluate", "w.pth", "--recipe", "digits", "--role", "teacher")
     distilled = ("distill", "digits", *changes, "--teacher", "w.pth", "--out", "r")
     examined = ("doctor", "--teacher", "digits", "--weights", "w.pth")
@@ -154,7 +154,7 @@ def test_the_key_on_the_command_line_chooses_for_teachers_and_for_evaluation(run
     assert taken.format(Path("w.pth").resolve()) in said.out
     assert load_recipe("r/recipe.toml").teacher.weights_key == "ema"
     said = run(*examined, "--weights-key", "ema")
-    assert "took 'ema'" in said.out
+    assert "loaded 'ema'" in said.out
     said = run("evaluate", "r", "--weights-key", "ema")
     assert said.code == 2
     assert "--weights-key 'ema': weight files of a run hold one state dict only" in said.err

@@ -28,7 +28,7 @@ from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.report.html import write_report
 from dfkd_fast.run import Run
-from dfkd_fast.surgery import evaluating
+from dfkd_fast.surgery import eval_mode
 
 from .networks import build_network, build_networks, check_teacher, load_given_teacher
 from .rehearsal import check_trainable, initialize_encoder, rehearse, step_sizes
@@ -122,7 +122,7 @@ def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
         trainer.steps.warm_up()
         if data.has_images:  # evaluation between two epochs, while the steps keep their memory
             images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)
-            with evaluating(trainer.result):
+            with eval_mode(trainer.result):
                 trainer.result(images.to(memory_format=torch.channels_last))
 
     smallest = max(2, recipe.engine.micro_batches, recipe.replay.smallest_batch)

@@ -25,7 +25,7 @@ from dfkd_fast.evaluation import (
     check_readable,
     evaluate,
     evaluate_segmentation,
-    named_iou,
+    iou_by_class,
 )
 from dfkd_fast.files import check_output, replacing
 from dfkd_fast.log import LOGGER
@@ -205,7 +205,7 @@ def _one_pass(
             "unreadable": done.unreadable,
         }
         if isinstance(metrics, SegmentationMetrics):
-            iou = named_iou(data, metrics)
+            iou = iou_by_class(data, metrics)
             return EvaluatedSegmenter(**common, miou=metrics.miou, pixel_accuracy=metrics.pixel_accuracy, iou=iou)
         return EvaluatedClassifier(**common, top1=metrics.top1, top5=metrics.top5)
 

@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 from dfkd_fast import distributed
 from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError, describe_exception
 from dfkd_fast.methods import Objective
-from dfkd_fast.models import conditioned
+from dfkd_fast.models import condition_latents
 from dfkd_fast.out_of_memory import is_out_of_memory
-from dfkd_fast.surgery import dry_run, evaluating, logits_of
+from dfkd_fast.surgery import dry_run, eval_mode, get_logits
 
 from .method import Method
 
@@ -117,7 +117,7 @@ def check_networks(
         _check_parameters(role, networks[role])
 
     z = _fixed_normal((SAMPLES, latent_dim), device)
-    with evaluating(generator):
+    with eval_mode(generator):
         images = _generate(generator, z)
     if not images.isfinite().all():
         raise DfkdError("the generator's images contain NaN or infinite values before any training")
@@ -176,7 +176,7 @@ def check_smallest_batches(method: Method, student: nn.Module, generator: nn.Mod
     if engine.micro_batches > 1:
         field = f"engine.micro_batches = {engine.micro_batches} of {field}"
     z = _fixed_normal((1, int(generator.latent_dim)), device)  # type: ignore[arg-type]
-    with evaluating(generator):
+    with eval_mode(generator):
         image = _generate(generator, z)
     if loop.batch_size // engine.micro_batches == 1:
         _check_single_sample(field, generator, _generate, z)
@@ -343,7 +343,7 @@ def _generate(generator: nn.Module, z: Tensor) -> Tensor:
     labels = torch.arange(len(z), device=z.device) % (1 if embedding is None else embedding.num_embeddings)
     mode = " in training mode" if generator.training else ""
     try:
-        images = generator(conditioned(generator, z, labels))
+        images = generator(condition_latents(generator, z, labels))
     except USER_CODE_ERRORS as error:
         if is_out_of_memory(error):
             raise
@@ -359,7 +359,7 @@ def _generate(generator: nn.Module, z: Tensor) -> Tensor:
 def _eval_logits(name: str, network: nn.Module, images: Tensor, source: str) -> Tensor:
     """Returns logits for images in evaluation mode; for the arguments see :func:`check_classifier`."""
     check_initialized(name, network)
-    with evaluating(network):
+    with eval_mode(network):
         return _logits(name, network, images.clone(), source)
 
 
@@ -374,7 +374,7 @@ def _logits(name: str, network: nn.Module, images: Tensor, source: str) -> Tenso
         count = "one of " if len(images) == 1 else ""
         raise DfkdError(f"the {name} cannot take {count}{source} {size} images{mode}: {describe_exception(error)}") from error
     try:
-        logits = logits_of(output)
+        logits = get_logits(output)
     except DfkdError as error:
         raise DfkdError(f"the {name} {error}") from error
     _check_dense(name, "logits", logits, images.device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import js_discrepancy
 from dfkd_fast.models import sample
-from dfkd_fast.surgery import evaluating, logits_of
+from dfkd_fast.surgery import eval_mode, get_logits
 
 __all__ = ["Drift"]
 
@@ -40,11 +40,11 @@ class Drift:
         for name, generator in generators.items() if self.samples else ():
             images = sample(generator, self.samples, next(generator.parameters()).device)
             if name in self._previous_images:
-                with evaluating(student):
-                    logits = logits_of(student(images))
+                with eval_mode(student):
+                    logits = get_logits(student(images))
                     total = js_discrepancy(
                         logits,
-                        logits_of(student(self._previous_images[name])),
+                        get_logits(student(self._previous_images[name])),
                         temperature=1.0,
                         reduction="sum",
                         scale_by_temperature_squared=False,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.choices import PrecisionName, PrecisionSetting
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.surgery import evaluating, find_heads, in_float32, logits_of
+from dfkd_fast.surgery import eval_mode, find_heads, get_logits, in_float32
 
 __all__ = ["Precision", "default_modes", "resolve_precision"]
 
@@ -74,7 +74,7 @@ class Precision:
         """Excludes the layers that compute a network's logits from autocast, so that they run in float32 within :attr:`autocast`.
 
         Args:
-            network: Maps images to logits or to an output accepted by ``logits_of``.
+            network: Maps images to logits or to an output accepted by ``get_logits``.
             images: Example images (B, C, H, W) on the network's device.
         """
         if self.dtype is not None:
@@ -84,8 +84,8 @@ class Precision:
         """Whether logits are rounded despite :meth:`keep_logits_in_float32`, because ``forward`` computes them outside of a layer."""
         if self.dtype is None:
             return False
-        with evaluating(network), self.autocast():
-            return logits_of(network(images)).dtype == self.dtype
+        with eval_mode(network), self.autocast():
+            return get_logits(network(images)).dtype == self.dtype
 
     def scale(self, role: str, loss: Tensor) -> Tensor:
         """Returns the loss multiplied by the gradient scale of a role."""

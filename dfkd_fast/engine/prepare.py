@@ -11,13 +11,13 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import build_replay_source
-from dfkd_fast.models import sample, sha256_of
+from dfkd_fast.models import sample, state_dict_sha256
 from dfkd_fast.surgery import (
     FoldingError,
     Observer,
     auxiliary_outputs,
     deep_copy,
-    folded_and_checked,
+    fold_and_verify,
     frozen_copy,
     fuse_leaky_relus,
     has_running_statistics,
@@ -79,7 +79,7 @@ def fold(network: nn.Module, context: Context) -> nn.Module:
     if not context.engine.fold_teacher or not any(map(has_running_statistics, network.modules())):
         return network
     try:
-        return folded_and_checked(network, context.images)
+        return fold_and_verify(network, context.images)
     except FoldingError as error:
         context.notes.append(f"the teacher's batch norms are not folded: {error}")
         return network
@@ -216,7 +216,7 @@ def prepare(
         replay_source=replay_source,
         average=average,
         saved_networks={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
-        teacher_sha256=sha256_of(teacher.state_dict()),
+        teacher_sha256=state_dict_sha256(teacher.state_dict()),
         student_optimizer=student_optimizer,
         generator_optimizer=generator_optimizer,
         schedules=[

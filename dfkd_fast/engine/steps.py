@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfkd_fast import distributed
 from dfkd_fast.methods import Batch, Part
-from dfkd_fast.models import conditioned, draw_labels, generate
+from dfkd_fast.models import condition_latents, draw_labels, generate
 from dfkd_fast.surgery import weights_frozen
 
 from .method import Method
@@ -83,7 +83,7 @@ def _generator_terms(state: TrainState, z: Tensor, labels: Tensor, adversarial: 
     objective = state.method.objective
     student_logits = None
     with state.precision.autocast():
-        images = generate([state.generator], [conditioned(state.generator, z, labels)], memory_format=_layout(state.method))
+        images = generate([state.generator], [condition_latents(state.generator, z, labels)], memory_format=_layout(state.method))
         if adversarial and objective.adversarial:
             state.student.train(state.method.loop.student_in_generator_step == "train")
             with weights_frozen(state.student):
@@ -99,7 +99,8 @@ def _draw_batch(state: TrainState) -> Batch:
     """Returns fresh and replayed images with the teacher's logits, as views of the state's buffers."""
     replay, replay_source, fresh = state.method.replay, state.replay_source, len(state.latents)
     z = _draw_latents(state)
-    generators, latents, parts = [state.generator], [conditioned(state.generator, z, state.labels)], [Part(fresh, replay.fresh_weight)]
+    generators, latents = [state.generator], [condition_latents(state.generator, z, state.labels)]
+    parts = [Part(fresh, replay.fresh_weight)]
     images, stored_logits = state.images[:fresh], None
     with state.precision.autocast():
         if replay_source is not None and replay_source.ready:

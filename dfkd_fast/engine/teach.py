@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.labels import IGNORE_INDEX
-from dfkd_fast.surgery import logits_of
+from dfkd_fast.surgery import get_logits
 
 from .clock import Clock
 from .device import cudnn_benchmark
@@ -43,7 +43,7 @@ class TeacherTrainer:
     """Trains a network with the cross-entropy or the focal loss. Iterating over the trainer yields one :class:`Epoch` at a time.
 
     Args:
-        network: Maps images to logits or to an output accepted by ``logits_of``; trained in place.
+        network: Maps images to logits or to an output accepted by ``get_logits``; trained in place.
         batches: Batches of images (B, C, H, W) and labels (B,) or (B, H, W), iterated once per epoch. Their order must be drawn from
             ``stream``.
         optimizer: Settings of the optimizer and its schedule.
@@ -114,7 +114,7 @@ class TeacherTrainer:
         total, count = torch.zeros((), device=self.device), 0
         for images, labels in self.batches:
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            loss = focal_loss(logits_of(self.network(images)), labels.to(self.device, non_blocking=True), self.focal_gamma)
+            loss = focal_loss(get_logits(self.network(images)), labels.to(self.device, non_blocking=True), self.focal_gamma)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

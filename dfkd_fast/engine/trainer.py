@@ -40,7 +40,7 @@ class Trainer:
 
     Args:
         teacher: Maps images (B, C, H, W) to logits (B, classes) or (B, classes, H, W), or to a dict, tuple or object that contains
-            them (see :func:`~dfkd_fast.models.logits_of`). Its weights are read once, here, if they are folded or cast.
+            them (see :func:`~dfkd_fast.surgery.get_logits`). Its weights are read once, here, if they are folded or cast.
         student: Network with the same inputs and outputs. Its parameters and buffers are trained in place.
         generator: Generator of :mod:`dfkd_fast.models`, or any module with an integer attribute ``latent_dim`` that maps
             z (B, latent_dim) to images (B, C, H, W). Trained in place.

@@ -89,95 +89,97 @@ def arrays(name: str, content: Content, *sets: str, says: str) -> Case:
 
 
 ARRAY_FILES = [
-    arrays("an .npz file that is a folder", Path.mkdir, says="set.npz is a folder: data set 'npz' is a file"),
-    arrays("an .npz file that is empty", b"", says="set.npz is not an .npz file that can be read"),
-    arrays("an .npz file that is text", "images", says="set.npz is not an .npz file that can be read"),
-    arrays("an .npz file that is a pickle", pickle.dumps(ARRAYS), says="set.npz is not an .npz file that can be read"),
-    arrays("an .npz file that is one array", array_header((0,)), says="set.npz is not an .npz file that can be read"),
-    arrays("an .npz file that ends in the middle", packed()[:700], says="set.npz is not an .npz file that can be read"),
+    arrays("an .npz file that is a folder", Path.mkdir, says="set.npz is a folder: data set 'npz' must be a file"),
+    arrays("an .npz file that is empty", b"", says="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file that is text", "images", says="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file that is a pickle", pickle.dumps(ARRAYS), says="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file that is one array", array_header((0,)), says="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file that ends in the middle", packed()[:700], says="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file with a flipped byte", packed().replace(b"\0" * 64, b"\1" * 64), says="x_test cannot be read as an array: Bad CRC"),
+    arrays("an encrypted .npz file", encrypted(), says="x_test cannot be read as an array: File 'x_test.npy' is encrypted"),
+    arrays("an .npz file without members", b"PK\x05\x06" + bytes(18), says="set.npz has no x_test, y_test: its arrays are []"),
     arrays(
-        "an .npz file with a flipped byte", packed().replace(b"\0" * 64, b"\1" * 64), says="x_test is no array that can be read: Bad CRC"
+        "an .npz file of other members", packed(x_test=None), says="set.npz has no x_test: its arrays are ['x_train', 'y_test', 'y_train']"
     ),
-    arrays("an encrypted .npz file", encrypted(), says="x_test is no array that can be read: File 'x_test.npy' is encrypted"),
-    arrays("an .npz file without members", b"PK\x05\x06" + bytes(18), says="set.npz lacks x_test, y_test: it has []"),
-    arrays("an .npz file of other members", packed(x_test=None), says="set.npz lacks x_test: it has ['x_train', 'y_test', 'y_train']"),
-    arrays("an .npz file without a training split", packed(y_train=None), says="set.npz lacks y_train: it has ["),
-    arrays("an empty member", with_member("x_test", b""), says="set.npz, x_test is no array that can be read: "),
-    arrays("a member that is no array", with_member("x_test", b"not an array"), says="set.npz, x_test is no array that can be read: "),
+    arrays("an .npz file without a training split", packed(y_train=None), says="set.npz has no y_train: its arrays are ["),
+    arrays("an empty member", with_member("x_test", b""), says="set.npz, x_test cannot be read as an array: "),
+    arrays("a member that is no array", with_member("x_test", b"not an array"), says="set.npz, x_test cannot be read as an array: "),
     arrays(
         "a member that ends in its header",
         with_member("y_test", array_header((4,))[:40]),
-        says="set.npz, y_test is no array that can be read: ",
+        says="set.npz, y_test cannot be read as an array: ",
     ),
     arrays(
         "a member shorter than its shape",
         with_member("x_test", array_header((4, 8, 8, 1))),
-        says="set.npz, x_test is no array that can be read: ",
+        says="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member of a huge shape",
         with_member("x_test", array_header((2**40, 8, 8, 1))),
-        says="set.npz, x_test is no array that can be read: ",
+        says="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member of an impossible shape",
         with_member("x_test", array_header((2**80, 8, 8, 1))),
-        says="set.npz, x_test is no array that can be read: ",
+        says="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member of a negative shape",
         with_member("x_test", array_header((-4, 8, 8, 1))),
-        says="set.npz, x_test is no array that can be read: ",
+        says="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member of an unknown type",
         with_member("x_test", array_header((4,), "|z9")),
-        says="set.npz, x_test is no array that can be read: ",
+        says="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member that is a pickle",
         packed(x_test=np.array([{}], object)),
-        says="set.npz, x_test is no array that can be read: Object arrays cannot be",
+        says="set.npz, x_test cannot be read as an array: Object arrays cannot be",
     ),
     arrays(
         "images that are fractions",
         packed(x_test=IMAGES / 255),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not float64 (4, 8, 8, 1)",
+        says="test: images must be uint8 (N, H, W, C) with at least one pixel, not float64 (4, 8, 8, 1)",
     ),
     arrays(
-        "images that are truths", packed(x_test=IMAGES > 0), says="test: images must be uint8 (N, H, W, C) of at least one pixel, not bool"
+        "images that are truths",
+        packed(x_test=IMAGES > 0),
+        says="test: images must be uint8 (N, H, W, C) with at least one pixel, not bool",
     ),
     arrays(
         "images that are signed",
         packed(x_test=IMAGES.astype(np.int64)),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not int64",
+        says="test: images must be uint8 (N, H, W, C) with at least one pixel, not int64",
     ),
     arrays(
         "images that are complex",
         packed(x_test=IMAGES * 1j),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not complex128",
+        says="test: images must be uint8 (N, H, W, C) with at least one pixel, not complex128",
     ),
     arrays(
         "images that are text",
         packed(x_test=np.array(["a"] * 4)),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not <U1",
+        says="test: images must be uint8 (N, H, W, C) with at least one pixel, not <U1",
     ),
     arrays(
         "images without channels",
         packed(x_test=IMAGES[..., 0]),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 (4, 8, 8)",
+        says="test: images must be uint8 (N, H, W, C) with at least one pixel, not uint8 (4, 8, 8)",
     ),
     arrays(
         "one number for images",
         packed(x_test=np.uint8(0)),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 ()",
+        says="test: images must be uint8 (N, H, W, C) with at least one pixel, not uint8 ()",
     ),
     arrays("images in channels-first order", packed(x_test=IMAGES.transpose(0, 3, 1, 2)), says="test: images have 8 channels"),
     arrays("no images", packed(x_test=IMAGES[:0], y_test=LABELS[:0]), says="test: there are no images"),
     arrays(
         "images of no pixels",
         packed(x_test=IMAGES[:, :0]),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 (4, 0, 8, 1)",
+        says="test: images must be uint8 (N, H, W, C) with at least one pixel, not uint8 (4, 0, 8, 1)",
     ),
     arrays("training images of no width", packed(x_train=IMAGES[:, :, :0]), says="not uint8 (4, 8, 0, 1)"),
     arrays("images of other channels", packed(x_test=IMAGES.repeat(3, 3)), says="test: images have 3 channels, data.channels is 1"),
@@ -204,14 +206,14 @@ def wrong_line(name: str, line: str, says: str | None = None) -> Case:
 
 
 LISTS = [
-    lists("a list that is a folder", Path.mkdir, says="list.txt is a folder: data set 'list' is a file"),
+    lists("a list that is a folder", Path.mkdir, says="list.txt is a folder: data set 'list' must be a file"),
     lists("a list that is no text", b"a.png 0\n\xff.png 1\n", says="list.txt cannot be read: 'utf-8' codec"),
     lists("a list in UTF-16", "a.png 0\n".encode("utf-16"), says="list.txt cannot be read: 'utf-8' codec"),
     lists("a list that is an image", PICTURE, says="list.txt cannot be read: 'utf-8' codec"),
-    lists("an empty list", "", says="list.txt: no images in it"),
-    lists("a list of blank lines", "\n  \n\t\n", says="list.txt: no images in it"),
+    lists("an empty list", "", says="list.txt contains no images"),
+    lists("a list of blank lines", "\n  \n\t\n", says="list.txt contains no images"),
     lists("a list of comments", "# path class\n# a.png 0\n", says="list.txt, line 1: '# path class' must be"),
-    wrong_line("a line without a class", "b.png", says="list.txt, line 2: 'b.png' must be a path, a space and a class's number"),
+    wrong_line("a line without a class", "b.png", says="list.txt, line 2: 'b.png' must be a path, a space and a class number"),
     wrong_line("a line without a path", "1", says="list.txt, line 2: '1' must be"),
     wrong_line("a class that is a name", "b.png cat", says="list.txt, line 2: 'b.png cat' must be"),
     wrong_line("a class of two signs", "b.png --5", says="list.txt, line 2: 'b.png --5' must be"),
@@ -272,14 +274,14 @@ FOLDERS = [
     folders("no folder to test on", "train/a/0.png", says=" has no folder val or test"),
     folders("images without folders", "val/0.png", "val/1.png", says="/val has no folders"),
     folders("hidden folders only", "val/.ipynb_checkpoints/0.png", says="/val has no folders"),
-    folders("folders without images", "val/a/notes.txt", "val/b/._0.png", says=": no images in it"),
+    folders("folders without images", "val/a/notes.txt", "val/b/._0.png", says=" contains no images"),
     folders("a class too many", "val/a/0.png", "val/b/0.png", "val/c/0.png", says=" has 3 classes"),
     folders("a class too few", "val/a/0.png", says=" has 1 classes"),
     folders("two channels", "val/a/0.png", "val/b/0.png", sets=("data.channels=2",), says="mean has 3 numbers for 2 channels"),
     teaches(
         "other classes to train on",
         *("folder", ".", "data.num_classes=2"),
-        says=": train and val have not the same classes, 'b' is in one only",
+        says=": train and val must have the same classes, 'b' is in only one",
         files=dict.fromkeys(("val/a/0.png", "val/b/0.png", "train/a/0.png", "train/c/0.png"), PICTURE),
     ),
     teaches(
@@ -317,20 +319,20 @@ NAMED_SETS = [
     folders("a synset that is not among the 1,000", "val/n00000001/0.png", data="imagenet", says="the first is 'n00000001'"),
     folders("another number of classes than ImageNet's", "val/n01440764/0.png", data="imagenet", says=" has 1000 classes"),
     folders("ImageNet without its validation images", "train/n01440764/0.png", data="imagenet", says="the first is 'train'"),
-    labelled("a flat folder of ImageNet's", "readme", "", says="val has images and no class folders"),
+    labelled("a flat folder of ImageNet's", "readme", "", says="val has images but no class folders"),
     labelled(
         "a flat folder with labels in another order",
         *("ILSVRC2012_validation_ground_truth.txt", "490\n"),
-        says="the numbers of ILSVRC2012_validation_ground_truth.txt are in another order",
+        says="the numbers in ILSVRC2012_validation_ground_truth.txt have a different order",
     ),
     labelled("a file of labels without classes", "val.txt", "ILSVRC2012_val_00000001.JPEG\n", says="val.txt, line 1: 'ILSVRC2012_val_0"),
     labelled("a file of labels from 1 to 1,000", "val.txt", "a.JPEG 1\nb.JPEG 1000\n", says="val.txt, line 2: 'b.JPEG 1000' must be"),
-    labelled("a file of labels of other images", "val.txt", "a.JPEG 1\n", says="val.txt has no class of 1 of the 1 images"),
+    labelled("a file of labels of other images", "val.txt", "a.JPEG 1\n", says="val.txt has no label for 1 of the 1 images"),
     labelled(
         "a file of labels that is no text", "val.txt", "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"), says="val.txt, line 1"
     ),
-    places("Places365 without categories", "", says="categories_places365.txt has 0 categories, Places365 has 365"),
-    places("categories that are numbered from 1", CATEGORIES.replace("0 0\n", "0 365\n"), says="Places365 has 365, numbered from 0"),
+    places("Places365 without categories", "", says="categories_places365.txt has 0 categories, must have 365"),
+    places("categories that are numbered from 1", CATEGORIES.replace("0 0\n", "0 365\n"), says="must have 365, numbered from 0"),
     places("Places365 without images", CATEGORIES, says=" has no folder val_256, val_large or val"),
     places("Places365 without a category's folder", CATEGORIES, says="no folder place0 for category /x/place0", val__a=PICTURE),
 ]
@@ -350,11 +352,11 @@ def mnist(name: str, says: str, images: bytes = idx(4, 28, 28), labels: bytes = 
 
 MNIST_FILES = [
     teaches("MNIST that is not there", "mnist", ".", says="does not hold MNIST in torchvision's layout: Dataset not found"),
-    teaches("MNIST that is a file", "mnist", "a", says=" is a file: data set 'mnist' is a folder", files={"a": ""}),
+    teaches("MNIST that is a file", "mnist", "a", says=" is a file: data set 'mnist' must be a folder", files={"a": ""}),
     mnist("an empty file of MNIST's", "in torchvision's layout", images=b""),
     mnist("a file of MNIST's that is half there", "in torchvision's layout", images=idx(4, 28, 28)[:1000]),
     mnist("a file of MNIST's that is still packed", "in torchvision's layout", images=gzip.compress(idx(4, 28, 28))),
-    mnist("a file of MNIST's of an unknown type", "layout: a file has another header", images=idx(4, 28, 28, kind=7)),
+    mnist("a file of MNIST's of an unknown type", "layout: a file has an invalid header", images=idx(4, 28, 28, kind=7)),
     mnist("a file of MNIST's of a huge shape", "in torchvision's layout", images=idx(0, 28, 28)[:4] + struct.pack(">3I", 2**31, 2**31, 9)),
     mnist("labels for MNIST's images", "MNIST in torchvision's layout", images=idx(4)),
     mnist("images for MNIST's labels", "MNIST in torchvision's layout", labels=idx(4, 28, 28)),
@@ -401,32 +403,32 @@ IMAGE = encoded(noise(32, 32), "PNG")
 PAIR: dict[str, Content] = {"test/a.png": IMAGE, "testannot/a.png": labels_of(0)}
 
 PAIRS = [
-    pixels("no folders of images and labels", {"test/a.png": IMAGE}, says=" has no folders of images and of labels to test on"),
-    pixels("a folder of labels alone", {"test/readme": "", "testannot/a.png": labels_of(0)}, says="test: no images in it"),
-    pixels("a label that has no image", PAIR | {"testannot/b.png": labels_of(0)}, says="not so testannot/b.png"),
-    pixels("an image that has no label", PAIR | {"test/b.png": IMAGE}, says="not so test/b.png"),
+    pixels("no folders of images and labels", {"test/a.png": IMAGE}, says=" has no folders of images and labels for the test split"),
+    pixels("a folder of labels alone", {"test/readme": "", "testannot/a.png": labels_of(0)}, says="test contains no images"),
+    pixels("a label that has no image", PAIR | {"testannot/b.png": labels_of(0)}, says="unpaired: testannot/b.png"),
+    pixels("an image that has no label", PAIR | {"test/b.png": IMAGE}, says="unpaired: test/b.png"),
     pixels("labels of another size", PAIR | {"testannot/a.png": labels_of(0, side=31)}, says="a.png has 31 × 31 pixels, its image 32 × 32"),
-    pixels("labels in colours", PAIR | {"testannot/a.png": IMAGE}, says="a.png must hold class numbers in one channel of 8 bits"),
+    pixels("labels in colours", PAIR | {"testannot/a.png": IMAGE}, says="a.png must have class IDs in one 8-bit channel"),
     pixels(
-        "labels of one bit", PAIR | {"testannot/a.png": labels_of(1, mode="1")}, says="in one channel of 8 bits (PIL's mode L or P), not 1"
+        "labels of one bit", PAIR | {"testannot/a.png": labels_of(1, mode="1")}, says="in one 8-bit channel (PIL mode L or P), not mode 1"
     ),
-    pixels("labels of 16 bits", PAIR | {"testannot/a.png": labels_of(1, mode="I;16")}, says="8 bits (PIL's mode L or P), not I;16"),
     pixels(
-        "a label that is no class", PAIR | {"testannot/a.png": labels_of(12)}, says="class number 12: allowed are 0 to 10, and 11 or 255"
+        "labels of 16 bits", PAIR | {"testannot/a.png": labels_of(1, mode="I;16")}, says="8-bit channel (PIL mode L or P), not mode I;16"
     ),
+    pixels("a label that is no class", PAIR | {"testannot/a.png": labels_of(12)}, says="class ID 12: must be 0 to 10, or 11 or 255"),
     pixels(
         "a label that is no class of NYUv2",
         {"test_rgb/1.png": IMAGE, "test_seg13/1.png": labels_of(14)},
-        *("class number 14: allowed are 1 to 13, and 0 or 255", "nyuv2", 13),
+        *("class ID 14: must be 1 to 13, or 0 or 255", "nyuv2", 13),
     ),
     pixels(
         "a palette with a number that is no class",
         PAIR | {"testannot/a.png": labels_of(9, mode="P")},
-        *("class number 9: allowed are 0 to 4", "pairs", 5),
+        *("class ID 9: must be 0 to 4", "pairs", 5),
     ),
     pixels("an image of a pair that is broken", PAIR | {"test/a.png": b""}, says="test/a.png (is empty)"),
     pixels("a label file that is broken", PAIR | {"testannot/a.png": "text"}, says="testannot/a.png (cannot identify"),
-    pixels("no pairs to train on", PAIR, says=" has no folders of images and of labels to train on"),
+    pixels("no pairs to train on", PAIR, says=" has no folders of images and labels for the train split"),
     pixels("another number of classes than CamVid's", PAIR, "data.num_classes is 12, but 'camvid' has 11 classes", classes=12),
     pixels("a larger subset than there are pairs", PAIR, "data.subset = 2: there are 1 test images", sets=("data.subset=2",)),
 ]

@@ -59,13 +59,13 @@ NAMES = [
     named("a package that does not exist", "absent.package:build", "there is no module 'absent'"),
     named("a part that a package lacks", "torch.absent_part:build", "there is no module 'torch.absent_part'"),
     named("a module's file in place of its name", "absent.py:build", "without .py: absent"),
-    named("a module's path in place of its name", "folder/absent:build", "the module as in import, such as folder.absent:build"),
+    named("a module's path in place of its name", "folder/absent:build", "with an importable module name, such as folder.absent:build"),
     named("a module without a function", "absent:", "model 'absent:': must be module:function"),
     named("a function without a module", ":build", "unknown model ':build'"),
     named("a relative module", ".absent:build", "model '.absent:build': must be module:function"),
     named("a network without a name", "''", "unknown model ''"),
     named("a wide ResNet of more digits than Python reads", f"wrn{'9' * 5000}_1", "unknown model 'wrn999"),
-    named("a wide ResNet that is too shallow", "wrn4_1", "a wide ResNet's depth is 6n + 4"),
+    named("a wide ResNet that is too shallow", "wrn4_1", "the depth of a wide ResNet must be 6n + 4"),
     named("a segmenter of more digits than Python reads", f"small_fcn{'9' * 5000}", "unknown model 'small_fcn999"),
     named("a segmenter for data with a label an image", "small_fcn4", "teacher and student must return logits of the same shape"),
     named("a network of torchvision for one channel", "resnet18", "torchvision's networks take 3 channels, not 1"),
@@ -97,7 +97,7 @@ FUNCTIONS = [
     builder("a function that returns nothing", "None", "must return a torch.nn.Module, not NoneType"),
     builder("a function that returns a class", "nn.Linear", "must return a torch.nn.Module, not type"),
     builder("a network of several processes", f"nn.parallel.DistributedDataParallel(nn.Sequential({FLAT}))", "Default process group"),
-    builder("a network on the meta device", f"nn.Sequential({FLAT}).to('meta')", "1.weight is on the meta device, without values"),
+    builder("a network on the meta device", f"nn.Sequential({FLAT}).to('meta')", "1.weight is on the meta device and has no values"),
 ]
 WEIGHTS = [
     module(

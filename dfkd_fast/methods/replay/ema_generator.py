@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dfkd_fast.kernels import FusedEMA
-from dfkd_fast.models import conditioned, draw_labels
+from dfkd_fast.models import condition_latents, draw_labels
 from dfkd_fast.settings import Fraction
 
 from .policy import Policy, ReplaySource
@@ -63,7 +63,7 @@ class EmaGenerator(ReplaySource):
         self._z.normal_(generator=stream)
         if self._num_classes is None:
             return self._z
-        return conditioned(self.generator, self._z, draw_labels(self._labels, self._num_classes, stream))
+        return condition_latents(self.generator, self._z, draw_labels(self._labels, self._num_classes, stream))
 
     @override
     def follow(self, generator: nn.Module) -> None:
