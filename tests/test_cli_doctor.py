@@ -141,7 +141,7 @@ def test_a_file_with_another_checksum_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_prints_a_table_and_fails_where_something_is_wrong(run: Run, tmp_path: Path) -> None:
     torch.save(LeNet5(10).state_dict(), tmp_path / "teacher.pt")
-    said = run("doctor", "--teacher", "digits", "--weights", tmp_path / "teacher.pt")
-    assert said.code == 2
-    assert "evaluation mode" in said.out
-    assert said.err == "dfkd-fast: --teacher digits: failed checks: accuracy\n"
+    result = run("doctor", "--teacher", "digits", "--weights", tmp_path / "teacher.pt")
+    assert result.code == 2
+    assert "evaluation mode" in result.out
+    assert result.err == "dfkd-fast: --teacher digits: failed checks: accuracy\n"

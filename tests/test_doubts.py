@@ -25,10 +25,10 @@ def notes() -> list[str]:
 
 def test_a_student_at_chance_after_a_quarter_of_the_epochs_is_told_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluating_to(monkeypatch, 97.0, 9.8)
-    said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.code == 0
-    assert said.err == ""
-    lines = [line for line in said.out.splitlines() if line.startswith(f"after 2 of 8 {OF_STUDENT}")]
+    result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.code == 0
+    assert result.err == ""
+    lines = [line for line in result.out.splitlines() if line.startswith(f"after 2 of 8 {OF_STUDENT}")]
     assert len(lines) == 1
     assert "data.mean" in lines[0]
     assert "student_optimizer.lr = 0.002" in lines[0]
@@ -43,8 +43,8 @@ def test_it_is_told_at_the_first_evaluation_after_the_quarter(run: Run, monkeypa
 
 def test_a_student_that_has_learnt_something_by_then_is_not_doubted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluating_to(monkeypatch, 97.0, 9.8, 60.0, 9.8)
-    said = run("distill", "digits", "--out", "a", *TINY)
-    assert "chance" not in said.out
+    result = run("distill", "digits", "--out", "a", *TINY)
+    assert "chance" not in result.out
     assert notes() == []
 
 
@@ -52,9 +52,9 @@ def test_a_teacher_at_chance_is_told_before_the_distillation_and_its_student_is_
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluating_to(monkeypatch, 10.0)
-    said = run("distill", "digits", "--out", "a", *TINY)
+    result = run("distill", "digits", "--out", "a", *TINY)
     doubt = "the teacher's top-1 accuracy is 10.00 %, which is chance (10.00 %), and a student cannot be better"
-    lines = said.out.splitlines()
+    lines = result.out.splitlines()
     told = next(number for number, line in enumerate(lines) if line.startswith(doubt))
     assert told < next(number for number, line in enumerate(lines) if "student 1/8" in line)
     assert len(notes()) == 1

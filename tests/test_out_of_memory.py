@@ -72,10 +72,10 @@ def test_in_the_middle_of_a_run_the_last_checkpoint_is_named_and_kept(run: Run, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "iterate", short_of_memory)
-        said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.code == 2
-    assert said.err.startswith("dfkd-fast: out of memory for the training, 4,194,304.0 GiB at once: lower one of loop.batch_size = 8")
-    assert said.err.endswith("the last good checkpoint is a/checkpoints/iteration-00000002.pt\n")
+        result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.code == 2
+    assert result.err.startswith("dfkd-fast: out of memory for the training, 4,194,304.0 GiB at once: lower one of loop.batch_size = 8")
+    assert result.err.endswith("the last good checkpoint is a/checkpoints/iteration-00000002.pt\n")
     assert run("distill", "digits", "--out", "a", "--resume").code == 0
 
 
@@ -89,18 +89,18 @@ def test_a_run_that_fails_before_anything_came_of_it_leaves_nothing(run: Run, mo
     for owner, name, what in ((Evaluator, "__call__", "the evaluation"), (Trainer, "iterate", "the training")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, short_of_memory)
-            said = run("distill", "digits", *TINY, "--teacher", "t/teacher.safetensors")
-        assert said.code == 2
-        assert f"out of memory for {what}" in said.err
+            result = run("distill", "digits", *TINY, "--teacher", "t/teacher.safetensors")
+        assert result.code == 2
+        assert f"out of memory for {what}" in result.err
         assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_trainer_refuses_is_said_before_the_teacher_is_trained(run: Run, tmp_path: Path) -> None:
-    said = run("distill", "digits", "--set", "objective.bn_moments=1", "--set", "teacher.model=lenet5")
-    assert said.code == 2
-    assert said.err.count("\n") == 1
-    assert "bn_moments" in said.err
-    assert not said.out
+    result = run("distill", "digits", "--set", "objective.bn_moments=1", "--set", "teacher.model=lenet5")
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "bn_moments" in result.err
+    assert not result.out
     assert list(tmp_path.iterdir()) == []
 
 

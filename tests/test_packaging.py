@@ -92,16 +92,16 @@ def test_a_compiler_that_fails_costs_the_extension_and_not_the_installation(whee
     assert built.name == wheel.name
     assert built.name.endswith("-py3-none-any.whl")
     assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
-    said = (tmp_path / "said").read_text().splitlines()
-    assert [line for line in said if line.startswith("dfkd_fast: ")] == [
+    result = (tmp_path / "result").read_text().splitlines()
+    assert [line for line in result if line.startswith("dfkd_fast: ")] == [
         "dfkd_fast: built without its CUDA extension (nvcc failed: ema.cu(3): error: none such); dfkd-fast build adds it later"
     ]
 
 
 def _wheel_from_archive(wheel: Path, folder: Path) -> Path:
-    """Another wheel from the archive beside this one; what was printed is in the file ``said``."""
+    """Another wheel from the archive beside this one; what was printed is in the file ``result``."""
     with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     source = next(path.parent for path in folder.glob("*/setup.py"))
-    (folder / "said").write_text(python("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder))
+    (folder / "result").write_text(python("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder))
     return next(folder.glob("*.whl"))

@@ -98,26 +98,26 @@ def test_before_anything_is_saved_one_line_says_so_and_nothing_is_left(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: type, name: str, number: signal.Signals
 ) -> None:
     interrupted_in(monkeypatch, owner, name, number)
-    said = run("distill", "digits", *TINY)
-    assert said.err == "dfkd-fast: interrupted; nothing was saved yet\n"
-    assert said.code == 128 + number
+    result = run("distill", "digits", *TINY)
+    assert result.err == "dfkd-fast: interrupted; nothing was saved yet\n"
+    assert result.code == 128 + number
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_command_without_a_run_is_interrupted_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("teach", "digits", "--out", "a", *TINY).code == 0
     monkeypatch.setattr("dfkd_fast.commands.evaluate.evaluate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    said = run("evaluate", "a/teacher.safetensors")
-    assert said.err == "dfkd-fast: interrupted; nothing was saved yet\n"
-    assert said.code == 130
+    result = run("evaluate", "a/teacher.safetensors")
+    assert result.err == "dfkd-fast: interrupted; nothing was saved yet\n"
+    assert result.code == 130
 
 
 def test_between_trainings_what_is_left_and_how_to_go_on_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         interrupted_in(patch, Evaluator, "__call__", signal.SIGINT)
-        said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.code == 130
-    assert said.err == (
+        result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.code == 130
+    assert result.err == (
         "dfkd-fast: interrupted; the last good checkpoint is a/checkpoints/teacher/iteration-00000001.pt;"
         " resume with: dfkd-fast distill digits --out a --resume\n"
     )
@@ -135,9 +135,9 @@ def test_interrupted_again_the_last_checkpoint_is_named(run: Run, monkeypatch: p
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "iterate", interrupted)
-    said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.code == 143
-    assert said.err == (
+    result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.code == 143
+    assert result.err == (
         "dfkd-fast: interrupted again, without saving; the last good checkpoint is a/checkpoints/iteration-00000002.pt;"
         " resume with: dfkd-fast distill digits --out a --resume\n"
     )
@@ -185,10 +185,10 @@ def test_whoever_stops_reading_the_output_ends_a_run_that_says_how_to_go_on(tmp_
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
-        said = process.stderr.read() if process.stderr else ""
-    assert said.startswith("dfkd-fast: the output was closed by its reader; ")
-    assert said.endswith("; resume with: dfkd-fast distill digits --out runs/digits --resume\n")
-    assert said.count("\n") == 1
+        result = process.stderr.read() if process.stderr else ""
+    assert result.startswith("dfkd-fast: the output was closed by its reader; ")
+    assert result.endswith("; resume with: dfkd-fast distill digits --out runs/digits --resume\n")
+    assert result.count("\n") == 1
     assert process.returncode == 128 + signal.SIGPIPE
     assert run("distill", "digits", "--resume", "--quiet").code == 0
 
@@ -202,10 +202,10 @@ def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_go_on(run: 
         iterate(trainer)
 
     monkeypatch.setattr(Trainer, "iterate", exits)
-    said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.err.startswith("dfkd-fast: sys.exit(0) was called by code of a network; the last good checkpoint is a/checkpoints/")
-    assert said.err.endswith("; resume with: dfkd-fast distill digits --out a --resume\n")
-    assert said.code == 2
+    result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.err.startswith("dfkd-fast: sys.exit(0) was called by code of a network; the last good checkpoint is a/checkpoints/")
+    assert result.err.endswith("; resume with: dfkd-fast distill digits --out a --resume\n")
+    assert result.code == 2
 
 
 def test_a_fault_in_the_middle_of_a_run_is_shown_with_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

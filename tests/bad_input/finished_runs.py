@@ -18,27 +18,27 @@ METRICS = '{"epoch": 1, "student_accuracy": 50.0}\n'
 Content = str | bytes | Callable[[Path], object]
 
 
-def folder(name: str, says: str, summary: Content = WHOLE, metrics: Content = METRICS) -> Case:
+def folder(name: str, error: str, summary: Content = WHOLE, metrics: Content = METRICS) -> Case:
     """A run's folder with these files."""
-    return case(name, "compare", "run", says=says, files={"run/summary.json": summary, "run/metrics.jsonl": metrics})
+    return case(name, "compare", "run", error=error, files={"run/summary.json": summary, "run/metrics.jsonl": metrics})
 
 
-def with_summary(name: str, says: str, **changes: Any) -> Case:
+def with_summary(name: str, error: str, **changes: Any) -> Case:
     """A run's folder whose summary has other values."""
-    return folder(name, says, json.dumps(SUMMARY | changes))
+    return folder(name, error, json.dumps(SUMMARY | changes))
 
 
 CASES: list[Case] = [
-    case("a run that is not there", "compare", "run", says="run is not a finished run (no summary.json)"),
-    case("a file for a run", "compare", "run", says="run is not a finished run (no summary.json)", files={"run": ""}),
-    case("a run that has not finished", "compare", "run", says="run is not a finished run", files={"run/metrics.jsonl": METRICS}),
+    case("a run that is not there", "compare", "run", error="run is not a finished run (no summary.json)"),
+    case("a file for a run", "compare", "run", error="run is not a finished run (no summary.json)", files={"run": ""}),
+    case("a run that has not finished", "compare", "run", error="run is not a finished run", files={"run/metrics.jsonl": METRICS}),
     case(
         "a whole run before a run that is none",
         *("compare", "run", "none"),
-        says="none is not a finished run",
+        error="none is not a finished run",
         files={"run/summary.json": WHOLE, "run/metrics.jsonl": METRICS},
     ),
-    case("a device for a finished run", "compare", "/dev/null", says="/dev/null is not a finished run"),
+    case("a device for a finished run", "compare", "/dev/null", error="/dev/null is not a finished run"),
     # summary.json
     folder("a folder for a summary", "run is not a finished run", Path.mkdir),
     folder("a pipe for a summary", "run is not a finished run", os.mkfifo),
@@ -72,7 +72,7 @@ CASES: list[Case] = [
     case(
         "a run without its epochs",
         *("compare", "run"),
-        says="metrics.jsonl: FileNotFoundError",
+        error="metrics.jsonl: FileNotFoundError",
         files={"run/summary.json": WHOLE},
     ),
     folder("a folder for epochs", "metrics.jsonl: IsADirectoryError", metrics=Path.mkdir),

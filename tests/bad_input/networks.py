@@ -9,12 +9,12 @@ FLAT = "nn.Flatten(), nn.Linear(1024, num_classes)"
 NORMS = "nn.Flatten(), nn.Linear(1024, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes)"
 
 
-def named(name: str, model: str, says: str) -> Case:
+def named(name: str, model: str, error: str) -> Case:
     """A row with the name of a student that does not exist."""
-    return case(name, "distill", "digits", "--set", f"student.model={model}", says=says)
+    return case(name, "distill", "digits", "--set", f"student.model={model}", error=error)
 
 
-def module(name: str, content: str, says: str, *changes: str, role: str = "student") -> Case:
+def module(name: str, content: str, error: str, *changes: str, role: str = "student") -> Case:
     """A row with a module of the user's; every row's has a name of its own, for Python keeps what it has imported.
 
     Args:
@@ -26,15 +26,15 @@ def module(name: str, content: str, says: str, *changes: str, role: str = "stude
     """
     own = "own_" + "".join(letter if letter.isalnum() else "_" for letter in name)
     options = [part for change in (f"{role}.model={own}:build", *changes) for part in ("--set", change)]
-    return case(name, "distill", "digits", *options, says=says.replace("OWN", own), files={f"{own}.py": textwrap.dedent(content)})
+    return case(name, "distill", "digits", *options, error=error.replace("OWN", own), files={f"{own}.py": textwrap.dedent(content)})
 
 
-def builder(name: str, returned: str, says: str, *changes: str, role: str = "student") -> Case:
+def builder(name: str, returned: str, error: str, *changes: str, role: str = "student") -> Case:
     """A row with a function that returns an expression of ``num_classes``."""
-    return module(name, f"{PRELUDE}\ndef build(num_classes):\n    return {returned}\n", says, *changes, role=role)
+    return module(name, f"{PRELUDE}\ndef build(num_classes):\n    return {returned}\n", error, *changes, role=role)
 
 
-def network(name: str, forward: str, says: str, *changes: str, role: str = "student", init: str = "pass", more: str = "") -> Case:
+def network(name: str, forward: str, error: str, *changes: str, role: str = "student", init: str = "pass", more: str = "") -> Case:
     """A row with a network whose forward is a line, given ``x`` and a flat linear layer ``self.flat``."""
     content = f"""
 class Own(nn.Module):
@@ -51,7 +51,7 @@ class Own(nn.Module):
 def build(num_classes):
     return Own(num_classes)
 """
-    return module(name, PRELUDE + content, says, *changes, role=role)
+    return module(name, PRELUDE + content, error, *changes, role=role)
 
 
 NAMES = [
@@ -213,12 +213,12 @@ OBJECTIVES = [
     case(
         "bn_moments of a teacher without batch norms",
         *("distill", "digits", "--set", "objective.bn_moments=1"),
-        says="objective.bn_moments: the teacher LeNet5 has no batch norm with running statistics",
+        error="objective.bn_moments: the teacher LeNet5 has no batch norm with running statistics",
     ),
     case(
         "class_nll of a generator without classes",
         *("distill", "digits", "--set", "objective.class_nll=1"),
-        says="need a conditional generator (generator.conditional = true)",
+        error="need a conditional generator (generator.conditional = true)",
     ),
     network(
         "bn_moments of a teacher that calls none of its batch norms",

@@ -23,24 +23,24 @@ HEADER = "t.safetensors cannot be read: Error while deserializing header: "
 DOCTOR = ("doctor", "--teacher", "digits")
 
 
-def weights(name: str, content: Content, says: str, *options: str, file: str = "t.pt") -> Case:
+def weights(name: str, content: Content, error: str, *options: str, file: str = "t.pt") -> Case:
     """A row with a file that is given as the weights of a LeNet-5."""
-    return case(name, *DOCTOR, "--weights", file, *options, says=says, files={file: content})
+    return case(name, *DOCTOR, "--weights", file, *options, error=error, files={file: content})
 
 
-def header(name: str, content: bytes, says: str) -> Case:
+def header(name: str, content: bytes, error: str) -> Case:
     """A row with a safetensors file whose header is damaged."""
-    return weights(name, content, HEADER + says, file="t.safetensors")
+    return weights(name, content, HEADER + error, file="t.safetensors")
 
 
-def ours(name: str, entry: object, says: str) -> Case:
+def ours(name: str, entry: object, error: str) -> Case:
     """A row with a safetensors file of ours whose entry in the header is damaged."""
-    return weights(name, noted(entry), says, file="t.safetensors")
+    return weights(name, noted(entry), error, file="t.safetensors")
 
 
-def evaluated(name: str, metadata: object, says: str, *options: str) -> Case:
+def evaluated(name: str, metadata: object, error: str, *options: str) -> Case:
     """A row with a file that is to be evaluated, and says in its header what network it is."""
-    return case(name, "evaluate", "s.safetensors", *options, says=says, files={"s.safetensors": noted(metadata)})
+    return case(name, "evaluate", "s.safetensors", *options, error=error, files={"s.safetensors": noted(metadata)})
 
 
 def safetensors(header: object, data: int = 0, *, length: int | None = None) -> bytes:
@@ -225,45 +225,45 @@ TENSORS = [
     weights("a part of a file", saved(lambda state: {"0.bias": state["0.bias"]}), "the file is shard 1 of 2", file="m-00001-of-00002.pt"),
 ]
 PLACES = [
-    case("weights that are not there", *DOCTOR, "--weights", "absent.pt", says="absent.pt not found"),
+    case("weights that are not there", *DOCTOR, "--weights", "absent.pt", error="absent.pt not found"),
     weights("a folder", Path.mkdir, "t.pt must be a file, not a folder"),
     weights("a pipe", os.mkfifo, "t.pt must be a file, not a pipe or device"),
-    case("a device", *DOCTOR, "--weights", "/dev/zero", says="/dev/zero must be a file, not a pipe or device"),
+    case("a device", *DOCTOR, "--weights", "/dev/zero", error="/dev/zero must be a file, not a pipe or device"),
     weights("a link to itself", lambda path: path.symlink_to(path), "t.pt not found"),
-    case("the home folder of nobody", *DOCTOR, "--weights", "~nobody_at_all/t.pt", says="t.pt not found"),
+    case("the home folder of nobody", *DOCTOR, "--weights", "~nobody_at_all/t.pt", error="t.pt not found"),
     case(
         "the home folder of nobody in a recipe",
         *DOCTOR,
         "--set",
         "teacher.weights=~nobody_at_all/t.pt",
-        says="t.pt not found",
+        error="t.pt not found",
     ),
-    case("a file's name of 300 letters", *DOCTOR, "--weights", "x" * 300, says="File name too long"),
-    case("a folder that is no run", "evaluate", ".", says=". holds neither student.safetensors nor teacher.safetensors"),
-    case("a pipe to evaluate", "evaluate", "t.pt", says="weights t.pt must be a file, not a pipe or device", files={"t.pt": os.mkfifo}),
+    case("a file's name of 300 letters", *DOCTOR, "--weights", "x" * 300, error="File name too long"),
+    case("a folder that is no run", "evaluate", ".", error=". holds neither student.safetensors nor teacher.safetensors"),
+    case("a pipe to evaluate", "evaluate", "t.pt", error="weights t.pt must be a file, not a pipe or device", files={"t.pt": os.mkfifo}),
     weights("a file of another checksum", saved(), "teacher.sha256 = '00': the file", "--set", "teacher.sha256=00"),
     case(
         "a package without weights",
         *DOCTOR,
         "--weights",
         "package",
-        says="model 'lenet5' needs a weights file, since nothing is downloaded",
+        error="model 'lenet5' needs a weights file, since nothing is downloaded",
     ),
     case(
         "weights of another network for a distillation",
         *("distill", "digits", "--teacher", "t.pt"),
-        says="do not fit the network LeNet5: Missing keys",
+        error="do not fit the network LeNet5: Missing keys",
         files={"t.pt": saved(lambda state: {})},
     ),
     case(
         "an encoder of a network that has none",
         *("distill", "digits", "--set", "student.encoder_weights=teacher"),
-        says="encoder_weights: the network LeNet5 has no encoder",
+        error="encoder_weights: the network LeNet5 has no encoder",
     ),
     case(
         "weights of a network that takes other images",
         *("evaluate", "t.pt", "--recipe", "digits", "--role", "teacher", "--set", "data.image_size=36"),
-        says="the teacher cannot take data.image_size's 1×36×36 images",
+        error="the teacher cannot take data.image_size's 1×36×36 images",
         files={"t.pt": saved()},
     ),
 ]
