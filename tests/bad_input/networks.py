@@ -147,7 +147,12 @@ OUTPUTS = [
     network("no output", "return None", "must return logits: a tensor, a tuple or list with one, or a dict"),
     network("a dict without logits", "return {'x': self.flat(x)}", "not dict with the keys 'x'"),
     network("integers", "return self.flat(x).long()", "a dense floating-point tensor, not int64"),
-    network("complex numbers of a teacher", "return self.flat(x) + 0j", "the teacher must return logits as a dense floating-point tensor", role="teacher"),
+    network(
+        "complex numbers of a teacher",
+        "return self.flat(x) + 0j",
+        "the teacher must return logits as a dense floating-point tensor",
+        role="teacher",
+    ),
     network("a sparse output", "return self.flat(x).to_sparse()", "not sparse"),
     network("an output elsewhere", "return self.flat(x).to('meta')", "on the device of its input, cpu, not on meta"),
     network("one number an image", "return self.flat(x)[:, 0]", "not (4,) for B = 4"),
