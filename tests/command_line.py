@@ -1,4 +1,4 @@
-"""What ``dfkd-fast`` result, where a test runs it in its own process (the fixture ``run``)."""
+"""Result of a ``dfkd-fast`` command that a test runs in its own process (the fixture ``run``)."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -83,7 +83,7 @@ def test_evaluate_gives_the_accuracies_of_the_summary(run: Run, tiny_run: Path) 
     assert f"{figures['student']['top1']:.2f} %" in result.out
 
 
-def test_evaluate_asks_what_foreign_weights_are_and_believes_its_own(run: Run, tiny_run: Path) -> None:
+def test_evaluate_requires_the_network_of_foreign_weights_and_reads_its_own_metadata(run: Run, tiny_run: Path) -> None:
     torch.save(load_file(tiny_run / "teacher.safetensors"), "foreign.pt")
     result = run("evaluate", "foreign.pt")
     assert (result.code, result.err.count("\n")) == (2, 1)
@@ -101,18 +101,18 @@ def test_a_run_is_reproduced_by_its_own_recipe(run: Run, tiny_run: Path) -> None
 
 
 def test_a_trained_teacher_is_used_and_not_copied(run: Run, tiny_run: Path) -> None:
-    assert run("distill", "digits", "--out", "given", "--seed", "1", *TINY, "--teacher", tiny_run / "teacher.safetensors").code == 0
-    assert not Path("given/teacher.safetensors").exists()
-    ours, theirs = (load_file(folder / "student.safetensors") for folder in (Path("given"), tiny_run))
+    assert run("distill", "digits", "--out", "copy", "--seed", "1", *TINY, "--teacher", tiny_run / "teacher.safetensors").code == 0
+    assert not Path("copy/teacher.safetensors").exists()
+    ours, theirs = (load_file(folder / "student.safetensors") for folder in (Path("copy"), tiny_run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_teach_stores_a_teacher_that_distill_takes(run: Run) -> None:
+def test_teach_saves_a_teacher_that_distill_takes(run: Run) -> None:
     assert run("teach", "digits", "--out", "t", *TINY).code == 0
     assert run("evaluate", "t/teacher.safetensors").code == 0
 
 
-def test_without_data_a_given_teacher_is_distilled_and_nothing_evaluated(run: Run, tiny_run: Path) -> None:
+def test_without_data_a_teacher_is_distilled_and_nothing_evaluated(run: Run, tiny_run: Path) -> None:
     result = run("distill", "digits", "--out", "blind", *TINY, "--set", "data.name=none", "--teacher", tiny_run / "teacher.safetensors")
     assert result.code == 0, result.err
     summary = json.loads(Path("blind/summary.json").read_text())
@@ -121,7 +121,7 @@ def test_without_data_a_given_teacher_is_distilled_and_nothing_evaluated(run: Ru
 
 
 @pytest.mark.parametrize("iteration", [1, 4])
-def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+def test_resume_gives_the_same_student(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
     iterate = Trainer.iterate
 
     def interrupted(trainer: Trainer) -> None:
@@ -174,7 +174,7 @@ def precisions_written(folder: Path) -> set[Any]:
     }
 
 
-def test_what_a_cpu_computes_in_is_written_down(tiny_run: Path) -> None:
+def test_the_resolved_precision_is_saved(tiny_run: Path) -> None:
     assert precisions_written(tiny_run) == {"fp32"}
 
 
@@ -378,7 +378,7 @@ def test_doctor_names_everything_optional(run: Run) -> None:
         ("triton", "device 'cpu': not supported by the forced kernel backend 'triton'"),
     ],
 )
-def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(
+def test_forced_backend_that_cannot_serve_is_reported_before_anything_begins(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, message: str
 ) -> None:
     monkeypatch.setattr("dfkd_fast.kernels.dispatch._context", ContextVar("backend", default=backend))

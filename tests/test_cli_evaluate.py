@@ -20,7 +20,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_model, load_pretrained, save_weights
 from dfkd_fast.recipe import load_recipe, recipe_to_toml
 from tests.command_line import Run
-from tests.pictures import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
+from tests.image_files import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample" / "val.zip"
 COLOUR: dict[str, Any] = {"channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.5, 0.25, 0.2]}
@@ -82,13 +82,13 @@ def test_networks_that_nearly_agree_diverge_in_bf16_as_in_float32(tmp_path: Path
             save_weights(network, tmp_path / f"{role}.safetensors", {"role": role, "recipe": recipe_to_toml(recipe)})
     divergences = []
     for precision in ("fp32", "bf16"):
-        wanted = EvaluationRequest(
+        request = EvaluationRequest(
             [tmp_path / f"{role}.safetensors" for role in ("teacher", "student")],
             data="folder",
             overrides={"data.root": str(tmp_path), "data.workers": 0},
             precision=precision,
         )
-        _, student = evaluate_weights(wanted, torch.device("cpu"), Console(quiet=True))
+        _, student = evaluate_weights(request, torch.device("cpu"), Console(quiet=True))
         assert student.agreement is not None
         divergences.append(student.agreement["mean_kl"])
     assert divergences[1] == pytest.approx(divergences[0], rel=0.03)
@@ -101,7 +101,7 @@ def test_one_network_is_one_object(run: Run, tmp_path: Path) -> None:
     assert json.loads(Path("f.json").read_text()).keys() >= {"top1", "top5", "count", "images_per_second"}
 
 
-def test_networks_that_see_images_otherwise_get_a_pass_each(run: Run, tmp_path: Path) -> None:
+def test_networks_with_other_transforms_get_a_pass_each(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "a.safetensors", "student")
     save(tmp_path / "b.safetensors", "teacher", mean=[0.1, 0.1, 0.1])
     write_folder(tmp_path, PLAIN)
@@ -192,8 +192,8 @@ def test_1003_images_are_1003_images_on_any_number_of_processes(tmp_path: Path, 
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["count"] == 1003
     assert done.stdout.count("1003 images in") == 1
-    wanted = EvaluationRequest([tmp_path / "w.safetensors"], "folder", overrides={"data.root": str(tmp_path)})
-    (alone,) = evaluate_weights(wanted, torch.device("cpu"), Console(quiet=True))
+    request = EvaluationRequest([tmp_path / "w.safetensors"], "folder", overrides={"data.root": str(tmp_path)})
+    (alone,) = evaluate_weights(request, torch.device("cpu"), Console(quiet=True))
     assert isinstance(alone, EvaluatedClassifier)
     assert figures["top1"] == pytest.approx(alone.top1, rel=1e-12)
     assert figures["top5"] == 100.0
@@ -216,8 +216,8 @@ def test_dali_and_torchvision_agree_on_real_images_with_a_real_network(tmp_path:
     predicted = {}
     for name, batches in loaders.items():
         with torch.inference_mode():
-            found = [(network(images).argmax(1), labels) for images, labels in batches]
-        predictions, labels = (torch.cat(column) for column in zip(*found, strict=True))
+            pairs = [(network(images).argmax(1), labels) for images, labels in batches]
+        predictions, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
         predicted[name] = predictions[labels.argsort()]  # DALI serves last what is not plain, and here is one image a class
         assert 100 * (predictions == labels).double().mean() == pytest.approx(86.7, abs=0.1 if name == "torchvision" else 0.3)
     assert (predicted["dali"] == predicted["torchvision"]).double().mean() >= 0.99

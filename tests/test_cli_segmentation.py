@@ -43,12 +43,12 @@ def tiny_run(run: Run, tmp_path: Path) -> Path:
 def test_the_summary_has_the_iou_of_each_class_of_teacher_and_student(tiny_run: Path) -> None:
     summary = json.loads((tiny_run / "summary.json").read_text())
     for player, miou in (("teacher", summary["teacher_accuracy"]), ("student", summary["student_accuracy"]["last"])):
-        found = summary["iou"][player]
-        assert list(found) == class_names(SHAPES)
-        assert sum(found.values()) / 4 == pytest.approx(miou)
+        iou = summary["iou"][player]
+        assert list(iou) == class_names(SHAPES)
+        assert sum(iou.values()) / 4 == pytest.approx(miou)
 
 
-def test_pictures_show_each_image_with_the_label_maps_of_both_in_the_sets_colours(tiny_run: Path) -> None:
+def test_sample_grids_show_each_image_with_the_label_maps_of_both_in_the_data_set_s_colours(tiny_run: Path) -> None:
     assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0001.png", "epoch-0002.png"]
     pixels = pil_to_tensor(Image.open(tiny_run / "samples" / "epoch-0002.png"))
     side, gap = 32, 3
@@ -58,7 +58,7 @@ def test_pictures_show_each_image_with_the_label_maps_of_both_in_the_sets_colour
     assert all(colour in colours for colour in maps)
 
 
-def test_evaluating_a_run_gives_both_networks_figures_again(tiny_run: Path, run: Run, tmp_path: Path) -> None:
+def test_evaluating_a_run_gives_both_networks_metrics(tiny_run: Path, run: Run, tmp_path: Path) -> None:
     result = run("evaluate", tiny_run, "--json", tmp_path / "figures.json")
     assert result.code == 0, result.err
     assert "of the pixels" in result.out
@@ -72,13 +72,13 @@ def test_evaluating_a_run_gives_both_networks_figures_again(tiny_run: Path, run:
     assert 0 < student["pixel_accuracy"] <= 100
 
 
-def test_teaching_alone_tells_the_iou_of_each_class(run: Run, tmp_path: Path) -> None:
+def test_teaching_alone_prints_the_iou_of_each_class(run: Run, tmp_path: Path) -> None:
     result = run("teach", "shapes", "--out", tmp_path / "teacher", *TINY)
     assert result.code == 0, result.err
     assert all(name in result.out for name in class_names(SHAPES))
 
 
-def test_a_segmenter_taught_beforehand_by_the_focal_loss_gives_the_very_same_student(run: Run, tmp_path: Path) -> None:
+def test_a_segmenter_trained_before_with_the_focal_loss_gives_the_same_student(run: Run, tmp_path: Path) -> None:
     options = [*TINY, "--set", "teacher.focal_gamma=2.0"]
     assert run("distill", "shapes", "--out", tmp_path / "whole", *options).code == 0
     assert run("teach", "shapes", "--out", tmp_path / "teacher", *options).code == 0
@@ -108,13 +108,13 @@ def test_what_does_not_fit_a_segmentation_is_one_line(run: Run, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("player", ["teacher", "student"])
-def test_weights_that_no_encoder_can_begin_with_are_refused_before_there_is_a_folder(run: Run, tmp_path: Path, player: str) -> None:
+def test_weights_that_do_not_fit_an_encoder_are_refused_before_the_folder_exists(run: Run, tmp_path: Path, player: str) -> None:
     result = run("distill", "shapes", "--out", tmp_path / "run", *TINY, "--set", f"{player}.encoder_weights=missing.pth")
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_student_can_begin_with_its_teachers_first_layers(run: Run, tmp_path: Path) -> None:
+def test_a_student_can_start_from_its_teachers_encoder(run: Run, tmp_path: Path) -> None:
     models = ["--set", "teacher.model=lraspp:mobilenetv3_small_050", "--set", "student.model=lraspp:mobilenetv3_small_050/4"]
     options = [*models, "--set", "student.encoder_weights=teacher", "--set", "student_optimizer.lr=1e-12", "--set", "engine.precision=fp32"]
     result = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *options)
@@ -134,9 +134,9 @@ def camvid(tmp_path: Path) -> Path:
             image = Image.new("RGB", (40, 32), (40 + 150 * (number % 2),) * 3)
             label = Image.new("L", (40, 32), number % 2)
             label.paste(11, (0, 0, 5, 5))
-            for folder, picture in ((split, image), (f"{split}annot", label)):
+            for folder, file in ((split, image), (f"{split}annot", label)):
                 (tmp_path / "camvid" / folder).mkdir(parents=True, exist_ok=True)
-                picture.save(tmp_path / "camvid" / folder / f"{number}.png")
+                file.save(tmp_path / "camvid" / folder / f"{number}.png")
     return tmp_path / "camvid"
 
 
@@ -146,7 +146,7 @@ CAMVID = [
 ]
 
 
-def test_files_on_disk_are_taught_distilled_and_evaluated(camvid: Path, run: Run, tmp_path: Path) -> None:
+def test_files_on_disk_are_trained_distilled_and_evaluated(camvid: Path, run: Run, tmp_path: Path) -> None:
     result = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *CAMVID, "--data-root", camvid)
     assert result.code == 0, result.err
     assert "the result is not comparable to published camvid mIoU" in result.out
@@ -166,14 +166,14 @@ def test_a_broken_test_image_is_an_error_unless_it_may_be_left_out(camvid: Path,
     assert run(command, "shapes", "--out", tmp_path / "lenient", *TINY, *CAMVID, *options).code == 0
 
 
-def test_compared_runs_are_labelled_by_their_figure(tiny_run: Path, run: Run, tmp_path: Path) -> None:
+def test_compared_runs_are_labelled_by_their_metric(tiny_run: Path, run: Run, tmp_path: Path) -> None:
     shutil.copytree(tiny_run, tmp_path / "again")
-    result = run("compare", tiny_run, tmp_path / "again", "--out", tmp_path / "picture.png")
+    result = run("compare", tiny_run, tmp_path / "again", "--out", tmp_path / "plot.png")
     assert result.code == 0, result.err
     assert read_run(tiny_run).metric == "mIoU"
 
 
-def test_doctor_looks_a_segmenter_over(tiny_run: Path, run: Run) -> None:
+def test_doctor_checks_a_segmenter(tiny_run: Path, run: Run) -> None:
     result = run("doctor", "--teacher", "shapes", "--weights", tiny_run / "teacher.safetensors")
     assert "mIoU" in result.out
     assert "folding" in result.out

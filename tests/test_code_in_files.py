@@ -96,7 +96,7 @@ def test_resume_runs_a_function_that_the_folder_names_only_if_the_command_line_d
 @pytest.mark.parametrize(
     "name", ["lenet5", "wrn40_2", "resnet18", "timm:resnet18", "torchvision:deeplabv3_resnet50", "lraspp:os", "deeplabv3:a:b"]
 )
-def test_names_of_libraries_are_no_code(name: str) -> None:
+def test_library_names_are_not_code(name: str) -> None:
     assert not is_user_function(name)
 
 
@@ -121,14 +121,14 @@ HEADER = recipe_to_toml(load_recipe("digits"))
         ({"role": 3}, "w.safetensors cannot be read: 'dfkd_fast' in its header must be a JSON object of strings"),
     ],
 )
-def test_a_header_that_does_not_say_what_it_must_is_one_line(run: Run, metadata: dict[str, Any], problem: str) -> None:
+def test_incomplete_metadata_is_one_line(run: Run, metadata: dict[str, Any], problem: str) -> None:
     save_weights(build_model("lenet5_half", 10, 1), Path("w.safetensors"), metadata)
     result = run("evaluate", "w.safetensors")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert problem in result.err
 
 
-def test_a_role_on_the_command_line_says_what_a_header_leaves_out(run: Run) -> None:
+def test_a_role_on_the_command_line_completes_the_metadata(run: Run) -> None:
     save_weights(build_model("lenet5_half", 10, 1), Path("w.safetensors"), {"recipe": HEADER})
     result = run("evaluate", "w.safetensors", "--role", "student")
     assert result.code == 0, result.err

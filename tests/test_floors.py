@@ -74,7 +74,7 @@ def floor_of(name: str) -> int:
     return next(level for level, rooms in enumerate(FLOORS) if name in rooms)
 
 
-def test_every_room_has_a_floor() -> None:
+def test_every_module_has_a_floor() -> None:
     assert {room(path.parts) for path in MODULES} == set().union(*FLOORS)
 
 
@@ -108,7 +108,7 @@ def test_csrc_uses_only_macros_that_pytorch_2_11_has() -> None:
     assert not used - MACROS
 
 
-def test_no_room_below_the_commands_names_a_flag() -> None:
+def test_no_module_below_the_commands_names_a_flag() -> None:
     """A library's error names the field; the command line adds its flag."""
     for path in MODULES:
         if room(path.parts) in ("surgery", "models", "methods", "data", "evaluation", "engine", "recipe"):

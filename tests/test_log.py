@@ -50,7 +50,7 @@ def test_quiet_prints_nothing_but_errors(run: Run) -> None:
     ("level", "trial", "progress", "note"),
     [("debug", True, True, True), ("info", False, True, True), ("warning", False, False, True), ("error", False, False, False)],
 )
-def test_the_level_says_what_is_told_beside_the_results(
+def test_the_level_sets_what_is_printed_beside_the_results(
     run: Run, monkeypatch: pytest.MonkeyPatch, level: str, trial: bool, progress: bool, note: bool
 ) -> None:
     monkeypatch.setattr("dfkd_fast.evaluation.Evaluator.__call__", lambda *_: 10.0)

@@ -51,7 +51,7 @@ def test_numpy_s_errors_are_known() -> None:
         assert is_out_of_memory(raised.value)
 
 
-def test_the_amount_is_told_in_gib() -> None:
+def test_the_amount_is_given_in_gib() -> None:
     with pytest.raises(DfkdError, match=r"1,048,576\.0 GiB at once"), memory_for("a tensor", {}):
         torch.empty(2**48)
 
@@ -62,7 +62,7 @@ def test_other_errors_pass(error: Exception) -> None:
         raise error
 
 
-def test_in_the_middle_of_a_run_the_last_checkpoint_is_named_and_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_during_a_run_the_last_checkpoint_is_named_and_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = Trainer.iterate
 
     def short_of_memory(trainer: Trainer) -> None:
@@ -79,7 +79,7 @@ def test_in_the_middle_of_a_run_the_last_checkpoint_is_named_and_kept(run: Run, 
     assert run("distill", "digits", "--out", "a", "--resume").code == 0
 
 
-def test_a_run_that_fails_before_anything_came_of_it_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert run("teach", "digits", "--out", "t", *TINY).code == 0
     before = sorted(tmp_path.rglob("*"))
 
@@ -95,7 +95,7 @@ def test_a_run_that_fails_before_anything_came_of_it_leaves_nothing(run: Run, mo
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_a_trainer_refuses_is_said_before_the_teacher_is_trained(run: Run, tmp_path: Path) -> None:
+def test_what_a_trainer_refuses_is_reported_before_the_teacher_is_trained(run: Run, tmp_path: Path) -> None:
     result = run("distill", "digits", "--set", "objective.bn_moments=1", "--set", "teacher.model=lenet5")
     assert result.code == 2
     assert result.err.count("\n") == 1

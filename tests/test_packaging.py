@@ -40,14 +40,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_every_module_recipe_cuda_source_and_the_type_marker(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {
+    expected = {
         str((Path(folder) / name).relative_to(ROOT))
         for folder, _, names in os.walk(ROOT / "dfkd_fast", followlinks=True)
         for name in names
         if name.endswith((".py", ".toml", "py.typed", ".cpp", ".h", ".cu", ".cuh", ".jinja"))
     }
-    assert {"dfkd_fast/kernels/ema/reference.py", "dfkd_fast/csrc/ema.cu"} <= wanted
-    assert wanted <= held
+    assert {"dfkd_fast/kernels/ema/reference.py", "dfkd_fast/csrc/ema.cu"} <= expected
+    assert expected <= held
     assert not any(name.startswith(("kernels/", "bench/", "tests/")) for name in held)
 
 

@@ -74,7 +74,7 @@ def endless(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
         yield found
 
 
-def test_a_folder_is_one_process_s_and_free_again_when_that_is_killed(run: Run, endless: tuple[subprocess.Popen[str], Path]) -> None:
+def test_a_folder_belongs_to_one_process_until_it_ends(run: Run, endless: tuple[subprocess.Popen[str], Path]) -> None:
     process, folder = endless
     before = (folder / "recipe.toml").read_bytes()
     for command in ("distill", "teach"):
@@ -132,14 +132,14 @@ def test_many_claims_of_a_default_name_never_share_a_folder(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "runs").iterdir() if not RunFolder(path).is_unused] == ["digits"]
 
 
-def test_two_starts_into_one_given_folder_are_one_run_and_one_refusal(in_tmp_path: Path) -> None:
+def test_two_starts_into_one_folder_are_one_run_and_one_refusal(in_tmp_path: Path) -> None:
     message = rf"--out mine is in use by process {os.getpid()} on .*: choose another folder"
     with opened(Path("mine")), pytest.raises(ValueError, match=message):
         opened(Path("mine"))
     assert not Path("mine").exists()
 
 
-def test_a_lock_is_inherited_neither_by_forked_processes_nor_by_started_programs(tmp_path: Path) -> None:
+def test_a_lock_is_not_inherited_by_forked_processes_or_started_programs(tmp_path: Path) -> None:
     """Such as the workers of a DataLoader, which outlive a killed run for a while."""
     lock = FolderLock(tmp_path)
     child = os.fork()
@@ -159,7 +159,7 @@ def test_a_lock_is_inherited_neither_by_forked_processes_nor_by_started_programs
             program.kill()
 
 
-def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_whose_file_was_removed_by_its_holder_is_acquired_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = FolderLock(tmp_path)
     flock = fcntl.flock
 
@@ -174,7 +174,7 @@ def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(tmp_path: Pat
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_without_locks_a_run_goes_on_and_says_so_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_without_locks_a_run_proceeds_with_a_note(run: Run, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def none(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -309,7 +309,7 @@ def torchrun_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize("out", [None, Path("mine")])
 @pytest.mark.parametrize("name", ["job1", "none"])
-def test_a_restarted_job_goes_on_in_its_own_folder(
+def test_a_restarted_job_resumes_in_its_own_folder(
     in_tmp_path: Path, torchrun_job: Callable[..., None], name: str, out: Path | None
 ) -> None:
     torchrun_job(name, 0)
@@ -386,7 +386,7 @@ def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("b")
 
 
-def test_a_damaged_newest_checkpoint_costs_an_epoch_and_a_line(run: Run, interrupted: Path) -> None:
+def test_a_damaged_newest_checkpoint_costs_an_epoch(run: Run, interrupted: Path) -> None:
     checkpoints = interrupted / "checkpoints"
     newest = checkpoints / "iteration-00000004.pt"
     content = bytearray(newest.read_bytes())
@@ -431,7 +431,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(run: Run, interrupted:
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
 
 
-def test_checkpoints_of_versions_that_did_not_say_whose_they_are_still_load(run: Run, interrupted: Path) -> None:
+def test_checkpoints_without_a_recipe_still_load(run: Run, interrupted: Path) -> None:
     for path in (interrupted / "checkpoints").glob("*.pt"):
         saved = torch.load(path, weights_only=True)
         del saved["recipe"]
@@ -453,7 +453,7 @@ def test_a_half_line_of_the_log_breaks_neither_the_resumed_run_nor_a_comparison(
         assert read_run(other).curve == [(1, 50.0), (2, 90.0)]
 
 
-def test_a_summary_tells_of_finished_runs_only(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_summary_exists_for_finished_runs_only(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("distill", "digits", "--out", "b", *TINY).code == 0
     newest = max(Path("b/checkpoints").glob("*.pt"))
     newest.write_bytes(b"")  # the run goes on from the one before it
@@ -546,7 +546,7 @@ def test_a_log_that_cannot_be_written_is_one_line(run: Run, interrupted: Path, m
     assert epochs_of(interrupted) == [1, 2, 3]
 
 
-def test_another_teacher_in_the_middle_of_a_run_is_refused(run: Run) -> None:
+def test_another_teacher_during_a_run_is_refused(run: Run) -> None:
     assert run("distill", "digits", "--out", "run", *TINY).code == 0
     assert run("teach", "digits", "--out", "other", *TINY, "--seed", "1").code == 0
     for checkpoint in list(Path("run/checkpoints").glob("iteration-*.pt"))[1:]:
@@ -559,7 +559,7 @@ def test_another_teacher_in_the_middle_of_a_run_is_refused(run: Run) -> None:
     assert run("distill", "digits", "--out", "run", "--resume", "--teacher", "run/teacher.safetensors").code == 0
 
 
-def test_a_teacher_whose_file_was_changed_in_the_middle_of_a_run_is_refused(run: Run) -> None:
+def test_a_teacher_whose_file_changed_during_a_run_is_refused(run: Run) -> None:
     assert run("distill", "digits", "--out", "run", *TINY).code == 0
     teacher = Path("run/teacher.safetensors")
     content = bytearray(teacher.read_bytes())
@@ -592,7 +592,7 @@ def test_teach_names_the_file_that_was_given(run: Run) -> None:
     assert result.code == 0 and "run/teacher.safetensors" in result.out and "again/teacher.safetensors" not in result.out
 
 
-def test_what_is_said_is_printed_as_it_is_whatever_a_folder_is_called(run: Run) -> None:
+def test_messages_are_printed_verbatim_whatever_the_folder_is_called(run: Run) -> None:
     assert run("distill", "digits", "--out", "p[/q]", *TINY).code == 0
     newest = max(Path("p[/q]/checkpoints").glob("iteration-*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -601,7 +601,7 @@ def test_what_is_said_is_printed_as_it_is_whatever_a_folder_is_called(run: Run) 
     assert "p[/q]/checkpoints/" in result.out
 
 
-def test_the_line_to_go_on_with_finds_the_run(run: Run, tmp_path: Path) -> None:
+def test_the_resume_command_finds_the_run(run: Run, tmp_path: Path) -> None:
     with under_way(tmp_path / "my run", "--set", "name=mine") as (process, _):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)

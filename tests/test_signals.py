@@ -54,7 +54,7 @@ def test_signals_that_come_together_are_one() -> None:
     assert running.asked == 1
 
 
-def test_a_hangup_that_is_ignored_stays_so() -> None:
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with interrupting_on_signals(), stopping_on_signals(Running()) as caught:
@@ -65,7 +65,7 @@ def test_a_hangup_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_handlers_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(Interrupted), interrupting_on_signals():
         signal.raise_signal(signal.SIGTERM)
@@ -112,7 +112,7 @@ def test_a_command_without_a_run_is_interrupted_in_one_line(run: Run, monkeypatc
     assert result.code == 130
 
 
-def test_between_trainings_what_is_left_and_how_to_go_on_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_between_trainings_what_is_saved_and_how_to_resume_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         interrupted_in(patch, Evaluator, "__call__", signal.SIGINT)
         result = run("distill", "digits", "--out", "a", *TINY)
@@ -179,7 +179,7 @@ def test_under_nohup_a_run_survives_the_hangup(tmp_path: Path) -> None:
     assert err.strip().splitlines()[-1].startswith("dfkd-fast: interrupted and saved; resume with: ")
 
 
-def test_whoever_stops_reading_the_output_ends_a_run_that_says_how_to_go_on(tmp_path: Path, run: Run) -> None:
+def test_a_closed_pipe_ends_a_run_that_says_how_to_resume(tmp_path: Path, run: Run) -> None:
     command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", *TINY, "--set", "loop.epochs=50"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -193,7 +193,7 @@ def test_whoever_stops_reading_the_output_ends_a_run_that_says_how_to_go_on(tmp_
     assert run("distill", "digits", "--resume", "--quiet").code == 0
 
 
-def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = Trainer.iterate
 
     def exits(trainer: Trainer) -> None:
@@ -208,7 +208,7 @@ def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_go_on(run: 
     assert result.code == 2
 
 
-def test_a_fault_in_the_middle_of_a_run_is_shown_with_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_during_a_run_is_shown_with_how_to_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = Trainer.iterate
 
     def fails(trainer: Trainer) -> None:

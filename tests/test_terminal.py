@@ -74,7 +74,7 @@ def test_a_width_that_no_terminal_has_loses_nothing(run: Run, monkeypatch: pytes
         assert max(map(len, result.out.splitlines())) < 1000
 
 
-def test_a_backend_of_windows_that_matplotlib_does_not_know_is_none_of_ours(tmp_path: Path) -> None:
+def test_a_backend_of_windows_that_matplotlib_does_not_know_is_ignored(tmp_path: Path) -> None:
     finished(tmp_path, "digits")
     result = command("compare", "run", cwd=tmp_path, MPLBACKEND="nonsense")
     assert (result.returncode, result.stderr) == (0, b"")
@@ -88,7 +88,7 @@ def test_a_path_is_quoted_as_a_shell_reads_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("command", [["recipes"], ["show", "digits"]])
-def test_an_output_on_a_full_disk_is_said_to_be_one(command: list[str]) -> None:
+def test_an_output_on_a_full_disk_is_reported_as_such(command: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         result = subprocess.run([sys.executable, "-m", "dfkd_fast", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr

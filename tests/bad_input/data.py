@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dfkd_fast.models import build_model
 from tests.bad_input.case import Case, Content, case
-from tests.pictures import PLAIN, encoded, noise
+from tests.image_files import PLAIN, encoded, noise
 
 PICTURE = PLAIN["png"]
 COLOUR = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
@@ -209,7 +209,7 @@ def wrong_line(name: str, line: str, error: str | None = None) -> Case:
 
 LISTS = [
     lists("a list that is a folder", Path.mkdir, error="list.txt is a folder: data set 'list' must be a file"),
-    lists("a list that is no text", b"a.png 0\n\xff.png 1\n", error="list.txt cannot be read: 'utf-8' codec"),
+    lists("a list that is not text", b"a.png 0\n\xff.png 1\n", error="list.txt cannot be read: 'utf-8' codec"),
     lists("a list in UTF-16", "a.png 0\n".encode("utf-16"), error="list.txt cannot be read: 'utf-8' codec"),
     lists("a list that is an image", PICTURE, error="list.txt cannot be read: 'utf-8' codec"),
     lists("an empty list", "", error="list.txt contains no images"),
@@ -243,7 +243,7 @@ def image(name: str, content: Content, error: str, *, file: str = "val/b/1.JPEG"
 
 
 def huge_png() -> bytes:
-    """A PNG of 2³⁰ pixels that are not there."""
+    """A PNG of 2³⁰ pixels that do not exist."""
     content = bytearray(PICTURE)
     content[16:24] = struct.pack(">II", 2**15, 2**15)
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
@@ -257,7 +257,7 @@ IMAGE_FILES = [
     image("an image that is a link to nothing", lambda path: path.symlink_to("none.JPEG"), error="val/b/1.JPEG ([Errno 2]"),
     image("an image of a billion pixels", huge_png(), error="val/b/1.JPEG (Image size (1073741824 pixels) exceeds limit"),
     image("an image that is HTML", "<html>404</html>", error="val/b/1 2.JPEG (cannot identify", file="val/b/1\n2.JPEG"),
-    image("an image under a name that is no text", b"", error="val/b/\\udcff.JPEG (is empty)", file="val/b/\udcff.JPEG"),
+    image("an image under a name that is not text", b"", error="val/b/\\udcff.JPEG (is empty)", file="val/b/\udcff.JPEG"),
     image("a broken image under DALI", PICTURE[:-100], error="/val/b/1.JPEG (", loader="dali"),
 ]
 
@@ -317,7 +317,9 @@ def places(name: str, categories: str, error: str, **files: Content) -> Case:
 CATEGORIES = "".join(f"/x/place{number} {number}\n" for number in range(365))
 
 NAMED_SETS = [
-    folders("a folder that is no class of ImageNet", "val/n01440764/0.png", "val/cat/0.png", data="imagenet", error="the first is 'cat'"),
+    folders(
+        "a folder that is not a class of ImageNet", "val/n01440764/0.png", "val/cat/0.png", data="imagenet", error="the first is 'cat'"
+    ),
     folders("a synset that is not among the 1,000", "val/n00000001/0.png", data="imagenet", error="the first is 'n00000001'"),
     folders("another number of classes than ImageNet's", "val/n01440764/0.png", data="imagenet", error=" has 1000 classes"),
     folders("ImageNet without its validation images", "train/n01440764/0.png", data="imagenet", error="the first is 'train'"),
@@ -331,7 +333,7 @@ NAMED_SETS = [
     labelled("a file of labels from 1 to 1,000", "val.txt", "a.JPEG 1\nb.JPEG 1000\n", error="val.txt, line 2: 'b.JPEG 1000' must be"),
     labelled("a file of labels of other images", "val.txt", "a.JPEG 1\n", error="val.txt has no label for 1 of the 1 images"),
     labelled(
-        "a file of labels that is no text", "val.txt", "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"), error="val.txt, line 1"
+        "a file of labels that is not text", "val.txt", "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"), error="val.txt, line 1"
     ),
     places("Places365 without categories", "", error="categories_places365.txt has 0 categories, must have 365"),
     places("categories that are numbered from 1", CATEGORIES.replace("0 0\n", "0 365\n"), error="must have 365, numbered from 0"),
@@ -425,12 +427,12 @@ PAIRS = [
     ),
     pixels("a label that is no class", PAIR | {"testannot/a.png": labels_of(12)}, error="class ID 12: must be 0 to 10, or 11 or 255"),
     pixels(
-        "a label that is no class of NYUv2",
+        "a label that is not a class of NYUv2",
         {"test_rgb/1.png": IMAGE, "test_seg13/1.png": labels_of(14)},
         *("class ID 14: must be 1 to 13, or 0 or 255", "nyuv2", 13),
     ),
     pixels(
-        "a palette with a number that is no class",
+        "a palette with a number that is not a class",
         PAIR | {"testannot/a.png": labels_of(9, mode="P")},
         *("class ID 9: must be 0 to 4", "pairs", 5),
     ),

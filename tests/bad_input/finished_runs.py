@@ -33,7 +33,7 @@ CASES: list[Case] = [
     case("a file for a run", "compare", "run", error="run is not a finished run (no summary.json)", files={"run": ""}),
     case("a run that has not finished", "compare", "run", error="run is not a finished run", files={"run/metrics.jsonl": METRICS}),
     case(
-        "a whole run before a run that is none",
+        "a whole run before a folder that is not a run",
         *("compare", "run", "none"),
         error="none is not a finished run",
         files={"run/summary.json": WHOLE, "run/metrics.jsonl": METRICS},
@@ -79,7 +79,7 @@ CASES: list[Case] = [
     folder("no epochs", "curve = []: List should have at least 1 item", metrics=""),
     folder("no epoch that was evaluated", "curve = []: List", metrics='{"epoch": 1, "student_accuracy": null}\n'),
     folder("epochs of bytes", "metrics.jsonl: UnicodeDecodeError", metrics=b"\xff\xfe\n"),
-    folder("a line that is no epoch", "metrics.jsonl: JSONDecodeError", metrics=f"epoch 1\n{METRICS}"),
+    folder("a line that is not an epoch", "metrics.jsonl: JSONDecodeError", metrics=f"epoch 1\n{METRICS}"),
     folder("an empty line between epochs", "metrics.jsonl: JSONDecodeError", metrics=f"{METRICS}\n{METRICS}"),
     folder("an epoch that is a list", "metrics.jsonl: TypeError", metrics=f"[]\n{METRICS}"),
     folder("an epoch without its accuracy", "metrics.jsonl: key 'student_accuracy' is missing", metrics=f'{{"epoch": 1}}\n{METRICS}'),

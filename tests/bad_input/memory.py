@@ -44,7 +44,7 @@ CASES: list[Case] = [
     huge("a teacher of a huge width", "distill", "teacher", 2**45, error="own_45:build"),
     huge("a student of a huge width", "distill", "student", 2**46, error="own_46:build"),
     huge("a teacher to teach of a huge width", "teach", "teacher", 2**47, error="out of memory for the teacher"),
-    huge("a size that is no machine number", "teach", "teacher", 2**100, error="out of memory for the teacher"),
+    huge("a size beyond 64 bits", "teach", "teacher", 2**100, error="out of memory for the teacher"),
     huge("a size whose bytes are no machine number", "teach", "teacher", 2**61, error="out of memory for the teacher"),
     case("a huge batch", "distill", "digits", *LARGE_IMAGES, "--set", f"loop.batch_size={HUGE}", error=f"loop.batch_size = {HUGE}"),
     case(
@@ -116,15 +116,15 @@ CASES: list[Case] = [
         error="must be at most 64, the number of fresh or replayed samples",
     ),
     case("images too large for any network", "show", "digits", "--set", "data.image_size=16388", error="≤ 16384"),
-    case("images whose side is no machine number", "show", "digits", "--set", f"data.image_size={2**63}", error="≤ 16384"),
+    case("images whose side is beyond 64 bits", "show", "digits", "--set", f"data.image_size={2**63}", error="≤ 16384"),
     case(
-        "a picture of too many samples",
+        "a grid of too many samples",
         "show",
         "digits",
         "--set",
         "report.samples=10001",
         error="report.samples = 10001: must be a whole number ≥ 1 and ≤ 10000",
     ),
-    case("a batch that is no machine number", "show", "digits", "--set", f"loop.batch_size={2**31}", error="≤ 2147483647"),
+    case("a batch beyond 64 bits", "show", "digits", "--set", f"loop.batch_size={2**31}", error="≤ 2147483647"),
     case("more classes than a label holds", "show", "digits", "--set", f"data.num_classes={2**31}", error="≤ 1000000"),
 ]

@@ -57,7 +57,7 @@ def build(num_classes):
 NAMES = [
     named("a module that does not exist", "absent_module:build", "there is no module 'absent_module', neither in the working folder"),
     named("a package that does not exist", "absent.package:build", "there is no module 'absent'"),
-    named("a part that a package lacks", "torch.absent_part:build", "there is no module 'torch.absent_part'"),
+    named("a part that a package does not have", "torch.absent_part:build", "there is no module 'torch.absent_part'"),
     named("a module's file in place of its name", "absent.py:build", "without .py: absent"),
     named("a module's path in place of its name", "folder/absent:build", "with an importable module name, such as folder.absent:build"),
     named("a module without a function", "absent:", "model 'absent:': must be module:function"),

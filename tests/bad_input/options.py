@@ -13,10 +13,10 @@ CASES: list[Case] = [
     case("an argument of a command that has none", "recipes", "digits", error="unexpected extra argument"),
     case("an option without a value", "distill", "digits", "--out", error="--out"),
     # numbers and choices
-    case("a seed that is no number", "distill", "digits", "--seed", "x", error="--seed"),
-    case("a seed that is no whole number", "distill", "digits", "--seed", "1.5", error="--seed"),
+    case("a seed that is not a number", "distill", "digits", "--seed", "x", error="--seed"),
+    case("a seed that is not a whole number", "distill", "digits", "--seed", "1.5", error="--seed"),
     case("a negative seed", "distill", "digits", "--seed", "-1", error="seed = -1: must be a whole number ≥ 0"),
-    case("a batch size that is no number", "evaluate", "--batch-size", "many", error="--batch-size"),
+    case("a batch size that is not a number", "evaluate", "--batch-size", "many", error="--batch-size"),
     case("a batch of nothing", "evaluate", "--batch-size", "0", error="--batch-size"),
     case("a negative number of workers", "evaluate", "--workers", "-1", error="--workers"),
     case("a device that does not exist", "distill", "digits", "--device", "tpu", error="'--device': Value error, 'tpu'"),
@@ -25,7 +25,7 @@ CASES: list[Case] = [
     case("a role that does not exist", "evaluate", "--role", "coach", error="'--role': Value error, 'coach'"),
     case("a data set of image files that does not exist", "evaluate", "--data", "imagnet", error="did you mean 'imagenet'?"),
     case(
-        "a data set that is no image files",
+        "a data set that is not image files",
         "evaluate",
         "--data",
         "digits",
@@ -98,7 +98,7 @@ CASES: list[Case] = [
         "--auto-batch-size",
         error="--auto-batch-size: needs a GPU",
     ),
-    case("a run to go on with that is not there", "distill", "digits", "--resume", "--out", "run", error="--resume: run holds no run"),
+    case("a run to resume that does not exist", "distill", "digits", "--resume", "--out", "run", error="--resume: run holds no run"),
     case("nothing to evaluate", "evaluate", error="nothing to evaluate"),
     case(
         "a model without images",

@@ -51,7 +51,7 @@ CASES: list[Case] = [
     shows("an empty key", '"" = 3', error="unknown key ''"),
     shows("an earlier key beside its present one", "[loop]\nprecision = 'fp32'\n[engine]\nprecision = 'fp32'", error="both are given"),
     # what it extends
-    shows("what is extended is no name", "extends = 3", error="extends = 3: must be the name or path of a recipe"),
+    shows("what is extended is not a name", "extends = 3", error="extends = 3: must be the name or path of a recipe"),
     shows("what is extended does not exist", "extends = 'digit'", error="unknown recipe 'digit': did you mean 'digits'?"),
     shows("what is extended is not there", "extends = 'nowhere.toml'", error="recipe 'nowhere.toml' cannot be read"),
     shows("it extends itself", "extends = 'mine.toml'", error="recipe 'mine.toml' extends itself through 'mine.toml'"),
@@ -83,7 +83,7 @@ CASES: list[Case] = [
         }.items()
     ),
     sets("a number for a name", "name=3", error="name = 3: must be a string"),
-    sets("a name that is no text", "name=a\udcff", error="name has a NUL character or bytes that are not UTF-8"),
+    sets("a name that is not text", "name=a\udcff", error="name has a NUL character or bytes that are not UTF-8"),
     sets("NUL in a name", 'name="a\\u0000b"', error="name has a NUL character"),
     sets("a path that is no UTF-8", "data.root=/a\udcff", error="data.root has a NUL character or bytes that are not UTF-8"),
     sets("NUL in a path", 'data.root="a\\u0000b"', error="data.root has a NUL character"),

@@ -1,4 +1,4 @@
-"""Files of weights that are none, are damaged, hold something else, or belong to another network."""
+"""Files that are not weight files, are damaged, hold something else, or belong to another network."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def evaluated(name: str, metadata: object, error: str, *options: str) -> Case:
 
 
 def safetensors(header: object, data: int = 0, *, length: int | None = None) -> bytes:
-    """A file of the format, with so many bytes of tensors; a header that is no bytes is written as JSON."""
+    """A file of the format, with so many bytes of tensors; a header that is not bytes is written as JSON."""
     written = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(written) if length is None else length) + written + bytes(data)
 
@@ -170,7 +170,7 @@ RECIPES = [
     evaluated("an empty recipe in a header", student(""), "recipe in s.safetensors: name is missing"),
     evaluated("a nested recipe in a header", student("seed = " + "[" * 5000), "recipe in s.safetensors is nested too deeply"),
     evaluated("a recipe in a header with an unknown key", student("name = 'x'\nabsent = 1"), "in s.safetensors: unknown key 'absent'"),
-    evaluated("a recipe in a header that is no text", student("name = '\ud800'"), "recipe in s.safetensors: name has a NUL"),
+    evaluated("a recipe in a header that is not text", student("name = '\ud800'"), "recipe in s.safetensors: name has a NUL"),
     evaluated("a recipe in a header with an unknown network", student("name = 'x'\nstudent.model = 'absent'"), "unknown model 'absent'"),
     evaluated("code in a header", student("name = 'x'\nstudent.model = 'os:getcwd'"), "code that a file names runs only if"),
     evaluated("a header without a role", {"recipe": "name = 'x'"}, "has a recipe but no role in its metadata"),
@@ -225,21 +225,21 @@ TENSORS = [
     weights("a part of a file", saved(lambda state: {"0.bias": state["0.bias"]}), "the file is shard 1 of 2", file="m-00001-of-00002.pt"),
 ]
 PLACES = [
-    case("weights that are not there", *DOCTOR, "--weights", "absent.pt", error="absent.pt not found"),
+    case("weights that do not exist", *DOCTOR, "--weights", "absent.pt", error="absent.pt not found"),
     weights("a folder", Path.mkdir, "t.pt must be a file, not a folder"),
     weights("a pipe", os.mkfifo, "t.pt must be a file, not a pipe or device"),
     case("a device", *DOCTOR, "--weights", "/dev/zero", error="/dev/zero must be a file, not a pipe or device"),
     weights("a link to itself", lambda path: path.symlink_to(path), "t.pt not found"),
-    case("the home folder of nobody", *DOCTOR, "--weights", "~nobody_at_all/t.pt", error="t.pt not found"),
+    case("the home folder of an unknown user", *DOCTOR, "--weights", "~nobody_at_all/t.pt", error="t.pt not found"),
     case(
-        "the home folder of nobody in a recipe",
+        "the home folder of an unknown user in a recipe",
         *DOCTOR,
         "--set",
         "teacher.weights=~nobody_at_all/t.pt",
         error="t.pt not found",
     ),
     case("a file's name of 300 letters", *DOCTOR, "--weights", "x" * 300, error="File name too long"),
-    case("a folder that is no run", "evaluate", ".", error=". holds neither student.safetensors nor teacher.safetensors"),
+    case("a folder that is not a run", "evaluate", ".", error=". holds neither student.safetensors nor teacher.safetensors"),
     case("a pipe to evaluate", "evaluate", "t.pt", error="weights t.pt must be a file, not a pipe or device", files={"t.pt": os.mkfifo}),
     weights("a file of another checksum", saved(), "teacher.sha256 = '00': the file", "--set", "teacher.sha256=00"),
     case(

@@ -7,7 +7,7 @@ import torch
 from bench import evaluation
 from dfkd_fast.data import ImageList, list_test_images
 from dfkd_fast.errors import DfkdError
-from tests.pictures import jpeg, noise
+from tests.image_files import jpeg, noise
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="nvidia-dali is not installed")

@@ -24,7 +24,7 @@ from dfkd_fast.data import (
 )
 from dfkd_fast.data.headers import decodes_identically
 from dfkd_fast.errors import DfkdError
-from tests.pictures import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
+from tests.image_files import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(resize=32, crop=28, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
