@@ -100,7 +100,7 @@ def evaluation_batches(
     def choose(count: int) -> list[int]:
         """Returns the indices of this process's images out of ``count``, or out of a fixed random subset."""
         if settings.subset > count:
-            raise DfkdError(f"data.subset = {settings.subset}: there are {count} test images")
+            raise DfkdError(f"data.subset = {settings.subset}: must be at most {count}, the number of test images")
         order = torch.arange(count)
         if settings.subset:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: settings.subset].sort().values

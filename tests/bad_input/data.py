@@ -193,7 +193,9 @@ ARRAY_FILES = [
     arrays("a label too large", packed(y_test=LABELS + 7), error="test: labels run from 7 to 10, data.num_classes is 10"),
     arrays("a label beyond 64 bits", packed(y_test=LABELS.astype(np.uint64) + 2**63), error="test: labels run from 9223372036854775808"),
     arrays("a training label too large", packed(y_train=LABELS + 7), error="train: labels run from 7 to 10, data.num_classes is 10"),
-    arrays("a subset larger than the set", packed(), "data.subset=5", error="data.subset = 5: there are 4 test images"),
+    arrays(
+        "a subset larger than the set", packed(), "data.subset=5", error="data.subset = 5: must be at most 4, the number of test images"
+    ),
 ]
 
 
@@ -440,7 +442,12 @@ PAIRS = [
     pixels("a label file that is broken", PAIR | {"testannot/a.png": "text"}, error="testannot/a.png (cannot identify"),
     pixels("no pairs to train on", PAIR, error=" has no folders of images and labels for the train split"),
     pixels("another number of classes than CamVid's", PAIR, "data.num_classes is 12, but 'camvid' has 11 classes", classes=12),
-    pixels("a larger subset than there are pairs", PAIR, "data.subset = 2: there are 1 test images", sets=("data.subset=2",)),
+    pixels(
+        "a larger subset than there are pairs",
+        PAIR,
+        "data.subset = 2: must be at most 1, the number of test images",
+        sets=("data.subset=2",),
+    ),
 ]
 
 

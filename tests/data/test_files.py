@@ -238,5 +238,5 @@ def test_a_subset_is_deterministic_and_has_all_classes() -> None:
     first, again = ([labels.tolist() for _, labels in evaluation_batches(settings, CPU)] for _ in range(2))
     assert first == again
     assert set(first[0]) == set(range(10))
-    with pytest.raises(DfkdError, match=r"data.subset = 451: there are 450 test images"):
+    with pytest.raises(DfkdError, match=r"data.subset = 451: must be at most 450, the number of test images"):
         evaluation_batches(DataSettings(name="digits", subset=451), CPU)
