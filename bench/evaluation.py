@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dfkd_fast.data import Batches, DaliBatches, FolderBatches, ImageList, eval_transform_of, read_listing
+from dfkd_fast.data import Batches, DaliBatches, FolderBatches, ImageList, list_test_images, resolve_eval_transform
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import evaluate
 from dfkd_fast.models import build_model
@@ -49,7 +49,7 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
     Raises:
         DfkdError: There are no such files, or the loaders return different labels or pixels.
     """
-    listing, view = _originals(root, images), eval_transform_of(MODEL)
+    listing, view = _originals(root, images), resolve_eval_transform(MODEL)
     loaders: dict[str, Batches] = {
         "torchvision": FolderBatches(listing, view, BATCH, workers),
         "dali": DaliBatches(listing, view, BATCH, workers, CPU, torch.float32),
@@ -92,7 +92,7 @@ def measure(root: Path, workers: int, images: int, turns: int, command: str) -> 
 
 def _originals(root: Path, images: int) -> ImageList:
     """Return ``images`` files that must be resized; files are repeated if there are fewer."""
-    everything = read_listing("imagenet", root)
+    everything = list_test_images("imagenet", root)
     large = [index for index, path in enumerate(everything.paths) if min(Image.open(path).size) > 256]
     if not large:
         raise DfkdError(f"--data-root {root}: no image has a shorter side above 256 pixels")

@@ -73,7 +73,7 @@ def _trainer(recipe: Recipe, device: torch.device) -> Trainer:
     if (replay_source := trainer.state.replay_source) is not None:
         for epoch in range(1, recipe.loop.epochs + 1):
             if not replay_source.ready:
-                replay_source.end_epoch(epoch, trainer.state.fresh)
+                replay_source.end_epoch(epoch, trainer.state.fresh_batch)
         if not replay_source.ready:
             raise DfkdError(f"recipe {recipe.name!r}: its replay source stays empty")
     return trainer

@@ -74,7 +74,7 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md", ":!docs/gpu.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!README.md", ":!docs")
         return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

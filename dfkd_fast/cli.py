@@ -302,7 +302,7 @@ def _failed_elsewhere() -> bool:
     """Whether an error of this process follows from that of another one, which reports it."""
     from . import distributed
 
-    return distributed.failed_elsewhere(wait=4 * distributed.GRACE)
+    return distributed.failed_elsewhere(wait=4 * distributed.REPORT_GRACE)
 
 
 def _rank() -> int:

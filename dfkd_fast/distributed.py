@@ -1,4 +1,4 @@
-"""The processes that torchrun started, and what they tell each other; for a single process everything here is nothing."""
+"""Collectives and process-group set-up under torchrun. With a single process every collective returns its input."""
 
 import os
 import time
@@ -26,8 +26,8 @@ __all__ = [
     "barrier",
     "broadcast_",
     "failed_elsewhere",
-    "fresh_part",
-    "local",
+    "fresh_namespace",
+    "local_device",
     "mean",
     "process_group",
     "rank",
@@ -37,32 +37,32 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-SETTLING = 0.1
-"""Seconds after the last message in which gloo's threads come to rest."""
-GRACE = 0.5
-"""Seconds that other processes give rank 0 to say an error that all of them have."""
+GLOO_SHUTDOWN = 0.1
+"""Seconds that gloo's threads may need after the last collective to release their tensors."""
+REPORT_GRACE = 0.5
+"""Seconds that other ranks wait for rank 0 to report an error that all of them raise."""
 
 
 def rank() -> int:
-    """Of this process in its group, from 0."""
+    """Returns the rank of this process; 0 without a process group."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes the group has."""
+    """Returns the number of processes; 1 without a process group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process anew, after one of the group had failed."""
+    """Whether torchrun restarted this process after another one of the group failed."""
     return whole_number("TORCHELASTIC_RESTART_COUNT", default=0) > 0
 
 
-def local(device: torch.device) -> torch.device:
-    """This process's own device of that type.
+def local_device(device: torch.device) -> torch.device:
+    """Returns the device of this process: ``cuda:LOCAL_RANK`` for a CUDA device under torchrun, otherwise the device itself.
 
     Raises:
-        DfkdError: more processes were started on this machine than it has GPUs.
+        DfkdError: ``LOCAL_RANK`` is not less than the number of GPUs.
     """
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         index, count = whole_number("LOCAL_RANK"), torch.cuda.device_count()
@@ -74,10 +74,12 @@ def local(device: torch.device) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Inside, the processes that torchrun started are a group: NCCL for what is on a GPU, gloo for the rest.
+    """Context manager that creates the default process group from torchrun's environment: NCCL for CUDA tensors, gloo for others.
+
+    Without torchrun, or with one process, it does nothing.
 
     Raises:
-        DfkdError: the environment does not say which of them this is and where they meet, or they cannot meet there.
+        DfkdError: ``RANK``, ``MASTER_ADDR`` or ``MASTER_PORT`` is missing or invalid, or the rendezvous fails.
     """
     size = whole_number("WORLD_SIZE", default=1)
     if size == 1:
@@ -91,27 +93,27 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        store, rank, world_size = _interruptible(_meet)
+        store, rank, world_size = _interruptible(_rendezvous)
     except DistError as error:
-        raise DfkdError(f"MASTER_ADDR = {address!r}, MASTER_PORT = {port}: the processes cannot meet there: {first_line(error)}") from error
+        raise DfkdError(f"MASTER_ADDR = {address!r}, MASTER_PORT = {port}: rendezvous failed: {first_line(error)}") from error
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield
     finally:
         distributed.destroy_process_group()
-        # gloo's threads drop their tensors a moment after whoever waited for them went on, and need the GIL for that: where the
-        # interpreter has ended by then, they abort the process (PyTorch 2.14).
-        time.sleep(SETTLING)
+        # gloo's threads release their tensors shortly after a collective returns, and need the GIL to do so. If the interpreter
+        # has exited by then, they abort the process (PyTorch 2.14).
+        time.sleep(GLOO_SHUTDOWN)
 
 
-def _meet() -> tuple[Store, int, int]:
+def _rendezvous() -> tuple[Store, int, int]:
     store, rank, world_size = next(rendezvous("env://"))
-    return fresh_part(store, rank, world_size), rank, world_size
+    return fresh_namespace(store, rank, world_size), rank, world_size
 
 
 def _interruptible(wait: Callable[[], T]) -> T:
-    """What a function returns that may wait in C++ for long, where Python handles no signal: it runs in a thread of its own."""
+    """Runs a blocking C++ call in a thread, so that Python can handle signals meanwhile; returns its result."""
     outcome: list[T | Exception] = []
 
     def run() -> None:
@@ -129,77 +131,78 @@ def _interruptible(wait: Callable[[], T]) -> T:
 
 
 def failed_elsewhere(*, wait: float) -> bool:
-    """Whether another process of this attempt has said why the command ends; only torchrun's processes can know.
+    """Whether another process of this attempt has reported why the command exits; always False without torchrun.
 
     Args:
-        wait: seconds in which it still may.
+        wait: Maximum time to wait for such a report, in seconds.
     """
     try:
-        store = _launchers_store()
+        store = _torchrun_store()
         deadline = time.monotonic() + wait
-        while not store.check([_ended()]) and time.monotonic() < deadline:
+        while not store.check([_exit_key()]) and time.monotonic() < deadline:
             time.sleep(0.01)
-        return bool(store.check([_ended()]))
+        return bool(store.check([_exit_key()]))
     except (DistError, KeyError, OSError, RuntimeError, ValueError):
         return False
 
 
 def reports_exit() -> bool:
-    """Whether this process is to say why the command ends: only the first that asks is, or any where torchrun's store is out of reach.
+    """Whether this process should report why the command exits: True for the first caller of the group only.
 
-    Rank 0 need not wait; the others give it a moment, so that an error that all of them have is said by it.
+    Other ranks wait :data:`REPORT_GRACE` seconds for rank 0, which therefore reports an error that all ranks raise. Every process
+    reports if torchrun's store cannot be reached.
     """
-    if os.environ.get("RANK", "0") != "0" and failed_elsewhere(wait=GRACE):
+    if os.environ.get("RANK", "0") != "0" and failed_elsewhere(wait=REPORT_GRACE):
         return False
     try:
-        return int(_launchers_store().add(_ended(), 1)) == 1
+        return int(_torchrun_store().add(_exit_key(), 1)) == 1
     except (DistError, KeyError, OSError, RuntimeError, ValueError):
         return True
 
 
-def _ended() -> str:
+def _exit_key() -> str:
     return f"dfkd_fast/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def _launchers_store() -> Store:
-    """The store that torchrun keeps beside its processes: it can be reached before they are a group, and after."""
+def _torchrun_store() -> Store:
+    """Connects to the TCP store of torchrun's agent, which is available before and after the process group."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ValueError("not started by torchrun")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
 
 
-def fresh_part(store: Store, rank: int, world_size: int) -> Store:
-    """A part of the store that no earlier attempt wrote into, the same for all processes.
+def fresh_namespace(store: Store, rank: int, world_size: int) -> Store:
+    """Returns the store under a prefix that is common to all ranks and unused by earlier attempts.
 
-    torchrun keeps one store over its restarts, and the addresses of processes that are gone lie in it under the names that
-    the new ones look up. Nothing that a process is told counts the attempts the same on every machine, so process 0 names a
-    new part to whoever asks, and asks on until each of this attempt's processes has it: an older question may lie there too.
+    torchrun keeps one store across restarts, which still holds the addresses of the previous processes. No variable in the
+    environment counts the attempts equally on every machine, so rank 0 chooses a prefix and answers requests for it until every
+    rank of this attempt has acknowledged it; requests of earlier attempts may be answered, too.
     """
     if rank > 0:
-        question = uuid.uuid4().hex
-        store.set(f"dfkd_fast/question/{rank}", question)
-        part = store.get(f"dfkd_fast/answer/{question}").decode()
-        store.set(f"dfkd_fast/known/{part}/{rank}", "")
-        return PrefixStore(part, store)
-    part = uuid.uuid4().hex
+        request = uuid.uuid4().hex
+        store.set(f"dfkd_fast/request/{rank}", request)
+        prefix = store.get(f"dfkd_fast/response/{request}").decode()
+        store.set(f"dfkd_fast/acknowledged/{prefix}/{rank}", "")
+        return PrefixStore(prefix, store)
+    prefix = uuid.uuid4().hex
     for other in range(1, world_size):
-        while not store.check([f"dfkd_fast/known/{part}/{other}"]):
-            question = store.get(f"dfkd_fast/question/{other}").decode()
-            store.set(f"dfkd_fast/answer/{question}", part)
+        while not store.check([f"dfkd_fast/acknowledged/{prefix}/{other}"]):
+            request = store.get(f"dfkd_fast/request/{other}").decode()
+            store.set(f"dfkd_fast/response/{request}", prefix)
             time.sleep(0.01)
-    return PrefixStore(part, store)
+    return PrefixStore(prefix, store)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor, in place."""
+    """Sums a tensor over all processes in place; returns it."""
     if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """The mean of every process's tensor, differentiable: a gradient goes back to all of them."""
+    """Returns the mean of a tensor over all processes. Differentiable: the backward pass sums the gradients of all processes."""
     if world_size() == 1:
         return tensor
     return _Sum.apply(tensor) / world_size()
@@ -217,38 +220,38 @@ class _Sum(torch.autograd.Function):
 
 @torch.no_grad()
 def average_(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their means over the processes, all of a dtype in one message."""
+    """Replaces tensors by their means over all processes, with one all-reduce per dtype."""
     if world_size() == 1 or not tensors:
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = all_reduce_sum(torch.cat([tensor.reshape(-1) for tensor in alike])).div_(world_size())
-        parts = flat.split([tensor.numel() for tensor in alike])
-        torch._foreach_copy_(alike, [part.view(tensor.shape) for part, tensor in zip(parts, alike, strict=True)])
+        bucket = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = all_reduce_sum(torch.cat([tensor.reshape(-1) for tensor in bucket])).div_(world_size())
+        means = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [value.view(tensor.shape) for value, tensor in zip(means, bucket, strict=True)])
 
 
 @torch.no_grad()
 def broadcast_(tensors: Sequence[Tensor]) -> None:
-    """Give every process the first one's tensors."""
+    """Overwrites tensors with those of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             distributed.broadcast(tensor, 0)
 
 
-def all_gather(found: list[Any]) -> list[Any]:
-    """Every process's list, one after the other."""
+def all_gather(entries: list[Any]) -> list[Any]:
+    """Returns the lists of all processes, concatenated in the order of their ranks."""
     if world_size() == 1:
-        return found
-    everyone: list[Any] = [None] * world_size()
-    distributed.all_gather_object(everyone, found)
-    return [entry for theirs in everyone for entry in theirs]
+        return entries
+    gathered: list[Any] = [None] * world_size()
+    distributed.all_gather_object(gathered, entries)
+    return [entry for rank_entries in gathered for entry in rank_entries]
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any process says so; through gloo, so that no GPU is waited for."""
+    """Whether the flag is True on any process. Uses gloo, so that the GPU is not synchronized."""
     return flag if world_size() == 1 else bool(all_reduce_sum(torch.tensor(float(flag))))
 
 
 def barrier() -> None:
-    """Wait for the others."""
+    """Waits for all processes."""
     any_rank(False)

@@ -71,7 +71,7 @@ class Report:
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints."""
     samples_every: PositiveInt = 5
-    """Epochs between grids of generated samples; the last epoch always has one."""
+    """Epochs between grids of generated samples; the first and the last epoch always have one."""
     samples: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 64
     """Samples per grid."""
     retained_within: NonNegative = 5.0

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import DfkdError
 
-__all__ = ["RENAMED", "RenamedKeyWarning", "current_keys", "current_path"]
+__all__ = ["RENAMED", "RenamedKeyWarning", "current_keys", "current_keywords", "current_path"]
 
 RENAMED = {
     "loop.precision": "engine.precision",
@@ -51,6 +51,30 @@ def current_keys(content: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise DfkdError(f"{where}: {old} is now called {new}, and both are given")
         current_path(old)
         target[new_key] = section.pop(old_key)
+    return current
+
+
+def current_keywords(section: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keyword arguments of a settings class under their current names; warns about each former name.
+
+    Args:
+        section: Recipe section of the class, such as ``"engine"`` for ``Engine``.
+        keywords: Keyword arguments by name.
+
+    Raises:
+        TypeError: A key has moved to another section, or is given under both names.
+    """
+    current = dict(keywords)
+    for old in keywords:
+        path = f"{section}.{old}"
+        if (new := RENAMED.get(path, path)) == path:
+            continue
+        new_section, _, key = new.rpartition(".")
+        if new_section != section:
+            raise TypeError(f"unexpected keyword argument {old!r}: {path} is now called {new}; pass it to the class of [{new_section}]")
+        if key in keywords:
+            raise TypeError(f"unexpected keyword argument {old!r}: {path} is now called {new}, and both are given")
+        current[current_path(path).rpartition(".")[2]] = current.pop(old)
     return current
 
 

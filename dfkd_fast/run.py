@@ -15,12 +15,12 @@ from . import distributed
 from .claim import claim_folder
 from .console import shell_quoted
 from .engine import Epoch
-from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, set_aside
+from .engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, rename_damaged
 from .engine.method import resolved
 from .errors import DfkdError, NonFiniteLossError, OutOfMemoryError, describe_os_error, first_line
 from .interrupt import Interrupted, stopping_on_signals
 from .log import LOGGER
-from .models import names_code
+from .models import is_user_function
 from .out_of_memory import memory_for, sizes_of
 from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
 from .report import RunFolder
@@ -121,7 +121,7 @@ class Run:
                 return None
             loaded.append(latest.state)
             for damaged in latest.damaged:
-                set_aside(damaged)
+                rename_damaged(damaged)
             return latest.path, list(latest.damaged.values())
 
         # In the first process only: all must resume from the same checkpoint, and none may read one that is being renamed.
@@ -260,7 +260,7 @@ def open_run(
             named, recipe = recipe, _stored_recipe(folder, recipe.name, overrides)
             _confirm_code(folder, recipe, named)
         # A resumed run's code has to be named again, see _confirm_code.
-        code = [f" --set {at}={overrides[at]}" for at in ("teacher.model", "student.model") if names_code(str(overrides.get(at, "")))]
+        code = [f" --set {at}={overrides[at]}" for at in ("teacher.model", "student.model") if is_user_function(str(overrides.get(at, "")))]
         # A run with a name of its own is resumed from its own recipe file.
         source = str(folder.recipe) if "name" in overrides else recipe_name
         command = f"dfkd-fast {command} {shlex.quote(source)}{''.join(code)}"
@@ -306,7 +306,7 @@ def _confirm_code(folder: RunFolder, stored: Recipe, named: Recipe) -> None:
         ("teacher.model", stored.teacher.model, named.teacher.model),
         ("student.model", stored.student.model, named.student.model),
     ):
-        if names_code(model) and model != confirmed:
+        if is_user_function(model) and model != confirmed:
             raise DfkdError(
                 f"--resume: {path} = {model!r} in {folder.recipe}: code that a folder names runs only if the command line names it, too:"
                 f" --set {path}={model}, or {folder.recipe} in RECIPE's place"

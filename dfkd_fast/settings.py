@@ -1,16 +1,18 @@
-"""The decorator and the bounded types that every section of a recipe is declared with.
+"""The decorator and the constrained types with which every recipe section is declared.
 
-A section is a frozen dataclass that lives beside the code that reads it; its annotations are its
-validation, in Python as in TOML.
+A section is a frozen dataclass defined next to the code that reads it. Its annotations are validated by pydantic, both for
+keyword arguments in Python and for keys in TOML.
 """
 
 import dataclasses
-from typing import Annotated, TypeVar, dataclass_transform
+from functools import wraps
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from .errors import short_repr
+from .renamed import current_keywords
 
 __all__ = [
     "BelowOne",
@@ -28,38 +30,51 @@ __all__ = [
 ]
 
 Section = TypeVar("Section")
-LONGEST_NAME = 200
-"""Bytes of a file name, of the 255 that file systems take: a number or a suffix may follow."""
+MAX_NAME_BYTES = 200
+"""Maximum length of a folder name in UTF-8 bytes. File systems allow 255; a number or suffix may be appended."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def settings(section: type[Section]) -> type[Section]:
-    """Make a class a section: frozen, keywords only, every value checked, nothing undeclared accepted."""
-    return dataclass(section, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))  # type: ignore[return-value]
+    """Class decorator that turns a class into a recipe section.
+
+    Returns:
+        A frozen, keyword-only pydantic dataclass that validates every value and rejects undeclared keys. Keys that were renamed
+        within their section are accepted under their former names with a warning (:mod:`dfkd_fast.renamed`).
+    """
+    validated = dataclass(section, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+    construct = validated.__init__
+
+    @wraps(construct)
+    def init(self: Any, **keywords: Any) -> None:
+        construct(self, **current_keywords(section.__name__.lower(), keywords))
+
+    validated.__init__ = init  # type: ignore[method-assign]
+    return validated  # type: ignore[return-value]
 
 
-# Strict, so that neither "3" nor true passes for a number.
+# Strict: neither "3" nor true is accepted as a number.
 PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
-# What float32 holds, which networks and losses are computed in.
+# The range of float32, in which networks and losses are computed.
 Number = Annotated[float, Field(strict=True, ge=-1e38, le=1e38)]
 Positive = Annotated[float, Field(strict=True, ge=1e-38, le=1e38)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, le=1e38)]
 Temperature = Annotated[float, Field(strict=True, ge=1e-4, le=1e4)]
-"""What the divergences take: beyond it, float32 does not resolve them."""
+"""Temperature of a softmax. float32 does not resolve the divergences outside this range."""
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
-def _names_a_file(name: str) -> str:
-    if not name or name[0] == "." or "/" in name or not name.isprintable() or name != name.strip() or len(name.encode()) > LONGEST_NAME:
+def _check_file_name(name: str) -> str:
+    if not name or name[0] == "." or "/" in name or not name.isprintable() or name != name.strip() or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(
-            f"{short_repr(name)} must be the name of a folder: printable, no '/', at most {LONGEST_NAME} bytes,"
-            " beginning with no dot, beginning and ending with no space"
+            f"{short_repr(name)} must be the name of a folder: printable, without '/', at most {MAX_NAME_BYTES} bytes,"
+            " no leading dot, no leading or trailing space"
         )
     return name
 
 
-FileName = Annotated[str, Field(strict=True), AfterValidator(_names_a_file)]
+FileName = Annotated[str, Field(strict=True), AfterValidator(_check_file_name)]
 Flag = Annotated[bool, Field(strict=True)]

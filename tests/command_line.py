@@ -1,12 +1,12 @@
-"""What ``dfkd-fast`` said, where a test runs it in its own process (the fixture ``run``)."""
+"""Result of a ``dfkd-fast`` command that a test runs in its own process (the fixture ``run``)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["Run", "Said"]
+__all__ = ["CommandResult", "Run"]
 
 
-class Said(NamedTuple):
+class CommandResult(NamedTuple):
     """One command's exit code and output."""
 
     code: int
@@ -14,4 +14,4 @@ class Said(NamedTuple):
     err: str
 
 
-Run = Callable[..., Said]
+Run = Callable[..., CommandResult]

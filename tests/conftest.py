@@ -9,7 +9,7 @@ import torch
 from dfkd_fast import Method, Trainer
 from dfkd_fast.cli import main
 from tests.alone import _in_turn as _in_turn
-from tests.command_line import Run, Said
+from tests.command_line import CommandResult, Run
 from tests.small import Networks, small_networks
 
 
@@ -45,14 +45,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def call(*arguments: str | Path) -> Said:
+    def call(*arguments: str | Path) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["dfkd-fast", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
         code = ended.value.code
-        said = capsys.readouterr()
-        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err)
+        result = capsys.readouterr()
+        return CommandResult(code if isinstance(code, int) else int(code is not None), result.out, result.err)
 
     return call
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from dfkd_fast import Trainer, __version__
 from dfkd_fast.models import read_metadata
 from dfkd_fast.recipe import recipe_from_toml
-from tests.command_line import Run, Said
+from tests.command_line import CommandResult, Run
 
 TINY = [
     *("--set", "loop.epochs=3", "--set", "loop.iterations_per_epoch=2", "--set", "loop.batch_size=8", "--set", "loop.student_steps=2"),
@@ -30,8 +30,8 @@ TINY = [
 @pytest.fixture
 def tiny_run(run: Run, tmp_path: Path) -> Path:
     folder = tmp_path / "tiny"
-    said = run("distill", "digits", "--out", folder, "--seed", "1", *TINY)
-    assert said.code == 0, said.err
+    result = run("distill", "digits", "--out", folder, "--seed", "1", *TINY)
+    assert result.code == 0, result.err
     return folder
 
 
@@ -64,7 +64,7 @@ def test_distill_leaves_everything_in_its_folder(tiny_run: Path) -> None:
     assert min(seconds.values()) > 0
     assert summary["peak_memory_bytes"] > 50e6
 
-    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
+    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
     assert Image.open(tiny_run / "samples" / "epoch-0003.png").size == (3 * 33 + 1, 3 * 33 + 1)
     assert Image.open(tiny_run / "curves.png").size > (400, 400)
     assert list((tiny_run / "checkpoints").glob("iteration-*.pt"))
@@ -73,23 +73,23 @@ def test_distill_leaves_everything_in_its_folder(tiny_run: Path) -> None:
 
 
 def test_evaluate_gives_the_accuracies_of_the_summary(run: Run, tiny_run: Path) -> None:
-    said = run("evaluate", tiny_run, "--json", "figures.json")
-    assert said.code == 0
+    result = run("evaluate", tiny_run, "--json", "figures.json")
+    assert result.code == 0
     figures = {entry["role"]: entry for entry in json.loads(Path("figures.json").read_text())}
     summary = json.loads((tiny_run / "summary.json").read_text())
     assert figures["student"]["top1"] == pytest.approx(summary["student_accuracy"]["last"])
     assert figures["teacher"]["top1"] == pytest.approx(summary["teacher_accuracy"])
     assert figures["student"]["count"] == 450
-    assert f"{figures['student']['top1']:.2f} %" in said.out
+    assert f"{figures['student']['top1']:.2f} %" in result.out
 
 
-def test_evaluate_asks_what_foreign_weights_are_and_believes_its_own(run: Run, tiny_run: Path) -> None:
+def test_evaluate_requires_the_network_of_foreign_weights_and_reads_its_own_metadata(run: Run, tiny_run: Path) -> None:
     torch.save(load_file(tiny_run / "teacher.safetensors"), "foreign.pt")
-    said = run("evaluate", "foreign.pt")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "use --model and --data, or --recipe and --role" in said.err
-    said = run("evaluate", "foreign.pt", tiny_run, "--recipe", "digits", "--role", "teacher", "--json", "f.json")
-    assert said.code == 0, said.err
+    result = run("evaluate", "foreign.pt")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "use --model and --data, or --recipe and --role" in result.err
+    result = run("evaluate", "foreign.pt", tiny_run, "--recipe", "digits", "--role", "teacher", "--json", "f.json")
+    assert result.code == 0, result.err
     foreign, student, teacher = json.loads(Path("f.json").read_text())
     assert (student["role"], teacher["role"]) == ("student", "teacher")
     assert foreign["top1"] == teacher["top1"]
@@ -101,27 +101,27 @@ def test_a_run_is_reproduced_by_its_own_recipe(run: Run, tiny_run: Path) -> None
 
 
 def test_a_trained_teacher_is_used_and_not_copied(run: Run, tiny_run: Path) -> None:
-    assert run("distill", "digits", "--out", "given", "--seed", "1", *TINY, "--teacher", tiny_run / "teacher.safetensors").code == 0
-    assert not Path("given/teacher.safetensors").exists()
-    ours, theirs = (load_file(folder / "student.safetensors") for folder in (Path("given"), tiny_run))
+    assert run("distill", "digits", "--out", "copy", "--seed", "1", *TINY, "--teacher", tiny_run / "teacher.safetensors").code == 0
+    assert not Path("copy/teacher.safetensors").exists()
+    ours, theirs = (load_file(folder / "student.safetensors") for folder in (Path("copy"), tiny_run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_teach_stores_a_teacher_that_distill_takes(run: Run) -> None:
+def test_teach_saves_a_teacher_that_distill_takes(run: Run) -> None:
     assert run("teach", "digits", "--out", "t", *TINY).code == 0
     assert run("evaluate", "t/teacher.safetensors").code == 0
 
 
-def test_without_data_a_given_teacher_is_distilled_and_nothing_evaluated(run: Run, tiny_run: Path) -> None:
-    said = run("distill", "digits", "--out", "blind", *TINY, "--set", "data.name=none", "--teacher", tiny_run / "teacher.safetensors")
-    assert said.code == 0, said.err
+def test_without_data_a_teacher_is_distilled_and_nothing_evaluated(run: Run, tiny_run: Path) -> None:
+    result = run("distill", "digits", "--out", "blind", *TINY, "--set", "data.name=none", "--teacher", tiny_run / "teacher.safetensors")
+    assert result.code == 0, result.err
     summary = json.loads(Path("blind/summary.json").read_text())
     assert (summary["teacher_accuracy"], summary["student_accuracy"]) == (None, None)
     assert all(line["student_accuracy"] is None for line in lines(Path("blind/metrics.jsonl")))
 
 
 @pytest.mark.parametrize("iteration", [1, 4])
-def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+def test_resume_gives_the_same_student(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
     iterate = Trainer.iterate
 
     def interrupted(trainer: Trainer) -> None:
@@ -130,10 +130,10 @@ def test_resume_ends_with_the_very_same_student(run: Run, tiny_run: Path, monkey
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "iterate", interrupted)
-    said = run("distill", "digits", "--out", "b", "--seed", "1", *TINY)
-    assert said.code == 130
-    assert said.err.startswith("dfkd-fast: interrupted and saved; resume with: dfkd-fast distill digits --out b --resume")
-    assert said.err.count("\n") == 1
+    result = run("distill", "digits", "--out", "b", "--seed", "1", *TINY)
+    assert result.code == 130
+    assert result.err.startswith("dfkd-fast: interrupted and saved; resume with: dfkd-fast distill digits --out b --resume")
+    assert result.err.count("\n") == 1
     assert not Path("b/student.safetensors").exists()
 
     monkeypatch.undo()
@@ -155,10 +155,12 @@ def test_ctrl_c_that_fails_the_step_under_way_is_an_interruption_all_the_same(ru
         iterate(trainer)
 
     monkeypatch.setattr(Trainer, "iterate", interrupted)
-    said = run("distill", "digits", "--out", "b", *TINY)
-    assert said.code == 130
-    assert said.err.startswith("dfkd-fast: interrupted while a step failed: C++ compile error; the last good checkpoint is b/checkpoints/")
-    assert said.err.count("\n") == 1
+    result = run("distill", "digits", "--out", "b", *TINY)
+    assert result.code == 130
+    assert result.err.startswith(
+        "dfkd-fast: interrupted while a step failed: C++ compile error; the last good checkpoint is b/checkpoints/"
+    )
+    assert result.err.count("\n") == 1
 
 
 def precisions_written(folder: Path) -> set[Any]:
@@ -172,7 +174,7 @@ def precisions_written(folder: Path) -> set[Any]:
     }
 
 
-def test_what_a_cpu_computes_in_is_written_down(tiny_run: Path) -> None:
+def test_the_resolved_precision_is_saved(tiny_run: Path) -> None:
     assert precisions_written(tiny_run) == {"fp32"}
 
 
@@ -191,9 +193,9 @@ def test_a_run_keeps_the_precision_of_the_gpu_it_began_on(run: Run, tiny_run: Pa
 
     assert run("distill", "digits", "--out", "b", "--resume", "--set", "engine.precision=auto").code == 0
     assert precisions_written(Path("b")) == {"bf16"}
-    said = run("distill", "digits", "--out", "b", "--resume", "--set", "engine.precision=fp32")
-    assert said.code == 2
-    assert "engine.precision is 'bf16'" in said.err
+    result = run("distill", "digits", "--out", "b", "--resume", "--set", "engine.precision=fp32")
+    assert result.code == 2
+    assert "engine.precision is 'bf16'" in result.err
 
 
 def test_a_finished_run_can_be_resumed_without_harm(run: Run, tiny_run: Path) -> None:
@@ -249,22 +251,22 @@ def test_a_disk_that_fills_up_costs_one_line_and_no_checkpoint(tmp_path: Path, r
         "--teacher",
         str(tiny_run / "teacher.safetensors"),
     ]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert said.returncode == 2, said.stderr
-    assert said.stderr.count("\n") == 1
-    assert "File too large" in said.stderr
-    assert "the last good checkpoint is full/checkpoints/iteration-00000002.pt" in said.stderr
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "File too large" in result.stderr
+    assert "the last good checkpoint is full/checkpoints/iteration-00000002.pt" in result.stderr
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["iteration-00000002.pt"]
     assert run("distill", "digits", "--out", "full", "--resume").code == 0
 
 
 def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Path) -> None:
-    said = run(
+    result = run(
         "distill", "digits", "--out", "nan", *TINY, "--teacher", tiny_run / "teacher.safetensors", "--set", "student_optimizer.lr=1e30"
     )
-    assert said.code == 2
-    assert "loss term" in said.err
-    assert "epoch 1; there is no checkpoint yet" in said.err
+    assert result.code == 2
+    assert "loss term" in result.err
+    assert "epoch 1; there is no checkpoint yet" in result.err
     assert not list(Path("nan").rglob("*.pt"))
 
 
@@ -275,7 +277,10 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Pat
         (["distill", "digits", "--set", "loop.epochs=0"], "loop.epochs = 0: must be a whole number ≥ 1"),
         (["distill", "digits", "--set", "loop.epochs"], "--set 'loop.epochs': must be key.path=value"),
         (["distill", "digits", "--set", "student.model=lenet5_haf"], "did you mean 'lenet5_half'?"),
-        (["distill", "digits", "--set", "generator.model=B", "--set", "data.image_size=40"], "side is 16, 32, 64, 128 or 256, not 40"),
+        (
+            ["distill", "digits", "--set", "generator.model=B", "--set", "data.image_size=40"],
+            "image_size of 16, 32, 64, 128 or 256, not 40",
+        ),
         (["distill", "digits", "--set", "data.image_size=36"], "data.image_size's 1×36×36 images"),
         (["distill", "digits", "--teacher", "nowhere.safetensors"], "nowhere.safetensors not found"),
         (["distill", "digits", "--device", "tpu"], "tpu"),
@@ -295,11 +300,11 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Pat
 )
 def test_what_a_user_can_fix_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
     tiny = TINY if arguments[:1] == ["distill"] and len(arguments) > 1 else []
-    said = run(*arguments[:2], *tiny, *arguments[2:])
-    assert said.code == 2
-    assert message in said.err
-    assert said.err.count("\n") == 1
-    assert "Traceback" not in said.err
+    result = run(*arguments[:2], *tiny, *arguments[2:])
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert "Traceback" not in result.err
 
 
 @pytest.mark.parametrize(
@@ -313,7 +318,7 @@ def test_what_a_user_can_fix_is_one_line_and_exit_code_2(run: Run, arguments: li
             ["doctor", "--teacher", "digits", "--weights", "package", "--weights-key", "a"],
             "teacher.weights_key (--weights-key) = 'a': must be empty for teacher.weights (--weights) = 'package'",
         ),
-        (["teach", "digits", "--device", "cuda"], "PyTorch sees no GPU here; use 'cpu' (--device cpu), and see dfkd-fast doctor"),
+        (["teach", "digits", "--device", "cuda"], "no GPU is available to PyTorch; use 'cpu' (--device cpu), or run dfkd-fast doctor"),
         (["show", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
         (["evaluate", "--recipe", "digits", "--set", "data.strict=2"], "recipe 'digits': data.strict = 2: must be true or false\n"),
         (["distill", "digits", "--set", "data.rot=2"], "did you mean 'data.root'? must be one of data.batch_size, "),
@@ -325,16 +330,16 @@ def test_an_error_names_a_field_and_the_option_that_sets_it_in_this_command(
     run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = run(*arguments)
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert message in said.err
+    result = run(*arguments)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert message in result.err
 
 
 def test_a_run_in_a_taken_folder_is_refused_and_nothing_lost(run: Run, tiny_run: Path) -> None:
     before = (tiny_run / "recipe.toml").read_bytes()
-    said = run("distill", "digits", "--out", tiny_run)
-    assert said.code == 2
-    assert "already exists" in said.err
+    result = run("distill", "digits", "--out", tiny_run)
+    assert result.code == 2
+    assert "already exists" in result.err
     assert (tiny_run / "recipe.toml").read_bytes() == before
 
 
@@ -347,9 +352,9 @@ def test_what_fails_before_it_begins_leaves_no_folder_behind(run: Run) -> None:
 
 def test_resume_refuses_another_recipe_and_changed_numbers(run: Run, tiny_run: Path) -> None:
     assert "holds a run of recipe 'digits', not 'digits-dfad'" in run("distill", "digits-dfad", "--out", tiny_run, "--resume").err
-    said = run("distill", "digits", "--out", tiny_run, "--resume", "--set", "loop.batch_size=9")
-    assert said.code == 2
-    assert "loop.batch_size is 8" in said.err
+    result = run("distill", "digits", "--out", tiny_run, "--resume", "--set", "loop.batch_size=9")
+    assert result.code == 2
+    assert "loop.batch_size is 8" in result.err
     assert run("distill", "digits", "--out", tiny_run, "--resume", "--set", "report.samples=4").code == 0
 
 
@@ -361,34 +366,34 @@ def test_recipes_lists_and_show_prints_what_is_shipped(run: Run) -> None:
 
 
 def test_doctor_names_everything_optional(run: Run) -> None:
-    said = run("doctor")
-    assert said.code == 0
+    result = run("doctor")
+    assert result.code == 0
     for thing in ("GPU", "Triton", "compiled extension", "numba", "DALI", "apex"):
-        assert thing in said.out
+        assert thing in result.out
     for operation in ("ema_update_", "l1_discrepancy", "kl_discrepancy", "js_discrepancy", "concat_generated", "channel_moments"):
-        assert operation in said.out
+        assert operation in result.out
 
 
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
         ("fast", "DFKD_FAST_BACKEND must be one of reference, numba, triton, cuda, not 'fast'"),
-        ("triton", "the kernels' backend triton is forced, and does not serve it"),
+        ("triton", "device 'cpu': not supported by the forced kernel backend 'triton'"),
     ],
 )
-def test_forced_backend_that_cannot_serve_is_said_before_anything_is_begun(
+def test_forced_backend_that_cannot_serve_is_reported_before_anything_begins(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, message: str
 ) -> None:
     monkeypatch.setattr("dfkd_fast.kernels.dispatch._context", ContextVar("backend", default=backend))
-    said = run("distill", "digits", "--device", "cpu", "--out", str(tmp_path / "run"))
-    assert said.code == 2
-    assert message in said.err
+    result = run("distill", "digits", "--device", "cpu", "--out", str(tmp_path / "run"))
+    assert result.code == 2
+    assert message in result.err
     assert not (tmp_path / "run").exists()
 
 
 def test_build_says_in_one_line_why_it_cannot(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DFKD_FAST_BUILD", "0")
-    assert run("build") == Said(2, "", "dfkd-fast: DFKD_FAST_BUILD is 0\n")
+    assert run("build") == CommandResult(2, "", "dfkd-fast: DFKD_FAST_BUILD is 0\n")
 
 
 def test_the_old_name_of_an_option_works_with_a_warning(run: Run) -> None:

@@ -94,7 +94,7 @@ def natural() -> Tensor:
     return noise / noise.std()
 
 
-def test_a_good_teacher_is_found_good(verdicts: Callable[..., dict[str, str]]) -> None:
+def test_a_good_teacher_passes(verdicts: Callable[..., dict[str, str]]) -> None:
     assert set(verdicts("good").values()) == {"good"}
 
 
@@ -110,7 +110,7 @@ def test_a_good_teacher_is_found_good(verdicts: Callable[..., dict[str, str]]) -
         ("good", {"data.mean": [0.0], "data.std": [0.004]}, "normalization"),
     ],
 )
-def test_what_is_wrong_with_a_teacher_is_found(
+def test_a_wrong_teacher_fails_its_check(
     verdicts: Callable[..., dict[str, str]], function: str, changes: dict[str, object], wrong: str
 ) -> None:
     assert verdicts(function, **changes)[wrong] == "wrong"
@@ -125,7 +125,7 @@ def test_with_data_the_accuracy_is_measured(tmp_path: Path) -> None:
     assert accuracy.verdict == "wrong"
 
 
-def test_a_teacher_that_is_yet_to_be_trained_cannot_be_looked_at() -> None:
+def test_an_untrained_teacher_cannot_be_checked() -> None:
     with pytest.raises(DfkdError, match="trains its teacher: name one with --weights"):
         check_teacher(load_recipe("digits"), torch.device("cpu"))
 
@@ -139,9 +139,9 @@ def test_a_file_with_another_checksum_is_refused(tmp_path: Path) -> None:
         check_teacher(load_recipe("digits", {"teacher.weights": str(path), "teacher.sha256": "1234"}), torch.device("cpu"))
 
 
-def test_the_command_prints_a_table_and_fails_where_something_is_wrong(run: Run, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_fails_if_a_check_fails(run: Run, tmp_path: Path) -> None:
     torch.save(LeNet5(10).state_dict(), tmp_path / "teacher.pt")
-    said = run("doctor", "--teacher", "digits", "--weights", tmp_path / "teacher.pt")
-    assert said.code == 2
-    assert "evaluation mode" in said.out
-    assert said.err == "dfkd-fast: --teacher digits: failed checks: accuracy\n"
+    result = run("doctor", "--teacher", "digits", "--weights", tmp_path / "teacher.pt")
+    assert result.code == 2
+    assert "evaluation mode" in result.out
+    assert result.err == "dfkd-fast: --teacher digits: failed checks: accuracy\n"

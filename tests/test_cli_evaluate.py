@@ -15,12 +15,12 @@ from rich.console import Console
 
 from dfkd_fast.commands.candidates import EvaluationRequest
 from dfkd_fast.commands.evaluate import EvaluatedClassifier, evaluate_weights
-from dfkd_fast.data import Batches, DaliBatches, FolderBatches, eval_transform_of, read_listing
+from dfkd_fast.data import Batches, DaliBatches, FolderBatches, list_test_images, resolve_eval_transform
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_model, load_pretrained, save_weights
 from dfkd_fast.recipe import load_recipe, recipe_to_toml
 from tests.command_line import Run
-from tests.pictures import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
+from tests.image_files import BROKEN, ODD, PLAIN, jpeg, noise, write_folder
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample" / "val.zip"
 COLOUR: dict[str, Any] = {"channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.5, 0.25, 0.2]}
@@ -55,8 +55,8 @@ def test_a_run_is_evaluated_on_image_files_in_one_pass_and_compared_with_its_tea
     save(tmp_path / "r/student.safetensors", "student")
     save(tmp_path / "r/teacher.safetensors", "teacher", 1)
     write_folder(tmp_path, PLAIN | ODD)
-    said = run("evaluate", "r", "--data", "folder", "--data-root", ".", "--loader", loader, "--json", "f.json", "--workers", "0")
-    assert said.code == 0, said.err
+    result = run("evaluate", "r", "--data", "folder", "--data-root", ".", "--loader", loader, "--json", "f.json", "--workers", "0")
+    assert result.code == 0, result.err
     student, teacher = json.loads(Path("f.json").read_text())
     assert (student["role"], teacher["role"]) == ("student", "teacher")
     assert student["count"] == teacher["count"] == len(PLAIN | ODD)
@@ -64,8 +64,8 @@ def test_a_run_is_evaluated_on_image_files_in_one_pass_and_compared_with_its_tea
     assert set(student["seconds"]) == {"total", "decode", "network"}
     assert student["agreement"]["reference"] == teacher["weights"] == "r/teacher.safetensors"
     assert teacher["agreement"] is None
-    assert "mean KL" in said.out
-    assert f"{len(PLAIN | ODD)} images in" in said.out
+    assert "mean KL" in result.out
+    assert f"{len(PLAIN | ODD)} images in" in result.out
 
 
 def test_networks_that_nearly_agree_diverge_in_bf16_as_in_float32(tmp_path: Path) -> None:
@@ -82,13 +82,13 @@ def test_networks_that_nearly_agree_diverge_in_bf16_as_in_float32(tmp_path: Path
             save_weights(network, tmp_path / f"{role}.safetensors", {"role": role, "recipe": recipe_to_toml(recipe)})
     divergences = []
     for precision in ("fp32", "bf16"):
-        wanted = EvaluationRequest(
+        request = EvaluationRequest(
             [tmp_path / f"{role}.safetensors" for role in ("teacher", "student")],
             data="folder",
             overrides={"data.root": str(tmp_path), "data.workers": 0},
             precision=precision,
         )
-        _, student = evaluate_weights(wanted, torch.device("cpu"), Console(quiet=True))
+        _, student = evaluate_weights(request, torch.device("cpu"), Console(quiet=True))
         assert student.agreement is not None
         divergences.append(student.agreement["mean_kl"])
     assert divergences[1] == pytest.approx(divergences[0], rel=0.03)
@@ -101,13 +101,13 @@ def test_one_network_is_one_object(run: Run, tmp_path: Path) -> None:
     assert json.loads(Path("f.json").read_text()).keys() >= {"top1", "top5", "count", "images_per_second"}
 
 
-def test_networks_that_see_images_otherwise_get_a_pass_each(run: Run, tmp_path: Path) -> None:
+def test_networks_with_other_transforms_get_a_pass_each(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "a.safetensors", "student")
     save(tmp_path / "b.safetensors", "teacher", mean=[0.1, 0.1, 0.1])
     write_folder(tmp_path, PLAIN)
-    said = run("evaluate", "a.safetensors", "b.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--json", "f.json")
-    assert said.code == 0, said.err
-    assert "no agreement between them" in said.out
+    result = run("evaluate", "a.safetensors", "b.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--json", "f.json")
+    assert result.code == 0, result.err
+    assert "no agreement between them" in result.out
     assert [entry["agreement"] for entry in json.loads(Path("f.json").read_text())] == [None, None]
 
 
@@ -116,15 +116,15 @@ def test_broken_files_are_an_error_that_names_and_counts_them_unless_left_out(ru
     save(tmp_path / "w.safetensors", "student")
     write_folder(tmp_path, PLAIN | BROKEN | {"more": b"", "most": b""})
     arguments = ["w.safetensors", "--data", "folder", "--data-root", ".", "--loader", loader, "--workers", "0", "--json", "f.json"]
-    said = run("evaluate", *arguments)
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"7 of {len(PLAIN) + 7} images cannot be decoded" in said.err
-    assert "empty.jpg (is empty)" in said.err
-    assert "and 2 more; data.strict = false (--no-strict) leaves them out" in said.err
+    result = run("evaluate", *arguments)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"7 of {len(PLAIN) + 7} images cannot be decoded" in result.err
+    assert "empty.jpg (is empty)" in result.err
+    assert "and 2 more; data.strict = false (--no-strict) leaves them out" in result.err
     assert not Path("f.json").exists()
-    said = run("evaluate", *arguments, "--no-strict")
-    assert said.code == 0, said.err
-    assert "7 files skipped" in said.out
+    result = run("evaluate", *arguments, "--no-strict")
+    assert result.code == 0, result.err
+    assert "7 files skipped" in result.out
     figures = json.loads(Path("f.json").read_text())
     assert (figures["count"], len(figures["unreadable"])) == (len(PLAIN), 7)
 
@@ -132,9 +132,9 @@ def test_broken_files_are_an_error_that_names_and_counts_them_unless_left_out(ru
 def test_a_folder_of_nothing_but_broken_files_is_one_line(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "w.safetensors", "student")
     write_folder(tmp_path, BROKEN)
-    said = run("evaluate", "w.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--no-strict")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"no images to evaluate on: none of {len(BROKEN)} can be decoded" in said.err
+    result = run("evaluate", "w.safetensors", "--data", "folder", "--data-root", ".", "--workers", "0", "--no-strict")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"no images to evaluate on: none of {len(BROKEN)} can be decoded" in result.err
 
 
 @pytest.mark.parametrize(
@@ -159,25 +159,25 @@ def test_a_folder_of_nothing_but_broken_files_is_one_line(run: Run, tmp_path: Pa
 def test_what_a_user_can_fix_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     save(tmp_path / "w.safetensors", "student")
     write_folder(tmp_path, {"a": PLAIN["jpeg"], "b": PLAIN["jpeg"]})
-    said = run("evaluate", *arguments)
-    assert (said.code, said.err.count("\n")) == (2, 1), said.err
-    assert message in said.err
-    assert "Traceback" not in said.err
+    result = run("evaluate", *arguments)
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert message in result.err
+    assert "Traceback" not in result.err
 
 
 def test_preprocessing_is_the_networks_own() -> None:
-    said: list[str] = []
-    assert eval_transform_of("efficientnet_lite0")[:3] == (256, 224, "bicubic")
-    assert eval_transform_of("torchvision:resnet50", Path("resnet50-0676ba61.pth"), log=said.append)[:3] == (256, 224, "bilinear")
-    assert eval_transform_of("resnet50", Path("resnet50-11ad3fa6.pth"), log=said.append)[:3] == (232, 224, "bilinear")
-    assert said == []
-    assert eval_transform_of("resnet50", Path("mine.pth"), log=said.append).resize == 256
-    assert "IMAGENET1K_V1, IMAGENET1K_V2" in said.pop()
-    deit = eval_transform_of("timm:deit_tiny_patch16_224", log=said.append)
+    result: list[str] = []
+    assert resolve_eval_transform("efficientnet_lite0")[:3] == (256, 224, "bicubic")
+    assert resolve_eval_transform("torchvision:resnet50", Path("resnet50-0676ba61.pth"), log=result.append)[:3] == (256, 224, "bilinear")
+    assert resolve_eval_transform("resnet50", Path("resnet50-11ad3fa6.pth"), log=result.append)[:3] == (232, 224, "bilinear")
+    assert result == []
+    assert resolve_eval_transform("resnet50", Path("mine.pth"), log=result.append).resize == 256
+    assert "IMAGENET1K_V1, IMAGENET1K_V2" in result.pop()
+    deit = resolve_eval_transform("timm:deit_tiny_patch16_224", log=result.append)
     assert deit[:3] == (248, 224, "bicubic")  # a crop of .9
-    assert (deit.mean, said) == ((0.485, 0.456, 0.406), [])
+    assert (deit.mean, result) == ((0.485, 0.456, 0.406), [])
     with pytest.raises(DfkdError, match=r"data\.mean"):
-        eval_transform_of("mine:network")
+        resolve_eval_transform("mine:network")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -192,8 +192,8 @@ def test_1003_images_are_1003_images_on_any_number_of_processes(tmp_path: Path, 
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["count"] == 1003
     assert done.stdout.count("1003 images in") == 1
-    wanted = EvaluationRequest([tmp_path / "w.safetensors"], "folder", overrides={"data.root": str(tmp_path)})
-    (alone,) = evaluate_weights(wanted, torch.device("cpu"), Console(quiet=True))
+    request = EvaluationRequest([tmp_path / "w.safetensors"], "folder", overrides={"data.root": str(tmp_path)})
+    (alone,) = evaluate_weights(request, torch.device("cpu"), Console(quiet=True))
     assert isinstance(alone, EvaluatedClassifier)
     assert figures["top1"] == pytest.approx(alone.top1, rel=1e-12)
     assert figures["top5"] == 100.0
@@ -205,7 +205,7 @@ def test_1003_images_are_1003_images_on_any_number_of_processes(tmp_path: Path, 
 def test_dali_and_torchvision_agree_on_real_images_with_a_real_network(tmp_path: Path) -> None:
     with zipfile.ZipFile(SAMPLE) as archive:
         archive.extractall(tmp_path)
-    listing, view = read_listing("imagenet", tmp_path), eval_transform_of("efficientnet_lite0")
+    listing, view = list_test_images("imagenet", tmp_path), resolve_eval_transform("efficientnet_lite0")
     torch.set_num_threads(os.cpu_count() or 1)  # 2,000 images, and no bits are compared
     network = build_model("efficientnet_lite0", 1000, 3).eval().to(memory_format=torch.channels_last)
     load_pretrained(network, "efficientnet_lite0")
@@ -216,8 +216,8 @@ def test_dali_and_torchvision_agree_on_real_images_with_a_real_network(tmp_path:
     predicted = {}
     for name, batches in loaders.items():
         with torch.inference_mode():
-            found = [(network(images).argmax(1), labels) for images, labels in batches]
-        predictions, labels = (torch.cat(column) for column in zip(*found, strict=True))
+            pairs = [(network(images).argmax(1), labels) for images, labels in batches]
+        predictions, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
         predicted[name] = predictions[labels.argsort()]  # DALI serves last what is not plain, and here is one image a class
         assert 100 * (predictions == labels).double().mean() == pytest.approx(86.7, abs=0.1 if name == "torchvision" else 0.3)
     assert (predicted["dali"] == predicted["torchvision"]).double().mean() >= 0.99

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
-from dfkd_fast.data import DataSettings, label_names, palette
+from dfkd_fast.data import DataSettings, class_names, palette
 from dfkd_fast.report import read_run
 from tests.command_line import Run
 
@@ -23,8 +23,8 @@ SHAPES = DataSettings(name="shapes", num_classes=4, channels=3, mean=(0.5, 0.5, 
 
 
 def test_a_student_that_saw_no_data_labels_nine_tenths_as_well_as_its_teacher(run: Run, tmp_path: Path) -> None:
-    said = run("distill", "shapes", "--out", tmp_path / "run", "--set", "loop.epochs=6")
-    assert said.code == 0, said.err
+    result = run("distill", "shapes", "--out", tmp_path / "run", "--set", "loop.epochs=6")
+    assert result.code == 0, result.err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metric"] == "mIoU"
     assert summary["teacher_accuracy"] > 85
@@ -33,22 +33,22 @@ def test_a_student_that_saw_no_data_labels_nine_tenths_as_well_as_its_teacher(ru
 
 @pytest.fixture
 def tiny_run(run: Run, tmp_path: Path) -> Path:
-    said = run("distill", "shapes", "--out", tmp_path / "tiny", *TINY)
-    assert said.code == 0, said.err
-    assert "mIoU" in said.out
-    assert all(name in said.out for name in label_names(SHAPES))
+    result = run("distill", "shapes", "--out", tmp_path / "tiny", *TINY)
+    assert result.code == 0, result.err
+    assert "mIoU" in result.out
+    assert all(name in result.out for name in class_names(SHAPES))
     return tmp_path / "tiny"
 
 
 def test_the_summary_has_the_iou_of_each_class_of_teacher_and_student(tiny_run: Path) -> None:
     summary = json.loads((tiny_run / "summary.json").read_text())
     for player, miou in (("teacher", summary["teacher_accuracy"]), ("student", summary["student_accuracy"]["last"])):
-        found = summary["iou"][player]
-        assert list(found) == label_names(SHAPES)
-        assert sum(found.values()) / 4 == pytest.approx(miou)
+        iou = summary["iou"][player]
+        assert list(iou) == class_names(SHAPES)
+        assert sum(iou.values()) / 4 == pytest.approx(miou)
 
 
-def test_pictures_show_each_image_with_the_label_maps_of_both_in_the_sets_colours(tiny_run: Path) -> None:
+def test_sample_grids_show_each_image_with_the_label_maps_of_both_in_the_data_set_s_colours(tiny_run: Path) -> None:
     assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["epoch-0001.png", "epoch-0002.png"]
     pixels = pil_to_tensor(Image.open(tiny_run / "samples" / "epoch-0002.png"))
     side, gap = 32, 3
@@ -58,10 +58,10 @@ def test_pictures_show_each_image_with_the_label_maps_of_both_in_the_sets_colour
     assert all(colour in colours for colour in maps)
 
 
-def test_evaluating_a_run_gives_both_networks_figures_again(tiny_run: Path, run: Run, tmp_path: Path) -> None:
-    said = run("evaluate", tiny_run, "--json", tmp_path / "figures.json")
-    assert said.code == 0, said.err
-    assert "of the pixels" in said.out
+def test_evaluating_a_run_gives_both_networks_metrics(tiny_run: Path, run: Run, tmp_path: Path) -> None:
+    result = run("evaluate", tiny_run, "--json", tmp_path / "figures.json")
+    assert result.code == 0, result.err
+    assert "of the pixels" in result.out
     summary = json.loads((tiny_run / "summary.json").read_text())
     student, teacher = json.loads((tmp_path / "figures.json").read_text())
     assert student["miou"] == pytest.approx(summary["student_accuracy"]["last"])
@@ -72,13 +72,13 @@ def test_evaluating_a_run_gives_both_networks_figures_again(tiny_run: Path, run:
     assert 0 < student["pixel_accuracy"] <= 100
 
 
-def test_teaching_alone_tells_the_iou_of_each_class(run: Run, tmp_path: Path) -> None:
-    said = run("teach", "shapes", "--out", tmp_path / "teacher", *TINY)
-    assert said.code == 0, said.err
-    assert all(name in said.out for name in label_names(SHAPES))
+def test_teaching_alone_prints_the_iou_of_each_class(run: Run, tmp_path: Path) -> None:
+    result = run("teach", "shapes", "--out", tmp_path / "teacher", *TINY)
+    assert result.code == 0, result.err
+    assert all(name in result.out for name in class_names(SHAPES))
 
 
-def test_a_segmenter_taught_beforehand_by_the_focal_loss_gives_the_very_same_student(run: Run, tmp_path: Path) -> None:
+def test_a_segmenter_trained_before_with_the_focal_loss_gives_the_same_student(run: Run, tmp_path: Path) -> None:
     options = [*TINY, "--set", "teacher.focal_gamma=2.0"]
     assert run("distill", "shapes", "--out", tmp_path / "whole", *options).code == 0
     assert run("teach", "shapes", "--out", tmp_path / "teacher", *options).code == 0
@@ -101,24 +101,24 @@ def test_a_segmenter_taught_beforehand_by_the_focal_loss_gives_the_very_same_stu
 )
 def test_what_does_not_fit_a_segmentation_is_one_line(run: Run, tmp_path: Path, change: str, message: str) -> None:
     conditional = ["--set", "generator.conditional=true"] if "class_nll" in change else []
-    said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, "--set", change, *conditional)
-    assert said.code == 2
-    assert len(said.err.splitlines()) == 1
-    assert re.search(message, said.err)
+    result = run("distill", "shapes", "--out", tmp_path / "run", *TINY, "--set", change, *conditional)
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1
+    assert re.search(message, result.err)
 
 
 @pytest.mark.parametrize("player", ["teacher", "student"])
-def test_weights_that_no_encoder_can_begin_with_are_refused_before_there_is_a_folder(run: Run, tmp_path: Path, player: str) -> None:
-    said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, "--set", f"{player}.encoder_weights=missing.pth")
-    assert (said.code, len(said.err.splitlines())) == (2, 1)
+def test_weights_that_do_not_fit_an_encoder_are_refused_before_the_folder_exists(run: Run, tmp_path: Path, player: str) -> None:
+    result = run("distill", "shapes", "--out", tmp_path / "run", *TINY, "--set", f"{player}.encoder_weights=missing.pth")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_student_can_begin_with_its_teachers_first_layers(run: Run, tmp_path: Path) -> None:
+def test_a_student_can_start_from_its_teachers_encoder(run: Run, tmp_path: Path) -> None:
     models = ["--set", "teacher.model=lraspp:mobilenetv3_small_050", "--set", "student.model=lraspp:mobilenetv3_small_050/4"]
     options = [*models, "--set", "student.encoder_weights=teacher", "--set", "student_optimizer.lr=1e-12", "--set", "engine.precision=fp32"]
-    said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *options)
-    assert said.code == 0, said.err
+    result = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *options)
+    assert result.code == 0, result.err
     student, teacher = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("student", "teacher"))
     weights = [name for name in student if name.startswith("backbone") and name.endswith("weight")]
     assert len(weights) > 10
@@ -134,9 +134,9 @@ def camvid(tmp_path: Path) -> Path:
             image = Image.new("RGB", (40, 32), (40 + 150 * (number % 2),) * 3)
             label = Image.new("L", (40, 32), number % 2)
             label.paste(11, (0, 0, 5, 5))
-            for folder, picture in ((split, image), (f"{split}annot", label)):
+            for folder, file in ((split, image), (f"{split}annot", label)):
                 (tmp_path / "camvid" / folder).mkdir(parents=True, exist_ok=True)
-                picture.save(tmp_path / "camvid" / folder / f"{number}.png")
+                file.save(tmp_path / "camvid" / folder / f"{number}.png")
     return tmp_path / "camvid"
 
 
@@ -146,10 +146,10 @@ CAMVID = [
 ]
 
 
-def test_files_on_disk_are_taught_distilled_and_evaluated(camvid: Path, run: Run, tmp_path: Path) -> None:
-    said = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *CAMVID, "--data-root", camvid)
-    assert said.code == 0, said.err
-    assert "what is measured is no camvid mIoU" in said.out
+def test_files_on_disk_are_trained_distilled_and_evaluated(camvid: Path, run: Run, tmp_path: Path) -> None:
+    result = run("distill", "shapes", "--out", tmp_path / "run", *TINY, *CAMVID, "--data-root", camvid)
+    assert result.code == 0, result.err
+    assert "the result is not comparable to published camvid mIoU" in result.out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert list(summary["iou"]["teacher"])[:2] == ["sky", "building"]
     assert run("evaluate", tmp_path / "run", "--data-root", camvid).code == 0
@@ -158,22 +158,22 @@ def test_files_on_disk_are_taught_distilled_and_evaluated(camvid: Path, run: Run
 @pytest.mark.parametrize("command", ["distill", "teach"])
 def test_a_broken_test_image_is_an_error_unless_it_may_be_left_out(camvid: Path, run: Run, tmp_path: Path, command: str) -> None:
     (camvid / "test" / "1.png").write_bytes(b"no image")
-    said = run(command, "shapes", "--out", tmp_path / "strict", *TINY, *CAMVID, "--data-root", camvid)
-    assert (said.code, len(said.err.splitlines())) == (2, 1)
-    assert "1 of 3 images cannot be decoded" in said.err
+    result = run(command, "shapes", "--out", tmp_path / "strict", *TINY, *CAMVID, "--data-root", camvid)
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "1 of 3 images cannot be decoded" in result.err
     assert not (tmp_path / "strict").exists()  # nothing was taught yet
     options = ["--set", "data.strict=false", "--data-root", camvid]
     assert run(command, "shapes", "--out", tmp_path / "lenient", *TINY, *CAMVID, *options).code == 0
 
 
-def test_compared_runs_are_labelled_by_their_figure(tiny_run: Path, run: Run, tmp_path: Path) -> None:
+def test_compared_runs_are_labelled_by_their_metric(tiny_run: Path, run: Run, tmp_path: Path) -> None:
     shutil.copytree(tiny_run, tmp_path / "again")
-    said = run("compare", tiny_run, tmp_path / "again", "--out", tmp_path / "picture.png")
-    assert said.code == 0, said.err
+    result = run("compare", tiny_run, tmp_path / "again", "--out", tmp_path / "plot.png")
+    assert result.code == 0, result.err
     assert read_run(tiny_run).metric == "mIoU"
 
 
-def test_doctor_looks_a_segmenter_over(tiny_run: Path, run: Run) -> None:
-    said = run("doctor", "--teacher", "shapes", "--weights", tiny_run / "teacher.safetensors")
-    assert "mIoU" in said.out
-    assert "folding" in said.out
+def test_doctor_checks_a_segmenter(tiny_run: Path, run: Run) -> None:
+    result = run("doctor", "--teacher", "shapes", "--weights", tiny_run / "teacher.safetensors")
+    assert "mIoU" in result.out
+    assert "folding" in result.out

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dfkd_fast.models import build_model, names_code, save_weights
+from dfkd_fast.models import build_model, is_user_function, save_weights
 from dfkd_fast.recipe import load_recipe, recipe_to_toml
 from tests.command_line import Run
 
@@ -58,51 +58,51 @@ def test_evaluate_runs_a_function_that_a_header_names_only_if_the_command_line_d
     Path("mine.toml").write_text(f'extends = "digits"\n[student]\nmodel = "{code}"\n')
     other = ["--model", code.replace("tiny", "other")], ["--recipe", "digits"]
     for options in ([], *other):
-        said = run("evaluate", "w.safetensors", *options)
-        assert (said.code, said.err.count("\n")) == (2, 1)
-        assert f"student.model = {code!r} in the metadata of w.safetensors: code that a file names runs only if" in said.err
-        assert f"--model {code}, or --recipe FILE" in said.err
+        result = run("evaluate", "w.safetensors", *options)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"student.model = {code!r} in the metadata of w.safetensors: code that a file names runs only if" in result.err
+        assert f"--model {code}, or --recipe FILE" in result.err
         assert not ran(code)
     for options in (["--model", code], ["--recipe", "mine.toml"], ["--set", f"student.model={code}"]):
-        said = run("evaluate", "w.safetensors", *options)
-        assert said.code == 0, said.err
+        result = run("evaluate", "w.safetensors", *options)
+        assert result.code == 0, result.err
         assert ran(code)
 
 
 def test_one_model_confirms_the_code_of_several_files(run: Run, code: str) -> None:
     for name in ("a", "b"):
         weights(Path(f"{name}.safetensors"), code)
-    said = run("evaluate", "a.safetensors", "b.safetensors", "--model", code, "--json", "f.json")
-    assert said.code == 0, said.err
+    result = run("evaluate", "a.safetensors", "b.safetensors", "--model", code, "--json", "f.json")
+    assert result.code == 0, result.err
     assert len(json.loads(Path("f.json").read_text())) == 2
 
 
 def test_resume_runs_a_function_that_the_folder_names_only_if_the_command_line_does(run: Run, code: str) -> None:
     changes = [word for change in TINY for word in ("--set", change)]
     named = ["--set", f"student.model={code}"]
-    said = run("distill", "digits", *changes, *named, "--out", "r")
-    assert said.code == 0, said.err
+    result = run("distill", "digits", *changes, *named, "--out", "r")
+    assert result.code == 0, result.err
     assert ran(code)
-    said = run("distill", "digits", *changes, "--out", "r", "--resume")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"student.model = {code!r} in r/recipe.toml: code that a folder names runs only if the command line names it" in said.err
+    result = run("distill", "digits", *changes, "--out", "r", "--resume")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"student.model = {code!r} in r/recipe.toml: code that a folder names runs only if the command line names it" in result.err
     assert not ran(code)
     for recipe, options in (("digits", named), ("r/recipe.toml", [])):
-        said = run("distill", recipe, *changes, *options, "--out", "r", "--resume")
-        assert said.code == 0, said.err
+        result = run("distill", recipe, *changes, *options, "--out", "r", "--resume")
+        assert result.code == 0, result.err
         assert ran(code)
 
 
 @pytest.mark.parametrize(
     "name", ["lenet5", "wrn40_2", "resnet18", "timm:resnet18", "torchvision:deeplabv3_resnet50", "lraspp:os", "deeplabv3:a:b"]
 )
-def test_names_of_libraries_are_no_code(name: str) -> None:
-    assert not names_code(name)
+def test_library_names_are_not_code(name: str) -> None:
+    assert not is_user_function(name)
 
 
 @pytest.mark.parametrize("name", ["os:abort", "a.b:c", "hf-hub:timm/resnet18", "timm:hf-hub:x", "local-dir:x", "a:b:c"])
 def test_every_other_name_with_a_colon_is_code(name: str) -> None:
-    assert names_code(name)
+    assert is_user_function(name)
 
 
 HEADER = recipe_to_toml(load_recipe("digits"))
@@ -118,45 +118,45 @@ HEADER = recipe_to_toml(load_recipe("digits"))
         ({"role": "student", "recipe": "name = "}, "recipe in w.safetensors is not TOML"),
         ({"role": "student", "recipe": "a = " + 4000 * "["}, "recipe in w.safetensors is nested too deeply"),
         ({"role": "student", "recipe": 'name = "x"\nextends = "digits"'}, "unknown key 'extends'"),
-        ({"role": 3}, "w.safetensors cannot be read: 'dfkd_fast' in its header must be a table of strings"),
+        ({"role": 3}, "w.safetensors cannot be read: 'dfkd_fast' in its header must be a JSON object of strings"),
     ],
 )
-def test_a_header_that_does_not_say_what_it_must_is_one_line(run: Run, metadata: dict[str, Any], problem: str) -> None:
+def test_incomplete_metadata_is_one_line(run: Run, metadata: dict[str, Any], problem: str) -> None:
     save_weights(build_model("lenet5_half", 10, 1), Path("w.safetensors"), metadata)
-    said = run("evaluate", "w.safetensors")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert problem in said.err
+    result = run("evaluate", "w.safetensors")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert problem in result.err
 
 
-def test_a_role_on_the_command_line_says_what_a_header_leaves_out(run: Run) -> None:
+def test_a_role_on_the_command_line_completes_the_metadata(run: Run) -> None:
     save_weights(build_model("lenet5_half", 10, 1), Path("w.safetensors"), {"recipe": HEADER})
-    said = run("evaluate", "w.safetensors", "--role", "student")
-    assert said.code == 0, said.err
+    result = run("evaluate", "w.safetensors", "--role", "student")
+    assert result.code == 0, result.err
 
 
 def test_the_key_on_the_command_line_chooses_for_teachers_and_for_evaluation(run: Run) -> None:
     states = [build_model("lenet5", 10, 1).state_dict() for _ in range(2)]
     torch.save({"model": states[0], "ema": states[1]}, "w.pth")
     changes = [word for change in TINY for word in ("--set", change)]
-    taken = "weights {}: took 'ema' (10 tensors), left out 'model'"
+    taken = "weights {}: loaded 'ema' (10 tensors), ignored 'model'"
     evaluated = ("evaluate", "w.pth", "--recipe", "digits", "--role", "teacher")
     distilled = ("distill", "digits", *changes, "--teacher", "w.pth", "--out", "r")
     examined = ("doctor", "--teacher", "digits", "--weights", "w.pth")
     for command in (evaluated, distilled, examined):
-        said = run(*command)
-        assert (said.code, said.err.count("\n")) == (2, 1), command
-        assert "'model' and 'ema': choose by key= or teacher.weights_key (--weights-key)" in said.err
-    said = run(*evaluated, "--weights-key", "ema")
-    assert said.code == 0, said.err
-    assert taken.format("w.pth") in said.out
-    said = run(*distilled, "--weights-key", "ema")
-    assert said.code == 0, said.err
-    assert taken.format(Path("w.pth").resolve()) in said.out
+        result = run(*command)
+        assert (result.code, result.err.count("\n")) == (2, 1), command
+        assert "'model' and 'ema': choose by key= or teacher.weights_key (--weights-key)" in result.err
+    result = run(*evaluated, "--weights-key", "ema")
+    assert result.code == 0, result.err
+    assert taken.format("w.pth") in result.out
+    result = run(*distilled, "--weights-key", "ema")
+    assert result.code == 0, result.err
+    assert taken.format(Path("w.pth").resolve()) in result.out
     assert load_recipe("r/recipe.toml").teacher.weights_key == "ema"
-    said = run(*examined, "--weights-key", "ema")
-    assert "took 'ema'" in said.out
-    said = run("evaluate", "r", "--weights-key", "ema")
-    assert said.code == 2
-    assert "--weights-key 'ema': weight files of a run hold one state dict only" in said.err
-    said = run("distill", "digits", *changes, "--teacher", "package", "--weights-key", "ema", "--out", "r2")
-    assert (said.code, "teacher.weights_key (--weights-key) = 'ema': must be empty" in said.err) == (2, True)
+    result = run(*examined, "--weights-key", "ema")
+    assert "loaded 'ema'" in result.out
+    result = run("evaluate", "r", "--weights-key", "ema")
+    assert result.code == 2
+    assert "--weights-key 'ema': weight files of a run hold one state dict only" in result.err
+    result = run("distill", "digits", *changes, "--teacher", "package", "--weights-key", "ema", "--out", "r2")
+    assert (result.code, "teacher.weights_key (--weights-key) = 'ema': must be empty" in result.err) == (2, True)

@@ -66,7 +66,7 @@ def test_a_device_is_written_to() -> None:
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
-def test_what_the_shell_has_sent_the_output_to_is_not_replaced(tmp_path: Path, name: str) -> None:
+def test_a_redirected_output_is_not_replaced(tmp_path: Path, name: str) -> None:
     code = f"from pathlib import Path; from tests.test_files import write; print('a'); write(Path({name!r}), 'b'); print('c')"
     with (tmp_path / "out").open("w") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True, cwd=Path(__file__).parents[1])

@@ -37,26 +37,26 @@ def test_outside_of_a_command_the_logger_is_the_user_s(caplog: pytest.LogCapture
 
 
 def test_quiet_prints_nothing_but_errors(run: Run) -> None:
-    said = run("distill", "digits", "--out", "a", *TINY, "--quiet")
-    assert said == (0, "", "")
+    result = run("distill", "digits", "--out", "a", *TINY, "--quiet")
+    assert result == (0, "", "")
     assert run("evaluate", "a/student.safetensors", "--quiet", "--json", "a.json") == (0, "", "")
     assert Path("a.json").is_file()
-    said = run("teach", "digits", "--out", "a", "--quiet")
-    assert (said.code, said.out) == (2, "")
-    assert said.err.startswith("dfkd-fast: --out a already exists")
+    result = run("teach", "digits", "--out", "a", "--quiet")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("dfkd-fast: --out a already exists")
 
 
 @pytest.mark.parametrize(
     ("level", "trial", "progress", "note"),
     [("debug", True, True, True), ("info", False, True, True), ("warning", False, False, True), ("error", False, False, False)],
 )
-def test_the_level_says_what_is_told_beside_the_results(
+def test_the_level_sets_what_is_printed_beside_the_results(
     run: Run, monkeypatch: pytest.MonkeyPatch, level: str, trial: bool, progress: bool, note: bool
 ) -> None:
     monkeypatch.setattr("dfkd_fast.evaluation.Evaluator.__call__", lambda *_: 10.0)
-    said = run("distill", "digits", "--out", "a", *TINY, "--log-level", level)
-    assert said.code == 0
-    before, table, after = said.out.partition("\ndigits" if level != "error" else "digits")
+    result = run("distill", "digits", "--out", "a", *TINY, "--log-level", level)
+    assert result.code == 0
+    before, table, after = result.out.partition("\ndigits" if level != "error" else "digits")
     assert table and "folder" in after
     assert ("trying every kind of step" in before) is trial
     assert ("s/iteration" in before) is progress
@@ -64,6 +64,6 @@ def test_the_level_says_what_is_told_beside_the_results(
 
 
 def test_an_unknown_level_is_refused(run: Run) -> None:
-    said = run("distill", "digits", "--log-level", "loud")
-    assert said.code == 2
-    assert "--log-level" in said.err
+    result = run("distill", "digits", "--log-level", "loud")
+    assert result.code == 2
+    assert "--log-level" in result.err

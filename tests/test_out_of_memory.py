@@ -51,7 +51,7 @@ def test_numpy_s_errors_are_known() -> None:
         assert is_out_of_memory(raised.value)
 
 
-def test_the_amount_is_told_in_gib() -> None:
+def test_the_amount_is_given_in_gib() -> None:
     with pytest.raises(DfkdError, match=r"1,048,576\.0 GiB at once"), memory_for("a tensor", {}):
         torch.empty(2**48)
 
@@ -62,7 +62,7 @@ def test_other_errors_pass(error: Exception) -> None:
         raise error
 
 
-def test_in_the_middle_of_a_run_the_last_checkpoint_is_named_and_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_during_a_run_the_last_checkpoint_is_named_and_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = Trainer.iterate
 
     def short_of_memory(trainer: Trainer) -> None:
@@ -72,14 +72,14 @@ def test_in_the_middle_of_a_run_the_last_checkpoint_is_named_and_kept(run: Run, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "iterate", short_of_memory)
-        said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.code == 2
-    assert said.err.startswith("dfkd-fast: out of memory for the training, 4,194,304.0 GiB at once: lower one of loop.batch_size = 8")
-    assert said.err.endswith("the last good checkpoint is a/checkpoints/iteration-00000002.pt\n")
+        result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.code == 2
+    assert result.err.startswith("dfkd-fast: out of memory for the training, 4,194,304.0 GiB at once: lower one of loop.batch_size = 8")
+    assert result.err.endswith("the last good checkpoint is a/checkpoints/iteration-00000002.pt\n")
     assert run("distill", "digits", "--out", "a", "--resume").code == 0
 
 
-def test_a_run_that_fails_before_anything_came_of_it_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert run("teach", "digits", "--out", "t", *TINY).code == 0
     before = sorted(tmp_path.rglob("*"))
 
@@ -89,18 +89,18 @@ def test_a_run_that_fails_before_anything_came_of_it_leaves_nothing(run: Run, mo
     for owner, name, what in ((Evaluator, "__call__", "the evaluation"), (Trainer, "iterate", "the training")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, short_of_memory)
-            said = run("distill", "digits", *TINY, "--teacher", "t/teacher.safetensors")
-        assert said.code == 2
-        assert f"out of memory for {what}" in said.err
+            result = run("distill", "digits", *TINY, "--teacher", "t/teacher.safetensors")
+        assert result.code == 2
+        assert f"out of memory for {what}" in result.err
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_a_trainer_refuses_is_said_before_the_teacher_is_trained(run: Run, tmp_path: Path) -> None:
-    said = run("distill", "digits", "--set", "objective.bn_moments=1", "--set", "teacher.model=lenet5")
-    assert said.code == 2
-    assert said.err.count("\n") == 1
-    assert "bn_moments" in said.err
-    assert not said.out
+def test_what_a_trainer_refuses_is_reported_before_the_teacher_is_trained(run: Run, tmp_path: Path) -> None:
+    result = run("distill", "digits", "--set", "objective.bn_moments=1", "--set", "teacher.model=lenet5")
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "bn_moments" in result.err
+    assert not result.out
     assert list(tmp_path.iterdir()) == []
 
 

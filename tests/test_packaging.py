@@ -40,14 +40,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_every_module_recipe_cuda_source_and_the_type_marker(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {
+    expected = {
         str((Path(folder) / name).relative_to(ROOT))
         for folder, _, names in os.walk(ROOT / "dfkd_fast", followlinks=True)
         for name in names
-        if name.endswith((".py", ".toml", "py.typed", ".cpp", ".h", ".cu", ".cuh"))
+        if name.endswith((".py", ".toml", "py.typed", ".cpp", ".h", ".cu", ".cuh", ".jinja"))
     }
-    assert {"dfkd_fast/kernels/ema/reference.py", "dfkd_fast/csrc/ema.cu"} <= wanted
-    assert wanted <= held
+    assert {"dfkd_fast/kernels/ema/reference.py", "dfkd_fast/csrc/ema.cu"} <= expected
+    assert expected <= held
     assert not any(name.startswith(("kernels/", "bench/", "tests/")) for name in held)
 
 
@@ -92,16 +92,16 @@ def test_a_compiler_that_fails_costs_the_extension_and_not_the_installation(whee
     assert built.name == wheel.name
     assert built.name.endswith("-py3-none-any.whl")
     assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
-    said = (tmp_path / "said").read_text().splitlines()
-    assert [line for line in said if line.startswith("dfkd_fast: ")] == [
+    result = (tmp_path / "result").read_text().splitlines()
+    assert [line for line in result if line.startswith("dfkd_fast: ")] == [
         "dfkd_fast: built without its CUDA extension (nvcc failed: ema.cu(3): error: none such); dfkd-fast build adds it later"
     ]
 
 
 def _wheel_from_archive(wheel: Path, folder: Path) -> Path:
-    """Another wheel from the archive beside this one; what was printed is in the file ``said``."""
+    """Another wheel from the archive beside this one; what was printed is in the file ``result``."""
     with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     source = next(path.parent for path in folder.glob("*/setup.py"))
-    (folder / "said").write_text(python("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder))
+    (folder / "result").write_text(python("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder))
     return next(folder.glob("*.whl"))

@@ -95,7 +95,7 @@ def test_a_chain_of_files_may_be_long(tmp_path: Path) -> None:
     assert (recipe.name, recipe.seed, recipe.provenance["last"]) == ("0", 5, "0")
 
 
-def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored_in_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('extends = "digits"\n[loop]\nepochs = 3\n', encoding="utf-8-sig")
     assert load_recipe(str(path)).loop.epochs == 3
@@ -144,12 +144,12 @@ def test_the_methods_on_digits_differ_only_in_replay_and_update(name: str) -> No
         loop.iterations_per_epoch,
         loop.student_steps,
     )
-    assert other.loop.batch_size + other.replay.rows_of(other.loop.batch_size) == loop.batch_size
+    assert other.loop.batch_size + other.replay.num_rows(other.loop.batch_size) == loop.batch_size
     assert not dfad.replay.replays
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_the_networks_of_a_shipped_recipe_play_an_iteration(name: str) -> None:
+def test_the_networks_of_a_shipped_recipe_run_an_iteration(name: str) -> None:
     recipe = load_recipe(
         name,
         {

@@ -46,10 +46,10 @@ def test_a_key_under_both_names_is_refused(old: str, new: str) -> None:
 
 
 def test_the_input_is_not_modified() -> None:
-    given = {"loop": {"epochs": 3, "capture": False}, "name": "a"}
+    content = {"loop": {"epochs": 3, "capture": False}, "name": "a"}
     with pytest.warns(RenamedKeyWarning):
-        assert current_keys(given, "it") == {"loop": {"epochs": 3}, "engine": {"capture": False}, "name": "a"}
-    assert given == {"loop": {"epochs": 3, "capture": False}, "name": "a"}
+        assert current_keys(content, "it") == {"loop": {"epochs": 3}, "engine": {"capture": False}, "name": "a"}
+    assert content == {"loop": {"epochs": 3, "capture": False}, "name": "a"}
 
 
 @pytest.mark.parametrize("content", [{"loop": 3}, {"loop": {"capture": False}, "engine": 5}])

@@ -74,14 +74,14 @@ def endless(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
         yield found
 
 
-def test_a_folder_is_one_process_s_and_free_again_when_that_is_killed(run: Run, endless: tuple[subprocess.Popen[str], Path]) -> None:
+def test_a_folder_belongs_to_one_process_until_it_ends(run: Run, endless: tuple[subprocess.Popen[str], Path]) -> None:
     process, folder = endless
     before = (folder / "recipe.toml").read_bytes()
     for command in ("distill", "teach"):
-        said = run(command, "digits", "--out", "run", "--resume")
-        assert (said.code, said.err.count("\n")) == (2, 1)
-        assert f"--out run is in use by process {process.pid} on " in said.err
-        assert "distill digits --out run" in said.err
+        result = run(command, "digits", "--out", "run", "--resume")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"--out run is in use by process {process.pid} on " in result.err
+        assert "distill digits --out run" in result.err
     assert run("distill", "digits", "--out", "run", *TINY).code == 2
     assert process.poll() is None
     assert (folder / "recipe.toml").read_bytes() == before
@@ -132,14 +132,14 @@ def test_many_claims_of_a_default_name_never_share_a_folder(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "runs").iterdir() if not RunFolder(path).is_unused] == ["digits"]
 
 
-def test_two_starts_into_one_given_folder_are_one_run_and_one_refusal(in_tmp_path: Path) -> None:
+def test_two_starts_into_one_folder_are_one_run_and_one_refusal(in_tmp_path: Path) -> None:
     message = rf"--out mine is in use by process {os.getpid()} on .*: choose another folder"
     with opened(Path("mine")), pytest.raises(ValueError, match=message):
         opened(Path("mine"))
     assert not Path("mine").exists()
 
 
-def test_a_lock_is_inherited_neither_by_forked_processes_nor_by_started_programs(tmp_path: Path) -> None:
+def test_a_lock_is_not_inherited_by_forked_processes_or_started_programs(tmp_path: Path) -> None:
     """Such as the workers of a DataLoader, which outlive a killed run for a while."""
     lock = FolderLock(tmp_path)
     child = os.fork()
@@ -159,7 +159,7 @@ def test_a_lock_is_inherited_neither_by_forked_processes_nor_by_started_programs
             program.kill()
 
 
-def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_whose_file_was_removed_by_its_holder_is_acquired_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = FolderLock(tmp_path)
     flock = fcntl.flock
 
@@ -174,14 +174,14 @@ def test_a_lock_whose_file_was_removed_by_its_holder_is_taken_anew(tmp_path: Pat
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_without_locks_a_run_goes_on_and_says_so_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_without_locks_a_run_proceeds_with_a_note(run: Run, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def none(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    said = run("teach", "digits", "--out", "t", *TINY)
-    assert said.code == 0, said.err
-    assert said.out.count("the file system of t does not support locks: another process could write to the same folder\n") == 1
+    result = run("teach", "digits", "--out", "t", *TINY)
+    assert result.code == 0, result.err
+    assert result.out.count("the file system of t does not support locks: another process could write to the same folder\n") == 1
     folders = [claim_free(Path("runs/digits"), "").path.name for _ in range(2)]  # mkdir still tells which is whose
     assert folders == ["digits", "digits-2"]
 
@@ -268,9 +268,9 @@ def test_a_run_whose_recipe_is_not_whole_is_neither_resumed_nor_overwritten(
     leave(folder)
     (folder / "checkpoints" / "iteration-00000001.pt").write_bytes(b"")
     for options in ([], ["--resume"]):
-        said = run("distill", "digits", "--out", "mine", *options)
-        assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"--resume: mine/recipe.toml is {'empty' if leave is leave_an_empty_recipe else 'cut off'}" in said.err
+        result = run("distill", "digits", "--out", "mine", *options)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"--resume: mine/recipe.toml is {'empty' if leave is leave_an_empty_recipe else 'truncated'}" in result.err
     assert (folder / "checkpoints" / "iteration-00000001.pt").exists()
 
 
@@ -309,7 +309,7 @@ def torchrun_job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize("out", [None, Path("mine")])
 @pytest.mark.parametrize("name", ["job1", "none"])
-def test_a_restarted_job_goes_on_in_its_own_folder(
+def test_a_restarted_job_resumes_in_its_own_folder(
     in_tmp_path: Path, torchrun_job: Callable[..., None], name: str, out: Path | None
 ) -> None:
     torchrun_job(name, 0)
@@ -386,18 +386,18 @@ def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("b")
 
 
-def test_a_damaged_newest_checkpoint_costs_an_epoch_and_a_line(run: Run, interrupted: Path) -> None:
+def test_a_damaged_newest_checkpoint_costs_an_epoch(run: Run, interrupted: Path) -> None:
     checkpoints = interrupted / "checkpoints"
     newest = checkpoints / "iteration-00000004.pt"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 4
     newest.write_bytes(content)
-    said = run("distill", "digits", "--out", "b", "--resume")
-    assert said.code == 0, said.err
+    result = run("distill", "digits", "--out", "b", "--resume")
+    assert result.code == 0, result.err
     line = (
         f"checkpoint {newest} cannot be read: its content does not match its checksum; resuming from {checkpoints}/iteration-00000002.pt\n"
     )
-    assert line in said.out
+    assert line in result.out
     assert epochs_of(interrupted) == [1, 2, 3]
     assert run("distill", "digits", "--out", "whole", *TINY).code == 0
     assert (interrupted / "student.safetensors").read_bytes() == Path("whole/student.safetensors").read_bytes()
@@ -409,9 +409,9 @@ def test_damaged_checkpoints_alone_are_one_line_and_stay(run: Run, interrupted: 
     paths = sorted((interrupted / "checkpoints").glob("iteration-*.pt"))
     for path in paths:
         path.write_bytes(b"")
-    said = run("distill", "digits", "--out", "b", "--resume")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert all(str(path) in said.err for path in paths)
+    result = run("distill", "digits", "--out", "b", "--resume")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert all(str(path) in result.err for path in paths)
     assert sorted((interrupted / "checkpoints").glob("iteration-*")) == paths
 
 
@@ -419,19 +419,19 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(run: Run, interrupted:
     assert run("distill", "digits", "--out", "c", "--seed", "7", *TINY).code == 0
     foreign = interrupted / "checkpoints" / "iteration-00000006.pt"
     foreign.write_bytes(Path("c/checkpoints/iteration-00000006.pt").read_bytes())
-    said = run("distill", "digits", "--out", "b", "--resume")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert f"checkpoint {foreign} belongs to another run: seed is 7 there, and 0 in b/recipe.toml" in said.err
+    result = run("distill", "digits", "--out", "b", "--resume")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"checkpoint {foreign} belongs to another run: seed is 7 there, and 0 in b/recipe.toml" in result.err
     assert foreign.is_file()
     torch.save({"training": [], "seconds": 1.0}, foreign)
     assert f"{foreign} is not a checkpoint of a run" in run("distill", "digits", "--out", "b", "--resume").err
     torch.save({"training": {}, "seconds": 1.0}, foreign)
-    assert f"checkpoint {foreign}: the state is not of these networks" in run("distill", "digits", "--out", "b", "--resume").err
+    assert f"checkpoint {foreign}: the state does not match the networks" in run("distill", "digits", "--out", "b", "--resume").err
     foreign.unlink()
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
 
 
-def test_checkpoints_of_versions_that_did_not_say_whose_they_are_still_load(run: Run, interrupted: Path) -> None:
+def test_checkpoints_without_a_recipe_still_load(run: Run, interrupted: Path) -> None:
     for path in (interrupted / "checkpoints").glob("*.pt"):
         saved = torch.load(path, weights_only=True)
         del saved["recipe"]
@@ -453,7 +453,7 @@ def test_a_half_line_of_the_log_breaks_neither_the_resumed_run_nor_a_comparison(
         assert read_run(other).curve == [(1, 50.0), (2, 90.0)]
 
 
-def test_a_summary_tells_of_finished_runs_only(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_summary_exists_for_finished_runs_only(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("distill", "digits", "--out", "b", *TINY).code == 0
     newest = max(Path("b/checkpoints").glob("*.pt"))
     newest.write_bytes(b"")  # the run goes on from the one before it
@@ -464,7 +464,7 @@ def test_a_summary_tells_of_finished_runs_only(run: Run, tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", killed)
         assert run("distill", "digits", "--out", "b", "--resume").code == 130
-    assert "holds no finished run" in run("compare", "b").err
+    assert "is not a finished run" in run("compare", "b").err
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
     assert run("compare", "b").code == 0
 
@@ -487,9 +487,9 @@ def test_a_folder_that_cannot_be_used_is_one_line(run: Run, monkeypatch: pytest.
         ("x" * 300, "cannot be written: File name too long"),
     ]:
         for command in ("distill", "teach"):
-            said = run(command, "digits", "--out", out, *TINY)
-            assert (said.code, said.err.count("\n")) == (2, 1)
-            assert message in said.err
+            result = run(command, "digits", "--out", out, *TINY)
+            assert (result.code, result.err.count("\n")) == (2, 1)
+            assert message in result.err
     assert "--resume: file holds no run" in run("distill", "digits", "--out", "file", "--resume").err
     assert Path("file").read_text() == "somebody's"
 
@@ -537,78 +537,78 @@ def test_a_log_that_cannot_be_written_is_one_line(run: Run, interrupted: Path, m
         return open_(Path("/dev/full"), mode.replace("x", "a"), *rest, **options) if is_full else open_(path, mode, *rest, **options)
 
     monkeypatch.setattr(Path, "open", on_a_full_disk)
-    said = run("distill", "digits", "--out", "b", "--resume")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "No space left on device" in said.err
-    assert f"'b/{full}" in said.err
+    result = run("distill", "digits", "--out", "b", "--resume")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "No space left on device" in result.err
+    assert f"'b/{full}" in result.err
     monkeypatch.setattr(Path, "open", open_)
     assert run("distill", "digits", "--out", "b", "--resume").code == 0
     assert epochs_of(interrupted) == [1, 2, 3]
 
 
-def test_another_teacher_in_the_middle_of_a_run_is_refused(run: Run) -> None:
+def test_another_teacher_during_a_run_is_refused(run: Run) -> None:
     assert run("distill", "digits", "--out", "run", *TINY).code == 0
     assert run("teach", "digits", "--out", "other", *TINY, "--seed", "1").code == 0
     for checkpoint in list(Path("run/checkpoints").glob("iteration-*.pt"))[1:]:
         checkpoint.unlink()
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.name != LOCK}
-    said = run("distill", "digits", "--out", "run", "--resume", "--teacher", "other/teacher.safetensors")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "the state is of a run with another teacher: of sha256 " in said.err
+    result = run("distill", "digits", "--out", "run", "--resume", "--teacher", "other/teacher.safetensors")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "the state is of a run with another teacher: its SHA-256 is " in result.err
     assert all(path.read_bytes() == content for path, content in before.items())
     assert run("distill", "digits", "--out", "run", "--resume", "--teacher", "run/teacher.safetensors").code == 0
 
 
-def test_a_teacher_whose_file_was_changed_in_the_middle_of_a_run_is_refused(run: Run) -> None:
+def test_a_teacher_whose_file_changed_during_a_run_is_refused(run: Run) -> None:
     assert run("distill", "digits", "--out", "run", *TINY).code == 0
     teacher = Path("run/teacher.safetensors")
     content = bytearray(teacher.read_bytes())
     content[-3] ^= 1  # of a weight's mantissa
     teacher.write_bytes(content)
-    said = run("distill", "digits", "--out", "run", "--resume")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "run/teacher.safetensors are damaged: the content does not match the checksum in the header" in said.err
+    result = run("distill", "digits", "--out", "run", "--resume")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "run/teacher.safetensors are damaged: the content does not match the checksum in the header" in result.err
 
 
 def test_a_teacher_of_another_recipe_before_the_student_s_first_checkpoint_is_refused(run: Run) -> None:
     assert run("teach", "digits", "--out", "run", *TINY).code == 0
     assert run("teach", "digits", "--out", "other", *TINY, "--set", "teacher.epochs=2").code == 0
     Path("run/teacher.safetensors").write_bytes(Path("other/teacher.safetensors").read_bytes())
-    said = run("distill", "digits", "--out", "run", "--resume")
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "run/teacher.safetensors belongs to another run: teacher.epochs is 2 there, and 1 in run/recipe.toml" in said.err
+    result = run("distill", "digits", "--out", "run", "--resume")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "run/teacher.safetensors belongs to another run: teacher.epochs is 2 there, and 1 in run/recipe.toml" in result.err
 
 
 def test_a_checksum_without_a_file_is_refused(run: Run) -> None:
-    said = run("distill", "digits", "--out", "run", *TINY, "--set", 'teacher.sha256="abc"')
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "teacher.sha256 = 'abc': requires a weight file: name it with --teacher FILE" in said.err
+    result = run("distill", "digits", "--out", "run", *TINY, "--set", 'teacher.sha256="abc"')
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "teacher.sha256 = 'abc': requires a weight file: name it with --teacher FILE" in result.err
     assert not Path("run").exists()
 
 
 def test_teach_names_the_file_that_was_given(run: Run) -> None:
     assert run("teach", "digits", "--out", "run", *TINY).code == 0
-    said = run("teach", "digits", "--out", "again", *TINY, "--set", "teacher.weights=run/teacher.safetensors")
-    assert said.code == 0 and "run/teacher.safetensors" in said.out and "again/teacher.safetensors" not in said.out
+    result = run("teach", "digits", "--out", "again", *TINY, "--set", "teacher.weights=run/teacher.safetensors")
+    assert result.code == 0 and "run/teacher.safetensors" in result.out and "again/teacher.safetensors" not in result.out
 
 
-def test_what_is_said_is_printed_as_it_is_whatever_a_folder_is_called(run: Run) -> None:
+def test_messages_are_printed_verbatim_whatever_the_folder_is_called(run: Run) -> None:
     assert run("distill", "digits", "--out", "p[/q]", *TINY).code == 0
     newest = max(Path("p[/q]/checkpoints").glob("iteration-*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])
-    said = run("distill", "digits", "--out", "p[/q]", "--resume")
-    assert said.code == 0, said.err
-    assert "p[/q]/checkpoints/" in said.out
+    result = run("distill", "digits", "--out", "p[/q]", "--resume")
+    assert result.code == 0, result.err
+    assert "p[/q]/checkpoints/" in result.out
 
 
-def test_the_line_to_go_on_with_finds_the_run(run: Run, tmp_path: Path) -> None:
+def test_the_resume_command_finds_the_run(run: Run, tmp_path: Path) -> None:
     with under_way(tmp_path / "my run", "--set", "name=mine") as (process, _):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     _, _, command = err.strip().partition("resume with: dfkd-fast ")
-    said = run(*shlex.split(command), "--set", "loop.epochs=3")  # it would never end
-    assert "loop.epochs is 100000 in my run/recipe.toml, and cannot become 3 in the middle of a run" in said.err
+    result = run(*shlex.split(command), "--set", "loop.epochs=3")  # it would never end
+    assert "loop.epochs is 100000 in my run/recipe.toml, and cannot become 3 in the middle of a run" in result.err
 
 
 def test_seconds_of_earlier_processes_count_once(run: Run) -> None:

@@ -54,7 +54,7 @@ def test_signals_that_come_together_are_one() -> None:
     assert running.asked == 1
 
 
-def test_a_hangup_that_is_ignored_stays_so() -> None:
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with interrupting_on_signals(), stopping_on_signals(Running()) as caught:
@@ -65,7 +65,7 @@ def test_a_hangup_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_handlers_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(Interrupted), interrupting_on_signals():
         signal.raise_signal(signal.SIGTERM)
@@ -98,26 +98,26 @@ def test_before_anything_is_saved_one_line_says_so_and_nothing_is_left(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: type, name: str, number: signal.Signals
 ) -> None:
     interrupted_in(monkeypatch, owner, name, number)
-    said = run("distill", "digits", *TINY)
-    assert said.err == "dfkd-fast: interrupted; nothing was saved yet\n"
-    assert said.code == 128 + number
+    result = run("distill", "digits", *TINY)
+    assert result.err == "dfkd-fast: interrupted; nothing was saved yet\n"
+    assert result.code == 128 + number
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_command_without_a_run_is_interrupted_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("teach", "digits", "--out", "a", *TINY).code == 0
     monkeypatch.setattr("dfkd_fast.commands.evaluate.evaluate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    said = run("evaluate", "a/teacher.safetensors")
-    assert said.err == "dfkd-fast: interrupted; nothing was saved yet\n"
-    assert said.code == 130
+    result = run("evaluate", "a/teacher.safetensors")
+    assert result.err == "dfkd-fast: interrupted; nothing was saved yet\n"
+    assert result.code == 130
 
 
-def test_between_trainings_what_is_left_and_how_to_go_on_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_between_trainings_what_is_saved_and_how_to_resume_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         interrupted_in(patch, Evaluator, "__call__", signal.SIGINT)
-        said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.code == 130
-    assert said.err == (
+        result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.code == 130
+    assert result.err == (
         "dfkd-fast: interrupted; the last good checkpoint is a/checkpoints/teacher/iteration-00000001.pt;"
         " resume with: dfkd-fast distill digits --out a --resume\n"
     )
@@ -135,9 +135,9 @@ def test_interrupted_again_the_last_checkpoint_is_named(run: Run, monkeypatch: p
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "iterate", interrupted)
-    said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.code == 143
-    assert said.err == (
+    result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.code == 143
+    assert result.err == (
         "dfkd-fast: interrupted again, without saving; the last good checkpoint is a/checkpoints/iteration-00000002.pt;"
         " resume with: dfkd-fast distill digits --out a --resume\n"
     )
@@ -179,21 +179,21 @@ def test_under_nohup_a_run_survives_the_hangup(tmp_path: Path) -> None:
     assert err.strip().splitlines()[-1].startswith("dfkd-fast: interrupted and saved; resume with: ")
 
 
-def test_whoever_stops_reading_the_output_ends_a_run_that_says_how_to_go_on(tmp_path: Path, run: Run) -> None:
+def test_a_closed_pipe_ends_a_run_that_says_how_to_resume(tmp_path: Path, run: Run) -> None:
     command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", *TINY, "--set", "loop.epochs=50"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
-        said = process.stderr.read() if process.stderr else ""
-    assert said.startswith("dfkd-fast: the output was closed by its reader; ")
-    assert said.endswith("; resume with: dfkd-fast distill digits --out runs/digits --resume\n")
-    assert said.count("\n") == 1
+        result = process.stderr.read() if process.stderr else ""
+    assert result.startswith("dfkd-fast: the output was closed by its reader; ")
+    assert result.endswith("; resume with: dfkd-fast distill digits --out runs/digits --resume\n")
+    assert result.count("\n") == 1
     assert process.returncode == 128 + signal.SIGPIPE
     assert run("distill", "digits", "--resume", "--quiet").code == 0
 
 
-def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = Trainer.iterate
 
     def exits(trainer: Trainer) -> None:
@@ -202,13 +202,13 @@ def test_an_exit_of_a_networks_own_code_is_an_error_that_says_how_to_go_on(run: 
         iterate(trainer)
 
     monkeypatch.setattr(Trainer, "iterate", exits)
-    said = run("distill", "digits", "--out", "a", *TINY)
-    assert said.err.startswith("dfkd-fast: sys.exit(0) was called by code of a network; the last good checkpoint is a/checkpoints/")
-    assert said.err.endswith("; resume with: dfkd-fast distill digits --out a --resume\n")
-    assert said.code == 2
+    result = run("distill", "digits", "--out", "a", *TINY)
+    assert result.err.startswith("dfkd-fast: sys.exit(0) was called by code of a network; the last good checkpoint is a/checkpoints/")
+    assert result.err.endswith("; resume with: dfkd-fast distill digits --out a --resume\n")
+    assert result.code == 2
 
 
-def test_a_fault_in_the_middle_of_a_run_is_shown_with_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_during_a_run_is_shown_with_how_to_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = Trainer.iterate
 
     def fails(trainer: Trainer) -> None:

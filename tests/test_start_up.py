@@ -30,8 +30,8 @@ COMMAND = (
 def imported(code: str, folder: Path) -> set[str]:
     """Names of the modules that a process has imported once it has run some code."""
     report = "\nimport sys\nprint('\\n', *sys.modules, file=sys.stderr)"
-    said = subprocess.run([sys.executable, "-c", code + report], cwd=folder, capture_output=True, text=True, check=True)
-    return set(said.stderr.split())
+    result = subprocess.run([sys.executable, "-c", code + report], cwd=folder, capture_output=True, text=True, check=True)
+    return set(result.stderr.split())
 
 
 @pytest.mark.parametrize(

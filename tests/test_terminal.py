@@ -27,30 +27,30 @@ def finished(folder: Path, recipe: str) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_letters_that_the_terminal_lacks_are_replaced(tmp_path: Path, encoding: str) -> None:
     finished(tmp_path, "größer-日本")
-    said = command("compare", "run", cwd=tmp_path, PYTHONIOENCODING=encoding)
-    assert (said.returncode, said.stderr) == (0, b"")
-    assert ("größer-日本, seed 0".encode(encoding, "replace")) in said.stdout
+    result = command("compare", "run", cwd=tmp_path, PYTHONIOENCODING=encoding)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert ("größer-日本, seed 0".encode(encoding, "replace")) in result.stdout
     assert (tmp_path / "compare.png").stat().st_size > 0
 
 
 def test_help_is_printed_in_ascii(tmp_path: Path) -> None:
     for arguments in ((), ("distill",)):
-        said = command(*arguments, "--help", cwd=tmp_path, PYTHONIOENCODING="ascii")
-        assert (said.returncode, said.stderr) == (0, b"")
-        assert b"Usage:" in said.stdout
+        result = command(*arguments, "--help", cwd=tmp_path, PYTHONIOENCODING="ascii")
+        assert (result.returncode, result.stderr) == (0, b"")
+        assert b"Usage:" in result.stdout
 
 
 def test_an_error_whose_letters_the_terminal_lacks_is_one_line(tmp_path: Path) -> None:
-    said = command("show", "digits", "--set", "loop.epochs=0", cwd=tmp_path, PYTHONIOENCODING="latin-1")
-    assert said.returncode == 2
-    assert said.stderr == b"dfkd-fast: recipe 'digits': loop.epochs = 0: must be a whole number \\u2265 1 and \\u2264 2147483647\n"
+    result = command("show", "digits", "--set", "loop.epochs=0", cwd=tmp_path, PYTHONIOENCODING="latin-1")
+    assert result.returncode == 2
+    assert result.stderr == b"dfkd-fast: recipe 'digits': loop.epochs = 0: must be a whole number \\u2265 1 and \\u2264 2147483647\n"
 
 
 def test_a_recipe_is_shown_as_toml_in_utf_8_whatever_the_terminal_has(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('extends = "digits"\ndescription = "größer, 日本"\n', "utf-8")
-    said = command("show", "mine.toml", cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert (said.returncode, said.stderr) == (0, b"")
-    assert tomllib.loads(said.stdout.decode())["description"] == "größer, 日本"
+    result = command("show", "mine.toml", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert tomllib.loads(result.stdout.decode())["description"] == "größer, 日本"
 
 
 def test_a_run_of_any_name_is_written_and_read_in_utf_8_whatever_the_locale_has(tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_a_run_of_any_name_is_written_and_read_in_utf_8_whatever_the_locale_has(
         "from pathlib import Path; from dfkd_fast.report import RunFolder; "
         "folder = RunFolder(Path('run')); folder.write_recipe('name = \"gr\\u00f6\\u00dfer\"\\n'); folder.check_recipe()"
     )
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | locale, capture_output=True)
-    assert (said.returncode, said.stderr) == (0, b"")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | locale, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
     assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text("utf-8"))["name"] == "größer"
 
 
@@ -68,28 +68,28 @@ def test_a_run_of_any_name_is_written_and_read_in_utf_8_whatever_the_locale_has(
 def test_a_width_that_no_terminal_has_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     for arguments, line in ((("recipes",), "digits-dfad"), (("--help",), "Distill a frozen teacher")):
-        said = run(*arguments)
-        assert (said.code, said.err) == (0, "")
-        assert line in said.out
-        assert max(map(len, said.out.splitlines())) < 1000
+        result = run(*arguments)
+        assert (result.code, result.err) == (0, "")
+        assert line in result.out
+        assert max(map(len, result.out.splitlines())) < 1000
 
 
-def test_a_backend_of_windows_that_matplotlib_does_not_know_is_none_of_ours(tmp_path: Path) -> None:
+def test_a_backend_of_windows_that_matplotlib_does_not_know_is_ignored(tmp_path: Path) -> None:
     finished(tmp_path, "digits")
-    said = command("compare", "run", cwd=tmp_path, MPLBACKEND="nonsense")
-    assert (said.returncode, said.stderr) == (0, b"")
+    result = command("compare", "run", cwd=tmp_path, MPLBACKEND="nonsense")
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("name", ["plain", "a b'c", "new\nline", "tab\t'quoted'\\", os.fsdecode(b"\xff\xfe"), "\u00e4\u200b"])
 def test_a_path_is_quoted_as_a_shell_reads_it(name: str) -> None:
-    said = subprocess.run(["bash", "-c", f"printf %s {shell_quoted(Path(name))}"], capture_output=True, check=True).stdout
-    assert said == os.fsencode(name)
+    result = subprocess.run(["bash", "-c", f"printf %s {shell_quoted(Path(name))}"], capture_output=True, check=True).stdout
+    assert result == os.fsencode(name)
     assert shell_quoted(Path(name)).isprintable()
 
 
 @pytest.mark.parametrize("command", [["recipes"], ["show", "digits"]])
-def test_an_output_on_a_full_disk_is_said_to_be_one(command: list[str]) -> None:
+def test_an_output_on_a_full_disk_is_reported_as_such(command: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
-        said = subprocess.run([sys.executable, "-m", "dfkd_fast", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (said.returncode, said.stderr.count("\n")) == (2, 1), said.stderr
-    assert said.stderr.startswith("dfkd-fast: the output: [Errno 28] No space left on device")
+        result = subprocess.run([sys.executable, "-m", "dfkd_fast", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith("dfkd-fast: the output: [Errno 28] No space left on device")

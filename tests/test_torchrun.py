@@ -49,27 +49,27 @@ def said_by(processes: subprocess.Popen[str]) -> list[str]:
     return ours
 
 
-def test_an_error_that_all_processes_find_before_they_are_a_group_is_said_once(tmp_path: Path) -> None:
+def test_an_error_that_all_processes_raise_before_they_are_a_group_is_reported_once(tmp_path: Path) -> None:
     assert said_by(torchrun(tmp_path, "-m", "dfkd_fast", "distill", "nothing.toml")) == [
         "dfkd-fast: recipe 'nothing.toml' cannot be read: [Errno 2] No such file or directory: 'nothing.toml'"
     ]
 
 
-def test_an_error_that_all_processes_find_in_their_group_is_said_once(tmp_path: Path) -> None:
-    said = said_by(torchrun(tmp_path, "-m", "dfkd_fast", "distill", "digits", "--set", "objective.bn_moments=1.0"))
-    assert len(said) == 1
-    assert "bn_moments" in said[0]
+def test_an_error_that_all_processes_raise_in_their_group_is_reported_once(tmp_path: Path) -> None:
+    result = said_by(torchrun(tmp_path, "-m", "dfkd_fast", "distill", "digits", "--set", "objective.bn_moments=1.0"))
+    assert len(result) == 1
+    assert "bn_moments" in result[0]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("failing", "who"), [("0", ""), ("1", "process 1: ")])
-def test_an_error_of_one_process_is_all_that_is_said_and_names_it(tmp_path: Path, failing: str, who: str) -> None:
+def test_an_error_of_one_process_is_reported_alone_with_its_rank(tmp_path: Path, failing: str, who: str) -> None:
     (tmp_path / "one_fails.py").write_text(ONE_FAILS)
-    said = said_by(torchrun(tmp_path, "one_fails.py", "distill", "digits", *TINY, FAILING=failing))
-    assert said == [f"dfkd-fast: {who}data.root (--data-root) = 'here': is missing"]
+    result = said_by(torchrun(tmp_path, "one_fails.py", "distill", "digits", *TINY, FAILING=failing))
+    assert result == [f"dfkd-fast: {who}data.root (--data-root) = 'here': is missing"]
 
 
-def test_ctrl_c_saves_and_is_said_once(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_is_reported_once(tmp_path: Path) -> None:
     running = torchrun(tmp_path, "-m", "dfkd_fast", "distill", "digits", "--out", "a", *TINY, "--set", "loop.epochs=100000")
     checkpoints = tmp_path / "a" / "checkpoints"
     deadline = time.monotonic() + 200
@@ -91,6 +91,6 @@ def test_a_process_that_waits_for_others_is_interrupted(tmp_path: Path) -> None:
         )
         with process, nobody.accept()[0]:
             process.send_signal(signal.SIGTERM)
-            _, said = process.communicate()
-    assert said.splitlines()[-1] == "dfkd-fast: process 1: interrupted; nothing was saved yet"
+            _, result = process.communicate()
+    assert result.splitlines()[-1] == "dfkd-fast: process 1: interrupted; nothing was saved yet"
     assert process.returncode == 128 + signal.SIGTERM

@@ -108,7 +108,7 @@ def row_of(
         interleaved: whether the contenders' iterations were interleaved, so that times with the same index were measured together.
         others: remaining fields of the row.
     """
-    replayed = recipe.replay.rows_of(recipe.loop.batch_size) if recipe.replay.replays else 0
+    replayed = recipe.replay.num_rows(recipe.loop.batch_size) if recipe.replay.replays else 0
     images = recipe.loop.student_steps * (recipe.loop.batch_size + replayed) + recipe.loop.generator_steps * recipe.loop.batch_size
     student, seconds = (statistics.median(column) for column in zip(*times[name], strict=True))
 

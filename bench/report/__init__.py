@@ -1,12 +1,12 @@
-"""The tables of README.md and docs/gpu.md, from the files in bench/results.
+"""The tables of README.md and docs/, generated from the files in bench/results.
 
-``python -m bench report``                      write the tables anew
-``python -m bench report SOURCE [SOURCE ...]``  first take in these sources: folders of runs, run at the commit checked out, and
+``python -m bench report``                      regenerate the tables
+``python -m bench report SOURCE [SOURCE ...]``  first import these sources: run folders, run at the commit checked out, and
                                                 what ``python -m bench gpu`` wrote on a GPU
 
-``taking.py`` reads the sources, which ``checks.py`` checks, and writes the files of rows, ``summaries.py`` those of what GPUs found beside
-them; ``figures.py`` reads the files. ``readme.py`` makes the README's tables of a CPU and ``gpu.py`` those of GPUs; ``markdown.py`` puts a
-table together and replaces it in a document.
+``importing.py`` reads the sources, ``checks.py`` validates them, and ``summaries.py`` writes what a GPU reported beside its rows;
+``results.py`` loads the files. ``readme.py`` makes the README's table, ``methods.py`` those of the methods' pages, ``cpu.py`` the tables
+measured on CPUs and ``gpu.py`` those measured on GPUs; ``markdown.py`` formats a table and replaces it in a document.
 """
 
 import shutil
@@ -18,38 +18,38 @@ from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 from ..provenance import ROOT
-from . import gpu, readme
-from .figures import Figures
+from . import cpu, gpu, methods, readme
+from .cpu import end_to_end_table
+from .importing import Importer
 from .markdown import fill
-from .readme import end_to_end_table
-from .taking import Intake
+from .results import Results
 
 __all__ = ["documents", "end_to_end_table", "main"]
 
 
 def main(sources: Iterable[Path] = (), root: Path = ROOT) -> list[str]:
-    """Take in the sources, then write the tables of all documents; nothing is written where a source is refused.
+    """Import the sources, then regenerate the tables of all documents; nothing is written if a source is refused.
 
     Args:
         sources: folders of runs; the ``--out`` folders of ``python -m bench gpu``, or their ``results.jsonl``.
         root: the folder that holds README.md, docs and bench/results.
 
     Returns:
-        What was taken in, in lines.
+        One line for each run or device that was imported.
 
     Raises:
-        DfkdError: a source is not one of these, or has something that may not be published, or a document has no place for a table.
+        DfkdError: a source is not one of these, or holds something that may not be published, or a document lacks a table's marker.
     """
-    intake = Intake()
+    importer = Importer()
     for source in sources:
-        intake.read(source)
+        importer.read(source)
     results = root / "bench" / "results"
     # Whatever goes wrong, also in a table, goes wrong in the copy.
     with TemporaryDirectory() as folder:
         copy = Path(folder)
         for path in _files(results):
             shutil.copyfile(path, copy / path.name)
-        lines = intake.write(copy)
+        lines = importer.write(copy)
         contents = {results / path.name: path.read_bytes() for path in _files(copy)}
         contents |= {root / name: fill(root / name, sections).encode() for name, sections in _rendered(copy).items()}
     for path, content in contents.items():
@@ -60,9 +60,21 @@ def main(sources: Iterable[Path] = (), root: Path = ROOT) -> list[str]:
     return lines
 
 
-def documents(figures: Figures) -> dict[str, dict[str, str]]:
-    """Every table, by its document's path and the line it stands under."""
-    return {"README.md": readme.sections(figures) | gpu.readme_sections(figures), "docs/gpu.md": gpu.sections(figures)}
+def documents(results: Results) -> dict[str, dict[str, str]]:
+    """Every table as Markdown, by the path of its document and by its marker there."""
+    tables = cpu.sections(results) | gpu.extracts(results)
+    return {
+        "README.md": readme.sections(results),
+        "docs/results.md": {cpu.RUNS: tables[cpu.RUNS]},
+        "docs/segmentation.md": {cpu.SEGMENTATION: tables[cpu.SEGMENTATION]},
+        "docs/benchmarks.md": {
+            marker: tables[marker] for marker in (cpu.END_TO_END, gpu.END_TO_END_EXTRACT, cpu.METHODS, gpu.METHOD_EXTRACT)
+        },
+        "docs/kernels.md": {marker: tables[marker] for marker in (cpu.KERNELS, gpu.KERNEL_EXTRACT)},
+        "docs/evaluation.md": {cpu.EVALUATION: tables[cpu.EVALUATION]},
+        "docs/gpu.md": gpu.sections(results),
+        **methods.sections(results),
+    }
 
 
 def _files(results: Path) -> list[Path]:
@@ -71,6 +83,6 @@ def _files(results: Path) -> list[Path]:
 
 def _rendered(results: Path) -> dict[str, dict[str, str]]:
     try:
-        return documents(Figures(results))
+        return documents(Results(results))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DfkdError(f"no tables can be made of these results: {type(error).__name__}: {first_line(error)}") from error

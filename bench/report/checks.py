@@ -1,4 +1,4 @@
-"""What a source must hold to be published: fields of the types that the tables read, and times that are positive numbers."""
+"""Validation of sources before they are published: fields of the types that the tables read, and times that are positive."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from dfkd_fast.errors import DfkdError
 
 from ..gpu.records import Record
-from .figures import is_gpu
+from .results import is_gpu
 
 __all__ = ["check_record", "check_row", "check_run"]
 
@@ -22,13 +22,13 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class _Fields(BaseModel):
-    """What is not named here is published nowhere, and may be anything."""
+    """Fields that are not declared are never published and may have any value."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class _Origin(_Fields):
-    """Also of a row, which takes from its record's origin what it does not say itself."""
+    """Also the defaults of a row: fields that it lacks come from its record's origin."""
 
     device: str = ""
     torch: str = ""
@@ -59,7 +59,7 @@ class _Micro(_Origin):
     provider: Name
     status: Name
     error: Annotated[float | None, Field(allow_inf_nan=True)] = None
-    """A wrong result's may be anything."""
+    """NaN and infinity are allowed: the error of a wrong result."""
     median_us: Positive | None = None
     q20_us: Positive | None = None
     q80_us: Positive | None = None
@@ -146,7 +146,7 @@ class _SecondsOnCpu(_Seconds):
 
 
 class _RunOnCpu(_Run):
-    """The README says more of it."""
+    """A CPU's table has more columns."""
 
     retention: _RetentionOnCpu
     seconds: _SecondsOnCpu
@@ -171,23 +171,23 @@ _RUN_ON_CPU = TypeAdapter(_RunOnCpu)
 
 
 def check_record(source: object, record: Record) -> None:
-    """Check all of a record but its row.
+    """Validate all fields of a record except its row.
 
     Args:
-        source: what an error begins with.
+        source: its name, for error messages.
 
     Raises:
-        DfkdError: a field has the wrong type, or text that no file can hold; in one line, with the field and its value.
+        DfkdError: a field has the wrong type, or text that UTF-8 cannot encode; one line with the field and its value.
     """
     _check(_where(source, record), _RECORD, vars(record))
 
 
 def check_row(source: object, record: Record, row: Mapping[str, Any]) -> None:
-    """Check a row of a record, if it is of a table that a document shows.
+    """Validate a row of a record, if a document shows its table.
 
     Args:
-        source: what an error begins with.
-        row: the record's, completed from its origin.
+        source: its name, for error messages.
+        row: the row, completed from the record's origin.
 
     Raises:
         DfkdError: as :func:`check_record`.
@@ -197,7 +197,7 @@ def check_row(source: object, record: Record, row: Mapping[str, Any]) -> None:
 
 
 def check_run(source: object, run: Mapping[str, Any]) -> None:
-    """Check the summary of a run.
+    """Validate the summary of a run.
 
     Raises:
         DfkdError: as :func:`check_record`.
@@ -207,8 +207,8 @@ def check_run(source: object, run: Mapping[str, Any]) -> None:
 
 
 def _check(where: str, fields: TypeAdapter[Any], values: Mapping[str, Any]) -> None:
-    trouble = _unwritable(values)
-    if trouble is None:
+    problem = _encoding_problem(values)
+    if problem is None:
         try:
             fields.validate_python(dict(values))
         except ValidationError as error:
@@ -217,13 +217,13 @@ def _check(where: str, fields: TypeAdapter[Any], values: Mapping[str, Any]) -> N
             names = [str(one) for one in first["loc"]]
             missing = first["type"] == "missing" or first["input"] is None
             field, reason = ".".join(names), first["msg"][:1].lower() + first["msg"][1:]
-            trouble = f"has no {field}" if missing else f"{field} is {_shown(first['input'])}: {reason}"
-    if trouble is not None:
-        raise DfkdError(_one_line(f"{where}: {trouble}"))
+            problem = f"has no {field}" if missing else f"{field} is {_shown(first['input'])}: {reason}"
+    if problem is not None:
+        raise DfkdError(_one_line(f"{where}: {problem}"))
 
 
-def _unwritable(value: object, name: str = "", depth: int = 0) -> str | None:
-    """Why a value cannot be written to a file in UTF-8, or None."""
+def _encoding_problem(value: object, name: str = "", depth: int = 0) -> str | None:
+    """Why a value cannot be encoded in UTF-8, or None."""
     if depth > DEPTH:
         return f"{name} is nested more than {DEPTH} levels deep"
     if isinstance(value, str):
@@ -233,10 +233,13 @@ def _unwritable(value: object, name: str = "", depth: int = 0) -> str | None:
             return f"{name} is {value[:SHOWN]!a}: has a surrogate, which is not text"
     elif isinstance(value, dict):
         parts = [(f"{name}.{key}".lstrip("."), one) for key, one in value.items()]
-        found = (_unwritable(key, "a name") or _unwritable(one, part, depth + 1) for key, (part, one) in zip(value, parts, strict=True))
-        return next(filter(None, found), None)
+        problems = (
+            _encoding_problem(key, "a name") or _encoding_problem(one, part, depth + 1)
+            for key, (part, one) in zip(value, parts, strict=True)
+        )
+        return next(filter(None, problems), None)
     elif isinstance(value, list):
-        return next(filter(None, (_unwritable(one, name, depth + 1) for one in value)), None)
+        return next(filter(None, (_encoding_problem(one, name, depth + 1) for one in value)), None)
     return None
 
 

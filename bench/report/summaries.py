@@ -1,4 +1,4 @@
-"""What GPUs found beside the rows of tables: files ``gpu-*.json``, an entry for each stage."""
+"""Results of GPUs that no CSV holds: files ``gpu-*.json``, one entry for each stage."""
 
 import json
 import re
@@ -17,14 +17,14 @@ from ..gpu.summary import NOT_CASES
 __all__ = ["TABLES", "merged", "portable", "summarize", "write_summary"]
 
 TABLES = ("micro", "end-to-end", "accuracy")
-"""What records' rows are taken into files of their own."""
-CASES = 10  # named of all that have the same reason
+"""Tables whose rows have files of their own."""
+CASES = 10  # named for each reason
 KEPT = ("host", "ceilings", "kernels")
-"""Tables of a stage that documents show: a figure stays until there is a newer one, as those of TABLES."""
+"""Tables of a stage that documents show: a value is kept until a newer one replaces it, as in TABLES."""
 
 
 def summarize(device: str, records: Iterable[Record]) -> dict[str, Any]:
-    """What the tables of rows do not hold, without the thousands of cases that only passed.
+    """Summarize a device's records: what no CSV holds, without the cases that passed.
 
     Args:
         device: its name.
@@ -33,7 +33,7 @@ def summarize(device: str, records: Iterable[Record]) -> dict[str, Any]:
     Returns:
         ``device``, ``commit`` and ``stages``: by name, ``origin`` (commit, command, versions), ``status``, ``text`` and ``seconds`` of the
         whole stage, ``counts`` of its cases by status, ``reasons`` (``status``, ``text``, ``count`` and some of the ``cases`` of all that
-        did not pass for the same reason), ``notes`` (highlighted texts, of a stage without rows), ``tables`` (rows that stand in no
+        did not pass for the same reason), ``notes`` (highlighted texts, of a stage without rows), ``tables`` (rows of no
         other file, by the record's ``table``, each with its ``case`` and ``commit``) and ``origins`` (of these rows, by commit).
     """
     stages: dict[str, list[Record]] = {}
@@ -45,14 +45,14 @@ def summarize(device: str, records: Iterable[Record]) -> dict[str, Any]:
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Two summaries of a device as one: stages of the new one replace those of the old one, except where they found less."""
+    """Merge two summaries of a device: stages of the new one replace those of the old one, unless they have no results."""
     stages = dict(old["stages"])
     for name, stage in new["stages"].items():
         if name not in stages:
             stages[name] = stage
-        # A stage for which there was no time must not take the place of what an earlier call found.
+        # A stage that had no time must not replace the results of an earlier call.
         elif stage["counts"] or stage["status"] != "left":
-            stages[name] = _with_older_figures(stage, stages[name])
+            stages[name] = _with_older_values(stage, stages[name])
     return {**new, "stages": _in_order(stages)}
 
 
@@ -69,7 +69,7 @@ def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
         summary = merged(old, summary)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
-        # A stage a line: what ran again is what differs.
+        # One line per stage, so that a diff shows which stages ran again.
         stages = ",\n".join(f"{json.dumps(name)}: {json.dumps(stage, ensure_ascii=False)}" for name, stage in summary["stages"].items())
         head = f'"device": {json.dumps(summary["device"])}, "commit": {json.dumps(summary["commit"])}'
         part.write_text(f'{{{head}, "stages": {{\n{stages}\n}}}}\n', encoding="utf-8")
@@ -77,7 +77,7 @@ def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def portable(line: str) -> str:
-    """A command line without the folders of the machine it ran on."""
+    """A command line without paths of the machine it ran on."""
     return re.sub(r"(--(?:out|data-root))[ =]\S+", r"\1 DIR", line)
 
 
@@ -116,12 +116,12 @@ def _origin(record: Record) -> dict[str, Any]:
     return {**origin, "commit": origin.get("commit") or "unknown", "command": portable(origin.get("command", ""))}
 
 
-def _with_older_figures(stage: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+def _with_older_values(stage: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     tables = dict(stage["tables"])
     for name in KEPT:
         new = tables.get(name, [])
-        replaced = {_figure_of(row) for row in new}
-        rows = [*(row for row in old["tables"].get(name, ()) if _figure_of(row) not in replaced), *new]
+        replaced = {_identity(row) for row in new}
+        rows = [*(row for row in old["tables"].get(name, ()) if _identity(row) not in replaced), *new]
         if rows:
             tables[name] = rows
     shown = {row["commit"] for rows in tables.values() for row in rows}
@@ -134,6 +134,6 @@ def _in_order(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return dict(sorted(stages.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
-def _figure_of(row: dict[str, Any]) -> tuple[Any, ...]:
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a newer row replaces: the same case; of a profile, all kernels of the same contender."""
     return tuple(row.get(name) for name in ("recipe", "batch_size", "contender")) if "contender" in row else (row["case"],)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dfkd_fast.choices import PrecisionName
-from dfkd_fast.data import DATA_SETS, DataSettings, eval_transform_of, read_listing
+from dfkd_fast.data import DATA_SETS, DataSettings, list_test_images, resolve_eval_transform
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import load_pretrained, load_weights, names_code, read_metadata
+from dfkd_fast.models import is_user_function, load_pretrained, load_weights, read_metadata
 from dfkd_fast.recipe import Recipe, recipe_from_toml
 from dfkd_fast.report import RunFolder
 
@@ -117,7 +117,7 @@ def _described(path: Path, request: EvaluationRequest, models: list[str], log: C
 def _confirm_code(path: Path, role: str, recipe: Recipe, request: EvaluationRequest, models: list[str]) -> None:
     """Raise a :class:`DfkdError` if a file names code to run that the command line does not name, too."""
     model = model_of(recipe, role)
-    if not names_code(model):
+    if not is_user_function(model):
         return
     # --set replaces the name in the file's own recipe.
     named = [*request.models, request.overrides.get(f"{role}.model")]
@@ -141,8 +141,8 @@ def _pretrained(model: str, weights: Path | None, request: EvaluationRequest, lo
     root = request.overrides.get("data.root")
     if request.data is None or root is None:
         raise DfkdError(f"--model {model}: requires --data and --data-root, the images to evaluate on")
-    transform = eval_transform_of(model, weights, log=log)
-    classes = DATA_SETS[request.data].classes or read_listing(request.data, Path(root)).classes
+    transform = resolve_eval_transform(model, weights, log=log)
+    classes = DATA_SETS[request.data].classes or list_test_images(request.data, Path(root)).classes
     data = {
         "channels": len(transform.mean),
         "num_classes": classes,

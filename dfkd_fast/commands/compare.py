@@ -1,4 +1,4 @@
-"""``dfkd-fast compare``: what runs came to."""
+"""``dfkd-fast compare``: results of several runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,23 +7,23 @@ from rich.console import Console
 
 from dfkd_fast.console import print_line, print_table
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.report import COLUMNS, check_picture, draw_comparison, read_run, table_rows
+from dfkd_fast.report import COLUMNS, check_plot, plot_comparison, read_run, table_rows
 
 __all__ = ["compare_runs"]
 
 LEGEND = (
-    "var: variance; ¾: of the last three quarters of the epochs; drop: the largest from a previous peak; kept: fraction of the",
-    "epochs at most report.retained_within points below the teacher",
+    "last 75%: without the first quarter of the epochs; largest drop: from a previous peak, in percentage points;",
+    "retained: fraction of epochs at most report.retained_within points below the teacher",
 )
 
 
-def compare_runs(runs: Sequence[Path], picture: Path, console: Console) -> None:
-    """Accuracies and retention statistics of finished runs, as a table and as a picture.
+def compare_runs(runs: Sequence[Path], plot: Path, console: Console) -> None:
+    """Print the accuracies and retention statistics of finished runs as a table, and plot them.
 
     Raises:
-        DfkdError: a folder holds no finished run, or the picture cannot be written.
+        DfkdError: a folder has no finished run, a run is given twice, or the plot cannot be written.
     """
-    check_picture("--out", picture)
+    check_plot("--out", plot)
     for index, run in enumerate(runs):
         if any(run.exists() and other.exists() and run.samefile(other) for other in runs[:index]):
             raise DfkdError(f"{run} is given twice")
@@ -31,5 +31,5 @@ def compare_runs(runs: Sequence[Path], picture: Path, console: Console) -> None:
     print_table(console, ("run", "teacher", *COLUMNS.values()), table_rows(finished), figures=True)
     for line in LEGEND:
         print_line(console, line)
-    draw_comparison(finished, picture)
-    print_line(console, str(picture))
+    plot_comparison(finished, plot)
+    print_line(console, str(plot))

@@ -22,7 +22,7 @@ def device_context(name: DeviceName) -> Iterator[torch.device]:
         DfkdError: the device does not exist, or a forced kernel backend does not exist or does not support a call.
     """
     try:
-        device = distributed.local(pick_device(name))
+        device = distributed.local_device(pick_device(name))
         with distributed.process_group(device):
             yield device
     except BackendError as error:

@@ -26,8 +26,9 @@ from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
 from dfkd_fast.report import Progress, RunFolder
+from dfkd_fast.report.html import write_report
 from dfkd_fast.run import Run
-from dfkd_fast.surgery import evaluating
+from dfkd_fast.surgery import eval_mode
 
 from .networks import build_network, build_networks, check_teacher, load_given_teacher
 from .rehearsal import check_trainable, initialize_encoder, rehearse, step_sizes
@@ -91,9 +92,10 @@ def distill(run: Run) -> dict[str, Any]:
     iou = evaluate.iou({"teacher": teacher, "student": trainer.result}) if evaluate else {}
 
     folder.save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
-    folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
+    folder.plot_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
     summary = _summarize(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {})
     folder.write_summary(summary)
+    write_report(folder)
     _print_summary(run.console, summary, folder)
     print_iou(run.console, iou)
     return summary
@@ -120,7 +122,7 @@ def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
         trainer.steps.warm_up()
         if data.has_images:  # evaluation between two epochs, while the steps keep their memory
             images = torch.zeros(data.batch_size, data.channels, data.image_size, data.image_size, device=trainer.device)
-            with evaluating(trainer.result):
+            with eval_mode(trainer.result):
                 trainer.result(images.to(memory_format=torch.channels_last))
 
     smallest = max(2, recipe.engine.micro_batches, recipe.replay.smallest_batch)
@@ -178,8 +180,8 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
         teacher, loader, recipe.teacher_optimizer, settings.epochs, stream, run.device, focal_gamma=settings.focal_gamma
     )
     run.resume(training, run.folder.teacher_checkpoints)
-    with Progress(run.console, "teacher", settings.epochs, len(loader), training.done * len(loader)) as progress:
-        training.on_batch = lambda count: progress.iteration(training.done * len(loader) + count)
+    with Progress(run.console, "teacher", settings.epochs, len(loader), training.epochs_done * len(loader)) as progress:
+        training.on_batch = lambda count: progress.iteration(training.epochs_done * len(loader) + count)
         run.train(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
     seconds = training.clock.read()["teacher"]
     run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
@@ -197,12 +199,12 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
         folder.log(epoch)
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
             folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
-        if epoch.number % recipe.report.samples_every == 0 or trainer.finished:
+        if epoch.number == 1 or epoch.number % recipe.report.samples_every == 0 or trainer.finished:
             images = trainer.sample(recipe.report.samples)
             dense = recipe.data.task == "segmentation"
             maps = label_maps([trainer.teacher, trainer.result], images, palette(recipe.data)) if dense else []
-            folder.draw_samples(images, recipe.data.mean, recipe.data.std, epoch.number, maps)
-            folder.draw_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
+            folder.save_samples(images, recipe.data.mean, recipe.data.std, epoch.number, maps)
+            folder.plot_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
 
     if trainer.state.pretrained < recipe.loop.generator_pretraining:
         LOGGER.info("pretraining the generator for %d steps", recipe.loop.generator_pretraining - trainer.state.pretrained)

@@ -16,7 +16,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator
 from dfkd_fast.kernels import BackendError
 from dfkd_fast.recipe import Recipe
-from dfkd_fast.surgery import FoldingError, Observer, evaluating, folded_and_checked, has_running_statistics, logits_only
+from dfkd_fast.surgery import FoldingError, Observer, eval_mode, fold_and_verify, has_running_statistics, logits_only
 
 from .networks import build_network, load_given_teacher
 
@@ -81,7 +81,7 @@ def check_teacher(recipe: Recipe, device: torch.device) -> list[Check]:
     images = _images(recipe, evaluate.batches if evaluate else None).to(device)
     check_classifier("teacher", teacher, images, "data.image_size's")
     teacher = logits_only(teacher.eval(), images)
-    with evaluating(teacher):
+    with eval_mode(teacher):
         return [*(Check("weights", note, "note") for note in notes), *_checks(recipe, teacher, images, evaluate)]
 
 
@@ -142,7 +142,7 @@ def _scores(logits: Tensor) -> Check:
 
 def _folding(teacher: nn.Module, images: Tensor) -> Check:
     try:
-        folded_and_checked(teacher, images[:4])
+        fold_and_verify(teacher, images[:4])
     except FoldingError as error:
         return Check("folding", f"not possible: {error}", "note")
     return Check("folding", "batch norms fold into convolutions with the same logits", "good")

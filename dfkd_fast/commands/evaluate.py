@@ -25,7 +25,7 @@ from dfkd_fast.evaluation import (
     check_readable,
     evaluate,
     evaluate_segmentation,
-    named_iou,
+    iou_by_class,
 )
 from dfkd_fast.files import check_output, replacing
 from dfkd_fast.log import LOGGER
@@ -174,7 +174,7 @@ def _one_pass(
     networks = {one.name: one.network.to(device, memory_format=torch.channels_last) for one in candidates}  # type: ignore[call-overload]
     lowered = Precision(precision, device)
     for network in networks.values():
-        lowered.keep_logits(network, torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
+        lowered.keep_logits_in_float32(network, torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
     reference = next((one.name for one in candidates if one.role == "teacher"), candidates[0].name)
     images = torch.float16 if precision == "fp16" else torch.float32
     batches = evaluation_batches(data, device, images, rank=distributed.rank(), world_size=distributed.world_size(), log=log)
@@ -205,7 +205,7 @@ def _one_pass(
             "unreadable": done.unreadable,
         }
         if isinstance(metrics, SegmentationMetrics):
-            iou = named_iou(data, metrics)
+            iou = iou_by_class(data, metrics)
             return EvaluatedSegmenter(**common, miou=metrics.miou, pixel_accuracy=metrics.pixel_accuracy, iou=iou)
         return EvaluatedClassifier(**common, top1=metrics.top1, top5=metrics.top5)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dfkd_fast.engine.capture import Steps
-from dfkd_fast.engine.compatibility import check_batch_of_one, check_learner
+from dfkd_fast.engine.compatibility import check_batch_of_one, check_trainable_network
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.prepare import prepare
 from dfkd_fast.engine.state import TrainState
@@ -39,7 +39,7 @@ def rehearse(run: Run, teacher: nn.Module, student: nn.Module, generator: nn.Mod
         check_storable("student", student)
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []), memory_for("the steps", sizes_of(recipe, *step_sizes(recipe))):
-        state = prepare(teacher, student, generator, recipe, seed=recipe.seed, device=device, trained=False)
+        state = prepare(teacher, student, generator, recipe, seed=recipe.seed, device=device, teacher_trained=False)
         if not recipe.teacher.weights and not run.folder.teacher.is_file() and not run.resumed:
             _take_each_step(recipe, state)
     del state
@@ -69,7 +69,7 @@ def step_sizes(recipe: Recipe) -> list[str]:
 def check_trainable(recipe: Recipe, teacher: nn.Module, device: torch.device) -> None:
     """Raise a :class:`DfkdError` if the teacher cannot be trained with the recipe's settings, or cannot be saved."""
     check_storable("teacher", teacher)
-    check_learner("teacher", teacher, noise_images(recipe, 4, device), "data.image_size's")
+    check_trainable_network("teacher", teacher, noise_images(recipe, 4, device), "data.image_size's")
     if recipe.teacher.batch_size == 1:  # the last batch of an epoch never has a single image otherwise
         check_batch_of_one("teacher.batch_size = 1", "teacher", teacher, noise_images(recipe, 1, device), "data.image_size's")
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dfkd_fast.console import print_table
-from dfkd_fast.surgery import evaluating, logits_of
+from dfkd_fast.surgery import eval_mode, get_logits
 
 __all__ = ["label_maps", "print_iou"]
 
@@ -21,8 +21,8 @@ def label_maps(networks: Sequence[nn.Module], images: Tensor, colours: Tensor) -
     """
     maps = []
     for network in networks:
-        with evaluating(network):
-            labels = logits_of(network(images)).argmax(1)
+        with eval_mode(network):
+            labels = get_logits(network(images)).argmax(1)
         maps.append(colours.to(labels.device)[labels].movedim(-1, 1))
     return maps
 

@@ -1,14 +1,14 @@
-"""Data sets, for evaluation and for training teachers. Nothing of the distillation loop imports this."""
+"""Data sets for evaluation and for teacher training. The distillation loop does not import this package."""
 
 from .dali import DaliBatches
 from .eval_transform import EvalTransform, Interpolation
-from .files import read_listing
+from .files import list_test_images
 from .folder import FolderBatches
 from .image_lists import ImageList
-from .preprocessing import eval_transform_of
+from .preprocessing import resolve_eval_transform
 from .settings import DATA_SETS, Batches, DataSettings
 from .splits import ArraySplit, Augment, SegmentationDataset, batches
-from .table import evaluation_batches, label_names, open_split, palette
+from .table import class_names, evaluation_batches, open_split, palette
 
 __all__ = [
     "DATA_SETS",
@@ -23,10 +23,10 @@ __all__ = [
     "Interpolation",
     "SegmentationDataset",
     "batches",
-    "eval_transform_of",
+    "class_names",
     "evaluation_batches",
-    "label_names",
+    "list_test_images",
     "open_split",
     "palette",
-    "read_listing",
+    "resolve_eval_transform",
 ]

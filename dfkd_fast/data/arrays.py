@@ -1,4 +1,4 @@
-"""Data sets that are two arrays a split: images uint8 (N, H, W, C), and labels (N,)."""
+"""Data sets stored as arrays: per split, uint8 images (N, H, W, C) and integer labels (N,)."""
 
 import zipfile
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from dfkd_fast.errors import DfkdError, first_line, short_repr
 
-from .settings import Access, DataSet, DataSettings, root_of
+from .settings import DataSet, DataSettings, LoadContext, resolve_root
 from .splits import ArrayBatches, ArraySplit, Augment, Split
 
 __all__ = ["ArraySet", "digits", "npz", "torchvision_arrays"]
@@ -21,27 +21,27 @@ Reader = Callable[[Path, Split], Arrays]
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySet(DataSet):
-    """A data set that is read whole."""
+    """A data set whose splits are read into memory as arrays."""
 
     read: Reader
-    """From where it lies, a split."""
+    """Function from the data set's path and a split to the images and labels."""
 
     @override
-    def test_batches(self, settings: DataSettings, access: Access) -> ArrayBatches:
+    def test_batches(self, settings: DataSettings, context: LoadContext) -> ArrayBatches:
         split = self.open_split(settings, "test", "none")
-        return ArrayBatches(split.take(access.choose(len(split))), settings.batch_size)
+        return ArrayBatches(split.take(context.choose(len(split))), settings.batch_size)
 
     @override
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> ArraySplit:
-        images, labels = self.read(root_of(settings), split)
-        _check(images, labels, settings, split)
+        images, labels = self.read(resolve_root(settings), split)
+        _check_arrays(images, labels, settings, split)
         return ArraySplit(images, labels.astype(np.int64), settings.image_size, settings.mean, settings.std, augment=augment)
 
 
-def _check(images: np.ndarray, labels: np.ndarray, settings: DataSettings, split: Split) -> None:
+def _check_arrays(images: np.ndarray, labels: np.ndarray, settings: DataSettings, split: Split) -> None:
     where = f"data set {settings.name!r}, {split}:"
     if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape[1:]:
-        raise DfkdError(f"{where} images must be uint8 (N, H, W, C) of at least one pixel, not {images.dtype} {images.shape}")
+        raise DfkdError(f"{where} images must be uint8 (N, H, W, C) with at least one pixel, not {images.dtype} {images.shape}")
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise DfkdError(f"{where} labels must be integers ({len(images)},), not {labels.dtype} {labels.shape}")
     if len(images) == 0:
@@ -53,27 +53,27 @@ def _check(images: np.ndarray, labels: np.ndarray, settings: DataSettings, split
 
 
 def digits(_: Path, split: Split) -> Arrays:
-    """scikit-learn's 1,797 scans of handwritten digits: a quarter, stratified and always the same, is held out."""
+    """Returns a split of scikit-learn's 1,797 handwritten digits, 8 × 8 pixels; a fixed stratified quarter is the test split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     train, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=labels)
-    chosen = train if split == "train" else test
+    indices = train if split == "train" else test
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-    return images[chosen], labels[chosen]
+    return images[indices], labels[indices]
 
 
 def torchvision_arrays(name: str) -> Reader:
-    """A reader of one of torchvision's data sets, in its layout on disk."""
+    """Returns a reader of the torchvision data set class ``name`` in torchvision's layout on disk."""
 
     def read(root: Path, split: Split) -> Arrays:
         from torchvision import datasets
 
         try:
             data = getattr(datasets, name)(str(root), train=split == "train", download=False)
-        except (KeyError, AssertionError) as error:  # without a word that means something to a user
-            reason = "a file has another header, or another size than its header says"
+        except (KeyError, AssertionError) as error:  # their messages mean nothing to a user
+            reason = "a file has an invalid header, or its size does not match its header"
             raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {reason}") from error
         except (RuntimeError, OSError, EOFError, ValueError) as error:
             raise DfkdError(f"data.root {root} does not hold {name} in torchvision's layout: {first_line(error)}") from error
@@ -84,22 +84,22 @@ def torchvision_arrays(name: str) -> Reader:
 
 
 def npz(path: Path, split: Split) -> Arrays:
-    """Arrays x_train, y_train, x_test and y_test of a file, uint8 NHWC and integers."""
+    """Returns the arrays ``x_<split>``, uint8 (N, H, W, C), and ``y_<split>``, integers (N,), of an .npz file."""
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise DfkdError(f"data.root {path} is not an .npz file that can be read: {first_line(error)}") from error
+        raise DfkdError(f"data.root {path} cannot be read as an .npz file: {first_line(error)}") from error
     with archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         if missing := {f"x_{split}", f"y_{split}"} - names:
-            raise DfkdError(f"data.root {path} lacks {', '.join(sorted(missing))}: it has {short_repr(sorted(names))}")
+            raise DfkdError(f"data.root {path} has no {', '.join(sorted(missing))}: its arrays are {short_repr(sorted(names))}")
         return _member(archive, f"x_{split}"), _member(archive, f"y_{split}")
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     try:
         with archive.open(f"{name}.npy") as file:
-            # Not numpy.load, which takes what is no array for a pickle, and advises to allow it.
+            # Not numpy.load, which takes anything else for a pickle and recommends allow_pickle=True.
             return np.lib.format.read_array(file, allow_pickle=False)
-    except Exception as error:  # the parsers of zip files and arrays let through whatever a damaged file makes of them
-        raise DfkdError(f"data.root {archive.filename}, {name} is no array that can be read: {first_line(error)}") from error
+    except Exception as error:  # for damaged files, the parsers of zip files and arrays raise exceptions of any type
+        raise DfkdError(f"data.root {archive.filename}, {name} cannot be read as an array: {first_line(error)}") from error

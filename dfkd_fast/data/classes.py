@@ -1,4 +1,4 @@
-"""The classes of the segmentation sets: what they are called, how they are painted, and their numbers in label files."""
+"""Classes of the segmentation data sets: names, colours, and IDs in label files."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ __all__ = ["CAMVID", "NYUV2", "SHAPES", "UNKNOWN", "Classes", "numbered_classes"
 
 Colour = tuple[int, int, int]
 UNKNOWN = -1
-"""Of a number in a label file: neither a class nor void."""
+"""Label of an ID in a label file that is neither a class nor ignored."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,17 @@ class Classes:
     """The classes of a data set, in the order of its labels."""
 
     colours: dict[str, Colour]
-    """RGB, by name."""
-    first: int = 0
-    """The first class's number in label files; the others follow."""
-    void: tuple[int, ...] = (255,)
-    """The numbers in label files of pixels without a label."""
+    """RGB colours by class name."""
+    first_id: int = 0
+    """ID of the first class in label files; the other classes have consecutive IDs."""
+    ignored_ids: tuple[int, ...] = (255,)
+    """IDs of unlabeled pixels in label files."""
 
-    def table(self) -> np.ndarray:
-        """The labels, int16 (256,), of the numbers in label files: 0 to C − 1, IGNORE_INDEX or UNKNOWN."""
+    def lookup_table(self) -> np.ndarray:
+        """Returns the label for every ID in a label file, int16 (256,): 0 to C − 1, IGNORE_INDEX or UNKNOWN."""
         labels = np.full(256, UNKNOWN, np.int16)
-        labels[list(self.void)] = IGNORE_INDEX
-        labels[self.first : self.first + len(self.colours)] = np.arange(len(self.colours))
+        labels[list(self.ignored_ids)] = IGNORE_INDEX
+        labels[self.first_id : self.first_id + len(self.colours)] = np.arange(len(self.colours))
         return labels
 
 
@@ -46,7 +46,7 @@ CAMVID = Classes(
         "pedestrian": (64, 64, 0),
         "bicyclist": (0, 128, 192),
     },
-    void=(11, 255),
+    ignored_ids=(11, 255),
 )
 NYUV2 = Classes(
     {
@@ -64,18 +64,18 @@ NYUV2 = Classes(
         "wall": (249, 139, 0),
         "window": (225, 229, 194),
     },
-    first=1,
-    void=(0, 255),
+    first_id=1,
+    ignored_ids=(0, 255),
 )
 SHAPES = Classes({"background": (128, 128, 128), "circle": (200, 60, 60), "square": (60, 170, 60), "triangle": (70, 70, 210)})
 
 
 def numbered_classes(count: int) -> Classes:
-    """Classes that are called by their numbers, in PASCAL VOC's colours."""
+    """Returns ``count`` classes named by their numbers, with PASCAL VOC's colours."""
     return Classes({str(label): _voc_colour(label) for label in range(count)})
 
 
 def _voc_colour(label: int) -> Colour:
-    """The bits of a label, dealt in turn to red, green and blue, the highest places first."""
-    red, green, blue = (sum((label >> 3 * place + channel & 1) << 7 - place for place in range(8)) for channel in range(3))
+    """Returns PASCAL VOC's colour: the label's bits go to red, green and blue in turn, most significant bit of the channel first."""
+    red, green, blue = (sum((label >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
     return red, green, blue

@@ -1,4 +1,4 @@
-"""How an image of any size becomes a network's input: resized, cropped in the middle, normalised."""
+"""Preprocessing of images for evaluation: resize, center crop, normalization."""
 
 from typing import Literal, NamedTuple
 
@@ -8,13 +8,14 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 class EvalTransform(NamedTuple):
-    """What torchvision's ``Resize(resize)``, ``CenterCrop(crop)``, ``ToTensor`` and ``Normalize`` make of a PIL image."""
+    """Parameters of torchvision's ``Resize(resize)``, ``CenterCrop(crop)``, ``ToTensor`` and ``Normalize(mean, std)``."""
 
     resize: int
-    """Pixels of the shorter side before the crop."""
+    """Shorter side after resizing, in pixels."""
     crop: int
-    """Side of the square that is kept, in pixels."""
+    """Height and width of the center crop, in pixels."""
     interpolation: Interpolation
     mean: tuple[float, ...]
+    """Per-channel mean of images in [0, 1]."""
     std: tuple[float, ...]
-    """One a channel, of images in [0, 1]."""
+    """Per-channel standard deviation of images in [0, 1]."""

@@ -1,4 +1,4 @@
-"""Data sets that are image files with a label each: a listing to test on, folders of classes to train on."""
+"""Data sets of labeled image files: image lists for evaluation, class folders for teacher training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,95 +15,95 @@ from dfkd_fast.errors import DfkdError
 from .dali import DaliBatches, dali_unavailable_reason
 from .folder import FolderBatches, TrainingImages
 from .image_lists import ImageList
-from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings, check_channels, root_of
+from .settings import DATA_SETS, Batches, DataSet, DataSettings, LoadContext, check_channels, resolve_root
 from .splits import Augment, Split
 
-__all__ = ["FileSet", "read_listing"]
+__all__ = ["FileSet", "list_test_images"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileSet(DataSet):
-    """A data set of image files."""
+    """A data set of labeled image files."""
 
     list_files: Callable[[Path, int | None], ImageList]
-    """From where it lies, and its number of classes where that is known, the files to test on."""
+    """Function from the data set's path and its number of classes (None if unknown) to the test images."""
     list_training: Callable[[Path], ImageList] | None = None
-    """The files to train on, some of every class; None where there are none."""
+    """Function from the data set's path to the training images, which include every class; None if the data set has none."""
     has_every_class: bool = True
-    """Whether some file is of the last class, so that the number of classes can be told from the files."""
+    """Whether the test images include the last class, so that they determine the number of classes."""
 
     image_files = True
 
     @override
-    def test_batches(self, settings: DataSettings, access: Access) -> Batches:
-        listing = self.listing(settings.name, root_of(settings))
-        if listing.classes > settings.num_classes or (self.has_every_class and listing.classes != settings.num_classes):
-            raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.root} has {listing.classes} classes")
+    def test_batches(self, settings: DataSettings, context: LoadContext) -> Batches:
+        image_list = self.list_test_images(settings.name, resolve_root(settings))
+        if image_list.classes > settings.num_classes or (self.has_every_class and image_list.classes != settings.num_classes):
+            raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.root} has {image_list.classes} classes")
         check_channels(settings)
-        if listing.note:
-            access.log(listing.note)
-        listing = listing.take(access.choose(len(listing)))
-        view, why_not = settings.view, dali_unavailable_reason(settings.view)
-        if settings.loader == "dali" or (settings.loader == "auto" and why_not is None):
-            if view.interpolation == "bicubic":
-                access.log("DALI's bicubic resizing rounds otherwise than PIL's; data.loader = 'torchvision' is exact")
-            return DaliBatches(listing, view, settings.batch_size, settings.workers, access.device, access.dtype)
+        if image_list.note:
+            context.log(image_list.note)
+        image_list = image_list.take(context.choose(len(image_list)))
+        transform, dali_unavailable = settings.eval_transform, dali_unavailable_reason(settings.eval_transform)
+        if settings.loader == "dali" or (settings.loader == "auto" and dali_unavailable is None):
+            if transform.interpolation == "bicubic":
+                context.log("DALI's bicubic interpolation rounds differently from PIL's; data.loader = 'torchvision' is exact")
+            return DaliBatches(image_list, transform, settings.batch_size, settings.workers, context.device, context.dtype)
         if settings.loader == "auto":
-            access.log(f"{why_not}: images are read by torchvision")
-        return FolderBatches(listing, view, settings.batch_size, settings.workers)
+            context.log(f"{dali_unavailable}: images are read by torchvision")
+        return FolderBatches(image_list, transform, settings.batch_size, settings.workers)
 
     @override
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> Dataset[Any]:
         if self.list_training is None:
-            raise DfkdError(f"data.name = {settings.name!r}: is for testing only; teachers are trained on image folders")
+            raise DfkdError(f"data.name = {settings.name!r}: has no training images; use data.name = 'folder' to train a teacher")
         check_channels(settings)
-        listing = self.list_training(root_of(settings))
-        if listing.classes != settings.num_classes:
-            raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.root}/train has {listing.classes} classes")
-        return TrainingImages(listing, _changes(settings, augment), strict=settings.strict)
+        image_list = self.list_training(resolve_root(settings))
+        if image_list.classes != settings.num_classes:
+            raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.root}/train has {image_list.classes} classes")
+        return TrainingImages(image_list, _training_transform(settings, augment), strict=settings.strict)
 
-    def listing(self, name: str, root: Path) -> ImageList:
-        """The files to test on; see :func:`read_listing`."""
-        listing = self.list_files(root, self.classes)
-        if not listing.paths:
-            raise DfkdError(f"data.root {root}: no images in it")
-        if self.test_images is None or len(listing) == self.test_images:
-            return listing
-        part = f"{len(listing):,} of the {self.test_images:,} validation images of {name}"
-        note = f"{root} has {part}: what is measured is no {name} accuracy"
-        return replace(listing, note=f"{listing.note}; {note}" if listing.note else note)
+    def list_test_images(self, name: str, root: Path) -> ImageList:
+        """See :func:`list_test_images`."""
+        image_list = self.list_files(root, self.classes)
+        if not image_list.paths:
+            raise DfkdError(f"data.root {root} contains no images")
+        if self.test_images is None or len(image_list) == self.test_images:
+            return image_list
+        part = f"{len(image_list):,} of the {self.test_images:,} validation images of {name}"
+        note = f"{root} has {part}: the result is not comparable to published {name} accuracy"
+        return replace(image_list, note=f"{image_list.note}; {note}" if image_list.note else note)
 
 
-def read_listing(name: str, root: Path) -> ImageList:
-    """The image files that a data set is tested on.
+def list_test_images(name: str, root: Path) -> ImageList:
+    """Returns the test images of a data set with their labels.
 
     Args:
-        name: of a data set of image files; its lister says how they lie on disk.
-        root: where it lies.
+        name: name of a data set of image files, such as ``imagenet`` or ``folder``.
+        root: path of the data set.
 
     Raises:
-        DfkdError: it is not there, or not laid out so.
+        DfkdError: the files do not exist or are not in the expected layout.
     """
-    row = DATA_SETS[name]
-    assert isinstance(row, FileSet), name
-    return row.listing(name, root)
+    data_set = DATA_SETS[name]
+    assert isinstance(data_set, FileSet), name
+    return data_set.list_test_images(name, root)
 
 
-def _changes(settings: DataSettings, augment: Augment) -> Callable[[Image.Image], Tensor]:
-    """What becomes of a picture in training."""
+def _training_transform(settings: DataSettings, augment: Augment) -> Callable[[Image.Image], Tensor]:
+    """Returns the transform from a PIL image to a normalized tensor (C, image_size, image_size), with augmentation."""
     from torchvision import transforms
 
     size = settings.image_size
     if augment == "none":
-        seen = [
-            transforms.Resize(settings.view.resize, transforms.InterpolationMode(settings.interpolation)),
+        crop = [
+            transforms.Resize(settings.eval_transform.resize, transforms.InterpolationMode(settings.interpolation)),
             transforms.CenterCrop(size),
         ]
     else:
         flip = [transforms.RandomHorizontalFlip()] if augment == "shift_flip" else []
-        seen = [transforms.RandomResizedCrop(size), *flip]
-    colour = [transforms.Grayscale()] if settings.channels == 1 else []
-    changed: Callable[[Image.Image], Tensor] = transforms.Compose(
-        [*seen, *colour, transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
+        crop = [transforms.RandomResizedCrop(size), *flip]
+    grayscale = [transforms.Grayscale()] if settings.channels == 1 else []
+    transform: Callable[[Image.Image], Tensor] = transforms.Compose(
+        [*crop, *grayscale, transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
     )
-    return changed
+    return transform

@@ -1,4 +1,4 @@
-"""Labelled image files through torchvision and a DataLoader: what every other way of reading them must agree with."""
+"""Loads labeled image files with PIL, torchvision and a DataLoader: the reference for all other loaders."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,44 +14,48 @@ from dfkd_fast.errors import DfkdError, first_line
 from .eval_transform import EvalTransform
 from .image_lists import ImageList
 
-__all__ = ["FolderBatches", "TrainingImages", "Unreadable", "open_image"]
+__all__ = ["FolderBatches", "ImageDecodeError", "TrainingImages", "open_image"]
 
 
-class Unreadable(Exception):  # noqa: N818  # it is found, not raised at anyone
-    """A file that PIL cannot decode; the message names it and says why."""
+class ImageDecodeError(Exception):
+    """PIL cannot decode an image file; the message has its path and the reason."""
 
 
 def open_image(path: Path, mode: str | None = "RGB") -> Image.Image:
-    """Decode a file of any format, mode and number of frames as PIL does: its first frame, unrotated, in its own mode if in none.
+    """Returns the first frame of an image file, without applying the EXIF orientation.
+
+    Args:
+        path: a file of any format that PIL supports.
+        mode: PIL mode to convert to; None keeps the file's mode.
 
     Raises:
-        Unreadable: it cannot be decoded.
+        ImageDecodeError: the file cannot be decoded.
     """
     try:
         with path.open("rb") as file:
             image = Image.open(file)
             return image.convert(mode) if mode else image.copy()
-    except Exception as error:  # PIL's plugins let through whatever a broken file makes of them
+    except Exception as error:  # PIL's plugins raise exceptions of any type for broken files
         reason = "is empty" if path.is_file() and not path.stat().st_size else first_line(error)
-        name = str(path).encode(errors="backslashreplace").decode()  # which may be no UTF-8, and then cannot be printed
-        raise Unreadable(f"{name} ({reason})") from error
+        name = str(path).encode(errors="backslashreplace").decode()  # names that are not UTF-8 cannot be printed
+        raise ImageDecodeError(f"{name} ({reason})") from error
 
 
 class _Images(Dataset[Any]):
-    def __init__(self, listing: ImageList, view: EvalTransform) -> None:
+    def __init__(self, image_list: ImageList, transform: EvalTransform) -> None:
         from torchvision import transforms
 
-        # Strings, which a worker process copies far faster than paths.
-        self.paths = [str(path) for path in listing.paths]
-        self.labels = listing.labels
-        grey = [transforms.Grayscale()] if len(view.mean) == 1 else []
-        self.view = transforms.Compose(
+        # Strings, because copying them to worker processes is much faster than copying Path objects.
+        self.paths = [str(path) for path in image_list.paths]
+        self.labels = image_list.labels
+        grayscale = [transforms.Grayscale()] if len(transform.mean) == 1 else []
+        self.transform = transforms.Compose(
             [
-                transforms.Resize(view.resize, transforms.InterpolationMode(view.interpolation)),
-                transforms.CenterCrop(view.crop),
-                *grey,
+                transforms.Resize(transform.resize, transforms.InterpolationMode(transform.interpolation)),
+                transforms.CenterCrop(transform.crop),
+                *grayscale,
                 transforms.ToTensor(),
-                transforms.Normalize(view.mean, view.std),
+                transforms.Normalize(transform.mean, transform.std),
             ]
         )
 
@@ -60,27 +64,27 @@ class _Images(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         try:
-            return self.view(open_image(Path(self.paths[index]))), self.labels[index]
-        except Unreadable as error:
+            return self.transform(open_image(Path(self.paths[index]))), self.labels[index]
+        except ImageDecodeError as error:
             return str(error)
 
 
 class FolderBatches:
-    """Batches of a listing: images (B, C, crop, crop) float32, channels-last, and labels (B,); the last may be smaller.
+    """Batches of an image list: channels-last float32 images (B, C, crop, crop) and labels (B,); the last batch may be smaller.
 
     Args:
-        listing: the files.
-        view: what becomes of them.
-        batch_size: files a batch.
-        workers: processes that decode; 0 for this one.
+        image_list: the files and labels.
+        transform: the preprocessing.
+        batch_size: number of images per batch.
+        workers: number of worker processes; 0 decodes in this process.
     """
 
-    def __init__(self, listing: ImageList, view: EvalTransform, batch_size: int, workers: int) -> None:
-        self.count = len(listing)
+    def __init__(self, image_list: ImageList, transform: EvalTransform, batch_size: int, workers: int) -> None:
+        self.count = len(image_list)
         self.unreadable: list[str] = []
-        """Files of the last pass that could not be decoded, and why."""
+        """Files that could not be decoded in the last pass, each with the reason."""
         self.loader = DataLoader(
-            _Images(listing, view),
+            _Images(image_list, transform),
             batch_size,
             num_workers=min(workers, -(-self.count // batch_size)),
             collate_fn=_collate,
@@ -100,45 +104,46 @@ class FolderBatches:
 
 
 def _collate(samples: Sequence[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
-    read = [sample for sample in samples if not isinstance(sample, str)]
-    images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
-    labels = torch.tensor([label for _, label in read], dtype=torch.long)
-    channels_last = images.contiguous(memory_format=torch.channels_last) if read else images
+    """Returns images, labels and the messages of the samples that could not be decoded."""
+    decoded = [sample for sample in samples if not isinstance(sample, str)]
+    images = torch.stack([image for image, _ in decoded]) if decoded else torch.empty(0)
+    labels = torch.tensor([label for _, label in decoded], dtype=torch.long)
+    channels_last = images.contiguous(memory_format=torch.channels_last) if decoded else images
     return channels_last, labels, [sample for sample in samples if isinstance(sample, str)]
 
 
 class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """The files of a listing to train on, changed anew each time they are served.
+    """Training images of an image list with random augmentation.
 
     Args:
-        listing: the files.
-        changed: what becomes of a picture.
-        strict: whether a file that cannot be decoded is an error, or left out of its batch.
+        image_list: the files and labels.
+        transform: from a PIL image to a tensor (C, H, W), applied at every access.
+        strict: whether a file that cannot be decoded raises an error or is left out of its batch.
     """
 
-    def __init__(self, listing: ImageList, changed: Callable[[Image.Image], Tensor], *, strict: bool) -> None:
-        self.paths = [str(path) for path in listing.paths]
-        self.labels = listing.labels
-        self.changed = changed
+    def __init__(self, image_list: ImageList, transform: Callable[[Image.Image], Tensor], *, strict: bool) -> None:
+        self.paths = [str(path) for path in image_list.paths]
+        self.labels = image_list.labels
+        self.transform = transform
         self.strict = strict
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Raise a :class:`DfkdError` where the file cannot be decoded."""
+        """Returns an image and its label; raises a :class:`DfkdError` if the file cannot be decoded."""
         try:
-            return self.changed(open_image(Path(self.paths[index]))), self.labels[index]
-        except Unreadable as error:
+            return self.transform(open_image(Path(self.paths[index]))), self.labels[index]
+        except ImageDecodeError as error:
             raise DfkdError(f"image {error} cannot be decoded; data.strict = false leaves it out") from error
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | DfkdError:
-        """What can be decoded of a batch, or the error, which a worker process hands over as it is."""
-        served = []
+        """Returns the samples that can be decoded, or the error if ``strict``; a raised error would be wrapped by a worker process."""
+        samples = []
         for index in indices:
             try:
-                served.append(self[index])
+                samples.append(self[index])
             except DfkdError as error:
                 if self.strict:
                     return error
-        return served
+        return samples

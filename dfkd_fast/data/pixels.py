@@ -1,4 +1,4 @@
-"""Data sets with per-pixel labels: pairs of files, or drawn."""
+"""Segmentation data sets: read from pairs of files, or synthetic."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,40 +11,40 @@ from dfkd_fast.errors import DfkdError
 
 from .classes import Classes, numbered_classes
 from .pairs import find_pairs, read_pairs
-from .settings import Access, DataSet, DataSettings, Task, root_of
+from .settings import DataSet, DataSettings, LoadContext, Task, resolve_root
 from .splits import Augment, SegmentationBatches, SegmentationDataset, Split
 
 __all__ = ["SegmentationSet"]
 
-MOST_CLASSES = 255  # that label files have room for
+MAX_CLASSES = 255  # 8-bit label files, with one ID for unlabeled pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSet(DataSet):
-    """A data set with a label for every pixel."""
+    """A data set with per-pixel labels."""
 
     labels: Classes | None = None
-    """What its classes are called, how they are painted, and their numbers in label files; None for numbered ones."""
+    """Names, colours and IDs of the classes; None for numbered classes."""
     draw: Callable[[Split, int], tuple[Tensor, Tensor]] | None = None
-    """From a split and a side in pixels, images and labels; None where they are read from pairs of files."""
+    """Function from a split and an image size in pixels to synthetic images and labels; None if they are read from files."""
 
     task: ClassVar[Task] = "segmentation"
 
     @override
-    def classes_of(self, settings: DataSettings) -> Classes:
+    def class_set(self, settings: DataSettings) -> Classes:
         return self.labels or numbered_classes(settings.num_classes)
 
     @override
-    def test_batches(self, settings: DataSettings, access: Access) -> SegmentationBatches:
-        whole, unreadable = self._read(settings, "test", access.choose, log=access.log)
-        return SegmentationBatches(whole, settings.batch_size, unreadable)
+    def test_batches(self, settings: DataSettings, context: LoadContext) -> SegmentationBatches:
+        images, unreadable = self._read(settings, "test", context.choose, log=context.log)
+        return SegmentationBatches(images, settings.batch_size, unreadable)
 
     @override
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> SegmentationDataset:
-        squares, unreadable = self._read(settings, split, range, crop=settings.image_size, augment=augment)
-        if unreadable and (settings.strict or not len(squares)):
+        crops, unreadable = self._read(settings, split, range, crop=settings.image_size, augment=augment)
+        if unreadable and (settings.strict or not len(crops)):
             raise DfkdError(f"{len(unreadable)} files cannot be decoded, the first {unreadable[0]}; data.strict = false leaves them out")
-        return squares
+        return crops
 
     def _read(
         self,
@@ -56,23 +56,23 @@ class SegmentationSet(DataSet):
         augment: Augment = "none",
         log: Callable[[str], None] = lambda note: None,
     ) -> tuple[SegmentationDataset, list[str]]:
-        """Chosen ones of a split's images, and the files that cannot be decoded."""
-        classes = self.classes_of(settings)
+        """Returns the images of a split that ``choose`` selects by number, and the files that cannot be decoded."""
+        classes = self.class_set(settings)
         if settings.channels != 3:
-            raise DfkdError(f"data.channels is {settings.channels}: the images of {settings.name!r} have 3")
+            raise DfkdError(f"data.channels is {settings.channels}: must be 3 for {settings.name!r}")
         if settings.num_classes != len(classes.colours):
             raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.name!r} has {len(classes.colours)} classes")
-        if settings.num_classes > MOST_CLASSES:
-            raise DfkdError(f"data.num_classes is {settings.num_classes}: label files have room for at most {MOST_CLASSES}")
+        if settings.num_classes > MAX_CLASSES:
+            raise DfkdError(f"data.num_classes is {settings.num_classes}: must be at most {MAX_CLASSES}, since label files are 8-bit")
         if self.draw is not None:
-            drawn, truth = self.draw(split, settings.image_size)
-            chosen = list(choose(len(drawn)))
-            images, labels, unreadable = list(drawn[chosen]), list(truth[chosen]), list[str]()
+            all_images, all_labels = self.draw(split, settings.image_size)
+            indices = list(choose(len(all_images)))
+            images, labels, unreadable = list(all_images[indices]), list(all_labels[indices]), list[str]()
         else:
-            pairs = find_pairs(root_of(settings), split)
+            pairs = find_pairs(resolve_root(settings), split)
             if self.test_images not in (None, len(pairs)):
                 part = f"{len(pairs):,} of the {self.test_images} test images of {settings.name}"
-                log(f"{settings.root} has {part}: what is measured is no {settings.name} mIoU")
+                log(f"{settings.root} has {part}: the result is not comparable to published {settings.name} mIoU")
             shorter = settings.resize or settings.image_size
             images, labels, unreadable = read_pairs([pairs[i] for i in choose(len(pairs))], classes, shorter, settings.interpolation)
         return SegmentationDataset(images, labels, settings.mean, settings.std, crop=crop, augment=augment), unreadable

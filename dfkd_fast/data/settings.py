@@ -1,4 +1,4 @@
-"""What a recipe says of its images, and what every data set answers to."""
+"""The recipe section ``[data]``, and the interface of all data sets."""
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
@@ -21,63 +21,66 @@ from .classes import Classes, numbered_classes
 from .eval_transform import EvalTransform, Interpolation
 from .splits import Augment, Split
 
-__all__ = ["DATA_SETS", "Access", "Batches", "DataSet", "DataSettings", "check_channels", "root_of"]
+__all__ = ["DATA_SETS", "Batches", "DataSet", "DataSettings", "LoadContext", "check_channels", "resolve_root"]
 
 Task = Literal["classification", "segmentation"]
-LONGEST_SIDE = 2**14
-"""Of an image, in pixels."""
+MAX_IMAGE_SIZE = 2**14
+"""Largest height and width of images, in pixels."""
 
 
 class Batches(Protocol):
-    """Test images in batches, pass after pass: (B, C, H, W) as the teacher expects them, and labels (B,) or (B, H, W)."""
+    """Iterable of test batches: images (B, C, H, W) in the teacher's input space, and labels (B,) or (B, H, W).
+
+    It can be iterated any number of times.
+    """
 
     count: int
-    """Images of a pass, here: this process's share."""
+    """Number of images of this process."""
     unreadable: list[str]
-    """Files of the last pass that could not be decoded, and why."""
+    """Files that could not be decoded in the last pass, each with the reason."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
-class Access:
-    """How the images of a test are served to this process."""
+class LoadContext:
+    """Options of :meth:`DataSet.test_batches` that depend on the process."""
 
     choose: Callable[[int], Sequence[int]]
-    """Of so many images, those of this process."""
+    """Function from the number of images to the indices of this process's images."""
     device: torch.device
-    """Where the network is; DALI decodes there."""
+    """Device of the network; DALI decodes on it."""
     dtype: torch.dtype
-    """Of the images where the loader can choose, float32 or float16."""
+    """Dtype of the images, float32 or float16, if the loader supports it."""
     log: Callable[[str], None]
-    """Told, in a line each, what a reader of the figures must know."""
+    """Called with one line for each caveat about the metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet(abc.ABC):
-    """A row of the table: what is known of a data set, and how it is opened."""
+    """Base class of the data sets: properties of a data set, and methods that load it."""
 
     classes: int | None = None
-    """How many there are of image files; None where the files say."""
+    """Number of classes of a data set of image files; None if the files determine it."""
     test_images: int | None = None
-    """Of the whole published set."""
+    """Number of test images of the published data set; None if there is no such number."""
     needs_root: bool = True
-    """Whether it lies on disk."""
+    """Whether the data set is read from ``data.root``."""
     is_file: bool = False
-    """Whether it is a file there, and no folder."""
+    """Whether ``data.root`` is a file instead of a folder."""
 
     task: ClassVar[Task] = "classification"
     has_images: ClassVar[bool] = True
     image_files: ClassVar[bool] = False
-    """Whether its images are files with a label each, which any network can be tested on."""
+    """Whether the images are files with one label each, on which any classifier can be evaluated."""
 
-    def classes_of(self, settings: "DataSettings") -> Classes:
-        """The classes by name, with their colours."""
+    def class_set(self, settings: "DataSettings") -> Classes:
+        """Returns the names and colours of the classes."""
         return numbered_classes(settings.num_classes)
 
     @abc.abstractmethod
-    def test_batches(self, settings: "DataSettings", access: Access) -> Batches:
+    def test_batches(self, settings: "DataSettings", context: LoadContext) -> Batches:
         """See :func:`dfkd_fast.data.evaluation_batches`."""
 
     @abc.abstractmethod
@@ -86,10 +89,10 @@ class DataSet(abc.ABC):
 
 
 DATA_SETS: dict[str, DataSet] = {}
-"""What ``data.name`` can name; filled by :mod:`dfkd_fast.data.table`."""
+"""Data sets by ``data.name``; registered in :mod:`dfkd_fast.data.table`."""
 
 
-def _known(name: str) -> str:
+def _check_name(name: str) -> str:
     if name not in DATA_SETS:
         raise PydanticCustomError("choice", "not a data set", {"allowed": list(DATA_SETS)})
     return name
@@ -97,34 +100,35 @@ def _known(name: str) -> str:
 
 @settings
 class DataSettings:
-    """Recipe section ``[data]``: what images the teacher takes, and where labelled ones are for testing."""
+    """Recipe section ``[data]``: the teacher's input, and the labeled data for evaluation."""
 
-    name: Annotated[str, AfterValidator(_known)] = "digits"
-    """A row of the table (:mod:`dfkd_fast.data.table`), or ``none``: no data at all, nothing is evaluated."""
+    name: Annotated[str, AfterValidator(_check_name)] = "digits"
+    """Name of the data set (:mod:`dfkd_fast.data.table`); ``none`` for no data and no evaluation."""
     root: str = ""
-    """Folder (or file) that holds it; nothing is downloaded."""
+    """Folder or file of the data set; nothing is downloaded."""
     num_classes: Annotated[int, Field(strict=True, ge=2, le=1_000_000)] = 10
     channels: PositiveInt = 1
-    image_size: Annotated[int, Field(strict=True, ge=8, le=LONGEST_SIDE)] = 32
-    """Side of the teacher's input in pixels; with a label a pixel, of what it is trained on: tests show whole images."""
+    image_size: Annotated[int, Field(strict=True, ge=8, le=MAX_IMAGE_SIZE)] = 32
+    """Height and width of the teacher's input, in pixels; for segmentation, of the training crops, while evaluation uses whole
+    images."""
     mean: tuple[Number, ...] = (0.5,)
     std: tuple[Positive, ...] = (0.5,)
-    """Normalisation of images in [0, 1], one number a channel."""
-    resize: Annotated[int, Field(strict=True, ge=0, le=LONGEST_SIDE)] = 0
-    """Of image files: pixels of the shorter side before the crop to ``image_size``; 0 for 256/224 of that, or for just that
-    with a label a pixel."""
+    """Per-channel mean and standard deviation of images in [0, 1], for normalization."""
+    resize: Annotated[int, Field(strict=True, ge=0, le=MAX_IMAGE_SIZE)] = 0
+    """Shorter side of image files after resizing and before the center crop, in pixels; 0 for ``image_size`` · 256/224, or for
+    ``image_size`` in segmentation."""
     interpolation: Interpolation = "bilinear"
-    """Of image files, when they are resized."""
+    """Interpolation when image files are resized."""
     batch_size: PositiveInt = 1000
-    """Images at a time in evaluation."""
+    """Batch size in evaluation."""
     workers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 0
-    """Of image files: processes of torchvision's loader, threads of DALI's."""
+    """Worker processes of torchvision's loader for image files, or threads of DALI's."""
     loader: Loader = "auto"
-    """What decodes image files: ``auto`` is DALI where it is installed."""
+    """Loader of image files; ``auto`` is DALI if it is installed, otherwise torchvision."""
     strict: Flag = True
-    """Whether an image file that cannot be decoded is an error, or left out."""
+    """Whether an image file that cannot be decoded is an error or is left out."""
     subset: Count = 0
-    """Test on so many images, drawn once and always the same; 0 for all."""
+    """Evaluate on a fixed random subset of this many images; 0 for all."""
 
     def __post_init__(self) -> None:
         for name, constants in (("mean", self.mean), ("std", self.std)):
@@ -135,41 +139,41 @@ class DataSettings:
 
     @property
     def data_set(self) -> DataSet:
-        """Its row of the table."""
+        """The data set called ``name``."""
         return DATA_SETS[self.name]
 
     @property
     def task(self) -> Task:
-        """Whether an image has one label, or every pixel has."""
+        """``classification`` if every image has one label, ``segmentation`` if every pixel has one."""
         return self.data_set.task
 
     @property
     def metric(self) -> str:
-        """The figure that networks are judged by; in percent."""
+        """Name of the task's main metric, which is in percent."""
         return "mIoU" if self.task == "segmentation" else "top-1 accuracy"
 
     @property
     def has_images(self) -> bool:
-        """Whether there are labelled images at all."""
+        """Whether the data set has labeled images; False for ``none``."""
         return self.data_set.has_images
 
     @property
     def can_be_opened(self) -> bool:
-        """Whether ``root`` says where they are, or need not."""
+        """Whether the data set has images, and ``root`` is set if the data set needs it."""
         return self.has_images and (self.root != "" or not self.data_set.needs_root)
 
     @property
-    def view(self) -> EvalTransform:
-        """What an image file becomes in a test."""
+    def eval_transform(self) -> EvalTransform:
+        """Preprocessing of image files in evaluation."""
         resize = self.resize or round(self.image_size * 256 / 224)
         return EvalTransform(resize, self.image_size, self.interpolation, self.mean, self.std)
 
 
-def root_of(settings: DataSettings) -> Path:
-    """Where the data lies; nothing for a data set that does not lie on disk.
+def resolve_root(settings: DataSettings) -> Path:
+    """Returns the expanded path of ``data.root``; an empty path for data sets that need none.
 
     Raises:
-        DfkdError: ``data.root`` is empty, does not exist, or is a folder for a file.
+        DfkdError: ``data.root`` is empty, does not exist, or is a folder instead of a file or the reverse.
     """
     if not settings.data_set.needs_root:
         return Path()
@@ -179,12 +183,12 @@ def root_of(settings: DataSettings) -> Path:
     if not root.exists():
         raise DfkdError(f"data.root {root} does not exist")
     if root.is_dir() == settings.data_set.is_file:
-        found, expected = ("folder", "file") if root.is_dir() else ("file", "folder")
-        raise DfkdError(f"data.root {root} is a {found}: data set {settings.name!r} is a {expected}")
+        actual, expected = ("folder", "file") if root.is_dir() else ("file", "folder")
+        raise DfkdError(f"data.root {root} is a {actual}: data set {settings.name!r} must be a {expected}")
     return root
 
 
 def check_channels(settings: DataSettings) -> None:
-    """Raise a :class:`DfkdError` unless image files can have so many channels."""
+    """Raises a :class:`DfkdError` unless ``data.channels`` is 1 or 3, as image files require."""
     if settings.channels not in (1, 3):
-        raise DfkdError(f"data.channels is {settings.channels}: images in files have 1 or 3")
+        raise DfkdError(f"data.channels is {settings.channels}: must be 1 or 3 for image files")

@@ -1,4 +1,4 @@
-"""One split of a data set, as batches in the teacher's normalised space."""
+"""Splits of data sets, and batches of them in the teacher's normalized input space."""
 
 import abc
 import copy
@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class InMemory(Dataset[Batch], abc.ABC):
-    """Images that fit in memory, served a whole batch at a time."""
+    """Base class of data sets in memory, which return a whole batch at a time."""
 
     @abc.abstractmethod
     def __getitems__(self, indices: list[int]) -> Batch: ...
@@ -31,14 +31,14 @@ class InMemory(Dataset[Batch], abc.ABC):
 
 
 class ArraySplit(InMemory):
-    """Images with a label each.
+    """Images with one label each, in memory.
 
     Args:
         images: uint8 (N, H, W, C).
         labels: integers (N,).
-        image_size: side to resize to, in pixels; resized once, here.
-        mean, std: constants of the normalisation, one a channel, of images in [0, 1].
-        augment: which random changes every image gets each time it is served.
+        image_size: height and width in pixels to which the constructor resizes the images.
+        mean, std: per-channel normalization constants of images in [0, 1].
+        augment: random augmentation at every access: "shift" by up to 4 pixels, "shift_flip" also with horizontal flips.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class ArraySplit(InMemory):
         return len(self.labels)
 
     def take(self, indices: Sequence[int]) -> Self:
-        """Some of the images."""
-        taken = copy.copy(self)
-        taken.pixels, taken.labels = self.pixels[list(indices)], self.labels[list(indices)]
-        return taken
+        """Returns the subset of the images with the given indices, in that order."""
+        subset = copy.copy(self)
+        subset.pixels, subset.labels = self.pixels[list(indices)], self.labels[list(indices)]
+        return subset
 
     def __getitems__(self, indices: list[int]) -> Batch:
         images = self.pixels[indices].float() / 255
@@ -79,9 +79,17 @@ class ArraySplit(InMemory):
 
 
 def shift(images: Tensor, *, flip: bool, pixels: int = 4) -> Tensor:
-    """Each image of (N, C, H, W) moved by up to ``pixels`` both ways, zeros coming in, and half of them mirrored.
+    """Shifts every image by a random offset of up to ``pixels`` in both directions, padding with zeros.
 
-    With ``flip``, the usual augmentation of CIFAR: a random crop of the padded image, a horizontal flip.
+    With ``flip``, this is the common CIFAR augmentation: a random crop of the zero-padded image and a horizontal flip.
+
+    Args:
+        images: (N, C, H, W).
+        flip: mirror every image with probability 0.5.
+        pixels: largest offset.
+
+    Returns:
+        (N, C, H, W).
     """
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (pixels,) * 4)
@@ -94,15 +102,15 @@ def shift(images: Tensor, *, flip: bool, pixels: int = 4) -> Tensor:
 
 
 class SegmentationDataset(InMemory):
-    """Images with a label a pixel.
+    """Images with per-pixel labels, in memory.
 
     Args:
-        images: uint8 (C, H, W) each, of any sizes.
+        images: uint8 (C, H, W) each; sizes may differ.
         labels: integers (H, W) each.
-        mean, std: constants of the normalisation, one a channel, of images in [0, 1].
-        crop: side in pixels of the squares that are served, at most the shortest side of an image; None for whole images,
-            which one batch must have of one size.
-        augment: "none" crops in the middle, "shift" anywhere, "shift_flip" also mirrors half of the images.
+        mean, std: per-channel normalization constants of images in [0, 1].
+        crop: height and width of the crops in pixels, at most the shortest side of an image; None for whole images, which must
+            have the same size within a batch.
+        augment: "none" for center crops, "shift" for random crops, "shift_flip" for random crops and horizontal flips.
     """
 
     def __init__(
@@ -133,11 +141,11 @@ class SegmentationDataset(InMemory):
         return (images.float() / 255 - self.mean) / self.std, labels.long()
 
     def _windows(self, indices: list[int]) -> list[tuple[slice, slice]]:
-        """The rows and columns of each image that are served."""
+        """Returns the rows and columns of the crop of each image."""
         if self.crop is None:
             return [(slice(None), slice(None))] * len(indices)
-        spare = torch.tensor([self.labels[index].shape for index in indices]) - self.crop
-        corners = spare // 2 if self.augment == "none" else (torch.rand(spare.shape) * (spare + 1)).long()
+        margins = torch.tensor([self.labels[index].shape for index in indices]) - self.crop
+        corners = margins // 2 if self.augment == "none" else (torch.rand(margins.shape) * (margins + 1)).long()
         return [(slice(top, top + self.crop), slice(left, left + self.crop)) for top, left in corners.tolist()]
 
 
@@ -149,26 +157,32 @@ def batches(
     workers: int = 0,
     generator: torch.Generator | None = None,
 ) -> DataLoader[Any]:
-    """A loader of (images (B, C, H, W) float32, labels (B,) or (B, H, W)); the last batch may be smaller.
+    """Returns a data loader of float32 images (B, C, H, W) and labels (B,) or (B, H, W); the last batch may be smaller.
 
-    It draws from ``generator`` alone, so that evaluating never moves another random stream. Shuffled batches are to train on:
-    a last one of a single image, whose batch norms would have nothing to normalise by, is left out.
+    Args:
+        split: the data set.
+        batch_size: number of images per batch.
+        shuffle: shuffle the images at every pass, for training. A last batch of one image is dropped, since batch norms cannot be
+            trained on it.
+        workers: number of worker processes for data sets that are not in memory.
+        generator: random number generator of the order; by default a new one, so that loading does not change the global
+            random state.
     """
-    alone = shuffle and len(split) % batch_size == 1  # type: ignore[arg-type]
+    drop_last = shuffle and len(split) % batch_size == 1  # type: ignore[arg-type]
     return _Loader(
         split,
         batch_size,
         shuffle=shuffle,
-        drop_last=alone,
+        drop_last=drop_last,
         num_workers=0 if isinstance(split, InMemory) else workers,
-        collate_fn=_as_is if isinstance(split, InMemory) else _collate,
+        collate_fn=_identity if isinstance(split, InMemory) else _collate,
         generator=generator if generator is not None else torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
 
 
 class _Loader(DataLoader[Any]):
-    """Raises the errors that it is served, for a worker process would wrap them, and leaves out batches of nothing."""
+    """Raises errors that are returned as a batch, because worker processes would wrap raised errors; skips empty batches."""
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():
@@ -178,12 +192,12 @@ class _Loader(DataLoader[Any]):
                 yield batch
 
 
-def _collate(served: Any) -> Any:
-    return default_collate(served) if isinstance(served, list) and served else served
+def _collate(samples: Any) -> Any:
+    return default_collate(samples) if isinstance(samples, list) and samples else samples
 
 
 class ArrayBatches:
-    """Batches of images that fit in memory; the last may be smaller."""
+    """Test batches of an :class:`ArraySplit`; the last batch may be smaller."""
 
     def __init__(self, split: ArraySplit, batch_size: int) -> None:
         self.count = len(split)
@@ -198,12 +212,12 @@ class ArrayBatches:
 
 
 class SegmentationBatches:
-    """Whole images in batches of one size each: those of a size as they come, sizes as they first come.
+    """Test batches of whole images, grouped by size in the order in which the sizes first occur.
 
     Args:
-        split: serves whole images.
-        batch_size: images at a time; the last of a size may be fewer.
-        unreadable: files that could not be decoded, and why.
+        split: data set of whole images.
+        batch_size: number of images per batch; the last batch of each size may be smaller.
+        unreadable: files that could not be decoded, each with the reason.
     """
 
     def __init__(self, split: SegmentationDataset, batch_size: int, unreadable: list[str]) -> None:
@@ -214,8 +228,8 @@ class SegmentationBatches:
             sizes.setdefault(labels.shape, []).append(index)
         self.loader = DataLoader(
             split,
-            batch_sampler=[alike[start : start + batch_size] for alike in sizes.values() for start in range(0, len(alike), batch_size)],
-            collate_fn=_as_is,
+            batch_sampler=[group[start : start + batch_size] for group in sizes.values() for start in range(0, len(group), batch_size)],
+            collate_fn=_identity,
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
@@ -227,5 +241,5 @@ class SegmentationBatches:
         return iter(self.loader)
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

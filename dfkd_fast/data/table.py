@@ -1,4 +1,4 @@
-"""The data sets that a recipe can name, one row each, in the layouts users have them on disk. Nothing is downloaded."""
+"""Registry of the data sets that a recipe can name, read from disk in their common layouts. Nothing is downloaded."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -15,20 +15,20 @@ from .classes import CAMVID, NYUV2, SHAPES
 from .files import FileSet
 from .image_lists import list_file, list_folder, list_folder_training, list_imagenet, list_imagenet_training, list_places365
 from .pixels import SegmentationSet
-from .settings import DATA_SETS, Access, Batches, DataSet, DataSettings
+from .settings import DATA_SETS, Batches, DataSet, DataSettings, LoadContext
 from .shapes import draw_shapes
 from .splits import Augment, Split
 
-__all__ = ["evaluation_batches", "label_names", "open_split", "palette"]
+__all__ = ["class_names", "evaluation_batches", "open_split", "palette"]
 
 
 class NoData(DataSet):
-    """A recipe without images: nothing is evaluated, and no teacher is trained."""
+    """The data set ``none``: no evaluation and no teacher training."""
 
     has_images = False
 
     @override
-    def test_batches(self, settings: DataSettings, access: Access) -> NoReturn:
+    def test_batches(self, settings: DataSettings, context: LoadContext) -> NoReturn:
         _refuse()
 
     @override
@@ -42,7 +42,7 @@ def _refuse() -> NoReturn:
 
 DATA_SETS.update(
     {
-        # Images and labels in arrays.
+        # Arrays.
         "digits": ArraySet(read=digits, needs_root=False),  # scikit-learn's
         "mnist": ArraySet(read=torchvision_arrays("MNIST")),
         "fashion-mnist": ArraySet(read=torchvision_arrays("FashionMNIST")),
@@ -54,8 +54,8 @@ DATA_SETS.update(
         "places365": FileSet(list_files=list_places365, classes=365, test_images=36_500),
         "folder": FileSet(list_files=list_folder, list_training=list_folder_training),
         "list": FileSet(list_files=list_file, has_every_class=False, is_file=True),
-        # A label for every pixel.
-        "shapes": SegmentationSet(labels=SHAPES, draw=draw_shapes, needs_root=False),  # a toy
+        # Per-pixel labels.
+        "shapes": SegmentationSet(labels=SHAPES, draw=draw_shapes, needs_root=False),  # synthetic
         "camvid": SegmentationSet(labels=CAMVID, test_images=233),
         "nyuv2": SegmentationSet(labels=NYUV2, test_images=654),
         "pairs": SegmentationSet(),
@@ -64,14 +64,14 @@ DATA_SETS.update(
 )
 
 
-def label_names(settings: DataSettings) -> list[str]:
-    """What the classes of a data set are called; numbers, where it does not say."""
-    return list(settings.data_set.classes_of(settings).colours)
+def class_names(settings: DataSettings) -> list[str]:
+    """Returns the class names of a data set; numbers if it does not define names."""
+    return list(settings.data_set.class_set(settings).colours)
 
 
 def palette(settings: DataSettings) -> Tensor:
-    """The usual colours of a data set's classes: uint8 RGB (num_classes, 3)."""
-    return torch.tensor(list(settings.data_set.classes_of(settings).colours.values()), dtype=torch.uint8)
+    """Returns the colours of a data set's classes for label maps, uint8 RGB (num_classes, 3)."""
+    return torch.tensor(list(settings.data_set.class_set(settings).colours.values()), dtype=torch.uint8)
 
 
 def evaluation_batches(
@@ -83,38 +83,44 @@ def evaluation_batches(
     world_size: int = 1,
     log: Callable[[str], None] = lambda note: None,
 ) -> Batches:
-    """The test images of a data set.
+    """Returns the test batches of a data set.
 
     Args:
-        settings: which, where, and how they are seen.
-        device: where the network is; DALI decodes there.
-        dtype: of the images where the loader can choose, float32 or float16.
-        rank, world_size: this process takes every ``world_size``-th image from the ``rank``-th on: none is left out or doubled.
-        log: told, in a line each, what a reader of the figures must know.
+        settings: recipe section ``[data]``.
+        device: device of the network; DALI decodes on it.
+        dtype: dtype of the images, float32 or float16, if the loader supports it.
+        rank, world_size: this process gets every ``world_size``-th image, starting at ``rank``; the shares of all processes are
+            disjoint and complete.
+        log: called with one line for each caveat about the metrics.
 
     Raises:
-        DfkdError: the data is not where ``data.root`` says, or is not what its name promises.
+        DfkdError: the data at ``data.root`` does not exist or does not match the settings.
     """
 
     def choose(count: int) -> list[int]:
-        """This process's images of a fixed subset, or of all."""
+        """Returns the indices of this process's images out of ``count``, or out of a fixed random subset."""
         if settings.subset > count:
-            raise DfkdError(f"data.subset = {settings.subset}: there are {count} test images")
+            raise DfkdError(f"data.subset = {settings.subset}: must be at most {count}, the number of test images")
         order = torch.arange(count)
         if settings.subset:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: settings.subset].sort().values
         return order[rank::world_size].tolist()
 
-    return settings.data_set.test_batches(settings, Access(choose, device, dtype, log))
+    return settings.data_set.test_batches(settings, LoadContext(choose, device, dtype, log))
 
 
 def open_split(settings: DataSettings, split: Split, *, augment: Augment = "none") -> Dataset[Any]:
-    """One split, giving images (C, H, W) normalised as the teacher expects them, and labels, () or (H, W).
+    """Returns one split of a data set, with images (C, H, W) in the teacher's normalized input space and labels () or (H, W).
 
-    Image files are there to train on; :func:`evaluation_batches` has those to test on. With per-pixel labels, images are
-    squares of ``image_size`` pixels.
+    For image files, this is the training split whatever ``split`` is; :func:`evaluation_batches` reads the test images. For
+    segmentation, images and labels are crops of ``image_size`` pixels.
+
+    Args:
+        settings: recipe section ``[data]``.
+        split: ``train`` or ``test``.
+        augment: random augmentation of the images.
 
     Raises:
-        DfkdError: the data is not where ``data.root`` says, or is not what its name promises.
+        DfkdError: the data at ``data.root`` does not exist or does not match the settings.
     """
     return settings.data_set.open_split(settings, split, augment)

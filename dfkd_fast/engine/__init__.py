@@ -1,4 +1,4 @@
-"""The loop: one student step, one generator step, and the trainer that alternates them."""
+"""Training engine: the student step, the generator step and the trainer that alternates them."""
 
 from .epoch import Epoch
 from .method import Engine, Loop, Method

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: recorded once, replayed with one launch, on the same buffers."""
+"""CUDA graph capture of the steps: each kind of step is captured once and replayed with one launch on the same buffers."""
 
 import gc
 import traceback
@@ -24,71 +24,87 @@ from .steps import generator_step, student_step
 __all__ = ["Steps"]
 
 WARM_UP = 3
-"""Steps before a capture: cuDNN chooses its algorithms, the optimisers allocate their state."""
+"""Number of eager steps before a capture, in which cuDNN selects algorithms and the optimizers allocate their states."""
 
 PYTORCH = Path(torch.__file__).parent
 Losses = dict[str, Tensor]
 
-INVALID: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture could not be ended. They are never freed: the allocator of pinned memory keeps pointers to them."""
+UNFINISHED_GRAPHS: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture could not be ended. They are never freed, since the pinned memory allocator keeps pointers to them."""
 
 
-class Recorded(NamedTuple):
-    """A graph and the tensors it leaves its losses in."""
+class CapturedStep(NamedTuple):
+    """A CUDA graph and its output tensors."""
 
     graph: torch.cuda.CUDAGraph
     losses: Losses
 
 
 class Steps:
-    """The steps of a training. On a GPU each is captured at its first call and replayed from then on; elsewhere it just runs.
+    """Runs the steps of a training, as CUDA graphs on a GPU and eagerly on a CPU.
 
-    A replay draws new latents (the random streams are registered with the graph), and sees new learning rates, which
-    are tensors. What cannot be captured runs eagerly, and is said once.
+    A step is captured at its first call and replayed afterwards. Replays draw new latents, because the random number generators are
+    registered with the graph, and follow learning rate schedules, because learning rates are tensors. If a step cannot be captured,
+    all steps run eagerly.
 
-    The graphs share one memory pool and are captured on one stream, as the blocks of a pool belong to a stream. So losses are
-    valid until the next step only.
+    The graphs share one memory pool and are captured on one stream, because the blocks of a pool belong to a stream. Returned losses
+    are therefore valid only until the next step.
 
     Args:
-        state: of the training. Its method says what is captured and compiled; its notes are told in a line what is not, and why.
+        state: State of the training. ``engine.capture`` and ``engine.compile`` of its method enable capture and compilation; a line
+            is appended to its notes if either is not possible.
     """
 
     def __init__(self, state: TrainState) -> None:
         self.state = state
         self.compiled = Compiled(networks_to_compile(state))
         self.capturing = state.method.engine.capture and state.images.device.type == "cuda"
-        self._recorded: dict[tuple[str, bool, bool], Recorded] = {}
+        self._captured: dict[tuple[str, bool, bool], CapturedStep] = {}
         self._pool: Any = None
         if self.capturing and distributed.world_size() > 1:
-            self._give_up("several processes average their gradients")
+            self._disable("gradients are averaged over several processes")
         if self.capturing and state.replay_source is not None and not state.replay_source.capturable:
-            self._give_up("the memory's steps depend on each other's gradients")
+            self._disable("the gradients of the replay source accumulate across steps")
         if self.capturing and "apex_sgd" in (state.method.student_optimizer.kind, state.method.generator_optimizer.kind):
-            self._give_up("apex's SGD has its learning rate on the host, and a graph would never see it change")
+            self._disable("apex's SGD keeps its learning rate on the host, so a graph would not follow the schedule")
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.state.images.device)
 
     def student(self, step: int) -> Losses:
-        """A student step, number ``step`` of its iteration."""
+        """Runs a student step.
+
+        Args:
+            step: Index of the step in its iteration, from 0.
+
+        Returns:
+            Losses by name, each 0-d; see :func:`~dfkd_fast.engine.steps.student_step`.
+        """
         replay_source = self.state.replay_source
-        # Steps that do something else are other graphs: an empty memory replays nothing, an autoencoder learns in some.
+        # Each kind of step has its own graph: an empty source replays nothing, an autoencoder is trained in some steps only.
         ready = replay_source is not None and replay_source.ready
         learns = replay_source is not None and step < replay_source.steps
         with self.compiled:
             return self._run(("student", ready, learns), lambda: student_step(self.state, step))
 
     def generator(self, *, adversarial: bool = True) -> Losses:
-        """A generator step; without the adversary's term in pretraining."""
+        """Runs a generator step.
+
+        Args:
+            adversarial: False in pretraining.
+
+        Returns:
+            Loss terms by name, each 0-d; see :func:`~dfkd_fast.engine.steps.generator_step`.
+        """
         with self.compiled:
             return self._run(("generator", adversarial, True), lambda: generator_step(self.state, adversarial=adversarial))
 
     def warm_up(self) -> None:
-        """Take every kind of step that the run has, in its order, and take them back: after that, none needs more GPU memory.
+        """Runs every kind of step of the training and restores the state. Afterwards, no step allocates more GPU memory.
 
         Raises:
-            torch.OutOfMemoryError: there is not enough.
+            torch.OutOfMemoryError: A step does not fit into GPU memory.
         """
         replay_source = self.state.replay_source
         with preserved(self.state):
@@ -105,38 +121,38 @@ class Steps:
             self.student(step)
         self.generator()
 
-    def forget(self) -> None:
-        """Capture anew: tensors were replaced."""
-        self._recorded.clear()
-        self._pool = None  # its last graph is gone, and PyTorch refuses to capture into a pool without one
+    def reset(self) -> None:
+        """Discards all graphs, so that steps are captured again; required after tensors were replaced."""
+        self._captured.clear()
+        self._pool = None  # PyTorch does not capture into a pool whose graphs were all destroyed
 
     def _run(self, kind: tuple[str, bool, bool], step: Callable[[], Losses]) -> Losses:
         device = self.state.images.device
-        if self.capturing and kind not in self._recorded:
+        if self.capturing and kind not in self._captured:
             try:
                 with torch.cuda.device(device), cudnn_benchmark(device):
-                    self._recorded[kind] = self._capture(step)
-            except RuntimeError as error:  # whatever a user's network does that a graph cannot hold
+                    self._captured[kind] = self._capture(step)
+            except RuntimeError as error:  # a user's network may contain operations that cannot be captured
                 chain = list(_chain(error))
                 for link in chain:
                     if is_out_of_memory(link):
                         raise link from None
-                self._give_up(f"the {kind[0]} step: {first_line(chain[-1])}{_where(chain[-1])}")
+                self._disable(f"the {kind[0]} step: {first_line(chain[-1])}{_user_line(chain[-1])}")
         if not self.capturing:
             with cudnn_benchmark(device):
                 return step()
-        graph, losses = self._recorded[kind]
+        graph, losses = self._captured[kind]
         graph.replay()
         return losses
 
-    def _capture(self, step: Callable[[], Losses]) -> Recorded:
+    def _capture(self, step: Callable[[], Losses]) -> CapturedStep:
         self._warm_up(step)
-        gc.collect()  # frees memory for the graph; during the capture a collection could destroy another graph, and fail it
+        gc.collect()  # frees memory, and avoids a collection during the capture, which fails if it destroys another graph
         graph = self._new_graph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            # torch.cuda.graph alone would leave its stream current if the capture cannot be ended.
-            # Not the default mode: a loader's thread that pins memory would break it.
+            # torch.cuda.graph alone does not restore the current stream if the capture cannot be ended.
+            # Thread-local mode: otherwise pinning memory in a data loader's thread would invalidate the capture.
             with (
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
@@ -146,8 +162,8 @@ class Steps:
             self._end_failed_capture(graph)
             raise
         finally:
-            self.state.drop_gradients()  # they lie in the pool, where the next graph can use their memory
-        return Recorded(graph, losses)
+            self.state.drop_gradients()  # so that the next graph can reuse their memory in the pool
+        return CapturedStep(graph, losses)
 
     def _warm_up(self, step: Callable[[], Losses]) -> None:
         current = torch.cuda.current_stream()
@@ -157,8 +173,8 @@ class Steps:
                 with torch.cuda.stream(self._stream):
                     for _ in range(WARM_UP - 1):
                         step()
-                    # An operation that waits for the device is found here: this error names it, and leaves no invalid capture.
-                    with _synchronizing_is_an_error():
+                    # Detects synchronizing operations before the capture, which they would invalidate, with an error that names them.
+                    with _error_on_synchronize():
                         step()
             finally:
                 current.wait_stream(self._stream)
@@ -170,31 +186,31 @@ class Steps:
         return graph
 
     def _end_failed_capture(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Finish what ``CUDAGraph.capture_end`` of PyTorch 2.11 skips when CUDA reports an invalid capture.
+        """Performs the clean-up that ``CUDAGraph.capture_end`` of PyTorch 2.11 omits when CUDA reports an invalid capture.
 
-        Otherwise the allocator believes that a capture is under way, and raises when its cache is emptied; and every registered
-        generator, the default one among them, raises when it draws.
+        Without it the allocator assumes that a capture is active and raises when its cache is emptied, and every registered random
+        number generator, including the default one, raises when it draws.
         """
         device, pool, self._pool = self.state.images.device.index, self._pool, None
         with suppress(RuntimeError):
             graph.pool()
-            return  # the capture was ended: only the step failed
-        INVALID.append(graph)
+            return  # the capture was ended, only the step failed
+        UNFINISHED_GRAPHS.append(graph)
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
-        # Only the end of a capture resets the generators: of this one, which is never replayed.
+        # The random number generators are reset only by the end of a capture: of this one, which is never replayed.
         with torch.cuda.graph(self._new_graph(), stream=torch.cuda.Stream(self.state.images.device), capture_error_mode="thread_local"):
             self.state.labels.zero_()
 
-    def _give_up(self, why: str) -> None:
+    def _disable(self, reason: str) -> None:
         self.capturing = False
-        self.forget()
-        self.state.notes.append(f"steps run eagerly, not as CUDA graphs: {why}")
+        self.reset()
+        self.state.notes.append(f"steps run eagerly, not as CUDA graphs: {reason}")
 
 
 def _chain(error: BaseException) -> Iterator[RuntimeError]:
-    """An error and those it was raised during, the first one last: once something in a capture has failed, its end fails as well."""
+    """Yields an exception and its causes, the root cause last: after an error in a capture, ending the capture raises as well."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, RuntimeError):
@@ -202,20 +218,20 @@ def _chain(error: BaseException) -> Iterator[RuntimeError]:
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
-def _where(error: BaseException) -> str:
-    """The innermost line outside PyTorch: what a user can change."""
+def _user_line(error: BaseException) -> str:
+    """Returns the innermost file and line outside PyTorch in parentheses; empty if there is none."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not Path(frame.filename).is_relative_to(PYTORCH)]
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 @contextmanager
-def _synchronizing_is_an_error() -> Iterator[None]:
-    """Inside, an operation that waits for the device is an error."""
-    before = torch.cuda.get_sync_debug_mode()
+def _error_on_synchronize() -> Iterator[None]:
+    """Context manager in which operations that synchronize the device raise an error."""
+    previous = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is a prototype
+            warnings.simplefilter("ignore")  # the mode is a prototype feature
             torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.set_sync_debug_mode(previous)

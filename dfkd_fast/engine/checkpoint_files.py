@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, the newest few, with a checksum, and read without running anything from them."""
+"""Checkpoint files: written atomically with a checksum, limited to the newest two, loaded without executing pickled code."""
 
 import hashlib
 import io
@@ -11,73 +11,83 @@ import torch
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import replacing
 
-__all__ = ["Loaded", "latest_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint", "set_aside"]
+__all__ = ["Loaded", "latest_checkpoint", "load_checkpoint", "load_latest", "rename_damaged", "save_checkpoint"]
 
-KEPT = 2
+MAX_CHECKPOINTS = 2
 NAME = re.compile(r"iteration-(\d+)\.pt")
-# Behind what torch.save wrote, whose readers do not mind: a file beside it could not be replaced together with it.
-MARK = b"\nsha256 "
-TRAILER = len(MARK) + 64 + 1
+# Appended to the output of torch.save, whose readers ignore it: a separate file could not be replaced atomically with it.
+CHECKSUM_PREFIX = b"\nsha256 "
+TRAILER_BYTES = len(CHECKSUM_PREFIX) + 64 + 1
 END_OF_ZIP, END_OF_ZIP_BYTES = b"PK\x05\x06", 22
 
 
 class Loaded(NamedTuple):
-    """The newest checkpoint that can be read."""
+    """Newest readable checkpoint."""
 
     path: Path
     state: dict[str, Any]
     damaged: dict[Path, str]
-    """Newer ones, newest first, and what is wrong with each."""
+    """Newer checkpoints that are damaged, newest first, with the error message of each."""
 
 
 def save_checkpoint(state: dict[str, Any], folder: Path, iteration: int) -> Path:
-    """Write a state of tensors, numbers and containers; of the older checkpoints only the one before it is kept.
+    """Saves a state atomically and removes all but the newest two checkpoints up to this iteration.
 
-    Those are removed once the new one is on the disk, content and name: whenever the process is killed, a whole one is there.
+    Older checkpoints are removed only after the new one is on disk, so a complete checkpoint exists at any time.
+
+    Args:
+        state: State of tensors, numbers and containers.
+        folder: Folder of the checkpoints; created if missing.
+        iteration: Number of completed iterations, part of the file name.
+
+    Returns:
+        Path of the checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"iteration-{iteration:08d}.pt"
-    # Through memory: torch.save to a file turns a full disk into an assertion of its own.
+    # Through memory: torch.save to a file reports a full disk as an internal assertion.
     content = io.BytesIO()
     torch.save(state, content)
     checksum = hashlib.sha256(content.getbuffer()).hexdigest()
-    content.write(MARK + checksum.encode() + b"\n")
+    content.write(CHECKSUM_PREFIX + checksum.encode() + b"\n")
     with replacing(path) as part:
         part.write_bytes(content.getbuffer())
-    for old in [other for other in _checkpoints(folder) if _iteration(other) <= iteration][:-KEPT]:
+    for old in [other for other in _checkpoints(folder) if _iteration(other) <= iteration][:-MAX_CHECKPOINTS]:
         old.unlink(missing_ok=True)
     return path
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the most iterations, if there is any; whether it can be read is not looked at."""
+    """Returns the path of the newest checkpoint, which may be damaged; None if there is none."""
     return next(reversed(_checkpoints(folder)), None)
 
 
 def load_latest(folder: Path) -> Loaded | None:
-    """Read the newest checkpoint that is undamaged; None if there are none at all.
+    """Loads the newest undamaged checkpoint; returns None if there are no checkpoints.
 
     Raises:
-        DfkdError: there are some, and all are damaged; or one may not be read.
+        DfkdError: All checkpoints are damaged, or permission to read one is denied.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(_checkpoints(folder)):
         try:
             return Loaded(path, load_checkpoint(path), damaged)
         except DfkdError as error:
-            if isinstance(error.__cause__, PermissionError):  # as good as any, for whoever may read it
+            if isinstance(error.__cause__, PermissionError):  # not damaged: another user can read it
                 raise
             damaged[path] = str(error)
     if damaged:
-        raise DfkdError(f"{'; '.join(damaged.values())}; with {folder} moved away this training begins anew")
+        raise DfkdError(f"{'; '.join(damaged.values())}; move {folder} away to restart this training")
     return None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a state onto the CPU, after its checksum; checkpoints of versions that wrote none are read without.
+    """Verifies the checksum of a checkpoint and returns its state on the CPU.
+
+    Checkpoints of early versions have no checksum and are loaded without verification.
 
     Raises:
-        DfkdError: the file is no checkpoint of this program, or damaged.
+        DfkdError: The file cannot be read, is damaged or is not a checkpoint.
     """
     try:
         problem = _problem(path)
@@ -88,47 +98,47 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(state, dict):
                 return state
-            problem = "it holds no state"
+            problem = "it does not contain a state"
         except MemoryError:
             raise
         except Exception:
-            # What a damaged file raises has no common kind, and the text of a refused pickle advises to trust it.
-            problem = "it is damaged, or holds more than tensors, numbers and containers"
+            # Damaged files raise various exceptions, and the message for a rejected pickle advises to trust the file.
+            problem = "it is damaged, or contains objects other than tensors, numbers and containers"
     raise DfkdError(f"checkpoint {path} cannot be read: {problem}")
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is neither read nor counted again; returns its new path."""
+def rename_damaged(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is ignored from now on; returns its new path."""
     return path.replace(path.with_name(f"{path.name}.damaged"))
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with a file as a whole, if anything."""
+    """Returns a description of what is wrong with a file, or None if its checksum matches."""
     size = path.stat().st_size
     if size == 0:
         return "it is empty"
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        left = max(0, size - TRAILER)
-        while left and (chunk := file.read(min(left, 1 << 20))):
+        remaining = max(0, size - TRAILER_BYTES)
+        while remaining and (chunk := file.read(min(remaining, 1 << 20))):
             digest.update(chunk)
-            left -= len(chunk)
+            remaining -= len(chunk)
         trailer = file.read()
         file.seek(max(0, size - END_OF_ZIP_BYTES))
         end = file.read()
-    if trailer.startswith(MARK):
-        return None if trailer == MARK + digest.hexdigest().encode() + b"\n" else "its content does not match its checksum"
-    # Without a checksum, but with the end that torch.save writes: of an earlier version.
-    return None if end.startswith(END_OF_ZIP) else "it is truncated, or no checkpoint"
+    if trailer.startswith(CHECKSUM_PREFIX):
+        return None if trailer == CHECKSUM_PREFIX + digest.hexdigest().encode() + b"\n" else "its content does not match its checksum"
+    # A complete file of torch.save without a checksum was written by an early version.
+    return None if end.startswith(END_OF_ZIP) else "it is truncated or not a checkpoint"
 
 
 def _iteration(path: Path) -> int:
-    found = NAME.fullmatch(path.name)
-    return int(found[1]) if found else -1
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; whatever else lies in the folder is none of them."""
-    # Not glob: of a folder that may not be read it finds nothing, and the training would begin anew.
+    """Returns the checkpoints in a folder, oldest first; other files are ignored."""
+    # Not glob: it returns nothing for a folder without read permission, and the training would restart.
     entries = list(folder.iterdir()) if folder.exists() else []
     return sorted((path for path in entries if NAME.fullmatch(path.name) and path.is_file()), key=_iteration)

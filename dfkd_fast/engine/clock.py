@@ -1,4 +1,4 @@
-"""What the phases of a run cost: seconds and peak memory."""
+"""Time and peak memory by phase of a run."""
 
 import time
 from collections import defaultdict
@@ -12,32 +12,38 @@ __all__ = ["Clock", "peak_memory_bytes"]
 
 
 class Clock:
-    """Seconds and, on a GPU, peak memory by phase. There the phases are timed by events, so that the host never waits inside one."""
+    """Measures seconds and, on a GPU, peak memory by phase.
+
+    On a GPU, phases are timed with CUDA events and do not synchronize the device.
+
+    Args:
+        device: Device of the run.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
         self.peak_bytes: dict[str, int] = {}
-        """Most memory that PyTorch's allocator held in each phase, as often as it was measured; the steps of a captured graph are in
-        that of its capture."""
-        self._peak_before = 0
+        """Peak memory allocated by PyTorch in each phase, in bytes. Replays of a captured graph count in the phase of its capture."""
+        self._previous_peak = 0
         self.seconds: dict[str, float] = defaultdict(float)
+        """Duration of each phase in seconds, without pending CUDA events; see :meth:`read`."""
         self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str, *, memory: bool = True) -> Iterator[None]:
-        """Add the time spent inside to a phase.
+        """Context manager that adds the time spent in it to a phase.
 
         Args:
-            name: of the phase.
-            memory: whether to measure its peak memory again. The first of a name always does; asking costs the host as much as dozens
-                of kernels.
+            name: Name of the phase.
+            memory: Whether to measure peak memory, which is always measured the first time. It costs as much host time as launching
+                dozens of kernels.
         """
         if self.on_gpu:
             memory = memory or name not in self.peak_bytes
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if memory:
-                self._peak_before = self.overall_peak_bytes()
+                self._previous_peak = self.overall_peak_bytes()
                 torch.cuda.reset_peak_memory_stats(self.device)
             start.record(torch.cuda.current_stream(self.device))
             yield
@@ -46,16 +52,16 @@ class Clock:
             if memory:
                 self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), torch.cuda.max_memory_allocated(self.device))
         else:
-            begin = time.perf_counter()
+            start_time = time.perf_counter()
             yield
-            self.seconds[name] += time.perf_counter() - begin
+            self.seconds[name] += time.perf_counter() - start_time
 
     def overall_peak_bytes(self) -> int:
-        """Most memory held so far, in measured phases, in others and between them; see :func:`peak_memory_bytes`."""
-        return max(self._peak_before, peak_memory_bytes(self.device))
+        """Returns the peak memory of the run in bytes, inside and outside of phases; see :func:`peak_memory_bytes`."""
+        return max(self._previous_peak, peak_memory_bytes(self.device))
 
     def read(self) -> dict[str, float]:
-        """The seconds of every phase so far; waits for the GPU."""
+        """Returns the duration of each phase so far in seconds, by name. Synchronizes the GPU."""
         if self.pending:
             torch.cuda.synchronize(self.device)
         for name, start, end in self.pending:
@@ -65,9 +71,9 @@ class Clock:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held: by PyTorch's allocator since its peak was last reset on a GPU, by the whole process on a CPU."""
+    """Returns peak memory in bytes: on a GPU, allocated by PyTorch since the last reset; on a CPU, resident in the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage's: a process begins with the peak of the one that started it.
+    # Not getrusage: a process inherits the peak of its parent.
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""torch.compile of the networks, inside the steps and nowhere else."""
+"""Compilation of the networks with torch.compile, limited to the steps."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,49 +14,49 @@ __all__ = ["Compiled", "networks_to_compile"]
 
 
 class Compiled:
-    """Inside this context, calls of some networks are compiled; outside, as in evaluation with its other batch sizes, they are not.
+    """Context manager in which calls of some networks are compiled. Outside, as in evaluation, they are called as before.
 
-    The networks are not replaced: parameters, hooks, state dicts, copies and pickles stay theirs.
+    The modules are not replaced: parameters, hooks, state dicts, copies and pickles are unaffected.
 
     Args:
-        networks: each is compiled for every shape and mode it is called with, up to Dynamo's ``recompile_limit``.
+        networks: Networks to compile, for every shape and mode that they are called with, up to Dynamo's ``recompile_limit``.
     """
 
     def __init__(self, networks: Iterable[nn.Module] = ()) -> None:
-        # Outside, whoever compiled a network before keeps that.
+        # The third entry is restored on exit: the user may have compiled a network with Module.compile.
         self._calls = [(network, _compiled_call(network), network._compiled_call_impl) for network in dict.fromkeys(networks)]
 
     def __enter__(self) -> None:
-        for network, inside, _ in self._calls:
-            network._compiled_call_impl = inside
+        for network, compiled_call, _ in self._calls:
+            network._compiled_call_impl = compiled_call
 
     def __exit__(self, *error: object) -> None:
-        for network, _, outside in self._calls:
-            network._compiled_call_impl = outside
+        for network, _, original_call in self._calls:
+            network._compiled_call_impl = original_call
 
 
 def _compiled_call(network: nn.Module) -> Callable[..., Any]:
-    """What ``network.compile()`` sets, but with a frame of ours outermost: Dynamo skips those of torch's own containers."""
+    """Returns the callable that ``network.compile()`` sets, with an outer frame of this file: Dynamo skips frames of torch's containers."""
 
     def call(*arguments: Any) -> Any:
         return network._call_impl(*arguments)
 
-    # Dynamo limits recompilations by code object, and closures share theirs: each network has a limit of its own.
+    # Dynamo limits recompilations per code object, which closures share: a copy gives each network its own limit.
     call.__code__ = call.__code__.replace()
-    # Batches come in a few sizes that never change, so that general shapes would only make slower kernels.
+    # Batches have a few fixed sizes, for which dynamic shapes would only make kernels slower.
     return torch.compile(call, dynamic=False)
 
 
 def networks_to_compile(state: TrainState) -> Iterator[nn.Module]:
-    """What the steps call and ``engine.compile`` asks to compile."""
+    """Yields the networks to compile in the steps; none if ``engine.compile`` is False."""
     if not state.method.engine.compile:
         return
     yield from (state.teacher, state.observer.network)
-    if state.method.update.retains:
+    if state.method.update.is_retain_acquire:
         state.notes.append(f"the student is not compiled: update.kind {state.method.update.kind!r} differentiates it twice")
     else:
         yield state.student
     for generator in (state.generator, None if state.replay_source is None else state.replay_source.generator):
         if generator is not None:
-            # The steps call the body of ours, and make its end a kernel of its own.
+            # The steps call the body of generators of dfkd_fast.models and replace their head by a fused kernel.
             yield generator.body if isinstance(generator, Generator) else generator

@@ -1,4 +1,4 @@
-"""The device a run is on, and how it is set up."""
+"""Selection and configuration of the device of a run."""
 
 import ctypes
 import platform
@@ -17,32 +17,39 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda"] | str) -> torch.device:
-    """``auto`` is the GPU where PyTorch can use one, else the CPU."""
+    """Returns the device for a name. ``auto`` is the GPU if one is available, otherwise the CPU.
+
+    Raises:
+        DfkdError: The name is unknown, no GPU is available, or the forced kernel backend does not support the device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise DfkdError("device 'cuda': PyTorch sees no GPU here; use 'cpu', and see dfkd-fast doctor")
+        raise DfkdError("device 'cuda': no GPU is available to PyTorch; use 'cpu', or run dfkd-fast doctor")
     if name not in ("cpu", "cuda"):
         raise DfkdError(f"device {name!r}: must be auto, cpu or cuda")
     device = torch.device(name)
     if (backend := dispatch.forced()) and backend not in dispatch.backends(device):
-        raise DfkdError(f"device {name!r}: the kernels' backend {backend} is forced, and does not serve it")
+        raise DfkdError(f"device {name!r}: not supported by the forced kernel backend {backend!r}")
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """What figures are published with: the GPU, or the processor's vector instructions and the threads in use."""
+    """Returns a description of the device for benchmark results: the GPU model, or the CPU's architecture, vector instruction set and
+    number of threads.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def reuse_freed_memory() -> None:
-    """Tell glibc's malloc to keep what is freed for the next request, from now on and in the whole process; elsewhere nothing.
+    """Configures glibc's malloc to reuse freed memory for the rest of the process. Does nothing with other C libraries.
 
-    It would give blocks above 32 MiB back to the system, as tensors of a step are, and get them anew page by page, cleared.
+    By default glibc returns blocks above 32 MiB, such as the tensors of a step, to the operating system, which clears every page at
+    the next allocation.
     """
-    with suppress(AttributeError):  # no glibc
+    with suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -50,16 +57,16 @@ def reuse_freed_memory() -> None:
 
 @contextmanager
 def cudnn_benchmark(device: torch.device) -> Iterator[None]:
-    """Inside, cuDNN tries its algorithms at the first convolution of a shape and keeps the fastest; for steps, whose shapes stay.
+    """Context manager that enables ``torch.backends.cudnn.benchmark``, for steps, whose shapes do not change.
 
-    Nothing changes where PyTorch or cuDNN was told to be deterministic: the fastest is not the same one in every run.
+    It does nothing if deterministic algorithms are requested: the fastest algorithm may differ between runs.
     """
     cudnn = torch.backends.cudnn
     if device.type != "cuda" or cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
         yield
         return
-    before, cudnn.benchmark = cudnn.benchmark, True
+    previous, cudnn.benchmark = cudnn.benchmark, True
     try:
         yield
     finally:
-        cudnn.benchmark = before
+        cudnn.benchmark = previous

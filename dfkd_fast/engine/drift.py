@@ -1,4 +1,4 @@
-"""How far a student's predictions move when the generator does (MAD, arXiv 2209.10359, figure 1)."""
+"""Drift of the student's predictions between generators of successive epochs (MAD, arXiv 2209.10359, figure 1)."""
 
 from collections.abc import Mapping
 
@@ -7,52 +7,56 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import js_discrepancy
 from dfkd_fast.models import sample
-from dfkd_fast.surgery import evaluating, logits_of
+from dfkd_fast.surgery import eval_mode, get_logits
 
 __all__ = ["Drift"]
 
 
 class Drift:
-    """Compares a student's predictions on successive versions of generators, always from the same latents.
+    """Divergence between a student's predictions on images of successive versions of a generator, for fixed latents.
 
     Args:
-        samples: how many latents; 0 for no comparison.
+        samples: Number of latents; 0 disables the comparison.
     """
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
-        self._before: dict[str, Tensor] = {}
+        self._previous_images: dict[str, Tensor] = {}
 
     def measure(self, student: nn.Module, generators: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Mean Jensen–Shannon divergence in nats, a sample or a pixel, by generator, between the student's predictions on images of
-        this version and of that at the last call; nothing at a generator's first. All networks are in evaluation mode; waits
-        for the device.
+        """Compares the student's predictions on images of the current generators and of those at the previous call.
+
+        All networks are run in evaluation mode. Synchronizes the device.
 
         Args:
-            student: images → logits, as it stands now, for both versions.
-            generators: modules with an integer ``latent_dim``, by name.
+            student: Current student, images → logits; evaluated on both versions of the images.
+            generators: Modules with an integer attribute ``latent_dim``, by name.
+
+        Returns:
+            Jensen–Shannon divergence in nats by generator, averaged over samples or, for segmentation, over pixels. Generators that
+            were not part of an earlier call are omitted.
         """
-        found: dict[str, float] = {}
+        divergences: dict[str, float] = {}
         for name, generator in generators.items() if self.samples else ():
-            now = sample(generator, self.samples, next(generator.parameters()).device)
-            if name in self._before:
-                with evaluating(student):
-                    logits = logits_of(student(now))
-                    moved = js_discrepancy(
+            images = sample(generator, self.samples, next(generator.parameters()).device)
+            if name in self._previous_images:
+                with eval_mode(student):
+                    logits = get_logits(student(images))
+                    total = js_discrepancy(
                         logits,
-                        logits_of(student(self._before[name])),
+                        get_logits(student(self._previous_images[name])),
                         temperature=1.0,
                         reduction="sum",
                         scale_by_temperature_squared=False,
                     )
-                found[name] = moved.item() / logits[:, 0].numel()
-            self._before[name] = now
-        return found
+                divergences[name] = total.item() / logits[:, 0].numel()
+            self._previous_images[name] = images
+        return divergences
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The images of the last call."""
-        return dict(self._before)
+        """Returns the images of the previous call by generator."""
+        return dict(self._previous_images)
 
     def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Go on from a state that :meth:`state_dict` gave."""
-        self._before = {name: images.to(device) for name, images in state.items()}
+        """Loads a state returned by :meth:`state_dict` and moves it to a device."""
+        self._previous_images = {name: images.to(device) for name, images in state.items()}

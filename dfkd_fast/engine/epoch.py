@@ -1,4 +1,4 @@
-"""What one epoch came to."""
+"""Metrics of one epoch."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,19 @@ __all__ = ["Epoch"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to."""
+    """Metrics of one epoch."""
 
     number: int
-    """From 1."""
+    """Number of the epoch, from 1."""
     seconds: float
-    """Of its student steps, generator steps and evaluation."""
+    """Duration of the student steps, the generator steps and the evaluation in seconds."""
     losses: dict[str, float]
-    """Means over the epoch: the student's loss, and the generator's terms by name."""
+    """Mean over the epoch of each loss by name: the student's loss and the terms of the generator's loss."""
     student_accuracy: float | None
-    """What ``evaluate`` returned, in percent; None where it was not asked."""
+    """Value returned by ``evaluate``, in percent; None if the epoch was not evaluated."""
     unaveraged_accuracy: float | None = None
-    """The same of the student itself, where ``loop.student_ema_decay`` makes its average what is kept."""
+    """Accuracy in percent of the student itself if ``loop.student_ema_decay`` is set, where :attr:`student_accuracy` is that of its
+    exponential moving average."""
     drift: dict[str, float] = field(default_factory=dict)
-    """How far the student's predictions moved with the generators since the epoch before, where ``loop.drift_samples`` asks."""
+    """Jensen–Shannon divergence by generator between the student's predictions on samples of this and of the previous epoch; empty
+    if ``loop.drift_samples`` is 0."""

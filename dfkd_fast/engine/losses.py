@@ -1,4 +1,4 @@
-"""The losses of the epoch under way."""
+"""Recording of losses during an epoch."""
 
 from collections.abc import Mapping
 
@@ -14,24 +14,30 @@ __all__ = ["LossLog", "check_pretraining"]
 
 
 class LossLog:
-    """Every loss of the epoch under way, kept on the device, so that no step waits for a number.
+    """All losses of the current epoch, kept on the device so that no step synchronizes.
 
     Args:
-        loop: how many iterations an epoch has, and how many steps an iteration.
-        learned: losses that the replay's own learning gives beside the student's, by name, and in how many student steps of an
-            iteration each is computed.
-        device: of the losses.
+        loop: Number of iterations per epoch and of steps per iteration.
+        replay_losses: Losses of the replay source by name, with the number of student steps per iteration that compute each.
+        device: Device of the losses.
     """
 
-    def __init__(self, loop: Loop, learned: Mapping[str, int], device: torch.device) -> None:
+    def __init__(self, loop: Loop, replay_losses: Mapping[str, int], device: torch.device) -> None:
         self.values: dict[str, Tensor] = {}
-        """By term: (iterations_per_epoch, steps)."""
+        """Losses by name, (iterations_per_epoch, steps)."""
         self._loop = loop
-        self._student_steps = {"student": loop.student_steps} | {name: min(loop.student_steps, steps) for name, steps in learned.items()}
+        self._student_steps = {"student": loop.student_steps}
+        self._student_steps |= {name: min(loop.student_steps, steps) for name, steps in replay_losses.items()}
         self._device = device
 
     def record(self, losses: Mapping[str, Tensor], iteration: int, step: int) -> None:
-        """Keep the losses, 0-d, of a step, both counted from 0."""
+        """Records the losses of a step.
+
+        Args:
+            losses: 0-d tensors by name.
+            iteration: Index of the iteration in the epoch, from 0.
+            step: Index of the step in the iteration, from 0.
+        """
         for name, loss in losses.items():
             if name not in self.values:
                 steps = self._student_steps.get(name, self._loop.generator_steps)
@@ -39,43 +45,47 @@ class LossLog:
             self.values[name][iteration, step] = loss
 
     def means(self, iterations: int) -> dict[str, float]:
-        """Of the first so many iterations, by term; waits for the device."""
+        """Returns the mean of each loss over the first iterations of the epoch, by name. Synchronizes the device."""
         return {name: float(values[: max(iterations, 1)].mean()) for name, values in self.values.items()}
 
     def check_finite(self, iterations: int, epoch: int) -> None:
-        """Look at the losses of the first so many iterations, in all processes; waits for the device.
+        """Checks the losses of the first iterations on all processes, and averages them over processes. Synchronizes the device.
 
         Args:
-            iterations: how many were taken.
-            epoch: its number, as an error calls it.
+            iterations: Number of completed iterations.
+            epoch: Number of the epoch, for the error message.
 
         Raises:
-            NonFiniteLossError: one is NaN or infinite; the message names the first.
+            NonFiniteLossError: A loss is NaN or infinite. The message names the first one.
         """
-        # A loss that is NaN in one process is NaN in the mean, so that all of them stop.
+        # A loss that is NaN on one process is NaN in the mean, so all processes raise.
         distributed.average_(list(self.values.values()))
         nonfinite = []
         for name, values in self.values.items():
             indices = (~values[:iterations].isfinite()).nonzero()
             if len(indices):
                 row, column = indices[0].tolist()
-                # The player who comes first in an iteration sorts first.
-                later = (name in self._student_steps) == self._loop.generator_first
-                nonfinite.append((row, later, column, name))
+                # Sorted by order of execution: generator steps come first with loop.generator_first.
+                second = (name in self._student_steps) == self._loop.generator_first
+                nonfinite.append((row, second, column, name))
         if nonfinite:
             row, _, column, name = min(nonfinite)
-            player = "student" if name in self._student_steps else "generator"
-            where = f"{player} step {column + 1} of iteration {row + 1}, epoch {epoch}"
-            raise NonFiniteLossError(f"the {player}'s loss term {name!r} is {float(self.values[name][row, column])} at {where}")
+            role = "student" if name in self._student_steps else "generator"
+            where = f"{role} step {column + 1} of iteration {row + 1}, epoch {epoch}"
+            raise NonFiniteLossError(f"the {role}'s loss term {name!r} is {float(self.values[name][row, column])} at {where}")
 
 
 def check_pretraining(terms: Mapping[str, Tensor], steps: int) -> None:
-    """Look at the generator's terms, 0-d, of the last of so many steps of its pretraining, in all processes; waits for the device.
+    """Checks the generator's loss terms of the last pretraining step on all processes. Synchronizes the device.
+
+    Args:
+        terms: 0-d tensors by name.
+        steps: Number of completed pretraining steps, for the error message.
 
     Raises:
-        NonFiniteLossError: one is NaN or infinite.
+        NonFiniteLossError: A term is NaN or infinite.
     """
-    distributed.average_(list(terms.values()))  # so that all processes stop
+    distributed.average_(list(terms.values()))  # so that all processes raise
     for name, term in terms.items():
         if not term.isfinite():
-            raise NonFiniteLossError(f"the generator's loss term {name!r} is {term.item()} after {steps} steps of its pretraining")
+            raise NonFiniteLossError(f"the generator's loss term {name!r} is {term.item()} after {steps} pretraining steps")

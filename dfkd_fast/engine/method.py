@@ -1,4 +1,4 @@
-"""A point on the three axes with everything else the loop is told: all of a recipe but its networks and data."""
+"""Configuration of a training: the three axes, the loop, the engine and the optimizers; a recipe without networks and data."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, field, fields, replace
@@ -20,61 +20,72 @@ AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 @settings
 class Loop:
-    """Recipe section ``[loop]``: an epoch is so many iterations, an iteration so many steps of each player."""
+    """Recipe section ``[loop]``: the training schedule. An iteration consists of student steps and generator steps."""
 
     epochs: PositiveInt = 40
+    """Number of epochs."""
     iterations_per_epoch: PositiveInt = 50
+    """Number of iterations per epoch."""
     batch_size: PositiveInt = 256
-    """Fresh samples a step, of each process."""
+    """Number of fresh samples per step and process."""
     student_steps: PositiveInt = 5
-    """Imitation steps an iteration, each on new samples; DFAD's k."""
+    """Number of student steps per iteration, each on new samples (k in DFAD)."""
     generator_steps: PositiveInt = 1
+    """Number of generator steps per iteration."""
     generator_first: Flag = False
-    """Whether an iteration begins with the generator's steps (PRE-DFKD) or ends with them (DFAD)."""
+    """Run the generator steps before the student steps of an iteration (PRE-DFKD) instead of after them (DFAD)."""
     generator_pretraining: Count = 0
-    """Steps the generator takes before the first iteration, without the adversary's term (MAD)."""
+    """Number of generator steps before the first iteration, without the adversarial term (MAD)."""
     student_in_generator_step: Literal["train", "eval"] = "train"
-    """Mode of the student while the generator learns: DFAD trains through its batch statistics."""
+    """Mode of the student in generator steps. With ``train`` (DFAD), gradients pass through its batch statistics."""
     student_ema_decay: Fraction = 0.0
-    """Of an average of the student, which is then what is evaluated and kept; 0 for none."""
+    """Decay of the student's exponential moving average, which is evaluated and saved instead of the student; 0 disables it."""
     drift_samples: Count = 0
-    """Samples on which the student's predictions are compared between the generator's versions, epoch by epoch; 0 for
-    no comparison."""
+    """Number of samples on which the student's predictions are compared between the generators of successive epochs; 0 disables it."""
     evaluate_every: PositiveInt = 1
-    """Epochs between evaluations of the student; the last epoch is always evaluated."""
+    """Number of epochs between evaluations of the student. The last epoch is always evaluated."""
 
 
 @settings
 class Engine:
-    """Recipe section ``[engine]``: how the steps are computed, one switch a pass over the networks or the loop."""
+    """Recipe section ``[engine]``: how the steps are computed. Each key enables one optimization.
+
+    The optimizations are mathematically equivalent; results may differ by rounding.
+    """
 
     precision: PrecisionSetting = "auto"
-    """What networks compute in, under autocast; weights, averages and logits are float32 always. ``auto`` is ``bf16`` on a GPU
-    that computes in it, else ``fp32``; a run keeps what it was when it began. ``fp16`` scales the losses."""
+    """Autocast dtype of the networks: ``fp32``, ``bf16``, ``fp16`` (with loss scaling) or ``auto``, which is ``bf16`` on GPUs that
+    support it and ``fp32`` otherwise. Weights, averages and logits are always float32. A resumed run keeps its precision."""
     channels_last: Flag = True
-    """Memory layout of networks and images. The function is the same, the rounding is not."""
+    """Use the channels-last memory format for networks and images."""
     cpu_convolutions: Flag = True
-    """On a CPU, let every channels-last convolution choose its algorithm. The function is the same, the rounding is not."""
+    """On a CPU, select the fastest algorithm for each channels-last convolution."""
     fuse_norm_act: Flag = True
-    """Compute batch norm and leaky ReLU of the generators as one kernel. The function is the same, the rounding is not."""
+    """Fuse batch norm and leaky ReLU of the generators into one kernel."""
     fold_teacher: Flag = True
-    """Fold the teacher's batch norms into its convolutions. The function is the same, the rounding is not."""
+    """Fold the teacher's batch norms into its convolutions."""
     sync_batch_norm: Flag = False
-    """On several GPUs, batch norms in training see the batch of all processes (torch.nn.SyncBatchNorm)."""
+    """With several GPUs, compute batch statistics over all processes (:class:`torch.nn.SyncBatchNorm`)."""
     micro_batches: PositiveInt = 1
-    """Pieces that a batch goes through the student and the generator in, for the memory of one. Their gradients add up to the
-    whole batch's, but for batch norms in training and terms that are no means over samples (bn_moments, entropy, log_l1)."""
+    """Number of micro-batches that a batch is split into for the student and the generator, to reduce memory. Their gradients sum to
+    the gradient of the whole batch, except for batch norms in training and terms that are not means over samples (``bn_moments``,
+    ``entropy``, ``log_l1``)."""
     compile: Flag = False
-    """Compile teacher, student and generators with torch.compile, for the steps; evaluation runs them as they are."""
+    """Compile teacher, student and generators with :func:`torch.compile` in the steps. Evaluation is not compiled."""
     capture: Flag = True
-    """On a GPU, replay steps as CUDA graphs."""
+    """On a GPU, capture the steps as CUDA graphs and replay them."""
     malloc_reuse: Flag = True
-    """On a CPU, let the process keep the memory it frees: the system clears every page of a large block anew at every step."""
+    """On a CPU, make malloc keep freed memory instead of returning it to the operating system, which clears every page of a large
+    block at each allocation."""
 
 
 @settings
 class Method:
-    """What a :class:`~dfkd_fast.Trainer` needs beside the networks. The defaults are DFAD's (arXiv 1912.11006)."""
+    """Configuration of a :class:`~dfkd_fast.Trainer`. The defaults are those of DFAD (arXiv 1912.11006).
+
+    Raises:
+        pydantic.ValidationError: Settings of different sections are incompatible.
+    """
 
     loop: Loop = field(default_factory=Loop)
     engine: Engine = field(default_factory=Engine)
@@ -85,58 +96,64 @@ class Method:
     generator_optimizer: Optimizer = field(default_factory=lambda: Optimizer(kind="adam", lr=1e-3))
 
     def __post_init__(self) -> None:
-        if self.update.retains and not self.replay.replays:
+        if self.update.is_retain_acquire and not self.replay.replays:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
         policy = self.replay.policy
-        if self.engine.precision == "fp16" and (self.update.retains or (self.replay.replays and policy is not None and not policy.fp16)):
+        if self.engine.precision == "fp16" and (
+            self.update.is_retain_acquire or (self.replay.replays and policy is not None and not policy.fp16)
+        ):
             kinds = " or ".join(repr(kind) for kind, policy in POLICIES.items() if not policy.fp16)
             raise ValueError(
-                f"engine.precision = 'fp16': not with replay.kind {kinds} nor with first-order or second-order updates; use 'bf16'"
+                f"engine.precision = 'fp16': not supported with replay.kind {kinds} or first-order or second-order updates; use 'bf16'"
             )
         loop = self.loop
         steps = loop.iterations_per_epoch * max(loop.student_steps, loop.generator_steps)
-        if steps > MOST_STEPS:
+        if steps > MAX_STEPS:
             raise ValueError(
-                f"loop.iterations_per_epoch = {loop.iterations_per_epoch}: an epoch keeps the losses of its {steps} steps,"
-                f" and can have {MOST_STEPS} of a kind; loop.epochs has no such limit"
+                f"loop.iterations_per_epoch = {loop.iterations_per_epoch}: an epoch has {steps} student or generator steps,"
+                f" at most {MAX_STEPS} are allowed since their losses are kept in memory; increase loop.epochs instead"
             )
-        batch_size, pieces = self.loop.batch_size, self.engine.micro_batches
-        if pieces > 1 and self.update.retains:
+        batch_size, micro_batches = self.loop.batch_size, self.engine.micro_batches
+        if micro_batches > 1 and self.update.is_retain_acquire:
             raise ValueError(
-                f"engine.micro_batches = {pieces}: not with update.kind {self.update.kind!r}, which differentiates a batch twice"
+                f"engine.micro_batches = {micro_batches}: not supported with update.kind {self.update.kind!r},"
+                " which differentiates a batch twice"
             )
-        least = min(batch_size, self.replay.rows_of(batch_size)) if self.replay.replays else batch_size
-        if pieces > least:
-            raise ValueError(f"engine.micro_batches = {pieces}: fresh or replayed samples are {least} only, and every piece needs some")
+        min_rows = min(batch_size, self.replay.num_rows(batch_size)) if self.replay.replays else batch_size
+        if micro_batches > min_rows:
+            raise ValueError(
+                f"engine.micro_batches = {micro_batches}: must be at most {min_rows}, the number of fresh or replayed samples per step"
+            )
         if policy is not None:
             policy.check(self.replay.rows, batch_size)
-        if self.loop.generator_pretraining and not self.objective.generator_alone:
-            raise ValueError(
-                f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a term of the objective beside the adversary's"
-            )
+        if self.loop.generator_pretraining and not self.objective.has_non_adversarial_terms:
+            raise ValueError(f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a non-adversarial term in [objective]")
 
 
-MOST_STEPS = 10**8
-"""Steps of a kind in an epoch: their losses stay on the device."""
-FREE = {"loop.evaluate_every", "loop.drift_samples", "engine.malloc_reuse", "engine.capture"}
-"""What may differ when a training goes on: it changes no weight."""
+MAX_STEPS = 10**8
+"""Maximum number of student or generator steps per epoch. Their losses are kept on the device."""
+MAY_CHANGE_ON_RESUME = {"loop.evaluate_every", "loop.drift_samples", "engine.malloc_reuse", "engine.capture"}
+"""Settings that may differ when a training is resumed, because they do not affect the weights."""
 
 
 def method_to_dict(method: Method) -> dict[str, Any]:
-    """The settings of a method, or of a recipe as far as it is one, as nested dictionaries."""
+    """Returns the settings of a method, or the method part of a recipe, as nested dictionaries."""
     return {section.name: asdict(getattr(method, section.name)) for section in fields(Method)}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted path and both values of every setting that stands in both, differs, and makes a difference."""
-    for key, theirs in before.items():
-        path, ours = prefix + key, after.get(key)
-        if isinstance(theirs, dict) and isinstance(ours, dict):
-            yield from differences(theirs, ours, f"{path}.")
-        elif key in after and ours != theirs and path not in FREE:
-            yield path, theirs, ours
+    """Yields (dotted path, value before, value after) of each setting that differs and may not change on resume.
+
+    Settings that are missing from either side are ignored.
+    """
+    for key, old in before.items():
+        path, new = prefix + key, after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, f"{path}.")
+        elif key in after and new != old and path not in MAY_CHANGE_ON_RESUME:
+            yield path, old, new
 
 
 def resolved(method: AnyMethod, device: torch.device) -> AnyMethod:
-    """The method, or recipe, with ``engine.precision`` as it is on a device."""
+    """Returns a copy of the method or recipe with ``engine.precision = "auto"`` replaced by the precision for a device."""
     return replace(method, engine=replace(method.engine, precision=resolve_precision(method.engine.precision, device)))

@@ -1,4 +1,4 @@
-"""Optimisers and their schedules, from settings."""
+"""Optimizers and learning rate schedules."""
 
 import importlib
 import importlib.util
@@ -21,47 +21,52 @@ class Optimizer:
     """Recipe sections ``[student_optimizer]``, ``[generator_optimizer]`` and ``[teacher_optimizer]``."""
 
     kind: Literal["sgd", "adam", "apex_sgd", "apex_adam"] = "sgd"
-    """The last two are those of NVIDIA's apex, on a GPU where it is installed."""
+    """Optimizer. ``apex_sgd`` and ``apex_adam`` are the fused optimizers of NVIDIA apex, which must be installed, on a GPU."""
     lr: Positive = 0.1
+    """Initial learning rate."""
     momentum: Fraction = 0.9
-    """Of ``sgd``, without Nesterov's form."""
+    """Momentum of ``sgd``, without Nesterov momentum."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Of ``adam``."""
+    """Coefficients of the running averages of ``adam``."""
     weight_decay: NonNegative = 0.0
+    """Weight decay (L2 penalty)."""
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    """Of the learning rate, by epoch: ``cosine`` falls to 0 at the end, ``multistep`` by ``gamma`` at ``milestones``."""
+    """Learning rate schedule, stepped every epoch: ``cosine`` anneals to 0 at the last epoch, ``multistep`` multiplies the rate by
+    ``gamma`` at each of the ``milestones``."""
     milestones: tuple[PositiveInt, ...] = ()
+    """Epochs at which ``multistep`` changes the learning rate."""
     gamma: Positive = 0.1
+    """Factor of ``multistep``."""
 
 
-def build_optimizer(wanted: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser the settings describe, over these parameters.
+def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """Returns the configured optimizer over parameters.
 
-    On a GPU it is fused and its learning rate a tensor, so that a step can be captured and its rate still change.
+    On a GPU the optimizer is fused and its learning rate is a tensor, so that a captured step follows the schedule.
 
     Raises:
-        DfkdError: apex is wanted, and not there.
+        DfkdError: An apex optimizer is configured, but apex is not installed or the device is not a GPU.
     """
-    sgd = wanted.kind in ("sgd", "apex_sgd")
-    options: dict[str, Any] = {"lr": wanted.lr, "weight_decay": wanted.weight_decay}
-    options |= {"momentum": wanted.momentum} if sgd else {"betas": wanted.betas}
-    if wanted.kind.startswith("apex"):
-        apex = _apex(wanted.kind, device)
+    sgd = config.kind in ("sgd", "apex_sgd")
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    options |= {"momentum": config.momentum} if sgd else {"betas": config.betas}
+    if config.kind.startswith("apex"):
+        apex = _apex(config.kind, device)
         return apex.FusedSGD(parameters, **options) if sgd else apex.FusedAdam(parameters, adam_w_mode=False, capturable=True, **options)
     if device.type == "cuda":
-        options |= {"lr": torch.tensor(wanted.lr, device=device), "fused": True} | ({} if sgd else {"capturable": True})
+        options |= {"lr": torch.tensor(config.lr, device=device), "fused": True} | ({} if sgd else {"capturable": True})
     if not sgd:
         return torch.optim.Adam(parameters, **options)
     optimizer = torch.optim.SGD(parameters, **options)
-    _start_momentum(optimizer)
+    _init_momentum_buffers(optimizer)
     return optimizer
 
 
-def _start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give every parameter a momentum of 0: its first update is the gradient, as PyTorch's is, which has a first step of its own.
+def _init_momentum_buffers(optimizer: torch.optim.SGD) -> None:
+    """Initializes missing momentum buffers to 0, so that the first update equals the gradient, as in PyTorch.
 
-    That one, fused, makes the momentum without a value, and leaves it so where fp16's gradients overflow and it is skipped;
-    captured in a graph, it would begin the momentum anew at every replay.
+    PyTorch creates the buffers in the first step. Its fused implementation leaves them uninitialized if that step is skipped because
+    of an overflow in fp16, and a captured first step would reset the momentum at every replay.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -71,7 +76,10 @@ def _start_momentum(optimizer: torch.optim.SGD) -> None:
 
 
 def restore_learning_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Put what was loaded from a checkpoint, whatever device it is of, where :func:`build_optimizer` has it."""
+    """Restores learning rates and step counters after ``load_state_dict`` to the form that :func:`build_optimizer` uses on a device.
+
+    The loaded state may come from another type of device.
+    """
     on_gpu = device.type == "cuda" and (type(optimizer).__module__.startswith("torch.") or getattr(optimizer, "capturable", False))
     for group in optimizer.param_groups:
         rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
@@ -81,24 +89,24 @@ def restore_learning_rates(optimizer: torch.optim.Optimizer, device: torch.devic
         if "step" in state:
             state["step"] = state["step"].to(device)
     if isinstance(optimizer, torch.optim.SGD):
-        _start_momentum(optimizer)
+        _init_momentum_buffers(optimizer)
 
 
 def _apex(kind: str, device: torch.device) -> Any:
-    # By its compiled module: the package of that name on PyPI is a web toolkit, and importing it helps nobody.
+    # Detected by its compiled module: the package named apex on PyPI is an unrelated web toolkit.
     if importlib.util.find_spec("amp_C") is None:
         raise DfkdError(
             f"optimizer kind {kind!r} needs NVIDIA's apex with its CUDA extensions, built from github.com/NVIDIA/apex "
             "(the package apex on PyPI is another project); without it, choose 'sgd' or 'adam', which are fused as well"
         )
     if device.type != "cuda":
-        raise DfkdError(f"optimizer kind {kind!r} works on a GPU only; choose 'sgd' or 'adam' on a CPU")
+        raise DfkdError(f"optimizer kind {kind!r} requires a GPU; choose 'sgd' or 'adam' on a CPU")
     return importlib.import_module("apex.optimizers")
 
 
-def build_schedule(wanted: Optimizer, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:
-    """The schedule of its learning rate, to be stepped after every epoch."""
-    if wanted.schedule == "cosine":
+def build_schedule(config: Optimizer, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:
+    """Returns the configured learning rate scheduler, to be stepped after every epoch."""
+    if config.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    milestones = list(wanted.milestones) if wanted.schedule == "multistep" else []
-    return lr_scheduler.MultiStepLR(optimizer, milestones, wanted.gamma)
+    milestones = list(config.milestones) if config.schedule == "multistep" else []
+    return lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)

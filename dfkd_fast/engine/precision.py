@@ -1,4 +1,4 @@
-"""Automatic mixed precision: which dtype networks compute in, and what keeps small gradients from vanishing in it."""
+"""Automatic mixed precision: autocast and loss scaling."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,110 +9,111 @@ from torch import Tensor, nn
 
 from dfkd_fast.choices import PrecisionName, PrecisionSetting
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.surgery import evaluating, find_heads, in_float32, logits_of
+from dfkd_fast.surgery import eval_mode, find_heads, get_logits, in_float32
 
-__all__ = ["Precision", "ordinary_mode", "resolve_precision"]
+__all__ = ["Precision", "default_modes", "resolve_precision"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BF16_FROM = 8
-"""Compute capability from which on NVIDIA's GPUs multiply bfloat16; PyTorch emulates it on older ones."""
+MIN_BF16_CAPABILITY = 8
+"""Minimum major compute capability with bfloat16 support in hardware. PyTorch emulates bfloat16 on older GPUs."""
 
 
 def resolve_precision(setting: PrecisionSetting, device: torch.device) -> PrecisionName:
-    """What ``auto`` is on a device: bfloat16 on a GPU that computes in it, else float32."""
+    """Returns the precision for a device. ``auto`` is ``bf16`` on GPUs with hardware support and ``fp32`` otherwise."""
     if setting != "auto":
         return setting
-    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= BF16_FROM else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= MIN_BF16_CAPABILITY else "fp32"
 
 
 @contextmanager
-def ordinary_mode(device: torch.device) -> Iterator[None]:
-    """Gradients are recorded and nothing is cast, whatever autocast, ``no_grad`` or inference mode is around."""
+def default_modes(device: torch.device) -> Iterator[None]:
+    """Context manager that enables gradients and disables autocast and inference mode, regardless of the surrounding modes."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 class Precision:
-    """Autocast of forward passes over float32 weights, and, for fp16, a scaler an optimiser.
+    """Autocast for forward passes with float32 weights and, for ``fp16``, one gradient scaler per optimizer.
 
-    Weights, their averages and the optimisers' state are float32 always, and so are logits (:meth:`keep_logits`).
+    Weights, their averages, optimizer states and logits (:meth:`keep_logits_in_float32`) are always float32.
 
     Args:
-        setting: ``bf16`` needs no scaler; ``fp16`` does.
-        device: where the networks are.
+        setting: Precision; only ``fp16`` uses loss scaling.
+        device: Device of the networks.
     """
 
     def __init__(self, setting: PrecisionSetting, device: torch.device) -> None:
         self.name = resolve_precision(setting, device)
         self.dtype = DTYPES.get(self.name)
+        """Autocast dtype; None for ``fp32``."""
         self.device = device
         scaled = self.name == "fp16"
-        # A scaler an optimiser: an overflow in one player's gradients is no reason for the other to step back.
+        # One scaler per optimizer: an overflow in one network's gradients must not reduce the scale of the other.
         self.scalers = {role: torch.amp.GradScaler(device.type, enabled=scaled) for role in ("student", "generator")}
         for scaler in self.scalers.values():
-            scaler.scale(torch.zeros((), device=device))  # makes the scale now, not in the first step
+            scaler.scale(torch.zeros((), device=device))  # allocates the scale before the first step
         self._heads: list[nn.Module] = []
 
     @property
-    def images(self) -> torch.dtype:
-        """What batches of images are kept in."""
+    def image_dtype(self) -> torch.dtype:
+        """Data type of image buffers."""
         return self.dtype or torch.get_default_dtype()
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
-        """Makes the context for a forward pass; nothing in float32."""
-        return nullcontext if self.dtype is None else self._lowered
+        """Returns the context manager for forward passes; it does nothing for ``fp32``."""
+        return nullcontext if self.dtype is None else self._autocast
 
     @contextmanager
-    def _lowered(self) -> Iterator[None]:
-        # Its cache of cast weights outlives the context wherever another autocast is around it, and does not notice an optimizer's step.
+    def _autocast(self) -> Iterator[None]:
+        # Without the weight cache: within another autocast it outlives this context and is not updated by an optimizer step.
         with torch.autocast(self.device.type, self.dtype, cache_enabled=False), in_float32(self._heads):
             yield
 
-    def keep_logits(self, network: nn.Module, images: Tensor) -> None:
-        """Let the layers that a network's logits come out of compute in float32 within :attr:`autocast`, and be as they were outside.
+    def keep_logits_in_float32(self, network: nn.Module, images: Tensor) -> None:
+        """Excludes the layers that compute a network's logits from autocast, so that they run in float32 within :attr:`autocast`.
 
         Args:
-            network: images → logits, in any form that ``logits_of`` takes.
-            images: some for it, (B, C, H, W), on its device.
+            network: Maps images to logits or to an output accepted by ``get_logits``.
+            images: Example images (B, C, H, W) on the network's device.
         """
         if self.dtype is not None:
             self._heads += find_heads(network, images)
 
     def rounds_logits(self, network: nn.Module, images: Tensor) -> bool:
-        """Whether logits are rounded all the same, since no layer makes them but an operation in the network's ``forward``."""
+        """Whether logits are rounded despite :meth:`keep_logits_in_float32`, because ``forward`` computes them outside of a layer."""
         if self.dtype is None:
             return False
-        with evaluating(network), self.autocast():
-            return logits_of(network(images)).dtype == self.dtype
+        with eval_mode(network), self.autocast():
+            return get_logits(network(images)).dtype == self.dtype
 
     def scale(self, role: str, loss: Tensor) -> Tensor:
-        """The loss to differentiate."""
+        """Returns the loss multiplied by the gradient scale of a role."""
         return self.scalers[role].scale(loss)
 
     def step(self, role: str, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimiser's step, unless a scaled gradient overflowed."""
+        """Steps the optimizer, unless a scaled gradient overflowed, and updates the scale."""
         self.scalers[role].step(optimizer)
         self.scalers[role].update()
 
     def tensors(self) -> Iterator[Tensor]:
-        """What the scalers keep on the device."""
+        """Yields the state tensors of the enabled scalers."""
         for scaler in self.scalers.values():
             if scaler.is_enabled():
                 yield from (tensor for tensor in (scaler._scale, scaler._growth_tracker) if tensor is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the scalers, and the precision's name."""
+        """Returns the state of the scalers and the name of the precision."""
         return {"name": self.name} | {role: scaler.state_dict() for role, scaler in self.scalers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state_dict` gave.
+        """Loads a state returned by :meth:`state_dict`.
 
         Raises:
-            DfkdError: it is of another precision.
+            DfkdError: The state is of another precision.
         """
-        # Not in checkpoints of before "auto", whose recipe beside them names it.
+        # Checkpoints of early versions, which had no "auto", do not contain the name: the recipe next to them does.
         if (name := state.get("name", self.name)) != self.name:
-            raise DfkdError(f"engine.precision = {self.name!r}: the state is of a run in {name!r}, and goes on in that")
+            raise DfkdError(f"engine.precision = {self.name!r}: the state is of a run in {name!r}, which must be resumed in {name!r}")
         for role, scaler in self.scalers.items():
             scaler.load_state_dict(state[role])

@@ -1,4 +1,4 @@
-"""From networks as they are given to a state that is ready to step: passes over the networks, in order, each with its switch."""
+"""Preparation of a training: an ordered list of passes optimizes copies of the networks. Most passes have a key in ``[engine]``."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import build_replay_source
-from dfkd_fast.models import sample, sha256_of
+from dfkd_fast.models import sample, state_dict_sha256
 from dfkd_fast.surgery import (
     FoldingError,
     Observer,
     auxiliary_outputs,
     deep_copy,
-    folded_and_checked,
+    fold_and_verify,
     frozen_copy,
     fuse_leaky_relus,
     has_running_statistics,
@@ -42,153 +42,166 @@ from .streams import random_stream
 __all__ = ["prepare"]
 
 SAMPLES = 4
-"""Images that passes try a network on."""
+"""Batch size of the example images that passes run networks on."""
 
 
 @dataclass
 class Context:
-    """What a pass over a network may look at."""
+    """Inputs of a pass other than the network."""
 
     role: str
-    """Of the network: "teacher", "student" or "generator"."""
+    """Role of the network: "teacher", "student" or "generator"."""
     engine: Engine
     precision: Precision
     device: torch.device
     images: Tensor
-    """A few of the generator's, (SAMPLES, C, H, W); none yet when the generator is prepared."""
+    """Example images (SAMPLES, C, H, W) of the generator; empty while the generator is prepared."""
     notes: list[str]
+    """Passes append a line for each optimization that they could not apply."""
 
 
 def share(network: nn.Module, context: Context) -> nn.Module:
-    """A copy of the modules in training mode, with the network's own parameters, buffers and hooks."""
+    """Copies the modules, sharing parameters, buffers and hooks, and sets training mode."""
     copied = sharing_copy(network)
-    copied.train()  # whose result a user's own may lack
+    copied.train()  # not chained: a user's train() may return None
     return copied
 
 
 def take_logits(network: nn.Module, context: Context) -> nn.Module:
-    """Only the logits, where a network returns more."""
+    """Reduces the network's output to logits if it returns auxiliary outputs."""
     if (outputs := auxiliary_outputs(network, context.images)) is not None:
         context.notes.append(f"the {context.role} {outputs}")
     return logits_only(network, context.images)
 
 
 def fold(network: nn.Module, context: Context) -> nn.Module:
-    """Batch norms folded into convolutions, where that changes nothing."""
+    """Folds batch norms into convolutions if the outputs remain equal up to rounding."""
     if not context.engine.fold_teacher or not any(map(has_running_statistics, network.modules())):
         return network
     try:
-        return folded_and_checked(network, context.images)
+        return fold_and_verify(network, context.images)
     except FoldingError as error:
         context.notes.append(f"the teacher's batch norms are not folded: {error}")
         return network
 
 
-def place(network: nn.Module, context: Context) -> nn.Module:
-    """The network itself, on the device, in the memory format of the run."""
+def to_device(network: nn.Module, context: Context) -> nn.Module:
+    """Moves the network in place to the device and the memory format of the run."""
     network.to(context.device)
     return network.to(memory_format=torch.channels_last) if context.engine.channels_last else network
 
 
 def spectral_norms_in_float32(network: nn.Module, context: Context) -> nn.Module:
-    """A spectral norm's power iteration is not rounded to a lower precision."""
+    """Keeps the power iterations of spectral norms in float32."""
     keep_spectral_norms_in_float32(network)
     return network
 
 
 def cpu_convolutions(network: nn.Module, context: Context) -> nn.Module:
-    """On a CPU, every convolution chooses its algorithm."""
+    """Selects the algorithm of each convolution on a CPU."""
     return use_cpu_convolutions(network) if context.engine.cpu_convolutions and context.device.type == "cpu" else network
 
 
 def sync_batch_norm(network: nn.Module, context: Context) -> nn.Module:
-    """Batch norms in training see the batch of all processes."""
+    """Replaces batch norms by :class:`torch.nn.SyncBatchNorm`."""
     if not context.engine.sync_batch_norm or distributed.world_size() == 1:
         return network
     if context.device.type != "cuda":
-        raise DfkdError("engine.sync_batch_norm = true: PyTorch's SyncBatchNorm works on GPUs only")
+        raise DfkdError("engine.sync_batch_norm = true: PyTorch's SyncBatchNorm requires a GPU")
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
-    """Batch norm and leaky ReLU in one kernel; on a GPU also batch norms alone."""
+    """Replaces pairs of batch norm and leaky ReLU by a fused kernel; on a GPU, also batch norms without activation."""
     if context.engine.fuse_norm_act:
         fuse_leaky_relus(network, every_norm=context.device.type == "cuda")
     return network
 
 
-def lower(network: nn.Module, context: Context) -> nn.Module:
-    """The teacher's weights in the precision of the run."""
+def cast_weights(network: nn.Module, context: Context) -> nn.Module:
+    """Casts the teacher's weights to the precision of the run."""
     return network if context.precision.dtype is None else lower_precision(deep_copy(network), context.precision.dtype, context.images)
 
 
 def logits_in_float32(network: nn.Module, context: Context) -> nn.Module:
-    """The layers that logits come out of compute in float32."""
-    context.precision.keep_logits(network, context.images)
+    """Keeps the layers that compute logits in float32."""
+    context.precision.keep_logits_in_float32(network, context.images)
     return network
 
 
-def tell_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
-    """A line where logits are rounded all the same."""
+def note_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
+    """Adds a note if logits are rounded to the precision of the run."""
     if context.precision.rounds_logits(network, context.images):
         context.notes.append(
-            f"engine.precision: the {context.role}'s logits are rounded to {context.precision.name}: its forward makes them, not a layer"
+            f"engine.precision: the {context.role}'s logits are rounded to {context.precision.name}: "
+            "its forward computes them outside of a layer"
         )
     return network
 
 
 PASSES: dict[str, Sequence[Callable[[nn.Module, Context], nn.Module]]] = {
     "generator": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, fuse_norm_act),
-    "teacher": (take_logits, fold, place, spectral_norms_in_float32, cpu_convolutions, lower, tell_rounded_logits),
-    "student": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, take_logits, logits_in_float32, tell_rounded_logits),
+    "teacher": (take_logits, fold, to_device, spectral_norms_in_float32, cpu_convolutions, cast_weights, note_rounded_logits),
+    "student": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, take_logits, logits_in_float32, note_rounded_logits),
 }
 
 
 def prepare(
-    teacher: nn.Module, student: nn.Module, generator: nn.Module, method: Method, *, seed: int, device: torch.device, trained: bool = True
+    teacher: nn.Module,
+    student: nn.Module,
+    generator: nn.Module,
+    method: Method,
+    *,
+    seed: int,
+    device: torch.device,
+    teacher_trained: bool = True,
 ) -> TrainState:
-    """The state of a training before its first step.
+    """Returns the state of a training before its first step.
 
     Args:
-        teacher, student, generator: moved to the device, in place; what else is done is done to copies of their modules.
-        method: its ``precision`` resolved.
-        seed: of the latent vectors.
-        device: of the training.
-        trained: False for a teacher without its weights yet, to find out what would be refused before they are trained.
+        teacher: Teacher, moved to the device in place. Other changes are made to copies of the modules only.
+        student: Student, moved to the device in place.
+        generator: Generator, moved to the device in place.
+        method: Configuration with a resolved ``engine.precision``.
+        seed: Seed of the latents.
+        device: Device of the training.
+        teacher_trained: False if the teacher's weights are not trained yet, for checks before its training.
 
     Raises:
-        DfkdError: the networks do not fit each other, the method or its batches, or cannot be copied.
+        DfkdError: The networks are incompatible with each other, the method or its batch sizes, or cannot be copied.
     """
     loop, engine, objective = method.loop, method.engine, method.objective
     if engine.malloc_reuse and device.type == "cpu":
         reuse_freed_memory()
-    given = {"teacher": teacher, "student": student, "generator": generator}
-    for role, network in given.items():
+    networks = {"teacher": teacher, "student": student, "generator": generator}
+    for role, network in networks.items():
         check_initialized(role, network)
 
     context = Context("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [])
-    for network in given.values():
-        place(network, context)
-    distributed.broadcast_([tensor for network in given.values() for tensor in network.state_dict().values()])
+    for network in networks.values():
+        to_device(network, context)
+    distributed.broadcast_([tensor for network in networks.values() for tensor in network.state_dict().values()])
     frozen = frozen_copy(teacher, torch.get_default_dtype())
-    image_shape, logits_shape = check_networks(frozen, student, generator, device, trained=trained, adversarial=objective.adversarial > 0)
+    image_shape, logits_shape = check_networks(
+        frozen, student, generator, device, teacher_trained=teacher_trained, adversarial=objective.adversarial > 0
+    )
     check_objective(objective, generator, logits_shape)
     if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
         context.notes.append(
-            "engine.micro_batches: batch norms in training see a piece of the batch, so gradients are not quite the whole's"
+            "engine.micro_batches: batch norms in training use the statistics of a micro-batch, so gradients differ from the whole batch's"
         )
 
-    working = _pass_over(given | {"teacher": frozen}, context)
+    optimized = _apply_passes(networks | {"teacher": frozen}, context)
     images, logits = _static_batch(method, image_shape, logits_shape, context)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # the same autoencoder whatever was drawn before
+        torch.manual_seed(seed)  # initial weights of a replay source depend on the seed only
         fresh = slice(loop.batch_size)
-        replay_source = build_replay_source(method.replay, working["generator"], working["teacher"], images[fresh], logits[fresh])
-    alone = replay_source is None or not replay_source.ready  # the first steps have fresh samples only
-    check_smallest_batches(method, student, generator, device, alone=alone)
-    observer = Observer(working["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0)
+        replay_source = build_replay_source(method.replay, optimized["generator"], optimized["teacher"], images[fresh], logits[fresh])
+    fresh_only = replay_source is None or not replay_source.ready  # in the first steps
+    check_smallest_batches(method, student, generator, device, fresh_only=fresh_only)
+    observer = Observer(optimized["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0)
     with torch.no_grad(), context.precision.autocast():
-        observer(context.images)  # what it does not get to see is said now, not by the first step
+        observer(context.images)  # raises now, not in the first step, if it cannot observe a layer
     average = FusedEMA(student, loop.student_ema_decay) if loop.student_ema_decay else None
     student_optimizer = build_optimizer(method.student_optimizer, student.parameters(), device)
     generator_optimizer = build_optimizer(method.generator_optimizer, generator.parameters(), device)
@@ -196,14 +209,14 @@ def prepare(
         device=device,
         method=method,
         precision=context.precision,
-        teacher=working["teacher"],
+        teacher=optimized["teacher"],
         observer=observer,
-        student=working["student"],
-        generator=working["generator"],
+        student=optimized["student"],
+        generator=optimized["generator"],
         replay_source=replay_source,
         average=average,
-        trained={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
-        teacher_sha256=sha256_of(teacher.state_dict()),
+        saved_networks={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
+        teacher_sha256=state_dict_sha256(teacher.state_dict()),
         student_optimizer=student_optimizer,
         generator_optimizer=generator_optimizer,
         schedules=[
@@ -223,24 +236,24 @@ def prepare(
     )
 
 
-def _pass_over(networks: dict[str, nn.Module], context: Context) -> dict[str, nn.Module]:
-    """The networks as the steps call them, by role, once every pass was over them."""
-    working = {}
+def _apply_passes(networks: dict[str, nn.Module], context: Context) -> dict[str, nn.Module]:
+    """Applies all passes to the networks; returns the optimized networks by role."""
+    optimized = {}
     for role, passes in PASSES.items():
         context.role, network = role, networks[role]
-        for each in passes:
-            network = each(network, context)
-        working[role] = network
+        for apply in passes:
+            network = apply(network, context)
+        optimized[role] = network
         if role == "generator":
             context.images = sample(network, SAMPLES, context.device)
-    return working
+    return optimized
 
 
 def _static_batch(method: Method, image_shape: torch.Size, logits_shape: torch.Size, context: Context) -> tuple[Tensor, Tensor]:
-    """Images and logits of a student step, fresh and replayed, in the memory format of the run."""
+    """Allocates the buffers of a student step's images and teacher logits, in the memory format of the run."""
     layout = torch.channels_last if method.engine.channels_last else torch.contiguous_format
     fresh = method.loop.batch_size
-    rows = fresh + (method.replay.rows_of(fresh) if method.replay.replays else 0)
-    images = torch.zeros(rows, *image_shape, device=context.device, dtype=context.precision.images).to(memory_format=layout)
+    rows = fresh + (method.replay.num_rows(fresh) if method.replay.replays else 0)
+    images = torch.zeros(rows, *image_shape, device=context.device, dtype=context.precision.image_dtype).to(memory_format=layout)
     logits = torch.empty(rows, *logits_shape, device=context.device)
     return images, logits.to(memory_format=layout) if logits.ndim == 4 else logits

@@ -1,4 +1,4 @@
-"""What the steps read and write, and what a checkpoint holds of a training."""
+"""State of a training: everything that the steps read and write and that checkpoints contain."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,87 +19,93 @@ from .losses import LossLog
 from .method import Method
 from .precision import Precision
 
-__all__ = ["TrainState", "preserved", "undisturbed"]
+__all__ = ["TrainState", "isolated_callback", "preserved"]
 
 
 @dataclass
 class TrainState:
-    """Networks, optimizers, random streams and static buffers of a training, all on one device, and how far it is."""
+    """Networks, optimizers, random number generators, static buffers and progress of a training, all on one device."""
 
     device: torch.device
     method: Method
     precision: Precision
 
     teacher: nn.Module
-    """As the steps call it: folded, in the precision of the run."""
+    """Optimized copy of the teacher: folded, in the precision of the run."""
     observer: Observer
-    """The same as the generator sees it."""
+    """Wrapper of :attr:`teacher` for generator steps that also returns features and batch statistics."""
     student: nn.Module
-    """As the steps call it; shares parameters and buffers with the one that was given, as the generator does."""
+    """Optimized copy of the student that shares parameters and buffers with the user's module."""
     generator: nn.Module
+    """Optimized copy of the generator that shares parameters and buffers with the user's module."""
     replay_source: ReplaySource | None
+    """Source of replayed samples; None without replay."""
     average: FusedEMA | None
-    """Of the student."""
-    trained: dict[str, nn.Module]
-    """What a checkpoint holds, by name: student and generator as they were given, and the student's average."""
+    """Exponential moving average of the student; None if ``loop.student_ema_decay`` is 0."""
+    saved_networks: dict[str, nn.Module]
+    """Networks saved in checkpoints, by name: the user's student and generator, and the student's average."""
     teacher_sha256: str
+    """SHA-256 of the teacher's state dict."""
 
     student_optimizer: torch.optim.Optimizer
     generator_optimizer: torch.optim.Optimizer
     schedules: list[LRScheduler]
-    """Of the student's and the generator's learning rate."""
+    """Learning rate schedulers of the student and the generator."""
 
     latents: Tensor
-    """(B, latent_dim), overwritten with new z ~ N(0, I) before every use."""
+    """Buffer (B, latent_dim), overwritten with z ~ N(0, I) in every step."""
     labels: Tensor
-    """(B,), likewise, with classes for a conditional generator."""
+    """Buffer (B,), overwritten with class labels in every step if the generator is conditional."""
     images: Tensor
-    """(ΣB_i, C, H, W): the batch of the student step, fresh rows first."""
+    """Buffer (ΣB_i, C, H, W) of the student step's images, fresh rows first."""
     logits: Tensor
-    """(ΣB_i, classes) or (ΣB_i, classes, H, W): the teacher's for them."""
+    """Buffer (ΣB_i, classes) or (ΣB_i, classes, H, W) of the teacher's logits for :attr:`images`."""
     fresh_stream: torch.Generator
+    """Random number generator of fresh latents and labels."""
     replay_stream: torch.Generator
+    """Random number generator of the replay source."""
 
     losses: LossLog
     drift: Drift
     clock: Clock
     notes: list[str]
-    """What was asked for and is done another way, a line each."""
+    """One line for each requested optimization that could not be applied, or that was applied differently."""
     history: list[Epoch] = field(default_factory=list)
+    """Completed epochs."""
     iteration: int = 0
-    """Iterations done of the epoch under way."""
+    """Number of completed iterations in the current epoch."""
     pretrained: int = 0
-    """Steps the generator took before the first iteration."""
+    """Number of completed pretraining steps of the generator."""
 
     @property
-    def fresh(self) -> Batch:
-        """The fresh rows of the last student step."""
+    def fresh_batch(self) -> Batch:
+        """Fresh samples of the last student step."""
         rows = len(self.latents)
         return Batch(self.images[:rows], self.logits[:rows], [Part(rows, 1.0)])
 
     @property
     def generators(self) -> dict[str, nn.Module]:
-        """What makes the student's images: "generator" and, where the memory has one, "replay"."""
+        """Generators of the student's images by name: "generator" and, if the replay source has one, "replay"."""
         replay = None if self.replay_source is None else self.replay_source.generator
         return {"generator": self.generator} | ({} if replay is None else {"replay": replay})
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """All that steps use."""
+        """Optimizers of the student, the generator and the replay source."""
         return [self.student_optimizer, self.generator_optimizer, *([] if self.replay_source is None else self.replay_source.optimizers)]
 
     @property
     def random_devices(self) -> list[torch.device]:
-        """What :func:`torch.random.fork_rng` is told."""
+        """Argument ``devices`` of :func:`torch.random.fork_rng`."""
         return [self.device] if self.device.type == "cuda" else []
 
     def running_statistics(self) -> list[Tensor]:
-        """Floating-point buffers, of which processes have different ones until an epoch ends: they have seen other images."""
-        networks = [*self.trained.values(), *([] if self.replay_source is None else self.replay_source.networks)]
+        """Returns the floating-point buffers of all trained networks, which differ between processes until the end of an epoch."""
+        networks = [*self.saved_networks.values(), *([] if self.replay_source is None else self.replay_source.networks)]
         return [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that a step changes and a later one reads: weights, buffers, and the optimizers' and scalers' state."""
+        """Yields every tensor that a step modifies and a later one reads: parameters, buffers, optimizer and scaler states."""
         networks: list[nn.Module] = [self.student, self.generator]
         networks += [] if self.average is None else [self.average]
         networks += [] if self.replay_source is None else self.replay_source.networks
@@ -107,52 +113,52 @@ class TrainState:
             yield from network.parameters()
             yield from network.buffers()
         for optimizer in self.optimizers:
-            # Not all of it is a parameter's: apex's Adam counts its steps in the group.
+            # Param groups as well: apex's Adam keeps its step counter there.
             for values in (*optimizer.state.values(), *optimizer.param_groups):
                 yield from (value for value in values.values() if isinstance(value, Tensor))
         yield from self.precision.tensors()
 
     def drop_gradients(self) -> None:
-        """Free the gradients of everything that is trained."""
+        """Sets all gradients to None."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
 
 @contextmanager
 def preserved(state: TrainState) -> Iterator[None]:
-    """Whatever steps are taken inside, even one that fails, afterwards tensors and random streams are as they were, in place.
+    """Context manager that restores tensors in place and random number generators on exit, also after an exception.
 
-    Gradients are dropped.
+    Gradients are set to None.
     """
-    before = [(tensor, tensor.detach().clone()) for tensor in state.tensors()]
+    saved = [(tensor, tensor.detach().clone()) for tensor in state.tensors()]
     streams = [(stream, stream.get_state()) for stream in (state.fresh_stream, state.replay_stream)]
     try:
         with torch.random.fork_rng(devices=state.random_devices):
             yield
     finally:
         with torch.no_grad():
-            known = {id(tensor) for tensor, _ in before}
-            for tensor, value in before:
+            known = {id(tensor) for tensor, _ in saved}
+            for tensor, value in saved:
                 tensor.copy_(value)
             for tensor in state.tensors():
                 if id(tensor) not in known:
-                    tensor.zero_()  # an optimizer's state, which its first step makes, and which begins at 0
-        for stream, position in streams:
-            stream.set_state(position)
+                    tensor.zero_()  # optimizer state that is created in the first step and starts at 0
+        for stream, stream_state in streams:
+            stream.set_state(stream_state)
         state.drop_gradients()
 
 
 @contextmanager
-def undisturbed(state: TrainState) -> Iterator[None]:
-    """Whatever a callback inside does, afterwards random states, modes and what is to be trained are as before."""
-    trained = [(tensor, tensor.requires_grad) for network in (state.student, state.generator) for tensor in network.parameters()]
+def isolated_callback(state: TrainState) -> Iterator[None]:
+    """Context manager for callbacks that restores random states, grad mode, network modes and ``requires_grad`` on exit."""
+    flags = [(tensor, tensor.requires_grad) for network in (state.student, state.generator) for tensor in network.parameters()]
     try:
         with torch.random.fork_rng(devices=state.random_devices), torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     finally:
-        for tensor, requires_grad in trained:
+        for tensor, requires_grad in flags:
             tensor.requires_grad_(requires_grad)
-        # Scripted modules are shared with the networks that a callback sees.
+        # Scripted modules are not copied: callbacks may have changed their modes.
         state.student.train()
         state.generator.train()
         if state.average is not None:

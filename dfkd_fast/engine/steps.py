@@ -1,6 +1,6 @@
-"""One student step and one generator step, as functions over static buffers.
+"""The student step and the generator step, as functions over static buffers.
 
-Nothing here waits for the device, reads a number back, or can reach a data set.
+No function synchronizes the device or has access to a data set.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfkd_fast import distributed
 from dfkd_fast.methods import Batch, Part
-from dfkd_fast.models import conditioned, draw_labels, generate
+from dfkd_fast.models import condition_latents, draw_labels, generate
 from dfkd_fast.surgery import weights_frozen
 
 from .method import Method
@@ -18,13 +18,16 @@ __all__ = ["generator_step", "student_step"]
 
 
 def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
-    """Draw a batch, ask the teacher, take one step of the student; returns losses by name, 0-d and detached.
+    """Draws a batch, computes the teacher's logits and takes one optimizer step of the student (DFAD, arXiv 1912.11006, imitation stage).
 
-    The samples carry no graph: only the student is differentiated (DFAD, arXiv 1912.11006, imitation stage).
+    The samples are generated without a graph: only the student is differentiated.
 
     Args:
-        state: of the training.
-        step: its number in the iteration, which a memory that learns beside the student may heed.
+        state: State of the training, modified in place.
+        step: Index of the step in the iteration, from 0; passed to the replay source.
+
+    Returns:
+        Losses by name, each 0-d and detached.
     """
     batch = _draw_batch(state)
     state.student_optimizer.zero_grad()
@@ -40,29 +43,31 @@ def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
     precision.step("student", state.student_optimizer)
     if state.average is not None:
         state.average.update(state.student)
-    learnt = {}
+    replay_losses = {}
     if state.replay_source is not None and state.replay_source.ready and step < state.replay_source.steps:
-        learnt = state.replay_source.learn(batch, step, state.replay_stream, precision.autocast)
-    return {"student": loss, **learnt}
+        replay_losses = state.replay_source.learn(batch, step, state.replay_stream, precision.autocast)
+    return {"student": loss, **replay_losses}
 
 
 def generator_step(state: TrainState, *, adversarial: bool = True) -> dict[str, Tensor]:
-    """Draw a batch, take one step of the generator, let the memory follow; returns its loss terms, 0-d and detached.
+    """Draws latents and takes one optimizer step of the generator (DFAD, arXiv 1912.11006, generation stage).
 
-    The gradient flows through the teacher and the student to the images; no weight gradient of either is
-    computed (DFAD, arXiv 1912.11006, generation stage).
+    Gradients flow through the teacher and the student to the images; their weight gradients are not computed.
 
     Args:
-        state: of the training.
-        adversarial: False for a step of the pretraining, which leaves the student alone.
+        state: State of the training, modified in place.
+        adversarial: False in pretraining, which does not use the student and does not update the replay source.
+
+    Returns:
+        Loss terms by name, each 0-d and detached.
     """
-    pieces, precision = state.method.engine.micro_batches, state.precision
+    micro_batches, precision = state.method.engine.micro_batches, state.precision
     z = _draw_latents(state)
     weights = list(state.generator.parameters())
     state.generator_optimizer.zero_grad()
     totals: dict[str, Tensor] = {}
-    for piece, labels in zip(z.tensor_split(pieces), state.labels.tensor_split(pieces), strict=True):
-        terms = {name: len(piece) / len(z) * term for name, term in _generator_terms(state, piece, labels, adversarial).items()}
+    for chunk, labels in zip(z.tensor_split(micro_batches), state.labels.tensor_split(micro_batches), strict=True):
+        terms = {name: len(chunk) / len(z) * term for name, term in _generator_terms(state, chunk, labels, adversarial).items()}
         precision.scale("generator", torch.stack(list(terms.values())).sum()).backward()
         for name, term in terms.items():
             totals[name] = totals.get(name, 0) + term.detach()
@@ -76,26 +81,27 @@ def generator_step(state: TrainState, *, adversarial: bool = True) -> dict[str, 
 
 def _generator_terms(state: TrainState, z: Tensor, labels: Tensor, adversarial: bool) -> dict[str, Tensor]:
     objective = state.method.objective
-    answers = None
+    student_logits = None
     with state.precision.autocast():
-        images = generate([state.generator], [conditioned(state.generator, z, labels)], memory_format=_layout(state.method))
+        images = generate([state.generator], [condition_latents(state.generator, z, labels)], memory_format=_layout(state.method))
         if adversarial and objective.adversarial:
             state.student.train(state.method.loop.student_in_generator_step == "train")
             with weights_frozen(state.student):
-                answers = state.student(images)
+                student_logits = state.student(images)
             state.student.train()
-        observed = state.observer(images)
+        observation = state.observer(images)
     embeddings = state.generator.embedding(labels) if objective.embedding_norm else None  # type: ignore[operator]
-    return objective.generator_terms(answers, observed, labels, embeddings)
+    return objective.generator_terms(student_logits, observation, labels, embeddings)
 
 
 @torch.no_grad()
 def _draw_batch(state: TrainState) -> Batch:
-    """Fresh and replayed images in the state's buffers, with the teacher's logits."""
+    """Returns fresh and replayed images with the teacher's logits, as views of the state's buffers."""
     replay, replay_source, fresh = state.method.replay, state.replay_source, len(state.latents)
     z = _draw_latents(state)
-    generators, latents, parts = [state.generator], [conditioned(state.generator, z, state.labels)], [Part(fresh, replay.fresh_weight)]
-    images, kept = state.images[:fresh], None
+    generators, latents = [state.generator], [condition_latents(state.generator, z, state.labels)]
+    parts = [Part(fresh, replay.fresh_weight)]
+    images, stored_logits = state.images[:fresh], None
     with state.precision.autocast():
         if replay_source is not None and replay_source.ready:
             parts.append(Part(replay_source.rows, replay.weight))
@@ -106,17 +112,17 @@ def _draw_batch(state: TrainState) -> Batch:
         generate(generators, latents, out=images)
         if len(parts) > len(generators) and replay_source is not None:
             images = state.images
-            kept = replay_source.recall(images[fresh:], state.replay_stream)
-        asked = images if kept is None else images[:fresh]
+            stored_logits = replay_source.recall(images[fresh:], state.replay_stream)
+        unlabelled = images if stored_logits is None else images[:fresh]
         logits = state.logits[: len(images)]
-        logits[: len(asked)] = state.teacher(asked)
-        if kept is not None:
-            logits[fresh:] = kept
+        logits[: len(unlabelled)] = state.teacher(unlabelled)
+        if stored_logits is not None:
+            logits[fresh:] = stored_logits
     return Batch(images, logits, parts)
 
 
 def _draw_latents(state: TrainState) -> Tensor:
-    """New z, and, for a conditional generator, new classes in ``state.labels``."""
+    """Returns new latents z (B, latent_dim); for a conditional generator, also draws class labels into ``state.labels``."""
     embedding = getattr(state.generator, "embedding", None)
     if embedding is not None:
         draw_labels(state.labels, embedding.num_embeddings, state.fresh_stream)

@@ -1,4 +1,4 @@
-"""Random streams that have nothing to do with each other: of fresh and replayed latents, in every process."""
+"""Independent random number generators for fresh and replayed latents on every process."""
 
 from typing import Literal
 
@@ -13,9 +13,15 @@ ROLES = ("fresh", "replay")
 
 
 def random_stream(seed: int, role: Literal["fresh", "replay"], device: torch.device) -> torch.Generator:
-    """This process's stream for a role; the first process's fresh one begins at the seed itself.
+    """Returns the random number generator of this process for a role.
 
-    The others' seeds are hashed: PyTorch's CPU generator heeds the lower 32 bits only, so an offset above them is none.
+    The generator of fresh latents on rank 0 is seeded with ``seed``. All others are seeded with a hash of seed, role and rank, since
+    PyTorch's CPU generator uses only the lower 32 bits of a seed.
+
+    Args:
+        seed: Seed of the run.
+        role: What the generator draws.
+        device: Device of the generator.
     """
     stream = torch.Generator(device)
     if role == "fresh" and distributed.rank() == 0:

@@ -1,4 +1,4 @@
-"""Supervised training of a teacher: the only training that sees data, handed to it as batches."""
+"""Supervised training of a teacher, the only training that uses data."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
 from dfkd_fast.labels import IGNORE_INDEX
-from dfkd_fast.surgery import logits_of
+from dfkd_fast.surgery import get_logits
 
 from .clock import Clock
 from .device import cudnn_benchmark
@@ -21,33 +21,37 @@ __all__ = ["TeacherTrainer", "focal_loss"]
 
 
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    """−(1 − p)^γ log p of the label's probability p, the mean over what has a label (Lin et al. 2017, arXiv 1708.02002); 0-d.
+    """Returns the focal loss −(1 − p)^γ log p, where p is the probability of the label (Lin et al. 2017, arXiv 1708.02002).
 
     Args:
-        logits: (N, C) or (N, C, H, W).
-        labels: classes (N,) or (N, H, W); ``IGNORE_INDEX`` where there is none.
-        gamma: γ; 0 is cross-entropy.
+        logits: Logits (N, C) or (N, C, H, W).
+        labels: Class labels (N,) or (N, H, W); entries equal to ``IGNORE_INDEX`` are ignored.
+        gamma: Focusing parameter γ; 0 gives the cross-entropy.
+
+    Returns:
+        Mean over all labels that are not ignored, 0-d.
     """
     if not gamma:
         return F.cross_entropy(logits, labels)
-    surprise = F.cross_entropy(logits, labels, reduction="none")  # −log p, and 0 where there is no label
-    # Not 1 − p: at p near 1 all of its digits would be lost, and its power's gradient at 0 is infinite for γ < 1.
-    missed = -torch.expm1(-surprise)
-    return (missed.clamp(min=torch.finfo(missed.dtype).tiny).pow(gamma) * surprise).sum() / (labels != IGNORE_INDEX).sum()
+    nll = F.cross_entropy(logits, labels, reduction="none")  # −log p; 0 for ignored labels
+    # expm1, since 1 − p loses all digits for p near 1; clamped, since the gradient of the power at 0 is infinite for γ < 1.
+    complement = -torch.expm1(-nll)
+    return (complement.clamp(min=torch.finfo(complement.dtype).tiny).pow(gamma) * nll).sum() / (labels != IGNORE_INDEX).sum()
 
 
 class TeacherTrainer:
-    """Trains a network by cross-entropy or the focal loss. Iterate over it for one :class:`Epoch` at a time.
+    """Trains a network with the cross-entropy or the focal loss. Iterating over the trainer yields one :class:`Epoch` at a time.
 
     Args:
-        network: images → logits, in any form that ``logits_of`` takes; trained in place.
-        batches: (images (B, C, H, W), labels (B,) or (B, H, W)), iterated anew each epoch; it must draw its order from ``stream``.
-        optimizer: settings of the optimiser and its schedule.
-        epochs: how many there are in all.
-        stream: the random stream of ``batches``, kept in the state.
-        device: where the network is moved.
-        focal_gamma: of :func:`focal_loss`.
-        on_batch: called after every batch with how many of the epoch are done, for a progress bar.
+        network: Maps images to logits or to an output accepted by ``get_logits``; trained in place.
+        batches: Batches of images (B, C, H, W) and labels (B,) or (B, H, W), iterated once per epoch. Their order must be drawn from
+            ``stream``.
+        optimizer: Settings of the optimizer and its schedule.
+        epochs: Total number of epochs.
+        stream: Random number generator of ``batches``, saved in the state.
+        device: Device to which the network is moved.
+        focal_gamma: Focusing parameter of :func:`focal_loss`.
+        on_batch: Called after every batch with the number of completed batches in the epoch.
     """
 
     def __init__(
@@ -72,45 +76,45 @@ class TeacherTrainer:
         self.optimizer = build_optimizer(optimizer, network.parameters(), device)
         self.schedule = build_schedule(optimizer, self.optimizer, epochs)
         self.clock = Clock(device)
-        self.done = 0
-        """Epochs done."""
+        self.epochs_done = 0
+        """Number of completed epochs."""
         self._stopping = False
 
     @property
     def finished(self) -> bool:
-        """Whether every epoch is done."""
-        return self.done >= self.epochs
+        """Whether all epochs are complete."""
+        return self.epochs_done >= self.epochs
 
     @property
     def iterations_done(self) -> int:
-        """Epochs since the beginning: what checkpoints are numbered by."""
-        return self.done
+        """Number of completed epochs, which numbers the checkpoints."""
+        return self.epochs_done
 
     def stop(self) -> None:
-        """Ask a running loop to end after the batch under way, as if the epoch had not begun."""
+        """Stops a running loop after the current batch and restores the state from before the current epoch."""
         self._stopping = True
 
     def __iter__(self) -> Iterator[Epoch]:
         while not self.finished:
-            start = copy.deepcopy(self.state_dict())
-            before = self.clock.read().get("teacher", 0.0)
+            backup = copy.deepcopy(self.state_dict())
+            seconds_before = self.clock.read().get("teacher", 0.0)
             with self.clock.phase("teacher"), cudnn_benchmark(self.device):
                 loss = self._run_epoch()
             if loss is None:
-                self.load_state_dict(start)
+                self.load_state_dict(backup)
                 return
             if not loss.isfinite():
-                raise NonFiniteLossError(f"the teacher's loss is {loss.item()} in epoch {self.done + 1}")
-            self.done += 1
-            yield Epoch(self.done, self.clock.read()["teacher"] - before, {"teacher": loss.item()}, None)
+                raise NonFiniteLossError(f"the teacher's loss is {loss.item()} in epoch {self.epochs_done + 1}")
+            self.epochs_done += 1
+            yield Epoch(self.epochs_done, self.clock.read()["teacher"] - seconds_before, {"teacher": loss.item()}, None)
 
     def _run_epoch(self) -> Tensor | None:
-        """Mean loss of one pass over the data, or None where it was stopped."""
+        """Runs one pass over the data; returns the mean loss over batches, or None if it was stopped."""
         self.network.train()
         total, count = torch.zeros((), device=self.device), 0
         for images, labels in self.batches:
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            loss = focal_loss(logits_of(self.network(images)), labels.to(self.device, non_blocking=True), self.focal_gamma)
+            loss = focal_loss(get_logits(self.network(images)), labels.to(self.device, non_blocking=True), self.focal_gamma)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -124,7 +128,7 @@ class TeacherTrainer:
         return total / count
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the training needs to go on after its last whole epoch."""
+        """Returns the state after the last complete epoch."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -132,19 +136,19 @@ class TeacherTrainer:
             "stream": self.stream.get_state(),
             "torch_random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "done": self.done,
+            "done": self.epochs_done,
             "seconds": self.clock.read(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state_dict` gave.
+        """Loads a state returned by :meth:`state_dict`.
 
         Raises:
-            DfkdError: it is the state of something else, or of more epochs than there are in all.
+            DfkdError: The state belongs to another network or optimizer, or has more epochs than this training.
         """
         try:
             if state["done"] > self.epochs:
-                raise DfkdError(f"teacher.epochs = {self.epochs}: the state has {state['done']} epochs done already")
+                raise DfkdError(f"teacher.epochs = {self.epochs}: the state has already completed {state['done']} epochs")
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             restore_learning_rates(self.optimizer, self.device)
@@ -153,9 +157,9 @@ class TeacherTrainer:
             torch.set_rng_state(state["torch_random_state"])
             if state.get("cuda_random_state") is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
-            self.done = state["done"]
+            self.epochs_done = state["done"]
             self.clock.seconds.update(state["seconds"])
         except DfkdError:
             raise
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise DfkdError(f"the state is not of this teacher: {first_line(error)}") from error
+            raise DfkdError(f"the state does not match the teacher: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The trainer: alternates student and generator steps, and can stop and continue at any iteration."""
+"""The trainer, which alternates student and generator steps and can be stopped and resumed after any iteration."""
 
 import logging
 import math
@@ -18,9 +18,9 @@ from .capture import Steps
 from .epoch import Epoch
 from .losses import check_pretraining
 from .method import Method, resolved
-from .precision import ordinary_mode
+from .precision import default_modes
 from .prepare import prepare
-from .state import undisturbed
+from .state import isolated_callback
 
 __all__ = ["Trainer"]
 
@@ -28,32 +28,34 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Distils a frozen teacher into a student, without data.
+    """Distills a frozen teacher into a student without data.
 
-    Iterate over it for one :class:`Epoch` at a time, or call :meth:`fit`. Both go on from where it stands.
+    Iterating over the trainer yields one :class:`Epoch` at a time; :meth:`fit` runs all remaining epochs. Both continue from the
+    current state.
+
+    The networks are moved to the device and to the memory format of ``engine.channels_last``. All other optimizations are applied to
+    copies of the modules that share parameters, buffers and hooks, so the classes and modes of the networks do not change, and
+    setting the mode of :attr:`student` does not affect the steps. After a callback, random states, modes, grad mode and
+    ``requires_grad`` are restored. The steps are not affected by a surrounding autocast, ``no_grad`` or inference mode.
 
     Args:
-        teacher: images (B, C, H, W) → logits (B, classes) or (B, classes, H, W), or a dict, tuple or object that has them (see
-            :func:`~dfkd_fast.models.logits_of`); its weights are read here, once, where they are folded or cast.
-        student: the same signature; its parameters and buffers are trained in place.
-        generator: one of :mod:`dfkd_fast.models`, or any module with an attribute ``latent_dim`` that maps
-            z (B, latent_dim) to images (B, C, H, W); trained in place, too.
-        method: the point on the three axes and the schedule; a :class:`~dfkd_fast.Recipe` is one.
-        evaluate: called with the student every ``loop.evaluate_every`` epochs, returns its accuracy in
-            percent. It is only reported: nothing is chosen by it.
-        seed: of the latent vectors.
-        device: where the networks are moved.
-        on_iteration: called after every iteration, for a progress bar.
-        on_epoch: called with every epoch that is over.
-        on_checkpoint: called where :meth:`state_dict` is worth saving: after every epoch, and when :meth:`stop` ends the loop.
-
-    The networks are moved to the device and to the memory format of ``engine.channels_last``. What else is done to them for speed is
-    done to copies of their modules that share their parameters, buffers and hooks: their classes and modes stay as they are, and
-    setting a mode of :attr:`student` has no effect on the steps. What callbacks draw, switch off or freeze is undone after them; an
-    ambient autocast, ``no_grad`` or inference mode does not reach the steps.
+        teacher: Maps images (B, C, H, W) to logits (B, classes) or (B, classes, H, W), or to a dict, tuple or object that contains
+            them (see :func:`~dfkd_fast.surgery.get_logits`). Its weights are read once, here, if they are folded or cast.
+        student: Network with the same inputs and outputs. Its parameters and buffers are trained in place.
+        generator: Generator of :mod:`dfkd_fast.models`, or any module with an integer attribute ``latent_dim`` that maps
+            z (B, latent_dim) to images (B, C, H, W). Trained in place.
+        method: Configuration; a :class:`~dfkd_fast.Recipe` is accepted. Defaults to ``Method()``.
+        evaluate: Returns the accuracy of a student in percent; called every ``loop.evaluate_every`` epochs. The accuracy is reported
+            only and does not affect the training.
+        seed: Seed of the latents.
+        device: Device to which the networks are moved.
+        on_iteration: Called with the trainer after every iteration.
+        on_epoch: Called with the trainer and the :class:`Epoch` after every epoch.
+        on_checkpoint: Called with the trainer when :meth:`state_dict` should be saved: after every epoch, and when :meth:`stop` ends
+            the loop.
 
     Raises:
-        DfkdError: the networks do not fit each other, the method or its batches, or cannot be copied.
+        DfkdError: The networks are incompatible with each other, the method or its batch sizes, or cannot be copied.
     """
 
     def __init__(
@@ -81,37 +83,47 @@ class Trainer:
 
     @property
     def history(self) -> list[Epoch]:
-        """The epochs that are over."""
+        """Completed epochs."""
         return self.state.history
 
     @property
     def notes(self) -> list[str]:
-        """What was asked for and is done another way, a line each."""
+        """One line for each requested optimization that could not be applied, or that was applied differently."""
         return self.state.notes
 
     @property
+    def remarks(self) -> list[str]:
+        """Former name of :attr:`notes`."""
+        warnings.warn("Trainer.remarks is now called Trainer.notes", FutureWarning, stacklevel=2)
+        return self.notes
+
+    @property
     def finished(self) -> bool:
-        """Whether every epoch is done."""
+        """Whether all epochs are complete."""
         return len(self.history) >= self.method.loop.epochs
 
     @property
     def iterations_done(self) -> int:
-        """Iterations since the beginning of the run."""
+        """Number of completed iterations since the start of the run."""
         return len(self.history) * self.method.loop.iterations_per_epoch + self.state.iteration
 
     @property
     def result(self) -> nn.Module:
-        """What is evaluated and kept: the student, or its average where ``loop.student_ema_decay`` asks for one."""
+        """Network that is evaluated and saved: the student, or its exponential moving average if ``loop.student_ema_decay`` is set."""
         return self.student if self.state.average is None else self.state.average.module
 
     def fit(self) -> nn.Module:
-        """Run the epochs that are left; returns :attr:`result`."""
+        """Runs the remaining epochs.
+
+        Returns:
+            The trained network, :attr:`result`.
+        """
         for _ in self:
             pass
         return self.result
 
     def stop(self) -> None:
-        """Ask a running loop to end after the iteration under way; may be called from a signal handler."""
+        """Stops a running loop after the current iteration. Safe to call from a signal handler."""
         self._stopping = True
 
     def __iter__(self) -> Iterator[Epoch]:
@@ -131,49 +143,51 @@ class Trainer:
             yield epoch
 
     def iterate(self) -> None:
-        """One iteration: the student's steps and the generator's, behind the generator's pretraining if that is left.
+        """Runs one iteration of student steps and generator steps, after the generator's pretraining if it is not complete.
 
         Raises:
-            DfkdError: the epoch under way has all of its iterations; iterating over the trainer closes it.
+            DfkdError: All iterations of the current epoch are done. Iterating over the trainer ends the epoch.
         """
         if self.finished or self.state.iteration >= self.method.loop.iterations_per_epoch:
-            raise DfkdError("iterate(): no iteration is left of this epoch; iterate over the trainer, which closes epochs")
+            raise DfkdError("iterate(): all iterations of this epoch are done; iterate over the trainer, which ends epochs")
         self._pretrain()
-        players = [self._student_steps, self._generator_steps]
-        with ordinary_mode(self.device):
-            for steps in reversed(players) if self.method.loop.generator_first else players:
-                steps()
+        phases = [self._student_steps, self._generator_steps]
+        with default_modes(self.device):
+            for run_steps in reversed(phases) if self.method.loop.generator_first else phases:
+                run_steps()
         self.state.iteration += 1
 
     def mean_losses(self) -> dict[str, float]:
-        """Means of the epoch under way, by term; waits for the device."""
+        """Returns the mean of each loss over the current epoch so far, by name. Synchronizes the device."""
         return self.state.losses.means(self.state.iteration)
 
     def sample(self, count: int) -> Tensor:
-        """Images (count, C, H, W) of the generator as it stands, always from the same latents; changes nothing."""
+        """Returns images (count, C, H, W) of the current generator for fixed latents, without side effects."""
         return sample(self.state.generator, count, self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on bit for bit: tensors, numbers and containers, as copies on the CPU. Changes nothing."""
+        """Returns the state of the training, from which :meth:`load_state_dict` resumes bit for bit.
+
+        It consists of tensors, numbers and containers, all copied to the CPU. With several processes, all of them must call it.
+        """
         return checkpoint.state_dict(self.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state_dict` gave, of the same networks and method.
+        """Loads a state returned by :meth:`state_dict` for the same networks and method.
 
         Raises:
-            DfkdError: it is the state of something else, such as of another teacher's student or of another schedule; then nothing
-                has changed.
+            DfkdError: The state belongs to other networks, another teacher or other settings. The trainer is unchanged in that case.
         """
         try:
             checkpoint.load_state_dict(self.state, state)
         finally:
-            self.steps.forget()
+            self.steps.reset()
 
     def _pretrain(self) -> None:
         state, steps = self.state, self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
         while state.pretrained < steps and not distributed.any_rank(self._stopping):
-            with state.clock.phase("generator", memory=False), ordinary_mode(self.device):
+            with state.clock.phase("generator", memory=False), default_modes(self.device):
                 terms = self.steps.generator(adversarial=False)
             state.pretrained += 1
         check_pretraining(terms, state.pretrained)
@@ -198,15 +212,15 @@ class Trainer:
         accuracy = unaveraged = None
         with state.clock.phase("evaluation"):
             if self.evaluate is not None and (number % loop.evaluate_every == 0 or number == loop.epochs):
-                with undisturbed(state):
+                with isolated_callback(state):
                     accuracy = float(self.evaluate(self.result))
                     unaveraged = None if state.average is None else float(self.evaluate(self.student))
             drift = state.drift.measure(state.student, state.generators)
-        # From here on nothing raises: after an evaluation that did, the epoch is closed anew.
+        # Nothing below raises: if the evaluation above raises, the epoch is ended again by the next call.
         if state.replay_source is not None:
-            state.replay_source.end_epoch(number, state.fresh)
+            state.replay_source.end_epoch(number, state.fresh_batch)
         with warnings.catch_warnings():
-            # Resumed at an epoch's end, the optimizers have taken their steps in another process.
+            # After resuming at the end of an epoch, the optimizers' steps were taken in another process.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             for schedule in state.schedules:
                 schedule.step()
@@ -222,5 +236,5 @@ class Trainer:
 
     def _call(self, callback: Callable[..., None] | None, *arguments: Any) -> None:
         if callback is not None:
-            with undisturbed(self.state):
+            with isolated_callback(self.state):
                 callback(self, *arguments)

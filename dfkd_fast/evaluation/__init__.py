@@ -1,8 +1,8 @@
-"""What a network is worth on data it has never seen, and how steadily it got there."""
+"""Evaluation: accuracy, segmentation metrics, agreement between networks, and retention over the training."""
 
 from .accuracy import ClassificationMetrics, evaluate, top1_accuracy
 from .chance import chance, is_at_chance
-from .evaluator import Evaluator, check_readable, named_iou
+from .evaluator import Evaluator, check_readable, iou_by_class
 from .passes import Agreement, Evaluation
 from .retention import Retention, retention
 from .segmentation import SegmentationMetrics, evaluate_segmentation, mean_iou
@@ -18,9 +18,9 @@ __all__ = [
     "check_readable",
     "evaluate",
     "evaluate_segmentation",
+    "iou_by_class",
     "is_at_chance",
     "mean_iou",
-    "named_iou",
     "retention",
     "top1_accuracy",
 ]

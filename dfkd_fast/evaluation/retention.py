@@ -1,4 +1,4 @@
-"""How well a student retains over the epochs what it acquires (PRE-DFKD, arXiv 2201.03019, reports μ and S²)."""
+"""Stability of a student's accuracy over the epochs; PRE-DFKD (arXiv 2201.03019) reports its mean μ and variance S²."""
 
 import itertools
 import statistics
@@ -10,28 +10,33 @@ __all__ = ["Retention", "retention"]
 
 @dataclass(frozen=True)
 class Retention:
-    """Statistics of a student's accuracy over its evaluated epochs, in percent (variances in percent²)."""
+    """Statistics of a student's accuracy over the evaluated epochs, in percent; variances in percent²."""
 
     last: float
     best: float
     mean: float
     variance: float
     settled_mean: float
-    """Over the last three quarters of the epochs: the first rise, which no method is spared, is most of the whole variance."""
+    """Mean over the last three quarters of the epochs, without the initial rise, which dominates the variance of every method."""
     settled_variance: float
+    """Variance over the last three quarters of the epochs."""
     largest_drop: float
-    """From a previous peak, in points; 0 for a curve that never falls."""
+    """Largest difference between the best accuracy so far and the accuracy of an epoch, in points; 0 if accuracy never falls."""
     threshold: float
-    """An accuracy."""
+    """Accuracy threshold of ``fraction_retained``."""
     fraction_retained: float
-    """Of the epochs, in [0, 1], those at or above the threshold."""
+    """Fraction of the epochs with an accuracy of at least ``threshold``, in [0, 1]."""
 
 
 def retention(accuracies: Sequence[float], threshold: float) -> Retention:
-    """The statistics of a curve of accuracies in percent; variances are the population's.
+    """Returns the statistics of a student's accuracies; variances are population variances.
+
+    Args:
+        accuracies: accuracy of every evaluated epoch, in percent.
+        threshold: threshold of ``fraction_retained``, in percent.
 
     Raises:
-        ValueError: an empty curve.
+        ValueError: ``accuracies`` is empty.
     """
     if not accuracies:
         raise ValueError("no accuracies: the student was never evaluated")

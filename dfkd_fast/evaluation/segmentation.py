@@ -1,4 +1,4 @@
-"""What segmenters are worth on images with a label a pixel, and how far they agree."""
+"""Metrics of segmentation networks on images with per-pixel labels, and their agreement with a reference network."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,13 +19,14 @@ __all__ = ["SegmentationMetrics", "evaluate_segmentation", "mean_iou"]
 
 @dataclass(frozen=True)
 class SegmentationMetrics:
-    """One network's figures over all pixels that have a label, in percent."""
+    """Metrics of a segmentation network over all labeled pixels, in percent."""
 
     miou: float
-    """Of the classes that occur."""
+    """Mean of ``iou`` over the classes that occur."""
     iou: tuple[float | None, ...]
-    """Intersection over union by class; None for one that occurs neither in labels nor in predictions."""
+    """Intersection over union by class; None for classes that occur neither in labels nor in predictions."""
     pixel_accuracy: float
+    """Percentage of labeled pixels with a correct prediction."""
 
 
 def evaluate_segmentation(
@@ -38,25 +39,29 @@ def evaluate_segmentation(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Evaluation[SegmentationMetrics]:
-    """What :func:`evaluate` does, for a label a pixel: figures from one confusion matrix of all pixels but those of IGNORE_INDEX.
+    """Evaluates segmentation networks in one pass over the images; see :func:`evaluate`.
 
-    Agreement between networks asks for no labels, and is of all pixels.
+    The metrics are computed from one confusion matrix over all pixels except those with label IGNORE_INDEX. Agreement between
+    networks needs no labels and is over all pixels.
 
     Args:
-        networks: images (B, C, H, W) → logits (B, num_classes, h, w), resized bilinearly to the labels' size, in any form that
-            ``logits_of`` takes, by name.
-        batches: (images, labels (B, H, W)).
-        device, reference, autocast, on_batch: as there.
-        num_classes: of every network.
+        networks: networks by name, images (B, C, H, W) → logits (B, num_classes, h, w) in any form that
+            :func:`~dfkd_fast.surgery.get_logits` accepts; logits are bilinearly interpolated to the size of the labels.
+        batches: iterable of images (B, C, H, W) and labels (B, H, W).
+        device, reference, autocast, on_batch: see :func:`evaluate`.
+        num_classes: number of classes of every network.
+
+    Returns:
+        The metrics of every network, agreements, number of images, and times.
 
     Raises:
-        DfkdError: as there, or no pixel has a label.
+        DfkdError: see :func:`evaluate`; or no pixel is labeled.
     """
     return run_pass(
         networks,
         batches,
         device,
-        partial(_Confusion, num_classes),
+        partial(_ConfusionMatrix, num_classes),
         classes=num_classes,
         reference=reference,
         autocast=autocast,
@@ -65,12 +70,12 @@ def evaluate_segmentation(
 
 
 def mean_iou(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device | str = "cpu") -> float:
-    """Intersection over union in percent, the mean over the classes that occur; see :func:`evaluate_segmentation`."""
+    """Returns the mIoU of a network in percent, over the classes that occur; see :func:`evaluate_segmentation`."""
     return evaluate_segmentation({"network": network}, batches, device, num_classes=num_classes).networks["network"].miou
 
 
-class _Confusion:
-    """A matrix of labels (rows) and predictions; exact, up to 2⁵³ pixels."""
+class _ConfusionMatrix:
+    """Accumulates a confusion matrix with labels as rows and predictions as columns; exact up to 2⁵³ pixels."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)
@@ -81,11 +86,11 @@ class _Confusion:
 
     def compute(self, count: int) -> SegmentationMetrics:
         if not self.sums.any():
-            raise DfkdError("no pixels to evaluate on: none has a label")
-        right = self.sums.diagonal()
-        iou = 100 * right / (self.sums.sum(0) + self.sums.sum(1) - right)
+            raise DfkdError("no pixels to evaluate on: all are unlabeled")
+        correct = self.sums.diagonal()
+        iou = 100 * correct / (self.sums.sum(0) + self.sums.sum(1) - correct)
         return SegmentationMetrics(
             miou=iou.nanmean().item(),
             iou=tuple(None if value.isnan() else value.item() for value in iou),
-            pixel_accuracy=(100 * right.sum() / self.sums.sum()).item(),
+            pixel_accuracy=(100 * correct.sum() / self.sums.sum()).item(),
         )

@@ -1,4 +1,7 @@
-"""The three axes every method is a point on: objective, replay and update."""
+"""The three axes of a data-free distillation method: objective, replay and update."""
+
+import warnings
+from typing import Any
 
 from .batch import Batch, Part
 from .objective import Objective
@@ -36,3 +39,13 @@ __all__ = [
     "build_replay_source",
     "register",
 ]
+
+FORMER_NAMES = {"Memory": "ReplaySource", "build_memory": "build_replay_source"}
+"""Public names of version 0.1.0 and their current names."""
+
+
+def __getattr__(name: str) -> Any:
+    if (current := FORMER_NAMES.get(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now called {current}", FutureWarning, stacklevel=2)
+    return globals()[current]

@@ -1,4 +1,4 @@
-"""What the student learns from in one step."""
+"""The training batch of a student step: fresh and replayed samples with the teacher's logits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,44 +11,46 @@ __all__ = ["Batch", "Part"]
 
 
 class Part(NamedTuple):
-    """So many consecutive rows of a batch, and the weight of their discrepancy in the student's loss."""
+    """Consecutive rows of a batch that share a weight in the student's loss."""
 
     rows: int
+    """Number of rows."""
     weight: float
+    """Weight of the discrepancy over these rows."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the student learns from in one step."""
+    """Training batch of a student step."""
 
     images: Tensor
-    """(ΣB_i, C, H, W), without a graph."""
+    """Images (ΣB_i, C, H, W), detached."""
     teacher_logits: Tensor
-    """(ΣB_i, classes) or (ΣB_i, classes, H, W), without a graph."""
+    """Teacher logits (ΣB_i, classes) or (ΣB_i, classes, H, W), detached."""
     parts: Sequence[Part]
-    """The fresh rows first, then the replayed ones, if there are any."""
+    """Fresh rows, followed by the replayed rows if there are any."""
 
     def chunks(self, count: int) -> Iterator["Batch"]:
-        """As many batches with some rows of every part, weighted so that their losses add up to the whole's."""
+        """Yields ``count`` micro-batches with rows of every part, weighted so that their losses sum to the loss of this batch."""
         if count == 1:
             yield self
             return
         for number in range(count):
             rows: list[Tensor] = []
             parts = []
-            begin = 0
+            offset = 0
             for part in self.parts:
-                first, last = part.rows * number // count, part.rows * (number + 1) // count
-                rows.append(torch.arange(begin + first, begin + last, device=self.images.device))
-                parts.append(Part(last - first, part.weight * (last - first) / part.rows))
-                begin += part.rows
-            chosen = torch.cat(rows)
-            # Indexing would lose the layout.
+                start, end = part.rows * number // count, part.rows * (number + 1) // count
+                rows.append(torch.arange(offset + start, offset + end, device=self.images.device))
+                parts.append(Part(end - start, part.weight * (end - start) / part.rows))
+                offset += part.rows
+            indices = torch.cat(rows)
+            # Indexing does not preserve the memory format.
             layout = torch.channels_last if self.images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-            yield Batch(self.images[chosen].contiguous(memory_format=layout), self.teacher_logits[chosen], parts)
+            yield Batch(self.images[indices].contiguous(memory_format=layout), self.teacher_logits[indices], parts)
 
     def split(self) -> list["Batch"]:
-        """A batch of each part."""
+        """Returns one batch per part."""
         rows = [part.rows for part in self.parts]
-        halves = zip(self.images.split(rows), self.teacher_logits.split(rows), self.parts, strict=True)
-        return [Batch(images, logits, [part]) for images, logits, part in halves]
+        slices = zip(self.images.split(rows), self.teacher_logits.split(rows), self.parts, strict=True)
+        return [Batch(images, logits, [part]) for images, logits, part in slices]

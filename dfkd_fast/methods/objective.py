@@ -1,4 +1,4 @@
-"""First axis: what the student and the generator each minimise."""
+"""First axis of a method, the objective: the losses of the student and of the generator."""
 
 from typing import Literal
 
@@ -16,22 +16,24 @@ __all__ = ["Objective", "activation", "bn_moments", "class_nll", "embedding_norm
 
 @settings
 class Objective:
-    """Recipe section ``[objective]``: the student minimises a discrepancy, the generator a sum of weighted terms.
+    """Recipe section ``[objective]``: losses of the student and of the generator.
 
-    A term of weight 0 is not computed. Terms that are no means over samples are those of the samples of all processes.
+    The student minimizes a discrepancy between its logits and the teacher's; the generator minimizes a weighted sum of terms. Terms
+    of weight 0 are not computed. With several processes, terms that are not means over samples are computed over the global batch.
     """
 
     discrepancy: Literal["l1", "kl", "js"] = "l1"
-    """Of the student: mean |s − t| over all logits (DFAD), KL(teacher ‖ student) a sample, or a pixel (MAD), or Jensen–Shannon."""
+    """Loss of the student: ``l1`` is the mean of |s − t| over all logits (DFAD), ``kl`` is KL(teacher ‖ student) and ``js`` the
+    Jensen–Shannon divergence, both averaged over samples, or over pixels for segmentation (MAD)."""
     temperature: Temperature = 1.0
-    """Of the softmax in ``kl``, whose value is multiplied by temperature², and in ``js``, whose value is not."""
+    """Temperature of the softmax in ``kl`` and ``js``. The value of ``kl`` is multiplied by temperature², that of ``js`` is not."""
     adversary: Literal["l1", "log_l1", "kl", "js", "js_clamped"] = "l1"
-    """The discrepancy D that the generator maximises: −D, or −log(1 + D) for ``log_l1`` (DFAD for segmentation).
-    ``js_clamped`` is what PRE-DFKD's public code computes in place of ``js``: see :func:`clamped_js`."""
+    """Discrepancy D that the generator maximizes. Its loss term is −D, or −log(1 + D) for ``log_l1`` (DFAD for segmentation).
+    ``js_clamped`` is the variant of ``js`` in PRE-DFKD's public code, see :func:`clamped_js`."""
     adversarial_cap: NonNegative = 0.0
-    """The generator gains nothing from a discrepancy above this (MAD, optional); 0 for no cap."""
+    """Upper bound on the discrepancy in the adversarial term (optional in MAD); 0 disables it."""
     adversarial: NonNegative = 1.0
-    """Weight of the adversary's term."""
+    """Weight of the adversarial term."""
     one_hot: NonNegative = 0.0
     """Weight of :func:`one_hot`."""
     entropy: NonNegative = 0.0
@@ -41,38 +43,43 @@ class Objective:
     bn_moments: NonNegative = 0.0
     """Weight of :func:`bn_moments`."""
     class_nll: NonNegative = 0.0
-    """Weight of :func:`class_nll`; for conditional generators."""
+    """Weight of :func:`class_nll`; requires a conditional generator."""
     embedding_norm: NonNegative = 0.0
-    """Weight of :func:`embedding_norm`; for conditional generators."""
+    """Weight of :func:`embedding_norm`; requires a conditional generator."""
 
     def __post_init__(self) -> None:
-        if not self.adversarial and not self.generator_alone:
-            raise ValueError("every weight of the generator's terms is 0: it would have nothing to learn")
+        if not self.adversarial and not self.has_non_adversarial_terms:
+            raise ValueError("every weight of the generator's terms is 0: at least one must be positive")
 
     @property
-    def generator_alone(self) -> bool:
-        """Whether any term is left without the adversary's."""
+    def has_non_adversarial_terms(self) -> bool:
+        """Whether a term other than the adversarial one provides a gradient to the generator."""
         return any((self.one_hot, self.entropy, self.activation, self.bn_moments, self.class_nll))
 
     @property
     def conditional(self) -> bool:
-        """Whether a term needs the class a sample was made for."""
+        """Whether a term requires the class labels of a conditional generator."""
         return bool(self.class_nll or self.embedding_norm)
 
     def student_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The student's discrepancy D(S, T), from logits of equal shape; 0-d."""
+        """Returns the student's loss D(S, T) as a 0-d tensor.
+
+        Args:
+            student: Logits (B, classes) or (B, classes, H, W).
+            teacher: Logits of the same shape.
+        """
         return self._discrepancy(self.discrepancy, student, teacher)
 
     def generator_terms(
         self, student: Tensor | None, teacher: Observation, labels: Tensor | None = None, embeddings: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The generator's weighted terms by name, each 0-d; their sum is its loss.
+        """Returns the weighted loss terms of the generator by name, each a 0-d tensor. Their sum is its loss.
 
         Args:
-            student: its logits for the generated images; None leaves the adversary out.
-            teacher: what it says of the same images, with the features and statistics that the terms need.
-            labels: the classes the images were made for, (B,), where the generator is conditional.
-            embeddings: those classes' embeddings, (B, latent_dim), likewise.
+            student: Logits of the student for the generated images; None omits the adversarial term.
+            teacher: Teacher outputs for the same images: logits, and the features and batch statistics that the terms require.
+            labels: Class labels (B,) passed to a conditional generator.
+            embeddings: Embeddings (B, latent_dim) of these classes.
         """
         terms = {}
         if self.adversarial and student is not None:
@@ -110,59 +117,69 @@ class Objective:
 
 
 def one_hot(logits: Tensor) -> Tensor:
-    """Cross-entropy of the teacher's logits with their own argmax: images it is sure about (DAFL, arXiv 1904.01186, eq. 2)."""
+    """Returns the cross-entropy between the teacher's logits and their argmax, 0-d (DAFL, arXiv 1904.01186, eq. 2).
+
+    It is small for images that the teacher classifies with high confidence.
+    """
     return F.cross_entropy(logits.float(), logits.argmax(1))
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Σ p̄ log p̄ of the teacher's mean prediction p̄ over the batch: least when all classes are as frequent (DAFL, eq. 4)."""
+    """Returns the negative entropy Σ p̄ log p̄ of the teacher's mean prediction p̄ over the global batch, 0-d (DAFL, eq. 4).
+
+    Its minimum is a uniform distribution over the classes.
+    """
     mean = distributed.mean(logits.float().softmax(1).movedim(1, -1).flatten(0, -2).mean(0))
-    # Not entr: its gradient is infinite at 0, where a class that no sample is of underflows to.
+    # Not torch.special.entr: its gradient is infinite at 0, and the probability of a class without samples underflows to 0.
     return (mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
 
 
 def activation(features: Tensor) -> Tensor:
-    """−mean |f| of what the teacher's classifier is given: images that excite it (DAFL, eq. 3)."""
+    """Returns −mean |f| over the input features f of the teacher's classification layer, 0-d (DAFL, eq. 3)."""
     return -features.float().abs().mean()
 
 
 def bn_moments(statistics: Tensor, running: Tensor) -> Tensor:
-    """Σ ‖mean − running mean‖₂ + ‖var − running var‖₂ over the teacher's batch norms (MAD; DeepInversion, arXiv 1912.08795, eq. 4).
+    """Returns Σ ‖mean − running mean‖₂ + ‖var − running var‖₂ over the teacher's batch norms, 0-d.
 
-    Unsquared norms and biased variances, as in the CMI benchmark.
+    The norms are not squared and the variances are biased, as in the CMI benchmark (MAD; DeepInversion, arXiv 1912.08795, eq. 4).
 
     Args:
-        statistics: means and variances of the batch, (2, layers, C), zero where a layer has fewer channels.
-        running: what they should be, likewise.
+        statistics: Per-channel means and variances of the batch, (2, layers, C), padded with zeros for layers with fewer channels.
+        running: Running means and variances, of the same shape.
     """
-    return (_of_all_processes(statistics, running) - running).norm(dim=2).sum()
+    return (_global_moments(statistics, running) - running).norm(dim=2).sum()
 
 
-def _of_all_processes(statistics: Tensor, running: Tensor) -> Tensor:
-    """Means and variances of the batches of all processes together, in one message."""
+def _global_moments(statistics: Tensor, running: Tensor) -> Tensor:
+    """Returns means and variances of the global batch, with one all-reduce."""
     if distributed.world_size() == 1:
         return statistics
-    # Second moments about the running means, which are the same everywhere and near: about 0 they would cancel.
+    # Second moments about the running means, which are equal on all processes and close to the batch means: about 0 they would cancel.
     offset = statistics[0] - running[0]
     offset, square = distributed.mean(torch.stack([offset, statistics[1] + offset.square()])).unbind()
     return torch.stack([running[0] + offset, square - offset.square()])
 
 
 def class_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood under the teacher of the classes that the images were made for (MAD)."""
+    """Returns the cross-entropy between the teacher's logits and the labels passed to a conditional generator, 0-d (MAD)."""
     return F.cross_entropy(logits.float(), labels)
 
 
 def embedding_norm(embeddings: Tensor) -> Tensor:
-    """mean(max(‖e_y‖₂ − √dim, 0)) over the embeddings e_y of the drawn classes, (B, dim): e must not drown z (MAD)."""
+    """Returns mean(max(‖e_y‖₂ − √dim, 0)) over class embeddings e_y (B, dim), 0-d (MAD).
+
+    It keeps the embeddings at the scale of the latents z ~ N(0, I).
+    """
     return (embeddings.norm(dim=1) - embeddings.shape[1] ** 0.5).clamp(min=0).mean()
 
 
 def clamped_js(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """What PRE-DFKD's public code has for the Jensen–Shannon divergence, for runs that must agree with it.
+    """Returns the Jensen–Shannon divergence as implemented in PRE-DFKD's public code, 0-d.
 
-    Probabilities are clamped to [.01, .99] and not renormalised, the divergences are KL(m ‖ p) in place of KL(p ‖ m), and
-    the mean is over N·C. Where all probabilities are below .01, as those of flat logits over more than 100 classes, its gradient is 0.
+    The code deviates from the definition: probabilities are clamped to [0.01, 0.99] without renormalization, KL(m ‖ p) replaces
+    KL(p ‖ m), and the mean is taken over N·C. The gradient is 0 where all probabilities are below 0.01, for example for uniform
+    predictions over more than 100 classes.
     """
     p, q = ((logits.float() / temperature).softmax(1) for logits in (student, teacher))
     p, q, m = (probabilities.clamp(0.01, 0.99) for probabilities in (p, q, (p + q) / 2))

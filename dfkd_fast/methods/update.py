@@ -1,4 +1,4 @@
-"""Third axis: how the student's gradient comes from a batch of fresh and replayed samples."""
+"""Third axis of a method, the update: the gradient of the student for a batch of fresh and replayed samples."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,20 +20,21 @@ __all__ = ["Update"]
 
 @settings
 class Update:
-    """Recipe section ``[update]``."""
+    """Recipe section ``[update]``: how the student's gradient is computed."""
 
     kind: Literal["plain", "pooled", "first-order", "second-order"] = "plain"
-    """``plain``: the gradient of the sum of the discrepancies of fresh and replayed samples, weighted as ``[replay]`` says.
-    ``pooled``: that of one discrepancy over all of them, what the public code of Learning to Retain while Acquiring
-    amounts to. ``second-order``: that paper's; ``first-order``: the same without the Hessian."""
+    """Gradient of the student. ``plain``: of the sum of the discrepancies over fresh and over replayed samples, with the weights of
+    ``[replay]``. ``pooled``: of one discrepancy over all samples, which is what the public code of Learning to Retain while Acquiring
+    computes. ``second-order``: the bilevel update of that paper (arXiv 2302.14290). ``first-order``: the same without the
+    Hessian-vector product."""
     inner_lr: Positive = 0.9
-    """α of the inner step of ``first-order`` and ``second-order``."""
+    """Learning rate α of the inner step of ``first-order`` and ``second-order``."""
     inner_weight_decay: NonNegative = 0.0
-    """λ of the inner step; the public code has 5e-4."""
+    """Weight decay λ of the inner step; 5e-4 in the paper's public code."""
 
     @property
-    def retains(self) -> bool:
-        """Whether it needs replayed samples to be what it is."""
+    def is_retain_acquire(self) -> bool:
+        """Whether the update is ``first-order`` or ``second-order``, which require replayed samples."""
         return self.kind in ("first-order", "second-order")
 
     def backward(
@@ -46,84 +47,87 @@ class Update:
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
         micro_batches: int = 1,
     ) -> Tensor:
-        """Add the gradient of the student's loss, over all processes, to its empty ``.grad``; returns this one's loss, 0-d and detached.
+        """Computes the gradient of the student's loss, averaged over processes, in ``.grad``, which must be empty.
 
         Args:
-            student: in training mode.
-            batch: what it learns from.
-            objective: which discrepancy.
-            autocast: makes the context of the student's forward passes.
-            scale: what the loss is multiplied by before it is differentiated; not by ``first-order`` and ``second-order``.
-            micro_batches: pieces that go through the student one after the other, for the memory of one of them.
+            student: Student in training mode.
+            batch: Training batch.
+            objective: Provides the student's loss.
+            autocast: Returns the context manager for the student's forward passes.
+            scale: Applied to the loss before the backward pass; ignored by ``first-order`` and ``second-order``.
+            micro_batches: Number of micro-batches that the batch is split into, to reduce memory.
+
+        Returns:
+            The loss of this process, 0-d and detached.
         """
-        if self.retains and len(batch.parts) > 1:
-            return self._retain(student, batch, objective, autocast)
+        if self.is_retain_acquire and len(batch.parts) > 1:
+            return self._retain_acquire(student, batch, objective, autocast)
         losses = []
-        for piece in batch.chunks(micro_batches):
+        for chunk in batch.chunks(micro_batches):
             with autocast():
-                logits = student(piece.images)
+                logits = student(chunk.images)
             if self.kind == "pooled":
-                loss = len(piece.images) / len(batch.images) * objective.student_loss(logits, piece.teacher_logits)
+                loss = len(chunk.images) / len(batch.images) * objective.student_loss(logits, chunk.teacher_logits)
             else:
-                rows = [part.rows for part in piece.parts]
-                halves = zip(logits.split(rows), piece.teacher_logits.split(rows), piece.parts, strict=True)
-                terms = [part.weight * objective.student_loss(answers, targets) for answers, targets, part in halves]
+                rows = [part.rows for part in chunk.parts]
+                slices = zip(logits.split(rows), chunk.teacher_logits.split(rows), chunk.parts, strict=True)
+                terms = [part.weight * objective.student_loss(student_logits, targets) for student_logits, targets, part in slices]
                 loss = sum(terms[1:], start=terms[0])
             scale(loss).backward()
             losses.append(loss.detach())
         distributed.average_([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
         return sum(losses[1:], start=losses[0])
 
-    def _retain(
+    def _retain_acquire(
         self, student: nn.Module, batch: Batch, objective: Objective, autocast: Callable[[], AbstractContextManager[object]]
     ) -> Tensor:
-        """Learning to Retain while Acquiring (arXiv 2302.14290): min over θ of L_acq(θ) + L_ret(θ′), θ′ = θ − α(∇L_acq(θ) + λθ).
+        """Computes the gradient of Learning to Retain while Acquiring (arXiv 2302.14290); returns the loss.
 
-        With g = ∇L_acq(θ) and v = ∇L_ret(θ′) the gradient is g + (1 − αλ)v − αHv, H the Hessian of L_acq at θ: one
-        product of it with a vector. First order drops that product. The forward on θ′ uses a copy of the buffers, so
-        that running statistics are moved by the forward on θ alone.
+        The objective is min over θ of L_acq(θ) + L_ret(θ′) with θ′ = θ − α(∇L_acq(θ) + λθ). With g = ∇L_acq(θ) and v = ∇L_ret(θ′) its
+        gradient is g + (1 − αλ)v − αHv, where H is the Hessian of L_acq at θ. ``first-order`` omits the Hessian-vector product.
+        The forward pass at θ′ uses a copy of the buffers, so that only the forward pass at θ updates running statistics.
         """
         fresh, replayed = batch.split()
-        exact = self.kind == "second-order"
+        second_order = self.kind == "second-order"
         parameters = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
         with autocast():
             acquired_logits = student(fresh.images)
-        # The fused kernels can be differentiated once only.
+        # The fused kernels do not support double backward.
         with use_backend("reference"):
-            acquire = objective.student_loss(acquired_logits, fresh.teacher_logits)
-        gradients = torch.autograd.grad(acquire, list(parameters.values()), create_graph=exact, materialize_grads=True)
-        # Of all processes; the graph of the Hessian stays this one's, and its product is averaged in turn.
-        acquiring = [gradient.detach().clone() if exact else gradient for gradient in gradients]
-        distributed.average_(acquiring)
+            acquire_loss = objective.student_loss(acquired_logits, fresh.teacher_logits)
+        gradients = torch.autograd.grad(acquire_loss, list(parameters.values()), create_graph=second_order, materialize_grads=True)
+        # Averaged over processes; the graph for the Hessian remains local, and its product is averaged below.
+        acquire_gradients = [gradient.detach().clone() if second_order else gradient for gradient in gradients]
+        distributed.average_(acquire_gradients)
 
         decay, rate = self.inner_weight_decay, self.inner_lr
-        moved = {
+        inner_parameters = {
             name: (parameter.detach() - rate * (gradient + decay * parameter.detach())).requires_grad_()
-            for (name, parameter), gradient in zip(parameters.items(), acquiring, strict=True)
+            for (name, parameter), gradient in zip(parameters.items(), acquire_gradients, strict=True)
         }
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         with autocast():
-            retained_logits = functional_call(student, moved | buffers, (replayed.images,))
-        retain = objective.student_loss(retained_logits, replayed.teacher_logits)
-        retaining = torch.autograd.grad(retain, list(moved.values()), materialize_grads=True)
-        distributed.average_(retaining)
+            retained_logits = functional_call(student, inner_parameters | buffers, (replayed.images,))
+        retain_loss = objective.student_loss(retained_logits, replayed.teacher_logits)
+        retain_gradients = torch.autograd.grad(retain_loss, list(inner_parameters.values()), materialize_grads=True)
+        distributed.average_(retain_gradients)
 
-        through = [(1 - rate * decay) * v for v in retaining]
-        if exact:
-            curvature = _hessian_product(gradients, list(parameters.values()), retaining)
-            distributed.average_(curvature)
-            through = [v - rate * hv for v, hv in zip(through, curvature, strict=True)]
-        (_, acquired), (_, retained) = batch.parts
+        outer_gradients = [(1 - rate * decay) * v for v in retain_gradients]
+        if second_order:
+            products = _hessian_vector_product(gradients, list(parameters.values()), retain_gradients)
+            distributed.average_(products)
+            outer_gradients = [v - rate * hv for v, hv in zip(outer_gradients, products, strict=True)]
+        (_, acquire_weight), (_, retain_weight) = batch.parts
         with torch.no_grad():
-            for parameter, g, v in zip(parameters.values(), acquiring, through, strict=True):
-                total = acquired * g + retained * v
+            for parameter, g, v in zip(parameters.values(), acquire_gradients, outer_gradients, strict=True):
+                total = acquire_weight * g + retain_weight * v
                 parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
-            return acquired * acquire + retained * retain
+            return acquire_weight * acquire_loss + retain_weight * retain_loss
 
 
-def _hessian_product(gradients: Sequence[Tensor], parameters: Sequence[Tensor], vector: Sequence[Tensor]) -> Sequence[Tensor]:
-    """H v from gradients with a graph; what is linear in the parameters has none, and no curvature."""
-    curved = [(g, v) for g, v in zip(gradients, vector, strict=True) if g.requires_grad]
-    if not curved:
+def _hessian_vector_product(gradients: Sequence[Tensor], parameters: Sequence[Tensor], vector: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns H v from gradients with a graph. Gradients without a graph do not depend on the parameters and contribute 0."""
+    differentiable = [(g, v) for g, v in zip(gradients, vector, strict=True) if g.requires_grad]
+    if not differentiable:
         return [torch.zeros_like(parameter) for parameter in parameters]
-    return torch.autograd.grad([g for g, _ in curved], parameters, [v for _, v in curved], materialize_grads=True)
+    return torch.autograd.grad([g for g, _ in differentiable], parameters, [v for _, v in differentiable], materialize_grads=True)

@@ -1,14 +1,14 @@
-"""Networks: generators, classifiers and segmenters by name, and their weights on disk."""
+"""Generators, classifiers and segmenters, built by name, and loading and saving of their weights."""
 
-from .catalogue import build_model, names_code
+from .catalogue import build_model, is_user_function
 from .classifiers import LeNet5, WideResNet, cifar_resnet
-from .generation import conditioned, draw_labels, generate, sample
+from .generation import condition_latents, draw_labels, generate, sample
 from .generators import Generator, GeneratorA, GeneratorB, GeneratorC, GeneratorD, GeneratorSettings, build_generator
 from .layers import Standardize, UpsampleConv2d
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
 from .segmenters import Segmenter, SmallFcn
 from .vae import Vae
-from .weights import load_weights, read_metadata, save_weights, sha256_of
+from .weights import load_weights, read_metadata, save_weights, state_dict_sha256
 
 __all__ = [
     "PRETRAINED",
@@ -28,15 +28,15 @@ __all__ = [
     "build_generator",
     "build_model",
     "cifar_resnet",
-    "conditioned",
+    "condition_latents",
     "draw_labels",
     "generate",
+    "is_user_function",
     "load_encoder",
     "load_pretrained",
     "load_weights",
-    "names_code",
     "read_metadata",
     "sample",
     "save_weights",
-    "sha256_of",
+    "state_dict_sha256",
 ]

@@ -1,4 +1,4 @@
-"""Networks by name: the papers' own, any of torchvision or timm, or a user's ``module:function``."""
+"""Builds networks by name: those of the papers, any of torchvision or timm, or a user's ``module:function``."""
 
 import difflib
 import importlib
@@ -18,7 +18,7 @@ from .classifiers import LENET5_HALF, LeNet5, WideResNet, cifar_resnet
 from .pretrained import PRETRAINED
 from .segmenters import build_segmenter, is_segmenter, segmenters
 
-__all__ = ["build_model", "names_code"]
+__all__ = ["build_model", "is_user_function"]
 
 SMALL: dict[str, Callable[[int, int], nn.Module]] = {
     "lenet5": lambda classes, channels: LeNet5(classes, channels),
@@ -29,30 +29,34 @@ SMALL: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
-    """A freshly initialised network from images to logits, (N, num_classes) or, of a segmenter, (N, num_classes, H, W).
+    """Builds a randomly initialized classifier or segmenter.
 
     Args:
         name: ``lenet5``, ``lenet5_half``, ``cifar_resnet18``, ``cifar_resnet34``, ``wrn<depth>_<width>``
             (``wrn40_2``), ``efficientnet_lite0`` (see :func:`~dfkd_fast.models.load_pretrained`), a
-            torchvision or timm name (``torchvision:`` or ``timm:`` in front picks the library), or
-            ``module:function``, called as ``function(num_classes=...)``. Segmenters are torchvision's
+            torchvision or timm name (the prefix ``torchvision:`` or ``timm:`` selects the library), or
+            ``module:function``, called as ``function(num_classes=...)``. Segmenters: torchvision's names
             (``deeplabv3_resnet50``), ``deeplabv3_mobilenet_v2``, ``small_fcn<width>`` (``small_fcn16``), and ``deeplabv3:`` or
-            ``lraspp:`` with an encoder of timm.
+            ``lraspp:`` followed by a timm encoder.
         num_classes: number of logits.
-        channels: of the input images.
+        channels: number of channels of the input images.
+
+    Returns:
+        A module that maps images (N, channels, H, W) to logits, (N, num_classes) for classifiers and (N, num_classes, H, W) for
+        segmenters; see :func:`~dfkd_fast.surgery.get_logits` for modules that return a dict or a tuple.
 
     Raises:
-        DfkdError: no such name, or a network that cannot have so many channels.
+        DfkdError: the name is unknown, or the network does not support this number of channels.
     """
     if name in SMALL:
         return SMALL[name](num_classes, channels)
     if wide := re.fullmatch(r"wrn(\d{1,4})_(\d{1,4})", name):
         depth, width = int(wide[1]), int(wide[2])
         if depth < 10 or (depth - 4) % 6 or width < 1:
-            raise DfkdError(f"model {name!r}: a wide ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, 40) and its width at least 1")
+            raise DfkdError(f"model {name!r}: the depth of a wide ResNet must be 6n + 4 (10, 16, 22, 28, 34, 40), its width at least 1")
         return WideResNet(depth, width, num_classes, channels)
 
-    # Seconds to import, so only where one of their networks may be meant.
+    # Importing both takes seconds, so only names that may be theirs pay for it.
     import timm
     import torchvision
 
@@ -62,8 +66,8 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
     library, _, rest = name.rpartition(":")
     if is_segmenter(name):
         return build_segmenter(name.removeprefix("torchvision:"), num_classes, channels)
-    if names_code(name):
-        return _users_own(library, rest, num_classes)
+    if is_user_function(name):
+        return _build_user_network(library, rest, num_classes)
     if library != "timm" and rest in torchvision.models.list_models(torchvision.models):
         if channels != 3:
             raise DfkdError(f"model {name!r}: torchvision's networks take 3 channels, not {channels}; timm's take any (timm:{rest})")
@@ -79,27 +83,26 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
     raise unknown("model", name, [*SMALL, *PRETRAINED, "wrn40_2", "wrn16_1", "wrn16_2", *nearest])
 
 
-def names_code(name: str) -> bool:
-    """Whether :func:`build_model` imports and calls a function by this name.
+def is_user_function(name: str) -> bool:
+    """Returns True if ``name`` is ``module:function``, which :func:`build_model` imports and calls.
 
-    A name that comes from a data file must be confirmed by the user before it is built, if it is one of these.
+    A name of this form that was read from a file must be confirmed by the user before the network is built.
     """
     return name.rpartition(":")[0] not in ("", "torchvision", "timm") and not is_segmenter(name)
 
 
-def _users_own(module: str, function: str, num_classes: int) -> nn.Module:
+def _build_user_network(module: str, function: str, num_classes: int) -> nn.Module:
     name = f"{module}:{function}"
     if not all(part.isidentifier() for part in (*module.split("."), function)):
-        plain = ".".join(re.findall(r"\w+", module.removesuffix(".py")))
-        raise DfkdError(
-            f"model {name!r}: must be module:function, the module as in import, such as {plain or 'networks'}:{function or 'build'}"
-        )
+        importable = ".".join(re.findall(r"\w+", module.removesuffix(".py")))
+        example = f"{importable or 'networks'}:{function or 'build'}"
+        raise DfkdError(f"model {name!r}: must be module:function with an importable module name, such as {example}")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         build = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        raise DfkdError(f"model {name!r}: {_missing(module, str(error.name))}") from error
+        raise DfkdError(f"model {name!r}: {_import_error_message(module, str(error.name))}") from error
     except USER_CODE_ERRORS as error:
         raise DfkdError(f"model {name!r}: {describe_exception(error)}") from error
     if not callable(build) or isinstance(build, nn.Module):
@@ -114,14 +117,14 @@ def _users_own(module: str, function: str, num_classes: int) -> nn.Module:
         raise DfkdError(f"model {name!r} must return a torch.nn.Module, not {type(network).__name__}")
     for tensor_name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
         if tensor.is_meta and not is_lazy(tensor):
-            raise DfkdError(f"model {name!r}: {tensor_name} is on the meta device, without values: build the network on the CPU")
+            raise DfkdError(f"model {name!r}: {tensor_name} is on the meta device and has no values: build the network on the CPU")
     return network
 
 
-def _missing(module: str, absent: str) -> str:
-    """What to say of a module that was not found while another one was imported."""
+def _import_error_message(module: str, missing: str) -> str:
+    """Returns the error message for ``missing``, the module that was not found while ``module`` was imported."""
     if module.endswith(".py"):
-        return f"must be a module's name as in import, without .py: {module.removesuffix('.py')}"
-    if module == absent or module.startswith(f"{absent}."):
-        return f"there is no module {absent!r}, neither in the working folder {Path.cwd()} nor among the installed packages"
-    return f"it needs the module {absent!r}, which is not installed"
+        return f"must be an importable module name, without .py: {module.removesuffix('.py')}"
+    if module == missing or module.startswith(f"{missing}."):
+        return f"there is no module {missing!r}, neither in the working folder {Path.cwd()} nor among the installed packages"
+    return f"it needs the module {missing!r}, which is not installed"

@@ -1,4 +1,4 @@
-"""Generators: latent vectors in, images in the teacher's normalised space out."""
+"""Generators: modules from latent vectors to images in the teacher's normalized input space."""
 
 import itertools
 from collections.abc import Sequence
@@ -28,38 +28,41 @@ class GeneratorSettings:
     """Recipe section ``[generator]``."""
 
     model: Literal["A", "B", "C", "D"] = "A"
-    """DFAD's two, the one that MAD's CIFAR runs start from, and one for 64 to 256 pixels."""
+    """Architecture: A and B are DFAD's, C is that of MAD's CIFAR runs, D is for images of 64 to 256 pixels."""
     latent_dim: PositiveInt = 100
-    """Size of z ~ N(0, I)."""
+    """Dimension of the latent vectors z ~ N(0, I)."""
     width: PositiveInt = 64
-    """Channels of the last hidden layer; DFAD's ``ngf``."""
+    """Channels of the last hidden layer (``ngf`` in DFAD's code)."""
     conditional: Flag = False
-    """Whether it is given z + e_y for a class y, e a learnt embedding (MAD)."""
+    """Add a learned class embedding e_y to z (MAD)."""
     spectral_norm: Flag = False
-    """Of the convolutions (PRE-DFKD)."""
+    """Apply spectral normalization to the convolutions (PRE-DFKD)."""
     hidden_eps: Positive = 1e-5
-    """Of the hidden batch norms. PRE-DFKD's public code has .8, passed where a momentum was meant."""
+    """``eps`` of the hidden batch norms. PRE-DFKD's public code uses 0.8, passed in the position of ``eps`` where a momentum was meant."""
     checkpointing: Flag = False
-    """Of generator D: save memory by computing activations twice."""
+    """Activation checkpointing, generator D only: recompute activations in the backward pass to save memory."""
     uniform_init: NonNegative = 0.0
-    """Draw all weights of convolutions and linear layers from U(−this, this) (PRE-DFKD: .08); 0 for the model's own way."""
+    """Initialize all weights of convolutions and linear layers from U(−u, u) (u = 0.08 in PRE-DFKD); 0 keeps the architecture's
+    default initialization."""
 
 
 class Generator(nn.Module):
-    """A body from z to pre-activations, then an activation and, optionally, a normalisation.
+    """A body from z to pre-activations, followed by an activation and an optional normalization.
 
-    The end is kept apart from the body so that :func:`generate` can fuse it over several generators;
-    ``forward`` is the textbook form of the same thing.
+    Activation and normalization are separate from the body so that :func:`generate` can fuse them over several generators;
+    ``forward`` is the unfused reference.
+
+    Shape: (B, latent_dim) → (B, C, H, W).
 
     Args:
-        body: (B, latent_dim) → (B, C, H, W).
-        latent_dim: size of z.
-        output_norm: ``BatchNorm2d(C, affine=False)`` or :class:`Standardize` behind the activation, or None.
-        activation: what bounds the pixels.
+        body: module from z (B, latent_dim) to pre-activations (B, C, H, W).
+        latent_dim: dimension of z.
+        output_norm: ``BatchNorm2d(C, affine=False)`` or :class:`Standardize`, applied after the activation; None for none.
+        activation: output activation.
     """
 
     embedding: nn.Embedding | None
-    """(classes, latent_dim), of a conditional generator: :func:`conditioned` adds e_y to z."""
+    """Class embedding (num_classes, latent_dim) of a conditional generator, added to z by :func:`condition_latents`; else None."""
 
     def __init__(
         self, body: nn.Module, latent_dim: int, output_norm: nn.Module | None, activation: Literal["tanh", "sigmoid"] = "tanh"
@@ -77,9 +80,9 @@ class Generator(nn.Module):
 
 
 def _upsampling_body(latent_dim: int, widths: tuple[int, int, int], channels: int, image_size: int) -> nn.Sequential:
-    """A linear layer to a quarter of the image's side, then twice as large, twice: (B, latent_dim) → (B, channels, H, W)."""
+    """Returns a linear layer to image_size/4 followed by two ×2 upsampling stages: (B, latent_dim) → (B, channels, H, W)."""
     if image_size % 4:
-        raise DfkdError(f"generators A and C make images whose side is a multiple of 4, not {image_size}")
+        raise DfkdError(f"generators A and C need an image_size that is a multiple of 4, not {image_size}")
     side, (first, second, last) = image_size // 4, widths
     return nn.Sequential(
         nn.Linear(latent_dim, first * side**2),
@@ -99,9 +102,9 @@ class GeneratorA(Generator):
     """DFAD's generator for small images (arXiv 1912.11006): upsampling and convolutions, tanh, batch norm.
 
     Args:
-        latent_dim: size of z.
-        channels: of the images.
-        image_size: side of the images in pixels, a multiple of 4.
+        latent_dim: dimension of z.
+        channels: number of channels of the images.
+        image_size: height and width of the images in pixels, a multiple of 4.
         width: channels of the last hidden layer (64 in the paper); the first two have twice as many.
     """
 
@@ -113,18 +116,18 @@ class GeneratorA(Generator):
 class GeneratorB(Generator):
     """DFAD's generator for larger images (arXiv 1912.11006): transposed convolutions, tanh.
 
-    Weights are drawn from N(0, 0.02), batch norm gains from N(1, 0.02).
+    Weights are initialized from N(0, 0.02²), batch norm weights from N(1, 0.02²).
 
     Args:
-        latent_dim: size of z.
-        channels: of the images.
-        image_size: side of the images in pixels: 16, 32, 64, 128 or 256. The paper's is 128.
+        latent_dim: dimension of z.
+        channels: number of channels of the images.
+        image_size: height and width of the images in pixels: 16, 32, 64, 128 (in the paper) or 256.
         width: channels of the last hidden layer (64 in the paper); the first has eight times as many.
     """
 
     def __init__(self, latent_dim: int, channels: int, image_size: int, width: int = 64) -> None:
         if image_size not in (16, 32, 64, 128, 256):
-            raise DfkdError(f"generator B makes images whose side is 16, 32, 64, 128 or 256, not {image_size}")
+            raise DfkdError(f"generator B needs an image_size of 16, 32, 64, 128 or 256, not {image_size}")
         side = image_size // 16
         first = 8 * width
         widths = [first, 4 * width, 2 * width, width, width]
@@ -133,24 +136,24 @@ class GeneratorB(Generator):
             nn.Unflatten(1, (first, side, side)),
             nn.BatchNorm2d(first),
         ]
-        for before, after in itertools.pairwise(widths):
+        for in_channels, out_channels in itertools.pairwise(widths):
             layers += [
-                nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(after),
+                nn.ConvTranspose2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(out_channels),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         layers.append(nn.Conv2d(width, channels, kernel_size=3, padding=1))
         super().__init__(nn.Sequential(*layers), latent_dim, output_norm=None)
-        self.apply(_draw_weights)
+        self.apply(_init_normal)
 
 
 class GeneratorC(Generator):
-    """The generator of the CMI benchmark (arXiv 2105.08584), from which MAD's CIFAR preset starts: sigmoid, data set constants.
+    """Generator of the CMI benchmark (arXiv 2105.08584), used by MAD on CIFAR: sigmoid, then normalization by data set constants.
 
     Args:
-        latent_dim: size of z.
-        image_size: side of the images in pixels, a multiple of 4.
-        mean, std: of the data the teacher was trained on, a number a channel.
+        latent_dim: dimension of z.
+        image_size: height and width of the images in pixels, a multiple of 4.
+        mean, std: per-channel normalization constants of the teacher's training data.
         width: channels of the last hidden layer (64 in the preset); the first has four times as many.
     """
 
@@ -160,14 +163,14 @@ class GeneratorC(Generator):
 
 
 class GeneratorD(Generator):
-    """For 64 to 256 pixels: from a square of 4 to 8 pixels by upsampling and convolutions, twice as large each time; sigmoid, constants.
+    """Generator for images of 64 to 256 pixels: a linear layer to 4 to 7 pixels, ×2 upsampling stages, sigmoid, normalization.
 
     Args:
-        latent_dim: size of z.
-        image_size: side of the images in pixels: 4, 5, 6 or 7 times a power of 2, such as 64, 112, 128, 224 or 256.
-        mean, std: of the data the teacher was trained on, a number a channel.
-        width: channels of the last hidden layer; each before it has twice as many, up to eight times as many.
-        checkpointing: keep no activations inside a stage, and compute them again for the backward pass.
+        latent_dim: dimension of z.
+        image_size: height and width of the images in pixels: 4, 5, 6 or 7 times a power of 2, such as 64, 112, 128, 224 or 256.
+        mean, std: per-channel normalization constants of the teacher's training data.
+        width: channels of the last hidden layer; each earlier layer has twice as many as the next one, up to 8 · width.
+        checkpointing: do not store the activations inside a stage; recompute them in the backward pass.
     """
 
     def __init__(
@@ -177,13 +180,16 @@ class GeneratorD(Generator):
         while side > 7 and side % 2 == 0:
             side, doublings = side // 2, doublings + 1
         if not 4 <= side <= 7 or doublings < 2:
-            raise DfkdError(
-                f"generator D makes images whose side is 4 to 7 times a power of 2, such as 64, 112, 128 or 224, not {image_size}"
-            )
+            raise DfkdError(f"generator D needs an image_size of 4 to 7 times a power of 2, such as 64, 112, 128 or 224, not {image_size}")
         widths = [width * min(8, 2 ** (doublings - stage)) for stage in range(doublings + 1)]
         stages = [
-            CheckpointedStage(checkpointing, UpsampleConv2d(before, after), nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True))
-            for before, after in itertools.pairwise(widths)
+            CheckpointedStage(
+                checkpointing,
+                UpsampleConv2d(in_channels, out_channels),
+                nn.BatchNorm2d(out_channels),
+                nn.LeakyReLU(0.2, inplace=True),
+            )
+            for in_channels, out_channels in itertools.pairwise(widths)
         ]
         body = nn.Sequential(
             nn.Linear(latent_dim, widths[0] * side**2),
@@ -195,7 +201,7 @@ class GeneratorD(Generator):
         super().__init__(body, latent_dim, Standardize(mean, std), "sigmoid")
 
 
-def _draw_weights(module: nn.Module) -> None:
+def _init_normal(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -203,7 +209,7 @@ def _draw_weights(module: nn.Module) -> None:
 
 
 def build_generator(
-    wanted: GeneratorSettings,
+    config: GeneratorSettings,
     channels: int,
     image_size: int,
     *,
@@ -211,39 +217,45 @@ def build_generator(
     std: Sequence[float] | None = None,
     num_classes: int | None = None,
 ) -> Generator:
-    """The generator of a recipe, for images of the teacher's input size.
+    """Builds the generator of a recipe.
 
     Args:
-        wanted: what it is like.
-        channels: of the images.
-        image_size: side of the images in pixels.
-        mean, std: of the teacher's input, for generators C and D; by default 0 and 1.
-        num_classes: of the teacher, for a conditional generator.
+        config: recipe section ``[generator]``.
+        channels: number of channels of the images.
+        image_size: height and width of the images in pixels, the teacher's input size.
+        mean, std: per-channel normalization constants of the teacher's input, for generators C and D; 0 and 1 by default.
+        num_classes: the teacher's number of classes; required for a conditional generator.
+
+    Returns:
+        A randomly initialized generator.
+
+    Raises:
+        DfkdError: the architecture does not support the image size or checkpointing, or ``num_classes`` is missing.
     """
-    latent_dim, width = wanted.latent_dim, wanted.width
+    latent_dim, width = config.latent_dim, config.width
     generator: Generator
-    if wanted.model == "A":
+    if config.model == "A":
         generator = GeneratorA(latent_dim, channels, image_size, width)
-    elif wanted.model == "B":
+    elif config.model == "B":
         generator = GeneratorB(latent_dim, channels, image_size, width)
-    elif wanted.model == "C":
+    elif config.model == "C":
         generator = GeneratorC(latent_dim, image_size, mean or [0.0] * channels, std or [1.0] * channels, width)
     else:
         constants = mean or [0.0] * channels, std or [1.0] * channels
-        generator = GeneratorD(latent_dim, image_size, *constants, width, wanted.checkpointing)
-    if wanted.checkpointing and wanted.model != "D":
-        raise DfkdError(f"generator.checkpointing: generator {wanted.model} has none, only D has")
+        generator = GeneratorD(latent_dim, image_size, *constants, width, config.checkpointing)
+    if config.checkpointing and config.model != "D":
+        raise DfkdError(f"generator.checkpointing: generator {config.model} does not support it, only D does")
     for layer in generator.body.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.eps = wanted.hidden_eps
+            layer.eps = config.hidden_eps
         elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            if wanted.uniform_init:
-                nn.init.uniform_(layer.weight, -wanted.uniform_init, wanted.uniform_init)
-            if wanted.spectral_norm and not isinstance(layer, nn.Linear):
+            if config.uniform_init:
+                nn.init.uniform_(layer.weight, -config.uniform_init, config.uniform_init)
+            if config.spectral_norm and not isinstance(layer, nn.Linear):
                 nn.utils.parametrizations.spectral_norm(layer)
     keep_spectral_norms_in_float32(generator)
-    if wanted.conditional:
+    if config.conditional:
         if num_classes is None:
-            raise DfkdError("a conditional generator needs the number of classes")
+            raise DfkdError("generator.conditional = true needs the number of classes (num_classes)")
         generator.embedding = nn.Embedding(num_classes, latent_dim)
     return generator

@@ -1,4 +1,4 @@
-"""The layers that generators are built of, beside PyTorch's."""
+"""Layers of the generators that PyTorch does not have."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,11 +14,11 @@ __all__ = ["CheckpointedStage", "Standardize", "UpsampleConv2d"]
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest ×2 upsampling, then a 3×3 convolution with padding 1, as one transposed convolution.
+    """Nearest ×2 upsampling and a 3×3 convolution with padding 1, computed as one transposed convolution.
 
-    Upsampling followed by a 3×3 kernel touches every input pixel through 2×2 copies, so both together are
-    a stride-2 transposed convolution whose 4×4 kernel is the 3×3 one summed over a 2×2 window and
-    flipped: 2.25 × fewer multiplications and no upsampled tensor. Parameters are those of the 3×3 layer.
+    Both operations together equal a stride-2 transposed convolution whose 4×4 kernel is the 3×3 kernel summed over 2×2 windows
+    and flipped. It takes 2.25 × fewer multiplications and stores no upsampled tensor. The parameters are those of the 3×3
+    convolution.
 
     Shape: (B, in_channels, H, W) → (B, out_channels, 2H, 2W).
     """
@@ -27,18 +27,23 @@ class UpsampleConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight  # once: every look at it is a power iteration of a spectral norm
+        weight = self.weight  # read once: with spectral norm, every access runs a power iteration
         padded = F.pad(weight, (1, 1, 1, 1))
-        summed = padded[:, :, :-1] + padded[:, :, 1:]
-        kernel = (summed[..., :-1] + summed[..., 1:]).flip(2, 3).transpose(0, 1)
+        row_sums = padded[:, :, :-1] + padded[:, :, 1:]
+        kernel = (row_sums[..., :-1] + row_sums[..., 1:]).flip(2, 3).transpose(0, 1)
         if weight.is_contiguous(memory_format=torch.channels_last):
-            # The layout of a convolution is that of its kernel; without this everything behind it would run in NCHW.
+            # The output takes the kernel's memory format; a contiguous kernel would make all following layers run in NCHW.
             kernel = kernel.contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 class CheckpointedStage(nn.Sequential):
-    """Layers whose activations are, on request, computed again for the backward pass; running statistics move once all the same."""
+    """A ``Sequential`` with optional activation checkpointing that updates running statistics once per step.
+
+    Args:
+        checkpointing: recompute the activations in the backward pass instead of storing them.
+        layers: the layers, in order.
+    """
 
     def __init__(self, checkpointing: bool, *layers: nn.Module) -> None:
         super().__init__(*layers)
@@ -46,26 +51,29 @@ class CheckpointedStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.checkpointing or not torch.is_grad_enabled():
-            return self._run(x)
+            return self._run_layers(x)
         if torch.compiler.is_compiling():
-            # Dynamo takes no context_fn. Batch norms need none: their statistics leave the compiled graph once. Spectral norms replace
-            # their vectors, which it does not trace inside a checkpoint: such a stage keeps its activations.
-            spectral = any(isinstance(module, SpectralNorm) for module in self.modules())
-            return self._run(x) if spectral else checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False)
-        # No layer is random: nothing of the random state is kept.
+            # Dynamo does not support context_fn. Batch norms work without it, since the compiled graph updates their statistics once.
+            # Dynamo cannot trace the buffer updates of spectral norms inside a checkpoint, so such a stage stores its activations.
+            has_spectral_norm = any(isinstance(module, SpectralNorm) for module in self.modules())
+            return (
+                self._run_layers(x) if has_spectral_norm else checkpoint(self._run_layers, x, use_reentrant=False, preserve_rng_state=False)
+            )
+        # No layer draws random numbers, so the RNG state need not be saved.
         return checkpoint(
-            self._run, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), self._second_run())
+            self._run_layers, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), self._recomputation())
         )
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run_layers(self, x: Tensor) -> Tensor:
         for layer in self:
             x = layer(x)
         return x
 
     @contextmanager
-    def _second_run(self) -> Iterator[None]:
+    def _recomputation(self) -> Iterator[None]:
+        """Restores the buffers after the recomputation and disables power iterations during it."""
         buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
-        # Another power iteration would give other weights than the first run had.
+        # Another power iteration would change the weights between forward pass and recomputation.
         norms = [module for module in self.modules() if isinstance(module, SpectralNorm) and module.training]
         for norm in norms:
             norm.training = False
@@ -79,7 +87,13 @@ class CheckpointedStage(nn.Sequential):
 
 
 class Standardize(nn.Module):
-    """(x − mean) / std, a constant of each a channel: from pixels in [0, 1] to the teacher's normalised space."""
+    """Normalizes images in [0, 1] to the teacher's input space: (x − mean) / std with per-channel constants.
+
+    Shape: (N, C, H, W) → (N, C, H, W).
+
+    Args:
+        mean, std: C numbers each.
+    """
 
     mean: Tensor
     std: Tensor

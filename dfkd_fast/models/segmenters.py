@@ -1,4 +1,4 @@
-"""Semantic segmenters: torchvision's by name, its DeepLabv3 and LR-ASPP heads on any encoder of timm, and a small one for toys."""
+"""Semantic segmentation networks: torchvision's, its DeepLabv3 and LR-ASPP heads on any timm encoder, and a small FCN."""
 
 import re
 from typing import Any
@@ -13,30 +13,32 @@ from .pretrained import PRETRAINED
 __all__ = ["HEADS", "Segmenter", "SmallFcn", "build_segmenter", "is_segmenter", "segmenters"]
 
 HEADS = {"deeplabv3": 8, "lraspp": 16}
-"""Heads by name, and the stride of the encoder's last map that their papers give them."""
+"""Output stride of the encoder by head, as in the papers."""
 DEEPLAB_ON_MOBILENET = "deeplabv3_mobilenet_v2"
 SMALL = re.compile(r"small_fcn([1-9]\d{0,3})")
 
 
 def segmenters() -> list[str]:
-    """Names of segmenters, but for those of the form ``HEAD:ENCODER``."""
+    """Returns the names that :func:`build_segmenter` accepts, except those of the form ``HEAD:ENCODER``."""
     import torchvision
 
     return ["small_fcn16", DEEPLAB_ON_MOBILENET, *torchvision.models.list_models(torchvision.models.segmentation)]
 
 
 class Segmenter(nn.Module):
-    """An encoder of timm, a head of torchvision, and bilinear upsampling: images (B, C, H, W) → logits (B, classes, H, W).
+    """A timm encoder, a torchvision segmentation head, and bilinear upsampling to the size of the images.
+
+    Shape: (B, channels, H, W) → (B, num_classes, H, W).
 
     Args:
         head: ``deeplabv3`` (arXiv 1706.05587): atrous spatial pyramid pooling with 256 channels at output stride 8;
-            ``lraspp`` (arXiv 1905.02244): two 1×1 branches at output stride 16 and a skip from stride 8.
-        encoder: a name of timm's, or ``efficientnet_lite0``; with ``/4`` behind it, its first four stages only.
-        num_classes: number of logits a pixel.
-        channels: of the input images.
+            ``lraspp`` (arXiv 1905.02244): two 1×1 branches at output stride 16 and a skip connection from stride 8.
+        encoder: a timm name, or ``efficientnet_lite0``; the suffix ``/4`` keeps only its first four stages.
+        num_classes: number of logits per pixel.
+        channels: number of channels of the input images.
 
     Raises:
-        DfkdError: timm has no such encoder, or it cannot be had at that stride or with so many stages.
+        DfkdError: timm has no encoder of this name, or the encoder does not support the output stride or the number of stages.
     """
 
     def __init__(self, head: str, encoder: str, num_classes: int, channels: int = 3) -> None:
@@ -47,70 +49,83 @@ class Segmenter(nn.Module):
         super().__init__()
         encoder, cut, stages = encoder.partition("/")
         if cut and not (stages.isdecimal() and int(stages) > 1):
-            raise DfkdError(f"encoder {encoder + cut + stages!r}: its stages must be a whole number from 2 on")
+            raise DfkdError(f"encoder {encoder + cut + stages!r}: the number of stages must be an integer ≥ 2")
         if encoder not in PRETRAINED and not timm.is_model(encoder):
             raise unknown("encoder", encoder, timm.list_models(f"*{encoder}*")[:20] or [*PRETRAINED, "mobilenetv2_100", "resnet50"])
         name = PRETRAINED[encoder].timm_name if encoder in PRETRAINED else encoder
         try:
-            wanted: dict[str, Any] = {"out_indices": tuple(range(int(stages)))} if stages else {}
-            self.backbone = timm.create_model(name, features_only=True, in_chans=channels, output_stride=HEADS[head], **wanted)
+            options: dict[str, Any] = {"out_indices": tuple(range(int(stages)))} if stages else {}
+            self.backbone = timm.create_model(name, features_only=True, in_chans=channels, output_stride=HEADS[head], **options)
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, AssertionError, IndexError) as error:
             stage = f" with {stages} stages" if stages else ""
-            raise DfkdError(f"encoder {encoder!r} cannot be had at output stride {HEADS[head]}{stage}: {first_line(error)}") from error
-        maps: Any = self.backbone.feature_info
-        if stages and (last := re.match(r"blocks\.(\d+)", maps.module_name()[-1])):
+            raise DfkdError(f"encoder {encoder!r} does not support output stride {HEADS[head]}{stage}: {first_line(error)}") from error
+        info: Any = self.backbone.feature_info
+        if stages and (last := re.match(r"blocks\.(\d+)", info.module_name()[-1])):
             blocks: Any = self.backbone.blocks
-            self.backbone.blocks = blocks[: int(last[1]) + 1]  # timm's efficient networks keep what nobody asked for
-        widths, strides = maps.channels(), maps.reduction()
+            self.backbone.blocks = blocks[: int(last[1]) + 1]  # timm's efficient networks keep the blocks after the last output
+        widths, strides = info.channels(), info.reduction()
         self.low = max(index for index, stride in enumerate(strides) if stride <= 8 and index < len(strides) - 1)
-        """The map that LR-ASPP has its skip from."""
-        self.skips = head == "lraspp"
+        """Index of the feature map that the skip connection of LR-ASPP uses."""
+        self.has_skip = head == "lraspp"
         self.classifier: nn.Module
-        if self.skips:
+        if self.has_skip:
             self.classifier = LRASPPHead(widths[self.low], widths[-1], num_classes, inter_channels=128)
         else:
             self.classifier = DeepLabHead(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.backbone(images)
-        seen: Any = {"low": maps[self.low], "high": maps[-1]} if self.skips else maps[-1]
-        return F.interpolate(self.classifier(seen), size=images.shape[-2:], mode="bilinear", align_corners=False)
+        features = self.backbone(images)
+        head_input: Any = {"low": features[self.low], "high": features[-1]} if self.has_skip else features[-1]
+        return F.interpolate(self.classifier(head_input), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class SmallFcn(nn.Sequential):
     """Three convolutions with batch norm at full and half resolution, a 1×1 convolution to logits, and bilinear upsampling.
 
+    Shape: (B, channels, H, W) with even H and W → (B, num_classes, H, W).
+
     Args:
-        width: channels of the first convolution; the others have twice as many.
-        num_classes: number of logits a pixel.
-        channels: of the input images, whose sides are even.
+        width: output channels of the first convolution; the others have twice as many.
+        num_classes: number of logits per pixel.
+        channels: number of channels of the input images.
     """
 
     def __init__(self, width: int, num_classes: int, channels: int = 3) -> None:
-        def convolution(before: int, after: int, **how: Any) -> list[nn.Module]:
-            return [nn.Conv2d(before, after, kernel_size=3, bias=False, **how), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        def conv_bn_relu(in_channels: int, out_channels: int, **options: Any) -> list[nn.Module]:
+            return [
+                nn.Conv2d(in_channels, out_channels, kernel_size=3, bias=False, **options),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(inplace=True),
+            ]
 
         super().__init__(
-            *convolution(channels, width, padding=1),
-            *convolution(width, 2 * width, padding=1, stride=2),
-            *convolution(2 * width, 2 * width, padding=2, dilation=2),
+            *conv_bn_relu(channels, width, padding=1),
+            *conv_bn_relu(width, 2 * width, padding=1, stride=2),
+            *conv_bn_relu(2 * width, 2 * width, padding=2, dilation=2),
             nn.Conv2d(2 * width, num_classes, kernel_size=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
         )
 
 
 def is_segmenter(name: str) -> bool:
-    """Whether :func:`build_segmenter` knows the name, or what it begins with."""
+    """Returns True if :func:`build_segmenter` accepts the name; the encoder in ``HEAD:ENCODER`` is not checked."""
     return name.partition(":")[0] in HEADS or SMALL.fullmatch(name) is not None or name.removeprefix("torchvision:") in segmenters()
 
 
 def build_segmenter(name: str, num_classes: int, channels: int) -> nn.Module:
-    """A freshly initialised segmenter by a name of :func:`segmenters`, by ``small_fcn<width>``, or by ``HEAD:ENCODER``.
+    """Builds a randomly initialized segmentation network.
 
-    torchvision's own return a dict with the logits under ``out``.
+    Args:
+        name: one of :func:`segmenters`, ``small_fcn<width>``, or ``HEAD:ENCODER`` (see :class:`Segmenter`).
+        num_classes: number of logits per pixel.
+        channels: number of channels of the input images.
+
+    Returns:
+        A module from images (B, channels, H, W) to logits (B, num_classes, H, W); torchvision's networks return a dict with the
+        logits under ``out``.
 
     Raises:
-        DfkdError: no such encoder, or a network that cannot have so many channels.
+        DfkdError: the encoder is unknown, or the network does not support this number of channels.
     """
     if small := SMALL.fullmatch(name):
         return SmallFcn(int(small[1]), num_classes, channels)

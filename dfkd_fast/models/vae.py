@@ -10,14 +10,17 @@ __all__ = ["Vae"]
 
 
 class Vae(nn.Module):
-    """An encoder to N(μ, σ²) and, as decoder, DFAD's generator A (PRE-DFKD, arXiv 2201.03019).
+    """Variational autoencoder with a convolutional encoder to N(μ, σ²) and DFAD's generator A as decoder (PRE-DFKD, arXiv 2201.03019).
 
     Args:
-        latent_dim: size of the latent vectors.
-        channels: of the images.
-        image_size: side of the images in pixels, a multiple of 8.
-        width: channels of the first layer of the encoder and the last hidden one of the decoder (64 in the paper's code).
-        hidden_eps, uniform_init: of the decoder, as in :class:`GeneratorSettings`.
+        latent_dim: dimension of the latent vectors.
+        channels: number of channels of the images.
+        image_size: height and width of the images in pixels, a multiple of 8.
+        width: channels of the encoder's first layer and of the decoder's last hidden layer (64 in the paper's code).
+        hidden_eps, uniform_init: options of the decoder, see :class:`GeneratorSettings`.
+
+    Raises:
+        DfkdError: ``image_size`` is not a multiple of 8.
     """
 
     def __init__(
@@ -25,7 +28,7 @@ class Vae(nn.Module):
     ) -> None:
         super().__init__()
         if image_size % 8:
-            raise DfkdError(f"replay.kind 'vae' takes images whose side is a multiple of 8, not {image_size}")
+            raise DfkdError(f"replay.kind = 'vae' needs an image_size that is a multiple of 8, not {image_size}")
         side = image_size // 8
         self.latent_dim = latent_dim
         self.encoder = nn.Sequential(
@@ -46,6 +49,6 @@ class Vae(nn.Module):
         self.decoder = build_generator(decoder, channels, image_size)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """μ and log σ², (B, latent_dim) each, of images (B, C, H, W)."""
+        """Encodes images (B, C, H, W) as a normal distribution; returns its mean and log-variance, (B, latent_dim) each."""
         mean, log_variance = self.encoder(images).chunk(2, dim=1)
         return mean, log_variance

@@ -1,4 +1,4 @@
-"""Finished runs side by side: one table and one picture."""
+"""Comparison of finished runs: a table and a plot."""
 
 import json
 import tomllib
@@ -19,55 +19,53 @@ from dfkd_fast.files import check_output
 from dfkd_fast.settings import FileName, Seed
 
 from .folder import RunFolder, read_metrics
-from .pictures import plain, save_figure
+from .plots import axis_name, literal_label, save_figure
 
-__all__ = ["COLUMNS", "Finished", "check_picture", "draw_comparison", "read_run", "table_rows"]
+__all__ = ["COLUMNS", "FinishedRun", "check_plot", "plot_comparison", "read_run", "table_rows"]
 
 COLUMNS = {
     "last": "last",
     "best": "best",
     "mean": "mean",
-    "variance": "var",
-    "settled_mean": "mean ¾",
-    "settled_variance": "var ¾",
-    "largest_drop": "drop",
-    "fraction_retained": "kept",
+    "variance": "variance",
+    "settled_mean": "mean,\nlast 75%",
+    "settled_variance": "variance,\nlast 75%",
+    "largest_drop": "largest\ndrop",
+    "fraction_retained": "retained",
 }
-"""Fields of ``evaluation.Retention`` and what the table calls them."""
-
-
-PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
+"""Fields of ``evaluation.Retention`` and their column titles."""
+PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 Percent = Annotated[float, Field(ge=0, le=100)]
-Figures = Annotated[float, Field(ge=0, le=10000)]
-"""Of percents, their differences and their squares."""
+Statistic = Annotated[float, Field(ge=0, le=10000)]
+"""A percentage, or a difference or variance of percentages."""
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
-class Finished:
-    """What a finished run left."""
+class FinishedRun:
+    """The results of a finished run, read from its folder."""
 
     path: Path
     recipe: FileName
     seed: Seed
     teacher_accuracy: Percent
     metric: str
-    """What its accuracies are."""
-    retention: dict[str, Figures]
+    """Name of the metric that the accuracies are, such as "mIoU"."""
+    retention: dict[str, Statistic]
     curve: Annotated[list[tuple[Annotated[int, Field(ge=1, le=2**31)], Percent]], Field(min_length=1)]
-    """Epochs and the student's accuracy in percent."""
+    """Pairs of epoch and student accuracy in percent."""
     settings: str = ""
-    """All of its recipe that repetitions of a run have in common, as JSON; empty of a folder without one."""
+    """The part of the recipe that is equal in repetitions of a run, as JSON; empty if the folder has no recipe."""
 
 
-def read_run(path: Path) -> Finished:
-    """Read a run's folder.
+def read_run(path: Path) -> FinishedRun:
+    """Read the results of a finished run from its folder.
 
     Raises:
-        DfkdError: it holds no finished run, one that was never evaluated, or what no run writes.
+        DfkdError: the folder has no finished run, the run was never evaluated, or a file is damaged.
     """
     folder = RunFolder(path)
     if not folder.summary.is_file():
-        raise DfkdError(f"{path} holds no finished run (no {folder.summary.name})")
+        raise DfkdError(f"{path} is not a finished run (no {folder.summary.name})")
     file = folder.summary
     try:
         summary: dict[str, Any] = json.loads(file.read_text("utf-8"))
@@ -80,32 +78,35 @@ def read_run(path: Path) -> Finished:
         curve = [(epoch["epoch"], epoch["student_accuracy"]) for epoch in read_metrics(file) if epoch["student_accuracy"] is not None]
         file = folder.recipe
         settings = _settings(file.read_text("utf-8")) if file.is_file() else ""
-        return Finished(path, metric=metric, retention=statistics, curve=curve, settings=settings, **of_run)
+        return FinishedRun(path, metric=metric, retention=statistics, curve=curve, settings=settings, **of_run)
     except DfkdError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DfkdError(f"{path} holds no run that can be read: {_damage(file, error)}") from error
+        raise DfkdError(f"{path} cannot be read as a run: {_damage(file, error)}") from error
 
 
 def _settings(recipe: str) -> str:
-    """A recipe but for its seed and what changes no figure, such as where its data lies."""
+    """Returns a recipe without its seed and without keys that do not change results, such as the path of its data."""
     content = tomllib.loads(recipe)
-    kept = {name: value for name, value in content.items() if name not in ("seed", "description", "provenance", "report")}
+    relevant = {name: value for name, value in content.items() if name not in ("seed", "description", "provenance", "report")}
     for section, keys in (("data", ("root", "workers")), ("teacher", ("weights", "weights_key"))):
-        if isinstance(kept.get(section), dict):
-            kept[section] = {key: value for key, value in kept[section].items() if key not in keys}
-    return json.dumps(kept, sort_keys=True, default=str)
+        if isinstance(relevant.get(section), dict):
+            relevant[section] = {key: value for key, value in relevant[section].items() if key not in keys}
+    return json.dumps(relevant, sort_keys=True, default=str)
 
 
 def _damage(file: Path, error: BaseException) -> str:
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
         return f"{'.'.join(map(str, problem['loc']))} = {short_repr(problem['input'])}: {problem['msg']}"
-    return f"{file.name}: " + (f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__} {first_line(error)}")
+    return f"{file.name}: " + (f"key {error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__} {first_line(error)}")
 
 
-def table_rows(runs: Sequence[Finished]) -> list[list[str]]:
-    """A row a run, and one with the mean of those that differ in their seeds alone; first its name, then the teacher and ``COLUMNS``."""
+def table_rows(runs: Sequence[FinishedRun]) -> list[list[str]]:
+    """Returns one row per run, and one with the mean of the runs that differ only in their seeds.
+
+    The cells of a row are the run's name, the teacher's accuracy and ``COLUMNS``.
+    """
     rows = []
     for name, alike in _repetitions(runs):
         rows += [_row(f"{name}, seed {run.seed}", [run]) for run in alike]
@@ -114,50 +115,63 @@ def table_rows(runs: Sequence[Finished]) -> list[list[str]]:
     return rows
 
 
-def _row(name: str, runs: Sequence[Finished]) -> list[str]:
-    figures = [[run.teacher_accuracy, *(run.retention[column] for column in COLUMNS)] for run in runs]
-    return [name, *(f"{fmean(column):.2f}" for column in zip(*figures, strict=True))]
+def _row(name: str, runs: Sequence[FinishedRun]) -> list[str]:
+    values = [[run.teacher_accuracy, *(run.retention[column] for column in COLUMNS)] for run in runs]
+    return [name, *(f"{fmean(column):.2f}" for column in zip(*values, strict=True))]
 
 
-def check_picture(option: str, path: Path) -> None:
-    """Raise a :class:`DfkdError` unless a picture can be written to a path that an option names."""
+def check_plot(option: str, path: Path) -> None:
+    """Check that a plot can be written to the path of a command-line option.
+
+    Raises:
+        DfkdError: the path cannot be written, or its suffix is not one of an image format.
+    """
     check_output(option, path)
-    if path.suffix.lower() not in PICTURES and (path.suffix or not path.exists()):
-        raise DfkdError(f"{option} {path}: a picture's name ends in {', '.join(PICTURES)}")
+    if path.suffix.lower() not in PLOT_SUFFIXES and (path.suffix or not path.exists()):
+        raise DfkdError(f"{option} {path}: the suffix must be one of {', '.join(PLOT_SUFFIXES)}")
 
 
-def draw_comparison(runs: Sequence[Finished], path: Path) -> None:
-    """Accuracy over epochs, a colour a recipe, and below it how steady each recipe was: a dot a run, a bar their mean."""
+def plot_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
+    """Plot the accuracy curves of runs, one colour per recipe, and below them bar charts of the retention statistics.
+
+    A bar is the mean over the runs of a recipe; each run is a dot.
+
+    Args:
+        runs: in the order of the legend.
+        path: of the image file.
+    """
     repetitions = _repetitions(runs)
     groups = [alike for _, alike in repetitions]
     figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic([["curves"] * 3, ["settled_variance", "largest_drop", "last"]], height_ratios=[3, 2])
-    names, handles = [plain(name) for name, _ in repetitions], []
+    names, handles = [literal_label(name) for name, _ in repetitions], []
     for index, alike in enumerate(groups):
         lines = [axes["curves"].plot(*zip(*run.curve, strict=True), color=f"C{index}", alpha=0.8, linewidth=1)[0] for run in alike]
         handles.append(lines[0])
-        for name, title in (("settled_variance", "variance"), ("largest_drop", "largest drop"), ("last", "last epoch")):
+        for name, title in (("settled_variance", "Variance"), ("largest_drop", "Largest drop"), ("last", "Last epoch")):
             values = [run.retention[name] for run in alike]
             axes[name].barh(index, fmean(values), color=f"C{index}", alpha=0.4)
             axes[name].plot(values, [index] * len(values), "o", color=f"C{index}", markersize=3)
             axes[name].set(title=title, yticks=[])
-    axes["curves"].set(xlabel="epoch", ylabel=plain(f"{', '.join(dict.fromkeys(run.metric for run in runs))} (%)"))
+    axes["curves"].set(xlabel="Epoch", ylabel=literal_label(f"{', '.join(dict.fromkeys(axis_name(run.metric) for run in runs))} (%)"))
     axes["curves"].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes["curves"].legend(handles, names, loc="lower right")
-    axes["settled_variance"].set(xlabel="percent², last ¾ of the epochs", yticks=range(len(groups)))
+    figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 3), frameon=False)
+    axes["settled_variance"].set(xlabel="percent², last 75 % of the epochs", yticks=range(len(groups)))
     axes["settled_variance"].set_yticklabels(names)
-    axes["largest_drop"].set(xlabel="points")
+    axes["largest_drop"].set(xlabel="percentage points")
     lowest = min(run.retention["last"] for run in runs)
     axes["last"].set(xlabel="%", xlim=(max(0.0, lowest - 5), None))
-    for axis in axes.values():
+    for name, axis in axes.items():
         axis.grid(alpha=0.3)
+        if name != "curves":
+            axis.invert_yaxis()  # the order of the legend
     save_figure(figure, path)
 
 
-def _repetitions(runs: Sequence[Finished]) -> list[tuple[str, list[Finished]]]:
-    """Runs that differ in their seeds alone, and what to call them: the recipe, with the first one's folder where others share its name."""
-    groups: dict[tuple[str, str], list[Finished]] = {}
+def _repetitions(runs: Sequence[FinishedRun]) -> list[tuple[str, list[FinishedRun]]]:
+    """Returns groups of runs that differ only in their seeds, each with its recipe's name, and a folder where names are ambiguous."""
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault((run.recipe, run.settings), []).append(run)
     named = Counter(recipe for recipe, _ in groups)

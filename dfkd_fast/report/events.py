@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard."""
+"""TensorBoard event files."""
 
 import os
 import socket
@@ -15,16 +15,16 @@ __all__ = ["EventFile"]
 
 
 class EventFile:
-    """One file of events, written by the calling thread.
+    """A TensorBoard event file, written by the calling thread.
 
-    PyTorch's SummaryWriter writes from a thread of its own, which prints a full disk as a traceback.
+    PyTorch's SummaryWriter writes from its own thread, which prints a traceback when the disk is full.
 
     Args:
-        folder: what TensorBoard is to be pointed to; made if need be.
-        first_step: events in earlier files that are of this step or later no longer count.
+        folder: TensorBoard's log directory; created if necessary.
+        first_step: TensorBoard discards events of this step or later in earlier files.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -37,7 +37,7 @@ class EventFile:
         self._write(Event(file_version="brain.Event:2"), Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Write one number for each name; they have reached the file when this returns."""
+        """Write one scalar per tag and flush the file."""
         self._write(*(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=x)])) for tag, x in values.items()))
 
     def close(self) -> None:

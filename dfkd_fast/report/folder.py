@@ -1,26 +1,29 @@
-"""The folder of a run. Its names and the keys in its files are a contract: other tools read them.
+"""The folder of a run. Its file names and the keys in its files are a stable format: other tools read them.
 
-One process writes in it (:meth:`RunFolder.claim`). It may be killed at any byte, or the machine may lose its power; ``--resume``, or a
-start in the same folder where there is nothing to resume, then does what is right, because of how each file is written:
+One process writes to it (:meth:`RunFolder.claim`). That process may be killed at any time, or the machine may lose power; ``--resume``, or
+a new start in the same folder if there is nothing to resume, then works correctly because of how each file is written:
 
 ===========================  ============================================================================================================
-what                         why a kill in the middle does no harm
+file                         why a kill at any time is safe
 ===========================  ============================================================================================================
-the folder, ``.lock``        the system takes the lock away with the process; a folder of nothing else counts as empty
-``recipe.toml``              replaced whole, and the first file of all: without it there is nothing to go on with; its last line tells
-                             a copy that was cut off elsewhere
-``checkpoints/``             a checkpoint appears whole, content and name on the disk, before an older one is deleted; its checksum
-                             tells what happened to it later, and the one before it is read instead
-``teacher.safetensors``      replaced whole, after the teacher's last checkpoint, from which it is written again
-``metrics.jsonl``            a line is appended before its epoch's checkpoint: a half line, and those of epochs that the checkpoint does
-                             not know, are left out when the run goes on; readers leave out a half last line (:func:`read_metrics`)
-``tensorboard/``             every process writes files of its own, and says first which steps of earlier ones no longer count
-``samples/``,                replaced whole, before the epoch's checkpoint: written again when the epoch is repeated
+the folder, ``.lock``        the operating system releases the lock with the process; a folder with nothing else counts as empty
+``recipe.toml``              replaced atomically, and the first file of all: without it there is nothing to resume; its last line detects
+                             a copy that was truncated elsewhere
+``checkpoints/``             a checkpoint appears atomically, synced to the disk, before an older one is deleted; its checksum detects
+                             later damage, and the previous checkpoint is loaded instead
+``teacher.safetensors``      replaced atomically, after the teacher's last checkpoint, from which it is written again
+``metrics.jsonl``            a line is appended before its epoch's checkpoint: a partial line, and the lines of epochs after the
+                             checkpoint, are removed when the run resumes; readers skip a partial last line (:func:`read_metrics`)
+``tensorboard/``             every process writes its own files, and first records which steps of earlier files are superseded
+``samples/``,                replaced atomically, before the epoch's checkpoint: written again when the epoch is repeated
 ``curves.png``
-``student.safetensors``      replaced whole, after the last checkpoint, from which it is written again
-``student-best-on-test``     replaced whole, before the epoch's checkpoint: written again when the epoch is repeated and no worse
-``summary.json``             replaced whole, last of all; removed when a run goes on that has epochs left: it tells of finished ones only
-temporary files              are named as such, and deleted when a process claims the folder
+``student.safetensors``      replaced atomically, after the last checkpoint, from which it is written again
+``student-best-on-test``     replaced atomically, before the epoch's checkpoint: written again when the epoch is repeated and not worse
+``summary.json``             replaced atomically, after all of the above; removed when a run resumes that has epochs left: it exists only
+                             for a finished run
+``samples.png``,             replaced atomically, after ``summary.json``, from the files above; ``report.html`` is removed before
+``report.html``              ``summary.json``
+temporary files              have names of their own pattern, and are deleted when a process claims the folder
 ===========================  ============================================================================================================
 """
 
@@ -32,6 +35,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 
 from dfkd_fast import distributed
@@ -43,16 +47,22 @@ from dfkd_fast.locks import LOCK, FolderLock
 from dfkd_fast.models import save_weights
 
 from .events import EventFile
-from .pictures import draw_curves, draw_samples
+from .plots import plot_curves, plot_samples_over_time, read_samples, save_samples, spread
 
 __all__ = ["RunFolder", "read_metrics"]
 
 END_MARK = "# end of recipe.toml"
+MAX_EPOCHS = 8
+"""Epochs in ``samples.png``."""
 BEGIN_MARK = f"# Every number of the run. The last line is {END_MARK!r}: without it a part is missing."
 
 
 class RunFolder:
-    """Where a run keeps its recipe, logs, pictures, weights and checkpoints; of several processes the first one writes."""
+    """The recipe, logs, plots, weights and checkpoints of a run; in distributed training only rank 0 writes.
+
+    Args:
+        path: of the folder; it need not exist.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,98 +75,100 @@ class RunFolder:
         self.teacher = path / "teacher.safetensors"
         self.curves = path / "curves.png"
         self.samples = path / "samples"
+        self.samples_over_time = path / "samples.png"
+        self.report = path / "report.html"
         self.events = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.teacher_checkpoints = path / "checkpoints" / "teacher"
         self._events: EventFile | None = None
         self._lock: FolderLock | None = None
-        self._made: list[Path] = []
+        self._created: list[Path] = []
         self._begun_here = self._written = False
 
     @property
     def is_unused(self) -> bool:
-        """Whether it is not there, empty, or holds only what a process leaves that is killed before its run has begun."""
+        """Whether the folder does not exist, is empty, or has only files of a process that was killed before its run began."""
         if not self.path.exists():
             return True
         return self.path.is_dir() and all(self._is_leftover(entry) for entry in self.path.iterdir())
 
     @property
     def holds_run(self) -> bool:
-        """Whether there is a run to go on with, as far as names tell."""
+        """Whether there is a run that can be resumed; only file names are checked."""
         return self.recipe.is_file()
 
     @property
     def is_new(self) -> bool:
-        """Whether :meth:`claim` made it."""
-        return self.path in self._made
+        """Whether :meth:`claim` created the folder."""
+        return self.path in self._created
 
     @property
     def lockable(self) -> bool:
-        """False where it is claimed, but the file system has no locks to keep others away."""
+        """False if the folder is claimed, but its file system does not support locks."""
         return self._lock is None or self._lock.effective
 
     def claim(self, job: str = "") -> None:
-        """Make the folder if need be, lock it for this process, and delete temporary files that killed ones left.
+        """Create the folder if necessary, lock it for this process, and delete the temporary files of killed processes.
 
         Args:
-            job: what :meth:`FolderLock.job_of` shall tell.
+            job: returned by :meth:`FolderLock.job_of` to other processes.
 
         Raises:
-            FolderInUseError: another process has it.
-            OSError: it cannot be made, or not be written.
+            FolderInUseError: another process has claimed it.
+            OSError: it cannot be created or written.
         """
         for attempts_left in reversed(range(100)):
-            self._made += make_folders(self.path)
+            self._created += make_folders(self.path)
             try:
                 self._lock = FolderLock(self.path, job)
                 break
-            except FileNotFoundError:  # whoever had made it has removed it meanwhile
+            except FileNotFoundError:  # the process that created it has removed it
                 if not attempts_left:
                     raise
             except BaseException:
-                self._unmake()
+                self._remove_created()
                 raise
         for folder in (self.path, self.samples, self.checkpoints, self.teacher_checkpoints):
             remove_temporaries(folder)
 
     def release(self, *, failed: bool = False) -> None:
-        """Let others have the folder; where no run has begun, it is as it was before :meth:`claim`.
+        """Unlock the folder. If no run has begun, restore the state before :meth:`claim`.
 
         Args:
-            failed: the run has; where nothing came of it yet, it counts as not begun.
+            failed: whether the run failed; a failed run without results counts as not begun.
         """
         if self._lock is None:
             return
         if failed and self._begun_here and self._holds_nothing:
             self.metrics.unlink(missing_ok=True)
             shutil.rmtree(self.events, ignore_errors=True)
-            self.recipe.unlink(missing_ok=True)  # the last: without it there is no run
+            self.recipe.unlink(missing_ok=True)  # last: without it there is no run
         unused = self.is_unused and not self.holds_run
         lock, self._lock = self._lock, None
         lock.release(remove=unused or (lock.made and not self._written))
         if unused:
-            self._unmake()
+            self._remove_created()
 
     def check_recipe(self) -> None:
-        """Find out whether the recipe is whole.
+        """Check that ``recipe.toml`` is complete.
 
         Raises:
-            DfkdError: it is empty, or its end is missing.
+            DfkdError: it is empty or truncated.
         """
         text = self.recipe.read_bytes()
         if not text.strip():
             raise DfkdError(f"{self.recipe} is empty")
         if text.startswith(BEGIN_MARK.encode()[: len(text)]) and not text.rstrip().endswith(END_MARK.encode()):
-            raise DfkdError(f"{self.recipe} is cut off: its last line must be {END_MARK!r}")
+            raise DfkdError(f"{self.recipe} is truncated: its last line must be {END_MARK!r}")
 
     def write_recipe(self, recipe: str) -> None:
-        """Write the recipe's TOML, with what shows that it is whole."""
+        """Write ``recipe.toml`` from the recipe's TOML text, between comments that mark its begin and its end."""
         self._begun_here = self._begun_here or not self.recipe.exists()
         self._written = True
         self.write_text(self.recipe, f"{BEGIN_MARK}\n{recipe}{END_MARK}\n")
 
     def write_text(self, path: Path, text: str) -> None:
-        """Write one of the folder's text files, whole."""
+        """Replace one of the folder's text files atomically."""
         if not self.writes:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,14 +176,14 @@ class RunFolder:
             part.write_text(text, "utf-8")
 
     def begin_log(self, done: Sequence[Epoch]) -> None:
-        """Start the logs; of a run that goes on, keep just the epochs its checkpoint knows."""
+        """Open the logs; those of a resumed run are truncated to the epochs in its checkpoint, ``done``."""
         if not self.writes:
             return
         self.write_text(self.metrics, "".join(_line(epoch) for epoch in done))
         self._events = EventFile(self.events, first_step=len(done) + 1)
 
     def log(self, epoch: Epoch) -> None:
-        """Add an epoch to the logs."""
+        """Append an epoch to ``metrics.jsonl`` and to the TensorBoard events."""
         if not self.writes:
             return
         with naming(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
@@ -183,47 +195,78 @@ class RunFolder:
             self._events.add_scalars(scalars | accuracy, epoch.number)
 
     def end_log(self) -> None:
-        """Close what :meth:`begin_log` opened."""
+        """Close the logs."""
         if self._events is not None:
-            with suppress(OSError):  # a full disk has been told by then: nothing is left to be written
+            with suppress(OSError):  # a full disk has been reported by then, and nothing is left to be written
                 self._events.close()
             self._events = None
 
-    def draw_samples(self, images: Tensor, mean: Sequence[float], std: Sequence[float], epoch: int, beside: Sequence[Tensor] = ()) -> None:
-        """A grid of generated images after an epoch, and of pictures that belong beside them."""
+    def save_samples(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], epoch: int, label_maps: Sequence[Tensor] = ()
+    ) -> None:
+        """Write the grid of generated images after an epoch, see :func:`~dfkd_fast.report.plots.save_samples`."""
         if not self.writes:
             return
         self.samples.mkdir(exist_ok=True)
-        draw_samples(images, mean, std, self.samples / f"epoch-{epoch:04d}.png", beside)
+        save_samples(images, mean, std, self.samples / f"epoch-{epoch:04d}.png", label_maps)
 
-    def draw_curves(self, epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, metric: str) -> None:
-        """Accuracy and losses over the epochs so far."""
+    def plot_curves(self, epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, metric: str) -> None:
+        """Write ``curves.png``, see :func:`~dfkd_fast.report.plots.plot_curves`."""
+        if self.writes:
+            plot_curves(epochs, teacher_accuracy, title, self.curves, metric)
+
+    def read_samples_over_time(self, image_size: int, segmentation: bool, count: int) -> list[tuple[int, list[Image.Image]]]:
+        """Returns the samples of the same latent vectors after up to ``MAX_EPOCHS`` evenly spaced epochs, from the grids in ``samples/``.
+
+        Args:
+            image_size: height and width of an image in pixels.
+            segmentation: whether the teacher's and the student's label maps follow each image.
+            count: of latent vectors.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        grids = {int(path.stem.removeprefix("epoch-")): path for path in self.samples.glob("epoch-*.png")}
+        columns = []
+        for epoch in spread(sorted(grids), MAX_EPOCHS):
+            samples = read_samples(grids[epoch], image_size, 2 if segmentation else 0, count)
+            columns.append((epoch, [image for sample in samples for image in sample]))
+        fewest = min((len(images) for _, images in columns), default=0)
+        return [(epoch, images[:fewest]) for epoch, images in columns if fewest]
+
+    def plot_samples_over_time(self, image_size: int, segmentation: bool, count: int) -> None:
+        """Write ``samples.png``: one column per epoch of :meth:`read_samples_over_time`; nothing if there are no samples."""
         if not self.writes:
             return
-        draw_curves(epochs, teacher_accuracy, title, self.curves, metric)
+        columns = self.read_samples_over_time(image_size, segmentation, count)
+        if columns:
+            names = ("generated", "teacher", "student") if segmentation else ("",)
+            rows = [names[index % len(names)] for index in range(len(columns[0][1]))]
+            plot_samples_over_time([(f"epoch {epoch}", images) for epoch, images in columns], rows, self.samples_over_time)
 
     def save_weights(self, network: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-        """A network's weights, with what says which network they are."""
+        """Write a network's weights as safetensors, with metadata that identifies the network."""
         if self.writes:
             save_weights(network, path, metadata)
 
     def save_checkpoint(self, state: dict[str, Any], checkpoints: Path, iteration: int) -> None:
-        """A state to go on from."""
+        """Write a checkpoint, see :func:`~dfkd_fast.engine.checkpoint_files.save_checkpoint`."""
         if self.writes:
             save_checkpoint(state, checkpoints, iteration)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """The figures of a finished run."""
+        """Write ``summary.json``, the results of a finished run."""
         self.write_text(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def remove_summary(self) -> None:
-        """Of a run that has epochs left: it would tell of other epochs than the logs do."""
+        """Delete ``summary.json`` and ``report.html`` of a run that has epochs left: they describe fewer epochs than the logs will."""
         if self.writes:
+            self.report.unlink(missing_ok=True)
             self.summary.unlink(missing_ok=True)
 
     @property
     def _holds_nothing(self) -> bool:
-        """Whether there is nothing beside the recipe that was worth its time: no epoch, no weights, no checkpoint."""
+        """Whether the folder has no results: no epoch, no weights, no checkpoint."""
         return all(
             entry in (self.recipe, self.events) or (entry == self.metrics and not entry.stat().st_size) or self._is_leftover(entry)
             for entry in self.path.iterdir()
@@ -240,17 +283,18 @@ class RunFolder:
             return False
         return entry.name == LOCK or is_temporary(entry)
 
-    def _unmake(self) -> None:
-        with suppress(OSError):  # as soon as another process has put something there
-            while self._made:
-                self._made.pop().rmdir()
+    def _remove_created(self) -> None:
+        with suppress(OSError):  # another process has put a file there
+            while self._created:
+                self._created.pop().rmdir()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The epochs in a run's ``metrics.jsonl``; a half last line, as a killed process or a full disk leaves it, is left out.
+    """Returns the records of ``metrics.jsonl``, one dict per epoch, without a partial last line.
 
     Raises:
-        ValueError: another line is no JSON.
+        OSError: the file cannot be read.
+        ValueError: another line is not JSON.
     """
     *whole, last = path.read_text("utf-8").split("\n")
     epochs = [json.loads(line) for line in whole]

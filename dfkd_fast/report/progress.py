@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, a line now and then elsewhere."""
+"""A progress bar on a terminal, log lines elsewhere."""
 
 import logging
 import time
@@ -16,27 +16,27 @@ from dfkd_fast.log import LOGGER
 __all__ = ["Progress"]
 
 FIRST = 3
-"""Iterations before the first line of an epoch that is long."""
+"""Iterations before the first line of a long epoch."""
 LONG = 60.0
-"""Seconds of such an epoch."""
-SILENCE = 600.0
-"""Seconds without a line, at most, as far as iterations end in time."""
+"""Seconds above which an epoch is long."""
+MAX_SILENCE = 600.0
+"""Seconds after which an iteration is logged."""
 
 
 class Progress:
-    """Shows how far a training is, its losses and accuracy, and the time left.
+    """Shows the progress of a training: losses, accuracy and the estimated time left.
 
-    Where the console is no terminal it logs lines, with the time of day, instead of a bar: about ten of epochs, another when there was
-    none for ten minutes, and an early one, so that a log shows that something happens.
+    If the console is not a terminal, lines with the time of day are logged instead of a bar: about ten epochs, one more after ten minutes
+    without a line, and one after the first iterations of a long epoch.
 
     Args:
-        console: where the bar is shown, unless information is not logged.
-        name: what is trained.
-        epochs: how many there are.
-        iterations_per_epoch: how often :meth:`iteration` will be called an epoch.
-        done: iterations done before, in an interrupted run.
-        metric: what the accuracy is.
-        clock: seconds since 1970.
+        console: where the bar is shown, unless the log level is above info.
+        name: of the trained network.
+        epochs: their total number.
+        iterations_per_epoch: number of calls of :meth:`iteration` per epoch.
+        done: iterations completed before, in a resumed run.
+        metric: name of the accuracy.
+        clock: returns seconds since the Unix epoch.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class Progress:
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=None),
-            progress.TextColumn("{task.fields[figures]}"),
+            progress.TextColumn("{task.fields[metrics]}"),
             progress.TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal or not LOGGER.isEnabledFor(logging.INFO),
         )
-        self.task = self.bar.add_task(name, total=epochs * iterations_per_epoch, completed=done, figures="")
-        self._begin = done
-        self._said = done, clock()
-        """Iterations done at the last line, and when that was."""
+        self.task = self.bar.add_task(name, total=epochs * iterations_per_epoch, completed=done, metrics="")
+        self._start = done
+        self._last_line = done, clock()
+        """Iterations done and time of the last line."""
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -76,39 +76,45 @@ class Progress:
         self.bar.stop()
 
     def iteration(self, done: int) -> None:
-        """So many iterations are done in all."""
+        """Report the number of iterations done since the start of the training."""
         self.bar.update(self.task, completed=done)
         within = done % self.iterations_per_epoch
-        if self.console.is_terminal or within == 0:  # at an epoch's end its figures are still to come
+        if self.console.is_terminal or within == 0:  # the end of an epoch is logged by epoch()
             return
-        early = done - self._begin == FIRST and self._seconds_each(done) * self.iterations_per_epoch > LONG
+        early = done - self._start == FIRST and self._seconds_per_iteration(done) * self.iterations_per_epoch > LONG
         if early or self._is_silent:
-            self._say(done, f"{done // self.iterations_per_epoch + 1}/{self.epochs}, iteration {within}/{self.iterations_per_epoch}")
+            self._log(done, f"{done // self.iterations_per_epoch + 1}/{self.epochs}, iteration {within}/{self.iterations_per_epoch}")
 
     def epoch(self, epoch: Epoch) -> None:
-        """An epoch is done."""
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in epoch.losses.items())
+        """Report a finished epoch."""
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in epoch.losses.items())
         if epoch.student_accuracy is not None:
-            figures += f"  {self.metric} {epoch.student_accuracy:.2f} %"
+            metrics += f"  {self.metric} {epoch.student_accuracy:.2f} %"
         done = epoch.number * self.iterations_per_epoch
-        self.bar.update(self.task, completed=done, figures=f"{epoch.number}/{self.epochs}  {figures}")
+        self.bar.update(self.task, completed=done, metrics=f"{epoch.number}/{self.epochs}  {metrics}")
         due = epoch.number % max(1, self.epochs // 10) == 0 or epoch.number == self.epochs
         if not self.console.is_terminal and (due or self._is_silent):
-            self._say(done, f"{epoch.number}/{self.epochs}", figures)
+            self._log(done, f"{epoch.number}/{self.epochs}", metrics)
 
     @property
     def _is_silent(self) -> bool:
-        return self.clock() - self._said[1] >= SILENCE
+        return self.clock() - self._last_line[1] >= MAX_SILENCE
 
-    def _seconds_each(self, done: int) -> float:
-        """Of an iteration, since the last line."""
-        before, then = self._said
-        return (self.clock() - then) / max(1, done - before)
+    def _seconds_per_iteration(self, done: int) -> float:
+        """Mean since the last line."""
+        iterations, then = self._last_line
+        return (self.clock() - then) / max(1, done - iterations)
 
-    def _say(self, done: int, where: str, figures: str = "") -> None:
-        each = self._seconds_each(done)
-        left = timedelta(seconds=round(each * (self.epochs * self.iterations_per_epoch - done)))
+    def _log(self, done: int, position: str, metrics: str = "") -> None:
+        pace = self._seconds_per_iteration(done)
+        left = timedelta(seconds=round(pace * (self.epochs * self.iterations_per_epoch - done)))
         now = self.clock()
-        parts = (time.strftime("%H:%M:%S", time.localtime(now)), f"{self.name} {where}", figures, f"{each:.3g} s/iteration", f"{left} left")
+        parts = (
+            time.strftime("%H:%M:%S", time.localtime(now)),
+            f"{self.name} {position}",
+            metrics,
+            f"{pace:.3g} s/iteration",
+            f"{left} left",
+        )
         LOGGER.info("%s", "  ".join(filter(None, parts)))
-        self._said = done, now
+        self._last_line = done, now

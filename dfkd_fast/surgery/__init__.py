@@ -1,15 +1,15 @@
-"""What is done to networks, apart from what they are: to copies of their modules, which share their parameters.
+"""Model surgery: optimized copies of networks that share the originals' parameters.
 
-``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``observe``,
-``modes`` and ``outputs`` are how they are looked at and called.
+``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``observe``
+records the inputs of layers; ``modes`` and ``outputs`` switch modes and extract logits.
 """
 
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
-from .fold import FoldingError, fold, folded_and_checked, has_running_statistics
+from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
-from .modes import deep_copy, dry_run, evaluating, freeze, weights_frozen
+from .modes import deep_copy, dry_run, eval_mode, freeze, weights_frozen
 from .observe import Observation, Observer
-from .outputs import auxiliary_outputs, logits_of, logits_only
+from .outputs import auxiliary_outputs, get_logits, logits_only
 from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
 from .sharing import frozen_copy, sharing_copy
 
@@ -24,17 +24,17 @@ __all__ = [
     "compute_in_float32",
     "deep_copy",
     "dry_run",
-    "evaluating",
+    "eval_mode",
     "find_heads",
     "fold",
-    "folded_and_checked",
+    "fold_and_verify",
     "freeze",
     "frozen_copy",
     "fuse_leaky_relus",
+    "get_logits",
     "has_running_statistics",
     "in_float32",
     "keep_spectral_norms_in_float32",
-    "logits_of",
     "logits_only",
     "lower_precision",
     "sharing_copy",

@@ -1,4 +1,4 @@
-"""A batch norm and the leaky ReLU behind it as one operation."""
+"""Fusion of batch norms with the leaky ReLUs that follow them."""
 
 import itertools
 from collections import Counter
@@ -12,13 +12,13 @@ __all__ = ["BatchNormLeakyReLU2d", "fuse_leaky_relus"]
 
 
 class BatchNormLeakyReLU2d(nn.BatchNorm2d):
-    """What :func:`fuse_leaky_relus` makes of a batch norm; the same parameters and buffers.
+    """A batch norm fused with a leaky ReLU, made by :func:`fuse_leaky_relus`; parameters and buffers are those of ``BatchNorm2d``.
 
-    Where a backend is forced that has no kernel for it, PyTorch's own layers compute it.
+    PyTorch's layers are used if the forced backend has no kernel for the operation.
     """
 
     negative_slope: float
-    """Of the ReLU; 1 if there is none."""
+    """Negative slope of the leaky ReLU; 1 for no activation."""
 
     def forward(self, input: Tensor) -> Tensor:
         forced = dispatch.forced()
@@ -43,37 +43,40 @@ class BatchNormLeakyReLU2d(nn.BatchNorm2d):
 
 
 def fuse_leaky_relus(network: nn.Module, *, every_norm: bool = False) -> nn.Module:
-    """Fuse every batch norm with the leaky ReLU that follows it in a Sequential, in place; returns the network.
+    """Fuses every batch norm with the leaky ReLU that follows it in a ``Sequential``, in place.
 
-    State dicts stay as they are: the ReLU's place is kept by an Identity. A layer that stands in several places is left alone, for
-    what follows it in one need not follow it in another, and so is one that somebody watches by a hook.
+    The leaky ReLU is replaced by ``Identity``, so the state dict keeps its keys. Layers that are registered more than once and
+    layers with hooks are not fused.
 
     Args:
-        network: changed in place.
-        every_norm: let a batch norm without a leaky ReLU behind it go through the same operation, with the slope 1.
+        network: the network, changed in place.
+        every_norm: use the fused kernel for batch norms without a leaky ReLU too, with a negative slope of 1.
+
+    Returns:
+        The network.
     """
-    places = Counter(id(child) for parent in network.modules() for child in parent._modules.values())
+    occurrences = Counter(id(child) for parent in network.modules() for child in parent._modules.values())
     for sequence in [module for module in network.modules() if type(module) is nn.Sequential]:
         for norm, relu in itertools.pairwise(list(sequence)):
-            unshared = places[id(norm)] == places[id(relu)] == 1 and not _is_watched(relu)
+            unshared = occurrences[id(norm)] == occurrences[id(relu)] == 1 and not _has_hooks(relu)
             if _is_fusible(norm) and unshared and type(relu) is nn.LeakyReLU and relu.negative_slope >= 0:
                 _fuse(norm, relu.negative_slope)
                 relu.__class__ = nn.Identity  # type: ignore[assignment]
     if every_norm:
         for norm in network.modules():
-            if _is_fusible(norm) and places[id(norm)] <= 1:
+            if _is_fusible(norm) and occurrences[id(norm)] <= 1:
                 _fuse(norm, 1.0)
     return network
 
 
 def _is_fusible(layer: nn.Module) -> bool:
-    return type(layer) is nn.BatchNorm2d and layer.running_mean is not None and layer.momentum is not None and not _is_watched(layer)
+    return type(layer) is nn.BatchNorm2d and layer.running_mean is not None and layer.momentum is not None and not _has_hooks(layer)
 
 
-def _is_watched(layer: nn.Module) -> bool:
+def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _fuse(norm: nn.Module, slope: float) -> None:
     norm.__class__ = BatchNormLeakyReLU2d
-    setattr(norm, "negative_slope", slope)  # noqa: B010  # of the class it now has
+    setattr(norm, "negative_slope", slope)  # noqa: B010  # an attribute of the new class

@@ -1,4 +1,4 @@
-"""How a network is called: its mode, and whether its weights are to learn; and copies of it to try."""
+"""Evaluation mode, frozen weights, and copies of networks."""
 
 import copy
 import itertools
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError, describe_exception
 from dfkd_fast.out_of_memory import is_out_of_memory
 
-__all__ = ["deep_copy", "dry_run", "evaluating", "freeze", "weights_frozen"]
+__all__ = ["deep_copy", "dry_run", "eval_mode", "freeze", "weights_frozen"]
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """Put a network in evaluation mode and drop its weight gradients, in place; returns it.
+    """Puts a network in evaluation mode and disables the gradients of its parameters, in place; returns the network.
 
-    The gradient with respect to its input stays: the generator learns through it.
+    Gradients with respect to its input are still computed.
     """
-    network.eval()  # whose result a user's own may lack
-    for parameter in network.parameters():  # of a script, too, which has no requires_grad_
+    network.eval()  # the return value is not used, since a user's eval may return None
+    for parameter in network.parameters():  # scripted modules have no requires_grad_
         parameter.requires_grad_(False)
     return network
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in, frozen ones too."""
-    modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]  # frozen scripts have none
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Context manager that sets evaluation mode and disables gradients; restores the mode of every module on exit."""
+    modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]  # frozen scripts have no mode
     network.eval()
     try:
         with torch.no_grad():
@@ -41,37 +41,40 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_frozen(network: nn.Module) -> Iterator[None]:
-    """What is called within passes gradients on to its input, and computes none of the weights: not even what they would need is kept."""
-    taught = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in taught:
+    """Context manager that disables the gradients of a network's parameters, so that no activations are saved for them.
+
+    Gradients with respect to the input are still computed.
+    """
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in taught:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def deep_copy(network: nn.Module, shared: Mapping[int, object] | None = None) -> nn.Module:
-    """A copy of a network with tensors of its own, but for those that are shared.
+    """Returns a deep copy of a network that may share some of its objects.
 
     Args:
-        network: left as it is; what it has computed and kept, as ``torch.nn.utils.weight_norm`` keeps its weight, is copied without
-            its graph.
-        shared: what the copy holds itself, by the id of the same in the network.
+        network: the network, unchanged. Tensors with a graph, such as the weight of ``torch.nn.utils.weight_norm``, are copied
+            without it.
+        shared: objects that the copy uses in place of the network's, by the ``id`` of the network's object.
 
     Raises:
-        DfkdError: it holds something that cannot be copied.
+        DfkdError: the network has an attribute that cannot be copied.
     """
-    held = dict(shared or {})
+    memo = dict(shared or {})
     for module in network.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:  # no leaf, which deepcopy refuses
-                held.setdefault(id(value), value.detach().clone())
+            if isinstance(value, Tensor) and value.grad_fn is not None:  # deepcopy supports leaf tensors only
+                memo.setdefault(id(value), value.detach().clone())
     try:
-        with torch.no_grad():  # or a copied script's parameters would be clones with a graph, and pass gradients on to the network's
-            return copy.deepcopy(network, held)
-    except USER_CODE_ERRORS as error:  # whatever a user's module holds
+        with torch.no_grad():  # otherwise a copied script's parameters would be clones with a graph to the original's
+            return copy.deepcopy(network, memo)
+    except USER_CODE_ERRORS as error:  # raised by attributes of a user's module
         if is_out_of_memory(error):
             raise
         raise DfkdError(f"the network {type(network).__name__} cannot be copied: {describe_exception(error)}") from error
@@ -79,15 +82,15 @@ def deep_copy(network: nn.Module, shared: Mapping[int, object] | None = None) ->
 
 @contextmanager
 def dry_run(network: nn.Module) -> Iterator[nn.Module]:
-    """A copy of a network, in its mode, whose calls leave no trace in the network or the process.
+    """Context manager that yields a copy of a network in the same mode, for forward passes without side effects.
 
-    Parameters, buffers, gradients and modes of the copy are its own; inside the context random states are forked, warnings are
+    The copy has separate parameters, buffers, gradients and modes. Within the context, random states are forked, warnings are
     ignored, and compiled networks run eagerly.
     """
     devices = {tensor.device for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
         trial = deep_copy(network)
-        for own, parameter in zip(trial.parameters(), network.parameters(), strict=True):
-            own.requires_grad_(parameter.requires_grad)
+        for copied, parameter in zip(trial.parameters(), network.parameters(), strict=True):
+            copied.requires_grad_(parameter.requires_grad)
         yield trial

@@ -1,4 +1,4 @@
-"""Where a network's logits are in what it returns."""
+"""Extraction of logits from the outputs of networks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,25 +9,25 @@ from torch.utils._pytree import tree_leaves
 
 from dfkd_fast.errors import DfkdError
 
-from .modes import dry_run, evaluating
+from .modes import dry_run, eval_mode
 
-__all__ = ["auxiliary_outputs", "logits_of", "logits_only"]
+__all__ = ["auxiliary_outputs", "get_logits", "logits_only"]
 
 LOGITS_KEYS = ("out", "logits")
-"""Of a dict: torchvision's segmenters return the one, transformers' models the other."""
+"""Keys of the logits in a dict: torchvision's segmentation networks use the first, transformers' models the second."""
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a network's output.
+def get_logits(output: Any) -> Tensor:
+    """Returns the logits in a network's output.
 
     Args:
-        output: a tensor; a dict with one under ``out`` or ``logits``; an object, such as a named tuple, with an attribute ``logits``;
-            or a tuple or list, whose first tensor is taken.
+        output: a tensor; a dict with a tensor under ``out`` or ``logits``; an object, such as a named tuple, with an attribute
+            ``logits``; or a tuple or list, of which the first tensor is returned.
 
     Raises:
-        DfkdError: it is none of these.
+        DfkdError: the output has no logits in one of these forms.
     """
-    leaf: Any = Tensor | fx.Proxy  # a proxy while a network is traced, which claims to have any attribute
+    leaf: Any = Tensor | fx.Proxy  # outputs are proxies during torch.fx tracing; hasattr is True for every attribute of a proxy
     logits = output
     if isinstance(output, Mapping):
         logits = next((output[key] for key in LOGITS_KEYS if key in output), None)
@@ -45,33 +45,33 @@ def logits_of(output: Any) -> Tensor:
 
 
 def auxiliary_outputs(network: nn.Module, images: Tensor) -> str | None:
-    """What a network returns beside its logits in the mode it is in, for a user to be told; None if nothing.
+    """Describes the outputs of a network other than its logits, in its current mode, for a log line.
 
     Args:
-        network: images → logits, in any form that :func:`logits_of` takes; nothing of it changes.
-        images: some for it, (B, C, H, W), on its device; at least two in training mode, as batch norms need them.
+        network: images → logits, in any form that :func:`get_logits` accepts; unchanged.
+        images: example images (B, C, H, W) on the network's device; at least two in training mode, for batch norms.
 
     Returns:
-        A predicate to put behind the network's role: "returns … in training mode: …".
+        The end of a sentence about the network, "returns … in training mode: …", or None if there are no other outputs.
 
     Raises:
-        DfkdError: it returns no logits.
+        DfkdError: the output has no logits.
     """
     with dry_run(network) as trial, torch.no_grad():
-        output = trial(images.clone())  # which a network may change in place
-    logits = logits_of(output)
+        output = trial(images.clone())  # cloned, since the network may modify its input in place
+    logits = get_logits(output)
     parts = {name: part for name, part in _parts(output).items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(part))}
-    others = [name for name, part in parts.items() if part is not logits]
-    if not others:
+    auxiliary = [name for name, part in parts.items() if part is not logits]
+    if not auxiliary:
         return None
     used = next((name for name, part in parts.items() if part is logits), "logits")
     mode = "training" if network.training else "evaluation"
-    untrained = "; layers that only these depend on are not trained" if network.training else ""
-    return f"returns {type(output).__name__} in {mode} mode: {used} is used as logits, not {', '.join(others)}{untrained}"
+    untrained = "; layers used only for these are not trained" if network.training else ""
+    return f"returns {type(output).__name__} in {mode} mode: {used} is used as logits, not {', '.join(auxiliary)}{untrained}"
 
 
 def _parts(output: Any) -> dict[str, Any]:
-    """The parts of a network's output, by what a user may call them."""
+    """Returns the parts of a network's output by a name for messages: key, field, attribute or position."""
     if isinstance(output, Tensor):
         return {}
     if isinstance(output, Mapping):
@@ -83,30 +83,33 @@ def _parts(output: Any) -> dict[str, Any]:
 
 
 def logits_only(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network itself where it returns a tensor for images and leaves them alone, else one that shares its parameters and does.
+    """Returns a module that shares a network's parameters and returns only its logits.
 
-    Networks with auxiliary classifiers often return a tensor in evaluation mode only, so a network in training mode is looked at
-    in both modes. Nothing of it changes. One that writes in its input is given a copy: others are to see the same images.
+    This is the network itself if it returns a tensor and does not modify its input. Otherwise it is a wrapper that extracts the
+    logits and, if needed, clones the input. Since networks with auxiliary classifiers often return a tensor in evaluation mode only,
+    a network in training mode is tried in both modes.
 
     Args:
-        network: images → logits, in any form that :func:`logits_of` takes.
-        images: some for it, (B, C, H, W), on its device; at least two in training mode, as batch norms need them.
+        network: images → logits, in any form that :func:`get_logits` accepts; unchanged.
+        images: example images (B, C, H, W) on the network's device; at least two in training mode, for batch norms.
     """
-    given = [images.clone(), images.clone()]
-    with evaluating(network):
-        outputs = [network(given[0])]
+    inputs = [images.clone(), images.clone()]
+    with eval_mode(network):
+        outputs = [network(inputs[0])]
     if network.training:
         with dry_run(network) as trial, torch.no_grad():
-            outputs.append(trial(given[1]))
-    writes = not all(torch.equal(each, images) for each in given)
-    return _LogitsOnly(network, writes) if writes or not all(isinstance(output, Tensor) for output in outputs) else network
+            outputs.append(trial(inputs[1]))
+    modifies_input = not all(torch.equal(each, images) for each in inputs)
+    if not modifies_input and all(isinstance(output, Tensor) for output in outputs):
+        return network
+    return _LogitsOnly(network, modifies_input)
 
 
 class _LogitsOnly(nn.Module):
-    def __init__(self, network: nn.Module, writes: bool) -> None:
+    def __init__(self, network: nn.Module, clone_input: bool) -> None:
         super().__init__()
-        self.network, self.writes = network, writes
+        self.network, self.clone_input = network, clone_input
         self.training = network.training
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.network(images.clone() if self.writes else images))
+        return get_logits(self.network(images.clone() if self.clone_input else images))

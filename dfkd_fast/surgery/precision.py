@@ -1,6 +1,6 @@
-"""Layers in another precision than autocast gives them: a frozen network's weights are cast once, logits and spectral norms stay float32.
+"""Exceptions from autocast: weights of frozen networks are cast once, logits and spectral norms are computed in float32.
 
-Rounded to bfloat16, logits near 10 are multiples of 1/16, and the difference between a teacher and a student who nearly agree is noise.
+In bfloat16, logits near 10 are multiples of 1/16, so that small differences between a teacher and a student would be noise.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,22 +15,22 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._pytree import tree_map_only
 
-from .modes import evaluating
-from .outputs import logits_of
+from .modes import eval_mode
+from .outputs import get_logits
 
 __all__ = ["SpectralNorm", "compute_in_float32", "find_heads", "in_float32", "keep_spectral_norms_in_float32", "lower_precision"]
 
 
 def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
-    """The layers with a weight matrix whose outputs reach the logits through no other such layer.
+    """Returns the layers with a weight matrix whose outputs reach the logits without passing through another such layer.
 
-    That is a classifier's last linear layer, a segmenter's last convolution before the upsampling, and several layers where
-    their outputs are added up, as LR-ASPP's are. The order in which layers are called decides, not that in which they are
-    registered: an auxiliary classifier is not among them.
+    For a classifier, this is the last linear layer; for a segmentation network, the last convolution before the upsampling; and
+    several layers if their outputs are summed, as in LR-ASPP. The layers are found in the autograd graph of a forward pass, so the
+    order of registration does not matter, and auxiliary classifiers are not included.
 
     Args:
-        network: images → logits, in any form that ``logits_of`` takes; its mode and its buffers are left as they are.
-        images: (B, C, H, W), on its device; only the shape matters.
+        network: images → logits, in any form that ``get_logits`` accepts; unchanged, including modes and buffers.
+        images: images (B, C, H, W) on the network's device; only the shape matters.
     """
     layers: dict[Node, nn.Module] = {}
 
@@ -40,9 +40,9 @@ def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
 
     hooks = [layer.register_forward_hook(record) for layer in network.modules() if _has_matrix(layer)]
     try:
-        with evaluating(network), torch.enable_grad():
-            # Cloned, since a network may change its input in place, which a leaf of the graph forbids.
-            logits = logits_of(network(images.detach().requires_grad_().clone()))
+        with eval_mode(network), torch.enable_grad():
+            # Cloned, because a leaf tensor that requires gradients must not be modified in place.
+            logits = get_logits(network(images.detach().requires_grad_().clone()))
     finally:
         for hook in hooks:
             hook.remove()
@@ -56,38 +56,41 @@ def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
         if node in layers:
             heads[layers[node]] = None
         else:
-            pending += [before for before, _ in node.next_functions]
+            pending += [next_node for next_node, _ in node.next_functions]
     return list(heads)
 
 
 def compute_in_float32(layer: nn.Module) -> None:
-    """Let a layer compute in float32 under autocast from now on; its parameters and its state keep their names."""
+    """Makes a layer compute in float32 under autocast, in place; its parameters and state dict do not change."""
     layer.__class__ = _in_float32(type(layer))  # type: ignore[arg-type]  # mypy asks the class for its instances' hash
 
 
 @contextmanager
 def in_float32(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """The same while the context lasts, for layers that are a user's and must not be changed for good."""
+    """Context manager that makes layers compute in float32 under autocast, for layers of a user that must be restored."""
     classes = [(layer, type(layer)) for layer in layers]
     for layer, _ in classes:
         compute_in_float32(layer)
     try:
         yield
     finally:
-        for layer, before in reversed(classes):
-            layer.__class__ = before
+        for layer, original_class in reversed(classes):
+            layer.__class__ = original_class
 
 
 def lower_precision(network: nn.Module, dtype: torch.dtype, images: Tensor) -> nn.Module:
-    """Cast the weights of a frozen network's convolutions and linear layers, in place; returns it.
+    """Casts the weights of a frozen network's convolutions and linear layers in place, which autocast would cast in every call.
 
-    Autocast would cast them at every call. The other layers keep float32, as autocast has it, and so do the layers that its
-    logits come out of (:func:`find_heads`), which compute in float32, too.
+    Other layers stay in float32, as under autocast. The layers that compute the logits (:func:`find_heads`) keep float32 weights
+    and compute in float32.
 
     Args:
-        network: images → logits, with weights in float32.
-        dtype: of autocast.
-        images: some for it, (B, C, H, W).
+        network: images → logits, with float32 weights.
+        dtype: autocast's dtype.
+        images: example images (B, C, H, W).
+
+    Returns:
+        The network.
     """
     heads = find_heads(network, images)
     for layer in network.modules():
@@ -100,7 +103,7 @@ def lower_precision(network: nn.Module, dtype: torch.dtype, images: Tensor) -> n
 
 
 class SpectralNorm(_SpectralNorm):
-    """PyTorch's parametrization of a weight, in float32 under autocast, which would round its power iteration at every product."""
+    """PyTorch's spectral norm parametrization, computed in float32 under autocast, which would round its power iterations."""
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
@@ -108,7 +111,11 @@ class SpectralNorm(_SpectralNorm):
 
 
 def keep_spectral_norms_in_float32(network: nn.Module) -> nn.Module:
-    """Make every ``torch.nn.utils.parametrizations.spectral_norm`` of a network a :class:`SpectralNorm`, in place; returns the network."""
+    """Replaces every ``torch.nn.utils.parametrizations.spectral_norm`` of a network by :class:`SpectralNorm`, in place.
+
+    Returns:
+        The network.
+    """
     for norm in network.modules():
         if type(norm) is _SpectralNorm:
             norm.__class__ = SpectralNorm
@@ -116,25 +123,25 @@ def keep_spectral_norms_in_float32(network: nn.Module) -> nn.Module:
 
 
 class _Float32(nn.Module):
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        arguments, named = tree_map_only(Tensor, _widened, (arguments, named))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            return super().forward(*arguments, **named)
+            return super().forward(*args, **kwargs)
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def _to_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-@cache  # a compiled network checks the classes of its layers: a new one at every call would compile it anew
+@cache  # compiled networks have guards on the classes of their layers: a new class in every call would recompile them
 def _in_float32(layer: type[nn.Module]) -> type[nn.Module]:
     return layer if issubclass(layer, _Float32) else type(layer.__name__, (_Float32, layer), {})
 
 
 def _has_matrix(layer: nn.Module) -> bool:
-    if isinstance(layer, torch.jit.ScriptModule):  # compiled with the precision that it has: no hook sees it, no class changes it
+    if isinstance(layer, torch.jit.ScriptModule):  # supports neither hooks nor a change of its class
         return False
     if isinstance(layer, nn.Linear | _ConvNd):
         return True
-    # A user's own layer. A module with others inside is no layer: a transformer has its position embedding beside them.
+    # A user's layer. Modules with submodules are not layers, even with parameters such as a transformer's position embedding.
     return not any(True for _ in layer.children()) and any(parameter.ndim > 1 for parameter in layer.parameters(recurse=False))

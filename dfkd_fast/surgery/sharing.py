@@ -1,4 +1,4 @@
-"""Copies of a network's modules that share its tensors: the copy is changed for speed, the network is trained."""
+"""Copies of networks that share their tensors: the copy is optimized for speed, and training it trains the network."""
 
 from types import CellType, FunctionType, MethodType
 
@@ -12,36 +12,36 @@ from .modes import deep_copy, freeze
 __all__ = ["frozen_copy", "sharing_copy"]
 
 COMPILED = ("_compiled_call_impl",)
-"""What ``module.compile()`` sets."""
+"""Attributes that ``module.compile()`` sets."""
 
 
 def sharing_copy(network: nn.Module) -> nn.Module:
-    """A copy of a network's modules that shares its parameters, buffers and hooks.
+    """Returns a copy of a network that shares its parameters, buffers and hooks but has separate modules.
 
-    Training the copy trains the network, and a hook registered on a module of either runs in both, but classes and modes are the
-    copy's own. Scripted modules cannot be copied without their tensors: those are the network's own modules.
+    Training the copy trains the network, and a hook registered on a module of either runs in both. Classes and modes of the modules
+    are separate. Scripted modules cannot be copied without their tensors, so the copy contains the network's scripted modules.
 
     Args:
-        network: left as it is; a module compiled in place by ``module.compile()`` is compiled in the copy as well.
+        network: the network, unchanged; modules compiled in place by ``module.compile()`` are compiled in the copy too.
 
     Raises:
-        DfkdError: it holds something that cannot be copied.
+        DfkdError: the network has an attribute that cannot be copied, or a ``__deepcopy__`` that copies its parameters.
     """
     copied = _copied(network, {id(module): module for module in network.modules() if isinstance(module, torch.jit.ScriptModule)})
-    if not set(copied.parameters()) <= set(network.parameters()):  # the steps would train them in the network's place
-        raise DfkdError(f"the network {type(network).__name__} cannot be copied: a __deepcopy__ of its own copies its parameters")
+    if not set(copied.parameters()) <= set(network.parameters()):  # training would update the copy's parameters instead
+        raise DfkdError(f"the network {type(network).__name__} cannot be copied: a custom __deepcopy__ copies its parameters")
     return copied
 
 
 def frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in evaluation mode that computes no weight gradients and shares the network's memory where it is of that dtype.
+    """Returns a frozen copy of a network in evaluation mode that shares the storage of all tensors that already have the dtype.
 
     Args:
-        network: left as it is, its modes and what it trains included.
-        dtype: of the copy's floating-point parameters and buffers.
+        network: the network; its modes and ``requires_grad`` flags do not change.
+        dtype: dtype of the copy's floating-point parameters and buffers.
 
     Raises:
-        DfkdError: it holds something that cannot be copied.
+        DfkdError: the network has an attribute that cannot be copied.
     """
     copied = _copied(network, {})
     detached: dict[nn.Parameter, nn.Parameter] = {}
@@ -52,7 +52,7 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
         module._parameters = dict(module._parameters)
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                # By assignment, since recurrent layers keep a list of their weights, too.
+                # By setattr, because recurrent layers update their list of weights there.
                 setattr(module, name, detached.setdefault(parameter, nn.Parameter(parameter.detach(), requires_grad=False)))
     return freeze(copied).to(dtype)
 
@@ -60,15 +60,15 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _copied(network: nn.Module, shared: dict[int, object]) -> nn.Module:
     modules = set(network.modules())
     for module in modules:
-        compiled = "_orig_mod" in module._modules  # by torch.compile, which sets its functions anew in a copy
+        compiled = "_orig_mod" in module._modules  # by torch.compile, which sets its functions again in a copy
         for name, value in vars(module).items():
-            if isinstance(value, FunctionType) and not compiled and name not in COMPILED and modules & _held(value):
-                # A copy of the module would still call the original through it, in the mode that has, and train or read its buffers.
+            if isinstance(value, FunctionType) and not compiled and name not in COMPILED and modules & _referenced_modules(value):
+                # In the copy, the function would still call the original module, in its mode and with its buffers.
                 raise DfkdError(
                     f"the network {type(network).__name__} cannot be copied: the attribute {name!r} of a {type(module).__name__} is a"
-                    " function that holds a module of the network; make it a method, or wrap the network in a module of its own"
+                    " function that references a module of the network; make it a method, or wrap the network in another module"
                 )
-            # The very dictionaries, so that a buffer that is replaced and a hook that is registered later are shared as well.
+            # The dictionaries themselves are shared, so that replaced buffers and later hooks are shared too.
             registry = name in ("_parameters", "_buffers") or ("_hooks" in name and isinstance(value, dict))
             if registry or isinstance(value, Tensor | torch.Generator):
                 shared[id(value)] = value
@@ -82,24 +82,24 @@ def _copied(network: nn.Module, shared: dict[int, object]) -> nn.Module:
     return copied
 
 
-def _held(function: FunctionType) -> set[object]:
-    """The modules that a function, or a function that this one calls by its closure, has in its closure or defaults."""
-    held: set[object] = set()
+def _referenced_modules(function: FunctionType) -> set[object]:
+    """Returns the modules in a function's closure and defaults, and in those of functions that these contain."""
+    modules: set[object] = set()
     pending: list[object] = [function]
-    seen: set[int] = set()
+    visited: set[int] = set()
     while pending:
         value = pending.pop()
-        if id(value) in seen:
+        if id(value) in visited:
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, nn.Module):
-            held.add(value)
+            modules.add(value)
         elif isinstance(value, MethodType):
             pending += [value.__self__, value.__func__]
         elif isinstance(value, FunctionType):
             pending += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
             pending += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    return held
+    return modules
 
 
 def _is_filled(cell: CellType) -> bool:

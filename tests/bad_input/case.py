@@ -15,7 +15,7 @@ class Case:
 
     name: str
     command: tuple[str, ...]
-    says: str
+    error: str
     """What the line contains; the words that tell a user which field, file or value is wrong."""
     files: Mapping[str, Content] = field(default_factory=dict)
     """By path in the command's folder: its content, or what writes it there."""
@@ -27,10 +27,10 @@ class Case:
 def case(
     name: str,
     *command: str,
-    says: str,
+    error: str,
     files: Mapping[str, Content] | None = None,
     environment: Mapping[str, str] | None = None,
     own_process: bool = False,
 ) -> Case:
     """A row: see :class:`Case`."""
-    return Case(name, command, says, files or {}, environment or {}, own_process)
+    return Case(name, command, error, files or {}, environment or {}, own_process)

@@ -17,26 +17,26 @@ from safetensors.torch import save_file
 
 from dfkd_fast.models import build_model
 from tests.bad_input.case import Case, Content, case
-from tests.pictures import PLAIN, encoded, noise
+from tests.image_files import PLAIN, encoded, noise
 
 PICTURE = PLAIN["png"]
 COLOUR = ("data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]")
 
 
-def teaches(name: str, data: str, root: str, *sets: str, says: str, files: Mapping[str, Content] | None = None) -> Case:
+def teaches(name: str, data: str, root: str, *sets: str, error: str, files: Mapping[str, Content] | None = None) -> Case:
     """A teacher that is to be trained on a data set."""
     changes = [option for change in (f"data.name={data}", *sets) for option in ("--set", change)]
-    return case(name, "teach", "digits", *changes, "--data-root", root, says=says, files=files)
+    return case(name, "teach", "digits", *changes, "--data-root", root, error=error, files=files)
 
 
-def evaluates(name: str, data: str, root: str, *sets: str, says: str, files: Mapping[str, Content] | None = None) -> Case:
+def evaluates(name: str, data: str, root: str, *sets: str, error: str, files: Mapping[str, Content] | None = None) -> Case:
     """A network that is to be tested on image files."""
     changes = [option for change in (*COLOUR, f"data.name={data}", "data.num_classes=2", *sets) for option in ("--set", change)]
     return case(
         name,
         *("evaluate", "net.safetensors", "--recipe", "digits", "--role", "teacher", "--set", "teacher.model=lenet5", *changes),
         *("--data-root", root),
-        says=says,
+        error=error,
         files={"net.safetensors": weights, **(files or {})},
     )
 
@@ -84,162 +84,168 @@ def encrypted() -> bytes:
     return bytes(content)
 
 
-def arrays(name: str, content: Content, *sets: str, says: str) -> Case:
-    return teaches(name, "npz", "set.npz", *sets, says=says, files={"set.npz": content})
+def arrays(name: str, content: Content, *sets: str, error: str) -> Case:
+    return teaches(name, "npz", "set.npz", *sets, error=error, files={"set.npz": content})
 
 
 ARRAY_FILES = [
-    arrays("an .npz file that is a folder", Path.mkdir, says="set.npz is a folder: data set 'npz' is a file"),
-    arrays("an .npz file that is empty", b"", says="set.npz is not an .npz file that can be read"),
-    arrays("an .npz file that is text", "images", says="set.npz is not an .npz file that can be read"),
-    arrays("an .npz file that is a pickle", pickle.dumps(ARRAYS), says="set.npz is not an .npz file that can be read"),
-    arrays("an .npz file that is one array", array_header((0,)), says="set.npz is not an .npz file that can be read"),
-    arrays("an .npz file that ends in the middle", packed()[:700], says="set.npz is not an .npz file that can be read"),
+    arrays("an .npz file that is a folder", Path.mkdir, error="set.npz is a folder: data set 'npz' must be a file"),
+    arrays("an .npz file that is empty", b"", error="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file that is text", "images", error="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file that is a pickle", pickle.dumps(ARRAYS), error="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file that is one array", array_header((0,)), error="set.npz cannot be read as an .npz file"),
+    arrays("an .npz file that ends in the middle", packed()[:700], error="set.npz cannot be read as an .npz file"),
     arrays(
-        "an .npz file with a flipped byte", packed().replace(b"\0" * 64, b"\1" * 64), says="x_test is no array that can be read: Bad CRC"
+        "an .npz file with a flipped byte", packed().replace(b"\0" * 64, b"\1" * 64), error="x_test cannot be read as an array: Bad CRC"
     ),
-    arrays("an encrypted .npz file", encrypted(), says="x_test is no array that can be read: File 'x_test.npy' is encrypted"),
-    arrays("an .npz file without members", b"PK\x05\x06" + bytes(18), says="set.npz lacks x_test, y_test: it has []"),
-    arrays("an .npz file of other members", packed(x_test=None), says="set.npz lacks x_test: it has ['x_train', 'y_test', 'y_train']"),
-    arrays("an .npz file without a training split", packed(y_train=None), says="set.npz lacks y_train: it has ["),
-    arrays("an empty member", with_member("x_test", b""), says="set.npz, x_test is no array that can be read: "),
-    arrays("a member that is no array", with_member("x_test", b"not an array"), says="set.npz, x_test is no array that can be read: "),
+    arrays("an encrypted .npz file", encrypted(), error="x_test cannot be read as an array: File 'x_test.npy' is encrypted"),
+    arrays("an .npz file without members", b"PK\x05\x06" + bytes(18), error="set.npz has no x_test, y_test: its arrays are []"),
+    arrays(
+        "an .npz file of other members", packed(x_test=None), error="set.npz has no x_test: its arrays are ['x_train', 'y_test', 'y_train']"
+    ),
+    arrays("an .npz file without a training split", packed(y_train=None), error="set.npz has no y_train: its arrays are ["),
+    arrays("an empty member", with_member("x_test", b""), error="set.npz, x_test cannot be read as an array: "),
+    arrays("a member that is no array", with_member("x_test", b"not an array"), error="set.npz, x_test cannot be read as an array: "),
     arrays(
         "a member that ends in its header",
         with_member("y_test", array_header((4,))[:40]),
-        says="set.npz, y_test is no array that can be read: ",
+        error="set.npz, y_test cannot be read as an array: ",
     ),
     arrays(
         "a member shorter than its shape",
         with_member("x_test", array_header((4, 8, 8, 1))),
-        says="set.npz, x_test is no array that can be read: ",
+        error="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member of a huge shape",
         with_member("x_test", array_header((2**40, 8, 8, 1))),
-        says="set.npz, x_test is no array that can be read: ",
+        error="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member of an impossible shape",
         with_member("x_test", array_header((2**80, 8, 8, 1))),
-        says="set.npz, x_test is no array that can be read: ",
+        error="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member of a negative shape",
         with_member("x_test", array_header((-4, 8, 8, 1))),
-        says="set.npz, x_test is no array that can be read: ",
+        error="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member of an unknown type",
         with_member("x_test", array_header((4,), "|z9")),
-        says="set.npz, x_test is no array that can be read: ",
+        error="set.npz, x_test cannot be read as an array: ",
     ),
     arrays(
         "a member that is a pickle",
         packed(x_test=np.array([{}], object)),
-        says="set.npz, x_test is no array that can be read: Object arrays cannot be",
+        error="set.npz, x_test cannot be read as an array: Object arrays cannot be",
     ),
     arrays(
         "images that are fractions",
         packed(x_test=IMAGES / 255),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not float64 (4, 8, 8, 1)",
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not float64 (4, 8, 8, 1)",
     ),
     arrays(
-        "images that are truths", packed(x_test=IMAGES > 0), says="test: images must be uint8 (N, H, W, C) of at least one pixel, not bool"
+        "images that are truths",
+        packed(x_test=IMAGES > 0),
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not bool",
     ),
     arrays(
         "images that are signed",
         packed(x_test=IMAGES.astype(np.int64)),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not int64",
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not int64",
     ),
     arrays(
         "images that are complex",
         packed(x_test=IMAGES * 1j),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not complex128",
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not complex128",
     ),
     arrays(
         "images that are text",
         packed(x_test=np.array(["a"] * 4)),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not <U1",
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not <U1",
     ),
     arrays(
         "images without channels",
         packed(x_test=IMAGES[..., 0]),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 (4, 8, 8)",
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not uint8 (4, 8, 8)",
     ),
     arrays(
         "one number for images",
         packed(x_test=np.uint8(0)),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 ()",
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not uint8 ()",
     ),
-    arrays("images in channels-first order", packed(x_test=IMAGES.transpose(0, 3, 1, 2)), says="test: images have 8 channels"),
-    arrays("no images", packed(x_test=IMAGES[:0], y_test=LABELS[:0]), says="test: there are no images"),
+    arrays("images in channels-first order", packed(x_test=IMAGES.transpose(0, 3, 1, 2)), error="test: images have 8 channels"),
+    arrays("no images", packed(x_test=IMAGES[:0], y_test=LABELS[:0]), error="test: there are no images"),
     arrays(
         "images of no pixels",
         packed(x_test=IMAGES[:, :0]),
-        says="test: images must be uint8 (N, H, W, C) of at least one pixel, not uint8 (4, 0, 8, 1)",
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not uint8 (4, 0, 8, 1)",
     ),
-    arrays("training images of no width", packed(x_train=IMAGES[:, :, :0]), says="not uint8 (4, 8, 0, 1)"),
-    arrays("images of other channels", packed(x_test=IMAGES.repeat(3, 3)), says="test: images have 3 channels, data.channels is 1"),
-    arrays("fewer labels than images", packed(y_test=LABELS[:3]), says="test: labels must be integers (4,), not int64 (3,)"),
-    arrays("labels that are fractions", packed(y_test=LABELS / 1), says="test: labels must be integers (4,), not float64 (4,)"),
-    arrays("labels that are truths", packed(y_test=LABELS > 1), says="test: labels must be integers (4,), not bool (4,)"),
-    arrays("labels one-hot", packed(y_test=np.eye(4, dtype=int)), says="test: labels must be integers (4,), not int64 (4, 4)"),
-    arrays("a label below 0", packed(y_test=LABELS - 1), says="test: labels run from -1 to 2, data.num_classes is 10"),
-    arrays("a label too large", packed(y_test=LABELS + 7), says="test: labels run from 7 to 10, data.num_classes is 10"),
-    arrays("a label beyond 64 bits", packed(y_test=LABELS.astype(np.uint64) + 2**63), says="test: labels run from 9223372036854775808"),
-    arrays("a training label too large", packed(y_train=LABELS + 7), says="train: labels run from 7 to 10, data.num_classes is 10"),
-    arrays("a subset larger than the set", packed(), "data.subset=5", says="data.subset = 5: there are 4 test images"),
+    arrays("training images of no width", packed(x_train=IMAGES[:, :, :0]), error="not uint8 (4, 8, 0, 1)"),
+    arrays("images of other channels", packed(x_test=IMAGES.repeat(3, 3)), error="test: images have 3 channels, data.channels is 1"),
+    arrays("fewer labels than images", packed(y_test=LABELS[:3]), error="test: labels must be integers (4,), not int64 (3,)"),
+    arrays("labels that are fractions", packed(y_test=LABELS / 1), error="test: labels must be integers (4,), not float64 (4,)"),
+    arrays("labels that are truths", packed(y_test=LABELS > 1), error="test: labels must be integers (4,), not bool (4,)"),
+    arrays("labels one-hot", packed(y_test=np.eye(4, dtype=int)), error="test: labels must be integers (4,), not int64 (4, 4)"),
+    arrays("a label below 0", packed(y_test=LABELS - 1), error="test: labels run from -1 to 2, data.num_classes is 10"),
+    arrays("a label too large", packed(y_test=LABELS + 7), error="test: labels run from 7 to 10, data.num_classes is 10"),
+    arrays("a label beyond 64 bits", packed(y_test=LABELS.astype(np.uint64) + 2**63), error="test: labels run from 9223372036854775808"),
+    arrays("a training label too large", packed(y_train=LABELS + 7), error="train: labels run from 7 to 10, data.num_classes is 10"),
+    arrays(
+        "a subset larger than the set", packed(), "data.subset=5", error="data.subset = 5: must be at most 4, the number of test images"
+    ),
 ]
 
 
 # Lists of files.
-def lists(name: str, content: Content, says: str) -> Case:
-    return evaluates(name, "list", "list.txt", says=says, files={"list.txt": content, "a.png": PICTURE})
+def lists(name: str, content: Content, error: str) -> Case:
+    return evaluates(name, "list", "list.txt", error=error, files={"list.txt": content, "a.png": PICTURE})
 
 
-def wrong_line(name: str, line: str, says: str | None = None) -> Case:
+def wrong_line(name: str, line: str, error: str | None = None) -> Case:
     """A list whose second line is wrong."""
-    return lists(name, f"a.png 0\n{line}\n", says or "list.txt, line 2: ")
+    return lists(name, f"a.png 0\n{line}\n", error or "list.txt, line 2: ")
 
 
 LISTS = [
-    lists("a list that is a folder", Path.mkdir, says="list.txt is a folder: data set 'list' is a file"),
-    lists("a list that is no text", b"a.png 0\n\xff.png 1\n", says="list.txt cannot be read: 'utf-8' codec"),
-    lists("a list in UTF-16", "a.png 0\n".encode("utf-16"), says="list.txt cannot be read: 'utf-8' codec"),
-    lists("a list that is an image", PICTURE, says="list.txt cannot be read: 'utf-8' codec"),
-    lists("an empty list", "", says="list.txt: no images in it"),
-    lists("a list of blank lines", "\n  \n\t\n", says="list.txt: no images in it"),
-    lists("a list of comments", "# path class\n# a.png 0\n", says="list.txt, line 1: '# path class' must be"),
-    wrong_line("a line without a class", "b.png", says="list.txt, line 2: 'b.png' must be a path, a space and a class's number"),
-    wrong_line("a line without a path", "1", says="list.txt, line 2: '1' must be"),
-    wrong_line("a class that is a name", "b.png cat", says="list.txt, line 2: 'b.png cat' must be"),
-    wrong_line("a class of two signs", "b.png --5", says="list.txt, line 2: 'b.png --5' must be"),
-    wrong_line("a class that is a fraction", "b.png 5.0", says="list.txt, line 2: 'b.png 5.0' must be"),
-    wrong_line("a class with an exponent", "b.png 1e0", says="list.txt, line 2: 'b.png 1e0' must be"),
-    wrong_line("a class in other digits", "b.png ٥", says="list.txt, line 2: 'b.png ٥' must be"),
-    wrong_line("a class in powers", "b.png ²", says="list.txt, line 2: 'b.png ²' must be"),
-    wrong_line("a class of 5,000 digits", f"b.png {'9' * 5000}", says="list.txt, line 2: 'b.png 999"),
-    wrong_line("a comma for the space", "b.png,1", says="list.txt, line 2: 'b.png,1' must be"),
-    wrong_line("a line of ten million characters", "a" * 10_000_000, says="list.txt, line 2: 'aaa"),
-    wrong_line("NUL in a listed path", "b\0.png 1", says="list.txt, line 2: 'b\\x00.png 1' must be"),
-    wrong_line("a class below 0", "b.png -1", says="list.txt, line 2: 'b.png -1' must be"),
-    wrong_line("a class too large", "a.png 2", says="list.txt has 3 classes"),
-    wrong_line("a path that does not exist", "sub/b.png 1", says="/sub/b.png ([Errno 2]"),
-    wrong_line("an absolute path that does not exist", "/none/b.png 1", says="1 of 2 images cannot be decoded: /none/b.png ([Errno 2]"),
-    wrong_line("a path that is a folder", "../ 1", says="/.. ([Errno 21]"),
-    wrong_line("a path that is too long", "b" * 300 + " 1", says="File name too long"),
+    lists("a list that is a folder", Path.mkdir, error="list.txt is a folder: data set 'list' must be a file"),
+    lists("a list that is not text", b"a.png 0\n\xff.png 1\n", error="list.txt cannot be read: 'utf-8' codec"),
+    lists("a list in UTF-16", "a.png 0\n".encode("utf-16"), error="list.txt cannot be read: 'utf-8' codec"),
+    lists("a list that is an image", PICTURE, error="list.txt cannot be read: 'utf-8' codec"),
+    lists("an empty list", "", error="list.txt contains no images"),
+    lists("a list of blank lines", "\n  \n\t\n", error="list.txt contains no images"),
+    lists("a list of comments", "# path class\n# a.png 0\n", error="list.txt, line 1: '# path class' must be"),
+    wrong_line("a line without a class", "b.png", error="list.txt, line 2: 'b.png' must be a path, a space and a class number"),
+    wrong_line("a line without a path", "1", error="list.txt, line 2: '1' must be"),
+    wrong_line("a class that is a name", "b.png cat", error="list.txt, line 2: 'b.png cat' must be"),
+    wrong_line("a class of two signs", "b.png --5", error="list.txt, line 2: 'b.png --5' must be"),
+    wrong_line("a class that is a fraction", "b.png 5.0", error="list.txt, line 2: 'b.png 5.0' must be"),
+    wrong_line("a class with an exponent", "b.png 1e0", error="list.txt, line 2: 'b.png 1e0' must be"),
+    wrong_line("a class in other digits", "b.png ٥", error="list.txt, line 2: 'b.png ٥' must be"),
+    wrong_line("a class in powers", "b.png ²", error="list.txt, line 2: 'b.png ²' must be"),
+    wrong_line("a class of 5,000 digits", f"b.png {'9' * 5000}", error="list.txt, line 2: 'b.png 999"),
+    wrong_line("a comma for the space", "b.png,1", error="list.txt, line 2: 'b.png,1' must be"),
+    wrong_line("a line of ten million characters", "a" * 10_000_000, error="list.txt, line 2: 'aaa"),
+    wrong_line("NUL in a listed path", "b\0.png 1", error="list.txt, line 2: 'b\\x00.png 1' must be"),
+    wrong_line("a class below 0", "b.png -1", error="list.txt, line 2: 'b.png -1' must be"),
+    wrong_line("a class too large", "a.png 2", error="list.txt has 3 classes"),
+    wrong_line("a path that does not exist", "sub/b.png 1", error="/sub/b.png ([Errno 2]"),
+    wrong_line("an absolute path that does not exist", "/none/b.png 1", error="1 of 2 images cannot be decoded: /none/b.png ([Errno 2]"),
+    wrong_line("a path that is a folder", "../ 1", error="/.. ([Errno 21]"),
+    wrong_line("a path that is too long", "b" * 300 + " 1", error="File name too long"),
 ]
 
 
 # Image files.
-def image(name: str, content: Content, says: str, *, file: str = "val/b/1.JPEG", loader: str = "torchvision") -> Case:
+def image(name: str, content: Content, error: str, *, file: str = "val/b/1.JPEG", loader: str = "torchvision") -> Case:
     """One good picture, and another one."""
-    return evaluates(name, "folder", ".", f"data.loader={loader}", says=says, files={"val/a/0.JPEG": PICTURE, file: content})
+    return evaluates(name, "folder", ".", f"data.loader={loader}", error=error, files={"val/a/0.JPEG": PICTURE, file: content})
 
 
 def huge_png() -> bytes:
-    """A PNG of 2³⁰ pixels that are not there."""
+    """A PNG of 2³⁰ pixels that do not exist."""
     content = bytearray(PICTURE)
     content[16:24] = struct.pack(">II", 2**15, 2**15)
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
@@ -247,39 +253,39 @@ def huge_png() -> bytes:
 
 
 IMAGE_FILES = [
-    image("an empty image", b"", says="/val/b/1.JPEG (is empty)"),
-    image("an image that is text", "a cat", says="val/b/1.JPEG (cannot identify image file"),
-    image("an image that ends in the middle", PLAIN["jpeg"][:-400], says="val/b/1.JPEG (image file is truncated"),
-    image("an image that is a link to nothing", lambda path: path.symlink_to("none.JPEG"), says="val/b/1.JPEG ([Errno 2]"),
-    image("an image of a billion pixels", huge_png(), says="val/b/1.JPEG (Image size (1073741824 pixels) exceeds limit"),
-    image("an image that is HTML", "<html>404</html>", says="val/b/1 2.JPEG (cannot identify", file="val/b/1\n2.JPEG"),
-    image("an image under a name that is no text", b"", says="val/b/\\udcff.JPEG (is empty)", file="val/b/\udcff.JPEG"),
-    image("a broken image under DALI", PICTURE[:-100], says="/val/b/1.JPEG (", loader="dali"),
+    image("an empty image", b"", error="/val/b/1.JPEG (is empty)"),
+    image("an image that is text", "a cat", error="val/b/1.JPEG (cannot identify image file"),
+    image("an image that ends in the middle", PLAIN["jpeg"][:-400], error="val/b/1.JPEG (image file is truncated"),
+    image("an image that is a link to nothing", lambda path: path.symlink_to("none.JPEG"), error="val/b/1.JPEG ([Errno 2]"),
+    image("an image of a billion pixels", huge_png(), error="val/b/1.JPEG (Image size (1073741824 pixels) exceeds limit"),
+    image("an image that is HTML", "<html>404</html>", error="val/b/1 2.JPEG (cannot identify", file="val/b/1\n2.JPEG"),
+    image("an image under a name that is not text", b"", error="val/b/\\udcff.JPEG (is empty)", file="val/b/\udcff.JPEG"),
+    image("a broken image under DALI", PICTURE[:-100], error="/val/b/1.JPEG (", loader="dali"),
 ]
 
 
 # Folders.
-def folders(name: str, *paths: str, says: str, data: str = "folder", sets: tuple[str, ...] = ()) -> Case:
+def folders(name: str, *paths: str, error: str, data: str = "folder", sets: tuple[str, ...] = ()) -> Case:
     """Folders with a picture each."""
-    return evaluates(name, data, ".", *sets, says=says, files=dict.fromkeys(paths, PICTURE))
+    return evaluates(name, data, ".", *sets, error=error, files=dict.fromkeys(paths, PICTURE))
 
 
 FOLDERS = [
-    evaluates("a root that does not exist", "folder", "none", says="none does not exist"),
-    evaluates("a root that is a file", "folder", "net.safetensors", says="net.safetensors is a file: data set '"),
-    evaluates("a root that is a file for ImageNet", "imagenet", "net.safetensors", says="net.safetensors is a file: data set '"),
-    teaches("no root", "folder", "''", says="data.root"),
-    folders("no folder to test on", "train/a/0.png", says=" has no folder val or test"),
-    folders("images without folders", "val/0.png", "val/1.png", says="/val has no folders"),
-    folders("hidden folders only", "val/.ipynb_checkpoints/0.png", says="/val has no folders"),
-    folders("folders without images", "val/a/notes.txt", "val/b/._0.png", says=": no images in it"),
-    folders("a class too many", "val/a/0.png", "val/b/0.png", "val/c/0.png", says=" has 3 classes"),
-    folders("a class too few", "val/a/0.png", says=" has 1 classes"),
-    folders("two channels", "val/a/0.png", "val/b/0.png", sets=("data.channels=2",), says="mean has 3 numbers for 2 channels"),
+    evaluates("a root that does not exist", "folder", "none", error="none does not exist"),
+    evaluates("a root that is a file", "folder", "net.safetensors", error="net.safetensors is a file: data set '"),
+    evaluates("a root that is a file for ImageNet", "imagenet", "net.safetensors", error="net.safetensors is a file: data set '"),
+    teaches("no root", "folder", "''", error="data.root"),
+    folders("no folder to test on", "train/a/0.png", error=" has no folder val or test"),
+    folders("images without folders", "val/0.png", "val/1.png", error="/val has no folders"),
+    folders("hidden folders only", "val/.ipynb_checkpoints/0.png", error="/val has no folders"),
+    folders("folders without images", "val/a/notes.txt", "val/b/._0.png", error=" contains no images"),
+    folders("a class too many", "val/a/0.png", "val/b/0.png", "val/c/0.png", error=" has 3 classes"),
+    folders("a class too few", "val/a/0.png", error=" has 1 classes"),
+    folders("two channels", "val/a/0.png", "val/b/0.png", sets=("data.channels=2",), error="mean has 3 numbers for 2 channels"),
     teaches(
         "other classes to train on",
         *("folder", ".", "data.num_classes=2"),
-        says=": train and val have not the same classes, 'b' is in one only",
+        error=": train and val must have the same classes, 'b' is in only one",
         files=dict.fromkeys(("val/a/0.png", "val/b/0.png", "train/a/0.png", "train/c/0.png"), PICTURE),
     ),
     teaches(
@@ -287,7 +293,7 @@ FOLDERS = [
         "folder",
         ".",
         "data.num_classes=2",
-        says=" has no folder train",
+        error=" has no folder train",
         files={"val/a/0.png": PICTURE, "val/b/0.png": PICTURE},
     ),
 ]
@@ -296,16 +302,16 @@ FOLDERS = [
 VALIDATION = "val/ILSVRC2012_val_00000001.JPEG"
 
 
-def labelled(name: str, file: str, content: str, says: str) -> Case:
+def labelled(name: str, file: str, content: str, error: str) -> Case:
     """Images of ImageNet in one folder, and a file of their classes."""
-    return teaches(name, "imagenet", ".", *COLOUR, "data.num_classes=1000", says=says, files={VALIDATION: PICTURE, file: content})
+    return teaches(name, "imagenet", ".", *COLOUR, "data.num_classes=1000", error=error, files={VALIDATION: PICTURE, file: content})
 
 
-def places(name: str, categories: str, says: str, **files: Content) -> Case:
+def places(name: str, categories: str, error: str, **files: Content) -> Case:
     return evaluates(
         name,
         *("places365", "."),
-        says=says,
+        error=error,
         files={"categories_places365.txt": categories} | {path.replace("__", "/"): content for path, content in files.items()},
     )
 
@@ -313,26 +319,28 @@ def places(name: str, categories: str, says: str, **files: Content) -> Case:
 CATEGORIES = "".join(f"/x/place{number} {number}\n" for number in range(365))
 
 NAMED_SETS = [
-    folders("a folder that is no class of ImageNet", "val/n01440764/0.png", "val/cat/0.png", data="imagenet", says="the first is 'cat'"),
-    folders("a synset that is not among the 1,000", "val/n00000001/0.png", data="imagenet", says="the first is 'n00000001'"),
-    folders("another number of classes than ImageNet's", "val/n01440764/0.png", data="imagenet", says=" has 1000 classes"),
-    folders("ImageNet without its validation images", "train/n01440764/0.png", data="imagenet", says="the first is 'train'"),
-    labelled("a flat folder of ImageNet's", "readme", "", says="val has images and no class folders"),
+    folders(
+        "a folder that is not a class of ImageNet", "val/n01440764/0.png", "val/cat/0.png", data="imagenet", error="the first is 'cat'"
+    ),
+    folders("a synset that is not among the 1,000", "val/n00000001/0.png", data="imagenet", error="the first is 'n00000001'"),
+    folders("another number of classes than ImageNet's", "val/n01440764/0.png", data="imagenet", error=" has 1000 classes"),
+    folders("ImageNet without its validation images", "train/n01440764/0.png", data="imagenet", error="the first is 'train'"),
+    labelled("a flat folder of ImageNet's", "readme", "", error="val has images but no class folders"),
     labelled(
         "a flat folder with labels in another order",
         *("ILSVRC2012_validation_ground_truth.txt", "490\n"),
-        says="the numbers of ILSVRC2012_validation_ground_truth.txt are in another order",
+        error="the numbers in ILSVRC2012_validation_ground_truth.txt have a different order",
     ),
-    labelled("a file of labels without classes", "val.txt", "ILSVRC2012_val_00000001.JPEG\n", says="val.txt, line 1: 'ILSVRC2012_val_0"),
-    labelled("a file of labels from 1 to 1,000", "val.txt", "a.JPEG 1\nb.JPEG 1000\n", says="val.txt, line 2: 'b.JPEG 1000' must be"),
-    labelled("a file of labels of other images", "val.txt", "a.JPEG 1\n", says="val.txt has no class of 1 of the 1 images"),
+    labelled("a file of labels without classes", "val.txt", "ILSVRC2012_val_00000001.JPEG\n", error="val.txt, line 1: 'ILSVRC2012_val_0"),
+    labelled("a file of labels from 1 to 1,000", "val.txt", "a.JPEG 1\nb.JPEG 1000\n", error="val.txt, line 2: 'b.JPEG 1000' must be"),
+    labelled("a file of labels of other images", "val.txt", "a.JPEG 1\n", error="val.txt has no label for 1 of the 1 images"),
     labelled(
-        "a file of labels that is no text", "val.txt", "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"), says="val.txt, line 1"
+        "a file of labels that is not text", "val.txt", "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"), error="val.txt, line 1"
     ),
-    places("Places365 without categories", "", says="categories_places365.txt has 0 categories, Places365 has 365"),
-    places("categories that are numbered from 1", CATEGORIES.replace("0 0\n", "0 365\n"), says="Places365 has 365, numbered from 0"),
-    places("Places365 without images", CATEGORIES, says=" has no folder val_256, val_large or val"),
-    places("Places365 without a category's folder", CATEGORIES, says="no folder place0 for category /x/place0", val__a=PICTURE),
+    places("Places365 without categories", "", error="categories_places365.txt has 0 categories, must have 365"),
+    places("categories that are numbered from 1", CATEGORIES.replace("0 0\n", "0 365\n"), error="must have 365, numbered from 0"),
+    places("Places365 without images", CATEGORIES, error=" has no folder val_256, val_large or val"),
+    places("Places365 without a category's folder", CATEGORIES, error="no folder place0 for category /x/place0", val__a=PICTURE),
 ]
 
 
@@ -342,19 +350,19 @@ def idx(*shape: int, kind: int = 8) -> bytes:
     return bytes([0, 0, kind, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes(math.prod(shape))
 
 
-def mnist(name: str, says: str, images: bytes = idx(4, 28, 28), labels: bytes = idx(4)) -> Case:
+def mnist(name: str, error: str, images: bytes = idx(4, 28, 28), labels: bytes = idx(4)) -> Case:
     raw = {f"MNIST/raw/{part}-{what}-ubyte": idx(4) for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")}
     test = {"MNIST/raw/t10k-images-idx3-ubyte": images, "MNIST/raw/t10k-labels-idx1-ubyte": labels}
-    return teaches(name, "mnist", ".", says=says, files=raw | test)
+    return teaches(name, "mnist", ".", error=error, files=raw | test)
 
 
 MNIST_FILES = [
-    teaches("MNIST that is not there", "mnist", ".", says="does not hold MNIST in torchvision's layout: Dataset not found"),
-    teaches("MNIST that is a file", "mnist", "a", says=" is a file: data set 'mnist' is a folder", files={"a": ""}),
+    teaches("MNIST that is not there", "mnist", ".", error="does not hold MNIST in torchvision's layout: Dataset not found"),
+    teaches("MNIST that is a file", "mnist", "a", error=" is a file: data set 'mnist' must be a folder", files={"a": ""}),
     mnist("an empty file of MNIST's", "in torchvision's layout", images=b""),
     mnist("a file of MNIST's that is half there", "in torchvision's layout", images=idx(4, 28, 28)[:1000]),
     mnist("a file of MNIST's that is still packed", "in torchvision's layout", images=gzip.compress(idx(4, 28, 28))),
-    mnist("a file of MNIST's of an unknown type", "layout: a file has another header", images=idx(4, 28, 28, kind=7)),
+    mnist("a file of MNIST's of an unknown type", "layout: a file has an invalid header", images=idx(4, 28, 28, kind=7)),
     mnist("a file of MNIST's of a huge shape", "in torchvision's layout", images=idx(0, 28, 28)[:4] + struct.pack(">3I", 2**31, 2**31, 9)),
     mnist("labels for MNIST's images", "MNIST in torchvision's layout", images=idx(4)),
     mnist("images for MNIST's labels", "MNIST in torchvision's layout", labels=idx(4, 28, 28)),
@@ -365,7 +373,7 @@ MNIST_FILES = [
         "mnist",
         ".",
         *COLOUR,
-        says="images have 1 channels, data.channels is 3",
+        error="images have 1 channels, data.channels is 3",
         files={
             "MNIST/raw/t10k-images-idx3-ubyte": idx(4, 28, 28),
             "MNIST/raw/t10k-labels-idx1-ubyte": idx(4),
@@ -373,21 +381,25 @@ MNIST_FILES = [
             "MNIST/raw/train-labels-idx1-ubyte": idx(4),
         },
     ),
-    teaches("CIFAR-10 that is not there", "cifar10", ".", *COLOUR, says="does not hold CIFAR10 in torchvision's layout: Dataset not found"),
+    teaches(
+        "CIFAR-10 that is not there", "cifar10", ".", *COLOUR, error="does not hold CIFAR10 in torchvision's layout: Dataset not found"
+    ),
     teaches(
         "CIFAR-10 of another content",
         *("cifar10", ".", *COLOUR),
-        says="does not hold CIFAR10 in torchvision's layout: Dataset not found or corrupted",
+        error="does not hold CIFAR10 in torchvision's layout: Dataset not found or corrupted",
         files={f"cifar-10-batches-py/{name}": pickle.dumps({}) for name in ("test_batch", "batches.meta", "data_batch_1")},
     ),
 ]
 
 
 # Labels for every pixel.
-def pixels(name: str, files: Mapping[str, Content], says: str, data: str = "camvid", classes: int = 11, sets: tuple[str, ...] = ()) -> Case:
+def pixels(
+    name: str, files: Mapping[str, Content], error: str, data: str = "camvid", classes: int = 11, sets: tuple[str, ...] = ()
+) -> Case:
     """A segmenter that is to be trained on pairs of images and labels."""
     changes = (*COLOUR, f"data.num_classes={classes}", "teacher.model=small_fcn8", "data.image_size=32", *sets)
-    return teaches(name, data, ".", *changes, says=says, files=files)
+    return teaches(name, data, ".", *changes, error=error, files=files)
 
 
 def labels_of(value: int, side: int = 32, mode: str = "L") -> bytes:
@@ -401,57 +413,64 @@ IMAGE = encoded(noise(32, 32), "PNG")
 PAIR: dict[str, Content] = {"test/a.png": IMAGE, "testannot/a.png": labels_of(0)}
 
 PAIRS = [
-    pixels("no folders of images and labels", {"test/a.png": IMAGE}, says=" has no folders of images and of labels to test on"),
-    pixels("a folder of labels alone", {"test/readme": "", "testannot/a.png": labels_of(0)}, says="test: no images in it"),
-    pixels("a label that has no image", PAIR | {"testannot/b.png": labels_of(0)}, says="not so testannot/b.png"),
-    pixels("an image that has no label", PAIR | {"test/b.png": IMAGE}, says="not so test/b.png"),
-    pixels("labels of another size", PAIR | {"testannot/a.png": labels_of(0, side=31)}, says="a.png has 31 × 31 pixels, its image 32 × 32"),
-    pixels("labels in colours", PAIR | {"testannot/a.png": IMAGE}, says="a.png must hold class numbers in one channel of 8 bits"),
+    pixels("no folders of images and labels", {"test/a.png": IMAGE}, error=" has no folders of images and labels for the test split"),
+    pixels("a folder of labels alone", {"test/readme": "", "testannot/a.png": labels_of(0)}, error="test contains no images"),
+    pixels("a label that has no image", PAIR | {"testannot/b.png": labels_of(0)}, error="unpaired: testannot/b.png"),
+    pixels("an image that has no label", PAIR | {"test/b.png": IMAGE}, error="unpaired: test/b.png"),
     pixels(
-        "labels of one bit", PAIR | {"testannot/a.png": labels_of(1, mode="1")}, says="in one channel of 8 bits (PIL's mode L or P), not 1"
+        "labels of another size", PAIR | {"testannot/a.png": labels_of(0, side=31)}, error="a.png has 31 × 31 pixels, its image 32 × 32"
     ),
-    pixels("labels of 16 bits", PAIR | {"testannot/a.png": labels_of(1, mode="I;16")}, says="8 bits (PIL's mode L or P), not I;16"),
+    pixels("labels in colours", PAIR | {"testannot/a.png": IMAGE}, error="a.png must have class IDs in one 8-bit channel"),
     pixels(
-        "a label that is no class", PAIR | {"testannot/a.png": labels_of(12)}, says="class number 12: allowed are 0 to 10, and 11 or 255"
+        "labels of one bit", PAIR | {"testannot/a.png": labels_of(1, mode="1")}, error="in one 8-bit channel (PIL mode L or P), not mode 1"
     ),
     pixels(
-        "a label that is no class of NYUv2",
+        "labels of 16 bits", PAIR | {"testannot/a.png": labels_of(1, mode="I;16")}, error="8-bit channel (PIL mode L or P), not mode I;16"
+    ),
+    pixels("a label that is no class", PAIR | {"testannot/a.png": labels_of(12)}, error="class ID 12: must be 0 to 10, or 11 or 255"),
+    pixels(
+        "a label that is not a class of NYUv2",
         {"test_rgb/1.png": IMAGE, "test_seg13/1.png": labels_of(14)},
-        *("class number 14: allowed are 1 to 13, and 0 or 255", "nyuv2", 13),
+        *("class ID 14: must be 1 to 13, or 0 or 255", "nyuv2", 13),
     ),
     pixels(
-        "a palette with a number that is no class",
+        "a palette with a number that is not a class",
         PAIR | {"testannot/a.png": labels_of(9, mode="P")},
-        *("class number 9: allowed are 0 to 4", "pairs", 5),
+        *("class ID 9: must be 0 to 4", "pairs", 5),
     ),
-    pixels("an image of a pair that is broken", PAIR | {"test/a.png": b""}, says="test/a.png (is empty)"),
-    pixels("a label file that is broken", PAIR | {"testannot/a.png": "text"}, says="testannot/a.png (cannot identify"),
-    pixels("no pairs to train on", PAIR, says=" has no folders of images and of labels to train on"),
+    pixels("an image of a pair that is broken", PAIR | {"test/a.png": b""}, error="test/a.png (is empty)"),
+    pixels("a label file that is broken", PAIR | {"testannot/a.png": "text"}, error="testannot/a.png (cannot identify"),
+    pixels("no pairs to train on", PAIR, error=" has no folders of images and labels for the train split"),
     pixels("another number of classes than CamVid's", PAIR, "data.num_classes is 12, but 'camvid' has 11 classes", classes=12),
-    pixels("a larger subset than there are pairs", PAIR, "data.subset = 2: there are 1 test images", sets=("data.subset=2",)),
+    pixels(
+        "a larger subset than there are pairs",
+        PAIR,
+        "data.subset = 2: must be at most 1, the number of test images",
+        sets=("data.subset=2",),
+    ),
 ]
 
 
 # The section [data].
-def sets(name: str, *changes: str, says: str) -> Case:
-    return case(name, "show", "digits", *(option for change in changes for option in ("--set", change)), says=says)
+def sets(name: str, *changes: str, error: str) -> Case:
+    return case(name, "show", "digits", *(option for change in changes for option in ("--set", change)), error=error)
 
 
 SECTION = [
-    sets("a data set that does not exist", "data.name=imagenette", says="data.name = 'imagenette': "),
-    sets("a mean that is NaN", "data.mean=[nan]", says="data.mean.0 = nan"),
-    sets("a mean of image files beyond float32", "data.mean=[1e39]", says="data.mean.0 = 1e+39"),
-    sets("a negative deviation", "data.std=[-0.5]", says="data.std.0 = -0.5"),
-    sets("no deviation", "data.std=[]", says="std has 0 numbers for 1 channels"),
-    sets("a mean that is text", "data.mean=['half']", says="data.mean.0 = 'half'"),
-    sets("one class", "data.num_classes=1", says="data.num_classes = 1: "),
-    sets("too many classes", "data.num_classes=1000001", says="data.num_classes = 1000001: "),
-    sets("a crop larger than the picture", "data.image_size=64", "data.resize=48", says="resize = 48: must be at least image_size, 64"),
-    sets("a huge side to resize to", "data.resize=100000", says="data.resize = 100000: "),
-    sets("too many workers", "data.workers=100000", says="data.workers = 100000: "),
-    sets("a negative subset", "data.subset=-1", says="data.subset = -1: "),
-    sets("an unknown interpolation", "data.interpolation=nearest", says="data.interpolation = 'nearest': "),
-    sets("a root that is a number", "data.root=3", says="data.root = 3: must be a string"),
+    sets("a data set that does not exist", "data.name=imagenette", error="data.name = 'imagenette': "),
+    sets("a mean that is NaN", "data.mean=[nan]", error="data.mean.0 = nan"),
+    sets("a mean of image files beyond float32", "data.mean=[1e39]", error="data.mean.0 = 1e+39"),
+    sets("a negative deviation", "data.std=[-0.5]", error="data.std.0 = -0.5"),
+    sets("no deviation", "data.std=[]", error="std has 0 numbers for 1 channels"),
+    sets("a mean that is text", "data.mean=['half']", error="data.mean.0 = 'half'"),
+    sets("one class", "data.num_classes=1", error="data.num_classes = 1: "),
+    sets("too many classes", "data.num_classes=1000001", error="data.num_classes = 1000001: "),
+    sets("a crop larger than the picture", "data.image_size=64", "data.resize=48", error="resize = 48: must be at least image_size, 64"),
+    sets("a huge side to resize to", "data.resize=100000", error="data.resize = 100000: "),
+    sets("too many workers", "data.workers=100000", error="data.workers = 100000: "),
+    sets("a negative subset", "data.subset=-1", error="data.subset = -1: "),
+    sets("an unknown interpolation", "data.interpolation=nearest", error="data.interpolation = 'nearest': "),
+    sets("a root that is a number", "data.root=3", error="data.root = 3: must be a string"),
 ]
 
 CASES: list[Case] = [*ARRAY_FILES, *LISTS, *IMAGE_FILES, *FOLDERS, *NAMED_SETS, *MNIST_FILES, *PAIRS, *SECTION]

@@ -3,16 +3,16 @@
 from tests.bad_input.case import Case, case
 
 
-def runs_with(name: str, variable: str, value: str, says: str) -> Case:
+def runs_with(name: str, variable: str, value: str, error: str) -> Case:
     """A command that computes, which ends before it does."""
-    return case(name, "distill", "digits", "--resume", "--out", "run", says=says, environment={variable: value})
+    return case(name, "distill", "digits", "--resume", "--out", "run", error=error, environment={variable: value})
 
 
-def in_group(name: str, says: str, **changes: str) -> Case:
+def in_group(name: str, error: str, **changes: str) -> Case:
     """The same command as one process of two."""
     group = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     environment = {variable: value for variable, value in (group | changes).items() if value}
-    return case(name, "distill", "digits", "--resume", "--out", "run", says=says, environment=environment)
+    return case(name, "distill", "digits", "--resume", "--out", "run", error=error, environment=environment)
 
 
 CASES: list[Case] = [
@@ -36,7 +36,7 @@ CASES: list[Case] = [
     case(
         "a number of processes before images",
         *("evaluate", "weights.pt"),
-        says="WORLD_SIZE = 'x': must be a whole number",
+        error="WORLD_SIZE = 'x': must be a whole number",
         environment={"WORLD_SIZE": "x"},
     ),
     # of one process of several

@@ -18,30 +18,30 @@ METRICS = '{"epoch": 1, "student_accuracy": 50.0}\n'
 Content = str | bytes | Callable[[Path], object]
 
 
-def folder(name: str, says: str, summary: Content = WHOLE, metrics: Content = METRICS) -> Case:
+def folder(name: str, error: str, summary: Content = WHOLE, metrics: Content = METRICS) -> Case:
     """A run's folder with these files."""
-    return case(name, "compare", "run", says=says, files={"run/summary.json": summary, "run/metrics.jsonl": metrics})
+    return case(name, "compare", "run", error=error, files={"run/summary.json": summary, "run/metrics.jsonl": metrics})
 
 
-def with_summary(name: str, says: str, **changes: Any) -> Case:
+def with_summary(name: str, error: str, **changes: Any) -> Case:
     """A run's folder whose summary has other values."""
-    return folder(name, says, json.dumps(SUMMARY | changes))
+    return folder(name, error, json.dumps(SUMMARY | changes))
 
 
 CASES: list[Case] = [
-    case("a run that is not there", "compare", "run", says="run holds no finished run (no summary.json)"),
-    case("a file for a run", "compare", "run", says="run holds no finished run (no summary.json)", files={"run": ""}),
-    case("a run that has not finished", "compare", "run", says="run holds no finished run", files={"run/metrics.jsonl": METRICS}),
+    case("a run that is not there", "compare", "run", error="run is not a finished run (no summary.json)"),
+    case("a file for a run", "compare", "run", error="run is not a finished run (no summary.json)", files={"run": ""}),
+    case("a run that has not finished", "compare", "run", error="run is not a finished run", files={"run/metrics.jsonl": METRICS}),
     case(
-        "a whole run before a run that is none",
+        "a whole run before a folder that is not a run",
         *("compare", "run", "none"),
-        says="none holds no finished run",
+        error="none is not a finished run",
         files={"run/summary.json": WHOLE, "run/metrics.jsonl": METRICS},
     ),
-    case("a device for a finished run", "compare", "/dev/null", says="/dev/null holds no finished run"),
+    case("a device for a finished run", "compare", "/dev/null", error="/dev/null is not a finished run"),
     # summary.json
-    folder("a folder for a summary", "run holds no finished run", Path.mkdir),
-    folder("a pipe for a summary", "run holds no finished run", os.mkfifo),
+    folder("a folder for a summary", "run is not a finished run", Path.mkdir),
+    folder("a pipe for a summary", "run is not a finished run", os.mkfifo),
     folder("an empty summary", "summary.json: JSONDecodeError Expecting value", ""),
     folder("half a summary", "summary.json: JSONDecodeError", WHOLE[:50]),
     folder("a summary of bytes", "summary.json: UnicodeDecodeError 'utf-8' codec", b"\x89PNG\xff\xfe"),
@@ -50,10 +50,10 @@ CASES: list[Case] = [
     folder("a summary that is nothing", "summary.json: TypeError", "null"),
     folder("a summary of lists in lists, 100,000 deep", "summary.json: RecursionError", "[" * 100_000),
     folder("a summary with an integer of 5,000 digits", "summary.json: ValueError Exceeds the limit", f'{{"seed": {"9" * 5000}}}'),
-    folder("a summary without figures", "run holds no run that can be read: summary.json: no 'retention'", "{}"),
+    folder("a summary without figures", "run cannot be read as a run: summary.json: key 'retention' is missing", "{}"),
     with_summary("a run that was never evaluated", "run was never evaluated: there is nothing to compare", retention=None),
     with_summary("figures that are a list", "summary.json: TypeError", retention=[1.0]),
-    with_summary("figures that lack one", "summary.json: no 'last'", retention={"best": 1.0}),
+    with_summary("figures that lack one", "summary.json: key 'last' is missing", retention={"best": 1.0}),
     with_summary("a figure that is text", "retention.mean = '1': Input should be a valid n", retention=STATISTICS | {"mean": "1"}),
     with_summary("a figure that is nothing", "retention.best = None: Input should be a valid n", retention=STATISTICS | {"best": None}),
     with_summary("a figure that is true", "retention.last = True: Input should be a valid n", retention=STATISTICS | {"last": True}),
@@ -72,18 +72,18 @@ CASES: list[Case] = [
     case(
         "a run without its epochs",
         *("compare", "run"),
-        says="metrics.jsonl: FileNotFoundError",
+        error="metrics.jsonl: FileNotFoundError",
         files={"run/summary.json": WHOLE},
     ),
     folder("a folder for epochs", "metrics.jsonl: IsADirectoryError", metrics=Path.mkdir),
     folder("no epochs", "curve = []: List should have at least 1 item", metrics=""),
     folder("no epoch that was evaluated", "curve = []: List", metrics='{"epoch": 1, "student_accuracy": null}\n'),
     folder("epochs of bytes", "metrics.jsonl: UnicodeDecodeError", metrics=b"\xff\xfe\n"),
-    folder("a line that is no epoch", "metrics.jsonl: JSONDecodeError", metrics=f"epoch 1\n{METRICS}"),
+    folder("a line that is not an epoch", "metrics.jsonl: JSONDecodeError", metrics=f"epoch 1\n{METRICS}"),
     folder("an empty line between epochs", "metrics.jsonl: JSONDecodeError", metrics=f"{METRICS}\n{METRICS}"),
     folder("an epoch that is a list", "metrics.jsonl: TypeError", metrics=f"[]\n{METRICS}"),
-    folder("an epoch without its accuracy", "metrics.jsonl: no 'student_accuracy'", metrics=f'{{"epoch": 1}}\n{METRICS}'),
-    folder("an epoch without its number", "metrics.jsonl: no 'epoch'", metrics=f'{{"student_accuracy": 1}}\n{METRICS}'),
+    folder("an epoch without its accuracy", "metrics.jsonl: key 'student_accuracy' is missing", metrics=f'{{"epoch": 1}}\n{METRICS}'),
+    folder("an epoch without its number", "metrics.jsonl: key 'epoch' is missing", metrics=f'{{"student_accuracy": 1}}\n{METRICS}'),
     folder("an epoch whose number is text", "curve.0.0 = 'one'", metrics=METRICS.replace("1", '"one"')),
     folder("an epoch whose accuracy is NaN", "curve.0.1 = nan", metrics=METRICS.replace("50.0", "NaN")),
     folder("an epoch whose accuracy is a list", "curve.0.1 = [1]", metrics=METRICS.replace("50.0", "[1]")),

@@ -9,12 +9,12 @@ FLAT = "nn.Flatten(), nn.Linear(1024, num_classes)"
 NORMS = "nn.Flatten(), nn.Linear(1024, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes)"
 
 
-def named(name: str, model: str, says: str) -> Case:
+def named(name: str, model: str, error: str) -> Case:
     """A row with the name of a student that does not exist."""
-    return case(name, "distill", "digits", "--set", f"student.model={model}", says=says)
+    return case(name, "distill", "digits", "--set", f"student.model={model}", error=error)
 
 
-def module(name: str, content: str, says: str, *changes: str, role: str = "student") -> Case:
+def module(name: str, content: str, error: str, *changes: str, role: str = "student") -> Case:
     """A row with a module of the user's; every row's has a name of its own, for Python keeps what it has imported.
 
     Args:
@@ -26,15 +26,15 @@ def module(name: str, content: str, says: str, *changes: str, role: str = "stude
     """
     own = "own_" + "".join(letter if letter.isalnum() else "_" for letter in name)
     options = [part for change in (f"{role}.model={own}:build", *changes) for part in ("--set", change)]
-    return case(name, "distill", "digits", *options, says=says.replace("OWN", own), files={f"{own}.py": textwrap.dedent(content)})
+    return case(name, "distill", "digits", *options, error=error.replace("OWN", own), files={f"{own}.py": textwrap.dedent(content)})
 
 
-def builder(name: str, returned: str, says: str, *changes: str, role: str = "student") -> Case:
+def builder(name: str, returned: str, error: str, *changes: str, role: str = "student") -> Case:
     """A row with a function that returns an expression of ``num_classes``."""
-    return module(name, f"{PRELUDE}\ndef build(num_classes):\n    return {returned}\n", says, *changes, role=role)
+    return module(name, f"{PRELUDE}\ndef build(num_classes):\n    return {returned}\n", error, *changes, role=role)
 
 
-def network(name: str, forward: str, says: str, *changes: str, role: str = "student", init: str = "pass", more: str = "") -> Case:
+def network(name: str, forward: str, error: str, *changes: str, role: str = "student", init: str = "pass", more: str = "") -> Case:
     """A row with a network whose forward is a line, given ``x`` and a flat linear layer ``self.flat``."""
     content = f"""
 class Own(nn.Module):
@@ -51,23 +51,23 @@ class Own(nn.Module):
 def build(num_classes):
     return Own(num_classes)
 """
-    return module(name, PRELUDE + content, says, *changes, role=role)
+    return module(name, PRELUDE + content, error, *changes, role=role)
 
 
 NAMES = [
     named("a module that does not exist", "absent_module:build", "there is no module 'absent_module', neither in the working folder"),
     named("a package that does not exist", "absent.package:build", "there is no module 'absent'"),
-    named("a part that a package lacks", "torch.absent_part:build", "there is no module 'torch.absent_part'"),
+    named("a part that a package does not have", "torch.absent_part:build", "there is no module 'torch.absent_part'"),
     named("a module's file in place of its name", "absent.py:build", "without .py: absent"),
-    named("a module's path in place of its name", "folder/absent:build", "the module as in import, such as folder.absent:build"),
+    named("a module's path in place of its name", "folder/absent:build", "with an importable module name, such as folder.absent:build"),
     named("a module without a function", "absent:", "model 'absent:': must be module:function"),
     named("a function without a module", ":build", "unknown model ':build'"),
     named("a relative module", ".absent:build", "model '.absent:build': must be module:function"),
     named("a network without a name", "''", "unknown model ''"),
     named("a wide ResNet of more digits than Python reads", f"wrn{'9' * 5000}_1", "unknown model 'wrn999"),
-    named("a wide ResNet that is too shallow", "wrn4_1", "a wide ResNet's depth is 6n + 4"),
+    named("a wide ResNet that is too shallow", "wrn4_1", "the depth of a wide ResNet must be 6n + 4"),
     named("a segmenter of more digits than Python reads", f"small_fcn{'9' * 5000}", "unknown model 'small_fcn999"),
-    named("a segmenter for data with a label an image", "small_fcn4", "teacher and student disagree on the classes"),
+    named("a segmenter for data with a label an image", "small_fcn4", "teacher and student must return logits of the same shape"),
     named("a network of torchvision for one channel", "resnet18", "torchvision's networks take 3 channels, not 1"),
     named("a network for larger images", "timm:vit_tiny_patch16_224", "Input height (32) doesn't match model (224)"),
     named("a network that would be downloaded", "timm:hf_hub/x", "unknown model 'timm:hf_hub/x'"),
@@ -97,21 +97,21 @@ FUNCTIONS = [
     builder("a function that returns nothing", "None", "must return a torch.nn.Module, not NoneType"),
     builder("a function that returns a class", "nn.Linear", "must return a torch.nn.Module, not type"),
     builder("a network of several processes", f"nn.parallel.DistributedDataParallel(nn.Sequential({FLAT}))", "Default process group"),
-    builder("a network on the meta device", f"nn.Sequential({FLAT}).to('meta')", "1.weight is on the meta device, without values"),
+    builder("a network on the meta device", f"nn.Sequential({FLAT}).to('meta')", "1.weight is on the meta device and has no values"),
 ]
 WEIGHTS = [
     module(
         "one network for both roles",
         f"{PRELUDE}num_classes = 10\nONLY = nn.Sequential({FLAT})\n\ndef build(num_classes):\n    return ONLY\n",
-        "the student shares 1.weight with the teacher",
+        "the student's 1.weight shares memory with the teacher",
         "teacher.model=own_one_network_for_both_roles:build",
     ),
     builder("a student without parameters", "nn.Flatten()", "the student has no parameters to train"),
-    builder("a student without shapes", "nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))", "student's 1.weight has no shape yet"),
+    builder("a student without shapes", "nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))", "student's 1.weight is uninitialized"),
     builder(
-        "a teacher without shapes", "nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "teacher's 1.weight has no shape", role="teacher"
+        "a teacher without shapes", "nn.Sequential(nn.Flatten(), nn.LazyLinear(10))", "teacher's 1.weight is uninitialized", role="teacher"
     ),
-    builder("a student in float64", f"nn.Sequential({FLAT}).double()", "weights must be float32, and 1.weight is float64"),
+    builder("a student in float64", f"nn.Sequential({FLAT}).double()", "weights must be float32, but 1.weight is float64"),
     builder("a teacher in float64", f"nn.Sequential({FLAT}).double()", "the teacher cannot take data.image_size's 1×32×32", role="teacher"),
     builder("a frozen student", f"nn.Sequential({FLAT}).requires_grad_(False)", "the student has no parameters to train: all 2 of them"),
     builder("a frozen teacher", f"nn.Sequential({FLAT}).requires_grad_(False)", "the teacher has no parameters to train", role="teacher"),
@@ -136,7 +136,7 @@ WEIGHTS = [
     ),
 ]
 OUTPUTS = [
-    builder("a student of other classes", "nn.Sequential(nn.Flatten(), nn.Linear(1024, 7))", "the teacher gives (10,) logits an image"),
+    builder("a student of other classes", "nn.Sequential(nn.Flatten(), nn.Linear(1024, 7))", "the teacher returns (10,) per image"),
     builder(
         "a teacher of other classes than its data",
         "nn.Sequential(nn.Flatten(), nn.Linear(1024, 7))",
@@ -146,16 +146,21 @@ OUTPUTS = [
     builder("a student of other images", "nn.Sequential(nn.Flatten(), nn.Linear(784, 10))", "cannot take the generator's 1×32×32"),
     network("no output", "return None", "must return logits: a tensor, a tuple or list with one, or a dict"),
     network("a dict without logits", "return {'x': self.flat(x)}", "not dict with the keys 'x'"),
-    network("integers", "return self.flat(x).long()", "a dense tensor of floating-point numbers, not int64"),
-    network("complex numbers of a teacher", "return self.flat(x) + 0j", "the teacher must return logits as a dense tensor", role="teacher"),
+    network("integers", "return self.flat(x).long()", "a dense floating-point tensor, not int64"),
+    network(
+        "complex numbers of a teacher",
+        "return self.flat(x) + 0j",
+        "the teacher must return logits as a dense floating-point tensor",
+        role="teacher",
+    ),
     network("a sparse output", "return self.flat(x).to_sparse()", "not sparse"),
     network("an output elsewhere", "return self.flat(x).to('meta')", "on the device of its input, cpu, not on meta"),
     network("one number an image", "return self.flat(x)[:, 0]", "not (4,) for B = 4"),
     network("an axis too many", "return self.flat(x)[:, :, None]", "not (4, 10, 1) for B = 4"),
     network("one answer for a batch", "return self.flat(x).mean(0, keepdim=True)", "not (1, 10) for B = 4"),
     network("no logits at all", "return self.flat(x)[:, :0]", "not (4, 0) for B = 4"),
-    network("NaN of a student", "return self.flat(x) * float('nan')", "the student's logits have values that are NaN or infinite"),
-    network("infinity of a teacher", "return self.flat(x) / 0", "teacher's logits have values that are NaN or infinite", role="teacher"),
+    network("NaN of a student", "return self.flat(x) * float('nan')", "the student's logits contain NaN or infinite values"),
+    network("infinity of a teacher", "return self.flat(x) / 0", "teacher's logits contain NaN or infinite values", role="teacher"),
     network("logits that do not depend on weights", "return self.flat(x) * 0", "no gradient of the student's output reaches its"),
     network("logits without a graph", "return self.flat(x).detach()", "its output has no graph (torch.no_grad, detach"),
     network("a teacher without a gradient", "return self.flat(x.detach())", "no gradient through the teacher", role="teacher"),
@@ -208,12 +213,12 @@ OBJECTIVES = [
     case(
         "bn_moments of a teacher without batch norms",
         *("distill", "digits", "--set", "objective.bn_moments=1"),
-        says="objective.bn_moments: the teacher LeNet5 has no batch norm with running statistics",
+        error="objective.bn_moments: the teacher LeNet5 has no batch norm with running statistics",
     ),
     case(
         "class_nll of a generator without classes",
         *("distill", "digits", "--set", "objective.class_nll=1"),
-        says="need a conditional generator (generator.conditional = true)",
+        error="need a conditional generator (generator.conditional = true)",
     ),
     network(
         "bn_moments of a teacher that calls none of its batch norms",

@@ -9,7 +9,7 @@ import pytest
 
 from tests.bad_input import data, environment, finished_runs, memory, networks, options, outputs, recipes, weights
 from tests.bad_input.case import Case
-from tests.command_line import Run, Said
+from tests.command_line import CommandResult, Run
 
 AREAS = (data, environment, finished_runs, memory, networks, options, outputs, recipes, weights)
 CASES: list[Case] = [case for area in AREAS for case in area.CASES]
@@ -21,8 +21,8 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
-def in_own_process(case: Case, folder: Path) -> Said:
-    said = subprocess.run(
+def in_own_process(case: Case, folder: Path) -> CommandResult:
+    result = subprocess.run(
         [sys.executable, "-m", "dfkd_fast", *case.command],
         cwd=folder,
         env=os.environ | case.environment,
@@ -30,7 +30,7 @@ def in_own_process(case: Case, folder: Path) -> Said:
         text=True,
         check=False,
     )
-    return Said(said.returncode, said.stdout, said.stderr)
+    return CommandResult(result.returncode, result.stdout, result.stderr)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -46,11 +46,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(case: Case, run: Ru
     monkeypatch.setattr(sys, "path", [*sys.path])  # which a user's module makes longer
     for variable, value in case.environment.items():
         monkeypatch.setenv(variable, value)
-    said = in_own_process(case, tmp_path) if case.own_process else run(*case.command)
-    assert said.err.startswith("dfkd-fast: "), said.err
-    assert said.err.count("\n") == 1, said.err
-    assert case.says in said.err
-    assert said.code == 2
+    result = in_own_process(case, tmp_path) if case.own_process else run(*case.command)
+    assert result.err.startswith("dfkd-fast: "), result.err
+    assert result.err.count("\n") == 1, result.err
+    assert case.error in result.err
+    assert result.code == 2
     assert listing(tmp_path) == before
 
 

@@ -1,4 +1,4 @@
-"""Files of weights that are none, are damaged, hold something else, or belong to another network."""
+"""Files that are not weight files, are damaged, hold something else, or belong to another network."""
 
 import io
 import json
@@ -23,28 +23,28 @@ HEADER = "t.safetensors cannot be read: Error while deserializing header: "
 DOCTOR = ("doctor", "--teacher", "digits")
 
 
-def weights(name: str, content: Content, says: str, *options: str, file: str = "t.pt") -> Case:
+def weights(name: str, content: Content, error: str, *options: str, file: str = "t.pt") -> Case:
     """A row with a file that is given as the weights of a LeNet-5."""
-    return case(name, *DOCTOR, "--weights", file, *options, says=says, files={file: content})
+    return case(name, *DOCTOR, "--weights", file, *options, error=error, files={file: content})
 
 
-def header(name: str, content: bytes, says: str) -> Case:
+def header(name: str, content: bytes, error: str) -> Case:
     """A row with a safetensors file whose header is damaged."""
-    return weights(name, content, HEADER + says, file="t.safetensors")
+    return weights(name, content, HEADER + error, file="t.safetensors")
 
 
-def ours(name: str, entry: object, says: str) -> Case:
+def ours(name: str, entry: object, error: str) -> Case:
     """A row with a safetensors file of ours whose entry in the header is damaged."""
-    return weights(name, noted(entry), says, file="t.safetensors")
+    return weights(name, noted(entry), error, file="t.safetensors")
 
 
-def evaluated(name: str, metadata: object, says: str, *options: str) -> Case:
+def evaluated(name: str, metadata: object, error: str, *options: str) -> Case:
     """A row with a file that is to be evaluated, and says in its header what network it is."""
-    return case(name, "evaluate", "s.safetensors", *options, says=says, files={"s.safetensors": noted(metadata)})
+    return case(name, "evaluate", "s.safetensors", *options, error=error, files={"s.safetensors": noted(metadata)})
 
 
 def safetensors(header: object, data: int = 0, *, length: int | None = None) -> bytes:
-    """A file of the format, with so many bytes of tensors; a header that is no bytes is written as JSON."""
+    """A file of the format, with so many bytes of tensors; a header that is not bytes is written as JSON."""
     written = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(written) if length is None else length) + written + bytes(data)
 
@@ -123,8 +123,8 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-DAMAGED = "t.pt cannot be read: no PyTorch file of plain tensors, or damaged"
-NO_STATE = "t.pt hold no state dict: named tensors are needed, not a whole network or a training state; there are "
+DAMAGED = "t.pt cannot be read: it is damaged or not a PyTorch file of tensors"
+NO_STATE = "t.pt contain no state dict (named tensors); a pickled network or training state cannot be loaded; keys: "
 
 SAFETENSORS = [
     weights("an empty safetensors file", b"", "t.safetensors cannot be read: it is empty", file="t.safetensors"),
@@ -158,8 +158,8 @@ SAFETENSORS = [
         file="t.safetensors",
     ),
     weights("a name of 9000 letters", safetensors({"x" * 9000: tensor()}, 8), f"keys {'x' * 200}…", file="t.safetensors"),
-    ours("a header of ours that is a list", [1], "'dfkd_fast' in its header must be a table of strings"),
-    ours("a header of ours with numbers", {"sha256": 1}, "'dfkd_fast' in its header must be a table of strings"),
+    ours("a header of ours that is a list", [1], "'dfkd_fast' in its header must be a JSON object of strings"),
+    ours("a header of ours with numbers", {"sha256": 1}, "'dfkd_fast' in its header must be a JSON object of strings"),
     ours("a header of ours that is no JSON", "{", "t.safetensors cannot be read: Expecting property name"),
     ours("a header of ours that is nested", '{"x":' * 100_000, "t.safetensors cannot be read: maximum recursion depth exceeded"),
     ours("a header of ours with a long number", '{"x":' + "9" * 5000 + "}", "t.safetensors cannot be read: Exceeds the limit"),
@@ -170,7 +170,7 @@ RECIPES = [
     evaluated("an empty recipe in a header", student(""), "recipe in s.safetensors: name is missing"),
     evaluated("a nested recipe in a header", student("seed = " + "[" * 5000), "recipe in s.safetensors is nested too deeply"),
     evaluated("a recipe in a header with an unknown key", student("name = 'x'\nabsent = 1"), "in s.safetensors: unknown key 'absent'"),
-    evaluated("a recipe in a header that is no text", student("name = '\ud800'"), "recipe in s.safetensors: name has a NUL"),
+    evaluated("a recipe in a header that is not text", student("name = '\ud800'"), "recipe in s.safetensors: name has a NUL"),
     evaluated("a recipe in a header with an unknown network", student("name = 'x'\nstudent.model = 'absent'"), "unknown model 'absent'"),
     evaluated("code in a header", student("name = 'x'\nstudent.model = 'os:getcwd'"), "code that a file names runs only if"),
     evaluated("a header without a role", {"recipe": "name = 'x'"}, "has a recipe but no role in its metadata"),
@@ -186,17 +186,17 @@ PYTORCH = [
     weights("a tar of pickles", legacy_tar, DAMAGED),
     weights("a pickle that executes something", pickle.dumps(Executed()), DAMAGED),
     weights("a pickle of a million brackets", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", DAMAGED),
-    weights("an object among the tensors that executes something", saved(lambda state: {"a": Executed()}), "it needs posix.mkdir"),
-    weights("a whole network", saved(lambda state: build_model("lenet5", 10, 1)), "it needs dfkd_fast.models.classifiers.LeNet5"),
-    weights("a list of states", saved(lambda state: [state]), "hold no state dict but a list"),
-    weights("a tensor alone", saved(lambda state: torch.zeros(2)), "hold no state dict but a Tensor"),
+    weights("an object among the tensors that executes something", saved(lambda state: {"a": Executed()}), "it requires posix.mkdir"),
+    weights("a whole network", saved(lambda state: build_model("lenet5", 10, 1)), "it requires dfkd_fast.models.classifiers.LeNet5"),
+    weights("a list of states", saved(lambda state: [state]), "contain no state dict but a list"),
+    weights("a tensor alone", saved(lambda state: torch.zeros(2)), "contain no state dict but a Tensor"),
     weights("a dictionary of nothing", saved(lambda state: {}), "Missing keys 0.weight, 0.bias, 3.weight and 7 more"),
     weights("a dictionary of numbers", saved(lambda state: {"a": 1, 2: "b"}), f"{NO_STATE}'a', 2"),
     weights("a state at depth 200", saved(lambda state: nested(200)), f"{NO_STATE}'deeper'"),
     weights("tensors without names", saved(lambda state: dict(enumerate(state.values()))), f"{NO_STATE}0, 1, 2"),
-    weights("a pointer of Git LFS", "version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
-    weights("a web page", "<html>", "it is a web page: a download that failed"),
-    weights("an index of parts", '{"weight_map": {}}', "it is the index of a sharded file", file="t.json"),
+    weights("a pointer of Git LFS", "version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
+    weights("a web page", "<html>", "it is an HTML page, probably of a failed download"),
+    weights("an index of parts", '{"weight_map": {}}', "it is the index of a sharded checkpoint", file="t.json"),
 ]
 TENSORS = [
     weights("a missing tensor", saved(lambda state: state.__delitem__("0.weight")), "LeNet5: Missing keys 0.weight"),
@@ -208,10 +208,10 @@ TENSORS = [
     weights("floats of 8 bits", one("0.weight", lambda x: x.to(torch.float8_e4m3fn)), "0.weight is float8_e4m3fn: must be float16"),
     weights("NaN", one("0.weight", lambda x: x * torch.nan), "0.weight has 150 of 150 values that are NaN or infinite: must be finite"),
     weights("values that float32 lacks", one("0.weight", lambda x: x.double() * 1e300), "values that are infinite in float32"),
-    weights("a sparse tensor", one("0.bias", Tensor.to_sparse), "0.bias is sparse or nested (float32): a plain tensor is needed"),
-    weights("a tensor without values", one("0.bias", lambda x: x.to("meta")), "0.bias is without values (float32)"),
+    weights("a sparse tensor", one("0.bias", Tensor.to_sparse), "0.bias is sparse or nested (float32): must be a dense tensor"),
+    weights("a tensor without values", one("0.bias", lambda x: x.to("meta")), "0.bias is on the meta device (float32)"),
     weights("a nested tensor", one("0.bias", in_nested_tensor), "0.bias is sparse or nested (float32)"),
-    weights("two states that fit", saved(lambda state: {"a": state, "b": state}), "several states that fit the network, 'a' and 'b'"),
+    weights("two states that fit", saved(lambda state: {"a": state, "b": state}), "several state dicts that fit the network, 'a' and 'b'"),
     weights("a key that is not there", saved(), "the weights key 'absent' is not in the file", "--weights-key", "absent"),
     weights(
         "the key of another network",
@@ -219,43 +219,51 @@ TENSORS = [
         "t.pt under 'b' do not fit the network LeNet5",
         *("--weights-key", "b"),
     ),
-    weights("a state that holds itself", saved(lambda state: state.update(me=state)), "several states that fit the network, '.' and 'me'"),
-    weights("a part of a file", saved(lambda state: {"0.bias": state["0.bias"]}), "it is part 1 of 2", file="m-00001-of-00002.pt"),
+    weights(
+        "a state that holds itself", saved(lambda state: state.update(me=state)), "several state dicts that fit the network, '.' and 'me'"
+    ),
+    weights("a part of a file", saved(lambda state: {"0.bias": state["0.bias"]}), "the file is shard 1 of 2", file="m-00001-of-00002.pt"),
 ]
 PLACES = [
-    case("weights that are not there", *DOCTOR, "--weights", "absent.pt", says="absent.pt not found"),
-    weights("a folder", Path.mkdir, "t.pt are a folder: a file is needed"),
-    weights("a pipe", os.mkfifo, "t.pt are a pipe or a device: a file is needed"),
-    case("a device", *DOCTOR, "--weights", "/dev/zero", says="/dev/zero are a pipe or a device: a file is needed"),
+    case("weights that do not exist", *DOCTOR, "--weights", "absent.pt", error="absent.pt not found"),
+    weights("a folder", Path.mkdir, "t.pt must be a file, not a folder"),
+    weights("a pipe", os.mkfifo, "t.pt must be a file, not a pipe or device"),
+    case("a device", *DOCTOR, "--weights", "/dev/zero", error="/dev/zero must be a file, not a pipe or device"),
     weights("a link to itself", lambda path: path.symlink_to(path), "t.pt not found"),
-    case("the home folder of nobody", *DOCTOR, "--weights", "~nobody_at_all/t.pt", says="t.pt not found"),
+    case("the home folder of an unknown user", *DOCTOR, "--weights", "~nobody_at_all/t.pt", error="t.pt not found"),
     case(
-        "the home folder of nobody in a recipe",
+        "the home folder of an unknown user in a recipe",
         *DOCTOR,
         "--set",
         "teacher.weights=~nobody_at_all/t.pt",
-        says="t.pt not found",
+        error="t.pt not found",
     ),
-    case("a file's name of 300 letters", *DOCTOR, "--weights", "x" * 300, says="File name too long"),
-    case("a folder that is no run", "evaluate", ".", says=". holds neither student.safetensors nor teacher.safetensors"),
-    case("a pipe to evaluate", "evaluate", "t.pt", says="weights t.pt are a pipe or a device", files={"t.pt": os.mkfifo}),
+    case("a file's name of 300 letters", *DOCTOR, "--weights", "x" * 300, error="File name too long"),
+    case("a folder that is not a run", "evaluate", ".", error=". holds neither student.safetensors nor teacher.safetensors"),
+    case("a pipe to evaluate", "evaluate", "t.pt", error="weights t.pt must be a file, not a pipe or device", files={"t.pt": os.mkfifo}),
     weights("a file of another checksum", saved(), "teacher.sha256 = '00': the file", "--set", "teacher.sha256=00"),
-    case("a package without weights", *DOCTOR, "--weights", "package", says="model 'lenet5' needs a file of weights"),
+    case(
+        "a package without weights",
+        *DOCTOR,
+        "--weights",
+        "package",
+        error="model 'lenet5' needs a weights file, since nothing is downloaded",
+    ),
     case(
         "weights of another network for a distillation",
         *("distill", "digits", "--teacher", "t.pt"),
-        says="do not fit the network LeNet5: Missing keys",
+        error="do not fit the network LeNet5: Missing keys",
         files={"t.pt": saved(lambda state: {})},
     ),
     case(
         "an encoder of a network that has none",
         *("distill", "digits", "--set", "student.encoder_weights=teacher"),
-        says="encoder_weights: the network LeNet5 has no encoder",
+        error="encoder_weights: the network LeNet5 has no encoder",
     ),
     case(
         "weights of a network that takes other images",
         *("evaluate", "t.pt", "--recipe", "digits", "--role", "teacher", "--set", "data.image_size=36"),
-        says="the teacher cannot take data.image_size's 1×36×36 images",
+        error="the teacher cannot take data.image_size's 1×36×36 images",
         files={"t.pt": saved()},
     ),
 ]

@@ -11,8 +11,8 @@ from bench import report
 from bench.gpu.records import Record, Status
 from bench.micro.rows import Row
 from bench.provenance import ROOT, measured_on
-from bench.report.figures import Figures
 from bench.report.markdown import END
+from bench.report.results import Results
 from bench.table import cells
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -109,7 +109,7 @@ def write(path: Path, records: Iterable[Record]) -> Path:
 def root(tmp_path: Path) -> Path:
     """A checkout with the current documents and without results."""
     root = tmp_path / "root"
-    for name in ("README.md", "docs/gpu.md"):
+    for name in report.documents(Results(root)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     (root / "bench" / "results").mkdir(parents=True)
@@ -119,7 +119,7 @@ def root(tmp_path: Path) -> Path:
 
 def shown(root: Path, begin: str) -> str:
     """Return the table under a marker in a document."""
-    name = next(name for name, sections in report.documents(Figures(root)).items() if begin in sections)
+    name = next(name for name, sections in report.documents(Results(root)).items() if begin in sections)
     return (root / name).read_text().partition(begin)[2].partition(END)[0].strip()
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from bench import evaluation
-from dfkd_fast.data import ImageList, read_listing
+from dfkd_fast.data import ImageList, list_test_images
 from dfkd_fast.errors import DfkdError
-from tests.pictures import jpeg, noise
+from tests.image_files import jpeg, noise
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="nvidia-dali is not installed")
@@ -18,7 +18,7 @@ def listing(tmp_path: Path) -> ImageList:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(noise(270, 300, number)))
     (tmp_path / "list.txt").write_text("".join(f"{number}.jpg {number}\n" for number in range(3)))
-    return read_listing("list", tmp_path / "list.txt")
+    return list_test_images("list", tmp_path / "list.txt")
 
 
 @needs_dali

@@ -11,17 +11,17 @@ from bench import provenance, report, table
 from bench.gpu.records import Record
 from bench.provenance import ROOT
 from bench.report import gpu
-from bench.report.figures import Figures, is_gpu
+from bench.report.results import Results, is_gpu
 from dfkd_fast.engine.device import device_name
 from tests.bench.invented_gpus import H100, H200, Device, all_files, column, shown, write
 from tests.bench.invented_gpus import root as root
 
 
 def test_without_a_gpu_every_table_is_one_line(root: Path) -> None:
-    figures = Figures(root / "bench" / "results")
-    assert set(gpu.sections(figures).values()) == {gpu.NOT_MEASURED}
-    assert set(gpu.readme_sections(figures).values()) == {gpu.README_NOT_MEASURED}
-    assert (root / "docs" / "gpu.md").read_text().count(gpu.NOT_MEASURED) == len(gpu.sections(figures))
+    results = Results(root / "bench" / "results")
+    assert set(gpu.sections(results).values()) == {gpu.NOT_MEASURED}
+    assert set(gpu.extracts(results).values()) == {gpu.EXTRACT_NOT_MEASURED}
+    assert (root / "docs" / "gpu.md").read_text().count(gpu.NOT_MEASURED) == len(gpu.sections(results))
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -47,8 +47,8 @@ def test_each_device_has_its_own_column(root: Path, tmp_path: Path, together: bo
     text = "last 97.50 (seed 0: 98.00, seed 1: 97.00), best 98.00, teacher 99.00, largest drop 0.25, {} s"
     assert column(shown(root, gpu.ACCURACY), H200)[run] == text.format(40)
     assert column(shown(root, gpu.ACCURACY), H100)[run] == text.format(80)
-    assert column(shown(root, gpu.README_KERNELS), H100)["ema", "resnet50", "float32"].startswith("cuda 20 µs")
-    assert column(shown(root, gpu.README_END_TO_END), H200)["`cifar10-dfad`", "256", "bf16"].startswith("0.2 s/iteration")
+    assert column(shown(root, gpu.KERNEL_EXTRACT), H100)["ema", "resnet50", "float32"].startswith("cuda 20 µs")
+    assert column(shown(root, gpu.END_TO_END_EXTRACT), H200)["`cifar10-dfad`", "256", "bf16"].startswith("0.2 s/iteration")
 
 
 def test_the_ten_most_expensive_kernels_of_each_device_are_listed(root: Path, tmp_path: Path) -> None:
@@ -122,10 +122,10 @@ def test_results_of_a_gpu_are_not_in_the_tables_of_a_cpu(root: Path, tmp_path: P
     cpu = table.read(ROOT / "bench" / "results" / "micro-x86_64-avx2-2-threads.csv")
     table.write(root / "bench" / "results" / "micro-x86_64-avx2-2-threads.csv", tuple(cpu[0]), cpu)
     report.main((), root)
-    before = report.readme.sections(Figures(root / "bench" / "results"))
+    before = report.cpu.sections(Results(root / "bench" / "results"))
     report.main([write(tmp_path / "one.jsonl", Device(H200, 1).everything())], root)
-    assert report.readme.sections(Figures(root / "bench" / "results")) == before
-    assert not any("x86_64" in text for text in gpu.sections(Figures(root / "bench" / "results")).values())
+    assert report.cpu.sections(Results(root / "bench" / "results")) == before
+    assert not any("x86_64" in text for text in gpu.sections(Results(root / "bench" / "results")).values())
     assert not is_gpu(device_name(torch.device("cpu")))
 
 
@@ -182,7 +182,7 @@ def test_any_name_stays_in_its_cell(root: Path, tmp_path: Path, name: str) -> No
     before = all_files(root)
     report.main((), root)
     assert all_files(root) == before
-    for begin in [*gpu.sections(Figures(root)), *gpu.readme_sections(Figures(root))]:
+    for begin in [*gpu.sections(Results(root)), *gpu.extracts(Results(root))]:
         text = shown(root, begin)
         for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
@@ -205,7 +205,7 @@ def test_a_campaign_whose_stages_were_all_killed_is_stored_and_removes_no_result
     assert column(shown(root, gpu.ENVIRONMENT), H200)["a large copy (GB/s)",] == f"4000{old}"
     case = ("plain", "resnet50", "float32", "contiguous", "update")
     assert column(shown(root, gpu.KERNELS), H200)[case] == f"cuda 10 µs, 91 %, 2.00 × foreach_lerp†, triton wrong{old}"
-    for begin in (gpu.END_TO_END, gpu.README_END_TO_END, gpu.README_KERNELS):
+    for begin in (gpu.END_TO_END, gpu.END_TO_END_EXTRACT, gpu.KERNEL_EXTRACT):
         assert all(cell.endswith(old) for cell in column(shown(root, begin), H200).values())
     (cell,) = column(shown(root, gpu.ACCURACY), H200).values()
     assert f"(seed 0: 98.00{old}, seed 1: 97.00{old})" in cell
@@ -215,7 +215,7 @@ def test_a_campaign_whose_stages_were_all_killed_is_stored_and_removes_no_result
         assert "def5678" not in shown(root, begin)
     report.main([write(tmp_path / "three.jsonl", Device(H200, 1, commit="def5678").everything())], root)
     assert "abc1234" not in "".join(
-        text for sections in report.documents(Figures(root / "bench" / "results")).values() for text in sections.values()
+        text for sections in report.documents(Results(root / "bench" / "results")).values() for text in sections.values()
     )
 
 
@@ -283,7 +283,7 @@ def test_a_run_folder_is_added_with_the_current_commit(root: Path, tmp_path: Pat
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "run" / "recipe.toml").write_text('[data]\nname = "mnist"\nroot = "/data"\n')
     report.main([tmp_path / "run"], root)
-    (entry,) = Figures(root / "bench" / "results").runs
+    (entry,) = Results(root / "bench" / "results").runs
     assert entry["command"] == "dfkd-fast distill mnist-dfad --seed 3 --data-root DIR"
     assert entry["commit"] == provenance.commit()
     assert list(column(shown(root, gpu.ACCURACY), H200)) == [

@@ -152,12 +152,12 @@ def test_devices_whose_files_would_have_the_same_name_are_not_mixed(root: Path, 
     assert all_files(root) == before
 
 
-def test_a_wrong_result_s_error_need_not_be_finite(root: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_wrong_result_may_be_infinite_or_nan(root: Path, tmp_path: Path) -> None:
     report.main([write(tmp_path / "one.jsonl", [Device(H200, 1).kernel("cuda", 0, status="wrong: NaN", error=NAN)])], root)
     assert "cuda wrong" in shown(root, gpu.KERNELS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/gpu.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/gpu.md"])
 def test_a_document_without_the_markers_of_a_table_is_refused_before_anything_is_written(root: Path, tmp_path: Path, name: str) -> None:
     (root / name).write_text("nothing\n")
     before = all_files(root)

@@ -1,4 +1,4 @@
-"""What every kind of augmented split must hold to."""
+"""A check of random augmentation for all kinds of splits."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ __all__ = ["check_draws"]
 
 
 def check_draws(data: Any) -> None:
-    """The same crops with the same seed, and others from draw to draw."""
+    """Asserts that augmentation is reproducible with the same seed, and differs between accesses and seeds."""
     draws = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)

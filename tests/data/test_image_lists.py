@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from timm.data.imagenet_info import ImageNetInfo
 
-from dfkd_fast.data import DATA_SETS, DataSettings, open_split, read_listing
+from dfkd_fast.data import DATA_SETS, DataSettings, list_test_images, open_split
 from dfkd_fast.data.image_lists import IMAGENET
 from dfkd_fast.errors import DfkdError
 
@@ -16,24 +16,27 @@ def touch(*paths: Path) -> None:
         path.write_bytes(b"")
 
 
-def test_a_folder_a_class_is_numbered_by_name_and_files_are_sorted(tmp_path: Path) -> None:
+def test_class_folders_are_numbered_by_name_and_files_are_sorted(tmp_path: Path) -> None:
     touch(tmp_path / "val/b/2.png", tmp_path / "val/b/1.JPEG", tmp_path / "val/a/x/deep.jpg", tmp_path / "val/a/notes.txt")
     (tmp_path / "val/c").mkdir()
-    listing = read_listing("folder", tmp_path)
-    assert [path.name for path in listing.paths] == ["deep.jpg", "1.JPEG", "2.png"]
-    assert (listing.labels, listing.classes, listing.note) == ((0, 1, 1), 3, None)
+    image_list = list_test_images("folder", tmp_path)
+    assert [path.name for path in image_list.paths] == ["deep.jpg", "1.JPEG", "2.png"]
+    assert (image_list.labels, image_list.classes, image_list.note) == ((0, 1, 1), 3, None)
 
 
-@pytest.mark.parametrize("below", ["val", "."])
-def test_imagenets_wordnet_ids_sort_into_its_classes(tmp_path: Path, below: str) -> None:
-    touch(*(tmp_path / below / wnid / "image.JPEG" for wnid in reversed(IMAGENET)))
-    listing = read_listing("imagenet", tmp_path)
-    assert listing.labels == tuple(range(1000))
-    assert listing.paths[7].parent.name == "n01514668"  # a cock
-    assert listing.note == f"{tmp_path} has 1,000 of the 50,000 validation images of imagenet: what is measured is no imagenet accuracy"
+@pytest.mark.parametrize("subfolder", ["val", "."])
+def test_imagenets_wordnet_ids_are_numbered_in_sorted_order(tmp_path: Path, subfolder: str) -> None:
+    touch(*(tmp_path / subfolder / wnid / "image.JPEG" for wnid in reversed(IMAGENET)))
+    image_list = list_test_images("imagenet", tmp_path)
+    assert image_list.labels == tuple(range(1000))
+    assert image_list.paths[7].parent.name == "n01514668"  # a cock
+    assert (
+        image_list.note
+        == f"{tmp_path} has 1,000 of the 50,000 validation images of imagenet: the result is not comparable to published imagenet accuracy"
+    )
 
 
-def test_imagenets_classes_are_in_the_order_of_others() -> None:
+def test_imagenets_classes_have_timms_order() -> None:
     assert list(IMAGENET) == ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
 
 
@@ -46,33 +49,31 @@ def test_imagenets_classes_are_in_the_order_of_others() -> None:
         pytest.param(["000", "010", "0999"], (0, 10, 999), id="numbers with zeros in front"),
     ],
 )
-def test_some_of_imagenets_folders_have_the_numbers_they_have_among_all(
-    tmp_path: Path, folders: list[str], labels: tuple[int, ...]
-) -> None:
+def test_a_subset_of_imagenets_folders_keeps_imagenets_labels(tmp_path: Path, folders: list[str], labels: tuple[int, ...]) -> None:
     touch(*(tmp_path / "val" / name / "1.JPEG" for name in folders))
-    listing = read_listing("imagenet", tmp_path)
-    assert (listing.labels, listing.classes) == (labels, 1000)
-    assert str(listing.note).startswith(
-        f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {IMAGENET[labels[0]]} to {IMAGENET[max(labels)]},"
-        f" and predictions are of all 1,000; {tmp_path} has "
+    image_list = list_test_images("imagenet", tmp_path)
+    assert (image_list.labels, image_list.classes) == (labels, 1000)
+    assert str(image_list.note).startswith(
+        f"{tmp_path / 'val'} has {len(folders)} of ImageNet's 1,000 classes, {IMAGENET[labels[0]]} to {IMAGENET[max(labels)]};"
+        f" predictions are over all 1,000; {tmp_path} has "
     )
 
 
-def test_folders_that_are_no_classes_of_imagenet_are_named(tmp_path: Path) -> None:
+def test_folders_that_are_not_imagenet_classes_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "val/n01440764/1.JPEG", tmp_path / "val/tench/1.JPEG", tmp_path / "val/1000/1.JPEG")
     with pytest.raises(DfkdError, match=r"2 of 3 folders are not ImageNet classes, the first is '1000'; .* such as n01440764"):
-        read_listing("imagenet", tmp_path)
+        list_test_images("imagenet", tmp_path)
 
 
-def test_a_teacher_for_imagenet_is_trained_on_all_of_its_classes(tmp_path: Path) -> None:
+def test_imagenet_training_requires_images_of_every_class(tmp_path: Path) -> None:
     colour = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    wanted = DataSettings(name="imagenet", root=str(tmp_path), num_classes=1000, **colour)  # type: ignore[arg-type]
+    settings = DataSettings(name="imagenet", root=str(tmp_path), num_classes=1000, **colour)  # type: ignore[arg-type]
     touch(*(tmp_path / "train" / str(number) / "1.JPEG" for number in range(1000)))
-    split: Any = open_split(wanted, "train")
+    split: Any = open_split(settings, "train")
     assert [int(Path(path).parent.name) for path in split.paths] == list(split.labels)
     (tmp_path / "train/7/1.JPEG").unlink()
     with pytest.raises(DfkdError, match="train has no images of 1 of 1000 classes, the first is n01514668"):
-        open_split(wanted, "train")
+        open_split(settings, "train")
 
 
 @pytest.mark.parametrize(
@@ -90,41 +91,45 @@ def test_a_teacher_for_imagenet_is_trained_on_all_of_its_classes(tmp_path: Path)
     ],
 )
 @pytest.mark.parametrize("junk", [(), ("val/.ipynb_checkpoints/1.JPEG", "val/._1.JPEG")])
-def test_imagenets_images_in_one_folder_have_the_classes_of_a_file_beside_them(
+def test_imagenet_images_in_one_folder_take_their_labels_from_a_label_file(
     tmp_path: Path, name: str, text: str, junk: tuple[str, ...]
 ) -> None:
     touch(tmp_path / "val/1.JPEG", tmp_path / "val/2.JPEG", *(tmp_path / path for path in junk))
     (tmp_path / name).write_bytes(text.encode())
-    listing = read_listing("imagenet", tmp_path)
-    assert [path.name for path in listing.paths] == ["1.JPEG", "2.JPEG"]
-    assert (listing.labels, listing.classes) == ((217, 0), 1000)
-    assert str(listing.note).startswith(f"classes are those of {tmp_path / name}; ")
+    image_list = list_test_images("imagenet", tmp_path)
+    assert [path.name for path in image_list.paths] == ["1.JPEG", "2.JPEG"]
+    assert (image_list.labels, image_list.classes) == ((217, 0), 1000)
+    assert str(image_list.note).startswith(f"labels are read from {tmp_path / name}; ")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("val.txt", "1.JPEG 1000\n", r"val\.txt, line 1: '1\.JPEG 1000' must be a name and a WordNet id or a number, 0 to 999"),
+        ("val.txt", "1.JPEG 1000\n", r"val\.txt, line 1: '1\.JPEG 1000' must be an image name and a WordNet ID or number, 0 to 999"),
         ("val.txt", "1.JPEG 0\n2.JPEG\n", r"val\.txt, line 2: '2\.JPEG' must be"),
-        ("val.txt", "1.JPEG 0\n2.JPEG 1\n1.JPEG 1\n", r"val\.txt, line 3: '1\.JPEG' is of another class than in an earlier line"),
-        ("val.txt", "3.JPEG 0\n", r"val\.txt has no class of 2 of the 2 images in .*val, the first 1\.JPEG"),
+        ("val.txt", "1.JPEG 0\n2.JPEG 1\n1.JPEG 1\n", r"val\.txt, line 3: '1\.JPEG' has a different class on an earlier line"),
+        ("val.txt", "3.JPEG 0\n", r"val\.txt has no label for 2 of the 2 images in .*val, the first is 1\.JPEG"),
         ("labels.csv", "name,class\n1.JPEG,tench\n", r"labels\.csv, line 2: '1\.JPEG,tench' must be"),
-        ("ILSVRC2012_validation_ground_truth.txt", "490\n361\n", r"are read from val\.txt, .* are in another order and cannot be used"),
+        (
+            "ILSVRC2012_validation_ground_truth.txt",
+            "490\n361\n",
+            r"must be in one of val\.txt, .* have a different order and cannot be used",
+        ),
     ],
 )
-def test_a_file_of_imagenets_classes_that_cannot_be_used_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_an_invalid_label_file_for_imagenet_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     touch(tmp_path / "val/1.JPEG", tmp_path / "val/2.JPEG")
     (tmp_path / name).write_text(text)
-    with pytest.raises(DfkdError, match=message) as refused:
-        read_listing("imagenet", tmp_path)
-    assert "\n" not in str(refused.value)
+    with pytest.raises(DfkdError, match=message) as caught:
+        list_test_images("imagenet", tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 JUNK = ("._1.png", ".1.png", ".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt", ".ipynb_checkpoints/1-checkpoint.png")
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet", "places365"])
-def test_what_other_programs_leave_beside_images_is_none_of_them(tmp_path: Path, name: str) -> None:
+def test_files_and_folders_of_other_programs_are_ignored(tmp_path: Path, name: str) -> None:
     classes = {"folder": ("a", "b"), "imagenet": ("n01440764", "n01443537"), "places365": ("place0", "place1")}[name]
     write_places365(tmp_path, None)
     (tmp_path / "val").mkdir()
@@ -134,38 +139,43 @@ def test_what_other_programs_leave_beside_images_is_none_of_them(tmp_path: Path,
     touch(*(tmp_path / "val" / folder / file for folder in classes for file in ("1.PNG", "2.jpeg", *JUNK)))
     touch(*(tmp_path / "val" / folder / "1.png" for folder in (".ipynb_checkpoints", ".Trash-1000", "__MACOSX", "@eaDir", "lost+found")))
     touch(tmp_path / "val/.DS_Store", tmp_path / "val/stray.png")
-    listing = read_listing(name, tmp_path)
-    assert [str(path.relative_to(tmp_path / "val")) for path in listing.paths] == [
+    image_list = list_test_images(name, tmp_path)
+    assert [str(path.relative_to(tmp_path / "val")) for path in image_list.paths] == [
         f"{folder}/{file}" for folder in classes for file in ("1.PNG", "2.jpeg")
     ]
-    assert listing.labels == (0, 0, 1, 1)
+    assert image_list.labels == (0, 0, 1, 1)
 
 
-def test_class_folders_and_images_may_be_links_and_folders_of_an_images_name_are_looked_into(tmp_path: Path) -> None:
+def test_symbolic_links_are_followed_and_folders_with_an_image_extension_are_searched(tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere/cats/1.png", tmp_path / "val/b/old.png/2.png")
     (tmp_path / "val/a").symlink_to(tmp_path / "elsewhere/cats")
     (tmp_path / "val/b/3.png").symlink_to(tmp_path / "elsewhere/cats/1.png")
     (tmp_path / "val/b/more").symlink_to(tmp_path / "elsewhere/cats")
     (tmp_path / "val/broken").symlink_to(tmp_path / "nowhere")
-    listing = read_listing("folder", tmp_path)
-    assert [str(path.relative_to(tmp_path / "val")) for path in listing.paths] == ["a/1.png", "b/3.png", "b/more/1.png", "b/old.png/2.png"]
-    assert (listing.labels, listing.classes) == ((0, 1, 1, 1), 2)
+    image_list = list_test_images("folder", tmp_path)
+    assert [str(path.relative_to(tmp_path / "val")) for path in image_list.paths] == [
+        "a/1.png",
+        "b/3.png",
+        "b/more/1.png",
+        "b/old.png/2.png",
+    ]
+    assert (image_list.labels, image_list.classes) == ((0, 1, 1, 1), 2)
 
 
-def test_a_link_to_a_folder_above_counts_no_image_again(tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_does_not_duplicate_images(tmp_path: Path) -> None:
     touch(tmp_path / "val/a/1.png", tmp_path / "val/b/below/2.png")
     (tmp_path / "val/a/again").symlink_to(".")
     (tmp_path / "val/b/below/above").symlink_to("../..")
-    listing = read_listing("folder", tmp_path)
-    assert ([path.name for path in listing.paths], listing.labels) == (["1.png", "2.png"], (0, 1))
+    image_list = list_test_images("folder", tmp_path)
+    assert ([path.name for path in image_list.paths], image_list.labels) == (["1.png", "2.png"], (0, 1))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_read_permission_is_named(tmp_path: Path) -> None:
     touch(tmp_path / "val/a/1.png", tmp_path / "val/b/1.png")
     (tmp_path / "val/b").chmod(0)
     with pytest.raises(DfkdError, match=r"val/b cannot be read: \[Errno 13\]"):
-        read_listing("folder", tmp_path)
+        list_test_images("folder", tmp_path)
 
 
 def categories() -> list[str]:
@@ -182,42 +192,42 @@ def write_places365(root: Path, listed: str | None) -> None:
 
 
 @pytest.mark.parametrize("folder", ["val_256", "val_large"])
-def test_places365_takes_its_classes_from_its_own_list(tmp_path: Path, folder: str) -> None:
+def test_places365_takes_its_labels_from_places365_val(tmp_path: Path, folder: str) -> None:
     write_places365(tmp_path, "Places365_val_00000001.jpg 165\nPlaces365_val_00000002.jpg 6\n")
     (tmp_path / folder).mkdir()
-    listing = read_listing("places365", tmp_path)
-    assert listing.paths == tuple(tmp_path / folder / f"Places365_val_0000000{number}.jpg" for number in (1, 2))
-    assert (listing.labels, listing.classes) == ((165, 6), 365)
-    assert "of the 36,500" in str(listing.note)
+    image_list = list_test_images("places365", tmp_path)
+    assert image_list.paths == tuple(tmp_path / folder / f"Places365_val_0000000{number}.jpg" for number in (1, 2))
+    assert (image_list.labels, image_list.classes) == ((165, 6), 365)
+    assert "of the 36,500" in str(image_list.note)
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_places365_in_folders_takes_its_classes_from_the_category_file(tmp_path: Path, nested: bool) -> None:
+def test_places365_in_category_folders_takes_its_labels_from_the_category_file(tmp_path: Path, nested: bool) -> None:
     write_places365(tmp_path, None)
     for name in categories():
         parts = name.strip("/").split("/")
         (tmp_path / "val" / (Path(*parts) if nested else Path("-".join(parts[1:])))).mkdir(parents=True)
     where = tmp_path / "val" / ("a/apartment_building/outdoor" if nested else "apartment_building-outdoor")
     touch(where / "1.jpg")
-    listing = read_listing("places365", tmp_path)
-    assert (listing.paths, listing.labels) == ((where / "1.jpg",), (5,))
+    image_list = list_test_images("places365", tmp_path)
+    assert (image_list.paths, image_list.labels) == ((where / "1.jpg",), (5,))
 
 
 @pytest.mark.parametrize(
-    ("listed", "message"), [("a.jpg 365\n", "classes run from 365 to 365, allowed are 0 to 364"), ("a.jpg\n", "line 1: 'a.jpg' must be")]
+    ("listed", "message"), [("a.jpg 365\n", "class numbers are 365 to 365, must be 0 to 364"), ("a.jpg\n", "line 1: 'a.jpg' must be")]
 )
-def test_places365_with_a_wrong_list_is_refused(tmp_path: Path, listed: str, message: str) -> None:
+def test_places365_with_an_invalid_list_is_refused(tmp_path: Path, listed: str, message: str) -> None:
     write_places365(tmp_path, listed)
     (tmp_path / "val_256").mkdir()
     with pytest.raises(DfkdError, match=message):
-        read_listing("places365", tmp_path)
+        list_test_images("places365", tmp_path)
 
 
-def test_a_list_names_files_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("one picture.jpg 3\n\nsub/two.png 0\n")
-    listing = read_listing("list", tmp_path / "list.txt")
-    assert listing.paths == (tmp_path / "one picture.jpg", tmp_path / "sub/two.png")
-    assert (listing.labels, listing.classes) == ((3, 0), 4)
+def test_paths_in_a_list_are_relative_to_the_list(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("one image.jpg 3\n\nsub/two.png 0\n")
+    image_list = list_test_images("list", tmp_path / "list.txt")
+    assert image_list.paths == (tmp_path / "one image.jpg", tmp_path / "sub/two.png")
+    assert (image_list.labels, image_list.classes) == ((3, 0), 4)
 
 
 @pytest.mark.parametrize(
@@ -231,36 +241,34 @@ def test_a_list_names_files_beside_it(tmp_path: Path) -> None:
         pytest.param(b"../a.png 1\n/tmp/b.png 007\n", ("../a.png", "/tmp/b.png"), (1, 7), id="other folders, zeros in front"),
     ],
 )
-def test_lists_are_read_as_other_programs_write_them(
-    tmp_path: Path, content: bytes, files: tuple[str, ...], labels: tuple[int, ...]
-) -> None:
+def test_lists_of_other_programs_are_read(tmp_path: Path, content: bytes, files: tuple[str, ...], labels: tuple[int, ...]) -> None:
     (tmp_path / "list.txt").write_bytes(content)
-    listing = read_listing("list", tmp_path / "list.txt")
-    assert (listing.paths, listing.labels) == (tuple(tmp_path / name for name in files), labels)
-    assert listing.note is None
+    image_list = list_test_images("list", tmp_path / "list.txt")
+    assert (image_list.paths, image_list.labels) == (tuple(tmp_path / name for name in files), labels)
+    assert image_list.note is None
 
 
-def test_a_list_that_names_files_twice_says_so(tmp_path: Path) -> None:
+def test_duplicate_lines_in_a_list_are_noted(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.png 0\nb.png 1\na.png 0\n")
-    listing = read_listing("list", tmp_path / "list.txt")
-    assert len(listing) == 3
-    assert "has 1 lines of files that it had before" in str(listing.note)
+    image_list = list_test_images("list", tmp_path / "list.txt")
+    assert len(image_list) == 3
+    assert "has 1 duplicate lines" in str(image_list.note)
 
 
 @pytest.mark.parametrize(
-    ("name", "made", "message"),
+    ("name", "files", "message"),
     [
         ("folder", [], "has no folder val or test"),
-        ("folder", ["val/image.jpg"], "has no folders, one a class is expected"),
-        ("folder", ["val/a/notes.txt"], "no images in it"),
-        ("imagenet", ["val/ILSVRC2012_val_00000001.JPEG"], "has images and no class folders"),
-        ("imagenet", ["val/.DS_Store"], "has no folders, one a class is expected"),
+        ("folder", ["val/image.jpg"], "has no folders, one per class is expected"),
+        ("folder", ["val/a/notes.txt"], "contains no images"),
+        ("imagenet", ["val/ILSVRC2012_val_00000001.JPEG"], "has images but no class folders"),
+        ("imagenet", ["val/.DS_Store"], "has no folders, one per class is expected"),
         ("places365", ["val_256/a.jpg"], "categories_places365.txt cannot be read"),
         ("list", ["val/a/1.jpg"], "cannot be read"),
     ],
 )
-def test_what_is_laid_out_otherwise_is_said_in_one_line(tmp_path: Path, name: str, made: list[str], message: str) -> None:
-    touch(*(tmp_path / path for path in made))
-    with pytest.raises(DfkdError, match=message) as refused:
-        read_listing(name, tmp_path)
-    assert "\n" not in str(refused.value)
+def test_an_unsupported_layout_is_refused_in_one_line(tmp_path: Path, name: str, files: list[str], message: str) -> None:
+    touch(*(tmp_path / path for path in files))
+    with pytest.raises(DfkdError, match=message) as caught:
+        list_test_images(name, tmp_path)
+    assert "\n" not in str(caught.value)

@@ -26,8 +26,8 @@ def noise(*shape: int) -> Pixels:
     return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
 
 
-def settings(name: Any, root: Path | None = None, **others: Any) -> DataSettings:
-    return DataSettings(name=name, root=str(root or ""), **others)
+def make_settings(name: Any, root: Path | None = None, **changes: Any) -> DataSettings:
+    return DataSettings(name=name, root=str(root or ""), **changes)
 
 
 def images_of(split: Any) -> tuple[Tensor, list[int]]:
@@ -35,13 +35,13 @@ def images_of(split: Any) -> tuple[Tensor, list[int]]:
     return torch.stack(images), [int(label) for label in labels]
 
 
-def normalised(images: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def normalized(images: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
     scaled: np.ndarray[Any, np.dtype[np.float64]] = (images / 255 - np.array(mean)) / np.array(std)
     return scaled.transpose(0, 3, 1, 2)
 
 
 def digit_rows(split: Split) -> tuple[list[bytes], list[int]]:
-    images, labels = images_of(open_split(settings("digits", image_size=8, mean=(0.0,), std=(1.0,)), split))
+    images, labels = images_of(open_split(make_settings("digits", image_size=8, mean=(0.0,), std=(1.0,)), split))
     return [np.rint(16 * image.numpy()).astype(np.uint8).tobytes() for image in images], labels
 
 
@@ -55,7 +55,7 @@ def test_digits_are_split_into_disjoint_stratified_quarters() -> None:
         assert test_labels.count(digit) == pytest.approx(count / 4, abs=1)
 
 
-def test_digits_are_split_the_same_whatever_the_seed() -> None:
+def test_the_split_of_digits_does_not_depend_on_the_seed() -> None:
     np.random.seed(1)
     first = digit_rows("test")
     np.random.seed(2)
@@ -79,9 +79,9 @@ def write_mnist(root: Path, folder: str) -> Path:
 @pytest.mark.parametrize(("split", "count"), [("train", 7), ("test", 5)])
 def test_mnist_is_read_from_torchvisions_layout(tmp_path: Path, name: str, folder: str, split: Split, count: int) -> None:
     write_mnist(tmp_path, folder)
-    images, labels = images_of(open_split(settings(name, tmp_path, image_size=28, mean=(0.1,), std=(0.3,)), split))
+    images, labels = images_of(open_split(make_settings(name, tmp_path, image_size=28, mean=(0.1,), std=(0.3,)), split))
     assert labels == list(range(count))
-    np.testing.assert_allclose(images.numpy(), normalised(noise(count, 28, 28)[..., None], (0.1,), (0.3,)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(images.numpy(), normalized(noise(count, 28, 28)[..., None], (0.1,), (0.3,)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -94,30 +94,30 @@ def test_mnist_is_read_from_torchvisions_layout(tmp_path: Path, name: str, folde
     ],
 )
 @pytest.mark.parametrize("part", ["images-idx3", "labels-idx1"])
-def test_a_damaged_mnist_is_an_error_for_the_user(tmp_path: Path, damage: bytes, part: str) -> None:
+def test_a_damaged_mnist_file_is_a_one_line_error(tmp_path: Path, damage: bytes, part: str) -> None:
     raw = write_mnist(tmp_path, "MNIST")
     (raw / f"t10k-{part}-ubyte").write_bytes(damage)
     with pytest.raises(DfkdError, match=r"MNIST in torchvision's layout: \S|data set 'mnist', test: "):
-        open_split(settings("mnist", tmp_path), "test")
+        open_split(make_settings("mnist", tmp_path), "test")
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
 def test_a_root_without_the_data_set_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DfkdError, match=f"data.root {tmp_path} does not hold .* in torchvision's layout: Dataset not found"):
-        open_split(settings(name, tmp_path, **({} if "mnist" in name else COLOUR)), "test")
+        open_split(make_settings(name, tmp_path, **({} if "mnist" in name else COLOUR)), "test")
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder"])
-def test_a_root_that_is_not_given_or_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
+def test_a_missing_or_empty_root_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DfkdError, match=f"data.root = '': data set '{name}' needs the folder"):
-        open_split(settings(name), "test")
+        open_split(make_settings(name), "test")
     with pytest.raises(DfkdError, match=r"data\.root .*absent does not exist"):
-        open_split(settings(name, tmp_path / "absent"), "test")
+        open_split(make_settings(name, tmp_path / "absent"), "test")
 
 
 def test_the_data_set_none_has_no_images() -> None:
     with pytest.raises(DfkdError, match=r"data\.name is 'none'"):
-        open_split(settings("none"), "test")
+        open_split(make_settings("none"), "test")
 
 
 def write_npz(path: Path, **changed: object) -> Path:
@@ -128,32 +128,32 @@ def write_npz(path: Path, **changed: object) -> Path:
 
 @pytest.mark.parametrize(("split", "count"), [("train", 7), ("test", 5)])
 def test_an_npz_file_is_read(tmp_path: Path, split: Split, count: int) -> None:
-    wanted = settings("npz", write_npz(tmp_path / "set.npz"), image_size=9, **COLOUR)
-    images, labels = images_of(open_split(wanted, split))
+    settings = make_settings("npz", write_npz(tmp_path / "set.npz"), image_size=9, **COLOUR)
+    images, labels = images_of(open_split(settings, split))
     assert labels == list(range(count))
-    np.testing.assert_allclose(images.numpy(), normalised(noise(count, 9, 9, 3), COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(images.numpy(), normalized(noise(count, 9, 9, 3), COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [">i8", ">i2", "<u2", ">u8", "<i4", "u1"])
 def test_labels_in_an_npz_file_may_be_integers_of_any_size_and_byte_order(tmp_path: Path, kind: str) -> None:
-    wanted = settings("npz", write_npz(tmp_path / "set.npz", y_test=np.arange(5).astype(kind)), image_size=9, **COLOUR)
-    ((_, labels),) = evaluation_batches(wanted, torch.device("cpu"))
+    settings = make_settings("npz", write_npz(tmp_path / "set.npz", y_test=np.arange(5).astype(kind)), image_size=9, **COLOUR)
+    ((_, labels),) = evaluation_batches(settings, torch.device("cpu"))
     assert labels.dtype == torch.int64
     assert labels.tolist() == list(range(5))
 
 
 def test_images_in_an_npz_file_may_be_in_fortrans_order(tmp_path: Path) -> None:
-    wanted = settings("npz", write_npz(tmp_path / "set.npz", x_test=np.asfortranarray(noise(5, 9, 9, 3))), image_size=9, **COLOUR)
-    images, _ = images_of(open_split(wanted, "test"))
-    np.testing.assert_allclose(images.numpy(), normalised(noise(5, 9, 9, 3), COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
+    settings = make_settings("npz", write_npz(tmp_path / "set.npz", x_test=np.asfortranarray(noise(5, 9, 9, 3))), image_size=9, **COLOUR)
+    images, _ = images_of(open_split(settings, "test"))
+    np.testing.assert_allclose(images.numpy(), normalized(noise(5, 9, 9, 3), COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x_test": None}, r"set.npz lacks x_test: it has \['x_train', 'y_test', 'y_train'\]"),
-        ({"x_test": None, "y_test": None}, "lacks x_test, y_test"),
-        ({"x_test": np.zeros((5, 9, 9, 3))}, r"images must be uint8 \(N, H, W, C\) of at least one pixel, not float64 \(5, 9, 9, 3\)"),
+        ({"x_test": None}, r"set.npz has no x_test: its arrays are \['x_train', 'y_test', 'y_train'\]"),
+        ({"x_test": None, "y_test": None}, "has no x_test, y_test"),
+        ({"x_test": np.zeros((5, 9, 9, 3))}, r"images must be uint8 \(N, H, W, C\) with at least one pixel, not float64 \(5, 9, 9, 3\)"),
         ({"x_test": noise(5, 9, 9)}, r"images must be .* not uint8 \(5, 9, 9\)"),
         ({"x_test": noise(5, 9, 9, 1)}, "images have 1 channels, data.channels is 3"),
         ({"y_test": np.arange(4)}, r"labels must be integers \(5,\), not int64 \(4,\)"),
@@ -162,16 +162,16 @@ def test_images_in_an_npz_file_may_be_in_fortrans_order(tmp_path: Path) -> None:
         ({"y_test": np.full(5, 10)}, "labels run from 10 to 10, data.num_classes is 10"),
         ({"y_test": np.arange(-1, 4)}, "labels run from -1 to 3"),
         ({"x_test": noise(0, 9, 9, 3), "y_test": np.arange(0)}, "there are no images"),
-        ({"x_test": np.array([{}], dtype=object)}, "set.npz, x_test is no array that can be read: Object arrays"),
+        ({"x_test": np.array([{}], dtype=object)}, "set.npz, x_test cannot be read as an array: Object arrays"),
     ],
 )
-def test_arrays_that_do_not_fit_the_recipe_are_named(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+def test_arrays_that_do_not_match_the_recipe_are_named(tmp_path: Path, changed: dict[str, object], message: str) -> None:
     with pytest.raises(DfkdError, match=message):
-        open_split(settings("npz", write_npz(tmp_path / "set.npz", **changed), **COLOUR), "test")
+        open_split(make_settings("npz", write_npz(tmp_path / "set.npz", **changed), **COLOUR), "test")
 
 
 @pytest.mark.parametrize("damage", ["half", "flipped byte", "text", "empty", "npy"])
-def test_a_damaged_npz_file_is_an_error_for_the_user(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_npz_file_is_a_one_line_error(tmp_path: Path, damage: str) -> None:
     path = write_npz(tmp_path / "set.npz")
     whole = path.read_bytes()
     path.unlink()
@@ -182,51 +182,51 @@ def test_a_damaged_npz_file_is_an_error_for_the_user(tmp_path: Path, damage: str
         middle = whole.index(noise(5, 9, 9, 3).tobytes())
         flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
         path.write_bytes({"half": whole[: len(whole) // 2], "flipped byte": flipped, "text": b"hello", "empty": b""}[damage])
-    with pytest.raises(DfkdError, match=r"set\.npz(, x_test is no array| is not an \.npz file) that can be read: \S"):
-        open_split(settings("npz", path, **COLOUR), "test")
+    with pytest.raises(DfkdError, match=r"set\.npz(, x_test cannot be read as an array| cannot be read as an \.npz file): \S"):
+        open_split(make_settings("npz", path, **COLOUR), "test")
 
 
-def write_folder(root: Path, name: str, picture: Pixels, classes: Sequence[str] = "ab") -> None:
+def write_folder(root: Path, name: str, pixels: Pixels, classes: Sequence[str] = "ab") -> None:
     for label in classes:
         (root / name / label).mkdir(parents=True)
-        Image.fromarray(picture).save(root / name / label / "0.png")
+        Image.fromarray(pixels).save(root / name / label / "0.png")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_in_folders_are_resized_cropped_in_the_middle_and_normalised(tmp_path: Path, channels: int) -> None:
-    picture = noise(40, 60, 3)
-    write_folder(tmp_path, "val", picture)
+def test_images_in_folders_are_resized_center_cropped_and_normalized(tmp_path: Path, channels: int) -> None:
+    pixels = noise(40, 60, 3)
+    write_folder(tmp_path, "val", pixels)
     mean, std = (0.5, 0.4, 0.3)[:channels], (0.5, 0.25, 0.2)[:channels]
-    wanted = settings("folder", tmp_path, num_classes=2, channels=channels, image_size=28, mean=mean, std=std, loader="torchvision")
-    (images, labels), *rest = evaluation_batches(wanted, torch.device("cpu"))
+    settings = make_settings("folder", tmp_path, num_classes=2, channels=channels, image_size=28, mean=mean, std=std, loader="torchvision")
+    (images, labels), *rest = evaluation_batches(settings, torch.device("cpu"))
     assert (labels.tolist(), rest) == ([0, 1], [])
-    # 28 · 256 / 224 = 32 is the short side, so the long one is 48 and the margins are 2 and 10.
-    expected = Image.fromarray(picture).resize((48, 32), Image.Resampling.BILINEAR).crop((10, 2, 38, 30))
-    pixels = np.asarray(expected.convert("L" if channels == 1 else "RGB")).reshape(1, 28, 28, channels)
-    np.testing.assert_allclose(images[:1].numpy(), normalised(pixels, mean, std), rtol=1e-5, atol=1e-6)
+    # The shorter side is 28 · 256 / 224 = 32, so the longer side is 48, and the margins are 2 and 10.
+    expected = Image.fromarray(pixels).resize((48, 32), Image.Resampling.BILINEAR).crop((10, 2, 38, 30))
+    cropped = np.asarray(expected.convert("L" if channels == 1 else "RGB")).reshape(1, 28, 28, channels)
+    np.testing.assert_allclose(images[:1].numpy(), normalized(cropped, mean, std), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("present", "used"), [("val", "val"), ("test", "test"), ("train val test", "val")])
-def test_the_folder_to_test_on_is_found(tmp_path: Path, present: str, used: str) -> None:
+def test_the_test_images_are_in_val_or_else_in_test(tmp_path: Path, present: str, used: str) -> None:
     for name in present.split():
         write_folder(tmp_path, name, np.full((9, 9, 3), 255 if name == used else 0, np.uint8))
-    ((images, _),) = evaluation_batches(settings("folder", tmp_path, num_classes=2), torch.device("cpu"))
+    ((images, _),) = evaluation_batches(make_settings("folder", tmp_path, num_classes=2), torch.device("cpu"))
     torch.testing.assert_close(images, torch.ones(2, 1, 32, 32))
 
 
-def test_teachers_are_trained_on_the_folder_train(tmp_path: Path) -> None:
+def test_the_training_images_are_in_train(tmp_path: Path) -> None:
     for name in ("train", "val"):
         write_folder(tmp_path, name, np.full((9, 9, 3), 255 if name == "train" else 0, np.uint8))
-    images, _ = images_of(open_split(settings("folder", tmp_path, num_classes=2), "train"))
+    images, _ = images_of(open_split(make_settings("folder", tmp_path, num_classes=2), "train"))
     torch.testing.assert_close(images, torch.ones(2, 1, 32, 32))
 
 
-def test_what_other_programs_leave_in_folders_is_not_trained_on(tmp_path: Path) -> None:
+def test_files_of_other_programs_are_not_training_images(tmp_path: Path) -> None:
     write_folder(tmp_path, "train", np.full((9, 9, 3), 255, np.uint8))
     write_folder(tmp_path, "train", np.zeros((9, 9, 3), np.uint8), [".ipynb_checkpoints", "__MACOSX", "a/.ipynb_checkpoints"])
     (tmp_path / "train/a/._0.png").write_bytes(b"of macOS")
     (tmp_path / "train/b/Thumbs.db").write_bytes(b"of Windows")
-    images, labels = images_of(open_split(settings("folder", tmp_path, num_classes=2), "train"))
+    images, labels = images_of(open_split(make_settings("folder", tmp_path, num_classes=2), "train"))
     torch.testing.assert_close(images, torch.ones(2, 1, 32, 32))
     assert labels == [0, 1]
 
@@ -236,56 +236,56 @@ def test_a_training_image_that_cannot_be_decoded_is_named_or_left_out(tmp_path: 
     write_folder(tmp_path, "train", noise(9, 9, 3), "abc")
     (tmp_path / "train/b/0.png").write_bytes(b"")
 
-    def served(**others: Any) -> list[list[int]]:
-        split = open_split(settings("folder", tmp_path, num_classes=3, **others), "train")
+    def load_labels(**changes: Any) -> list[list[int]]:
+        split = open_split(make_settings("folder", tmp_path, num_classes=3, **changes), "train")
         return [labels.tolist() for _, labels in batches(split, 2, workers=workers)]
 
     with pytest.raises(DfkdError, match=r"^image .*train/b/0\.png \(is empty\) cannot be decoded; data\.strict = false leaves it out$"):
-        served()
-    assert served(strict=False) == [[0], [2]]
+        load_labels()
+    assert load_labels(strict=False) == [[0], [2]]
     (tmp_path / "train/a/0.png").write_bytes(b"")
-    assert served(strict=False) == [[2]]
+    assert load_labels(strict=False) == [[2]]
 
 
-def test_a_class_without_images_to_train_on_is_named(tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path, "train", noise(9, 9, 3), "abc")
     (tmp_path / "train/b/0.png").unlink()
     with pytest.raises(DfkdError, match="train has no images of 1 of 3 classes, the first is b"):
-        open_split(settings("folder", tmp_path, num_classes=3), "train")
+        open_split(make_settings("folder", tmp_path, num_classes=3), "train")
 
 
 @pytest.mark.parametrize(("augment", "rising"), [("shift", {True}), ("shift_flip", {True, False})])
-def test_augmented_pictures_are_cropped_at_random_and_mirrored_only_on_request(tmp_path: Path, augment: Any, rising: set[bool]) -> None:
+def test_augmented_images_are_randomly_cropped_and_mirrored_only_with_shift_flip(tmp_path: Path, augment: Any, rising: set[bool]) -> None:
     torch.manual_seed(0)
     ramp = np.broadcast_to(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 60, 3))
     write_folder(tmp_path, "train", ramp.copy())
-    split: Any = open_split(settings("folder", tmp_path, num_classes=2, image_size=16), "train", augment=augment)
-    served = [split[0][0] for _ in range(20)]
-    assert all(image.shape == (1, 16, 16) for image in served)
-    assert {bool(image[0, 0, -1] > image[0, 0, 0]) for image in served} == rising
-    assert len({image.mean().item() for image in served}) > 10
+    split: Any = open_split(make_settings("folder", tmp_path, num_classes=2, image_size=16), "train", augment=augment)
+    crops = [split[0][0] for _ in range(20)]
+    assert all(image.shape == (1, 16, 16) for image in crops)
+    assert {bool(image[0, 0, -1] > image[0, 0, 0]) for image in crops} == rising
+    assert len({image.mean().item() for image in crops}) > 10
 
 
 @pytest.mark.parametrize(
-    ("names", "classes", "others", "message"),
+    ("names", "classes", "changes", "message"),
     [
         ("", "ab", {}, "has no folder"),
         ("train", "ab", {}, "has no folder val or test"),
         ("val", "ab", {}, "has no folder train"),
         ("train val", "abc", {}, "data.num_classes is 2, but .* has 3 classes"),
-        ("train val", "", {}, "has no folders, one a class is expected"),
+        ("train val", "", {}, "has no folders, one per class is expected"),
         ("train val", "ab", {"channels": 4, "mean": (0.5,) * 4, "std": (0.5,) * 4}, "channels"),
     ],
 )
-def test_folders_that_do_not_fit_the_recipe_are_named(
-    tmp_path: Path, names: str, classes: str, others: dict[str, Any], message: str
+def test_folders_that_do_not_match_the_recipe_are_named(
+    tmp_path: Path, names: str, classes: str, changes: dict[str, Any], message: str
 ) -> None:
     for name in names.split():
         (tmp_path / name).mkdir()
         write_folder(tmp_path, name, noise(9, 9, 3), classes)
-    wanted = settings("folder", tmp_path, num_classes=2, **others)
+    settings = make_settings("folder", tmp_path, num_classes=2, **changes)
     with pytest.raises(DfkdError, match=message):
-        open_split(wanted, "train") and evaluation_batches(wanted, torch.device("cpu"))
+        open_split(settings, "train") and evaluation_batches(settings, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -303,16 +303,16 @@ def test_folders_that_do_not_fit_the_recipe_are_named(
         ({"batchsize": 5}, "batchsize"),
     ],
 )
-def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any], message: str) -> None:
+def test_an_invalid_value_in_the_section_names_the_field(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DataSettings(**wrong)
 
 
 @pytest.mark.parametrize("augment", ["shift", "shift_flip"])
-def test_augmentation_reaches_the_images(augment: Any) -> None:
+def test_augmentation_changes_the_images(augment: Any) -> None:
     torch.manual_seed(0)
-    plain: Any = open_split(settings("digits"), "train")
-    changed: Any = open_split(settings("digits"), "train", augment=augment)
+    plain: Any = open_split(make_settings("digits"), "train")
+    changed: Any = open_split(make_settings("digits"), "train", augment=augment)
     assert isinstance(changed, ArraySplit)
     assert not torch.equal(changed.__getitems__([0, 1, 2, 3])[0], plain.__getitems__([0, 1, 2, 3])[0])
 
@@ -323,7 +323,7 @@ def test_the_real_mnist_has_the_known_counts_and_moments(tmp_path: Path) -> None
     raw.mkdir(parents=True)
     for packed in REAL_MNIST.glob("*.gz"):
         (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-    split = open_split(settings("mnist", tmp_path, image_size=28, mean=(0.1307,), std=(0.3081,)), "train")
+    split = open_split(make_settings("mnist", tmp_path, image_size=28, mean=(0.1307,), std=(0.3081,)), "train")
     assert isinstance(split, ArraySplit)
     assert torch.bincount(split.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     images, _ = split.__getitems__(list(range(0, 60000, 7)))

@@ -1,4 +1,4 @@
-"""The table of data sets: a row is all that a data set needs."""
+"""The registry of data sets: an entry is all that a data set needs."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfkd_fast import load_recipe
-from dfkd_fast.data import DATA_SETS, DataSettings, evaluation_batches, label_names, open_split, palette
+from dfkd_fast.data import DATA_SETS, DataSettings, class_names, evaluation_batches, open_split, palette
 from dfkd_fast.data.arrays import ArraySet
 from dfkd_fast.data.splits import Split
 from dfkd_fast.errors import DfkdError
@@ -15,7 +15,7 @@ from dfkd_fast.recipe_files import shipped_recipes
 
 
 def stripes(root: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Images of as many columns of white as their label says, in as many files as the root has letters."""
+    """Returns images with as many white columns as their label, for as many classes as the root's name has letters."""
     labels = np.arange(12 if split == "train" else 7) % len(root.name)
     images = np.zeros((len(labels), 32, 32, 1), np.uint8)
     for image, label in zip(images, labels, strict=True):
@@ -31,7 +31,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DataSettings:
     return DataSettings(name="stripes", root=str(root), num_classes=4, mean=(0.0,), std=(1.0,), batch_size=5)
 
 
-def test_a_row_is_all_that_a_data_set_needs(toy: DataSettings) -> None:
+def test_a_registered_data_set_can_be_loaded(toy: DataSettings) -> None:
     training = open_split(toy, "train")
     image, label = training[6]
     assert (int(label), int(image.sum())) == (2, 2 * 32)
@@ -39,16 +39,16 @@ def test_a_row_is_all_that_a_data_set_needs(toy: DataSettings) -> None:
     assert batches.count == 7
     assert [labels.tolist() for _, labels in batches] == [[0, 1, 2, 3, 0], [1, 2]]
     assert (toy.task, toy.metric, toy.has_images, toy.can_be_opened) == ("classification", "top-1 accuracy", True, True)
-    assert label_names(toy) == ["0", "1", "2", "3"]
+    assert class_names(toy) == ["0", "1", "2", "3"]
     assert palette(toy).shape == (4, 3)
 
 
-def test_a_recipe_can_name_it(toy: DataSettings) -> None:
+def test_a_recipe_can_name_a_registered_data_set(toy: DataSettings) -> None:
     recipe = load_recipe("digits", {"data.name": "stripes", "data.root": toy.root, "data.num_classes": 4})
     assert recipe.data.data_set is DATA_SETS["stripes"]
 
 
-def test_a_name_without_a_row_is_one_line_that_suggests_the_nearest() -> None:
+def test_an_unknown_data_set_is_a_one_line_error_that_suggests_the_nearest() -> None:
     with pytest.raises(
         DfkdError, match=r"data\.name = 'minst': unknown choice 'minst': did you mean 'mnist'\? must be one of camvid, cifar10, .*nyuv2"
     ):
@@ -56,15 +56,15 @@ def test_a_name_without_a_row_is_one_line_that_suggests_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, row in DATA_SETS.items() if row.needs_root])
-def test_what_lies_on_disk_says_that_it_needs_a_root(name: str) -> None:
-    classes = DATA_SETS[name].classes or len(label_names(DataSettings(name=name)))
+def test_a_data_set_on_disk_requires_a_root(name: str) -> None:
+    classes = DATA_SETS[name].classes or len(class_names(DataSettings(name=name)))
     settings = DataSettings(name=name, num_classes=classes, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert not settings.can_be_opened
     with pytest.raises(DfkdError, match=rf"data\.root = '': data set '{name}' needs the folder that holds it"):
         evaluation_batches(settings, torch.device("cpu"))
 
 
-def test_no_data_is_a_row_of_its_own() -> None:
+def test_the_data_set_none_cannot_be_loaded() -> None:
     settings = DataSettings(name="none")
     assert not settings.has_images and not settings.can_be_opened
     for use in (lambda: evaluation_batches(settings, torch.device("cpu")), lambda: open_split(settings, "train")):
@@ -73,8 +73,8 @@ def test_no_data_is_a_row_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_agree_with_the_table_on_the_number_of_classes(name: str) -> None:
+def test_shipped_recipes_have_the_registered_number_of_classes(name: str) -> None:
     data = load_recipe(name).data
     assert data.data_set.classes in (None, data.num_classes)
     if data.task == "segmentation":
-        assert len(label_names(data)) == data.num_classes
+        assert len(class_names(data)) == data.num_classes

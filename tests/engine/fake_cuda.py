@@ -1,4 +1,4 @@
-"""A stand-in for the parts of torch.cuda that captures use, with what PyTorch 2.11 leaves behind when one fails."""
+"""A fake of the parts of torch.cuda that captures use, including the state that PyTorch 2.11 leaves after a failed capture."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +13,20 @@ CAPTURE_FAILED = "CUDA error: operation failed due to a previous error during ca
 
 
 class FakeCuda:
-    """Steps run on the CPU, inside a capture, too. The other methods are what a step may do there."""
+    """Fake of torch.cuda that runs steps on the CPU, also during capture. Public methods are operations that a step may perform."""
 
     def __init__(self, patched: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.captures: list[FakeGraph] = []
-        """Those that ended well."""
+        """Graphs whose capture succeeded."""
         self.capturing = self.invalid = False
         self.sync_mode = 0
         self.device: Any = "current"
         self.stream: Any = "default"
         self.marked: set[Any] = set()
-        """Generators that believe to be captured."""
+        """Random number generators in capture mode."""
         self.recording: list[Any] = []
-        """Pools that the allocator takes for those of a capture under way."""
+        """Memory pools that the allocator assigns to an active capture."""
         self.pools: list[str] = []
         self.released: list[str] = []
         for name, value in {
@@ -45,25 +45,25 @@ class FakeCuda:
         patched.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.released.append(pool), raising=False)
 
     def wait(self) -> None:
-        """What ``Tensor.item`` does."""
+        """A synchronizing operation, like ``Tensor.item``."""
         if self.sync_mode == 2:
             raise RuntimeError(SYNCHRONIZING)
         self.call_library()
 
     def call_library(self) -> None:
-        """Something that no capture permits, and that does not wait for the device."""
+        """An operation that is not permitted during capture and does not synchronize."""
         if self.capturing:
             self.invalid = True
             raise RuntimeError(NOT_PERMITTED)
 
     def draw(self) -> None:
-        """Random numbers."""
+        """Draws random numbers."""
         if self.marked and not self.capturing:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 
     @property
     def unharmed(self) -> bool:
-        """Whether the process is as it was before the first capture."""
+        """Whether the CUDA state is that before the first capture."""
         return not self.marked and not self.recording and self.sync_mode == 0 and (self.device, self.stream) == ("current", "default")
 
     @contextmanager
@@ -110,7 +110,7 @@ class FakeCuda:
 
 
 class FakeGraph:
-    """What ``torch.cuda.CUDAGraph`` is asked."""
+    """Fake of ``torch.cuda.CUDAGraph``."""
 
     where: tuple[Any, Any, Any]
     """Device, stream and pool of its capture."""
@@ -132,7 +132,7 @@ class FakeGraph:
 
 
 class FakeStream:
-    """What ``torch.cuda.Stream`` is asked."""
+    """Fake of ``torch.cuda.Stream``."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda

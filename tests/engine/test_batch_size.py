@@ -5,7 +5,7 @@ from dfkd_fast.engine.batch_size import largest_batch_size
 
 
 @pytest.mark.parametrize(("fits", "expected"), [(1, 0), (2, 2), (100, 64), (64, 64), (10**9, 1 << 14)])
-def test_the_largest_power_of_2_that_fits_is_found(fits: int, expected: int) -> None:
+def test_the_largest_power_of_2_that_fits_is_returned(fits: int, expected: int) -> None:
     tried: list[int] = []
 
     def attempt(size: int) -> None:
@@ -18,13 +18,13 @@ def test_the_largest_power_of_2_that_fits_is_found(fits: int, expected: int) -> 
 
 
 @pytest.mark.parametrize(("smallest", "first"), [(2, 2), (3, 4), (48, 64), (64, 64)])
-def test_nothing_smaller_than_the_smallest_is_tried(smallest: int, first: int) -> None:
+def test_no_batch_below_the_minimum_is_tried(smallest: int, first: int) -> None:
     tried: list[int] = []
     largest_batch_size(tried.append, smallest)
     assert tried[0] == first
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
+def test_other_errors_propagate_from_the_batch_size_search() -> None:
     def attempt(size: int) -> None:
         raise RuntimeError("shapes")
 
@@ -33,7 +33,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
 
 
 @pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"])
-def test_what_lacks_memory_outside_of_the_allocator_ends_the_search(message: str) -> None:
+def test_out_of_memory_errors_outside_of_the_allocator_end_the_search(message: str) -> None:
     def attempt(size: int) -> None:
         if size > 8:
             raise RuntimeError(message)

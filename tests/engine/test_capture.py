@@ -1,4 +1,4 @@
-"""What of the captured steps a CPU can show; that a replay equals the eager run is in tests/engine/test_gpu.py."""
+"""Tests of captured steps with a fake CUDA; tests/engine/test_gpu.py compares replays with eager steps on a GPU."""
 
 import copy
 import dataclasses
@@ -47,7 +47,7 @@ REPLAYS = [Replay(), Replay(kind="ema_generator"), Replay(kind="vae", vae={"late
 
 @pytest.mark.parametrize("replay", REPLAYS, ids=lambda replay: replay.kind)
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_steps_taken_to_warm_up_leave_the_game_as_it_was(make_trainer: MakeTrainer, replay: Replay, kind: str) -> None:
+def test_warm_up_steps_do_not_change_the_training_state(make_trainer: MakeTrainer, replay: Replay, kind: str) -> None:
     networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
     trainer, untouched = (make_trainer(method(replay, kind), networks=networks) for _ in range(2))
     before = everything(trainer)
@@ -57,7 +57,7 @@ def test_steps_taken_to_warm_up_leave_the_game_as_it_was(make_trainer: MakeTrain
         generator_step(trainer.state)
         assert not all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True)), "nothing happened inside"
     assert all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True))
-    # The optimisers begin again, too: what follows is what would have been without.
+    # The optimizers are restored as well: training continues as without warm-up steps.
     torch.manual_seed(0)
     trainer.fit()
     torch.manual_seed(0)
@@ -70,25 +70,25 @@ FORBIDDEN = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__
 
 @pytest.mark.parametrize("replay", [*REPLAYS, Replay(kind="memory_bank")], ids=lambda replay: replay.kind)
 @pytest.mark.parametrize("update", ["plain", "pooled", "first-order", "second-order"])
-def test_nothing_is_read_back_inside_a_step(
+def test_a_step_does_not_copy_values_to_the_host(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, replay: Replay, update: Any
 ) -> None:
     if update.endswith("order") and not replay.replays:
         pytest.skip("needs replayed samples")
-    chosen = method(replay, "sgd")
-    chosen = Method(loop=chosen.loop, replay=replay, update={"kind": update}, generator_optimizer=Optimizer(lr=0.01))  # type: ignore[arg-type]
-    trainer = make_trainer(chosen)
+    config = method(replay, "sgd")
+    config = Method(loop=config.loop, replay=replay, update={"kind": update}, generator_optimizer=Optimizer(lr=0.01))  # type: ignore[arg-type]
+    trainer = make_trainer(config)
     state = trainer.state
     if isinstance(state.replay_source, VaeReplay):
-        # PyTorch's Adam reads its own count of steps on a CPU; on a GPU it is built not to.
+        # PyTorch's Adam reads its step counter on a CPU; on a GPU it is capturable and does not.
         state.replay_source.optimizer = torch.optim.SGD(state.replay_source.vae.parameters(), lr=0.01)  # type: ignore[assignment]
     student_step(state)
     if state.replay_source is not None:
-        state.replay_source.end_epoch(5, state.fresh)
+        state.replay_source.end_epoch(5, state.fresh_batch)
 
     def refuse(name: str) -> Callable[..., object]:
         def read(*_: object, **__: object) -> object:
-            raise AssertionError(f"Tensor.{name} waits for the device")
+            raise AssertionError(f"Tensor.{name} synchronizes the device")
 
         return read
 
@@ -112,13 +112,13 @@ def test_a_learning_rate_from_a_checkpoint_of_a_gpu_is_a_number_on_a_cpu(make_tr
     trainer.fit()
 
 
-def test_warming_up_takes_steps_and_leaves_no_trace(make_trainer: Callable[..., Trainer]) -> None:
+def test_warm_up_runs_steps_and_restores_the_state(make_trainer: Callable[..., Trainer]) -> None:
     untouched, warmed = (make_trainer(small_method(replay=Replay(kind="ema_generator"))) for _ in range(2))
     calls: list[int] = []
     warmed.student.register_forward_hook(lambda *_: calls.append(1))
     warmed.steps.warm_up()
     assert len(calls) == 2
-    assert_equal(*(fitted.fit().state_dict() for fitted in (untouched, warmed)))
+    assert_equal(*(trainer.fit().state_dict() for trainer in (untouched, warmed)))
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 def captured(trainer: Trainer, during: Callable[[], None] = lambda: None) -> Trainer:
-    """The same on a GPU that is not there: ``during`` every forward pass of the student, what it does to the device."""
+    """Enables capture for a trainer with the fake CUDA; ``during`` is called in every forward pass of the student."""
     trainer.steps = Steps(trainer.state)
     trainer.steps.capturing = True
     trainer.student.register_forward_pre_hook(lambda *_: during())
@@ -138,7 +138,7 @@ def short() -> Method:
     return small_method(replay=Replay(kind="ema_generator"), epochs=1)
 
 
-def test_a_step_that_waits_for_the_device_is_found_before_its_capture(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+def test_a_synchronizing_step_is_detected_before_its_capture(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
     eager, trainer = make_trainer(short()), captured(make_trainer(short()), cuda.wait)
     eager.fit()
     trainer.fit()
@@ -177,7 +177,7 @@ def test_the_line_that_cannot_be_captured_is_the_users_and_not_pytorchs(make_tra
 
 
 @pytest.mark.parametrize("when", ["warming up", "capturing", "capturing, and the capture cannot end"])
-def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer, cuda: FakeCuda, when: str) -> None:
+def test_running_out_of_memory_does_not_disable_capture(make_trainer: MakeTrainer, cuda: FakeCuda, when: str) -> None:
     def during() -> None:
         if cuda.capturing or when == "warming up":
             cuda.invalid = when.endswith("end")
@@ -190,7 +190,7 @@ def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer,
     assert cuda.unharmed
 
 
-def test_what_warming_up_computes_is_waited_for_even_where_it_fails(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+def test_the_warm_up_stream_is_awaited_after_an_error(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
     def fail() -> None:
         raise RuntimeError("shapes")
 
@@ -208,7 +208,7 @@ def test_graphs_share_a_pool_and_the_stream_its_blocks_belong_to(make_trainer: M
     assert student.where[0] == trainer.state.images.device
 
 
-def test_graphs_that_are_forgotten_take_their_pool_with_them(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
+def test_discarded_graphs_release_their_memory_pool(make_trainer: MakeTrainer, cuda: FakeCuda) -> None:
     trainer = captured(make_trainer(short()))
     trainer.iterate()
     trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
@@ -234,7 +234,7 @@ def test_gradients_of_a_capture_are_left_to_the_next_one(make_trainer: MakeTrain
 
 
 @pytest.mark.parametrize("capture", [False, True])
-def test_cudnn_settles_in_the_steps_before_a_capture_and_in_eager_ones(
+def test_cudnn_benchmark_is_enabled_in_warm_up_capture_and_eager_steps(
     make_trainer: MakeTrainer, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, capture: bool
 ) -> None:
     inside: list[bool] = []
@@ -278,20 +278,20 @@ KINDS = ["none", "ema_generator", "memory_bank", "vae"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_warming_up_takes_every_kind_of_step_that_the_run_takes(make_trainer: MakeTrainer, cuda: FakeCuda, kind: str) -> None:
+def test_warm_up_runs_every_kind_of_step(make_trainer: MakeTrainer, cuda: FakeCuda, kind: str) -> None:
     warmed, run = (captured(make_trainer(rehearsal(kind))) for _ in range(2))
     warmed.steps.warm_up()
     run.fit()
-    assert list(warmed.steps._recorded) == list(run.steps._recorded)
+    assert list(warmed.steps._captured) == list(run.steps._captured)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_warming_up_is_taken_back_whatever_is_replayed(make_trainer: MakeTrainer, kind: str) -> None:
+def test_warm_up_is_undone_with_every_replay(make_trainer: MakeTrainer, kind: str) -> None:
     warmed, untouched = (make_trainer(rehearsal(kind)) for _ in range(2))
-    seen: list[int] = []
-    warmed.student.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    batch_sizes: list[int] = []
+    warmed.student.register_forward_pre_hook(lambda _, inputs: batch_sizes.append(len(inputs[0])))
     warmed.steps.warm_up()
-    assert max(seen) == 8 + (0 if kind == "none" else 8 if kind == "ema_generator" else 1)
+    assert max(batch_sizes) == 8 + (0 if kind == "none" else 8 if kind == "ema_generator" else 1)
     for trainer in (warmed, untouched):
         trainer.fit()
     assert_equal(*(without_times(trainer.state_dict()) for trainer in (warmed, untouched)))

@@ -1,4 +1,4 @@
-"""Networks that do not fit each other, or do not learn through each other, are refused before the first step."""
+"""Incompatible networks, and networks without the required gradients, are rejected before the first step."""
 
 import copy
 import re
@@ -42,7 +42,7 @@ class Generator(nn.Module):
 
 
 class Around(nn.Module):
-    """A network with something before it and behind it, under torch.no_grad if asked."""
+    """A network with a module before and after it, under torch.no_grad if ``no_grad`` is set."""
 
     latent_dim = LATENTS
 
@@ -69,7 +69,7 @@ def networks() -> Networks:
 
 
 def zeroed(network: nn.Module, *names: str) -> nn.Module:
-    """With parameters that are 0: all, or some."""
+    """A network with all or some parameters set to 0."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if not names or name in names:
@@ -93,46 +93,48 @@ def test_networks_that_share_nothing_and_learn_are_accepted() -> None:
 
 @pytest.mark.parametrize("shared", ["identity", "storage"])
 @pytest.mark.parametrize(("role", "other"), [("student", "teacher"), ("generator", "teacher"), ("student", "generator")])
-def test_a_parameter_of_two_networks_is_refused(role: str, other: str, shared: str) -> None:
-    players: dict[str, Any] = dict(zip(("teacher", "student", "generator"), networks(), strict=True))
-    players["generator"].head = nn.Linear(16, CLASSES)
+def test_a_parameter_of_two_networks_is_rejected(role: str, other: str, shared: str) -> None:
+    by_role: dict[str, Any] = dict(zip(("teacher", "student", "generator"), networks(), strict=True))
+    by_role["generator"].head = nn.Linear(16, CLASSES)
     name, others_name = ("head.weight" if each == "generator" else "5.weight" for each in (role, other))
-    theirs = players[other].get_parameter(others_name)
-    layer = players[role].get_submodule(name.removesuffix(".weight"))
+    theirs = by_role[other].get_parameter(others_name)
+    layer = by_role[role].get_submodule(name.removesuffix(".weight"))
     layer.weight = theirs if shared == "identity" else nn.Parameter(theirs.detach())
-    refused(f"the {role} shares {name} with the {other}, whose {others_name} it is.*give it a copy", **players)
+    refused(f"the {role}'s {name} shares memory with the {other}'s {others_name}: .*pass a copy", **by_role)
     layer.weight = nn.Parameter(theirs.detach().clone())
-    check(**players)
+    check(**by_role)
 
 
-def test_a_submodule_of_the_teacher_in_the_student_is_refused() -> None:
+def test_a_submodule_of_the_teacher_in_the_student_is_rejected() -> None:
     teacher, student, generator = networks()
     student[0] = teacher[0]  # type: ignore[index, operator]
-    refused("the student shares 0.weight with the teacher", teacher, student, generator)
+    refused("the student's 0.weight shares memory with the teacher", teacher, student, generator)
 
 
-def test_one_network_as_teacher_and_student_is_refused() -> None:
+def test_one_network_as_teacher_and_student_is_rejected() -> None:
     teacher, _, generator = networks()
-    refused("the student shares 0.weight with the teacher.*copy.deepcopy", teacher, teacher, generator)
+    refused("the student's 0.weight shares memory with the teacher.*copy.deepcopy", teacher, teacher, generator)
 
 
-def test_a_slice_of_the_teachers_weights_is_refused_but_not_what_lies_beside_them() -> None:
+def test_a_slice_of_the_teachers_weights_is_rejected_but_not_adjacent_memory() -> None:
     teacher, student, generator = networks()
     whole = torch.randn(2, CLASSES, 16)
     teacher[5].weight = nn.Parameter(whole[0], requires_grad=False)  # type: ignore[index]
     student[5].weight = nn.Parameter(whole[1])  # type: ignore[index]
     check(teacher, student, generator)
     student[5].weight = nn.Parameter(whole.flatten()[16 : 16 + CLASSES * 16].view(CLASSES, 16))  # type: ignore[index]
-    refused("the student shares 5.weight", teacher, student, generator)
+    refused("the student's 5.weight shares memory with the teacher", teacher, student, generator)
 
 
-def test_running_statistics_of_two_networks_are_refused_and_constants_are_not() -> None:
+def test_running_statistics_of_two_networks_are_rejected_and_constants_are_not() -> None:
     teacher, student, generator = networks()
     norm = nn.BatchNorm2d(3, affine=False)
-    refused("the student shares 0.running_mean with the teacher", nn.Sequential(norm, teacher), nn.Sequential(norm, student), generator)
+    refused(
+        "the student's 0.running_mean shares memory with the teacher", nn.Sequential(norm, teacher), nn.Sequential(norm, student), generator
+    )
     frozen = FrozenBatchNorm2d(3)
     check(nn.Sequential(frozen, teacher), nn.Sequential(frozen, student), generator)
-    refused("the generator shares 1.running_mean with the teacher", nn.Sequential(norm, teacher), student, tail(generator, norm))
+    refused("the generator's 1.running_mean shares memory with the teacher", nn.Sequential(norm, teacher), student, tail(generator, norm))
 
 
 def tail(generator: nn.Module, layer: nn.Module) -> nn.Module:
@@ -141,7 +143,7 @@ def tail(generator: nn.Module, layer: nn.Module) -> nn.Module:
     return network
 
 
-def test_a_network_without_anything_to_train_is_refused() -> None:
+def test_a_network_without_anything_to_train_is_rejected() -> None:
     teacher, student, generator = networks()
     refused("the student has no parameters to train: all 6 of them have requires_grad = False", teacher, freeze(student), generator)
     refused("the student has no parameters to train$", teacher, nn.AdaptiveAvgPool2d(1), generator)
@@ -150,12 +152,12 @@ def test_a_network_without_anything_to_train_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_to_train_in_another_precision_are_refused(dtype: torch.dtype) -> None:
+def test_weights_to_train_in_another_precision_are_rejected(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     teacher, student, generator = networks()
-    refused(rf"the student's weights must be float32, and 0.weight is {name}: .*\.float\(\)", teacher, student.to(dtype), generator)
+    refused(rf"the student's weights must be float32, but 0.weight is {name}: .*\.float\(\)", teacher, student.to(dtype), generator)
     teacher, student, generator = networks()
-    refused(f"the generator's weights must be float32, and layers.0.weight is {name}", teacher, student, generator.to(dtype))
+    refused(f"the generator's weights must be float32, but layers.0.weight is {name}", teacher, student, generator.to(dtype))
 
 
 NO_GRAPH = r"its output has no graph \(torch.no_grad, detach"
@@ -173,18 +175,18 @@ NO_DEPENDENCE = "its output does not depend on the images"
         ({"before": lambda x: (x * 255).to(torch.uint8).float()}, NO_GRAPH),
     ],
 )
-def test_a_teacher_that_passes_no_gradient_on_is_refused(options: dict[str, Any], reason: str) -> None:
+def test_a_teacher_without_a_gradient_to_the_images_is_rejected(options: dict[str, Any], reason: str) -> None:
     teacher, student, generator = networks()
     refused(f"the generator gets no gradient through the teacher: {reason}", freeze(Around(teacher, **options)), student, generator)
 
 
-def test_a_teacher_of_zeros_is_refused_unless_it_has_yet_to_be_trained() -> None:
+def test_a_teacher_of_zeros_is_rejected_unless_it_has_yet_to_be_trained() -> None:
     teacher, student, generator = networks()
     for names in ((), ("5.weight", "5.bias")):
         refused(f"through the teacher: {NO_DEPENDENCE}", zeroed(copy.deepcopy(teacher), *names), student, generator)
     untrained = zeroed(classifier(), "5.weight", "5.bias")
-    check(untrained, student, generator, trained=False)
-    refused(f"through the teacher: {NO_GRAPH}", Around(untrained, no_grad=True), student, generator, trained=False)
+    check(untrained, student, generator, teacher_trained=False)
+    refused(f"through the teacher: {NO_GRAPH}", Around(untrained, no_grad=True), student, generator, teacher_trained=False)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +196,7 @@ def test_a_teacher_of_zeros_is_refused_unless_it_has_yet_to_be_trained() -> None
         ({"before": lambda x: x.round()}, NO_DEPENDENCE),
     ],
 )
-def test_a_student_that_passes_no_gradient_on_is_refused_where_the_generator_learns_through_it(
-    options: dict[str, Any], reason: str
-) -> None:
+def test_a_student_without_a_gradient_to_the_images_is_rejected_if_the_generator_needs_it(options: dict[str, Any], reason: str) -> None:
     teacher, student, generator = networks()
     student = Around(student, **options)
     refused(f"the generator gets no gradient through the student: {reason}", teacher, student, generator)
@@ -206,7 +206,7 @@ def test_a_student_that_passes_no_gradient_on_is_refused_where_the_generator_lea
 @pytest.mark.parametrize(
     "options", [{"no_grad": True}, {"behind": lambda y: y.detach()}, {"behind": lambda y: y.detach().requires_grad_()}]
 )
-def test_a_student_whose_parameters_get_no_gradient_is_refused(options: dict[str, Any]) -> None:
+def test_a_student_whose_parameters_get_no_gradient_is_rejected(options: dict[str, Any]) -> None:
     teacher, student, generator = networks()
     refused(
         "no gradient of the student's output reaches its parameters: ", teacher, Around(student, **options), generator, adversarial=False
@@ -214,13 +214,13 @@ def test_a_student_whose_parameters_get_no_gradient_is_refused(options: dict[str
 
 
 @pytest.mark.parametrize("options", [{"no_grad": True}, {"behind": lambda y: y.detach()}, {"behind": lambda y: y.sign()}])
-def test_a_generator_whose_parameters_get_no_gradient_is_refused(options: dict[str, Any]) -> None:
+def test_a_generator_whose_parameters_get_no_gradient_is_rejected(options: dict[str, Any]) -> None:
     teacher, student, generator = networks()
     refused("no gradient of the generator's output reaches its parameters: its output", teacher, student, Around(generator, **options))
 
 
 class Residual(nn.Module):
-    """A branch whose gain begins at 0, around a classifier without another way through."""
+    """A residual branch with a gain initialized to 0, in a classifier without a skip connection."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class Residual(nn.Module):
         return self.gain * self.network(x)
 
 
-def test_what_is_zero_at_the_start_only_is_accepted() -> None:
+def test_zero_initialized_parameters_are_accepted() -> None:
     teacher, student, generator = networks()
     head = zeroed(copy.deepcopy(student), "5.weight", "5.bias")
     gain = zeroed(copy.deepcopy(student), "1.weight", "1.bias")
@@ -240,7 +240,7 @@ def test_what_is_zero_at_the_start_only_is_accepted() -> None:
     check(teacher, student, zeroed(generator))
 
 
-def test_a_student_that_begins_as_a_copy_of_its_teacher_is_accepted() -> None:
+def test_a_student_initialized_as_a_copy_of_its_teacher_is_accepted() -> None:
     teacher, _, generator = networks()
     check(teacher, copy.deepcopy(teacher).requires_grad_(), generator)
 
@@ -253,7 +253,7 @@ def test_parameters_that_are_never_used_or_frozen_are_accepted() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_checkpointed_networks_are_accepted_where_they_learn() -> None:
+def test_networks_with_activation_checkpointing_are_accepted_if_gradients_arrive() -> None:
     teacher, student, generator = networks()
 
     class Checkpointed(Around):
@@ -265,19 +265,19 @@ def test_checkpointed_networks_are_accepted_where_they_learn() -> None:
     check(freeze(Checkpointed(teacher)), Checkpointed(student), generator)
     Checkpointed.reentrant = True
     check(freeze(Checkpointed(teacher)), student, generator)
-    # This kind computes no gradients where its input needs none, as the student's does not when it learns.
+    # Reentrant checkpointing computes no gradients if its input does not require any, as in the student step.
     refused("no gradient of the student's output reaches its parameters", teacher, Checkpointed(student), generator)
 
 
 class DropoutInPlace(nn.Module):
-    """Draws random numbers, changes its input in place, and warns."""
+    """Draws random numbers, modifies its input in place, and warns."""
 
     def forward(self, x: Tensor) -> Tensor:
         warnings.warn("called", stacklevel=1)
         return nn.functional.dropout(x, 0.2, self.training, inplace=True).mul_(2)
 
 
-def test_nothing_is_changed_by_the_check() -> None:
+def test_the_check_changes_nothing() -> None:
     teacher, student, generator = networks()
     student = nn.Sequential(DropoutInPlace(), zeroed(student, "5.weight"))
     next(student.parameters()).grad = torch.ones(4, 3, 3, 3)
@@ -296,7 +296,7 @@ def test_nothing_is_changed_by_the_check() -> None:
     assert sum(gradient is not None for gradient in gradients) == 1 and torch.equal(next(student.parameters()).grad, torch.ones(4, 3, 3, 3))  # type: ignore[arg-type]
 
 
-def test_a_trainer_says_it_before_the_first_step() -> None:
+def test_a_trainer_raises_it_before_the_first_step() -> None:
     teacher, student, generator = small_networks()
     with pytest.raises(DfkdError, match="the generator gets no gradient through the teacher"):
         Trainer(Around(teacher, no_grad=True), student, generator, small_method())
@@ -313,7 +313,7 @@ def test_compiled_scripts_are_accepted(compiled: str) -> None:
     script: Any = torch.jit.script(teacher)
     teacher = torch.jit.freeze(script.eval()) if compiled == "frozen script" else script
     check(teacher, torch.jit.script(student), generator)
-    refused("the student shares 0.weight with the teacher", script, script, generator)
+    refused("the student's 0.weight shares memory with the teacher", script, script, generator)
 
 
 def test_networks_under_torch_compile_are_accepted_and_not_compiled_in_training_mode() -> None:
@@ -321,7 +321,7 @@ def test_networks_under_torch_compile_are_accepted_and_not_compiled_in_training_
     counter = CompileCounter()
     compiled: list[Any] = [torch.compile(network, backend=counter) for network in networks()]
     check(*compiled)
-    assert counter.frame_count <= 3  # each once in evaluation mode
+    assert counter.frame_count <= 3  # one compilation per network in evaluation mode
 
 
 def test_frozen_batch_norms_dense_logits_and_conditional_generators_are_accepted() -> None:
@@ -334,7 +334,7 @@ def test_frozen_batch_norms_dense_logits_and_conditional_generators_are_accepted
     assert check_networks(freeze(dense[0]), dense[1], generator, CPU) == ((3, SIZE, SIZE), (CLASSES, SIZE, SIZE))
 
 
-def test_torchvisions_transformer_whose_head_begins_at_zero_is_accepted_as_a_student() -> None:
+def test_torchvisions_transformer_with_a_zero_initialized_head_is_accepted_as_a_student() -> None:
     torch.manual_seed(0)
     teacher, _, generator = networks()
     student = torchvision.models.VisionTransformer(SIZE, 8, 1, 2, 8, 16, num_classes=CLASSES)
@@ -352,7 +352,7 @@ def test_torchvisions_transformer_whose_head_begins_at_zero_is_accepted_as_a_stu
         (lambda x: x.view(7), "cannot take latents"),
     ],
 )
-def test_a_generator_that_makes_no_batch_of_images_is_refused(change: Callable[[Tensor], Any], message: str) -> None:
+def test_a_generator_that_does_not_return_a_batch_of_images_is_rejected(change: Callable[[Tensor], Any], message: str) -> None:
     teacher, student, generator = networks()
     refused(f"the generator .*{message}", teacher, student, Around(generator, behind=change))
 
@@ -365,13 +365,13 @@ def test_a_generator_that_makes_no_batch_of_images_is_refused(change: Callable[[
         (lambda y: {"scores": y}, "must return logits: .*not dict with the keys 'scores'"),
     ],
 )
-def test_a_network_that_gives_no_logits_for_each_image_is_refused(change: Callable[[Tensor], Any], message: str) -> None:
+def test_a_network_that_does_not_return_logits_per_image_is_rejected(change: Callable[[Tensor], Any], message: str) -> None:
     teacher, student, generator = networks()
     refused(f"the teacher .*{message}", Around(teacher, behind=change), student, generator)
     refused(f"the student .*{message}", teacher, Around(student, behind=change), generator)
 
 
-def test_what_a_student_cannot_do_in_training_mode_is_said() -> None:
+def test_a_student_that_fails_in_training_mode_is_rejected_with_its_error() -> None:
     class OnlyInEvaluation(Around):
         def forward(self, x: Tensor) -> Any:
             assert not self.training, "input height 16 does not match"
@@ -383,7 +383,7 @@ def test_what_a_student_cannot_do_in_training_mode_is_said() -> None:
     check(freeze(OnlyInEvaluation(teacher)), student, generator)
 
 
-def test_running_out_of_memory_is_no_misfit() -> None:
+def test_running_out_of_memory_is_not_reported_as_incompatibility() -> None:
     def exhaust(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -394,8 +394,8 @@ def test_running_out_of_memory_is_no_misfit() -> None:
 
 
 @pytest.mark.parametrize("role", ["teacher", "student", "generator"])
-def test_a_network_with_lazy_layers_is_refused_before_it_was_called(role: str) -> None:
-    players = dict(zip(("teacher", "student", "generator"), small_networks(), strict=True))
-    players[role] = nn.Sequential(nn.LazyLinear(10))
-    with pytest.raises(DfkdError, match=f"^the {role}'s 0.weight has no shape yet: call a network with lazy layers once"):
-        Trainer(players["teacher"], players["student"], players["generator"])
+def test_a_network_with_lazy_layers_is_rejected_before_it_was_called(role: str) -> None:
+    by_role = dict(zip(("teacher", "student", "generator"), small_networks(), strict=True))
+    by_role[role] = nn.Sequential(nn.LazyLinear(10))
+    with pytest.raises(DfkdError, match=f"^the {role}'s 0.weight is uninitialized: call a network with lazy layers once"):
+        Trainer(by_role["teacher"], by_role["student"], by_role["generator"])

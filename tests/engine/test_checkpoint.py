@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dfkd_fast import DfkdError
-from dfkd_fast.engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, save_checkpoint, set_aside
+from dfkd_fast.engine.checkpoint_files import latest_checkpoint, load_checkpoint, load_latest, rename_damaged, save_checkpoint
 
 
-def test_the_newest_two_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
+def test_the_newest_two_checkpoints_are_kept_and_the_newest_is_returned(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for iteration in (9, 10, 100):
         save_checkpoint({"at": torch.tensor(iteration)}, tmp_path, iteration)
@@ -38,7 +38,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path
     assert load_checkpoint(old) == {"at": 1}
 
 
-def test_checkpoints_are_told_by_their_numbers_and_nothing_else_in_the_folder_is_read_or_deleted(tmp_path: Path) -> None:
+def test_checkpoints_are_identified_by_name_and_other_files_are_neither_read_nor_deleted(tmp_path: Path) -> None:
     others = ["iteration-old.pt", "iteration-00000500.pt.damaged", "notes.txt", "iteration-7 (copy).pt"]
     for name in others:
         (tmp_path / name).write_bytes(b"somebody's")
@@ -63,13 +63,13 @@ def flipped(content: bytes, byte: int) -> bytes:
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda content: b"", "it is empty"),
-    "garbage": (lambda content: b"not a checkpoint", "it is truncated, or no checkpoint"),
-    "truncated": (lambda content: content[:500], "it is truncated, or no checkpoint"),
-    "cut in the checksum": (lambda content: content[:-5], "it is truncated, or no checkpoint"),
-    "zeros, as after a power failure": (lambda content: bytes(len(content)), "it is truncated, or no checkpoint"),
+    "garbage": (lambda content: b"not a checkpoint", "it is truncated or not a checkpoint"),
+    "truncated": (lambda content: content[:500], "it is truncated or not a checkpoint"),
+    "cut in the checksum": (lambda content: content[:-5], "it is truncated or not a checkpoint"),
+    "zeros, as after a power failure": (lambda content: bytes(len(content)), "it is truncated or not a checkpoint"),
     "a bit of a tensor": (lambda content: flipped(content, 2000), "does not match its checksum"),
     "a bit of the checksum": (lambda content: flipped(content, -10), "does not match its checksum"),
-    "something behind it": (lambda content: content + b"more", "it is truncated, or no checkpoint"),
+    "something behind it": (lambda content: content + b"more", "it is truncated or not a checkpoint"),
 }
 
 
@@ -83,13 +83,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_read(tmp_path: Path
         load_checkpoint(path)
     assert problem in str(caught.value)
     assert "weights_only" not in str(caught.value)
-    found = load_latest(tmp_path)
-    assert found is not None
-    assert (found.path, found.damaged) == (older, {path: str(caught.value)})
-    assert torch.equal(found.state["at"], torch.zeros(1000))
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert (loaded.path, loaded.damaged) == (older, {path: str(caught.value)})
+    assert torch.equal(loaded.state["at"], torch.zeros(1000))
 
 
-def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     path = save_checkpoint({"at": torch.ones(3)}, tmp_path, 1)
     content = path.read_bytes()
     for byte in range(0, len(content), 7):
@@ -106,9 +106,9 @@ def test_where_all_are_damaged_each_is_named(tmp_path: Path) -> None:
         load_latest(tmp_path)
 
 
-def test_a_damaged_one_set_aside_counts_no_longer(tmp_path: Path) -> None:
+def test_a_renamed_damaged_checkpoint_is_ignored(tmp_path: Path) -> None:
     paths = [save_checkpoint({"at": iteration}, tmp_path, iteration) for iteration in (1, 3)]
-    aside = set_aside(paths[1])
+    aside = rename_damaged(paths[1])
     save_checkpoint({"at": 2}, tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == [paths[0], tmp_path / "iteration-00000002.pt", aside]
 
@@ -120,13 +120,13 @@ def test_checkpoints_without_a_checksum_are_read_as_earlier_versions_wrote_them(
 
 
 def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every change to the folder is a moment; what is there then is what a killed process leaves."""
-    seen = []
+    """After every change to the folder its contents, which a killed process would leave, include a complete checkpoint."""
+    moments = []
 
     def watched(name: str, call: Callable[..., Any]) -> None:
         def change(*arguments: Any, **options: Any) -> Any:
             result = call(*arguments, **options)
-            seen.append((name, load_latest(tmp_path)))
+            moments.append((name, load_latest(tmp_path)))
             return result
 
         monkeypatch.setattr(Path, name, change)
@@ -136,15 +136,15 @@ def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path: Pat
     for name in ("write_bytes", "replace", "unlink"):
         watched(name, getattr(Path, name))
     synced = []
-    monkeypatch.setattr(os, "fsync", lambda file: synced.append((len(seen), stat.S_ISDIR(os.fstat(file).st_mode))))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((len(moments), stat.S_ISDIR(os.fstat(file).st_mode))))
     save_checkpoint({"at": 3}, tmp_path, 3)
-    assert [(name, found and found.state["at"]) for name, found in seen] == [
+    assert [(name, loaded and loaded.state["at"]) for name, loaded in moments] == [
         ("write_bytes", 2),
         ("replace", 3),
-        ("unlink", 3),  # of the temporary file, which is no longer there
+        ("unlink", 3),  # of the temporary file, which was renamed
         ("unlink", 3),
     ]
-    assert synced == [(1, False), (2, True)]  # the content before it has its name, the name before another is deleted
+    assert synced == [(1, False), (2, True)]  # content before the rename, folder before a deletion
 
 
 class Malicious:
@@ -152,7 +152,7 @@ class Malicious:
         return Path.touch, (Path("touched-by-a-pickle"),)
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_that_would_run_code_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "iteration-00000001.pt"
     torch.save({"evil": Malicious()}, path, pickle_module=pickle)

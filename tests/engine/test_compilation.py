@@ -1,4 +1,4 @@
-"""What torch.compile sees of the networks: one graph each, in the steps, and nothing in between."""
+"""Compilation of the networks: one graph per network in the steps, without graph breaks."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ MakeTrainer = Callable[..., Trainer]
 
 
 class Compiler:
-    """Keeps the graphs it is given, and runs them as they are."""
+    """A torch.compile backend that records the graphs and runs them eagerly."""
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
@@ -120,7 +120,7 @@ def test_outside_the_context_a_network_is_not_compiled_and_is_copied_and_pickled
     assert (compiler.runs, len(compiler.graphs)) == (runs, 1)
 
 
-def test_a_network_that_its_owner_compiled_stays_so(compiler: Compiler) -> None:
+def test_a_network_compiled_by_the_user_stays_compiled(compiler: Compiler) -> None:
     network, x = lenet5()
     network.compile(backend="eager")
     before = network._compiled_call_impl
@@ -131,7 +131,7 @@ def test_a_network_that_its_owner_compiled_stays_so(compiler: Compiler) -> None:
 
 
 class Unfused(nn.Module):
-    """A user's generator."""
+    """A generator that is not one of dfkd_fast.models."""
 
     latent_dim = 10
 
@@ -211,10 +211,10 @@ def test_every_call_of_a_step_is_compiled_that_of_the_averaged_generator_too(
 
 
 @pytest.mark.parametrize("spectral_norm", [False, True])
-def test_checkpointed_stages_learn_the_same_and_move_their_state_once_when_compiled(
+def test_compiled_activation_checkpointing_gives_the_same_gradients_and_updates_buffers_once(
     monkeypatch: pytest.MonkeyPatch, spectral_norm: bool
 ) -> None:
-    # Differentiated ahead of time, as by every real compiler: its backward pass computes the activations again.
+    # AOT autograd, as in every real compiler: its backward pass recomputes the activations.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     settings = GeneratorSettings(model="D", width=2, latent_dim=10, checkpointing=True, spectral_norm=spectral_norm)

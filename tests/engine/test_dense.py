@@ -1,4 +1,4 @@
-"""The trainer with networks that label every pixel."""
+"""The trainer with segmentation networks."""
 
 import copy
 import itertools
@@ -32,7 +32,7 @@ def method(replay: str = "none", update: str = "plain", *, rows: int = 2, **obje
 
 
 class InADict(nn.Module):
-    """What torchvision's segmenters return."""
+    """Returns a dict, like torchvision's segmentation models."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class InADict(nn.Module):
 @pytest.mark.parametrize(
     ("replay", "update"), [("none", "plain"), ("ema_generator", "plain"), ("memory_bank", "first-order"), ("vae", "second-order")]
 )
-def test_networks_that_return_dicts_play_the_very_same_game(replay: str, update: str) -> None:
+def test_networks_that_return_dicts_train_identically(replay: str, update: str) -> None:
     teacher, student, generator = dense_networks()
     bare = Trainer(*copy.deepcopy((teacher, student, generator)), method(replay, update))
     wrapped = Trainer(InADict(teacher), InADict(student), generator, method(replay, update))
@@ -66,7 +66,7 @@ def test_networks_that_return_dicts_play_the_very_same_game(replay: str, update:
         *itertools.product(["ema_generator", "memory_bank", "vae"], ["first-order", "second-order"]),
     ],
 )
-def test_every_combination_plays_on_pixels_and_its_student_learns(discrepancy: str, replay: str, update: str) -> None:
+def test_every_combination_trains_the_student_on_segmentation(discrepancy: str, replay: str, update: str) -> None:
     terms: dict[str, Any] = {"adversary": discrepancy, "bn_moments": 0.01, "one_hot": 0.1, "entropy": 0.1, "activation": 0.1}
     trainer = Trainer(*dense_networks(), method(replay, update, discrepancy=discrepancy, **terms))
     before = copy.deepcopy(trainer.student.state_dict())
@@ -78,12 +78,12 @@ def test_every_combination_plays_on_pixels_and_its_student_learns(discrepancy: s
 
 
 def test_the_average_of_a_generator_follows_on_pixels_as_the_closed_form_says() -> None:
-    wanted = method("ema_generator")
-    trainer = Trainer(*dense_networks(), wanted)
+    config = method("ema_generator")
+    trainer = Trainer(*dense_networks(), config)
     replay_source = trainer.state.replay_source
     assert replay_source is not None and replay_source.generator is not None
     expected = {name: value.double().clone() for name, value in trainer.generator.named_parameters()}
-    decay = wanted.replay.table(EmaGeneratorSettings).decay
+    decay = config.replay.table(EmaGeneratorSettings).decay
     trainer.on_iteration = lambda trainer: [  # type: ignore[assignment]
         expected[name].lerp_(value.detach().double(), 1 - decay) for name, value in trainer.generator.named_parameters()
     ]
@@ -106,14 +106,14 @@ def test_the_adversarys_gradient_reaches_the_generator_and_depends_on_the_studen
     assert any(not torch.allclose(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_a_term_of_one_class_an_image_is_refused() -> None:
+def test_a_term_of_one_class_per_image_is_rejected_for_segmentation() -> None:
     teacher, student, generator = dense_networks()
     generator.embedding = nn.Embedding(3, 10)
-    with pytest.raises(DfkdError, match=r"objective\.class_nll = 1\.0: is of one class an image"):
+    with pytest.raises(DfkdError, match=r"objective\.class_nll = 1\.0: needs one class per image"):
         Trainer(teacher, student, generator, method(class_nll=1.0))
 
 
-def test_label_maps_of_different_sizes_are_refused() -> None:
+def test_label_maps_of_different_sizes_are_rejected() -> None:
     teacher, student, generator = dense_networks()
-    with pytest.raises(DfkdError, match="teacher and student disagree"):
+    with pytest.raises(DfkdError, match="teacher and student must return logits of the same shape"):
         Trainer(teacher, nn.Sequential(student, nn.MaxPool2d(2)), generator, method())

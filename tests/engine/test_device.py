@@ -18,7 +18,7 @@ def childs_peak() -> int:
     return int(subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True).stdout)
 
 
-def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
+def test_the_peak_is_that_of_this_process_and_not_of_its_parent() -> None:
     alone = childs_peak()
     ballast = torch.ones(GIB, dtype=torch.uint8)
     assert peak_memory_bytes(torch.device("cpu")) > GIB
@@ -33,7 +33,7 @@ def test_the_peak_stays_when_memory_is_given_back() -> None:
     assert peak_memory_bytes(torch.device("cpu")) >= peak > GIB // 2
 
 
-FREE = """
+FREE_MEMORY_SCRIPT = """
 import sys, torch
 from pathlib import Path
 from dfkd_fast.engine.device import reuse_freed_memory
@@ -48,13 +48,13 @@ print(resident() - before)
 
 
 @pytest.mark.parametrize(("how", "kept"), [("leave", False), ("keep", True)])
-def test_freed_memory_stays_with_a_process_that_asked_for_it(how: str, kept: bool) -> None:
-    done = subprocess.run([sys.executable, "-c", FREE, how], capture_output=True, text=True, check=True)
+def test_freed_memory_is_kept_by_a_process_with_malloc_reuse(how: str, kept: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", FREE_MEMORY_SCRIPT, how], capture_output=True, text=True, check=True)
     assert (int(done.stdout) > 1 << 27) is kept
 
 
 @pytest.mark.parametrize("malloc_reuse", [True, False])
-def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(malloc_reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_on_a_cpu_reuses_freed_memory_unless_disabled(malloc_reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(preparing, "reuse_freed_memory", lambda: asked.append(True))
     Trainer(*small_networks(), Method(loop=Loop(batch_size=2), engine=Engine(malloc_reuse=malloc_reuse)))
@@ -62,19 +62,21 @@ def test_a_trainer_on_a_cpu_keeps_memory_unless_told_not_to(malloc_reuse: bool, 
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
-@pytest.mark.parametrize("told", ["nothing", "cudnn.deterministic", "deterministic algorithms"])
-def test_cudnn_tries_its_algorithms_on_a_gpu_unless_told_to_be_deterministic(monkeypatch: pytest.MonkeyPatch, name: str, told: str) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", told == "cudnn.deterministic")
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: told == "deterministic algorithms")
+@pytest.mark.parametrize("requested", ["nothing", "cudnn.deterministic", "deterministic algorithms"])
+def test_cudnn_benchmark_is_enabled_on_a_gpu_unless_deterministic_algorithms_are_requested(
+    monkeypatch: pytest.MonkeyPatch, name: str, requested: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", requested == "cudnn.deterministic")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: requested == "deterministic algorithms")
     before = torch.backends.cudnn.benchmark
     with pytest.raises(RuntimeError, match="a step"), cudnn_benchmark(torch.device(name)):
-        assert torch.backends.cudnn.benchmark is (name == "cuda" and told == "nothing")
+        assert torch.backends.cudnn.benchmark is (name == "cuda" and requested == "nothing")
         raise RuntimeError("a step")
     assert torch.backends.cudnn.benchmark is before
 
 
 class Allocator:
-    """PyTorch's statistics of a GPU's memory, and the devices that were asked for something."""
+    """Fake of PyTorch's GPU memory statistics that records the devices it is called with."""
 
     def __init__(self) -> None:
         self.held = self.peak = self.asked = 0
@@ -95,7 +97,7 @@ class Allocator:
 
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
-    """A stand-in for the GPU's, and for its streams and events."""
+    """Fixture with a fake allocator, and fake CUDA streams and events."""
 
     class Event:
         def __init__(self, *, enable_timing: bool) -> None:
@@ -116,7 +118,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     return stand_in
 
 
-def test_the_clock_reads_the_gpu_it_was_given_and_not_the_current_one(allocator: Allocator) -> None:
+def test_the_clock_reads_its_gpu_and_not_the_current_one(allocator: Allocator) -> None:
     clock = Clock(torch.device("cuda", 1))
     with clock.phase("student"):
         pass
@@ -124,7 +126,7 @@ def test_the_clock_reads_the_gpu_it_was_given_and_not_the_current_one(allocator:
     assert allocator.devices == {torch.device("cuda", 1)}
 
 
-def test_memory_statistics_are_asked_for_a_few_times_an_epoch_and_not_in_every_phase(allocator: Allocator) -> None:
+def test_memory_statistics_are_queried_a_few_times_per_epoch_and_not_in_every_phase(allocator: Allocator) -> None:
     asked = []
     for iterations in (2, 5):
         trainer = Trainer(*small_networks(), small_method(epochs=2, iterations=iterations, batch_size=2))
@@ -150,7 +152,7 @@ def test_peaks_are_those_of_measured_phases_and_overall_those_of_all(allocator: 
             allocator.hold(most)
             allocator.hold(1)
 
-    phase("student", 5, memory=False)  # the first one is measured
+    phase("student", 5, memory=False)  # measured the first time
     phase("generator", 7)
     assert clock.peak_bytes == {"student": 5, "generator": 7}
     assert clock.overall_peak_bytes() == 10, "of the time before"

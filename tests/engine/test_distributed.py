@@ -1,4 +1,4 @@
-"""Several processes over gloo: together they are one process with their batches in one."""
+"""Several processes over gloo take the steps of a single process with the concatenated batches."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ BATCH = 12
 
 
 class Plain(nn.Module):
-    """A generator without batch norm: with one, every process would normalise by its own batch."""
+    """A generator without batch norm, which would normalize by the local batch."""
 
     latent_dim = 6
 
@@ -46,7 +46,7 @@ class Plain(nn.Module):
 
 
 def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """A teacher with batch norms, and a student and a generator without."""
+    """A teacher with batch norms, a student and a generator without."""
     torch.manual_seed(0)
     teacher = nn.Sequential(
         nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 4)
@@ -78,19 +78,19 @@ METHODS: dict[str, Method] = {
 }
 
 
-def play(method: Method, latents: list[Tensor]) -> tuple[Trainer, list[dict[str, Tensor]]]:
-    """A student and a generator step twice, on this process's share of given latents."""
+def run_steps(method: Method, latents: list[Tensor]) -> tuple[Trainer, list[dict[str, Tensor]]]:
+    """Runs two student and generator steps on this process's share of fixed latents."""
     world, rank = distributed.world_size(), distributed.rank()
     share = dataclasses.replace(method.loop, batch_size=BATCH // world)
     trainer = Trainer(*networks(), dataclasses.replace(method, loop=share))
-    given = iter(latents)
+    draws = iter(latents)
 
     def draw(state: TrainState) -> Tensor:
-        return state.latents.copy_(next(given)[rank::world])
+        return state.latents.copy_(next(draws)[rank::world])
 
     original, steps._draw_latents = steps._draw_latents, draw
     if trainer.state.replay_source is not None:
-        trainer.state.replay_source.latents = lambda stream: next(given)[rank::world]  # type: ignore[method-assign]
+        trainer.state.replay_source.latents = lambda stream: next(draws)[rank::world]  # type: ignore[method-assign]
     try:
         losses = [terms for _ in range(2) for terms in (trainer.steps.student(0), trainer.steps.generator())]
     finally:
@@ -119,30 +119,30 @@ def together(world: int, work: Callable[..., object], *arguments: Any) -> None:
 
 def check_equal(latents: list[Tensor], expected: dict[str, Any]) -> None:
     for name, method in METHODS.items():
-        trainer, losses = play(method, latents)
+        trainer, losses = run_steps(method, latents)
         for ours, theirs in zip(losses, expected[name]["losses"], strict=True):
             assert ours.keys() == theirs.keys()
             for term, value in ours.items():
                 where = f"{name}, {term}"
                 torch.testing.assert_close(value, theirs[term], rtol=1e-5, atol=1e-6, msg=where)
-        for player in ("student", "generator"):
-            network = getattr(trainer, player)
-            for (path, ours), theirs in zip(network.named_parameters(), expected[name][player], strict=True):
-                torch.testing.assert_close(ours, theirs["value"], rtol=1e-5, atol=1e-6, msg=f"{name}, {player} {path}")
-                torch.testing.assert_close(ours.grad, theirs["gradient"], rtol=1e-4, atol=1e-6, msg=f"{name}, {player} {path}")
+        for role in ("student", "generator"):
+            network = getattr(trainer, role)
+            for (path, ours), theirs in zip(network.named_parameters(), expected[name][role], strict=True):
+                torch.testing.assert_close(ours, theirs["value"], rtol=1e-5, atol=1e-6, msg=f"{name}, {role} {path}")
+                torch.testing.assert_close(ours.grad, theirs["gradient"], rtol=1e-4, atol=1e-6, msg=f"{name}, {role} {path}")
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_together_take_the_steps_of_one(world: int) -> None:
+def test_several_processes_take_the_steps_of_a_single_process(world: int) -> None:
     torch.manual_seed(1)
     latents = [torch.randn(BATCH, 6) for _ in range(12)]
     expected: dict[str, Any] = {}
     for name, method in METHODS.items():
-        trainer, losses = play(method, latents)
+        trainer, losses = run_steps(method, latents)
         expected[name] = {"losses": losses}
-        for player in ("student", "generator"):
-            network = getattr(trainer, player)
-            expected[name][player] = [{"value": p.detach(), "gradient": p.grad} for p in network.parameters()]
+        for role in ("student", "generator"):
+            network = getattr(trainer, role)
+            expected[name][role] = [{"value": p.detach(), "gradient": p.grad} for p in network.parameters()]
     together(world, check_equal, latents, expected)
 
 
@@ -162,23 +162,23 @@ def check_terms(world: int) -> None:
     expected = (oracle.mean((0, 2, 3)) - 6.5).norm() + (oracle.var((0, 2, 3), correction=0) - 8.0).norm()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    # Gradients are averaged over the processes, so each one's is that of its share times their number.
+    # Gradients are averaged over processes: that of each share is multiplied by the number of processes.
     torch.testing.assert_close(gradient(mine) / world, gradient(oracle)[distributed.rank() :: world], rtol=1e-4, atol=1e-7)
 
     logits = torch.randn(4 * world, 7)
-    own = logits[distributed.rank() :: world].clone().requires_grad_()
-    found = entropy(own)
-    found.backward()
+    local = logits[distributed.rank() :: world].clone().requires_grad_()
+    actual = entropy(local)
+    actual.backward()
     oracle = logits.double().requires_grad_()
     p = oracle.softmax(1).mean(0)
     expected = (p * p.log()).sum()
     expected.backward()
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(gradient(own) / world, gradient(oracle)[distributed.rank() :: world], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient(local) / world, gradient(oracle)[distributed.rank() :: world], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_terms_that_are_no_means_are_those_of_the_global_batch(world: int) -> None:
+def test_terms_that_are_not_means_are_computed_over_the_global_batch(world: int) -> None:
     together(world, check_terms, world)
 
 
@@ -197,9 +197,9 @@ def check_average() -> None:
     for _ in trainer:
         pass
     assert trainer.state.replay_source is not None
-    players = {"student": trainer.student, "generator": trainer.generator, "average": trainer.state.replay_source.generator}
-    own = {f"{player} {name}": tensor for player, network in players.items() for name, tensor in network.state_dict().items()}  # type: ignore[union-attr]
-    states = distributed.all_gather([own])
+    networks_by_name = {"student": trainer.student, "generator": trainer.generator, "average": trainer.state.replay_source.generator}
+    local = {f"{role} {name}": tensor for role, network in networks_by_name.items() for name, tensor in network.state_dict().items()}  # type: ignore[union-attr]
+    states = distributed.all_gather([local])
     for name, tensor in states[0].items():
         for other in states[1:]:
             torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, msg=name)
@@ -221,7 +221,7 @@ def check_interruption() -> None:
     states = distributed.all_gather([through_a_file(stopped.state_dict())])
     assert all(map(torch.equal, stopped.student.buffers(), before))
     statistics = [state["processes"][rank]["buffers"] for rank, state in enumerate(states)]
-    assert not all(map(torch.equal, *statistics))  # of the processes' own batches
+    assert not all(map(torch.equal, *statistics))  # of the processes' local batches
     resumed.load_state_dict(states[0])
     resumed.fit()
     assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
@@ -249,17 +249,17 @@ def test_equal_gradients_have_equal_means_to_the_bit_however_often_they_are_aver
     together(3, check_repetition)
 
 
-def test_whatever_they_begin_with_all_processes_end_with_the_same_networks() -> None:
+def test_all_processes_end_with_the_same_networks_for_different_initial_weights() -> None:
     together(2, check_average)
 
 
-def test_a_restarted_group_looks_at_nothing_that_the_one_before_it_left_in_the_store() -> None:
+def test_a_restarted_group_ignores_keys_of_the_previous_attempt_in_the_store() -> None:
     store = HashStore()
     with ThreadPoolExecutor(3) as pool:
         for attempt in ("first", "second"):
             parts = []
             for rank in (2, 1, 0):
-                parts.append(pool.submit(distributed.fresh_part, store, rank, 3))
+                parts.append(pool.submit(distributed.fresh_namespace, store, rank, 3))
                 time.sleep(0.05)
             last, middle, first = (part.result(30) for part in parts)
             assert not last.check(["address"])
@@ -291,11 +291,11 @@ def worker_of(launcher: int, rank: str) -> int | None:
     return None
 
 
-def test_a_killed_process_is_restarted_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_with_a_killed_and_restarted_process_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = torchrun(tmp_path, "--out", "whole")
-    said, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
-    assert said.count("student, last epoch") == 1
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+    assert output.count("student, last epoch") == 1
     broken = torchrun(tmp_path, "--out", "broken")
     deadline = time.monotonic() + 200
     metrics = tmp_path / "broken" / "metrics.jsonl"
@@ -304,8 +304,8 @@ def test_a_killed_process_is_restarted_and_the_run_ends_as_if_nothing_had_happen
     victim = worker_of(broken.pid, "1")
     assert victim is not None
     os.kill(victim, signal.SIGKILL)
-    said, _ = broken.communicate(timeout=300)
-    assert broken.returncode == 0, said
+    output, _ = broken.communicate(timeout=300)
+    assert broken.returncode == 0, output
     ours, theirs = (load_file(tmp_path / name / "student.safetensors") for name in ("broken", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("broken", "whole")]
@@ -313,14 +313,14 @@ def test_a_killed_process_is_restarted_and_the_run_ends_as_if_nothing_had_happen
     assert broken_losses == whole_losses
 
 
-def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(DfkdError, match="LOCAL_RANK = 2: must be less than 2, the number of GPUs here"):
-        distributed.local(torch.device("cuda"))
+        distributed.local_device(torch.device("cuda"))
 
 
-def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -328,7 +328,7 @@ def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatc
         for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}.items():
             monkeypatch.setenv(variable, value)
         with (
-            pytest.raises(DfkdError, match=f"MASTER_ADDR = 'localhost', MASTER_PORT = {port}: the processes cannot meet there"),
+            pytest.raises(DfkdError, match=f"MASTER_ADDR = 'localhost', MASTER_PORT = {port}: rendezvous failed"),
             distributed.process_group(torch.device("cpu")),
         ):
             pytest.fail("there is no group")

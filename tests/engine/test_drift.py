@@ -30,27 +30,27 @@ def predictions(network: nn.Module, generator: nn.Module, z: Tensor) -> Tensor:
 
 def test_drift_is_the_mean_divergence_between_this_version_and_the_one_before_from_the_same_latents() -> None:
     network, drift = student(), Drift(samples=9)
-    seen: list[Tensor] = []
+    latents: list[Tensor] = []
     first, second, third = versions(3)
-    first.register_forward_pre_hook(lambda _, given: seen.append(given[0].double()))
+    first.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0].double()))
     assert drift.measure(network, {"it": first}) == {}
     with torch.no_grad():
         network[0].weight.mul_(2)  # type: ignore[index]
     for before, after in ((first, second), (second, third), (third, third)):
-        p, q = (predictions(network, generator, seen[0]).numpy() for generator in (before, after))
+        p, q = (predictions(network, generator, latents[0]).numpy() for generator in (before, after))
         expected = (jensenshannon(p, q, axis=1) ** 2).mean()
         assert drift.measure(network, {"it": after}) == {"it": pytest.approx(expected, rel=1e-3, abs=1e-7)}
-    assert seen[0].shape == (9, 7)
+    assert latents[0].shape == (9, 7)
 
 
-def test_each_generator_is_compared_with_itself_and_one_that_joins_waits_a_turn() -> None:
+def test_each_generator_is_compared_with_its_previous_version_from_its_second_call_on() -> None:
     network, drift = student(), Drift(samples=4)
     one, other, another = versions(3)
     drift.measure(network, {"one": one})
     assert drift.measure(network, {"one": one, "other": other}) == {"one": pytest.approx(0, abs=1e-7)}
-    found = drift.measure(network, {"one": one, "other": another})
-    assert found["one"] == pytest.approx(0, abs=1e-7)
-    assert found["other"] > 1e-4
+    divergences = drift.measure(network, {"one": one, "other": another})
+    assert divergences["one"] == pytest.approx(0, abs=1e-7)
+    assert divergences["other"] > 1e-4
 
 
 def test_measuring_changes_no_network() -> None:
@@ -61,7 +61,7 @@ def test_measuring_changes_no_network() -> None:
     assert network.training and generator.training
 
 
-def test_a_conditional_generator_is_asked_for_every_class() -> None:
+def test_a_conditional_generator_is_checked_with_every_class() -> None:
     torch.manual_seed(0)
     generator = build_generator(GeneratorSettings(latent_dim=7, width=2, conditional=True), 1, 8, num_classes=3)
     assert generator.embedding is not None

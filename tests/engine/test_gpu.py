@@ -1,4 +1,4 @@
-"""What only a GPU can show of the engine."""
+"""Tests of the engine that require a GPU."""
 
 import itertools
 from collections.abc import Callable
@@ -49,13 +49,13 @@ def run(make_trainer: MakeTrainer, chosen: Method) -> Trainer:
 
 
 def small_trainer(make_trainer: MakeTrainer, chosen: Method, *, device: str = "cuda", **options: Any) -> Trainer:
-    """With batch norms, which the objective of :func:`method` looks at."""
+    """Networks with batch norms, which the objective of :func:`method` requires."""
     return make_trainer(chosen, networks=small_networks(teacher="wrn10_1", student="wrn10_1", channels=3), device=device, **options)
 
 
 @pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN may choose another algorithm for a captured convolution, and the game amplifies rounding."""
+    """cuDNN may choose another algorithm for a captured convolution, and the training amplifies rounding."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
@@ -66,7 +66,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_captured_run_equals_the_eager_run(make_trainer: MakeTrainer, replay: dict[str, Any], update: str, precision: str) -> None:
     if update == "second-order" and replay["kind"] == "none":
         pytest.skip("needs replayed samples")
-    eager, captured = (run(make_trainer, method(replay, update, capture=wanted, precision=precision)) for wanted in (False, True))
+    eager, captured = (run(make_trainer, method(replay, update, capture=enabled, precision=precision)) for enabled in (False, True))
     assert captured.notes == eager.notes == []
     for ours, theirs in zip(captured.history, eager.history, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=2e-2 if precision == "bf16" else 1e-3)
@@ -82,7 +82,7 @@ def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer)
         assert one.losses == pytest.approx(other.losses, rel=2e-2)
 
 
-def test_batch_norms_are_fused_in_the_working_generator_and_nowhere_else(make_trainer: MakeTrainer) -> None:
+def test_batch_norms_are_fused_in_the_optimized_generator_only(make_trainer: MakeTrainer) -> None:
     trainer = run(make_trainer, method({"kind": "ema_generator"}, "plain", capture=True))
     state = trainer.state
     assert any(isinstance(layer, BatchNormLeakyReLU2d) for layer in state.generator.modules())
@@ -94,10 +94,10 @@ def test_batch_norms_are_fused_in_the_working_generator_and_nowhere_else(make_tr
 
 def test_every_replay_draws_other_samples_and_sees_the_schedule(make_trainer: MakeTrainer) -> None:
     trainer = small_trainer(make_trainer, method({"kind": "ema_generator"}, "plain", capture=True))
-    seen: list[Tensor] = []
-    trainer.on_iteration = lambda trainer: seen.append(trainer.state.images.clone())
+    batches: list[Tensor] = []
+    trainer.on_iteration = lambda trainer: batches.append(trainer.state.images.clone())
     trainer.fit()
-    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(seen))
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(batches))
     rate = trainer.state.student_optimizer.param_groups[0]["lr"]
     assert isinstance(rate, Tensor)
     assert rate.item() < 0.01
@@ -105,7 +105,7 @@ def test_every_replay_draws_other_samples_and_sees_the_schedule(make_trainer: Ma
 
 @pytest.mark.parametrize("replay", REPLAYS, ids=lambda replay: str(replay["kind"]))
 @pytest.mark.parametrize("capture", [False, True])
-def test_no_step_waits_for_the_gpu(make_trainer: MakeTrainer, replay: dict[str, Any], capture: bool) -> None:
+def test_no_step_synchronizes_the_gpu(make_trainer: MakeTrainer, replay: dict[str, Any], capture: bool) -> None:
     trainer = small_trainer(make_trainer, method(replay, "plain", capture=capture))
     trainer.iterate()
     torch.cuda.set_sync_debug_mode("error")
@@ -131,7 +131,7 @@ def test_a_resumed_captured_run_equals_an_uninterrupted_one(make_trainer: MakeTr
 
 
 class Calling(nn.Module):
-    """A network that does something else, too, in each of its forward passes."""
+    """A network that calls a function in each forward pass."""
 
     def __init__(self, inner: nn.Module, during: Callable[[Tensor], object]) -> None:
         super().__init__()
@@ -149,11 +149,11 @@ def student_calling(make_trainer: MakeTrainer, during: Callable[[Tensor], object
 
 
 def query(_: Tensor) -> None:
-    """No capture permits it, and no look for what waits for the device finds it."""
+    """An operation that fails during capture but does not synchronize the device."""
     torch.cuda.current_stream().query()
 
 
-def test_what_waits_for_the_gpu_runs_eagerly_and_is_said(make_trainer: MakeTrainer) -> None:
+def test_a_synchronizing_step_runs_eagerly_with_a_note(make_trainer: MakeTrainer) -> None:
     trainer = student_calling(make_trainer, lambda x: x.sum().item())
     trainer.fit()
     assert trainer.finished
@@ -180,15 +180,15 @@ def test_a_capture_that_fails_leaves_the_process_to_others(make_trainer: MakeTra
     torch.cuda.empty_cache()
     torch.randn(3, device="cuda")
 
-    for trainer in (earlier, small_trainer(make_trainer, chosen)):  # graphs from before, and new ones
+    for trainer in (earlier, small_trainer(make_trainer, chosen)):  # existing graphs, and new ones
         trainer.fit()
         assert trainer.finished
         assert not trainer.notes
 
 
 @pytest.mark.parametrize("capturing", [False, True])
-def test_a_lack_of_memory_is_no_reason_to_run_eagerly(make_trainer: MakeTrainer, capturing: bool) -> None:
-    stepping: list[bool] = []  # not in the checks of the networks, which call them, too
+def test_running_out_of_memory_does_not_disable_capture(make_trainer: MakeTrainer, capturing: bool) -> None:
+    stepping: list[bool] = []  # excludes the checks before the training, which call the networks as well
 
     def allocate(x: Tensor) -> None:
         if torch.cuda.is_current_stream_capturing() or (stepping and not capturing and x.requires_grad):
@@ -209,15 +209,15 @@ def test_graphs_share_memory(make_trainer: MakeTrainer) -> None:
     steps = trainer.steps
 
     def reserved() -> int:
-        pool = tuple(next(iter(steps._recorded.values())).graph.pool())
+        pool = tuple(next(iter(steps._captured.values())).graph.pool())
         return sum(part["total_size"] for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == pool)
 
     steps.student(0)
     one = reserved()
-    kept = dict(steps._recorded)
-    steps._recorded.clear()
-    steps.student(0)  # the same graph again, while the first one lives
-    assert kept.keys() == steps._recorded.keys()
+    kept = dict(steps._captured)
+    steps._captured.clear()
+    steps.student(0)  # captures the same step again while the first graph exists
+    assert kept.keys() == steps._captured.keys()
     assert 0 < reserved() < 1.5 * one
 
 
@@ -229,7 +229,7 @@ def test_a_first_step_that_overflows_leaves_no_momentum(make_trainer: MakeTraine
     assert scale is not None
     scale.fill_(2.0**120)
     before = [parameter.clone() for parameter in trainer.student.parameters()]
-    garbage = torch.full((1 << 24,), torch.nan, device="cuda")  # what memory holds that nothing was written to
+    garbage = torch.full((1 << 24,), torch.nan, device="cuda")  # contents of uninitialized memory
     del garbage
     trainer._student_steps()
     assert all(torch.equal(*pair) for pair in zip(before, trainer.student.parameters(), strict=True))

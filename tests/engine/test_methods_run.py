@@ -1,4 +1,4 @@
-"""Points of the three axes played through the trainer."""
+"""Combinations of objective, replay and update in the trainer."""
 
 import copy
 import dataclasses
@@ -50,7 +50,7 @@ def method(
 
 
 def classifier(width: int) -> nn.Module:
-    """With batch norm, of images of 8×8."""
+    """Networks with batch norm for 8×8 images."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU()]
     layers += [nn.Conv2d(width, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
@@ -89,7 +89,7 @@ def test_every_update_runs_with_every_replay_and_each_trains_another_student(
 
 
 @pytest.mark.parametrize("update", ["first-order", "second-order"])
-def test_an_update_that_retains_is_refused_where_nothing_is_replayed(update: str) -> None:
+def test_a_retain_acquire_update_is_rejected_without_replay(update: str) -> None:
     for replay in (Replay(), Replay(kind="vae", weight=0.0)):
         with pytest.raises(ValidationError, match=f"update.kind = '{update}'.*needs replayed samples"):
             method(update=update, replay=replay)
@@ -112,7 +112,7 @@ def test_replay_of_weight_zero_equals_none_bit_for_bit(make_trainer: MakeTrainer
 
 
 @pytest.mark.parametrize("replay", ["ema_generator", "memory_bank", "vae"])
-def test_what_is_replayed_is_drawn_from_a_stream_of_its_own(make_trainer: MakeTrainer, replay: str) -> None:
+def test_replayed_samples_are_drawn_from_a_separate_stream(make_trainer: MakeTrainer, replay: str) -> None:
     plain, replaying = (make_trainer(method(replay=kind)) for kind in ("none", replay))
     before = replaying.state.replay_stream.get_state()
     plain.fit()
@@ -121,7 +121,7 @@ def test_what_is_replayed_is_drawn_from_a_stream_of_its_own(make_trainer: MakeTr
     assert not torch.equal(replaying.state.replay_stream.get_state(), before)
 
 
-def test_logits_that_were_kept_are_what_the_student_learns_in_place_of_the_teachers_for_rounded_images(make_trainer: MakeTrainer) -> None:
+def test_cached_logits_are_the_targets_instead_of_the_teachers_logits_for_rounded_images(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(method(replay="memory_bank, uint8"))
     next(iter(trainer))
     student_step(trainer.state)
@@ -134,7 +134,7 @@ def test_logits_that_were_kept_are_what_the_student_learns_in_place_of_the_teach
     assert not torch.allclose(logits, answers, rtol=1e-4, atol=1e-5)
 
 
-def test_a_bank_changes_nothing_before_it_holds_a_batch_and_something_after(make_trainer: MakeTrainer) -> None:
+def test_a_bank_affects_the_training_only_once_it_holds_a_batch(make_trainer: MakeTrainer) -> None:
     plain, banked = (make_trainer(method(replay=replay, epochs=3)) for replay in ("none", "memory_bank"))
     same = [one.losses == other.losses for one, other in zip(plain, banked, strict=True)]
     assert same == [True, False, False]
@@ -143,11 +143,11 @@ def test_a_bank_changes_nothing_before_it_holds_a_batch_and_something_after(make
 def test_a_bank_stores_the_first_rows_of_the_last_student_steps_fresh_batch(make_trainer: MakeTrainer) -> None:
     replay = dataclasses.replace(REPLAYS["memory_bank"], memory_bank=BankSettings(slots=2, every=1, storage="float32"))  # type: ignore[call-arg]
     trainer = make_trainer(method(replay=replay, epochs=1))
-    seen: list[Tensor] = []
-    trainer.student.register_forward_pre_hook(lambda _, given: None if given[0].requires_grad else seen.append(given[0].clone()))
+    recorded: list[Tensor] = []
+    trainer.student.register_forward_pre_hook(lambda _, inputs: None if inputs[0].requires_grad else recorded.append(inputs[0].clone()))
     trainer.fit()
     assert isinstance(trainer.state.replay_source, MemoryBank)
-    assert torch.equal(trainer.state.replay_source.images[0], seen[-1][:3])
+    assert torch.equal(trainer.state.replay_source.images[0], recorded[-1][:3])
     assert not trainer.state.replay_source.images[1].any()
 
 
@@ -159,13 +159,13 @@ def test_a_bank_stores_the_first_rows_of_the_last_student_steps_fresh_batch(make
     ],
     ids=["memory_bank.rows", "vae.fresh_rows"],
 )
-def test_more_rows_than_a_batch_has_are_refused_before_the_run(make_trainer: MakeTrainer, replay: Replay) -> None:
+def test_more_rows_than_the_batch_size_are_rejected_before_the_run(make_trainer: MakeTrainer, replay: Replay) -> None:
     with pytest.raises((ValidationError, DfkdError), match="rows"):
         make_trainer(method(replay=replay))
 
 
 def stop_at(trainer: Trainer, iterations: int) -> list[dict[str, Any]]:
-    """Where the trainer's state as the iteration ended will be: at an epoch's last, the epoch is not closed yet."""
+    """Expected progress after an iteration: after the last one of an epoch, the epoch is not ended yet."""
     states: list[dict[str, Any]] = []
 
     def stop(trainer: Trainer) -> None:
@@ -216,8 +216,8 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
 
 
 def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_ended(make_trainer: MakeTrainer) -> None:
-    wanted = method(replay="ema_generator", objective=EVERY_TERM, generator_pretraining=4, generator_lr=0.05)
-    trainer = make_trainer(wanted, networks=normalised_networks(conditional=True))
+    config = method(replay="ema_generator", objective=EVERY_TERM, generator_pretraining=4, generator_lr=0.05)
+    trainer = make_trainer(config, networks=normalised_networks(conditional=True))
     student, generator = weights(trainer.student), weights(trainer.generator)
     stop_in_pretraining(trainer, 4)
     trainer.fit()
@@ -226,12 +226,12 @@ def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_en
     assert equal(weights(trainer.state.replay_source.generator), weights(trainer.generator))
     assert not any(torch.equal(tensor, generator[name]) for name, tensor in trainer.generator.named_parameters())
     assert trainer.state.losses.values == {}
-    # The game itself does not begin again with it.
+    # The training itself does not restart.
     trainer.fit()
     assert not equal(weights(trainer.state.replay_source.generator), weights(trainer.generator))
 
 
-def test_pretraining_takes_the_steps_of_a_game_without_adversary(make_trainer: MakeTrainer) -> None:
+def test_pretraining_steps_equal_those_of_a_training_without_adversarial_term(make_trainer: MakeTrainer) -> None:
     objective, alone = (Objective(one_hot=1.0, bn_moments=0.5, adversarial=adversarial) for adversarial in (1.0, 0.0))
     trainer = make_trainer(method(objective=objective, generator_pretraining=3), networks=normalised_networks())
     stop_in_pretraining(trainer, 3)
@@ -242,16 +242,16 @@ def test_pretraining_takes_the_steps_of_a_game_without_adversary(make_trainer: M
     assert equal(weights(trainer.generator), weights(other.generator))
 
 
-def test_a_pretraining_that_goes_astray_is_reported(make_trainer: MakeTrainer) -> None:
+def test_a_non_finite_loss_in_pretraining_is_reported(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(method(objective=Objective(one_hot=1.0), generator_pretraining=2), networks=normalised_networks())
     with torch.no_grad():
         next(trainer.generator.parameters()).fill_(float("nan"))
-    with pytest.raises(NonFiniteLossError, match="'one_hot' is nan after 2 steps of its pretraining"):
+    with pytest.raises(NonFiniteLossError, match="'one_hot' is nan after 2 pretraining steps"):
         trainer.fit()
 
 
 @pytest.mark.parametrize("generator_first", [False, True])
-def test_an_iteration_begins_with_whom_the_loop_says(make_trainer: MakeTrainer, generator_first: bool) -> None:
+def test_an_iteration_starts_with_the_network_that_generator_first_selects(make_trainer: MakeTrainer, generator_first: bool) -> None:
     trainer = make_trainer(method(epochs=1, iterations_per_epoch=1, generator_steps=2, generator_first=generator_first))
     trainer.fit()
     twin = make_trainer(method(epochs=1))
@@ -264,10 +264,10 @@ def test_an_iteration_begins_with_whom_the_loop_says(make_trainer: MakeTrainer, 
 
 
 @pytest.mark.parametrize(("generator_first", "first"), [(False, "student step 1"), (True, "generator step 1")])
-def test_the_first_of_several_losses_that_are_not_finite_is_named(make_trainer: MakeTrainer, generator_first: bool, first: str) -> None:
+def test_the_first_of_several_non_finite_losses_is_named(make_trainer: MakeTrainer, generator_first: bool, first: str) -> None:
     trainer = make_trainer(method(generator_first=generator_first))
     with torch.no_grad():
-        next(trainer.student.parameters()).fill_(float("nan"))  # which a trainer is refused to begin with
+        next(trainer.student.parameters()).fill_(float("nan"))  # a trainer would reject it before the first step
     with pytest.raises(NonFiniteLossError, match=f"at {first} of iteration 1, epoch 1"):
         trainer.fit()
 
@@ -296,7 +296,7 @@ def test_the_result_is_the_students_average_which_is_evaluated_beside_it(make_tr
 
 
 class Still(nn.Module):
-    """A generator without statistics: at a learning rate of nothing it stands still."""
+    """A generator without running statistics, which does not change at a learning rate of 0."""
 
     latent_dim = 20
 
@@ -310,7 +310,7 @@ class Still(nn.Module):
 
 
 @pytest.mark.parametrize(("lr", "moves"), [(1e-30, False), (1e-2, True)])
-def test_predictions_drift_as_far_as_the_generators_move(make_trainer: MakeTrainer, lr: float, moves: bool) -> None:
+def test_drift_grows_with_the_generators_update(make_trainer: MakeTrainer, lr: float, moves: bool) -> None:
     teacher, student, _ = normalised_networks()
     trainer = make_trainer(method(replay="ema_generator", epochs=3, drift_samples=6, generator_lr=lr), networks=(teacher, student, Still()))
     first, *others = trainer
@@ -320,7 +320,7 @@ def test_predictions_drift_as_far_as_the_generators_move(make_trainer: MakeTrain
         assert all((value > 1e-7) is moves for value in epoch.drift.values())
 
 
-def test_drift_is_not_measured_unasked(make_trainer: MakeTrainer) -> None:
+def test_drift_is_not_measured_by_default(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(method())
     trainer.fit()
     assert [epoch.drift for epoch in trainer.history] == [{}, {}]
@@ -342,35 +342,35 @@ def test_predictions_drift_less_with_the_averaged_generator_than_with_the_genera
         networks=normalised_networks(),
     )
     drifts = [epoch.drift for epoch in trainer][1:]
-    # Both have moved: an average that stood still would have no drift at all.
+    # Both have changed: a constant average would have no drift.
     assert 0 < sum(drift["replay"] for drift in drifts) < sum(drift["generator"] for drift in drifts)
     assert all(drift["replay"] > 1e-6 for drift in drifts)
 
 
-def test_pretraining_with_nothing_but_the_adversary_is_refused() -> None:
+def test_pretraining_with_only_the_adversarial_term_is_rejected() -> None:
     for objective in (Objective(), Objective(embedding_norm=1.0)):
-        with pytest.raises(ValidationError, match="generator_pretraining = 5: needs a term of the objective"):
+        with pytest.raises(ValidationError, match="generator_pretraining = 5: needs a non-adversarial term"):
             method(objective=objective, generator_pretraining=5)
 
 
 @pytest.mark.parametrize("term", ["class_nll", "embedding_norm"])
-def test_a_term_of_the_class_is_refused_with_a_generator_that_knows_none(make_trainer: MakeTrainer, term: str) -> None:
-    wanted = method(objective=Objective(**{term: 1.0}))  # type: ignore[arg-type]
+def test_a_class_term_is_rejected_with_an_unconditional_generator(make_trainer: MakeTrainer, term: str) -> None:
+    config = method(objective=Objective(**{term: 1.0}))  # type: ignore[arg-type]
     with pytest.raises(DfkdError, match=f"objective.{term}.*generator.conditional = true"):
-        make_trainer(wanted, networks=normalised_networks())
-    make_trainer(wanted, networks=normalised_networks(conditional=True)).fit()
+        make_trainer(config, networks=normalised_networks())
+    make_trainer(config, networks=normalised_networks(conditional=True)).fit()
 
 
-def test_a_conditional_generator_learns_its_embeddings_and_a_plain_game_uses_them(make_trainer: MakeTrainer) -> None:
+def test_embeddings_of_a_conditional_generator_are_trained_and_used_without_conditional_terms(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(method(epochs=1), networks=normalised_networks(conditional=True))
     assert trainer.generator.embedding is not None
     before = weights(trainer.generator)
     trainer.fit()
     moved = (trainer.generator.state_dict()["embedding.weight"] != before["embedding.weight"]).any(1)
-    assert moved.sum() >= 5  # of ten classes, two batches of eight saw most
+    assert moved.sum() >= 5  # two batches of eight contain most of the ten classes
 
 
-def test_a_teacher_without_batch_norm_is_refused_by_the_terms_name(make_trainer: MakeTrainer) -> None:
+def test_a_teacher_without_batch_norm_is_rejected_by_the_terms_name(make_trainer: MakeTrainer) -> None:
     with pytest.raises(DfkdError, match=r"objective\.bn_moments.*LeNet5"):
         make_trainer(method(objective=Objective(bn_moments=1.0)))
 

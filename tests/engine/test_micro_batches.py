@@ -1,4 +1,4 @@
-"""A batch in pieces has the gradient of the whole one."""
+"""Micro-batches have the gradient of the whole batch."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests.small import small_networks
 
 
 class Conditional(nn.Module):
-    """A generator without batch norm, whose class embedding is shared by the pieces."""
+    """A generator without batch norm, whose class embedding is shared by the micro-batches."""
 
     latent_dim = 6
 
@@ -45,30 +45,30 @@ def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("pieces", [2, 3, 5])
 @pytest.mark.parametrize("update", ["plain", "pooled"])
-def test_pieces_give_the_losses_and_gradients_of_the_whole(pieces: int, update: str) -> None:
+def test_micro_batches_give_the_losses_and_gradients_of_the_batch(pieces: int, update: str) -> None:
     whole, cut = (Trainer(*networks(), method(count, update), seed=1) for count in (1, pieces))
     assert cut.notes == []
-    for player in ("student", "generator"):
-        theirs, ours = (trainer.steps.student(0) if player == "student" else trainer.steps.generator() for trainer in (whole, cut))
+    for role in ("student", "generator"):
+        theirs, ours = (trainer.steps.student(0) if role == "student" else trainer.steps.generator() for trainer in (whole, cut))
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
-    for player in ("student", "generator"):
-        for (name, one), other in zip(getattr(cut, player).named_parameters(), getattr(whole, player).parameters(), strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7, msg=f"{player} {name}")
+    for role in ("student", "generator"):
+        for (name, one), other in zip(getattr(cut, role).named_parameters(), getattr(whole, role).parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7, msg=f"{role} {name}")
 
 
-def test_no_piece_holds_more_rows_than_its_share() -> None:
-    seen: list[int] = []
+def test_micro_batches_have_equal_sizes() -> None:
+    recorded: list[int] = []
     trainer = Trainer(*networks(), method(3), seed=1)
-    trainer.student.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    trainer.student.register_forward_hook(lambda _, inputs, __: recorded.append(len(inputs[0])))
     trainer.steps.student(0)
     trainer.steps.generator()
-    assert seen[:3] == [3, 4, 5]  # 7 fresh and 5 replayed rows, in 3
-    assert max(seen[3:]) == 3
+    assert recorded[:3] == [3, 4, 5]  # 7 fresh and 5 replayed rows in 3 micro-batches
+    assert max(recorded[3:]) == 3
 
 
-def test_the_pieces_of_a_batch_are_its_rows_and_its_weight() -> None:
+def test_micro_batches_partition_the_rows_and_the_weight() -> None:
     images, logits = torch.arange(12.0).view(12, 1, 1, 1), torch.arange(24.0).view(12, 2)
     pieces = list(Batch(images, logits, [Part(7, 1.0), Part(5, 0.7)]).chunks(3))
     assert sorted(torch.cat([piece.images for piece in pieces]).flatten().tolist()) == list(range(12))
@@ -79,20 +79,20 @@ def test_the_pieces_of_a_batch_are_its_rows_and_its_weight() -> None:
         assert sum(piece.parts[part].weight for piece in pieces) == pytest.approx((1.0, 0.7)[part])
 
 
-def test_batch_norms_in_training_are_said_to_make_it_inexact() -> None:
+def test_batch_norms_in_training_add_a_note_that_micro_batches_are_inexact() -> None:
     inexact = dataclasses.replace(method(2), objective=Objective())
-    assert "batch norms in training see a piece" in Trainer(*small_networks(), inexact).notes[0]
+    assert "batch norms in training use the statistics of a micro-batch" in Trainer(*small_networks(), inexact).notes[0]
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"pieces": 6}, "fresh or replayed samples are 5 only"),
-        ({"pieces": 2, "update": "second-order"}, "not with update.kind 'second-order'"),
+        ({"pieces": 6}, "must be at most 5, the number of fresh or replayed samples"),
+        ({"pieces": 2, "update": "second-order"}, "not supported with update.kind 'second-order'"),
         ({"pieces": 0}, "micro_batches"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(wrong: dict[str, object], message: str) -> None:
+def test_unsupported_micro_batches_are_rejected(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         method(**wrong)  # type: ignore[arg-type]
 
@@ -106,7 +106,7 @@ def test_labels_are_drawn_as_evenly_as_a_batch_allows(batch_size: int, classes: 
     for labels in drawn:
         counts = labels.bincount(minlength=classes)
         assert counts.max() - counts.min() <= 1
-    assert torch.stack(drawn).float().mean(0).sub((classes - 1) / 2).abs().max() < 1.1  # no place prefers a class
+    assert torch.stack(drawn).float().mean(0).sub((classes - 1) / 2).abs().max() < 1.1  # no row prefers a class
     assert classes == 1 or len({tuple(labels.tolist()) for labels in drawn}) > 190
 
 
@@ -114,9 +114,9 @@ def test_a_conditional_generator_is_called_with_the_labels_that_were_drawn() -> 
     generator = build_generator(GeneratorSettings(conditional=True, width=4, latent_dim=8), 1, 32, num_classes=10)
     torch.manual_seed(0)
     trainer = Trainer(LeNet5(10), LeNet5(10), generator, Method(loop=Loop(batch_size=20), objective=Objective(class_nll=1.0)))
-    seen: list[torch.Tensor] = []
-    trainer.generator.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))  # type: ignore[union-attr]
+    recorded: list[torch.Tensor] = []
+    trainer.generator.body.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0].detach().clone()))  # type: ignore[union-attr]
     embedding = generator.embedding.weight.detach().clone()  # type: ignore[union-attr]
     trainer.steps.student(0)
-    torch.testing.assert_close(seen[0], trainer.state.latents + embedding[trainer.state.labels])
+    torch.testing.assert_close(recorded[0], trainer.state.latents + embedding[trainer.state.labels])
     assert trainer.state.labels.bincount(minlength=10).tolist() == 10 * [2]

@@ -26,7 +26,7 @@ def take_steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter],
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape, generator=stream)
         if step == 0:
-            parameters[-1].grad = None  # as of a layer that its first batch does not reach
+            parameters[-1].grad = None  # like a layer that the first batch does not use
         optimizer.step()
 
 
@@ -38,7 +38,7 @@ def test_momentum_from_the_beginning_changes_no_bit() -> None:
 
 
 def test_a_first_step_that_overflows_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyTorch's fused SGD, as on a GPU, and memory that was never written.
+    # PyTorch's fused SGD, as on a GPU, with uninitialized memory.
     monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: torch.full_like(tensor, torch.nan, **options))
     weight = nn.Parameter(torch.ones(5))
     optimizer = build_optimizer(Optimizer(lr=0.5), [weight], CPU)
@@ -68,7 +68,7 @@ def test_a_checkpoint_without_momentum_gets_one(buffer: str) -> None:
         assert momentum.shape == parameter.shape and not momentum.any()
 
 
-def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(make_trainer: Callable[..., Trainer]) -> None:
+def test_a_gpu_checkpoint_resumes_on_a_cpu(make_trainer: Callable[..., Trainer]) -> None:
     whole, resumed = make_trainer(small_method()), make_trainer(small_method())
     next(iter(whole))
     state: dict[str, Any] = copy.deepcopy(whole.state_dict())
@@ -78,6 +78,6 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(make_trainer: Callable[..., Trai
     resumed.load_state_dict(state)
     for trainer in (whole, resumed):
         trainer.fit()
-    expected, found = (without_times(trainer.state_dict()) for trainer in (whole, resumed))
-    # What is left is that a rate that was a tensor has float32's digits.
-    torch.testing.assert_close(found["networks"], expected["networks"], rtol=1e-5, atol=1e-7)
+    expected, actual = (without_times(trainer.state_dict()) for trainer in (whole, resumed))
+    # The remaining difference is that a learning rate in a tensor has float32 precision.
+    torch.testing.assert_close(actual["networks"], expected["networks"], rtol=1e-5, atol=1e-7)

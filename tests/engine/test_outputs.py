@@ -1,4 +1,4 @@
-"""Networks that return more than their logits are distilled, trained and evaluated by the logits alone."""
+"""Networks with auxiliary outputs are distilled, trained and evaluated by their logits."""
 
 import copy
 from collections import namedtuple
@@ -41,7 +41,7 @@ WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("kind", WRAPS)
 @pytest.mark.parametrize("replay", ["none", "vae"])
-def test_networks_that_return_more_play_the_very_same_game(kind: str, replay: Any) -> None:
+def test_networks_with_auxiliary_outputs_train_identically(kind: str, replay: Any) -> None:
     teacher, student, generator = small_networks()
     method = small_method(replay=Replay(kind=replay), epochs=1)
     torch.manual_seed(0)

@@ -70,8 +70,8 @@ def largest_difference(network: nn.Module, other: nn.Module) -> float:
 def test_trajectory_equals_the_plain_loop(
     network: str, channels: int, ema_decay: float | None, channels_last: bool, fold_teacher: bool
 ) -> None:
-    # Convolutions round differently in the two layouts and folded, and Adam turns the rounding of gradients that are
-    # exactly zero (biases before a batch norm) into steps of its own; double precision leaves room to tell that from an error.
+    # Memory format and folding change the rounding of convolutions, and Adam amplifies the rounding of gradients that are
+    # exactly zero (biases before a batch norm). Double precision keeps this small enough to detect errors.
     exact = not channels_last and not fold_teacher
     dtype = torch.float32 if exact else torch.float64
     tolerance = 0.0 if exact else 1e-9
@@ -101,7 +101,7 @@ def test_trajectory_equals_the_plain_loop(
 
 @pytest.mark.parametrize("fold_teacher", [False, True])
 def test_trajectory_with_the_bn_objective_follows_the_plain_loop(fold_teacher: bool) -> None:
-    # Norms are summed in another order.
+    # The norms are summed in a different order.
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -119,7 +119,7 @@ def test_trajectory_with_the_bn_objective_follows_the_plain_loop(fold_teacher: b
     assert largest_difference(trainer.generator, generator) <= 1e-9
 
 
-def test_the_largest_difference_sees_one_changed_bit() -> None:
+def test_the_largest_difference_detects_one_changed_bit() -> None:
     _, student, _ = small_networks()
     other = copy.deepcopy(student)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_the_largest_difference_sees_one_changed_bit() -> None:
 
 
 def test_first_iterations_with_fused_kernels_follow_the_plain_loop() -> None:
-    # Only the first: the kernels round differently, and the game amplifies any difference.
+    # Only the first: the kernels round differently, and the training amplifies any difference.
     pytest.importorskip("numba", reason="numba is not installed")
     method = small_method(
         replay=Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=0.9)), epochs=EPOCHS, iterations=1, student_steps=2

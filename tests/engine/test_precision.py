@@ -36,12 +36,12 @@ def gradient(network: nn.Module) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def by_hand(step: str, autocast: bool) -> Tensor:
-    """The gradient of a first step as a textbook has it, in float32 or under autocast."""
+    """Reference gradient of a first step, in float32 or under autocast."""
     teacher, student, generator = copy.deepcopy(networks())
     teacher.eval()
     z = torch.randn(16, 20, generator=torch.Generator().manual_seed(3))
@@ -61,8 +61,8 @@ def test_a_step_in_bf16_errs_no_more_than_plain_autocast(make_trainer: MakeTrain
     trainer = make_trainer(method("bf16", fold_teacher=fold_teacher), networks=networks())
     with use_backend("reference"):
         student_step(trainer.state) if step == "student" else generator_step(trainer.state)
-    found = gradient(trainer.student if step == "student" else trainer.generator)
-    assert 0 < relative(found, exact) <= 1.5 * relative(plain, exact)
+    actual = gradient(trainer.student if step == "student" else trainer.generator)
+    assert 0 < relative(actual, exact) <= 1.5 * relative(plain, exact)
 
 
 @pytest.mark.parametrize("ambient", [False, True])
@@ -75,9 +75,9 @@ def test_every_step_in_bf16_computes_with_the_weights_that_the_step_before_left(
         generator_optimizer=Optimizer(lr=0.1),
     )
     whole, apart = (make_trainer(chosen, networks=networks()) for _ in range(2))
-    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):  # whose cache of cast weights would outlive the optimizers' steps
+    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):  # its weight cache would outlive the optimizer steps
         whole.fit()
-    for step in [*range(3), None, *range(3), None]:  # the generator's is the last of an iteration
+    for step in [*range(3), None, *range(3), None]:  # None is the generator step, the last one of an iteration
         apart.steps.generator() if step is None else apart.steps.student(step)
         torch.clear_autocast_cache()
     for network, stepped in ((whole.student, apart.student), (whole.generator, apart.generator)):
@@ -97,7 +97,7 @@ def test_spectral_norms_of_a_users_networks_are_left_alone_by_autocast(make_trai
     assert trainer.student.state_dict().keys() == names
 
 
-def test_weights_averages_and_optimiser_states_stay_float32_in_bf16(make_trainer: MakeTrainer) -> None:
+def test_weights_averages_and_optimizer_states_stay_float32_in_bf16(make_trainer: MakeTrainer) -> None:
     chosen = method("bf16", student_ema_decay=0.9)
     chosen = Method(
         loop=chosen.loop, engine=chosen.engine, replay=Replay(kind="ema_generator"), student_optimizer=Optimizer(kind="adam", lr=1e-3)
@@ -134,7 +134,7 @@ def segmenter() -> nn.Sequential:
 def test_a_students_gradient_in_bf16_is_that_of_float32_logits_of_the_same_features(
     make_trainer: MakeTrainer, build: Callable[[], nn.Sequential], head: int, discrepancy: Any, gap: float, micro_batches: int
 ) -> None:
-    # A student that is its teacher but for its logits, which are off by about the gap: what it is to learn is the difference.
+    # A student that differs from its teacher by about the gap in its logits.
     torch.manual_seed(0)
     teacher = build()
     with torch.no_grad():
@@ -150,18 +150,20 @@ def test_a_students_gradient_in_bf16_is_that_of_float32_logits_of_the_same_featu
     trainer = make_trainer(chosen, networks=(teacher, student, small_networks()[2]))
     features: list[Tensor] = []
 
-    def record(_: nn.Module, given: tuple[Tensor]) -> None:
-        if given[0].requires_grad:
-            given[0].retain_grad()
-            features.append(given[0])
+    def record(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        if inputs[0].requires_grad:
+            inputs[0].retain_grad()
+            features.append(inputs[0])
 
     trainer.student.get_submodule(str(head)).register_forward_pre_hook(record)
     student_step(trainer.state)
-    assert {given.dtype for given in features} == {torch.bfloat16}
+    assert {feature.dtype for feature in features} == {torch.bfloat16}
 
-    given = torch.cat([piece.detach() for piece in features]).double().requires_grad_()
-    answers, targets = (copy.deepcopy(network[head:]).double()(x) for network, x in ((student, given), (teacher, given.detach())))
-    assert answers.abs().max() > 4  # logits that bfloat16 keeps to 1/32 at best
+    features_64 = torch.cat([piece.detach() for piece in features]).double().requires_grad_()
+    answers, targets = (
+        copy.deepcopy(network[head:]).double()(x) for network, x in ((student, features_64), (teacher, features_64.detach()))
+    )
+    assert answers.abs().max() > 4  # bfloat16 resolves such logits to 1/32 at best
     if discrepancy == "l1":
         loss = F.l1_loss(answers, targets)
     else:
@@ -169,9 +171,9 @@ def test_a_students_gradient_in_bf16_is_that_of_float32_logits_of_the_same_featu
         m = p if discrepancy == "kl" else ((p.exp() + q.exp()) / 2).log()
         terms = [q.exp() * (q - m)] if discrepancy == "kl" else [p.exp() * (p - m) / 2, q.exp() * (q - m) / 2]
         loss = sum(term.sum(1).mean() for term in terms)
-    (expected,) = torch.autograd.grad(loss, given)
-    found = torch.cat([piece.grad for piece in features if piece.grad is not None])
-    assert relative(found.double(), expected) < 0.01
+    (expected,) = torch.autograd.grad(loss, features_64)
+    actual = torch.cat([piece.grad for piece in features if piece.grad is not None])
+    assert relative(actual.double(), expected) < 0.01
 
 
 @pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank", "vae"])
@@ -205,7 +207,7 @@ def test_no_logits_are_rounded_before_they_are_compared(
         assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_logits_that_no_layer_makes_are_rounded_and_that_is_said(make_trainer: MakeTrainer) -> None:
+def test_logits_computed_outside_of_a_layer_are_rounded_with_a_note(make_trainer: MakeTrainer) -> None:
     class Product(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -220,7 +222,7 @@ def test_logits_that_no_layer_makes_are_rounded_and_that_is_said(make_trainer: M
     teacher, _, generator = networks()
     trainer = make_trainer(method("bf16"), networks=(teacher, Product(), generator))
     trainer.fit()
-    assert trainer.notes == ["engine.precision: the student's logits are rounded to bf16: its forward makes them, not a layer"]
+    assert trainer.notes == ["engine.precision: the student's logits are rounded to bf16: its forward computes them outside of a layer"]
 
 
 @pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank", "vae"])
@@ -258,7 +260,7 @@ def test_auto_is_bf16_on_a_gpu_that_computes_in_it_and_float32_elsewhere(
     assert resolved(method(setting), device) == method(expected)
 
 
-def test_a_trainer_says_what_auto_is_and_a_state_of_another_precision_is_refused(make_trainer: MakeTrainer) -> None:
+def test_a_trainer_resolves_auto_and_rejects_a_state_of_another_precision(make_trainer: MakeTrainer) -> None:
     automatic = make_trainer(method("auto"))
     assert automatic.method.engine.precision == "fp32"
     assert automatic.state.precision.dtype is None
@@ -266,20 +268,20 @@ def test_a_trainer_says_what_auto_is_and_a_state_of_another_precision_is_refused
     before = copy.deepcopy(automatic.student.state_dict())
     with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32': the state is of a run with 'bf16'"):
         automatic.load_state_dict(state)
-    del state["method"]  # as of earlier versions
-    with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32': the state is of a run in 'bf16', and goes on in that"):
+    del state["method"]  # as in earlier versions
+    with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32': the state is of a run in 'bf16', which must be resumed in 'bf16'"):
         automatic.load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in automatic.student.state_dict().items())
 
 
 @pytest.mark.parametrize("changes", [{"replay": {"kind": "vae"}}, {"replay": {"kind": "memory_bank"}, "update": {"kind": "first-order"}}])
-def test_fp16_is_refused_where_losses_cannot_be_scaled(changes: dict[str, Any]) -> None:
+def test_fp16_is_rejected_where_losses_cannot_be_scaled(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="'bf16'"):
         Method(engine=Engine(precision="fp16"), **changes)
 
 
 def test_scaled_losses_give_the_same_student(make_trainer: MakeTrainer) -> None:
-    # 2^16 is a power of two: scaling by it and back is exact, so that only a forgotten one of the two can show.
+    # Scaling by a power of two and back is exact, so only a missing scaling or unscaling changes the result.
     plain, scaled = (make_trainer(method("fp32"), networks=networks()) for _ in range(2))
     scaled.state.precision.scalers = {role: torch.amp.GradScaler("cpu", init_scale=2.0**16) for role in scaled.state.precision.scalers}
     for trainer in (plain, scaled):
@@ -289,9 +291,9 @@ def test_scaled_losses_give_the_same_student(make_trainer: MakeTrainer) -> None:
 
 
 def test_compiled_networks_take_the_same_steps(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Traced and run by PyTorch's own operators: what a compiler does with the trace is its own business.
+    # Traced and run eagerly: what a compiler does with the trace is not tested here.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    eager, compiled = (make_trainer(method("fp32", compile=wanted), networks=networks()) for wanted in (False, True))
+    eager, compiled = (make_trainer(method("fp32", compile=enabled), networks=networks()) for enabled in (False, True))
     for trainer in (eager, compiled):
         trainer.fit()
     assert compiled.history[0].losses == pytest.approx(eager.history[0].losses, rel=1e-5)
@@ -299,12 +301,12 @@ def test_compiled_networks_take_the_same_steps(make_trainer: MakeTrainer, monkey
 
 
 @pytest.mark.parametrize("kind", ["apex_sgd", "apex_adam"])
-def test_apex_without_apex_says_what_is_missing_and_what_to_choose(kind: Any) -> None:
+def test_apex_optimizers_without_apex_raise_with_an_alternative(kind: Any) -> None:
     with pytest.raises(DfkdError, match=r"NVIDIA's apex.*another project.*'sgd' or 'adam'"):
         build_optimizer(Optimizer(kind=kind), [nn.Parameter(torch.zeros(1))], torch.device("cpu"))
 
 
-def test_a_teacher_that_cannot_be_folded_is_used_as_it_is_and_that_is_said(make_trainer: MakeTrainer) -> None:
+def test_a_teacher_that_cannot_be_folded_is_used_unchanged_with_a_note(make_trainer: MakeTrainer) -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The passes over networks as they are given: each has a switch, and none changes what was given."""
+"""The passes over the networks: each has a key in [engine], and none changes the networks of the user."""
 
 import re
 from dataclasses import replace
@@ -22,7 +22,7 @@ def trainer(engine: Engine) -> Trainer:
     return Trainer(*networks, replace(small_method(), engine=engine))
 
 
-def working(trainer: Trainer) -> dict[str, nn.Module]:
+def optimized_networks(trainer: Trainer) -> dict[str, nn.Module]:
     return {"teacher": trainer.state.teacher, "student": trainer.state.student, "generator": trainer.state.generator}
 
 
@@ -31,8 +31,8 @@ def kinds(network: nn.Module) -> set[type[nn.Module]]:
 
 
 def effects(trainer: Trainer) -> set[str]:
-    """Which passes left a trace in the networks that the steps call."""
-    networks = working(trainer)
+    """Names of the passes that modified the optimized networks."""
+    networks = optimized_networks(trainer)
     weights = [parameter for network in networks.values() for parameter in network.parameters() if parameter.ndim == 4]
     traces = {
         "channels_last": all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights),
@@ -44,10 +44,10 @@ def effects(trainer: Trainer) -> set[str]:
     return {name for name, left in traces.items() if left}
 
 
-def test_with_every_switch_off_the_networks_compute_as_they_were_given() -> None:
+def test_with_every_pass_disabled_outputs_equal_those_of_the_users_networks() -> None:
     plain = trainer(PLAIN)
     assert effects(plain) == set()
-    for role, network in working(plain).items():
+    for role, network in optimized_networks(plain).items():
         assert kinds(network) == kinds(getattr(plain, role))
 
 
@@ -55,37 +55,37 @@ def test_with_every_switch_off_the_networks_compute_as_they_were_given() -> None
     ("switch", "value"),
     [("channels_last", True), ("cpu_convolutions", True), ("fuse_norm_act", True), ("fold_teacher", True), ("precision", "bf16")],
 )
-def test_a_switch_turns_on_its_own_pass_and_no_other(switch: str, value: Any) -> None:
+def test_a_key_enables_its_pass_only(switch: str, value: Any) -> None:
     changes: dict[str, Any] = {switch: value}
     assert effects(trainer(replace(PLAIN, **changes))) == {switch}
 
 
-def test_all_passes_together_leave_the_classes_and_modes_of_what_was_given() -> None:
-    given = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
-    before = [[(type(layer), layer.training) for layer in network.modules()] for network in given]
-    prepared = Trainer(*given, Method(engine=Engine(precision="bf16")))
+def test_all_passes_together_leave_classes_and_modes_of_the_users_networks() -> None:
+    networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
+    before = [[(type(layer), layer.training) for layer in network.modules()] for network in networks]
+    prepared = Trainer(*networks, Method(engine=Engine(precision="bf16")))
     assert effects(prepared) == {"channels_last", "cpu_convolutions", "fuse_norm_act", "fold_teacher", "precision"}
-    assert [[(type(layer), layer.training) for layer in network.modules()] for network in given] == before
+    assert [[(type(layer), layer.training) for layer in network.modules()] for network in networks] == before
 
 
 @pytest.mark.parametrize("role", ["student", "generator"])
-def test_what_is_trained_shares_its_tensors_with_what_was_given(role: str) -> None:
+def test_optimized_networks_share_tensors_with_the_users(role: str) -> None:
     prepared = trainer(Engine(precision="bf16"))
-    own, given = working(prepared)[role], getattr(prepared, role)
-    assert [tensor.data_ptr() for tensor in own.parameters()] == [tensor.data_ptr() for tensor in given.parameters()]
-    assert [tensor.data_ptr() for tensor in own.buffers()] == [tensor.data_ptr() for tensor in given.buffers()]
+    optimized, original = optimized_networks(prepared)[role], getattr(prepared, role)
+    assert [tensor.data_ptr() for tensor in optimized.parameters()] == [tensor.data_ptr() for tensor in original.parameters()]
+    assert [tensor.data_ptr() for tensor in optimized.buffers()] == [tensor.data_ptr() for tensor in original.buffers()]
 
 
-def test_the_generator_is_prepared_first_since_the_other_passes_look_at_its_images() -> None:
+def test_the_generator_is_prepared_first_since_other_passes_use_its_images() -> None:
     assert next(iter(PASSES)) == "generator"
 
 
-def test_a_trial_without_the_teachers_weights_changes_no_tensor() -> None:
+def test_preparing_with_an_untrained_teacher_changes_no_tensor() -> None:
     teacher, student, generator = networks = small_networks()
     with torch.no_grad():
         teacher[-1].weight.zero_()  # type: ignore[index]  # as some last layers begin
     before = [tensor.clone() for network in networks for tensor in network.state_dict().values()]
-    prepare(teacher, student, generator, small_method(), seed=0, device=torch.device("cpu"), trained=False)
+    prepare(teacher, student, generator, small_method(), seed=0, device=torch.device("cpu"), teacher_trained=False)
     after = [tensor for network in networks for tensor in network.state_dict().values()]
     assert all(torch.equal(*pair) for pair in zip(after, before, strict=True))
     with pytest.raises(DfkdError, match="no gradient through the teacher"):
@@ -103,7 +103,7 @@ def with_norms() -> nn.Module:
         ({"batch_size": 4}, {"micro_batches": 3}, "engine.micro_batches = 3 of loop.batch_size = 4: the student cannot take one of"),
     ],
 )
-def test_batches_of_one_image_are_refused_before_the_first_step(loop: dict[str, Any], engine: dict[str, Any], message: str) -> None:
+def test_batches_of_one_image_are_rejected_before_the_first_step(loop: dict[str, Any], engine: dict[str, Any], message: str) -> None:
     teacher, _, generator = small_networks()
     method = replace(small_method(), loop=replace(small_method().loop, **loop), engine=replace(small_method().engine, **engine))
     with pytest.raises(DfkdError, match=re.escape(message)):
@@ -111,7 +111,7 @@ def test_batches_of_one_image_are_refused_before_the_first_step(loop: dict[str, 
     Trainer(teacher, small_networks()[1], generator, method).fit()  # without batch norms
 
 
-def test_a_batch_of_one_that_a_replayed_image_joins_is_none_of_one() -> None:
+def test_a_fresh_image_with_replayed_ones_is_not_a_batch_of_one() -> None:
     teacher, _, generator = small_networks()
     method = small_method(replay=Replay(kind="ema_generator"), batch_size=1)
     method = replace(method, loop=replace(method.loop, student_in_generator_step="eval"))

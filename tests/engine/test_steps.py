@@ -75,14 +75,14 @@ def test_generators_gradient_depends_on_the_student(make_trainer: MakeTrainer) -
     assert not torch.allclose(gradients[0], gradients[1])
 
 
-def test_generator_has_nothing_to_gain_from_a_student_that_is_its_teacher(make_trainer: MakeTrainer) -> None:
+def test_the_adversarial_gradient_vanishes_for_a_student_equal_to_its_teacher(make_trainer: MakeTrainer) -> None:
     teacher, _, generator = small_networks(teacher="lenet5", student="lenet5")
     trainer = make_trainer(small_method(), networks=(teacher, copy.deepcopy(teacher), generator))
     assert generator_step(trainer.state)["adversarial"].item() == 0.0
     assert all((parameter.grad == 0).all() for parameter in trainer.generator.parameters() if parameter.grad is not None)
 
 
-def test_generator_ascends_what_the_student_descends(make_trainer: MakeTrainer) -> None:
+def test_the_generator_maximizes_the_discrepancy_that_the_student_minimizes(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(Method(loop=Loop(batch_size=64), objective=Objective(adversary="l1")))
     latents = torch.randn(64, 20)
 
@@ -109,13 +109,13 @@ def test_replay_of_weight_zero_equals_no_replay_bit_for_bit(make_trainer: MakeTr
 
 def test_replayed_rows_come_from_the_averaged_generator_and_a_stream_of_their_own(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(small_method(replay=Replay(kind="ema_generator"), batch_size=4))
-    seen: list[Tensor] = []
-    trainer.teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    recorded: list[Tensor] = []
+    trainer.teacher.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0].clone()))
     student_step(trainer.state)
     assert trainer.state.replay_source is not None and trainer.state.replay_source.generator is not None
     z = torch.randn(4, 20, generator=random_stream(3, "replay", torch.device("cpu")))
-    assert seen[0].shape[0] == 8
-    torch.testing.assert_close(seen[0][4:], trainer.state.replay_source.generator(z))
+    assert recorded[0].shape[0] == 8
+    torch.testing.assert_close(recorded[0][4:], trainer.state.replay_source.generator(z))
 
 
 def test_averaged_generator_is_never_trained_and_follows_each_generator_step(make_trainer: MakeTrainer) -> None:

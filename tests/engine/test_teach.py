@@ -17,7 +17,7 @@ from dfkd_fast.labels import IGNORE_INDEX
 
 
 def blobs() -> TensorDataset:
-    """Three classes that a linear layer can tell apart."""
+    """Three linearly separable classes."""
     labels = torch.arange(60) % 3
     noise = torch.randn(60, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     return TensorDataset(noise + 4.0 * labels[:, None, None, None], labels)
@@ -40,7 +40,7 @@ def test_cross_entropy_falls() -> None:
     assert losses[-1] < losses[0] / 2
 
 
-def test_stopped_in_an_epoch_it_goes_on_from_that_epochs_beginning_bit_for_bit() -> None:
+def test_a_training_stopped_in_an_epoch_resumes_bitwise_from_the_epochs_start() -> None:
     whole = make()
     for _ in whole:
         pass
@@ -50,7 +50,7 @@ def test_stopped_in_an_epoch_it_goes_on_from_that_epochs_beginning_bit_for_bit()
     next(running)
     stopped.stop()
     assert list(running) == []
-    assert stopped.done == 1
+    assert stopped.epochs_done == 1
 
     file = io.BytesIO()
     torch.save(stopped.state_dict(), file)
@@ -62,10 +62,10 @@ def test_stopped_in_an_epoch_it_goes_on_from_that_epochs_beginning_bit_for_bit()
         assert torch.equal(ours, theirs)
 
 
-def test_a_state_of_more_epochs_than_are_asked_for_is_refused() -> None:
+def test_a_state_with_more_epochs_than_configured_is_rejected() -> None:
     whole, shorter = make(epochs=4), make(epochs=3)
     list(whole)
-    with pytest.raises(DfkdError, match=r"^teacher.epochs = 3: the state has 4 epochs done already$"):
+    with pytest.raises(DfkdError, match=r"^teacher.epochs = 3: the state has already completed 4 epochs$"):
         shorter.load_state_dict(whole.state_dict())
     again = make(epochs=4)
     again.load_state_dict(whole.state_dict())
@@ -97,7 +97,7 @@ def test_the_focal_losss_gradient_is_that_of_finite_differences(gamma: float) ->
     assert torch.autograd.gradcheck(lambda x: focal_loss(x, labels, gamma), logits)
 
 
-def test_without_focus_it_is_cross_entropy_to_the_bit() -> None:
+def test_with_gamma_0_the_focal_loss_is_bitwise_the_cross_entropy() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 3, 5, 5), torch.randint(3, (4, 5, 5))
     labels[0] = IGNORE_INDEX
@@ -122,7 +122,7 @@ class OutAndMore(nn.Module):
         return {"aux": images, "out": self.layer(images)}
 
 
-def test_a_segmenter_that_returns_a_dict_is_taught_too() -> None:
+def test_a_segmenter_that_returns_a_dict_is_trained_as_a_teacher() -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 1, 4, 4)
     stream = torch.Generator()
@@ -132,9 +132,9 @@ def test_a_segmenter_that_returns_a_dict_is_taught_too() -> None:
     assert losses[-1] < losses[0] / 4
 
 
-def test_cudnn_tries_its_algorithms_while_a_teacher_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_benchmark_is_enabled_while_a_teacher_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     inside: list[torch.device] = []
-    seen: list[list[torch.device]] = []
+    recorded: list[list[torch.device]] = []
 
     @contextmanager
     def benchmark(device: torch.device) -> Iterator[None]:
@@ -144,6 +144,6 @@ def test_cudnn_tries_its_algorithms_while_a_teacher_trains(monkeypatch: pytest.M
 
     monkeypatch.setattr(teach, "cudnn_benchmark", benchmark)
     trainer = make(epochs=1)
-    trainer.network.register_forward_pre_hook(lambda *_: seen.append(inside[:]))
+    trainer.network.register_forward_pre_hook(lambda *_: recorded.append(inside[:]))
     list(trainer)
-    assert seen == [[trainer.device]] * 8
+    assert recorded == [[trainer.device]] * 8

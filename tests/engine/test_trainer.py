@@ -25,7 +25,7 @@ MakeTrainer = Callable[..., Trainer]
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer: MakeTrainer, stop_after: int, channels_last: bool) -> None:
     method = small_method(replay=Replay(kind="ema_generator"), epochs=3, iterations=3, channels_last=channels_last)
     networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
-    # Dropout draws from the global random stream, which has to go on, too.
+    # Dropout draws from the global random number generator, which has to be restored as well.
     networks = (networks[0], nn.Sequential(networks[1], nn.Dropout(0.2)), networks[2])
     torch.manual_seed(5)
     whole = make_trainer(method, networks=networks)
@@ -91,7 +91,7 @@ def test_losses_of_an_epoch_are_means_over_its_steps(make_trainer: MakeTrainer) 
 
 
 class BreaksAtStep(nn.Module):
-    """A student whose logits become NaN at its n-th training forward."""
+    """A student whose logits become NaN in its n-th forward pass in training mode."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def test_nan_loss_stops_the_run_naming_step_and_term(make_trainer: MakeTrainer, 
         trainer.fit()
 
 
-def test_nan_is_found_before_a_stopped_run_could_be_saved(make_trainer: MakeTrainer) -> None:
+def test_nan_raises_before_a_stopped_run_is_saved(make_trainer: MakeTrainer) -> None:
     teacher, _, generator = small_networks()
     trainer = make_trainer(small_method(), networks=(teacher, BreaksAtStep(1), generator))
     trainer.on_iteration = lambda trainer: trainer.stop()
@@ -131,37 +131,37 @@ def test_nan_is_found_before_a_stopped_run_could_be_saved(make_trainer: MakeTrai
 @pytest.mark.parametrize(
     ("networks", "message"),
     [
-        (lambda t, s, g: (t, build_model("lenet5_half", 7, 1), g), r"disagree on the classes.*\(10,\).*\(7,\)"),
+        (lambda t, s, g: (t, build_model("lenet5_half", 7, 1), g), r"must return logits of the same shape.*\(10,\).*\(7,\)"),
         (lambda t, s, g: (t, s, GeneratorA(20, 1, 28, width=4)), r"teacher cannot take the generator's 1×28×28 images"),
         (lambda t, s, g: (t, s, GeneratorA(20, 3, 32, width=4)), r"teacher cannot take the generator's 3×32×32 images"),
         (lambda t, s, g: (t, nn.Sequential(nn.Flatten(), nn.Linear(3, 10)), g), r"student cannot take"),
         (lambda t, s, g: (t, s, nn.Linear(20, 10)), r"attribute latent_dim"),
     ],
 )
-def test_networks_that_do_not_fit_are_refused_in_one_line(make_trainer: MakeTrainer, networks: Any, message: str) -> None:
+def test_incompatible_networks_are_rejected_with_one_line(make_trainer: MakeTrainer, networks: Any, message: str) -> None:
     with pytest.raises(DfkdError, match=message) as caught:
         make_trainer(small_method(), networks=networks(*small_networks()))
     assert "\n" not in str(caught.value)
 
 
-def test_state_of_another_network_is_refused(make_trainer: MakeTrainer) -> None:
+def test_state_of_another_network_is_rejected(make_trainer: MakeTrainer) -> None:
     state = make_trainer(small_method()).state_dict()
     teacher, student, _ = small_networks()
     other = make_trainer(small_method(), networks=(teacher, student, GeneratorA(20, 1, 32, width=8)))
-    with pytest.raises(DfkdError, match="not of these networks"):
+    with pytest.raises(DfkdError, match="does not match the networks"):
         other.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
     ("done", "asked", "message"),
     [
-        ({"epochs": 3}, {"epochs": 2}, "loop.epochs = 2: the state has 3 epochs and 0 iterations done already"),
-        ({"epochs": 3, "stop_after": 7}, {"epochs": 2}, "loop.epochs = 2: the state has 2 epochs and 1 iterations done already"),
+        ({"epochs": 3}, {"epochs": 2}, "loop.epochs = 2: the state has already completed 3 epochs and 0 iterations"),
+        ({"epochs": 3, "stop_after": 7}, {"epochs": 2}, "loop.epochs = 2: the state has already completed 2 epochs and 1 iterations"),
         ({"stop_after": 3}, {"iterations": 2}, "loop.iterations_per_epoch = 2: the state is of a run with another number of iterations"),
         ({"stop_after": 1}, {"iterations": 4}, "loop.iterations_per_epoch = 4: the state is of a run with another number of iterations"),
     ],
 )
-def test_a_state_of_another_schedule_that_does_not_say_its_method_is_refused_and_changes_nothing(
+def test_a_state_of_another_schedule_without_a_recorded_method_is_rejected_and_changes_nothing(
     make_trainer: MakeTrainer, done: dict[str, int], asked: dict[str, int], message: str
 ) -> None:
     done = dict(done)
@@ -172,7 +172,7 @@ def test_a_state_of_another_schedule_that_does_not_say_its_method_is_refused_and
     other = make_trainer(small_method(**asked))  # type: ignore[arg-type]
     before = through_a_file(other.state_dict())
     state = one.state_dict()
-    del state["method"]  # as of earlier versions
+    del state["method"]  # as in earlier versions
     with pytest.raises(DfkdError, match=f"^{message}$"):
         other.load_state_dict(state)
     assert_equal(without_times(other.state_dict()), without_times(before))
@@ -191,7 +191,7 @@ def test_a_state_of_another_schedule_that_does_not_say_its_method_is_refused_and
         ("student_optimizer.kind", "adam"),
     ],
 )
-def test_a_state_of_another_method_is_refused_by_the_setting_and_changes_nothing(make_trainer: MakeTrainer, path: str, value: Any) -> None:
+def test_a_state_of_another_method_is_rejected_by_the_setting_and_changes_nothing(make_trainer: MakeTrainer, path: str, value: Any) -> None:
     method = small_method(replay=Replay(kind="ema_generator"))
     one = make_trainer(method)
     one.fit()
@@ -204,7 +204,7 @@ def test_a_state_of_another_method_is_refused_by_the_setting_and_changes_nothing
     assert_equal(without_times(other.state_dict()), without_times(before))
 
 
-def test_how_often_a_run_is_looked_at_may_change(make_trainer: MakeTrainer) -> None:
+def test_evaluation_settings_may_change_on_resume(make_trainer: MakeTrainer) -> None:
     method = small_method()
     one, other = make_trainer(method), make_trainer(replace(method, loop=replace(method.loop, evaluate_every=2, drift_samples=4)))
     next(iter(one))
@@ -214,7 +214,7 @@ def test_how_often_a_run_is_looked_at_may_change(make_trainer: MakeTrainer) -> N
 
 @pytest.mark.parametrize("key", ["networks", "optimizers", "precision", "losses", "drift", "history", "memory", "schedules"])
 @pytest.mark.parametrize("wrong", [None, 3, [1], {"x": 1}])
-def test_a_state_that_is_none_is_one_line_and_changes_nothing(make_trainer: MakeTrainer, key: str, wrong: Any) -> None:
+def test_an_invalid_state_is_rejected_with_one_line_and_changes_nothing(make_trainer: MakeTrainer, key: str, wrong: Any) -> None:
     method = small_method(replay=Replay(kind="ema_generator"))
     one, other = make_trainer(method), make_trainer(method, seed=8)
     one.fit()
@@ -225,7 +225,7 @@ def test_a_state_that_is_none_is_one_line_and_changes_nothing(make_trainer: Make
     assert_equal(without_times(other.state_dict()), without_times(before))
 
 
-def test_a_state_stays_as_it_was_when_training_goes_on(make_trainer: MakeTrainer) -> None:
+def test_a_state_is_a_copy_that_further_training_does_not_change(make_trainer: MakeTrainer) -> None:
     method = small_method(replay=Replay(kind="ema_generator"), epochs=3)
     trainer = make_trainer(method)
     running = iter(trainer)
@@ -242,7 +242,7 @@ def test_a_state_stays_as_it_was_when_training_goes_on(make_trainer: MakeTrainer
 
 @pytest.mark.parametrize("kind", ["none", "ema_generator", "memory_bank"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_going_on_after_an_evaluation_that_raised_ends_with_the_very_student(
+def test_continuing_after_an_evaluation_that_raised_gives_the_same_student(
     make_trainer: MakeTrainer, kind: Any, error: type[BaseException]
 ) -> None:
     method = small_method(replay=Replay(kind=kind, rows=4, memory_bank=BankSettings(every=1)), epochs=4)
@@ -288,23 +288,25 @@ def test_a_finished_state_of_the_same_schedule_is_finished(make_trainer: MakeTra
     assert other.finished and list(other) == []
 
 
-def test_a_state_of_another_teacher_is_refused_whatever_the_memory_format_of_the_same(make_trainer: MakeTrainer) -> None:
+def test_a_state_of_another_teacher_is_rejected_and_memory_formats_do_not_matter(make_trainer: MakeTrainer) -> None:
     teacher, student, generator = small_networks()
     state = through_a_file(make_trainer(small_method()).state_dict())
     otherwise = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
     make_trainer(small_method(), networks=(otherwise, student, generator)).load_state_dict(state)
     with torch.no_grad():
         next(teacher.parameters())[0] += 1e-3
-    with pytest.raises(DfkdError, match=r"^the state is of a run with another teacher: of sha256 \w{12}, and this one's is \w{12}$"):
+    with pytest.raises(
+        DfkdError, match=r"^the state is of a run with another teacher: its SHA-256 is \w{12}, that of this teacher \w{12}$"
+    ):
         make_trainer(small_method(), networks=(teacher, student, generator)).load_state_dict(state)
 
 
-def test_a_state_from_before_teachers_were_recorded_is_loaded_with_a_remark(make_trainer: MakeTrainer) -> None:
+def test_a_state_without_a_recorded_teacher_is_loaded_with_a_note(make_trainer: MakeTrainer) -> None:
     state = make_trainer(small_method()).state_dict()
     del state["teacher"]
     trainer = make_trainer(small_method())
     trainer.load_state_dict(state)
-    assert trainer.notes == ["the checkpoint does not say which teacher it is of: whether it is this one was not checked"]
+    assert trainer.notes == ["the checkpoint does not record its teacher: whether it matches this one was not checked"]
 
 
 def test_a_users_own_generator_needs_only_latent_dim(make_trainer: MakeTrainer) -> None:
@@ -342,7 +344,7 @@ def test_a_resumed_run_follows_its_schedule(make_trainer: MakeTrainer, schedule:
     stopped, resumed = make_trainer(method), make_trainer(method)
     next(iter(stopped))
     saved = through_a_file(stopped.state_dict())
-    if schedule == "multistep":  # as earlier checkpoints have them
+    if schedule == "multistep":  # as in earlier checkpoints
         assert saved["schedules"][0]["milestones"] == {2: 1, 3: 1}
         saved["schedules"][1]["milestones"] = Counter({(2, 1): 1, (3, 1): 1})
     resumed.load_state_dict(saved)
@@ -351,7 +353,7 @@ def test_a_resumed_run_follows_its_schedule(make_trainer: MakeTrainer, schedule:
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_is_saved_and_goes_on_there(make_trainer: MakeTrainer) -> None:
+def test_a_gpu_run_is_saved_and_resumed_on_the_gpu(make_trainer: MakeTrainer) -> None:
     method = small_method(replay=Replay(kind="ema_generator"), epochs=3, channels_last=True)
     stopped = make_trainer(method, device="cuda")
     next(iter(stopped))
@@ -374,7 +376,7 @@ def test_loading_a_state_leaves_the_state_alone(make_trainer: MakeTrainer) -> No
     assert_equal(before["losses"], state["losses"])
 
 
-def test_callbacks_come_in_order_and_with_a_state_that_can_be_saved(make_trainer: MakeTrainer) -> None:
+def test_callbacks_are_called_in_order_with_a_state_that_can_be_saved(make_trainer: MakeTrainer) -> None:
     events: list[Any] = []
     trainer = make_trainer(
         small_method(epochs=2, iterations=2),
@@ -387,7 +389,7 @@ def test_callbacks_come_in_order_and_with_a_state_that_can_be_saved(make_trainer
     assert events == [*first, ("iteration", 3), ("iteration", 4), ("epoch", 2, True), ("checkpoint", 0)]
 
 
-def test_a_loop_that_is_stopped_offers_a_checkpoint_from_which_it_ends_as_if_it_had_not(make_trainer: MakeTrainer) -> None:
+def test_a_stopped_loop_offers_a_checkpoint_that_resumes_to_the_uninterrupted_result(make_trainer: MakeTrainer) -> None:
     whole = make_trainer(small_method(epochs=2, iterations=3))
     whole.fit()
     saved: list[dict[str, Any]] = []
@@ -404,7 +406,7 @@ def test_a_loop_that_is_stopped_offers_a_checkpoint_from_which_it_ends_as_if_it_
     assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
 
 
-def test_an_epochs_callback_disturbs_neither_random_numbers_nor_modes(make_trainer: MakeTrainer) -> None:
+def test_an_epoch_callback_changes_neither_random_states_nor_modes(make_trainer: MakeTrainer) -> None:
     def disturb(trainer: Trainer, epoch: Epoch) -> None:
         torch.manual_seed(99)
         trainer.student.eval().requires_grad_(False)
@@ -415,7 +417,7 @@ def test_an_epochs_callback_disturbs_neither_random_numbers_nor_modes(make_train
     assert_equal(without_times(disturbed.state_dict()), without_times(undisturbed.state_dict()))
 
 
-def test_iterations_by_hand_are_those_of_the_loop_and_end_with_the_epoch(make_trainer: MakeTrainer) -> None:
+def test_manual_iterations_equal_those_of_the_loop_and_end_with_the_epoch(make_trainer: MakeTrainer) -> None:
     pretrained = replace(small_method(epochs=2, iterations=3), objective=Objective(one_hot=1.0))
     pretrained = replace(pretrained, loop=replace(pretrained.loop, generator_pretraining=2))
     whole, stepped = make_trainer(pretrained), make_trainer(pretrained)
@@ -424,10 +426,10 @@ def test_iterations_by_hand_are_those_of_the_loop_and_end_with_the_epoch(make_tr
         stepped.iterate()
     assert stepped.state.pretrained == 2
     before = stepped.state_dict()
-    with pytest.raises(DfkdError, match="no iteration is left of this epoch"):
+    with pytest.raises(DfkdError, match="all iterations of this epoch are done"):
         stepped.iterate()
     assert_equal(stepped.state_dict(), before)
     stepped.fit()
     assert_equal(without_times(stepped.state_dict()), without_times(whole.state_dict()))
-    with pytest.raises(DfkdError, match="no iteration is left"):
+    with pytest.raises(DfkdError, match="all iterations of this epoch are done"):
         stepped.iterate()

@@ -17,7 +17,7 @@ from dfkd_fast.evaluation import chance, is_at_chance
         ("camvid", 11, 9.5, False),
     ],
 )
-def test_what_luck_alone_can_give(name: str, classes: int, accuracy: float, expected: bool) -> None:
+def test_accuracies_that_are_not_clearly_above_chance_level_are_detected(name: str, classes: int, accuracy: float, expected: bool) -> None:
     data = DataSettings(name=name, num_classes=classes)
     assert is_at_chance(accuracy, data) is expected
     assert chance(data) == pytest.approx(100 / classes)

@@ -14,19 +14,19 @@ CURVES = [
 
 
 @pytest.mark.parametrize("curve", CURVES)
-def test_the_statistics_are_those_of_numpy(curve: list[float]) -> None:
-    found = retention(curve, 73.5)
-    assert (found.last, found.best) == (curve[-1], np.max(curve))
-    assert found.mean == pytest.approx(np.mean(curve), rel=1e-12)
-    assert found.variance == pytest.approx(np.var(curve), rel=1e-3, abs=0)
-    assert found.fraction_retained == np.mean(np.array(curve) >= 73.5)
+def test_the_statistics_equal_numpys(curve: list[float]) -> None:
+    statistics = retention(curve, 73.5)
+    assert (statistics.last, statistics.best) == (curve[-1], np.max(curve))
+    assert statistics.mean == pytest.approx(np.mean(curve), rel=1e-12)
+    assert statistics.variance == pytest.approx(np.var(curve), rel=1e-3, abs=0)
+    assert statistics.fraction_retained == np.mean(np.array(curve) >= 73.5)
     settled = curve[len(curve) // 4 :]
-    assert found.settled_mean == pytest.approx(np.mean(settled), rel=1e-12)
-    assert found.settled_variance == pytest.approx(np.var(settled), rel=1e-3, abs=0)
+    assert statistics.settled_mean == pytest.approx(np.mean(settled), rel=1e-12)
+    assert statistics.settled_variance == pytest.approx(np.var(settled), rel=1e-3, abs=0)
 
 
 @pytest.mark.parametrize("curve", CURVES)
-def test_the_largest_drop_is_that_of_any_epoch_from_any_before_it(curve: list[float]) -> None:
+def test_the_largest_drop_is_over_all_pairs_of_epochs(curve: list[float]) -> None:
     drops = [before - after for index, after in enumerate(curve) for before in curve[: index + 1]]
     assert retention(curve, 90.0).largest_drop == max(drops)
 

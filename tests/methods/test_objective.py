@@ -30,13 +30,13 @@ def log_l1(student: Array, teacher: Array, _: float) -> float:
 
 
 def kl(student: Array, teacher: Array, temperature: float) -> float:
-    """KL(teacher ‖ student) a sample or a pixel, times temperature²."""
+    """KL(teacher ‖ student) per sample or pixel, times temperature²."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (teacher, student))
     return float(temperature**2 * rel_entr(p, q).sum() / p[:, 0].size)
 
 
 def js(student: Array, teacher: Array, temperature: float) -> float:
-    """Jensen–Shannon a sample or a pixel; scipy has its square root."""
+    """Jensen–Shannon divergence per sample or pixel; scipy computes its square root."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (teacher, student))
     return float((jensenshannon(p, q, axis=1) ** 2).sum() / p[:, 0].size)
 
@@ -44,7 +44,9 @@ def js(student: Array, teacher: Array, temperature: float) -> float:
 @pytest.mark.parametrize("shape", [(5, 7), (2, 11, 3, 5)])
 @pytest.mark.parametrize(("discrepancy", "oracle"), [("l1", l1), ("kl", kl), ("js", js)])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_student_minimises_the_chosen_discrepancy(shape: tuple[int, ...], discrepancy: Any, oracle: Any, temperature: float) -> None:
+def test_the_student_minimizes_the_configured_discrepancy(
+    shape: tuple[int, ...], discrepancy: Any, oracle: Any, temperature: float
+) -> None:
     student, teacher = pair(*shape)
     loss = Objective(discrepancy=discrepancy, temperature=temperature).student_loss(student, teacher)
     assert loss.item() == pytest.approx(oracle(student.detach().numpy(), teacher.numpy(), temperature), rel=1e-12)
@@ -53,7 +55,7 @@ def test_the_student_minimises_the_chosen_discrepancy(shape: tuple[int, ...], di
 @pytest.mark.parametrize("shape", [(5, 7), (2, 11, 3, 5)])
 @pytest.mark.parametrize(("adversary", "oracle"), [("l1", l1), ("log_l1", log_l1), ("kl", kl), ("js", js)])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_the_generator_maximises_the_weighted_adversary(shape: tuple[int, ...], adversary: Any, oracle: Any, weight: float) -> None:
+def test_the_generator_maximizes_the_weighted_adversary(shape: tuple[int, ...], adversary: Any, oracle: Any, weight: float) -> None:
     student, teacher = pair(*shape)
     terms = Objective(adversary=adversary, adversarial=weight, temperature=2.5).generator_terms(student, Observation(teacher))
     assert list(terms) == ["adversarial"]
@@ -61,13 +63,13 @@ def test_the_generator_maximises_the_weighted_adversary(shape: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("adversary", ["l1", "log_l1", "kl", "js"])
-def test_a_step_against_the_generators_gradient_drives_student_and_teacher_apart(adversary: Any) -> None:
+def test_a_step_along_the_generators_negative_gradient_increases_the_discrepancy(adversary: Any) -> None:
     student, teacher = pair(5, 7)
     objective = Objective(adversary=adversary)
     before = objective.generator_terms(student, Observation(teacher))["adversarial"]
     (gradient,) = torch.autograd.grad(before, student)
     after = objective.generator_terms(student.detach() - 1e-3 * gradient, Observation(teacher))["adversarial"]
-    # First order: the term falls by the step times the squared gradient.
+    # To first order, the term decreases by the step size times the squared gradient.
     assert after.item() - before.item() == pytest.approx(-1e-3 * gradient.square().sum().item(), rel=0.05)
 
 
@@ -98,7 +100,7 @@ def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> 
 
 
 def rows_of(logits: Array) -> Array:
-    """(N, C) or (N, C, H, W) → every prediction a row."""
+    """Reshapes (N, C) or (N, C, H, W) to one row per prediction."""
     return np.moveaxis(logits, 1, -1).reshape(-1, logits.shape[1])
 
 
@@ -110,8 +112,10 @@ def back(rows: Array, shape: tuple[int, ...]) -> Array:
 def cross_entropy(logits: Array, labels: Any) -> tuple[float, Array]:
     """Mean cross-entropy and its gradient (p − y) / rows."""
     rows = rows_of(logits)
-    wanted = np.eye(rows.shape[1])[labels]
-    return float(-(wanted * log_softmax(rows, axis=1)).sum() / len(rows)), back((softmax(rows, axis=1) - wanted) / len(rows), logits.shape)
+    targets = np.eye(rows.shape[1])[labels]
+    return float(-(targets * log_softmax(rows, axis=1)).sum() / len(rows)), back(
+        (softmax(rows, axis=1) - targets) / len(rows), logits.shape
+    )
 
 
 def one_hot(logits: Array) -> tuple[float, Array]:
@@ -159,12 +163,12 @@ LABELS = [2, 0, 6, 6, 1]
 def test_a_term_is_its_equation_times_its_weight_and_so_is_its_gradient(
     name: str, oracle: Any, shape: tuple[int, ...], weight: float
 ) -> None:
-    # Its rows, of norms 1.6 to 3.4, are embeddings on either side of √7.
+    # Embeddings with norms of 1.6 to 3.4, below and above √7.
     x, other = pair(*shape)
     logits, features, embeddings = (
-        x if name in wanted else other for wanted in (("one_hot", "entropy", "class_nll"), "activation", "embedding_norm")
+        x if name in names else other for names in (("one_hot", "entropy", "class_nll"), "activation", "embedding_norm")
     )
-    # Embeddings alone are nothing to learn from; without a student's answers the adversary is left out anyway.
+    # embedding_norm alone is rejected; without student logits the adversarial term is omitted.
     weights: dict[str, Any] = {"adversarial": float(name == "embedding_norm"), name: weight}
     terms = Objective(**weights).generator_terms(None, Observation(logits, features), torch.tensor(LABELS), embeddings)
     assert list(terms) == [name]
@@ -177,13 +181,16 @@ def test_a_term_is_its_equation_times_its_weight_and_so_is_its_gradient(
 
 def test_bn_moments_is_the_sum_of_unsquared_norms_and_has_a_gradient_where_they_vanish() -> None:
     generator = np.random.default_rng(0)
-    seen, kept = ([generator.standard_normal((2, size)) for size in (3, 5)] for _ in range(2))
-    padded = [torch.stack([F.pad(torch.from_numpy(layer), (0, 5 - layer.shape[1])) for layer in each], dim=1) for each in (seen, kept)]
+    batch_moments, running_moments = ([generator.standard_normal((2, size)) for size in (3, 5)] for _ in range(2))
+    padded = [
+        torch.stack([F.pad(torch.from_numpy(layer), (0, 5 - layer.shape[1])) for layer in each], dim=1)
+        for each in (batch_moments, running_moments)
+    ]
     term = Objective(bn_moments=0.7).generator_terms(None, Observation(torch.zeros(1, 1), None, *padded))["bn_moments"]
-    norms = [np.linalg.norm(ours - theirs, axis=1).sum() for ours, theirs in zip(seen, kept, strict=True)]
+    norms = [np.linalg.norm(ours - theirs, axis=1).sum() for ours, theirs in zip(batch_moments, running_moments, strict=True)]
     assert term.item() == pytest.approx(0.7 * sum(norms), rel=1e-12)
 
-    # One layer is where it should be, the other is not.
+    # The moments of one layer equal the running ones, those of the other do not.
     reached = torch.ones(2, 2, 3).index_fill(1, torch.tensor(1), 2.0).requires_grad_()
     term = Objective(bn_moments=0.7).generator_terms(None, Observation(torch.zeros(1, 1), None, reached, torch.ones(2, 2, 3)))["bn_moments"]
     (gradient,) = torch.autograd.grad(term, reached)
@@ -195,14 +202,14 @@ def entropy_of(logits: Tensor) -> Tensor:
     return Objective(entropy=1.0).generator_terms(None, Observation(logits))["entropy"]
 
 
-def test_entropy_is_least_where_all_classes_are_as_frequent_however_sure_each_prediction_is() -> None:
+def test_entropy_is_minimal_for_equal_class_frequencies_at_any_confidence() -> None:
     for scale in (0.5, 5.0, 50.0):
         assert entropy_of(scale * torch.eye(7)).item() == pytest.approx(-np.log(7), rel=1e-6)
         assert entropy_of(scale * (torch.eye(7) + torch.arange(7) / 3)).item() > -0.99 * np.log(7)
 
 
 def test_entropy_has_a_finite_gradient_where_no_sample_is_of_some_class() -> None:
-    # Raw logits are what L1 drives apart: beyond a gap of 104 a probability is 0 in float32.
+    # L1 compares raw logits: beyond a gap of 104 a probability is 0 in float32.
     logits = torch.tensor([[200.0, 0.0, 0.0], [200.0, 0.0, 1.0]], requires_grad=True)
     (gradient,) = torch.autograd.grad(entropy_of(logits), logits)
     assert gradient.isfinite().all()
@@ -223,8 +230,8 @@ def test_terms_of_weight_zero_are_absent_and_the_others_come_together() -> None:
 
 
 @pytest.mark.parametrize("weights", [{}, {"embedding_norm": 1.0}])
-def test_a_generator_with_nothing_to_learn_is_refused(weights: dict[str, float]) -> None:
-    with pytest.raises(ValidationError, match="nothing to learn"):
+def test_a_generator_with_nothing_to_learn_is_rejected(weights: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="at least one must be positive"):
         Objective(adversarial=0.0, **weights)  # type: ignore[arg-type]
 
 
@@ -241,17 +248,17 @@ def test_above_the_cap_the_adversary_is_the_cap_and_pushes_no_further(adversary:
 
 
 def clamped_js(student: Array, teacher: Array, temperature: float) -> float:
-    """As PRE-DFKD's public code has it: clamped and not renormalised, KL(m ‖ p), a mean over N·C."""
+    """Jensen–Shannon divergence of PRE-DFKD's public code: clamped, not renormalized, KL(m ‖ p), mean over N·C."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (student, teacher))
     m = np.clip((p + q) / 2, 0.01, 0.99)
     divergences = [m * (np.log(m) - np.log(np.clip(probabilities, 0.01, 0.99))) for probabilities in (p, q)]
     return float(np.mean(divergences))
 
 
-@pytest.mark.filterwarnings("error")  # PyTorch warns that kl_div's reduction="mean" is to mean something else
+@pytest.mark.filterwarnings("error")  # PyTorch warns about kl_div's reduction="mean"
 def test_the_public_codes_js_is_clamped_swapped_and_averaged_over_classes() -> None:
     student, teacher = pair(5, 7)
-    student = 4 * student  # some probabilities are clamped at either end, others are not
+    student = 4 * student  # some probabilities are clamped at each end
     term = Objective(adversary="js_clamped", temperature=1.5).generator_terms(student, Observation(teacher))["adversarial"]
     arrays = student.detach().numpy(), teacher.numpy()
     probabilities = softmax(arrays[0] / 1.5, axis=1)

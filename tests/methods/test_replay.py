@@ -51,7 +51,7 @@ def test_parameters_and_statistics_follow_the_closed_form_and_counters_are_copie
     assert kinds == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_the_average_starts_equal_and_shares_nothing_with_its_generator() -> None:
+def test_the_average_starts_as_a_copy_of_its_generator() -> None:
     original = generator()
     average, start = EmaGenerator(original, 0.95), state(original)
     train_a_little(original)
@@ -82,7 +82,7 @@ def test_the_average_normalises_with_its_statistics_and_leaves_them_alone() -> N
     torch.testing.assert_close(images[:1], average.generator(z[:1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "bank"}, {"weight": -1.0}, {"fresh_weight": -1.0}, {"decay": 0.9}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize("wrong", [{"kind": "bank"}, {"weight": -1.0}, {"fresh_weight": -1.0}, {"decay": 0.9}])
 def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Replay(**wrong)
@@ -119,17 +119,17 @@ def conditional(num_classes: int) -> Generator:
 
 def test_singular_vectors_of_a_spectral_norm_are_copied_so_that_the_average_is_normalised() -> None:
     torch.manual_seed(0)
-    player = build_generator(GeneratorSettings(model="B", latent_dim=6, width=2, spectral_norm=True), 3, 16).train()
-    source = EmaGenerator(player, 0.5)
+    original = build_generator(GeneratorSettings(model="B", latent_dim=6, width=2, spectral_norm=True), 3, 16).train()
+    source = EmaGenerator(original, 0.5)
     for _ in range(3):
         with torch.no_grad():
-            for parameter in player.parameters():
+            for parameter in original.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for _ in range(20):
-            player(torch.randn(4, 6))  # the power iteration goes on in every forward
-        source.follow(player)
+            original(torch.randn(4, 6))  # every forward pass runs a power iteration
+        source.follow(original)
     averaged = dict(source.generator.named_buffers())
-    vectors = [(averaged[name], vector) for name, vector in player.named_buffers() if name.endswith(("._u", "._v"))]
+    vectors = [(averaged[name], vector) for name, vector in original.named_buffers() if name.endswith(("._u", "._v"))]
     assert len(vectors) == 10
     for ours, theirs in vectors:
         assert torch.equal(ours, theirs)
@@ -145,15 +145,15 @@ def test_replayed_latents_are_conditioned_on_random_classes_by_the_averaged_embe
     embedding = (before + original.state_dict()["embedding.weight"]) / 2
     assert not torch.allclose(embedding, before)
 
-    found = average.latents(stream(3)) - torch.randn(64, 5, generator=stream(3))
-    distances = (found[:, None] - embedding).norm(dim=2)
+    actual = average.latents(stream(3)) - torch.randn(64, 5, generator=stream(3))
+    distances = (actual[:, None] - embedding).norm(dim=2)
     assert (distances.amin(1) < 1e-5).all()
     assert set(distances.argmin(1).tolist()) == set(range(num_classes))
-    assert not found.requires_grad
+    assert not actual.requires_grad
 
 
 @pytest.mark.parametrize("build", [generator, lambda: conditional(6)])
-def test_the_average_starts_as_a_copy_of_what_was_pretrained_and_keeps_its_own_tensors(build: Callable[[], nn.Module]) -> None:
+def test_the_average_is_reset_in_place_to_the_pretrained_generator(build: Callable[[], nn.Module]) -> None:
     original = build()
     average = EmaGenerator(original, 0.95)
     train_a_little(original)
@@ -169,22 +169,22 @@ Storage = Literal["float32", "half", "uint8"]
 
 
 def bank(slots: int = 3, rows: int = 2, *, every: int = 1, storage: Storage = "float32", cached_logits: bool = False) -> MemoryBank:
-    # Contents do not matter: they must not come out again.
+    # The contents must not be replayed.
     images, logits = torch.full((rows, 3, 4, 5), float("nan")), torch.full((rows, 7), float("nan"))
     return MemoryBank(images, logits, slots=slots, every=every, storage=storage, cached_logits=cached_logits)
 
 
 def fresh(number: int, rows: int = 4) -> Batch:
-    """Images that know their number, and the teacher's logits for them, which do too."""
+    """Images and logits that encode their number."""
     torch.manual_seed(number)
     return Batch(number + torch.rand(rows, 3, 4, 5) / 2, number + torch.rand(rows, 7) / 2, [Part(rows, 1.0)])
 
 
 def draws(source: MemoryBank, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor | None]]:
-    found, drawn = stream(seed), []
+    random, drawn = stream(seed), []
     for _ in range(count):
         images = torch.full((source.rows, 3, 4, 5), float("nan"))
-        drawn.append((images, source.recall(images, found)))
+        drawn.append((images, source.recall(images, random)))
     return drawn
 
 
@@ -201,7 +201,7 @@ def test_a_ring_replays_the_newest_batches_uniformly_and_no_slot_that_is_not_fil
         number = int(images.min())
         assert torch.equal(images, stored_images[number])
         counts[number] += 1
-    # Six standard deviations of a binomial of 300 draws are 52 at most.
+    # Six standard deviations of a binomial distribution with 300 draws are at most 52.
     assert all(abs(count - 300 / len(alive)) < 52 for count in counts.values())
 
 
@@ -222,35 +222,35 @@ def test_half_storage_returns_the_images_rounded_to_half() -> None:
     assert source.images.dtype == torch.float16
 
 
-def test_uint8_storage_errs_by_half_a_256th_of_each_channels_own_range_at_most() -> None:
+def test_uint8_storage_has_an_error_of_at_most_half_a_level_of_each_channels_range() -> None:
     torch.manual_seed(0)
-    # Far apart in scale and place; the last channel is constant.
+    # Far apart in scale and offset; the last channel is constant.
     images = torch.randn(2, 3, 4, 5) * torch.tensor([1e-3, 50.0, 0.0])[:, None, None] + torch.tensor([7.0, -30.0, 0.3])[:, None, None]
     source = bank(storage="uint8")
     source.store(2 * images, torch.zeros(2, 7))
     source.store(images, torch.zeros(2, 7))
     assert source.images.dtype == torch.uint8
-    found = next(recalled for recalled, _ in draws(source, 20) if abs(recalled[0, 0, 0, 0].item() - 7) < 1)
+    actual = next(recalled for recalled, _ in draws(source, 20) if abs(recalled[0, 0, 0, 0].item() - 7) < 1)
     ranges = images.amax((0, 2, 3)) - images.amin((0, 2, 3))
-    errors = (found - images).abs().amax((0, 2, 3))
-    # Half a step, and a rounding of the largest magnitude.
+    errors = (actual - images).abs().amax((0, 2, 3))
+    # Half a quantization level plus rounding at the largest magnitude.
     assert (errors <= ranges / 255 / 2 + 4e-7 * images.abs().amax((0, 2, 3))).all()
     assert (errors[:2] > ranges[:2] / 255 / 4).all()
-    assert torch.equal(found[:, 2], images[:, 2])
+    assert torch.equal(actual[:, 2], images[:, 2])
     assert source.images[1, :, :2].amax((0, 2, 3)).tolist() == [255, 255]
 
 
 @pytest.mark.parametrize("storage", ["float32", "half", "uint8"])
 def test_cached_logits_are_those_of_the_batch_that_is_replayed(storage: Storage) -> None:
-    source, seen = bank(storage=storage, cached_logits=True), set()
+    source, recorded = bank(storage=storage, cached_logits=True), set()
     for number in range(1, 5):
         source.end_epoch(number, fresh(number))
     for images, logits in draws(source, 30):
         number = round(images.min().item() - 0.1)
-        seen.add(number)
+        recorded.add(number)
         assert logits is not None
         assert torch.equal(logits, fresh(number).teacher_logits[:2])
-    assert seen == {2, 3, 4}
+    assert recorded == {2, 3, 4}
 
 
 @pytest.mark.parametrize("storage", ["float32", "half", "uint8"])
@@ -272,18 +272,18 @@ def test_a_restored_bank_draws_the_same_batches_and_overwrites_the_same_slot(sto
 
 
 def vae_replay(**options: Any) -> VaeReplay:
-    """Of 2×8×8 images; its teacher is not frozen, so that a gradient that reached it would be seen."""
+    """Source of 2×8×8 images. Its teacher is not frozen, to detect gradients that reach it."""
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(108, 6)).eval()
     vae = Vae(5, 2, 8, width=3)
-    for _ in range(3):  # statistics that differ from those of a batch
+    for _ in range(3):  # running statistics that differ from those of a batch
         vae.decoder(1 + torch.randn(6, 5))
         vae.encode(torch.randn(6, 2, 8, 8) - 1)
     return VaeReplay(vae, teacher, rows=options.pop("rows", 4), fresh_rows=3, **options)
 
 
 def student_batch(seed: int = 1) -> Batch:
-    """Six fresh rows and four replayed ones."""
+    """A batch of six fresh and four replayed rows."""
     torch.manual_seed(seed)
     return Batch(torch.randn(10, 2, 8, 8), torch.randn(10, 6), [Part(6, 1.0), Part(4, 1.0)])
 
@@ -316,7 +316,7 @@ def test_the_autoencoders_loss_is_l1_on_logits_and_pixels_and_the_divergence_fro
     torch.testing.assert_close(gradients(source.vae.parameters()), gradients(twin.parameters()), rtol=1e-9, atol=1e-12)
 
 
-def tuning_loss(source: VaeReplay, z: Tensor) -> Tensor:
+def latent_loss(source: VaeReplay, z: Tensor) -> Tensor:
     logits = source.teacher(source.vae.decoder(z))
     mean_prediction = logits.softmax(1).mean(0)
     moments = F.mse_loss(z.var(0), torch.ones(5)) + F.mse_loss(z.mean(0), torch.zeros(5)) if len(z) > 1 else 0.0
@@ -328,15 +328,15 @@ def tuning_loss(source: VaeReplay, z: Tensor) -> Tensor:
 def test_replayed_latents_have_taken_one_step_of_adam_on_the_tuning_loss(rows: int, leak: bool) -> None:
     source = vae_replay(rows=rows, latent_lr=0.03, leak=leak)
     twin = copy.deepcopy(source)
-    found = source.latents(stream(2))
+    actual = source.latents(stream(2))
     start = torch.empty(rows, 5).normal_(generator=stream(2))
     z = start.clone().requires_grad_()
     adam = torch.optim.Adam([z], lr=0.03)
-    tuning_loss(twin, z).backward(inputs=[z])
+    latent_loss(twin, z).backward(inputs=[z])
     adam.step()
-    torch.testing.assert_close(found, z.detach(), rtol=0, atol=1e-5)
-    assert (found - start).abs().amax() > 0.02
-    assert not found.requires_grad
+    torch.testing.assert_close(actual, z.detach(), rtol=0, atol=1e-5)
+    assert (actual - start).abs().amax() > 0.02
+    assert not actual.requires_grad
 
 
 def test_latents_that_take_no_step_are_those_that_were_drawn() -> None:
@@ -374,13 +374,13 @@ def test_a_leak_adds_the_gradients_of_every_draw_since_to_the_decoders_next_upda
 
     for seed in (1, 2):
         z = torch.empty(4, 5).normal_(generator=stream(seed)).requires_grad_()
-        tuning_loss(twin, z).backward(inputs=list(twin.vae.decoder.parameters()))
+        latent_loss(twin, z).backward(inputs=list(twin.vae.decoder.parameters()))
     twin.vae.train()
     rows = torch.cat([torch.arange(3), torch.arange(6, 10)])
     noise = torch.empty(7, 5).normal_(generator=stream(3))
     twin.loss(batch.images[rows], batch.teacher_logits[rows], noise).backward(inputs=list(twin.vae.parameters()))
     for parameter, other in zip(decoder, twin.vae.decoder.parameters(), strict=True):
-        # Adam's first average is a tenth of the gradient it was given.
+        # Adam's first moment is a tenth of the gradient.
         assert other.grad is not None
         torch.testing.assert_close(10 * source.optimizer.state[parameter]["exp_avg"], other.grad, rtol=1e-4, atol=1e-5)
     assert all(gradient is None for gradient in gradients(source.vae.parameters()))
@@ -413,8 +413,8 @@ def test_the_autoencoder_learns_in_the_first_steps_of_an_iteration_only() -> Non
 
 
 @pytest.mark.parametrize("leak", [False, True])
-def test_a_restored_autoencoder_goes_on_bit_for_bit_with_what_had_leaked(leak: bool) -> None:
-    def go_on(source: VaeReplay) -> list[Tensor]:
+def test_a_restored_autoencoder_continues_bitwise_with_its_leaked_gradients(leak: bool) -> None:
+    def continue_training(source: VaeReplay) -> list[Tensor]:
         drawn = []
         for step in range(2):
             drawn.append(source.latents(random))
@@ -423,22 +423,22 @@ def test_a_restored_autoencoder_goes_on_bit_for_bit_with_what_had_leaked(leak: b
 
     source, restored = vae_replay(leak=leak), vae_replay(leak=leak)
     random = stream(5)
-    go_on(source)
-    source.latents(random)  # the leak of this draw is not yet in an update
-    saved, place = through_a_file(source.state_dict()), random.get_state()
-    expected = go_on(source)
-    random.set_state(place)
+    continue_training(source)
+    source.latents(random)  # the gradient that this draw leaks is not yet part of an update
+    saved, random_state = through_a_file(source.state_dict()), random.get_state()
+    expected = continue_training(source)
+    random.set_state(random_state)
     restored.load_state_dict(saved)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(go_on(restored), expected, strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(continue_training(restored), expected, strict=True))
 
 
-def test_the_state_of_an_autoencoder_on_a_gpu_goes_on_on_a_cpu() -> None:
+def test_the_state_of_an_autoencoder_on_a_gpu_loads_on_a_cpu() -> None:
     first, second = vae_replay(steps=1), vae_replay(steps=1)
     first.learn(student_batch(), 0, stream())
     saved = first.state_dict()
     for group in saved["optimizer"]["param_groups"]:
-        group |= {"fused": True, "capturable": True}  # of which the last is an error on a CPU
+        group |= {"fused": True, "capturable": True}  # capturable is an error on a CPU
     second.load_state_dict(saved)
-    expected, found = (source.learn(student_batch(), 0, stream(1))["vae"] for source in (first, second))
-    assert torch.equal(expected, found)
+    expected, actual = (source.learn(student_batch(), 0, stream(1))["vae"] for source in (first, second))
+    assert torch.equal(expected, actual)
     assert second.optimizer.param_groups[0]["capturable"] is False

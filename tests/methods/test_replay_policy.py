@@ -1,4 +1,4 @@
-"""A replay policy of a user's own: one class of settings, one memory, and nothing else of the package is touched."""
+"""A user-defined replay policy: a settings class and a replay source, without changes to the package."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ MakeTrainer = Callable[..., Trainer]
 
 
 class LastBatch(ReplaySource):
-    """Replays the last batch of the epoch before."""
+    """Replays the last batch of the previous epoch."""
 
     per_rank = stores_fresh = True
     steps = 1
@@ -71,12 +71,12 @@ def settings() -> Iterator[type[Policy]]:
     class LastBatchSettings(Policy):
         fp16 = False
         share: Fraction = 1.0
-        least: int = 4
+        minimum: int = 4
 
         @property
         @override
         def smallest_batch(self) -> int:
-            return self.least
+            return self.minimum
 
         @override
         def default_rows(self, batch_size: int) -> int:
@@ -84,8 +84,8 @@ def settings() -> Iterator[type[Policy]]:
 
         @override
         def check(self, rows: int, batch_size: int) -> None:
-            if max(rows, self.least) > batch_size:
-                raise ValueError(f"replay.last_batch.least = {self.least}: a batch has {batch_size} rows")
+            if max(rows, self.minimum) > batch_size:
+                raise ValueError(f"replay.last_batch.minimum = {self.minimum}: a batch has {batch_size} rows")
 
         @override
         def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> ReplaySource:
@@ -99,13 +99,13 @@ def test_a_run_with_it_replays_and_resumes_bit_for_bit_from_every_iteration(sett
     method = small_method(replay=Replay(kind="last_batch", weight=0.5))
     whole = make_trainer(method)
     rows: list[int] = []
-    whole.student.register_forward_pre_hook(lambda _, given: None if given[0].requires_grad else rows.append(len(given[0])))
+    whole.student.register_forward_pre_hook(lambda _, inputs: None if inputs[0].requires_grad else rows.append(len(inputs[0])))
     states: list[dict[str, Any]] = []
     whole.on_iteration = lambda trainer: states.append(through_a_file(trainer.state_dict()))
     whole.fit()
     assert rows == [*6 * [8], *6 * [8 + 4]]
     assert ["distance" in epoch.losses for epoch in whole.history] == [False, True]
-    assert whole.state.losses.values["distance"].shape == (3, 1)  # of the first student step of each iteration
+    assert whole.state.losses.values["distance"].shape == (3, 1)  # in the first student step of each iteration
 
     assert len(states) == 6
     for state in states:
@@ -115,7 +115,7 @@ def test_a_run_with_it_replays_and_resumes_bit_for_bit_from_every_iteration(sett
         assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
 
 
-def test_a_state_of_other_values_of_its_is_refused(settings: type[Policy], make_trainer: MakeTrainer) -> None:
+def test_a_state_of_other_values_of_its_is_rejected(settings: type[Policy], make_trainer: MakeTrainer) -> None:
     other, trainer = (
         make_trainer(small_method(replay=Replay(kind="last_batch", last_batch=settings(share=share))))  # type: ignore[call-arg]
         for share in (0.25, 0.5)
@@ -127,13 +127,13 @@ def test_a_state_of_other_values_of_its_is_refused(settings: type[Policy], make_
 def test_a_recipe_file_names_it_and_is_printed_with_its_table(settings: type[Policy], tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('extends = "digits-vae"\n[replay]\nkind = "last_batch"\n[replay.last_batch]\nshare = 0.5\n')
-    recipe = load_recipe(str(path), {"replay.last_batch.least": 7})
+    recipe = load_recipe(str(path), {"replay.last_batch.minimum": 7})
     expected = load_recipe("digits-vae").replay
-    assert recipe.replay == dataclasses.replace(expected, kind="last_batch", last_batch=settings(share=0.5, least=7))  # type: ignore[call-arg]
+    assert recipe.replay == dataclasses.replace(expected, kind="last_batch", last_batch=settings(share=0.5, minimum=7))  # type: ignore[call-arg]
     assert recipe.replay.table(VaeSettings) == expected.table(VaeSettings) != VaeSettings()
-    assert (recipe.replay.rows_of(48), recipe.replay.smallest_batch) == (16, 16)  # rows are those of digits-vae
+    assert (recipe.replay.num_rows(48), recipe.replay.smallest_batch) == (16, 16)  # the rows of recipe digits-vae
     text = recipe_to_toml(recipe)
-    assert "[replay.last_batch]\nshare = 0.5\nleast = 7\n" in text
+    assert "[replay.last_batch]\nshare = 0.5\nminimum = 7\n" in text
     assert recipe_from_toml(text, "it") == recipe
 
 
@@ -143,32 +143,32 @@ def test_a_recipe_file_names_it_and_is_printed_with_its_table(settings: type[Pol
         ("replay.last_batch.share", 1.5, "replay.last_batch.share = 1.5: must be a number ≥ 0 and ≤ 1"),
         ("replay.last_batch.shared", 1, "unknown key 'replay.last_batch.shared': did you mean 'replay.last_batch.share'?"),
         ("replay.last_batch", 3, "replay.last_batch = 3: must be a section"),
-        ("replay.last_batch.least", 999, "replay.last_batch.least = 999: a batch has 48 rows"),
+        ("replay.last_batch.minimum", 999, "replay.last_batch.minimum = 999: a batch has 48 rows"),
         ("replay.kind", "last_bach", "replay.kind = 'last_bach': unknown choice 'last_bach': did you mean 'last_batch'?"),
         ("replay.vae.lr", 0.0, "replay.vae.lr = 0.0: must be a number ≥ 1e-38"),
         ("replay.bank", {}, "unknown key 'replay.bank'"),
         ("replay", 3, "replay = 3: must be a section"),
-        ("engine.precision", "fp16", "engine.precision = 'fp16': not with replay.kind 'vae' or 'last_batch' nor with"),
+        ("engine.precision", "fp16", "engine.precision = 'fp16': not supported with replay.kind 'vae' or 'last_batch' or"),
     ],
 )
-def test_what_is_not_allowed_is_one_line(settings: type[Policy], path: str, value: Any, message: str) -> None:
+def test_invalid_values_are_rejected_with_one_line(settings: type[Policy], path: str, value: Any, message: str) -> None:
     with pytest.raises(DfkdError) as caught:
         load_recipe("digits-vae", {"replay.kind": "last_batch", path: value})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_it_is_unknown_before_it_is_registered() -> None:
-    with pytest.raises(DfkdError, match="unknown choice 'last_batch': there are ema_generator, memory_bank, none, vae"):
+def test_a_policy_is_unknown_before_it_is_registered() -> None:
+    with pytest.raises(DfkdError, match="unknown choice 'last_batch': must be one of ema_generator, memory_bank, none, vae"):
         load_recipe("digits", {"replay.kind": "last_batch"})
-    with pytest.raises(DfkdError, match=r"unknown key 'replay\.last_batch': .* there are replay\.ema_generator, .*replay\.weight"):
+    with pytest.raises(DfkdError, match=r"unknown key 'replay\.last_batch': .* must be one of replay\.ema_generator, .*replay\.weight"):
         load_recipe("digits", {"replay.last_batch": {}})
     with pytest.raises(ValidationError, match="kind"):
         Replay(kind="last_batch")
 
 
 @pytest.mark.parametrize("kind", ["vae", "none", "rows", "replays", "ema_decay", "cls", "last-batch", "class", ""])
-def test_a_kind_is_a_name_that_is_free(kind: str) -> None:
+def test_a_kind_must_be_an_unused_identifier(kind: str) -> None:
     with pytest.raises(ValueError, match=f"replay policy '{kind}': must be an identifier that"):
         register(kind)
     assert list(POLICIES) == ["ema_generator", "memory_bank", "vae"]
@@ -200,10 +200,10 @@ def test_sections_are_compared_hashed_copied_and_pickled_by_their_values() -> No
 
 def test_without_a_policy_nothing_is_replayed() -> None:
     replay = Replay()
-    assert (replay.policy, replay.replays, replay.rows_of(64), replay.smallest_batch) == (None, False, 0, 0)
+    assert (replay.policy, replay.replays, replay.num_rows(64), replay.smallest_batch) == (None, False, 0, 0)
 
 
-def test_what_is_no_policy_is_refused() -> None:
+def test_a_class_that_is_not_a_policy_is_rejected() -> None:
     with pytest.raises(ValueError, match="replay policy 'numbers': int must be a subclass of Policy"):
         register("numbers")(int)  # type: ignore[type-var]
     assert "numbers" not in POLICIES

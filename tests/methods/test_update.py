@@ -23,7 +23,7 @@ PARTS = [
 
 
 def students(dense: bool) -> list[nn.Module]:
-    """Twins with batch norm, through which every row's loss reaches the others."""
+    """Two equal students with batch norm, so that the loss of each row depends on all rows."""
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
     layers += [nn.Conv2d(4, 5, 1)] if dense else [nn.Flatten(), nn.Linear(64, 5)]
@@ -55,9 +55,9 @@ def weighted_sum(logits: Tensor, targets: Tensor, parts: Sequence[Part], discrep
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_plain_update_is_the_gradient_of_the_weighted_sum_over_one_forward(parts: list[Part], discrepancy: Any, dense: bool) -> None:
     student, twin = students(dense)
-    given = batch(parts, dense)
-    loss = Update().backward(student, given, Objective(discrepancy=discrepancy))
-    expected = weighted_sum(twin(given.images), given.teacher_logits, parts, discrepancy)
+    data = batch(parts, dense)
+    loss = Update().backward(student, data, Objective(discrepancy=discrepancy))
+    expected = weighted_sum(twin(data.images), data.teacher_logits, parts, discrepancy)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     assert not loss.requires_grad
@@ -67,24 +67,24 @@ def test_the_plain_update_is_the_gradient_of_the_weighted_sum_over_one_forward(p
         assert torch.equal(buffer, same)
 
 
-def test_gradients_are_added_to_those_there_are() -> None:
+def test_gradients_accumulate() -> None:
     once, twice = students(dense=False)
-    given = batch(PARTS[2], dense=False)
-    Update().backward(once, given, Objective())
+    data = batch(PARTS[2], dense=False)
+    Update().backward(once, data, Objective())
     for _ in range(2):
-        Update().backward(twice, given, Objective())
+        Update().backward(twice, data, Objective())
     for parameter, other in zip(once.parameters(), twice.parameters(), strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(2 * parameter.grad, other.grad)
 
 
-def test_parts_that_do_not_add_up_to_the_batch_are_refused() -> None:
+def test_parts_that_do_not_sum_to_the_batch_are_rejected() -> None:
     student, _ = students(dense=False)
     with pytest.raises(RuntimeError, match="split"):
         Update().backward(student, batch([Part(4, 1.0), Part(1, 1.0)], dense=False), Objective())
 
 
-def test_an_unknown_kind_is_refused() -> None:
+def test_an_unknown_kind_is_rejected() -> None:
     wrong: Any = "pcgrad"
     with pytest.raises(ValidationError, match="kind"):
         Update(kind=wrong)
@@ -94,9 +94,9 @@ def test_an_unknown_kind_is_refused() -> None:
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_pooled_update_is_the_gradient_of_one_discrepancy_over_all_rows_whatever_their_weights(discrepancy: Any, dense: bool) -> None:
     student, twin = students(dense)
-    given = batch([Part(4, 0.5), Part(2, 3.0)], dense)
-    loss = Update(kind="pooled").backward(student, given, Objective(discrepancy=discrepancy))
-    expected = weighted_sum(twin(given.images), given.teacher_logits, [Part(6, 1.0)], discrepancy)
+    data = batch([Part(4, 0.5), Part(2, 3.0)], dense)
+    loss = Update(kind="pooled").backward(student, data, Objective(discrepancy=discrepancy))
+    expected = weighted_sum(twin(data.images), data.teacher_logits, [Part(6, 1.0)], discrepancy)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradients(student), gradients(twin))
@@ -107,7 +107,7 @@ def gradients(network: nn.Module) -> list[Tensor | None]:
 
 
 def smooth(normalised: bool, dense: bool = False) -> nn.Module:
-    """A student with curvature everywhere, of 2×3×3 images; a dense one labels 2×2 pixels."""
+    """A smooth student for 2×3×3 images; with ``dense``, it returns logits for 2×2 pixels."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(3) if normalised else nn.Identity()
     if dense:
@@ -121,14 +121,14 @@ def fresh_and_replayed(fresh: float = 1.0, replayed: float = 1.0, dense: bool = 
     return Batch(torch.randn(8, 2, 3, 3).double(), logits, [Part(5, fresh), Part(3, replayed)])
 
 
-def discrepancies(network: nn.Module, given: Batch, discrepancy: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """L_acq and L_ret at the network's present parameters."""
+def discrepancies(network: nn.Module, data: Batch, discrepancy: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """L_acq and L_ret at the network's current parameters."""
 
     def of(rows: slice) -> Callable[[], Tensor]:
-        part = [Part(len(given.images[rows]), 1.0)]
-        return lambda: weighted_sum(network(given.images[rows]), given.teacher_logits[rows], part, discrepancy)
+        part = [Part(len(data.images[rows]), 1.0)]
+        return lambda: weighted_sum(network(data.images[rows]), data.teacher_logits[rows], part, discrepancy)
 
-    fresh = given.parts[0].rows
+    fresh = data.parts[0].rows
     return of(slice(fresh)), of(slice(fresh, None))
 
 
@@ -142,12 +142,12 @@ def moved(theta: Tensor, network: nn.Module, acquire: Callable[[], Tensor], upda
     return theta - update.inner_lr * (slope(acquire(), network) + update.inner_weight_decay * theta)
 
 
-def by_finite_differences(network: nn.Module, given: Batch, update: Update, discrepancy: str) -> Tensor:
+def by_finite_differences(network: nn.Module, data: Batch, update: Update, discrepancy: str) -> Tensor:
     """Gradient of w₀·L_acq(θ) + w₁·L_ret(θ′) at the network's parameters."""
     network = copy.deepcopy(network)
-    acquire, retain = discrepancies(network, given, discrepancy)
+    acquire, retain = discrepancies(network, data, discrepancy)
     theta = parameters_to_vector(network.parameters()).detach()
-    (_, acquired), (_, retained) = given.parts
+    (_, acquired), (_, retained) = data.parts
 
     def objective(point: Tensor) -> float:
         further = moved(point, network, acquire, update)
@@ -169,32 +169,32 @@ UPDATES = [{"inner_lr": 0.9}, {"inner_lr": 0.3, "inner_weight_decay": 0.2}]
 def test_second_order_is_the_gradient_of_acquiring_and_of_retaining_after_the_inner_step(
     options: dict[str, float], discrepancy: Any, normalised: bool, weights: tuple[float, float], dense: bool
 ) -> None:
-    student, given = smooth(normalised, dense), fresh_and_replayed(*weights, dense)
+    student, data = smooth(normalised, dense), fresh_and_replayed(*weights, dense)
     update = Update(kind="second-order", **options)
-    expected = by_finite_differences(student, given, update, discrepancy)
-    update.backward(student, given, Objective(discrepancy=discrepancy))
-    found = parameters_to_vector(parameter.grad for parameter in student.parameters())  # type: ignore[misc]
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    expected = by_finite_differences(student, data, update, discrepancy)
+    update.backward(student, data, Objective(discrepancy=discrepancy))
+    actual = parameters_to_vector(parameter.grad for parameter in student.parameters())  # type: ignore[misc]
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("options", UPDATES)
 @pytest.mark.parametrize("normalised", [False, True])
 def test_first_order_drops_the_curvature_and_nothing_else(options: dict[str, float], normalised: bool) -> None:
-    student, given = smooth(normalised), fresh_and_replayed(0.4, 2.5)
+    student, data = smooth(normalised), fresh_and_replayed(0.4, 2.5)
     twin = copy.deepcopy(student)
-    acquire, retain = discrepancies(twin, given, "kl")
+    acquire, retain = discrepancies(twin, data, "kl")
     theta = parameters_to_vector(twin.parameters()).detach()
     update = Update(kind="first-order", **options)
     g = slope(acquire(), twin)
     vector_to_parameters(moved(theta, twin, acquire, update), twin.parameters())
-    # θ′ = (1 − αλ)θ − α∇L_acq(θ), with the last term taken for a constant.
+    # θ′ = (1 − αλ)θ − α∇L_acq(θ), with the last term treated as a constant.
     expected = 0.4 * g + 2.5 * (1 - update.inner_lr * update.inner_weight_decay) * slope(retain(), twin)
 
-    exact = by_finite_differences(student, given, update, "kl")
-    update.backward(student, given, Objective(discrepancy="kl"))
-    found = parameters_to_vector(parameter.grad for parameter in student.parameters())  # type: ignore[misc]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert (found - exact).norm() > 0.01 * exact.norm()
+    exact = by_finite_differences(student, data, update, "kl")
+    update.backward(student, data, Objective(discrepancy="kl"))
+    actual = parameters_to_vector(parameter.grad for parameter in student.parameters())  # type: ignore[misc]
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    assert (actual - exact).norm() > 0.01 * exact.norm()
 
 
 RETAINING: list[Any] = ["first-order", "second-order"]
@@ -202,58 +202,58 @@ RETAINING: list[Any] = ["first-order", "second-order"]
 
 @pytest.mark.parametrize("kind", RETAINING)
 def test_the_loss_is_that_of_fresh_rows_now_and_replayed_ones_after_the_inner_step(kind: Any) -> None:
-    student, given = smooth(True), fresh_and_replayed(0.4, 2.5)
+    student, data = smooth(True), fresh_and_replayed(0.4, 2.5)
     twin = copy.deepcopy(student)
-    acquire, retain = discrepancies(twin, given, "kl")
+    acquire, retain = discrepancies(twin, data, "kl")
     update = Update(kind=kind, inner_lr=0.3)
     further = moved(parameters_to_vector(twin.parameters()).detach(), twin, acquire, update)
     expected = 0.4 * acquire().item()
     vector_to_parameters(further, twin.parameters())
-    loss = update.backward(student, given, Objective(discrepancy="kl"))
+    loss = update.backward(student, data, Objective(discrepancy="kl"))
     assert loss.item() == pytest.approx(expected + 2.5 * retain().item(), rel=1e-12)
     assert loss.shape == () and not loss.requires_grad
 
 
 @pytest.mark.parametrize("kind", RETAINING)
 def test_only_the_forward_on_fresh_rows_moves_running_statistics_and_no_weight_moves(kind: Any) -> None:
-    student, given = smooth(True), fresh_and_replayed()
+    student, data = smooth(True), fresh_and_replayed()
     twin = copy.deepcopy(student)
-    twin(given.images[:5])
-    Update(kind=kind).backward(student, given, Objective())
+    twin(data.images[:5])
+    Update(kind=kind).backward(student, data, Objective())
     assert int(student[1].num_batches_tracked) == 1  # type: ignore[index]
     assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in student.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", RETAINING)
 def test_with_nothing_to_replay_yet_the_update_is_the_plain_one(kind: Any) -> None:
-    student, given = smooth(True), fresh_and_replayed()
+    student, data = smooth(True), fresh_and_replayed()
     twin = copy.deepcopy(student)
-    alone = Batch(given.images[:5], given.teacher_logits[:5], [Part(5, 0.7)])
+    alone = Batch(data.images[:5], data.teacher_logits[:5], [Part(5, 0.7)])
     assert torch.equal(Update(kind=kind).backward(student, alone, Objective()), Update().backward(twin, alone, Objective()))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(student), gradients(twin), strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["pooled", *RETAINING])
-def test_every_other_kinds_gradient_is_added_to_what_there_is_too(kind: Any) -> None:
+def test_retain_acquire_gradients_accumulate(kind: Any) -> None:
     once, twice = smooth(False), smooth(False)
-    given, update = fresh_and_replayed(), Update(kind=kind)
-    update.backward(once, given, Objective())
+    data, update = fresh_and_replayed(), Update(kind=kind)
+    update.backward(once, data, Objective())
     for _ in range(2):
-        update.backward(twice, given, Objective())
+        update.backward(twice, data, Objective())
     doubled = [2 * gradient for gradient in gradients(once) if gradient is not None]
     torch.testing.assert_close(gradients(twice), doubled)
 
 
 @pytest.mark.parametrize("kind", RETAINING)
 def test_frozen_parameters_are_used_and_left_alone(kind: Any) -> None:
-    student, given = smooth(False), fresh_and_replayed()
+    student, data = smooth(False), fresh_and_replayed()
     student[0].requires_grad_(False)  # type: ignore[index]
     behind = copy.deepcopy(student[1:])  # type: ignore[index]
     with torch.no_grad():
-        features = student[0](given.images)  # type: ignore[index]
+        features = student[0](data.images)  # type: ignore[index]
     update = Update(kind=kind)
-    update.backward(student, given, Objective(discrepancy="kl"))
-    update.backward(behind, Batch(features, given.teacher_logits, given.parts), Objective(discrepancy="kl"))
+    update.backward(student, data, Objective(discrepancy="kl"))
+    update.backward(behind, Batch(features, data.teacher_logits, data.parts), Objective(discrepancy="kl"))
     assert gradients(student[0]) == [None, None]  # type: ignore[index]
     torch.testing.assert_close(gradients(student)[2:], gradients(behind))
 
@@ -264,21 +264,21 @@ def test_a_parameter_that_nothing_uses_gets_no_curvature_and_no_error(kind: Any)
     student.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
     Update(kind=kind).backward(student, fresh_and_replayed(), Objective())
     Update(kind=kind).backward(twin, fresh_and_replayed(), Objective())
-    found = dict(student.named_parameters())
-    unused = found.pop("unused").grad
+    actual = dict(student.named_parameters())
+    unused = actual.pop("unused").grad
     assert unused is None or not unused.any()
-    torch.testing.assert_close([parameter.grad for parameter in found.values()], gradients(twin))
+    torch.testing.assert_close([parameter.grad for parameter in actual.values()], gradients(twin))
 
 
-def through_the_inner_step(network: nn.Module, given: Batch, update: Update, discrepancy: str) -> list[Tensor]:
-    """The exact gradient in float64, with the graph of the inner step left in place."""
+def through_the_inner_step(network: nn.Module, data: Batch, update: Update, discrepancy: str) -> list[Tensor]:
+    """The exact gradient in float64, differentiated through the inner step."""
     network = copy.deepcopy(network).double()
-    images, targets, fresh = given.images.double(), given.teacher_logits.double(), given.parts[0].rows
+    images, targets, fresh = data.images.double(), data.teacher_logits.double(), data.parts[0].rows
     names, parameters = zip(*network.named_parameters(), strict=True)
-    acquire = weighted_sum(network(images[:fresh]), targets[:fresh], given.parts[:1], discrepancy)
+    acquire = weighted_sum(network(images[:fresh]), targets[:fresh], data.parts[:1], discrepancy)
     steps = torch.autograd.grad(acquire, parameters, create_graph=True)
     further = {name: parameter - update.inner_lr * step for name, parameter, step in zip(names, parameters, steps, strict=True)}
-    retain = weighted_sum(functional_call(network, further, (images[fresh:],)), targets[fresh:], given.parts[1:], discrepancy)
+    retain = weighted_sum(functional_call(network, further, (images[fresh:],)), targets[fresh:], data.parts[1:], discrepancy)
     return list(torch.autograd.grad(acquire + retain, parameters))
 
 
@@ -287,12 +287,12 @@ def test_second_order_goes_through_relu_and_max_pooling_in_float32(discrepancy: 
     torch.manual_seed(0)
     features = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
     student = nn.Sequential(*features, nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
-    given = Batch(torch.randn(rows + 4, 1, 6, 6), torch.randn(rows + 4, 5), [Part(rows, 1.0), Part(4, 1.0)])
+    data = Batch(torch.randn(rows + 4, 1, 6, 6), torch.randn(rows + 4, 5), [Part(rows, 1.0), Part(4, 1.0)])
     update = Update(kind="second-order", inner_lr=0.5)
-    expected = through_the_inner_step(student, given, update, discrepancy)
+    expected = through_the_inner_step(student, data, update, discrepancy)
     first = copy.deepcopy(student)
-    Update(kind="first-order", inner_lr=0.5).backward(first, given, Objective(discrepancy=discrepancy))
-    update.backward(student, given, Objective(discrepancy=discrepancy))
+    Update(kind="first-order", inner_lr=0.5).backward(first, data, Objective(discrepancy=discrepancy))
+    update.backward(student, data, Objective(discrepancy=discrepancy))
     curvature = 0.0
     for parameter, other, exact in zip(student.parameters(), first.parameters(), expected, strict=True):
         assert parameter.grad is not None and other.grad is not None

@@ -43,21 +43,21 @@ def test_other_names_come_from_torchvision_first_unless_a_library_is_named(name:
     assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
 
 
-def test_a_network_of_timm_takes_any_number_of_channels() -> None:
+def test_a_timm_network_supports_any_number_of_channels() -> None:
     with torch.device("meta"):
         network = build_model("timm:resnet10t", 7, 1)
     assert network(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
-def test_a_network_of_torchvision_refuses_other_than_3_channels_and_names_the_alternative(name: str) -> None:
+def test_a_torchvision_network_with_other_than_3_channels_is_refused_with_an_alternative(name: str) -> None:
     with pytest.raises(DfkdError, match=rf"{name}.* take 3 channels, not 1; .*timm:resnet18"):
         build_model(name, 10, 1)
 
 
 @pytest.mark.parametrize("name", ["wrn39_2", "wrn4_2", "wrn16_0", "wrn0_1"])
-def test_a_wide_resnet_that_cannot_be_is_refused(name: str) -> None:
-    with pytest.raises(DfkdError, match=rf"model '{name}': .*depth is 6n \+ 4"):
+def test_an_impossible_depth_or_width_of_a_wide_resnet_is_refused(name: str) -> None:
+    with pytest.raises(DfkdError, match=rf"model '{name}': .*depth of a wide ResNet must be 6n \+ 4"):
         build_model(name, 10, 3)
 
 
@@ -85,34 +85,34 @@ def test_an_unknown_name_lists_each_choice_once() -> None:
 
 
 @pytest.fixture
-def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"own_networks_{tmp_path.parent.name.replace('-', '_')}_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(
         "from torch import nn\n"
         "def tiny(num_classes: int) -> nn.Module: return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))\n"
-        "def text(num_classes: int) -> str: return 'no network'\n"
+        "def text(num_classes: int) -> str: return 'not a network'\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     return name
 
 
-def test_a_users_own_function_is_found_in_the_working_folder(own_module: str) -> None:
-    network = build_model(f"{own_module}:tiny", 7, 1)
+def test_a_users_function_is_imported_from_the_working_folder(user_module: str) -> None:
+    network = build_model(f"{user_module}:tiny", 7, 1)
     assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
     ("function", "message"), [("nothing", "has no attribute 'nothing'"), ("text", "must return a torch.nn.Module, not str")]
 )
-def test_a_users_own_function_that_gives_no_network_is_named(own_module: str, function: str, message: str) -> None:
-    with pytest.raises(DfkdError, match=f"model '{own_module}:{function}'.* {message}"):
-        build_model(f"{own_module}:{function}", 7, 1)
+def test_a_users_function_that_does_not_return_a_network_is_named(user_module: str, function: str, message: str) -> None:
+    with pytest.raises(DfkdError, match=f"model '{user_module}:{function}'.* {message}"):
+        build_model(f"{user_module}:{function}", 7, 1)
 
 
 @pytest.mark.parametrize(
     "name", ["no_such_module_at_all:build", "./networks:build", ".networks:build", "math:pi", "timm:resnet18.no_such_tag"]
 )
-def test_a_name_that_leads_nowhere_is_one_line_for_the_user(name: str) -> None:
+def test_an_error_for_an_unresolvable_name_contains_the_name(name: str) -> None:
     with pytest.raises(DfkdError, match=name):
         build_model(name, 7, 3)

@@ -66,7 +66,7 @@ def test_lenet5_computes_what_the_paper_describes(widths: tuple[int, int, int, i
 
 
 @pytest.mark.parametrize(("blocks", "original"), [((2, 2, 2, 2), resnet18), ((3, 4, 6, 3), resnet34)])
-def test_the_cifar_resnet_is_torchvisions_but_for_a_stem_that_keeps_the_resolution(
+def test_the_cifar_resnet_is_torchvisions_with_a_stem_that_keeps_the_resolution(
     blocks: tuple[int, int, int, int], original: type[nn.Module]
 ) -> None:
     torch.manual_seed(0)
@@ -83,21 +83,21 @@ def test_the_cifar_resnet_is_torchvisions_but_for_a_stem_that_keeps_the_resoluti
 
 
 def wide_resnet(x: Tensor, network: nn.Module, depth: int, width: int) -> Tensor:
-    """The network of arXiv 1605.07146 with batch statistics, drawing its weights in order."""
+    """Reference forward pass of arXiv 1605.07146 with batch statistics, using the network's weights in order."""
     weights = iter(list(network.parameters()))
 
-    def normalised(x: Tensor) -> Tensor:
+    def normalized(x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, next(weights), next(weights), training=True).relu()
 
     x = F.conv2d(x, next(weights), padding=1)
     for stride, before in ((1, 16), (2, 16 * width), (2, 32 * width)):
         for block in range((depth - 4) // 6):
             strided = stride if block == 0 else 1
-            activated = normalised(x)
-            residual = F.conv2d(normalised(F.conv2d(activated, next(weights), stride=strided, padding=1)), next(weights), padding=1)
+            activated = normalized(x)
+            residual = F.conv2d(normalized(F.conv2d(activated, next(weights), stride=strided, padding=1)), next(weights), padding=1)
             projects = block == 0 and residual.shape[1] != before
             x = residual + (F.conv2d(activated, next(weights), stride=strided) if projects else x)
-    return F.linear(normalised(x).mean((2, 3)), next(weights), next(weights))
+    return F.linear(normalized(x).mean((2, 3)), next(weights), next(weights))
 
 
 @pytest.mark.parametrize(("depth", "width"), [(10, 1), (16, 1), (10, 2), (22, 3)])
@@ -108,7 +108,7 @@ def test_the_wide_resnet_computes_what_the_paper_describes(depth: int, width: in
 
 
 @pytest.mark.parametrize("network", [cifar_resnet((1, 1, 1, 1)), WideResNet(16, 2)])
-def test_convolutions_start_with_the_variance_of_he_for_their_outputs(network: nn.Module) -> None:
+def test_convolutions_have_kaiming_fan_out_initialization(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 400:
             expected = (2 / (layer.out_channels * layer.kernel_size[0] ** 2)) ** 0.5

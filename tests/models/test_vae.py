@@ -6,7 +6,9 @@ from dfkd_fast.models import Vae
 
 
 @pytest.mark.parametrize(("latent_dim", "channels", "image_size", "width"), [(5, 1, 8, 2), (7, 3, 24, 3)])
-def test_images_become_two_vectors_each_and_vectors_become_images(latent_dim: int, channels: int, image_size: int, width: int) -> None:
+def test_the_encoder_returns_mean_and_log_variance_and_the_decoder_images(
+    latent_dim: int, channels: int, image_size: int, width: int
+) -> None:
     torch.manual_seed(0)
     vae = Vae(latent_dim, channels, image_size, width)
     mean, log_variance = vae.encode(torch.randn(4, channels, image_size, image_size))
@@ -23,7 +25,7 @@ def test_parameters_at_the_papers_size() -> None:
         assert sum(parameter.numel() for parameter in part.parameters()) == pytest.approx(published, rel=0.005)
 
 
-def test_an_image_reaches_both_vectors_and_every_weight_of_the_encoder_learns() -> None:
+def test_mean_and_log_variance_depend_on_every_image_and_every_weight_of_the_encoder_has_a_gradient() -> None:
     torch.manual_seed(0)
     vae = Vae(5, 2, 16, 3)
     images = torch.randn(4, 2, 16, 16, requires_grad=True)
@@ -35,6 +37,6 @@ def test_an_image_reaches_both_vectors_and_every_weight_of_the_encoder_learns() 
 
 
 @pytest.mark.parametrize("image_size", [28, 36])
-def test_a_size_the_encoder_cannot_halve_three_times_is_refused(image_size: int) -> None:
+def test_an_image_size_that_is_not_a_multiple_of_8_is_refused(image_size: int) -> None:
     with pytest.raises(DfkdError, match=f"multiple of 8, not {image_size}"):
         Vae(5, 1, image_size)

@@ -26,7 +26,7 @@ def assert_same_state(actual: nn.Module, expected: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_weights_and_metadata_come_back_as_they_were_saved(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_weights_and_metadata_survive_saving_and_loading(tmp_path: Path, dtype: torch.dtype) -> None:
     saved, loaded, path = network().to(dtype), network().to(dtype), tmp_path / "student.safetensors"
     save_weights(saved, path, {"model": "lenet5", "accuracy": "98,7 ± 0,1"})
     load_weights(loaded, path)
@@ -36,7 +36,7 @@ def test_weights_and_metadata_come_back_as_they_were_saved(tmp_path: Path, dtype
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_weights_in_channels_last_keep_their_values_and_every_layout_can_load_them(tmp_path: Path) -> None:
+def test_weights_saved_in_channels_last_load_into_either_memory_format(tmp_path: Path) -> None:
     saved, path = network().to(memory_format=torch.channels_last), tmp_path / "w.safetensors"
     save_weights(saved, path, {})
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -46,27 +46,27 @@ def test_weights_in_channels_last_keep_their_values_and_every_layout_can_load_th
 
 
 class Shared(nn.Module):
-    """Its state holds one memory under several names, in parts and turned."""
+    """Has buffers and parameters that are overlapping or transposed views of one storage."""
 
     def __init__(self, start: float) -> None:
         super().__init__()
         arena = torch.arange(start, start + 12)
         self.register_buffer("arena", arena)
         self.register_buffer("tail", arena[6:])
-        self.register_buffer("turned", arena.view(3, 4).t())
+        self.register_buffer("transposed", arena.view(3, 4).t())
         self.first = nn.Parameter(arena[1:5])
         self.again = self.first
 
 
-def test_tensors_that_share_memory_are_saved_under_each_name(tmp_path: Path) -> None:
+def test_tensors_that_share_storage_are_saved_under_each_name(tmp_path: Path) -> None:
     saved, loaded, path = Shared(0.0), Shared(50.0), tmp_path / "w.safetensors"
     save_weights(saved, path, {})
-    assert set(load_file(path)) == {"arena", "tail", "turned", "first", "again"}
+    assert set(load_file(path)) == {"arena", "tail", "transposed", "first", "again"}
     load_weights(loaded, path)
     assert_same_state(loaded, saved)
 
 
-def test_saving_replaces_a_file_whole_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_replaces_a_file_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, path = network(), tmp_path / "w.safetensors"
     save_weights(saved, path, {"run": "1"})
 
@@ -88,7 +88,7 @@ def test_saving_replaces_a_file_whole_or_leaves_it(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pytorch_file_is_loaded_as_trainers_leave_it(tmp_path: Path, key: str | None, prefix: str, zipped: bool) -> None:
+def test_pytorch_files_of_common_layouts_are_loaded(tmp_path: Path, key: str | None, prefix: str, zipped: bool) -> None:
     saved, loaded, path = network(), network(), tmp_path / "w.pt"
     state = {prefix + name: tensor for name, tensor in saved.state_dict().items()}
     torch.save(state if key is None else {key: state, "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
@@ -97,7 +97,7 @@ def test_a_pytorch_file_is_loaded_as_trainers_leave_it(tmp_path: Path, key: str 
     assert read_metadata(path) == {}
 
 
-def test_a_network_with_a_part_called_module_loads_its_own_pytorch_file(tmp_path: Path) -> None:
+def test_a_network_with_a_submodule_called_module_loads_its_own_pytorch_file(tmp_path: Path) -> None:
     saved, loaded = (nn.ModuleDict({"module": network()}) for _ in range(2))
     torch.save(saved.state_dict(), tmp_path / "w.pt")
     load_weights(loaded, tmp_path / "w.pt")
@@ -113,7 +113,7 @@ def test_equal_weights_and_metadata_give_equal_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_safetensors_written_by_others_are_loaded_and_have_no_metadata_of_ours(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+def test_safetensors_of_other_programs_are_loaded_and_have_no_metadata(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     saved, loaded, path = network(), network(), tmp_path / "w.safetensors"
     save_file(saved.state_dict(), path, metadata=metadata)
     load_weights(loaded, path)
@@ -130,7 +130,9 @@ def test_safetensors_written_by_others_are_loaded_and_have_no_metadata_of_ours(t
         ({**network().state_dict(), "head.weight": torch.ones(1)}, "Unexpected key.*head.weight"),
     ],
 )
-def test_weights_of_another_network_are_refused_in_one_line(tmp_path: Path, suffix: str, state: dict[str, Tensor], problem: str) -> None:
+def test_weights_of_a_different_network_are_refused_in_one_line(
+    tmp_path: Path, suffix: str, state: dict[str, Tensor], problem: str
+) -> None:
     path = tmp_path / f"w{suffix}"
     if suffix == ".pt":
         torch.save(state, path)
@@ -143,7 +145,7 @@ def test_weights_of_another_network_are_refused_in_one_line(tmp_path: Path, suff
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize(
-    "held",
+    "content",
     [
         pytest.param(b"", id="empty"),
         pytest.param(b".", id="one byte"),
@@ -153,9 +155,9 @@ def test_weights_of_another_network_are_refused_in_one_line(tmp_path: Path, suff
         pytest.param(bytes(100), id="zeros"),
     ],
 )
-def test_a_file_that_is_no_weights_is_refused_in_one_line(tmp_path: Path, suffix: str, held: bytes) -> None:
+def test_a_file_that_is_not_a_weights_file_is_refused_in_one_line(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"w{suffix}"
-    path.write_bytes(held)
+    path.write_bytes(content)
     with pytest.raises(DfkdError, match=rf"weights .*w{suffix} cannot be read: \S") as caught:
         load_weights(network(), path)
     assert "\n" not in str(caught.value)
@@ -164,7 +166,7 @@ def test_a_file_that_is_no_weights_is_refused_in_one_line(tmp_path: Path, suffix
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 @pytest.mark.parametrize("kept", [0.02, 0.1, 0.25, 0.5, 0.9, 0.99])
-def test_half_a_file_of_weights_is_refused(tmp_path: Path, kind: str, kept: float) -> None:
+def test_a_truncated_weights_file_is_refused(tmp_path: Path, kind: str, kept: float) -> None:
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
     if kind == "safetensors":
         save_weights(network(), path, {})
@@ -176,7 +178,7 @@ def test_half_a_file_of_weights_is_refused(tmp_path: Path, kind: str, kept: floa
         load_weights(network(), path)
 
 
-def test_the_metadata_of_a_damaged_file_is_an_error_for_the_user(tmp_path: Path) -> None:
+def test_reading_the_metadata_of_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"hello, this is text")
     with pytest.raises(DfkdError, match=r"w\.safetensors cannot be read"):
@@ -185,7 +187,7 @@ def test_the_metadata_of_a_damaged_file_is_an_error_for_the_user(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("absent.safetensors", "absent.safetensors not found"), ("absent.pt", "absent.pt not found"), (".", "are a folder: a file is needed")],
+    [("absent.safetensors", "absent.safetensors not found"), ("absent.pt", "absent.pt not found"), (".", "must be a file, not a folder")],
 )
 def test_a_missing_file_is_named(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(DfkdError, match=message):
@@ -218,10 +220,10 @@ def test_code_hidden_in_a_bare_pickle_is_not_run(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("held", [[torch.ones(2)], {"epoch": 3}, torch.ones(3), {3: torch.ones(2)}, {"model": 4}])
-def test_a_pytorch_file_of_something_else_is_refused(tmp_path: Path, held: object) -> None:
-    torch.save(held, tmp_path / "w.pt")
-    with pytest.raises(DfkdError, match="hold no state dict"):
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"epoch": 3}, torch.ones(3), {3: torch.ones(2)}, {"model": 4}])
+def test_a_pytorch_file_without_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(DfkdError, match="contain no state dict"):
         load_weights(network(), tmp_path / "w.pt")
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from dfkd_fast import DfkdError
 from dfkd_fast.commands.compare import compare_runs
 from dfkd_fast.evaluation import retention
-from dfkd_fast.report import COLUMNS, draw_comparison, read_run, table_rows
+from dfkd_fast.report import COLUMNS, plot_comparison, read_run, table_rows
 
 
 def finished_run(path: Path, recipe: str, seed: int, curve: list[float]) -> Path:
@@ -25,7 +25,7 @@ def finished_run(path: Path, recipe: str, seed: int, curve: list[float]) -> Path
     return path
 
 
-def test_every_run_has_a_row_and_runs_of_one_recipe_a_row_of_means(tmp_path: Path) -> None:
+def test_table_has_a_row_per_run_and_a_row_of_means_per_recipe(tmp_path: Path) -> None:
     runs = [
         read_run(finished_run(tmp_path / "a0", "a", 0, [50.0, 90.0, 80.0, 94.0])),
         read_run(finished_run(tmp_path / "b0", "b", 0, [60.0, 70.0, 75.0, 76.0])),
@@ -38,7 +38,7 @@ def test_every_run_has_a_row_and_runs_of_one_recipe_a_row_of_means(tmp_path: Pat
     assert [row[2] for row in rows] == ["94.00", "96.00", "95.00", "76.00"]
 
 
-def test_means_are_of_runs_that_differ_in_their_seeds_alone(tmp_path: Path) -> None:
+def test_means_are_over_runs_that_differ_only_in_their_seeds(tmp_path: Path) -> None:
     runs = []
     for name, seed, epochs, root in (("a", 0, 4, "/here"), ("b", 1, 4, "/there"), ("c", 0, 60, "/here")):
         folder = finished_run(tmp_path / name, "same", seed, [50.0, 90.0])
@@ -50,65 +50,65 @@ def test_means_are_of_runs_that_differ_in_their_seeds_alone(tmp_path: Path) -> N
     assert [row[0] for row in table_rows(runs[:2])] == ["same, seed 0", "same, seed 1", "same, mean of 2"]
 
 
-def test_epochs_without_evaluation_are_no_points_of_the_curve(tmp_path: Path) -> None:
+def test_epochs_without_evaluation_are_left_out_of_the_curve(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "a", "a", 0, [50.0, 90.0])
     lines = ['{"epoch": 1, "student_accuracy": null}', '{"epoch": 2, "student_accuracy": 50.0}', '{"epoch": 3, "student_accuracy": 90.0}']
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     assert read_run(folder).curve == [(2, 50.0), (3, 90.0)]
 
 
-def colours_of(picture: Path) -> set[tuple[int, ...]]:
-    pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+def colours_of(plot: Path) -> set[tuple[int, ...]]:
+    pixels = np.asarray(Image.open(plot).convert("RGB")).reshape(-1, 3)
     return {tuple(map(int, colour)) for colour in np.unique(pixels, axis=0)}
 
 
-def test_the_picture_shows_every_recipe_in_a_colour_of_its_own(tmp_path: Path) -> None:
+def test_the_plot_shows_each_recipe_in_a_different_colour(tmp_path: Path) -> None:
     runs = [read_run(finished_run(tmp_path / name, name, 0, [50.0, 90.0, 80.0])) for name in "abc"]
-    draw_comparison(runs, tmp_path / "all.png")
-    draw_comparison(runs[:1], tmp_path / "one.png")
+    plot_comparison(runs, tmp_path / "all.png")
+    plot_comparison(runs[:1], tmp_path / "one.png")
     colours = {name: colours_of(tmp_path / name) for name in ("all.png", "one.png")}
     blue, orange, green = (31, 119, 180), (255, 127, 14), (44, 160, 44)
 
-    def near(wanted: tuple[int, int, int], found: set[tuple[int, ...]]) -> bool:
-        # Curves are a little transparent, bars more so: what counts is the direction from white.
-        return any(max(abs(a - (255 - 0.8 * (255 - b))) for a, b in zip(colour, wanted, strict=True)) < 3 for colour in found)
+    def near(expected: tuple[int, int, int], plotted: set[tuple[int, ...]]) -> bool:
+        # Curves are blended with the white background.
+        return any(max(abs(a - (255 - 0.8 * (255 - b))) for a, b in zip(colour, expected, strict=True)) < 3 for colour in plotted)
 
     assert all(near(colour, colours["all.png"]) for colour in (blue, orange, green))
     assert [near(colour, colours["one.png"]) for colour in (blue, orange, green)] == [True, False, False]
 
 
 @pytest.mark.parametrize("name", [r"$\foo{$", "$x$", r"\$", "{%", "_hidden", "[red]", "日本", "a" * 200, "#1"])
-def test_a_recipe_of_any_name_has_its_row_and_its_picture_as_it_is_called(
+def test_recipe_names_are_printed_and_plotted_literally(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     drawn: list[str] = []
-    draw = RendererAgg.draw_text
+    draw_text = RendererAgg.draw_text
 
-    def note(self: RendererAgg, gc: object, x: float, y: float, s: str, *rest: Any, **options: Any) -> None:
+    def record(self: RendererAgg, gc: object, x: float, y: float, s: str, *rest: Any, **options: Any) -> None:
         drawn.append(s)
-        draw(self, gc, x, y, s, *rest, **options)  # type: ignore[no-untyped-call]
+        draw_text(self, gc, x, y, s, *rest, **options)  # type: ignore[no-untyped-call]
 
-    monkeypatch.setattr(RendererAgg, "draw_text", note)
+    monkeypatch.setattr(RendererAgg, "draw_text", record)
     run = finished_run(tmp_path / "run", name, 0, [50.0, 90.0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compare_runs([run], tmp_path / "picture.png", Console(width=300))
+        compare_runs([run], tmp_path / "plot.png", Console(width=300))
     assert f"{name}, seed 0" in capsys.readouterr().out
-    assert drawn.count(name if len(name) <= 60 else f"{name[:60]}…") == 2  # in the legend, and beside its bars
+    assert drawn.count(name if len(name) <= 60 else f"{name[:60]}…") == 2  # in the legend and next to its bars
 
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder: (folder / "summary.json").unlink(), "holds no finished run"),
-        (lambda folder: (folder / "summary.json").write_text("{"), "no run that can be read"),
-        (lambda folder: (folder / "summary.json").write_text("[]"), "no run that can be read"),
-        (lambda folder: (folder / "metrics.jsonl").unlink(), "no run that can be read"),
+        (lambda folder: (folder / "summary.json").unlink(), "is not a finished run"),
+        (lambda folder: (folder / "summary.json").write_text("{"), "cannot be read as a run"),
+        (lambda folder: (folder / "summary.json").write_text("[]"), "cannot be read as a run"),
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "cannot be read as a run"),
         (lambda folder: (folder / "summary.json").write_text('{"retention": null}'), "never evaluated"),
     ],
-    ids=["unfinished", "no JSON", "another JSON", "no log", "not evaluated"],
+    ids=["unfinished", "not JSON", "unexpected JSON", "no log", "not evaluated"],
 )
-def test_what_cannot_be_compared_is_named(tmp_path: Path, break_it: object, message: str) -> None:
+def test_an_error_names_the_folder_that_cannot_be_compared(tmp_path: Path, break_it: object, message: str) -> None:
     folder = finished_run(tmp_path / "broken", "a", 0, [50.0])
     break_it(folder)  # type: ignore[operator]
     with pytest.raises(DfkdError, match=message) as caught:

@@ -45,7 +45,7 @@ def forbid_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_values_and_gradients_are_those_of_a_convolution(case: dict[str, Any], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients_equal_pytorchs(case: dict[str, Any], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, images = layer_and_images(case)
     if layout != "channels_last":
         images = images.detach().contiguous() if layout == "contiguous" else images.detach().repeat(1, 1, 1, 2)[..., ::2]
@@ -68,7 +68,7 @@ def padding_of(layer: nn.Conv2d) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("case", FEW_PIXELS, ids=str)
-def test_few_pixels_have_the_second_derivatives_of_finite_differences(case: dict[str, Any]) -> None:
+def test_im2col_convolution_passes_gradcheck_and_gradgradcheck(case: dict[str, Any]) -> None:
     layer, images = layer_and_images({"out_channels": 2, **case})
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def test_few_pixels_have_the_second_derivatives_of_finite_differences(case: dict
 
 
 @pytest.mark.parametrize("case", FEW_CHANNELS, ids=str)
-def test_few_channels_have_the_second_derivatives_of_finite_differences(case: dict[str, Any]) -> None:
+def test_col2im_convolution_passes_gradcheck_and_gradgradcheck(case: dict[str, Any]) -> None:
     layer, images = layer_and_images({"out_channels": 2, **case})
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,14 +90,14 @@ def test_few_channels_have_the_second_derivatives_of_finite_differences(case: di
 
 
 @pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}], ids=["few pixels", "few channels"])
-def test_the_gradient_of_channels_last_weights_lies_as_they_do(channels: dict[str, int]) -> None:
+def test_the_gradient_of_channels_last_weights_has_their_strides(channels: dict[str, int]) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
     use_cpu_convolutions(layer)(images).sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 
-def test_many_pixels_are_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_output_pixels_use_pytorchs_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = use_cpu_convolutions(nn.Conv2d(3, 8, 3, padding=1).to(memory_format=torch.channels_last))
     forbid_convolutions(monkeypatch)
     layer(torch.randn(1, 3, 4, 4))
@@ -105,7 +105,7 @@ def test_many_pixels_are_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
         layer(torch.randn(2, 3, 4, 4))
 
 
-def test_few_channels_are_convolved_in_bfloat16_whose_partial_sums_would_be_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_channels_in_bfloat16_use_pytorchs_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1, "in_channels": 27, "out_channels": 3}, torch.float32)
     use_cpu_convolutions(layer)
     forbid_convolutions(monkeypatch)
@@ -115,7 +115,7 @@ def test_few_channels_are_convolved_in_bfloat16_whose_partial_sums_would_be_roun
 
 
 @pytest.mark.parametrize("lowered", [False, True], ids=["float32 weights", "bfloat16 weights"])
-def test_autocast_computes_in_its_dtype_as_a_convolution_does(lowered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_computes_in_its_dtype(lowered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1}, torch.float32)
     if lowered:
         layer.bfloat16()
@@ -131,7 +131,7 @@ def test_autocast_computes_in_its_dtype_as_a_convolution_does(lowered: bool, mon
 
 
 @pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}], ids=["few pixels", "few channels"])
-def test_frozen_weights_cost_no_gradient(channels: dict[str, int]) -> None:
+def test_no_gradient_is_computed_for_frozen_weights(channels: dict[str, int]) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
     use_cpu_convolutions(layer)
     with weights_frozen(layer):
@@ -143,7 +143,7 @@ def test_frozen_weights_cost_no_gradient(channels: dict[str, int]) -> None:
     assert layer.weight.grad is None
 
 
-def test_only_ordinary_convolutions_change() -> None:
+def test_only_convolutions_without_groups_and_with_zero_padding_are_replaced() -> None:
     class Other(nn.Conv2d):
         pass
 
@@ -162,59 +162,59 @@ def test_only_ordinary_convolutions_change() -> None:
     torch.testing.assert_close(network(images), before(images))
 
 
-def test_batch_norms_behind_them_fold() -> None:
+def test_batch_norms_after_cpu_convolutions_can_be_folded() -> None:
     network = freeze(use_cpu_convolutions(nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40)).to(memory_format=torch.channels_last)))
     images = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(fold(network)(images), network(images))
 
 
-def test_an_empty_batch_passes() -> None:
+def test_an_empty_batch_is_supported() -> None:
     assert use_cpu_convolutions(nn.Conv2d(3, 40, 3))(torch.empty(0, 3, 5, 5)).shape == (0, 40, 3, 3)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_kernels_of_three_by_three_are_winograds(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_3x3_kernels_use_winograd_convolutions(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(not frozen)
     images = torch.randn(8 if frozen else 16, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
     expected = layer(images)
     use_cpu_convolutions(layer)
     forbid_convolutions(monkeypatch)
-    asked: list[bool] = []
+    calls: list[bool] = []
 
-    def ask(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, cache_weight: bool) -> Tensor:
-        asked.append(cache_weight)
+    def record(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, cache_weight: bool) -> Tensor:
+        calls.append(cache_weight)
         return winograd_conv2d(x, weight, bias, padding, cache_weight=cache_weight)
 
-    monkeypatch.setattr(cpu_conv, "winograd_conv2d", ask)
+    monkeypatch.setattr(cpu_conv, "winograd_conv2d", record)
     output = layer(images)
-    assert asked == [frozen]
+    assert calls == [frozen]
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", [{"stride": 2}, {"dilation": 2}, {"kernel_size": 5}], ids=str)
-def test_other_kernels_are_not_winograds(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_kernels_do_not_use_winograd_convolutions(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = use_cpu_convolutions(nn.Conv2d(64, 64, **{"kernel_size": 3} | change).to(memory_format=torch.channels_last))
     monkeypatch.setattr(cpu_conv, "winograd_conv2d", None)
     assert layer(torch.randn(16, 64, 12, 12).to(memory_format=torch.channels_last)).shape[1] == 64
 
 
 @pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}, {"in_channels": 64, "out_channels": 64}], ids=str)
-def test_a_compiler_sees_one_graph_with_an_ordinary_convolution(channels: dict[str, int]) -> None:
+def test_compilation_gives_one_graph_with_pytorchs_convolution(channels: dict[str, int]) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels, torch.float32)
     expected = layer(images)
     compiled = torch.compile(use_cpu_convolutions(layer), fullgraph=True, backend="eager")
     assert torch.equal(compiled(images), expected)
 
 
-def test_what_is_frozen_later_is_fixed_at_the_next_look() -> None:
+def test_a_layer_that_is_frozen_later_is_marked_frozen_when_converted_again() -> None:
     layer = use_cpu_convolutions(nn.Conv2d(3, 8, 3))
-    assert isinstance(layer, CpuConv2d) and not layer.fixed
+    assert isinstance(layer, CpuConv2d) and not layer.frozen
     use_cpu_convolutions(freeze(layer))
-    assert layer.fixed
+    assert layer.frozen
 
 
-def test_a_wrong_dtype_is_still_an_error() -> None:
+def test_a_dtype_mismatch_is_an_error() -> None:
     layer = use_cpu_convolutions(nn.Conv2d(3, 40, 3).to(memory_format=torch.channels_last))
     with pytest.raises(RuntimeError, match="type"):
         layer(torch.randn(1, 3, 5, 5).double())

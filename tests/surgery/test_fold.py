@@ -18,12 +18,12 @@ from dfkd_fast import DfkdError
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.methods import Objective
 from dfkd_fast.models import build_model, cifar_resnet
-from dfkd_fast.surgery import FoldingError, Observer, fold, folded_and_checked, freeze, has_running_statistics
-from dfkd_fast.surgery.fold import FOLDED_WITHIN
+from dfkd_fast.surgery import FoldingError, Observer, fold, fold_and_verify, freeze, has_running_statistics
+from dfkd_fast.surgery.fold import FOLD_TOLERANCE
 
 
 class Sequences(nn.Module):
-    """A 1-d batch norm over (N, C, L), twice, behind one over (N, C)."""
+    """Calls a BatchNorm1d on (N, C), and another one twice on (N, C, L)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ NETWORKS = [images_network, Sequences]
 
 
 def trained(build: Callable[[], nn.Module]) -> nn.Module:
-    """A frozen teacher whose running statistics are neither 0 nor 1, in float64; it takes (N, 2, 5, 3)."""
+    """Returns a frozen float64 teacher for images (N, 2, 5, 3) with non-trivial running statistics."""
     torch.manual_seed(0)
     network = build().double()
     for _ in range(3):
@@ -69,37 +69,37 @@ def images() -> Tensor:
 
 
 def inputs_of(network: nn.Module, kinds: tuple[type[nn.Module], ...], x: Tensor) -> list[tuple[nn.Module, Tensor]]:
-    """What the layers of some kinds are given, call by call, as hooks on a copy see it."""
+    """Returns the inputs of all layers of some types in call order, recorded by hooks on a copy."""
     network = copy.deepcopy(network)
-    seen: list[tuple[nn.Module, Tensor]] = []
+    calls: list[tuple[nn.Module, Tensor]] = []
     for module in network.modules():
         if isinstance(module, kinds):
-            module.register_forward_pre_hook(lambda layer, given: seen.append((layer, given[0].detach())))
+            module.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0].detach())))
     network(x)
-    return seen
+    return calls
 
 
 @pytest.mark.parametrize("build", NETWORKS)
-def test_statistics_are_the_moments_of_each_batch_norms_input_beside_its_running_ones(build: Callable[[], nn.Module]) -> None:
+def test_statistics_are_the_moments_and_running_statistics_of_each_batch_norm_call(build: Callable[[], nn.Module]) -> None:
     teacher, x = trained(build), images()
     observation = Observer(teacher, statistics=True, features=False)(x)
-    seen = inputs_of(teacher, (nn.BatchNorm1d, nn.BatchNorm2d), x)
+    calls = inputs_of(teacher, (nn.BatchNorm1d, nn.BatchNorm2d), x)
     assert observation.statistics is not None and observation.running is not None
-    assert observation.statistics.shape == observation.running.shape == (2, 3, max(given.shape[1] for _, given in seen))
-    for index, (layer, given) in enumerate(seen):
-        channels = given.shape[1]
-        rows = np.moveaxis(given.numpy(), 1, -1).reshape(-1, channels)
-        for found, moment in zip(observation.statistics[:, index], (rows.mean(0), rows.var(0)), strict=True):
-            np.testing.assert_allclose(found[:channels].numpy(), moment, rtol=1e-12, atol=1e-14)
-        for found, expected in zip(observation.running[:, index], (layer.running_mean, layer.running_var), strict=True):
-            assert torch.equal(found[:channels], expected)  # type: ignore[arg-type]
+    assert observation.statistics.shape == observation.running.shape == (2, 3, max(inputs.shape[1] for _, inputs in calls))
+    for index, (layer, inputs) in enumerate(calls):
+        channels = inputs.shape[1]
+        rows = np.moveaxis(inputs.numpy(), 1, -1).reshape(-1, channels)
+        for actual, moment in zip(observation.statistics[:, index], (rows.mean(0), rows.var(0)), strict=True):
+            np.testing.assert_allclose(actual[:channels].numpy(), moment, rtol=1e-12, atol=1e-14)
+        for actual, expected in zip(observation.running[:, index], (layer.running_mean, layer.running_var), strict=True):
+            assert torch.equal(actual[:channels], expected)  # type: ignore[arg-type]
         for padded in (observation.statistics, observation.running):
             assert not padded[:, index, channels:].any()
     assert observation.features is None
 
 
 @pytest.mark.parametrize("build", NETWORKS)
-def test_features_are_what_the_classifier_is_given(build: Callable[[], nn.Module]) -> None:
+def test_features_are_the_classifiers_input(build: Callable[[], nn.Module]) -> None:
     teacher, x = trained(build), images()
     observation = Observer(teacher, statistics=False, features=True)(x)
     assert observation.features is not None
@@ -109,15 +109,15 @@ def test_features_are_what_the_classifier_is_given(build: Callable[[], nn.Module
 
 def bn_moments(teacher: nn.Module, x: Tensor) -> float:
     total = 0.0
-    for layer, given in inputs_of(teacher, (nn.BatchNorm1d, nn.BatchNorm2d), x):
-        rows = np.moveaxis(given.numpy(), 1, -1).reshape(-1, given.shape[1])
+    for layer, inputs in inputs_of(teacher, (nn.BatchNorm1d, nn.BatchNorm2d), x):
+        rows = np.moveaxis(inputs.numpy(), 1, -1).reshape(-1, inputs.shape[1])
         total += float(np.linalg.norm(rows.mean(0) - layer.running_mean.numpy()))  # type: ignore[operator]
         total += float(np.linalg.norm(rows.var(0) - layer.running_var.numpy()))  # type: ignore[operator]
     return total
 
 
 @pytest.mark.parametrize("build", NETWORKS)
-def test_the_statistics_term_and_its_gradient_to_the_images_are_the_equations(build: Callable[[], nn.Module]) -> None:
+def test_the_statistics_term_and_its_gradient_equal_the_equation_and_finite_differences(build: Callable[[], nn.Module]) -> None:
     teacher, x = trained(build), images().requires_grad_()
     observation = Observer(teacher, statistics=True, features=True)(x)
     term = Objective(bn_moments=1.0).generator_terms(None, observation)["bn_moments"]
@@ -125,15 +125,15 @@ def test_the_statistics_term_and_its_gradient_to_the_images_are_the_equations(bu
 
     (gradient,) = torch.autograd.grad(term, x)
     expected = torch.zeros_like(gradient)
-    for place in np.ndindex(*x.shape):
+    for index in np.ndindex(*x.shape):
         step = torch.zeros_like(gradient)
-        step[place] = 1e-5
-        expected[place] = (bn_moments(teacher, x.detach() + step) - bn_moments(teacher, x.detach() - step)) / 2e-5
+        step[index] = 1e-5
+        expected[index] = (bn_moments(teacher, x.detach() + step) - bn_moments(teacher, x.detach() - step)) / 2e-5
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(("statistics", "features"), [(True, True), (True, False), (False, True), (False, False)])
-def test_an_observer_answers_to_the_bit_as_its_teacher_and_shares_every_tensor_with_it(statistics: bool, features: bool) -> None:
+def test_an_observer_returns_its_teachers_exact_logits_and_shares_every_tensor_with_it(statistics: bool, features: bool) -> None:
     torch.manual_seed(0)
     teacher = build_model("wrn10_1", 10, 3)
     teacher(torch.randn(8, 3, 16, 16))
@@ -148,7 +148,7 @@ def test_an_observer_answers_to_the_bit_as_its_teacher_and_shares_every_tensor_w
     assert torch.equal(observer(x).logits, teacher(x))
 
 
-def test_the_teacher_keeps_its_classes_and_has_neither_hooks_nor_inputs() -> None:
+def test_an_observer_does_not_change_its_teachers_classes_hooks_or_attributes() -> None:
     teacher = trained(images_network)
     before = {name: (type(module), set(vars(module))) for name, module in teacher.named_modules()}
     Observer(teacher, statistics=True, features=True)(images())
@@ -162,26 +162,26 @@ def test_an_observer_holds_no_activation_between_calls() -> None:
     second = observer(images())
     assert first.statistics is not None and second.statistics is not None
     assert torch.equal(second.statistics, first.statistics)
-    held = [value for module in observer.network.modules() for value in vars(module).get("inputs", [])]
-    assert held == []
+    recorded = [vars(module)["calls"] for module in observer.network.modules() if "calls" in vars(module)]
+    assert recorded and not any(recorded)
 
 
-def test_moments_before_a_folded_batch_norm_are_recovered_but_where_its_gain_is_nothing() -> None:
+def test_input_moments_of_a_folded_batch_norm_are_recovered_except_where_its_weight_is_tiny() -> None:
     teacher = trained(images_network)
     norm: Any = next(layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d))
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.5, -0.3, 0.0, 1e-5]))
         norm.bias.uniform_(-3, 3)
-    whole, folded = (Observer(one, statistics=True, features=False)(images()) for one in (teacher, fold(teacher)))
-    assert whole.statistics is not None and folded.statistics is not None and folded.running is not None
-    # The layers that stay come first: here the 1-d one.
-    ours, expected = folded.statistics[:, [1, 2, 0]], whole.statistics.clone()
+    original, folded = (Observer(one, statistics=True, features=False)(images()) for one in (teacher, fold(teacher)))
+    assert original.statistics is not None and folded.statistics is not None and folded.running is not None
+    # Batch norms that are not folded come first: here the BatchNorm1d.
+    ours, expected = folded.statistics[:, [1, 2, 0]], original.statistics.clone()
     expected[:, 0, 2:4] = torch.stack([norm.running_mean, norm.running_var])[:, 2:]
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 class OwnNorm(nn.Module):
-    """A batch norm by running statistics as many a code base has its own, without an ``eps`` to be seen."""
+    """A user's batch norm with running statistics and without an attribute ``eps``."""
 
     def __init__(self, like: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ def torchvisions_frozen(norm: nn.BatchNorm2d) -> nn.Module:
 
 
 @pytest.mark.parametrize("frozen_norm", [torchvisions_frozen, OwnNorm])
-def test_a_frozen_batch_norm_has_the_statistics_of_an_ordinary_one(frozen_norm: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
+def test_a_frozen_batch_norm_has_the_statistics_of_batch_norm_2d(frozen_norm: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
     def build(make: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
         teacher: Any = trained(images_network)
         with torch.no_grad():
@@ -213,12 +213,12 @@ def test_a_frozen_batch_norm_has_the_statistics_of_an_ordinary_one(frozen_norm: 
     expected = Observer(build(lambda norm: norm), statistics=True, features=False)(images())
     torch.manual_seed(2)
     teacher = build(frozen_norm)
-    found = Observer(teacher, statistics=True, features=False)(images())
-    assert found.statistics is not None and found.running is not None
+    actual = Observer(teacher, statistics=True, features=False)(images())
+    assert actual.statistics is not None and actual.running is not None
     assert expected.statistics is not None and expected.running is not None
-    torch.testing.assert_close(found.statistics, expected.statistics, rtol=1e-12, atol=1e-14)
-    assert torch.equal(found.running, expected.running)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(actual.statistics, expected.statistics, rtol=1e-12, atol=1e-14)
+    assert torch.equal(actual.running, expected.running)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-12, atol=1e-14)
 
 
 def test_torchvisions_frozen_batch_norms_fold_and_keep_their_statistics() -> None:
@@ -233,12 +233,12 @@ def test_torchvisions_frozen_batch_norms_fold_and_keep_their_statistics() -> Non
         if isinstance(layer, FrozenBatchNorm2d):
             for buffer in layer.buffers():
                 buffer.uniform_(0.5, 1.5)
-    folded = folded_and_checked(teacher, images().float())
+    folded = fold_and_verify(teacher, images().float())
     assert {name for name, layer in folded.named_modules() if isinstance(layer, FrozenBatchNorm2d)} == {"0.folded_norm", "3.folded_norm"}
-    whole, ours = (Observer(one, statistics=True, features=False)(images().float()) for one in (teacher, folded))
-    torch.testing.assert_close(ours.statistics, whole.statistics, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.running, whole.running)
-    torch.testing.assert_close(ours.logits, whole.logits, rtol=1e-4, atol=1e-5)
+    original, ours = (Observer(one, statistics=True, features=False)(images().float()) for one in (teacher, folded))
+    torch.testing.assert_close(ours.statistics, original.statistics, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.running, original.running)
+    torch.testing.assert_close(ours.logits, original.logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +256,12 @@ def test_torchvisions_frozen_batch_norms_fold_and_keep_their_statistics() -> Non
         (nn.Sequential(nn.BatchNorm2d(3)), False),
     ],
 )
-def test_what_has_running_statistics(layer: nn.Module, expected: bool) -> None:
+def test_layers_with_running_statistics_are_recognized(layer: nn.Module, expected: bool) -> None:
     assert has_running_statistics(layer) == expected
 
 
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
-def test_a_compiled_script_is_frozen_and_its_batch_norms_are_said_to_be_out_of_sight() -> None:
+def test_a_scripted_network_can_be_frozen_but_not_observed() -> None:
     teacher = freeze(torch.jit.script(images_network()))
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     with pytest.raises(DfkdError, match=r"objective\.bn_moments"):
@@ -297,22 +297,22 @@ class Launches(TorchDispatchMode):
 
 
 def launches(teacher: nn.Module, statistics: bool) -> Counter[str]:
-    """Of the generator's way through a teacher and back, with the BN objective or without, after a first time."""
+    """Returns the kernel launches of a forward and backward pass through a teacher, with or without the BN term, after a warm-up."""
     observer = Observer(teacher, statistics=statistics, features=False)
     with FakeTensorMode(allow_non_fake_inputs=True), use_backend("numba"):
         for _ in range(1 + statistics):
             with Launches() as counted:
-                observed = observer(torch.empty(4, 3, 32, 32, requires_grad=True))
-                loss = observed.logits.sum()
+                observation = observer(torch.empty(4, 3, 32, 32, requires_grad=True))
+                loss = observation.logits.sum()
                 if statistics:
-                    loss = loss + Objective(bn_moments=1.0).generator_terms(None, observed)["bn_moments"]
+                    loss = loss + Objective(bn_moments=1.0).generator_terms(None, observation)["bn_moments"]
                 loss.backward()
     return counted.counts
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_beside_the_moments_themselves_the_statistics_term_takes_few_launches(folded: bool) -> None:
-    pytest.importorskip("numba", reason="the moments are one operator only in a backend of ours")
+def test_the_statistics_term_adds_few_kernel_launches_apart_from_the_moments(folded: bool) -> None:
+    pytest.importorskip("numba", reason="the moments are a single operator only in the numba backend")
     teacher = freeze(build_model("resnet34", 10, 3))  # cifar10-mad's
     if folded:
         teacher = fold(teacher)
@@ -323,7 +323,7 @@ def test_beside_the_moments_themselves_the_statistics_term_takes_few_launches(fo
 
 
 @pytest.mark.parametrize(
-    ("teacher", "wanted", "message"),
+    ("teacher", "options", "message"),
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(30, 3)), {"statistics": True, "features": False}, "objective.bn_moments.*Sequential"),
         (
@@ -334,15 +334,15 @@ def test_beside_the_moments_themselves_the_statistics_term_takes_few_launches(fo
         (nn.Sequential(nn.BatchNorm2d(2), nn.Flatten()), {"statistics": True, "features": True}, "objective.activation.*Sequential"),
     ],
 )
-def test_a_teacher_without_such_a_layer_is_refused_by_the_name_of_the_term(
-    teacher: nn.Module, wanted: dict[str, bool], message: str
+def test_a_teacher_without_the_required_layers_is_refused_with_the_name_of_the_term(
+    teacher: nn.Module, options: dict[str, bool], message: str
 ) -> None:
     with pytest.raises(DfkdError, match=message):
-        Observer(freeze(teacher), **wanted)
+        Observer(freeze(teacher), **options)
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
-    """Float32 with the 10 explicit bits of mantissa that a GPU's tensor cores read in TF32; other dtypes as they are."""
+    """Returns float32 tensors rounded to TF32's 10 explicit mantissa bits; other dtypes unchanged."""
     if x.dtype != torch.float32:
         return x
     return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
@@ -350,7 +350,7 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
 
 @pytest.fixture
 def in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions as a GPU computes them by PyTorch's default."""
+    """Convolutions in TF32, PyTorch's default on GPUs."""
     convolve = nn.Conv2d._conv_forward
     monkeypatch.setattr(
         nn.Conv2d, "_conv_forward", lambda layer, x, weight, bias: convolve(layer, rounded_to_tf32(x), rounded_to_tf32(weight), bias)
@@ -365,19 +365,19 @@ def small_resnet() -> tuple[nn.Module, Tensor]:
     return freeze(teacher), torch.randn(4, 3, 16, 16)
 
 
-def answer_apart(one: nn.Module, other: nn.Module, x: Tensor) -> float:
-    """The largest difference of logits, over the largest logit."""
+def relative_difference(network: nn.Module, reference: nn.Module, x: Tensor) -> float:
+    """Returns the largest difference of the logits relative to the largest logit."""
     with torch.no_grad():
-        expected = other(x)
-        return ((one(x) - expected).abs().max() / expected.abs().max()).item()
+        expected = reference(x)
+        return ((network(x) - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.usefixtures("in_tf32")
-def test_a_right_fold_is_recognised_where_convolutions_round_to_tf32() -> None:
+def test_a_correct_fold_is_accepted_where_convolutions_round_to_tf32() -> None:
     teacher, x = small_resnet()
-    assert answer_apart(fold(teacher), teacher, x) > FOLDED_WITHIN  # in float32 it would not be
-    folded = folded_and_checked(teacher, x)
-    assert answer_apart(folded.double(), teacher.double(), x.double()) < 1e-5
+    assert relative_difference(fold(teacher), teacher, x) > FOLD_TOLERANCE  # a check in float32 would reject it
+    folded = fold_and_verify(teacher, x)
+    assert relative_difference(folded.double(), teacher.double(), x.double()) < 1e-5
 
 
 @pytest.mark.usefixtures("in_tf32")
@@ -387,9 +387,9 @@ def test_a_wrong_fold_is_refused_where_convolutions_round_to_tf32(monkeypatch: p
         fused.weight.mul_(1.01)
         return fused
 
-    monkeypatch.setattr(import_module("dfkd_fast.surgery.fold"), "fuse_conv_bn_eval", wrong)  # the package has a function of that name
-    with pytest.raises(FoldingError, match="ResNet answers otherwise once folded"):
-        folded_and_checked(*small_resnet())
+    monkeypatch.setattr(import_module("dfkd_fast.surgery.fold"), "fuse_conv_bn_eval", wrong)  # the package has a function called fold
+    with pytest.raises(FoldingError, match="folding changes the outputs of ResNet"):
+        fold_and_verify(*small_resnet())
 
 
 def test_a_network_that_computes_in_float32_only_is_not_folded_and_keeps_its_weights() -> None:
@@ -403,5 +403,5 @@ def test_a_network_that_computes_in_float32_only_is_not_folded_and_keeps_its_wei
 
     teacher = freeze(Float32Only())
     with pytest.raises(FoldingError, match="Float32Only does not run in float64"):
-        folded_and_checked(teacher, images().float())
+        fold_and_verify(teacher, images().float())
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}

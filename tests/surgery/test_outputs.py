@@ -1,4 +1,4 @@
-"""Where a network's logits are, whatever it returns, and calls that leave no trace."""
+"""Extraction of logits from any kind of output, and forward passes without side effects."""
 
 import copy
 import io
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from dfkd_fast import DfkdError
-from dfkd_fast.surgery import auxiliary_outputs, dry_run, fold, freeze, logits_of, logits_only
+from dfkd_fast.surgery import auxiliary_outputs, dry_run, fold, freeze, get_logits, logits_only
 
 Outputs = namedtuple("Outputs", ["features", "logits"])
 
 
 class ModelOutput(OrderedDict[str, Any]):
-    """As transformers' is: a dict whose keys are attributes, too."""
+    """Like transformers' ModelOutput, a dict whose keys are attributes too."""
 
     def __getattr__(self, name: str) -> Any:
         return self[name]
 
 
 @dataclass
-class Answer:
+class Output:
     logits: Tensor
     other: Tensor
 
@@ -56,12 +56,12 @@ OUTPUTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_logits_are_found_in_whatever_networks_return(kind: str) -> None:
-    assert logits_of(OUTPUTS[kind]) is LOGITS
+def test_logits_are_extracted_from_every_kind_of_output(kind: str) -> None:
+    assert get_logits(OUTPUTS[kind]) is LOGITS
 
 
 @pytest.mark.parametrize(
-    ("output", "named"),
+    ("output", "description"),
     [
         ({"scores": LOGITS}, "not dict with the keys 'scores'"),
         ({"out": None}, "not dict with the keys 'out'"),
@@ -71,13 +71,13 @@ def test_logits_are_found_in_whatever_networks_return(kind: str) -> None:
         (SimpleNamespace(logits=LOGITS.numpy()), "not SimpleNamespace"),
     ],
 )
-def test_an_output_without_logits_is_named(output: Any, named: str) -> None:
-    with pytest.raises(DfkdError, match=f"must return logits: .* under 'out' or 'logits', {named}$"):
-        logits_of(output)
+def test_an_output_without_logits_is_named(output: Any, description: str) -> None:
+    with pytest.raises(DfkdError, match=f"must return logits: .* under 'out' or 'logits', {description}$"):
+        get_logits(output)
 
 
 class Wrapped(nn.Module):
-    """A small network that returns more in training, or in both modes."""
+    """A small network with auxiliary outputs in training mode, or in both modes."""
 
     def __init__(self, wrap: Callable[[Tensor, Tensor], Any], *, always: bool = True) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tuple": lambda logits, other: (logits, other),
     "dict": lambda logits, other: {"aux": other, "out": logits},
     "model output": lambda logits, other: ModelOutput(logits=logits, other=other),
-    "object": Answer,
+    "object": Output,
     "named tuple": lambda logits, other: Outputs(other, logits),
 }
 
@@ -107,20 +107,20 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("kind", WRAPS)
 @pytest.mark.parametrize("always", [True, False])
-def test_a_network_is_called_for_its_logits_in_both_modes(kind: str, always: bool) -> None:
+def test_logits_only_returns_the_logits_in_both_modes(kind: str, always: bool) -> None:
     network = Wrapped(WRAPS[kind], always=always)
     before = copy.deepcopy(network.state_dict())
-    called = logits_only(network, images())
+    wrapper = logits_only(network, images())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert network.training and called.training and next(called.parameters()) is next(network.parameters())
+    assert network.training and wrapper.training and next(wrapper.parameters()) is next(network.parameters())
     for mode in (True, False):
-        called.train(mode)
+        wrapper.train(mode)
         copied = copy.deepcopy(network)
-        assert torch.equal(called(images()), copied.head(copied.body(images())))
+        assert torch.equal(wrapper(images()), copied.head(copied.body(images())))
 
 
 @pytest.mark.parametrize("kind", WRAPS)
-def test_logits_are_found_while_a_network_is_traced_or_compiled(kind: str) -> None:
+def test_logits_are_extracted_while_a_network_is_traced_or_compiled(kind: str) -> None:
     network = freeze(logits_only(Wrapped(WRAPS[kind]).eval(), images()))
     expected = network(images())
     folded = fold(network)
@@ -132,7 +132,7 @@ def test_logits_are_found_while_a_network_is_traced_or_compiled(kind: str) -> No
     assert counter.frame_count == 1
 
 
-def test_a_network_that_returns_a_tensor_in_both_modes_is_itself() -> None:
+def test_logits_only_returns_a_network_with_tensor_outputs_unchanged() -> None:
     network = Wrapped(lambda logits, _: logits)
     assert logits_only(network, images()) is network
     only_in_training = Wrapped(WRAPS["tuple"], always=False).eval()
@@ -140,19 +140,19 @@ def test_a_network_that_returns_a_tensor_in_both_modes_is_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "description"),
     [
         ("tuple", "returns tuple in training mode: element 0 is used as logits, not element 1"),
         ("dict", "returns dict in training mode: 'out' is used as logits, not 'aux'"),
         ("model output", "returns ModelOutput in training mode: 'logits' is used as logits, not 'other'"),
-        ("object", "returns Answer in training mode: logits is used as logits, not other"),
+        ("object", "returns Output in training mode: logits is used as logits, not other"),
         ("named tuple", "returns Outputs in training mode: logits is used as logits, not features"),
     ],
 )
-def test_what_is_not_used_of_an_output_is_told(kind: str, told: str) -> None:
+def test_auxiliary_outputs_are_described(kind: str, description: str) -> None:
     network = Wrapped(WRAPS[kind], always=False)
     before = copy.deepcopy(network.state_dict())
-    assert auxiliary_outputs(network, images()) == f"{told}; layers that only these depend on are not trained"
+    assert auxiliary_outputs(network, images()) == f"{description}; layers used only for these are not trained"
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert auxiliary_outputs(network.eval(), images()) is None
 
@@ -168,22 +168,22 @@ def test_what_is_not_used_of_an_output_is_told(kind: str, told: str) -> None:
         lambda logits, other: ModelOutput(logits=logits, hidden_states=None),
     ],
 )
-def test_nothing_is_told_of_logits_alone(wrap: Callable[[Tensor, Tensor], Any]) -> None:
+def test_an_output_of_logits_only_has_no_description(wrap: Callable[[Tensor, Tensor], Any]) -> None:
     assert auxiliary_outputs(Wrapped(wrap), images()) is None
 
 
-def test_torchvisions_auxiliary_classifiers_are_found() -> None:
+def test_torchvisions_auxiliary_classifiers_are_described() -> None:
     torch.manual_seed(0)
     network = torchvision.models.googlenet(weights=None, init_weights=False, num_classes=5, aux_logits=True)
     x = torch.randn(2, 3, 32, 32)
-    said = auxiliary_outputs(network, x)
-    assert said is not None and "logits is used as logits, not aux_logits2, aux_logits1" in said
-    called = logits_only(network, x)
-    assert called(x).shape == (2, 5) and called.eval()(x).shape == (2, 5)
+    description = auxiliary_outputs(network, x)
+    assert description is not None and "logits is used as logits, not aux_logits2, aux_logits1" in description
+    wrapper = logits_only(network, x)
+    assert wrapper(x).shape == (2, 5) and wrapper.eval()(x).shape == (2, 5)
 
 
-class Changing(nn.Module):
-    """Leaves every kind of trace that a forward pass can."""
+class Stateful(nn.Module):
+    """Has every kind of side effect that a forward pass can have."""
 
     moving: Tensor
 
@@ -200,8 +200,8 @@ class Changing(nn.Module):
         return self.layers(x.mul_(2))
 
 
-def test_a_dry_run_leaves_no_trace() -> None:
-    network = Changing()
+def test_a_dry_run_has_no_side_effects() -> None:
+    network = Stateful()
     network.layers[1].eval()
     next(network.parameters()).grad = torch.ones(4, 3, 3, 3)
     saved = io.BytesIO()

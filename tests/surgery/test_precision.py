@@ -12,13 +12,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from dfkd_fast.models import build_model
 from dfkd_fast.models.segmenters import build_segmenter
-from dfkd_fast.surgery import find_heads, freeze, in_float32, logits_of, lower_precision
+from dfkd_fast.surgery import find_heads, freeze, get_logits, in_float32, lower_precision
 
 SIZE = 32
 
 
 class Cosine(nn.Module):
-    """A layer of a user's own."""
+    """A user's layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Cosine(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Registered after its classifier is what is called before it; its own parameter is no layer's, and it changes its input in place."""
+    """Registers its body after its classifier, has a parameter that belongs to no layer, and modifies its input in place."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -55,8 +55,8 @@ class TwoHeads(nn.Module):
         return {"out": logits, "aux": self.auxiliary(features)}
 
 
-class InTuple(TwoHeads):
-    """The same in a tuple."""
+class TwoHeadsInTuple(TwoHeads):
+    """Returns the outputs as a tuple."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         outputs = super().forward(x)
@@ -72,10 +72,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ["classifier.high_classifier", "classifier.low_classifier"],
     ),
     "no linear layer": (lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ["0"]),
-    "own layer": (lambda: Scaled(Cosine()), ["classifier"]),
+    "user's layer": (lambda: Scaled(Cosine()), ["classifier"]),
     "parametrized": (lambda: Scaled(spectral_norm(nn.Linear(8, 5))), ["classifier"]),
     "two heads": (TwoHeads, ["one", "other"]),
-    "tuple": (InTuple, ["one", "other"]),
+    "tuple": (TwoHeadsInTuple, ["one", "other"]),
 }
 networks = pytest.mark.parametrize(("build", "heads"), NETWORKS.values(), ids=NETWORKS.keys())
 
@@ -89,44 +89,44 @@ def lowered() -> torch.autocast:
 
 
 @networks
-def test_the_heads_are_the_layers_between_which_and_the_logits_there_is_no_other(build: Callable[[], nn.Module], heads: list[str]) -> None:
+def test_the_heads_are_the_last_layers_before_the_logits(build: Callable[[], nn.Module], heads: list[str]) -> None:
     network = build()
-    before, given = copy.deepcopy(network.state_dict()), images()
-    found = find_heads(network, given)
-    assert sorted(name for name, layer in network.named_modules() if any(layer is head for head in found)) == heads
-    assert torch.equal(given, images())
+    before, x = copy.deepcopy(network.state_dict()), images()
+    layers = find_heads(network, x)
+    assert sorted(name for name, layer in network.named_modules() if any(layer is head for head in layers)) == heads
+    assert torch.equal(x, images())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(module.training and not module._forward_hooks for module in network.modules())
 
 
 @networks
-def test_logits_are_those_of_a_float32_head_on_the_same_features(build: Callable[[], nn.Module], heads: list[str]) -> None:
+def test_logits_equal_those_of_a_float32_head_on_the_same_features(build: Callable[[], nn.Module], heads: list[str]) -> None:
     torch.manual_seed(0)
     network = freeze(build())
     inputs: dict[str, Tensor] = {}
     hooks = [
-        network.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]})) for name in heads
+        network.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]})) for name in heads
     ]
     with lowered(), in_float32(find_heads(network, images())):
-        logits = logits_of(network(images()))
+        logits = get_logits(network(images()))
         rounded = {name: value.clone() for name, value in inputs.items()}
     for hook in hooks:
         hook.remove()
-    # The same network without autocast, its heads given what they were given above.
+    # The same network without autocast, with the recorded inputs of its heads.
     for name in heads:
-        network.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: (rounded[name].float(),))
+        network.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: (rounded[name].float(),))
     assert logits.dtype == torch.float32
     assert {value.dtype for value in rounded.values()} <= {torch.bfloat16, torch.float32}
-    torch.testing.assert_close(logits, logits_of(network(images())), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, get_logits(network(images())), rtol=1e-5, atol=1e-6)
 
 
 @networks
-def test_a_frozen_network_in_lower_precision_keeps_its_heads(build: Callable[[], nn.Module], heads: list[str]) -> None:
+def test_lower_precision_keeps_the_heads_of_a_frozen_network_in_float32(build: Callable[[], nn.Module], heads: list[str]) -> None:
     torch.manual_seed(0)
     network = freeze(build())
     names = network.state_dict().keys()
     with lowered(), in_float32(find_heads(network, images())):
-        expected = logits_of(network(images()))
+        expected = get_logits(network(images()))
     cast = lower_precision(copy.deepcopy(network), torch.bfloat16, images())
     assert cast.state_dict().keys() == names
     for name, layer in cast.named_modules():
@@ -134,13 +134,13 @@ def test_a_frozen_network_in_lower_precision_keeps_its_heads(build: Callable[[],
             assert layer.weight.dtype == torch.bfloat16, name
     assert all(parameter.dtype == torch.float32 for name in heads for parameter in cast.get_submodule(name).parameters())
     with lowered():
-        logits = logits_of(cast(images()))
+        logits = get_logits(cast(images()))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 @networks
-def test_nothing_is_left_of_it_in_a_users_network(build: Callable[[], nn.Module], heads: list[str]) -> None:
+def test_in_float32_restores_a_users_network(build: Callable[[], nn.Module], heads: list[str]) -> None:
     network = build()
     before = [(name, type(module), set(vars(module))) for name, module in network.named_modules()]
     layers = find_heads(network, images())
@@ -150,21 +150,21 @@ def test_nothing_is_left_of_it_in_a_users_network(build: Callable[[], nn.Module]
     with pytest.raises(ZeroDivisionError), in_float32([*layers, *layers]):
         raise ZeroDivisionError
     assert [(name, type(module), set(vars(module))) for name, module in network.named_modules()] == before
-    if "parametrizations" not in str(network):  # those PyTorch cannot pickle
+    if "parametrizations" not in str(network):  # PyTorch cannot pickle parametrized modules
         torch.save(network, io.BytesIO())
 
 
 @pytest.mark.parametrize("name", ["wrn10_1", "small_fcn4"])
-def test_heads_compute_in_float32_under_a_gpus_autocast(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_heads_compute_in_float32_under_cuda_autocast(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with FakeTensorMode(), torch.device("cuda"):
         student, teacher, x = build_model(name, 5, 3), freeze(build_model(name, 5, 3)), torch.randn(2, 3, SIZE, SIZE)
         heads, dtypes = find_heads(student, x), list[torch.dtype]()
         for head in [*heads, *find_heads(teacher, x)]:
-            head.register_forward_hook(lambda _, given, logits: dtypes.append(logits.dtype))
+            head.register_forward_hook(lambda _, args, logits: dtypes.append(logits.dtype))
         lower_precision(teacher, torch.bfloat16, x)
         dtypes.clear()
-        for question in ("is_available", "is_bf16_supported"):  # or autocast would switch itself off
-            monkeypatch.setattr(torch.cuda, question, lambda: True)
+        for query in ("is_available", "is_bf16_supported"):  # otherwise autocast disables itself
+            monkeypatch.setattr(torch.cuda, query, lambda: True)
         with torch.autocast("cuda", torch.bfloat16):
             student(x)
             with in_float32(heads):
@@ -173,7 +173,7 @@ def test_heads_compute_in_float32_under_a_gpus_autocast(monkeypatch: pytest.Monk
     assert all(each.dtype == torch.float32 and each.device.type == "cuda" for each in logits)
 
 
-def test_a_head_in_float32_is_one_graph_and_compiled_once() -> None:
+def test_a_head_in_float32_is_compiled_once_into_one_graph() -> None:
     torch._dynamo.reset()
     network, counter = Scaled(nn.Linear(8, 5)).eval(), CompileCounter()
     layers = find_heads(network, images())
@@ -187,7 +187,7 @@ def test_a_head_in_float32_is_one_graph_and_compiled_once() -> None:
 
 
 class Summing(nn.Module):
-    """A user's own layer, of the sum of its inputs."""
+    """A user's layer that takes a list of tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,9 +204,9 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Te
 }
 
 
-@pytest.mark.parametrize("called", HEADS)
-def test_a_head_may_be_called_in_any_way(called: str) -> None:
-    build, call = HEADS[called]
+@pytest.mark.parametrize("signature", HEADS)
+def test_a_head_may_have_any_signature(signature: str) -> None:
+    build, call = HEADS[signature]
 
     class Network(nn.Module):
         def __init__(self) -> None:
@@ -229,6 +229,6 @@ def test_a_head_may_be_called_in_any_way(called: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
-def test_a_compiled_script_has_no_heads() -> None:
+def test_a_scripted_network_has_no_heads() -> None:
     network = torch.jit.trace(build_model("lenet5", 5, 3).eval(), images())
     assert find_heads(network, images()) == []

@@ -12,7 +12,7 @@ from dfkd_fast.surgery import frozen_copy, sharing_copy, use_cpu_convolutions
 
 
 class Tied(nn.Module):
-    """Two layers with one weight, a recurrent layer, and a buffer that every forward replaces."""
+    """Has tied weights, a recurrent layer, and a buffer that every forward pass replaces."""
 
     count: Tensor
 
@@ -52,13 +52,13 @@ def test_training_the_copy_trains_the_network(build: Callable[[], nn.Module]) ->
     assert all(torch.equal(value, after[name]) for name, value in working.state_dict().items())
 
 
-def test_a_buffer_that_the_copy_replaces_is_the_networks() -> None:
+def test_a_buffer_that_the_copy_replaces_is_replaced_in_the_network() -> None:
     network = Tied()
     sharing_copy(network)(torch.randn(2, 4))
     assert network.count == 1
 
 
-def test_classes_and_modes_of_the_copy_are_its_own() -> None:
+def test_classes_and_modes_of_the_copy_are_separate() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
     classes = [type(layer) for layer in network.modules()]
     working = use_cpu_convolutions(sharing_copy(network)).train()
@@ -66,22 +66,24 @@ def test_classes_and_modes_of_the_copy_are_its_own() -> None:
     assert not any(layer.training for layer in network.modules())
 
 
-def test_hooks_run_in_both_whenever_they_were_registered() -> None:
-    network, seen = nn.Sequential(nn.Linear(4, 4)), list[str]()
-    network[0].register_forward_hook(lambda *_: seen.append("before"))
+def test_hooks_registered_before_or_after_copying_run_in_both() -> None:
+    network, calls = nn.Sequential(nn.Linear(4, 4)), list[str]()
+    network[0].register_forward_hook(lambda *_: calls.append("before"))
     working = sharing_copy(network)
-    handle = network[0].register_forward_pre_hook(lambda *_: seen.append("after"))
+    handle = network[0].register_forward_pre_hook(lambda *_: calls.append("after"))
     working(torch.zeros(1, 4))
-    assert seen == ["after", "before"]
+    assert calls == ["after", "before"]
     handle.remove()
     working(torch.zeros(1, 4))
-    assert seen == ["after", "before", "before"]
+    assert calls == ["after", "before", "before"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("build", NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_frozen_copy_computes_in_the_asked_dtype_and_leaves_the_network_alone(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+def test_a_frozen_copy_computes_in_the_requested_dtype_and_does_not_change_the_network(
+    build: Callable[[], nn.Module], dtype: torch.dtype
+) -> None:
     network = build()
     network(torch.randn(8, 4))  # running statistics that differ from their initial values
     if build is not scripted:
@@ -99,7 +101,7 @@ def test_a_frozen_copy_computes_in_the_asked_dtype_and_leaves_the_network_alone(
         torch.testing.assert_close(logits.double(), copy.deepcopy(network).double().eval()(x.double()), rtol=1e-4, atol=1e-5)
 
 
-def test_a_frozen_copy_of_float32_takes_no_memory_of_its_own() -> None:
+def test_a_frozen_copy_in_the_same_dtype_shares_storage() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).to(memory_format=torch.channels_last)
     frozen = frozen_copy(network, torch.float32)
     for ours, theirs in zip(frozen.state_dict().values(), network.state_dict().values(), strict=True):
@@ -131,10 +133,10 @@ def closing_over_itself() -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [patched, closing_over_itself])
-def test_a_function_that_would_call_the_original_is_refused(build: Callable[[], nn.Module]) -> None:
-    for copied in (sharing_copy, lambda network: frozen_copy(network, torch.float32)):
-        with pytest.raises(DfkdError, match=r"the attribute '(forward|body)' of a Sequential is a function that holds a module"):
-            copied(build())
+def test_an_attribute_function_that_references_the_original_is_refused(build: Callable[[], nn.Module]) -> None:
+    for make_copy in (sharing_copy, lambda network: frozen_copy(network, torch.float32)):
+        with pytest.raises(DfkdError, match=r"the attribute '(forward|body)' of a Sequential is a function that references a module"):
+            make_copy(build())
 
 
 def compiled() -> nn.Module:
@@ -158,11 +160,11 @@ class CopiesItself(nn.Linear):
 
 
 def test_a_copy_that_does_not_share_its_parameters_is_refused() -> None:
-    with pytest.raises(DfkdError, match=r"^the network Sequential cannot be copied: a __deepcopy__ of its own copies its parameters$"):
+    with pytest.raises(DfkdError, match=r"^the network Sequential cannot be copied: a custom __deepcopy__ copies its parameters$"):
         sharing_copy(nn.Sequential(CopiesItself(4, 4)))
 
 
-def test_what_cannot_be_copied_is_named_in_one_line() -> None:
+def test_an_attribute_that_cannot_be_copied_is_a_one_line_error() -> None:
     network = nn.Linear(4, 4)
     network.lock = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(DfkdError, match=r"the network Linear cannot be copied: TypeError: cannot pickle '_thread.lock' object") as caught:

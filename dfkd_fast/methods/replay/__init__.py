@@ -1,4 +1,4 @@
-"""Second axis: what the student sees beside fresh samples, so that it does not forget. A policy is one file."""
+"""Second axis of a method, replay: samples that keep the student from forgetting. One module per policy."""
 
 from .ema_generator import EmaGenerator, EmaGeneratorSettings
 from .memory_bank import BankSettings, MemoryBank

@@ -1,4 +1,4 @@
-"""MAD's replay: a slowly moving average of the generator."""
+"""Replay of MAD: an exponential moving average of the generator."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dfkd_fast.kernels import FusedEMA
-from dfkd_fast.models import conditioned, draw_labels
+from dfkd_fast.models import condition_latents, draw_labels
 from dfkd_fast.settings import Fraction
 
 from .policy import Policy, ReplaySource
@@ -21,7 +21,7 @@ class EmaGeneratorSettings(Policy):
     """Recipe section ``[replay.ema_generator]`` (MAD, arXiv 2209.10359)."""
 
     decay: Fraction = 0.95
-    """Decay α of the averaged generator after each generator step."""
+    """Decay α of the exponential moving average, updated after every generator step."""
 
     @override
     def default_rows(self, batch_size: int) -> int:
@@ -33,16 +33,16 @@ class EmaGeneratorSettings(Policy):
 
 
 class EmaGenerator(ReplaySource):
-    """MAD's slowly moving copy of the generator, θ̃ ← αθ̃ + (1 − α)θ (arXiv 2209.10359). It is never trained.
+    """Exponential moving average of the generator, θ̃ ← αθ̃ + (1 − α)θ (MAD, arXiv 2209.10359).
 
-    Floating buffers are averaged with the same α, but for those that :class:`~dfkd_fast.kernels.FusedEMA` copies; being in
-    evaluation mode, it normalises with the averaged statistics and leaves them alone. The class embeddings of a conditional
-    generator are averaged with it.
+    Floating-point buffers are averaged with the same α, except those that :class:`~dfkd_fast.kernels.FusedEMA` copies. The averaged
+    generator is in evaluation mode: it normalizes with the averaged statistics and does not update them. The class embeddings of a
+    conditional generator are averaged as well.
 
     Args:
-        generator: what it starts as a copy of.
-        decay: α.
-        rows: samples a student step.
+        generator: Generator to average; the average is initialized as a copy of it.
+        decay: Decay α.
+        rows: Number of replayed samples per student step.
     """
 
     generator: nn.Module
@@ -52,27 +52,27 @@ class EmaGenerator(ReplaySource):
         self.generator = self._average.module
         self.networks = [self.generator]
         self.rows = rows
-        place = next(generator.parameters())
-        self._z = torch.empty(rows, int(generator.latent_dim), device=place.device)  # type: ignore[arg-type]
-        self._labels = torch.empty(rows, dtype=torch.long, device=place.device)
+        device = next(generator.parameters()).device
+        self._z = torch.empty(rows, int(generator.latent_dim), device=device)  # type: ignore[arg-type]
+        self._labels = torch.empty(rows, dtype=torch.long, device=device)
         embedding = getattr(generator, "embedding", None)
-        self._classes = None if embedding is None else embedding.num_embeddings
+        self._num_classes = None if embedding is None else embedding.num_embeddings
 
     @override
     def latents(self, stream: torch.Generator) -> Tensor:
         self._z.normal_(generator=stream)
-        if self._classes is None:
+        if self._num_classes is None:
             return self._z
-        return conditioned(self.generator, self._z, draw_labels(self._labels, self._classes, stream))
+        return condition_latents(self.generator, self._z, draw_labels(self._labels, self._num_classes, stream))
 
     @override
     def follow(self, generator: nn.Module) -> None:
-        """Move towards the generator's parameters and buffers."""
+        """Updates the average with the generator's parameters and buffers."""
         self._average.update(generator)
 
     @override
     def start(self, generator: nn.Module) -> None:
-        """Begin as a copy of the generator."""
+        """Resets the average to a copy of the generator."""
         self.generator.load_state_dict(generator.state_dict())
 
     @override

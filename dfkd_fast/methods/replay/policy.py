@@ -1,4 +1,4 @@
-"""What every replay policy answers to: its settings, and the memory that they build."""
+"""Base classes of replay: the settings of a policy and the source of replayed samples that they build."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,109 +13,145 @@ __all__ = ["Policy", "ReplaySource"]
 
 
 class Policy:
-    """Settings of a replay policy: a recipe section ``[replay.KIND]``, whose class is decorated with ``@register(KIND)``.
+    """Base class for the settings of a replay policy.
 
-    Every key has a default. A policy overrides what it does otherwise, and :meth:`build`.
+    A subclass decorated with ``@register(KIND)`` is the recipe section ``[replay.KIND]``. Every key needs a default. Subclasses must
+    implement :meth:`build`; the other members may be overridden.
     """
 
     fp16: ClassVar[bool] = True
-    """Whether it runs with fp16, where losses are scaled: one that takes backward passes of its own does not."""
+    """Whether the policy supports ``engine.precision = "fp16"``. A policy with its own backward passes, which do not use loss
+    scaling, sets it to False."""
 
     @property
     def smallest_batch(self) -> int:
-        """Fresh samples a step that it needs at least, whatever ``replay.rows`` is."""
+        """Minimum number of fresh samples per step, independent of ``replay.rows``."""
         return 1
 
     def default_rows(self, batch_size: int) -> int:
-        """Replayed samples beside so many fresh ones, where ``replay.rows`` does not say."""
+        """Returns the number of replayed samples per step for ``replay.rows = 0``.
+
+        Args:
+            batch_size: Number of fresh samples per step.
+        """
         return max(1, batch_size // 8)
 
     def check(self, rows: int, batch_size: int) -> None:
-        """Find out whether it can work with so many fresh samples a step.
+        """Validates the settings against the batch size.
 
         Args:
-            rows: ``replay.rows`` as the recipe has it, 0 for the policy's default.
-            batch_size: ``loop.batch_size``.
+            rows: Value of ``replay.rows``; 0 selects :meth:`default_rows`.
+            batch_size: Value of ``loop.batch_size``.
 
         Raises:
-            ValueError: it cannot; one line with the key, its value and what is allowed.
+            ValueError: The combination is not supported. The message is one line with the key, its value and the allowed values.
         """
 
     def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> "ReplaySource":
-        """What the student is shown again.
+        """Builds the source of replayed samples.
 
         Args:
-            rows: replayed samples a student step.
-            generator: on the device of the run.
-            teacher: frozen, likewise.
-            images: a fresh batch of the run, (B, C, H, W); only shape, layout and device matter.
-            logits: the teacher's for it, (B, classes) or (B, classes, H, W), likewise.
+            rows: Number of replayed samples per student step.
+            generator: Generator, on the device of the run.
+            teacher: Frozen teacher, on the device of the run.
+            images: Buffer of a fresh batch (B, C, H, W); only its shape, memory format, dtype and device are used.
+            logits: Buffer of the teacher's logits, (B, classes) or (B, classes, H, W); used in the same way.
 
         Raises:
-            DfkdError: the images do not suit it.
+            DfkdError: The policy does not support images of this shape.
         """
         raise NotImplementedError
 
 
 class ReplaySource:
-    """Where replayed samples come from. A policy overrides what it does otherwise; the rest is nothing.
+    """Base class for sources of replayed samples.
 
-    A memory either has a ``generator``, whose images are made in one go with the fresh ones, or writes finished images.
+    A source either has a ``generator``, which is run on :meth:`latents` in the same step as the main generator, or writes images
+    directly in :meth:`recall`. All other methods do nothing by default.
     """
 
     rows: int
-    """Replayed samples a student step."""
+    """Number of replayed samples per student step."""
     generator: nn.Module | None = None
+    """Generator of the replayed samples; None if :meth:`recall` provides the images."""
     steps: int = 0
-    """It learns in the first so many student steps of an iteration."""
+    """Number of student steps per iteration, counted from the first, in which :meth:`learn` is called."""
     losses: Sequence[str] = ()
-    """Names of what :meth:`learn` returns, in each of those steps."""
+    """Names of the losses that :meth:`learn` returns in each of these steps."""
     networks: Sequence[nn.Module] = ()
-    """What moves while it learns or follows."""
+    """Networks whose parameters or buffers :meth:`learn` or :meth:`follow` updates."""
     optimizers: Sequence[torch.optim.Optimizer] = ()
+    """Optimizers that :meth:`learn` steps."""
     capturable: bool = True
-    """Whether its part of a step can be recorded in a CUDA graph."""
+    """Whether the source can be captured in a CUDA graph."""
     per_rank: bool = False
-    """Whether every process has another one."""
+    """Whether the state differs between processes."""
     stores_fresh: bool = False
-    """Whether :meth:`end_epoch` stores fresh rows, so that a checkpoint needs those of the last student step, too."""
+    """Whether :meth:`end_epoch` stores fresh samples. Checkpoints then include the batch of the last student step."""
 
     @property
     def ready(self) -> bool:
-        """Whether there is anything to replay yet."""
+        """Whether samples are available for replay."""
         return True
 
     @contextmanager
     def assumed_ready(self) -> Iterator[None]:
-        """Inside, an empty memory replays zeros, so that the steps of later epochs can be tried; afterwards it is empty again."""
+        """Context manager in which an empty source replays zeros, so that the steps of later epochs can be warmed up."""
         yield
 
     def latents(self, stream: torch.Generator) -> Tensor:
-        """What ``generator`` is called with, (rows, latent_dim)."""
+        """Returns inputs (rows, latent_dim) for ``generator``.
+
+        Args:
+            stream: Random number generator to draw from.
+        """
         raise NotImplementedError
 
     def recall(self, images: Tensor, stream: torch.Generator) -> Tensor | None:
-        """Fill ``images``, (rows, C, H, W); returns the teacher's logits for them if they were kept."""
+        """Writes replayed samples to a buffer.
+
+        Args:
+            images: Buffer (rows, C, H, W) to fill in place.
+            stream: Random number generator to draw from.
+
+        Returns:
+            The teacher's logits for the samples if they were stored; None if they have to be computed.
+        """
         raise NotImplementedError
 
     def learn(
         self, batch: Batch, step: int, stream: torch.Generator, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> dict[str, Tensor]:
-        """Learn from the batch of a student step, number ``step`` of its iteration; returns ``losses`` by name, 0-d."""
+        """Trains the source on the batch of a student step.
+
+        Args:
+            batch: Batch of the student step.
+            step: Index of the student step in its iteration, from 0.
+            stream: Random number generator to draw from.
+            autocast: Returns the context manager for forward passes.
+
+        Returns:
+            The losses by name (:attr:`losses`), each 0-d and detached.
+        """
         return {}
 
     def follow(self, generator: nn.Module) -> None:
-        """The generator has taken a step."""
+        """Called after every step of the generator, except in pretraining."""
 
     def start(self, generator: nn.Module) -> None:
-        """The generator is where the game begins: it was made or pretrained."""
+        """Called once after the generator's pretraining."""
 
     def end_epoch(self, epoch: int, fresh: Batch) -> None:
-        """An epoch, counted from 1, is over; ``fresh`` are the fresh rows of its last student step."""
+        """Called at the end of every epoch.
+
+        Args:
+            epoch: Number of the epoch, from 1.
+            fresh: Fresh samples of its last student step.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything it needs to go on."""
+        """Returns the state to save in a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state_dict` gave."""
+        """Loads a state returned by :meth:`state_dict`."""

@@ -1,4 +1,4 @@
-"""PRE-DFKD's replay: a variational autoencoder that is trained beside the student."""
+"""Replay of PRE-DFKD: a variational autoencoder trained along with the student."""
 
 import copy
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .section import register
 __all__ = ["VaeReplay", "VaeSettings"]
 
 DIVERSITY = 5.0
-"""Weight of the entropy of the mean prediction in the latents' tuning."""
+"""Weight of the entropy term in the loss of the latents."""
 
 
 @register("vae")
@@ -33,26 +33,29 @@ class VaeSettings(Policy):
     fp16 = False
 
     latent_dim: PositiveInt = 1000
+    """Dimension of the autoencoder's latents."""
     width: PositiveInt = 64
-    """Channels of the encoder's first layer and the decoder's last hidden one."""
+    """Channels of the encoder's first layer and of the decoder's last hidden layer."""
     hidden_eps: Positive = 1e-5
-    """Of the decoder's batch norms; the public code has .8, as in its generator."""
+    """Epsilon of the decoder's batch norms; 0.8 in the paper's public code, as in its generator."""
     uniform_init: NonNegative = 0.0
-    """Draw the decoder's weights from U(−this, this) (PRE-DFKD: .08); 0 for the layers' own way."""
+    """Bound b of the uniform distribution U(−b, b) that initializes the decoder's weights (PRE-DFKD: 0.08); 0 keeps PyTorch's
+    default initialization."""
     fresh_rows: Count = 0
-    """Fresh samples that one of its steps learns from; 0 for half of the batch."""
+    """Number of fresh samples per training step of the autoencoder; 0 selects half of the batch."""
     lr: Positive = 5e-4
-    """Of its Adam."""
+    """Learning rate of the autoencoder's Adam optimizer."""
     steps: PositiveInt = 4
-    """It learns in the first so many student steps of an iteration."""
+    """Number of student steps per iteration, counted from the first, in which the autoencoder is trained."""
     latent_lr: NonNegative = 0.02
-    """Of the one step that replayed latents take before they are decoded; 0 for none."""
+    """Learning rate of the single optimization step on replayed latents before they are decoded; 0 disables it."""
     kl: NonNegative = 1e-5
-    """Weight of the divergence from N(0, I)."""
+    """Weight of the KL divergence from N(0, I)."""
     pixel_reconstruction: Flag = True
-    """Reconstruct the images as well as what the teacher says of them: the paper does only the latter, its code both."""
+    """Add the L1 reconstruction error of the images to that of the teacher's logits. The paper uses only the logits, its public code
+    uses both."""
     leak: Flag = False
-    """Let the gradients of the latents' step go into the decoder's next update, as the public code does by mistake."""
+    """Accumulate the decoder gradients of the latents' step into the next decoder update, as the public code does by mistake."""
 
     @property
     @override
@@ -62,7 +65,7 @@ class VaeSettings(Policy):
     @override
     def check(self, rows: int, batch_size: int) -> None:
         if self.fresh_rows > batch_size:
-            raise ValueError(f"replay.vae.fresh_rows = {self.fresh_rows}: a batch has {batch_size} fresh rows")
+            raise ValueError(f"replay.vae.fresh_rows = {self.fresh_rows}: must be at most loop.batch_size = {batch_size}")
 
     @override
     def build(self, rows: int, generator: nn.Module, teacher: nn.Module, images: Tensor, logits: Tensor) -> ReplaySource:
@@ -87,26 +90,27 @@ def _layout(images: Tensor) -> torch.memory_format:
 
 
 class VaeReplay(ReplaySource):
-    """Generative pseudo replay (PRE-DFKD, arXiv 2201.03019).
+    """Generative pseudo replay with a variational autoencoder (PRE-DFKD, arXiv 2201.03019).
 
-    The autoencoder learns fresh samples and some of its own, which keep it from forgetting, in the first student steps
-    of every iteration. Replayed latents z ~ N(0, I) first take one step of Adam towards images the teacher is sure of, of
-    all classes. The decoder is frozen there, in evaluation mode.
+    The autoencoder is trained in the first student steps of every iteration, on fresh samples and on its own replayed samples, which
+    prevent it from forgetting. Latents z ~ N(0, I) take one Adam step on :meth:`latent_loss` before they are decoded for replay. The
+    decoder is in evaluation mode during replay, and its weights are frozen.
 
     Args:
-        vae: encoder and decoder, on the device of the run.
-        teacher: frozen; images → logits.
-        rows: replayed samples a student step.
-        fresh_rows: fresh samples that one of its steps learns from.
-        lr: of its Adam.
-        steps: of an iteration's student steps it learns in the first so many.
-        latent_lr: of the step the latents take; 0 for none.
-        kl: weight of the divergence from N(0, I), summed over the latent dimensions.
-        pixels: reconstruct the images as well as what the teacher says of them. The paper does only the latter, its code both.
-        leak: let the gradients of the latents' step go into the decoder's next update, as the public code does.
+        vae: Encoder and decoder, on the device of the run.
+        teacher: Frozen teacher: images → logits.
+        rows: Number of replayed samples per student step.
+        fresh_rows: Number of fresh samples per training step of the autoencoder.
+        lr: Learning rate of the autoencoder's Adam optimizer.
+        steps: Number of student steps per iteration in which the autoencoder is trained.
+        latent_lr: Learning rate of the latents' step; 0 disables it.
+        kl: Weight of the KL divergence from N(0, I), summed over the latent dimensions.
+        pixels: Whether the loss includes the L1 error of the images. The paper uses only the teacher's logits, its public code both.
+        leak: Whether the decoder gradients of the latents' step accumulate into the next decoder update, as in the public code.
     """
 
     generator: nn.Module
+    """The autoencoder's decoder."""
     losses = ("vae",)
 
     def __init__(
@@ -137,13 +141,13 @@ class VaeReplay(ReplaySource):
     @override
     def latents(self, stream: torch.Generator) -> Tensor:
         z = self._z.normal_(generator=stream)
-        return self.tuned(z) if self.latent_lr else z
+        return self.tune_latents(z) if self.latent_lr else z
 
-    def tuned(self, z: Tensor) -> Tensor:
-        """Latents after one step of Adam on :meth:`tuning_loss`: from no state that is z − lr·g / (|g| + ε)."""
+    def tune_latents(self, z: Tensor) -> Tensor:
+        """Returns the latents (rows, latent_dim) after the first Adam step on :meth:`latent_loss`, z − lr·g / (|g| + ε)."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            loss = self.tuning_loss(z)
+            loss = self.latent_loss(z)
             if self.leak:
                 loss.backward(inputs=[z, *self.vae.decoder.parameters()])
                 gradient = z.grad
@@ -152,8 +156,8 @@ class VaeReplay(ReplaySource):
         assert gradient is not None
         return z.detach() - self.latent_lr * gradient / (gradient.abs() + 1e-8)
 
-    def tuning_loss(self, z: Tensor) -> Tensor:
-        """CE(T(D(z)), own argmax) + 5 Σ p̄ log p̄ + MSE(var z, 1) + MSE(mean z, 0), moments over the batch; 0-d."""
+    def latent_loss(self, z: Tensor) -> Tensor:
+        """Returns CE(T(D(z)), argmax T(D(z))) + 5 Σ p̄ log p̄ + MSE(var z, 1) + MSE(mean z, 0), 0-d; moments are over the batch."""
         logits = self.teacher(self.generator(z))
         moments = (z.var(0) - 1).square().mean() + z.mean(0).square().mean() if len(z) > 1 else 0.0
         return one_hot(logits) + DIVERSITY * entropy(logits) + moments
@@ -165,7 +169,7 @@ class VaeReplay(ReplaySource):
         if step >= self.steps:
             return {}
         fresh = batch.parts[0].rows
-        # The fresh samples' first rows, then all of its own.
+        # The first fresh samples, then all replayed ones.
         images = torch.cat([batch.images[: self.fresh_rows], batch.images[fresh:]])
         logits = torch.cat([batch.teacher_logits[: self.fresh_rows], batch.teacher_logits[fresh:]])
         self.vae.train()
@@ -174,24 +178,24 @@ class VaeReplay(ReplaySource):
         loss.backward(inputs=list(self.vae.parameters()))
         distributed.average_([parameter.grad for parameter in self.vae.parameters() if parameter.grad is not None])
         self.optimizer.step()
-        # After the step, not before: what leaks into the decoder until the next one stays there.
+        # After the step, not before: gradients that leak into the decoder until the next step must remain.
         self.optimizer.zero_grad()
         self.vae.eval()
         return {"vae": loss.detach()}
 
     def loss(self, images: Tensor, logits: Tensor, noise: Tensor) -> Tensor:
-        """L1(T(x̂), T(x)) + L1(x̂, x) + 10⁻⁵·KL(N(μ, σ²) ‖ N(0, I)), the second if wanted; 0-d.
+        """Returns L1(T(x̂), T(x)) + kl·KL(N(μ, σ²) ‖ N(0, I)), plus L1(x̂, x) if ``pixels`` is set, 0-d.
 
         Args:
-            images: x, (B, C, H, W).
-            logits: T(x).
-            noise: N(0, I), (B, latent_dim).
+            images: Images x, (B, C, H, W).
+            logits: The teacher's logits T(x).
+            noise: Samples of N(0, I), (B, latent_dim).
         """
-        mean, log_variance = (half.float() if half.dtype.itemsize < 4 else half for half in self.vae.encode(images))
-        rebuilt = self.vae.decoder(mean + noise * (log_variance / 2).exp())
+        mean, log_variance = (output.float() if output.dtype.itemsize < 4 else output for output in self.vae.encode(images))
+        reconstruction = self.vae.decoder(mean + noise * (log_variance / 2).exp())
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
-        loss = l1_discrepancy(self.teacher(rebuilt), logits, reduction="mean") + self.kl * divergence
-        return loss + F.l1_loss(rebuilt, images.to(rebuilt.dtype)) if self.pixels else loss
+        loss = l1_discrepancy(self.teacher(reconstruction), logits, reduction="mean") + self.kl * divergence
+        return loss + F.l1_loss(reconstruction, images.to(reconstruction.dtype)) if self.pixels else loss
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -201,8 +205,8 @@ class VaeReplay(ReplaySource):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.vae.load_state_dict(state["vae"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the very tensors
-        # The state may be of another kind of device.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # load_state_dict keeps references
+        # The state may come from another type of device.
         for group in self.optimizer.param_groups:
             group |= {name: self.optimizer.defaults[name] for name in ("fused", "capturable")}
         if self.optimizer.defaults["capturable"]:

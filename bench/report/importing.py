@@ -1,4 +1,4 @@
-"""Takes sources into bench/results: folders of runs, and what ``python -m bench gpu`` wrote."""
+"""Import of sources into bench/results: run folders, and what ``python -m bench gpu`` wrote."""
 
 import json
 import tomllib
@@ -18,21 +18,21 @@ from ..gpu.records import read as read_records
 from ..gpu.summary import latest
 from ..micro import rows as micro_rows
 from .checks import check_record, check_row, check_run
-from .figures import Figures, is_gpu
-from .readme import command
+from .cpu import command
+from .results import Results, is_gpu
 from .summaries import TABLES, merged, portable, summarize, write_summary
 
-__all__ = ["Intake"]
+__all__ = ["Importer"]
 
 RECORDS = "results.jsonl"
 SHARED = ("device", "torch", "triton", "numba", "commit", "command")
-"""What a row takes from its record's origin where it does not say it itself."""
+"""Columns that a row without them takes from its record's origin."""
 END_TO_END_KEY = ("recipe", "batch_size", "precision", "contender")
 
 
 @dataclass
-class Intake:
-    """What was read from the sources, checked and ready to be written."""
+class Importer:
+    """The rows and runs read from the sources, validated and ready to be written."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     micro: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Intake:
             )
 
     def write(self, results: Path) -> list[str]:
-        """Replace what the files hold of the same cases and devices.
+        """Replace the rows of the same cases and devices in the files.
 
         Args:
             results: the folder of the files.
@@ -77,13 +77,13 @@ class Intake:
         for device, summary in self.summaries.items():
             stages = write_summary(results / f"gpu-{provenance.file_name(device)}.json", summary)["stages"]
             counts = [(len(self.micro.get(device, ())), "kernel"), (len(self.end_to_end.get(device, ())), "end-to-end")]
-            figures = ", ".join(f"{count} {name} rows" for count, name in counts)
+            counted = ", ".join(f"{count} {name} rows" for count, name in counts)
             ended = [
                 f"{name} {stage['status']}"
-                + ("" if stages[name]["origin"] == stage["origin"] else f" (what {stages[name]['origin']['commit']} found stays)")
+                + ("" if stages[name]["origin"] == stage["origin"] else f" (results of {stages[name]['origin']['commit']} are kept)")
                 for name, stage in summary["stages"].items()
             ]
-            lines.append(f"{device}: {figures}, stages {', '.join(ended)}, at {summary['commit']}")
+            lines.append(f"{device}: {counted}, stages {', '.join(ended)}, at {summary['commit']}")
         return lines
 
     def _read_records(self, path: Path) -> None:
@@ -104,7 +104,7 @@ class Intake:
             check_row(path, record, record.row)
             return
         if record.table != "micro" and record.status != "ok":
-            return  # a part of a run, or of a contender that failed, is not a figure
+            return  # of an incomplete run, or of a contender that failed
         row: dict[str, Any] = {"commit": "unknown", "command": ""}
         row |= {name: record.origin[name] for name in SHARED if record.origin.get(name)} | record.row
         if record.table == "accuracy":
@@ -134,7 +134,7 @@ def _by_device(path: Path) -> dict[str, list[Record]]:
     for record in records:
         check_record(path, record)
     if any(record.origin.get("rehearsal") for record in records):
-        raise DfkdError(f"{path}: is a rehearsal's: a CPU's figures are not a GPU's")
+        raise DfkdError(f"{path}: is a rehearsal's: times of a CPU are not a GPU's")
     if not all(record.origin.get("device") for record in records):
         raise DfkdError(f"{path}: has a record that does not say on which device it was measured")
     devices: dict[str, list[Record]] = {}
@@ -144,7 +144,7 @@ def _by_device(path: Path) -> dict[str, list[Record]]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """A run's summary, with what was run and at which commit."""
+    """A run's summary, with its command and commit."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
         recipe = tomllib.loads((folder / "recipe.toml").read_text())
@@ -163,14 +163,14 @@ def _write_runs(results: Path, entries: Iterable[dict[str, Any]]) -> None:
     def key(entry: dict[str, Any]) -> tuple[str, str, str, int]:
         return entry["recipe"], entry["device_name"], command(entry), entry["seed"]
 
-    runs = {key(entry): entry for entry in [*Figures(results).runs, *entries]}
+    runs = {key(entry): entry for entry in [*Results(results).runs, *entries]}
     results.mkdir(parents=True, exist_ok=True)
     with replacing(results / "distill.jsonl") as part:
         part.write_text("".join(json.dumps(runs[one]) + "\n" for one in sorted(runs)))
 
 
 def _write_end_to_end(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Add contenders to the others of a device; columns that only a GPU has come last."""
+    """Merge contenders into a device's file; columns that only GPUs have come last."""
     old = table.read(path) if path.exists() else []
     contenders = {tuple(row.get(name, "") for name in END_TO_END_KEY): row for row in [*old, *rows]}
     columns = dict.fromkeys([*table.names(end_to_end.Row), *(name for row in contenders.values() for name in row)])

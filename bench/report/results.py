@@ -1,4 +1,4 @@
-"""What the files in bench/results hold."""
+"""The files in bench/results."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from .. import table
 
-__all__ = ["Figures", "is_gpu"]
+__all__ = ["Results", "is_gpu"]
 
 
 @dataclass(frozen=True)
-class Figures:
+class Results:
     """The files of a folder of results."""
 
     folder: Path
@@ -31,15 +31,15 @@ class Figures:
 
     @cached_property
     def gpus(self) -> list[dict[str, Any]]:
-        """What ``python -m bench gpu`` found beside these tables, an entry a device: see ``summaries.summarize``."""
+        """Summaries of ``python -m bench gpu``, one per device: see ``summaries.summarize``."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("gpu-*.json"))]
 
     @cached_property
     def newest(self) -> dict[str, str]:
-        """The commit of what was taken in last of each GPU; a figure of another commit says so."""
+        """The commit of each GPU's last import; values of another commit are marked with it."""
         return {summary["device"]: summary["commit"] for summary in self.gpus}
 
 
 def is_gpu(device: str) -> bool:
-    """Whether a device's name is a GPU's: a CPU's ends with the number of its threads (``engine.device.device_name``)."""
+    """Whether a device name is a GPU's: a CPU's ends with its number of threads (``engine.device.device_name``)."""
     return re.search(r", \d+ threads$", device) is None

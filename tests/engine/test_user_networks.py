@@ -1,4 +1,4 @@
-"""What a run leaves of the networks it was given: trained tensors, and nothing else."""
+"""A training changes only the tensors of the user's networks."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ from tests.small import Networks, small_method
 
 
 class Own(nn.Sequential):
-    """z → images (1, 8, 8), with layers that are made faster on a CPU."""
+    """z → images (1, 8, 8), with layers that are optimized on a CPU."""
 
     latent_dim = 6
 
@@ -48,35 +48,35 @@ def networks() -> Networks:
 
 
 def described(network: nn.Module) -> list[object]:
-    """Of every module its name, class and mode, which of its parameters learn, and its hooks."""
-    found: list[object] = []
+    """Returns name, class, mode, requires_grad flags and hooks of every module."""
+    descriptions: list[object] = []
     for name, module in network.named_modules():
         learning = {key: parameter.requires_grad for key, parameter in module.named_parameters(recurse=False)}
         hooks = {key: dict(value) for key, value in vars(module).items() if "_hooks" in key and value}
-        found.append((name, type(module), module.training, learning, hooks))
-    return found
+        descriptions.append((name, type(module), module.training, learning, hooks))
+    return descriptions
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_classes_modes_and_hooks_of_the_given_networks_are_never_touched(precision: PrecisionName) -> None:
-    given = networks()
-    teacher, student, generator = given
+def test_classes_modes_and_hooks_of_the_users_networks_do_not_change(precision: PrecisionName) -> None:
+    originals = networks()
+    teacher, student, generator = originals
     student[1].eval()  # type: ignore[index]
     student[1].weight.requires_grad_(False)  # type: ignore[index]
     student[0].register_forward_hook(lambda *_: None)  # type: ignore[index]
-    before = list(map(described, given))
+    before = list(map(described, originals))
     during: list[bool] = []
     method = small_method(replay=Replay(kind="ema_generator"), channels_last=True)
     method = replace(method, engine=replace(method.engine, precision=precision))
-    trainer = Trainer(*given, method, evaluate=lambda student: 0.0)
-    trainer.on_iteration = lambda trainer: during.append(list(map(described, given)) == before)
+    trainer = Trainer(*originals, method, evaluate=lambda student: 0.0)
+    trainer.on_iteration = lambda trainer: during.append(list(map(described, originals)) == before)
     trainer.fit()
     assert (trainer.teacher, trainer.student, trainer.generator) == (teacher, student, generator) and trainer.result is student
-    assert during == 6 * [True] and list(map(described, given)) == before
+    assert during == 6 * [True] and list(map(described, originals)) == before
 
 
 class Wrapped(nn.Module):
-    """A network that returns its logits as others do, in a dtype of its own."""
+    """A network that returns its logits in another form and dtype."""
 
     def __init__(self, network: nn.Module, wrap: Callable[[Tensor], object], dtype: torch.dtype) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize(
     "wrap", [lambda x: (x, None), lambda x: {"logits": x}, lambda x: SimpleNamespace(logits=x)], ids=["tuple", "dict", "object"]
 )
-def test_a_teacher_may_return_its_logits_as_it_likes_in_any_precision(wrap: Callable[[Tensor], object], dtype: torch.dtype) -> None:
+def test_a_teacher_may_return_its_logits_in_any_form_and_precision(wrap: Callable[[Tensor], object], dtype: torch.dtype) -> None:
     teacher, student, generator = networks()
     rounded = copy.deepcopy(teacher).to(dtype).float()
     expected = Trainer(rounded, copy.deepcopy(student), copy.deepcopy(generator), small_method(channels_last=True))
@@ -113,7 +113,7 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("role", [0, 1], ids=["teacher", "student"])
 @pytest.mark.parametrize("fold", [False, True])
-def test_a_network_that_writes_in_its_input_plays_the_same_game(role: int, fold: bool) -> None:
+def test_a_network_that_modifies_its_input_trains_identically(role: int, fold: bool) -> None:
     finished = []
     for in_place in (False, True):
         teacher, student, generator = networks()
@@ -186,9 +186,7 @@ def trains_the_average(student: nn.Module) -> float:
 
 @pytest.mark.parametrize("average", [0.0, 0.5])
 @pytest.mark.parametrize("evaluate", [leaves_everything_switched_off, trains_the_average, freezes, enters_autocast])
-def test_what_callbacks_leave_behind_changes_nothing(
-    make_trainer: MakeTrainer, evaluate: Callable[[nn.Module], float], average: float
-) -> None:
+def test_side_effects_of_callbacks_are_undone(make_trainer: MakeTrainer, evaluate: Callable[[nn.Module], float], average: float) -> None:
     method = small_method(epochs=3, channels_last=True)
     method = replace(method, loop=replace(method.loop, student_ema_decay=average))
 
@@ -238,22 +236,22 @@ def test_a_state_dict_changes_nothing(make_trainer: MakeTrainer) -> None:
 
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_networks_with_older_norms_that_were_trained_before_are_distilled_and_averaged(norm: Callable[[nn.Module], nn.Module]) -> None:
-    given = networks()
-    with warnings.catch_warnings(action="ignore"):  # that they are deprecated
-        for layer in (given[0][0], given[1][0], given[2][3]):  # type: ignore[index]
+    originals = networks()
+    with warnings.catch_warnings(action="ignore"):  # deprecation warnings
+        for layer in (originals[0][0], originals[1][0], originals[2][3]):  # type: ignore[index]
             norm(layer)
-    for network, x in zip(given, (torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.randn(2, 6)), strict=True):
-        network(x).sum().backward()  # what the norm keeps of it has a graph, which copy.deepcopy refuses
+    for network, x in zip(originals, (torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.randn(2, 6)), strict=True):
+        network(x).sum().backward()  # the norm keeps a tensor with a graph, which copy.deepcopy does not support
     method = small_method(replay=Replay(kind="ema_generator"))
     method = replace(method, loop=replace(method.loop, student_ema_decay=0.5), objective=replace(method.objective, bn_moments=1.0))
-    trainer = Trainer(*given, method)
+    trainer = Trainer(*originals, method)
     average = trainer.fit()
     assert average is not trainer.student and average(torch.zeros(1, 1, 8, 8)).isfinite().all()
     assert not any("cannot be" in note for note in trainer.notes)
 
 
 class WithoutResult(nn.Sequential):
-    """Sets its mode and returns nothing, as some networks that freeze their batch norms do."""
+    """Its train() returns None, as in some networks that freeze their batch norms."""
 
     latent_dim = 6
 
@@ -262,11 +260,11 @@ class WithoutResult(nn.Sequential):
 
 
 def test_a_network_whose_train_returns_nothing_is_distilled(make_trainer: MakeTrainer) -> None:
-    given = networks()
-    wrapped = tuple(WithoutResult(network) for network in given)
+    originals = networks()
+    wrapped = tuple(WithoutResult(network) for network in originals)
     students = []
-    for each in (given, wrapped):
+    for each in (originals, wrapped):
         trainer = make_trainer(small_method(), networks=each)
-        torch.manual_seed(0)  # of the dropout
+        torch.manual_seed(0)  # for dropout
         students.append(list(trainer.fit().parameters()))
     assert all(torch.equal(*pair) for pair in zip(*students, strict=True))
