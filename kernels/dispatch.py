@@ -109,8 +109,7 @@ def use_backend(backend: Backend | None) -> Iterator[None]:
     Raises:
         BackendError: the backend does not exist or is not installed.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import channel_moments, use_backend
         >>> with use_backend("reference"):

@@ -39,7 +39,7 @@ def mismatch(
         expected: results of the float64 reference.
         eager_errors: errors of eager PyTorch in the dtype of the case; twice as much plus a tolerance is allowed.
         omitted: name suffixes of results that the provider does not compute.
-        known_errors: the :func:`errors` of ``actual``, if already computed.
+        known_errors: the ``errors`` of ``actual``, if already computed.
     """
     missing = [name for name in expected if name not in actual and not name.endswith(omitted)]
     if missing:

@@ -37,7 +37,7 @@ class Run:
         modes: modes to measure; all if empty.
         providers: providers to measure; all if empty. Eager is always run, because its error determines the tolerance.
         repeats: measured calls per provider; None for as many as fit into ``seconds``.
-        timer: from :func:`timing.timer_for`.
+        timer: from ``timing.timer_for``.
         copy_bandwidth: copy bandwidth of the device in bytes/s.
         provenance: provenance of all rows.
         backends: our backends to measure; None for the default ones of the device.

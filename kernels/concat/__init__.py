@@ -67,8 +67,7 @@ def concat_generated(
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtypes.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import concat_generated
         >>> first, second = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)

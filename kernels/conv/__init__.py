@@ -43,8 +43,7 @@ def winograd_conv2d(
         ValueError: invalid shapes, dtypes, devices or padding.
         BackendError: the backend triton or cuda is forced, which have no kernel for this operation.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import winograd_conv2d
         >>> x = torch.randn(2, 64, 16, 16).to(memory_format=torch.channels_last)
@@ -65,7 +64,7 @@ def winograd_conv2d(
 
 @renamed_argument("keep", "cache_weight")
 def winograd_is_faster(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, cache_weight: bool = False) -> bool:
-    """Return whether :func:`winograd_conv2d` is expected to be faster than PyTorch's convolution (thresholds measured with AVX-512).
+    """Return whether ``winograd_conv2d`` is expected to be faster than PyTorch's convolution (thresholds measured with AVX-512).
 
     Args:
         x: input (N, C_in, H, W).

@@ -34,7 +34,7 @@ def to_tiles(x: Tensor, padding: tuple[int, ...], grid: tuple[int, int]) -> Tens
 
 
 def add_tiles(tiles: Tensor, x: Tensor, padding: tuple[int, ...], grid: tuple[int, int]) -> None:
-    """Adjoint of :func:`to_tiles`: add B v Bᵀ for every tile v to ``x``, in place."""
+    """Adjoint of ``to_tiles``: add B v Bᵀ for every tile v to ``x``, in place."""
     batch, channels, height, width = x.shape
     with simd.threads:
         _add_tiles(simd.typed_pointer(tiles), simd.typed_pointer(x), batch, height, width, channels, *padding, *grid)
@@ -48,7 +48,7 @@ def from_tiles(tiles: Tensor, bias: Tensor, y: Tensor, grid: tuple[int, int]) ->
 
 
 def from_tiles_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Adjoint of :func:`from_tiles`: return A g Aᵀ for every tile g of the output gradient, (36, tiles, C)."""
+    """Adjoint of ``from_tiles``: return A g Aᵀ for every tile g of the output gradient, (36, tiles, C)."""
     batch, channels, height, width = gradient.shape
     tiles = gradient.new_empty(36, batch * grid[0] * grid[1], channels)
     with simd.threads:

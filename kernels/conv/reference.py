@@ -23,7 +23,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0,
 def conv2d_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight of :func:`conv2d`, given the gradient of its output."""
+    """Return the gradients of x and weight of ``conv2d``, given the gradient of its output."""
     padded = _padded(x, padding)
     grad_padded, grad_weight = torch.zeros_like(padded), torch.zeros_like(weight)
     for u, v, window in _kernel_taps(x, weight, stride, padding, dilation):

@@ -46,8 +46,7 @@ def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, ag
         BackendError: a forced backend does not support the device or dtype.
         RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import l1_discrepancy
         >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
@@ -115,8 +114,7 @@ def kl_discrepancy(
         BackendError: a forced backend does not support the device or dtype.
         RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import kl_discrepancy
         >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
@@ -178,10 +176,12 @@ def js_discrepancy(
         backward requires ``use_backend("reference")``. With ``agreement``, a tuple of the loss and the count, a 0-d int64 tensor.
 
     Raises:
-        ValueError, TypeError, BackendError, RuntimeError: as :func:`kl_discrepancy`.
+        ValueError: invalid shapes, devices, dtypes, temperature or reduction, as for ``kl_discrepancy``.
+        TypeError: an argument of the wrong type, as for ``kl_discrepancy``.
+        BackendError: a forced backend does not support the device or dtype.
+        RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import js_discrepancy
         >>> student, teacher = torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])

@@ -43,8 +43,7 @@ def ema_update_(
             overlap those of another pair (the message contains the index); or ``decay`` is not a number in [0, 1].
         BackendError: a forced backend does not support the device, dtypes or strides.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import ema_update_
         >>> average, source = torch.zeros(2), torch.ones(2)
@@ -80,13 +79,13 @@ class Pairs(NamedTuple):
 
 
 def pairs(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> Pairs:
-    """Validate the lists of :func:`ema_update_` and choose the backend.
+    """Validate the lists of ``ema_update_`` and choose the backend.
 
     Returns:
         The lists without repeated pairs, ready to be updated.
 
     Raises:
-        ValueError, BackendError: as :func:`ema_update_`.
+        ValueError, BackendError: as ``ema_update_``.
     """
     _check(averages, sources, shadows)
     averages, sources, shadows = deduplicate((averages, sources, shadows))
@@ -110,13 +109,12 @@ def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Seque
     """Return an averaging function for ``torch.optim.swa_utils.AveragedModel``; replaces ``get_ema_multi_avg_fn``.
 
     Args:
-        decay: decay rate in [0, 1], as in :func:`ema_update_`.
+        decay: decay rate in [0, 1], as in ``ema_update_``.
 
     Returns:
         A function to be passed as ``multi_avg_fn``.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import ema_multi_avg_fn
         >>> model = torch.nn.Linear(3, 2)

@@ -54,8 +54,7 @@ class FusedEMA(nn.Module):
     Raises:
         ValueError: ``decay`` is not in [0, 1], or the module cannot be copied.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import FusedEMA
         >>> model = torch.nn.Linear(3, 2)

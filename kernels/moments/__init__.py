@@ -32,8 +32,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtype.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import channel_moments
         >>> x = torch.arange(8.0).view(2, 1, 2, 2)
@@ -67,8 +66,7 @@ def channel_sums(x: Tensor) -> tuple[Tensor, Tensor, int]:
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtype.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import channel_sums
         >>> channel_sums(torch.ones(2, 3, 4, 4))

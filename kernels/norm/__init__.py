@@ -54,8 +54,7 @@ def batch_norm_leaky_relu(
         RuntimeError: double backward through a fused kernel.
         BackendError: the backend cuda is forced, which has no kernel for this operation, or triton for tensors on a CPU.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import batch_norm_leaky_relu
         >>> x, mean, var = torch.randn(4, 3, 8, 8), torch.zeros(3), torch.ones(3)
