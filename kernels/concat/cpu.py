@@ -56,8 +56,8 @@ def concat_backward(
     affine = _stack_constants((mean, ZERO), (std, ONE), (gradient_mean, ZERO), (gradient_dot, ZERO), channels=raw.shape[1])
     with simd.threads:
         _backward(
-            *(simd.typed_pointer(tensor) for tensor in (gradient, raw, out)),
-            *(_strides(tensor) for tensor in (gradient, raw, out)),
+            *map(simd.typed_pointer, (gradient, raw, out)),
+            *map(_strides, (gradient, raw, out)),
             *(_size(raw), ACTIVATIONS[activation], affine, gradient_mean is not None),
         )
     return simd.restride_like(out, original)
@@ -66,16 +66,11 @@ def concat_backward(
 def concat_gradient_moments(gradient: Tensor, raw: Tensor, activation: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     gradient, raw = _with_uniform_pixel_stride(gradient), _with_uniform_pixel_stride(raw)
     mean_out, dot_out = torch.empty(raw.shape[1]), torch.empty(raw.shape[1])
+    affine = _stack_constants((mean, ZERO), (std, ONE), channels=raw.shape[1])
     with simd.threads:
         _gradient_moments(
-            *(simd.typed_pointer(tensor) for tensor in (gradient, raw, mean_out, dot_out)),
-            *(
-                _strides(gradient),
-                _strides(raw),
-                _size(raw),
-                ACTIVATIONS[activation],
-                _stack_constants((mean, ZERO), (std, ONE), channels=raw.shape[1]),
-            ),
+            *map(simd.typed_pointer, (gradient, raw, mean_out, dot_out)),
+            *(_strides(gradient), _strides(raw), _size(raw), ACTIVATIONS[activation], affine),
         )
     return mean_out, dot_out
 
@@ -85,18 +80,12 @@ def _write_batch(out: Tensor, raws: list[Tensor], activation: str, mean: Tensor 
     for index, raw in enumerate(map(_with_uniform_pixel_stride, raws)):
         target = out[row : row + len(raw)]
         row += len(raw)
-        affine = _stack_constants(
-            (mean if mean is None else mean[index], ZERO), (std if std is None else std[index], ONE), channels=raw.shape[1]
-        )
+        own_mean, own_std = (None if constant is None else constant[index] for constant in (mean, std))
+        affine = _stack_constants((own_mean, ZERO), (own_std, ONE), channels=raw.shape[1])
         with simd.threads:
             _forward(
-                simd.typed_pointer(raw),
-                simd.typed_pointer(target),
-                _strides(raw),
-                _strides(target),
-                _size(raw),
-                ACTIVATIONS[activation],
-                affine,
+                *map(simd.typed_pointer, (raw, target)),
+                *(_strides(raw), _strides(target), _size(raw), ACTIVATIONS[activation], affine),
             )
 
 

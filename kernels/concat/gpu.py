@@ -47,18 +47,8 @@ def concat_forward_out(out: Tensor, raws: Sequence[Tensor], activation: str, mea
         block_rows, block_channels = tile_shape(sizes, strides[0])
         constants = _constants(None if mean is None else mean[index], None if std is None else std[index])
         grid = _grid(sizes, block_rows, block_channels)
-        launch(
-            raw,
-            _forward_kernel,
-            grid,
-            raw,
-            part,
-            *constants,
-            *layout_arguments(sizes, (raw, part), strides),
-            activation,
-            block_rows,
-            block_channels,
-        )
+        arguments = raw, part, *constants, *layout_arguments(sizes, (raw, part), strides), activation
+        launch(raw, _forward_kernel, grid, *arguments, block_rows, block_channels)
 
 
 def concat_backward(

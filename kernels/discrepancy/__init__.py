@@ -204,7 +204,7 @@ def _discrepancy(
     factor = 1.0
     if kind != "l1":
         temperature = _temperature(temperature)
-        _check_switch("scale_by_temperature_squared", scale_by_temperature_squared)
+        _check_bool("scale_by_temperature_squared", scale_by_temperature_squared)
         factor = temperature**2 if scale_by_temperature_squared else 1.0
     backend = choose(f"{kind}_discrepancy", student.device, (student.dtype, teacher.dtype), 2 * student.numel())
     if backend == "reference":
@@ -282,7 +282,7 @@ def _check(student: Tensor, teacher: Tensor, reduction: object, agreement: objec
         raise ValueError(f"logits have no classes: {tuple(student.shape)}")
     if not isinstance(reduction, str) or reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', not {reduction!r}")
-    _check_switch("agreement", agreement)
+    _check_bool("agreement", agreement)
 
 
 def _temperature(temperature: object) -> float:
@@ -295,7 +295,7 @@ def _temperature(temperature: object) -> float:
     return number
 
 
-def _check_switch(name: str, value: object) -> None:
+def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {value!r}")
 

@@ -21,7 +21,7 @@ from ..simd import HALF, ONE, ZERO, TypedPointer
 
 __all__ = ["js_forward", "kl_forward", "l1_forward", "scale_gradients"]
 
-MIN_CLASSES_BY_ROW = 64  # number of classes from which one row fills the SIMD vectors
+MIN_CLASSES_ROW_BY_ROW = 64  # number of classes from which one row fills the SIMD vectors
 TILE = 2048  # elements per tile of rows, so that its buffers stay in the L1 cache
 # (outer, inner, classes, outer_stride, inner_stride, class_stride): the logits of row (o, i), o < outer and i < inner, start at
 # o · outer_stride + i · inner_stride with stride class_stride. A plain tuple, because numba unboxes it fastest.
@@ -38,15 +38,7 @@ def l1_forward(student: Tensor, teacher: Tensor, scale: float, requires_grad: bo
     s, t = _to_same_layout(student, teacher)
     loss, sign = s.new_empty((), dtype=torch.float32), torch.empty_like(s if requires_grad else s[:0], dtype=torch.int8)
     with simd.threads:
-        _l1(
-            simd.typed_pointer(s),
-            simd.typed_pointer(t),
-            simd.typed_pointer(sign),
-            simd.typed_pointer(loss),
-            s.numel(),
-            requires_grad,
-            scale,
-        )
+        _l1(*map(simd.typed_pointer, (s, t, sign, loss)), s.numel(), requires_grad, scale)
     return loss, simd.restride_like(sign, student) if requires_grad else sign.view(-1), _agreement(s, t, agreement)
 
 
@@ -59,24 +51,14 @@ def scale_gradients(
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    student, teacher = (
-        torch.empty_like(student_grad_unscaled, dtype=student_dtype),
-        torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype),
-    )
+    student_grad = torch.empty_like(student_grad_unscaled, dtype=student_dtype)
+    teacher_grad = torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype)
+    sides = (student_grad_unscaled, student_grad, student_scale), (teacher_grad_unscaled, teacher_grad, teacher_scale)
     with simd.threads:
-        for grad_unscaled, gradient, scale in (
-            (student_grad_unscaled, student, student_scale),
-            (teacher_grad_unscaled, teacher, teacher_scale),
-        ):
-            if grad_unscaled.numel():
-                _scale(
-                    simd.typed_pointer(grad_unscaled),
-                    simd.typed_pointer(gradient),
-                    simd.typed_pointer(upstream),
-                    grad_unscaled.numel(),
-                    scale,
-                )
-    return student, teacher
+        for grad_unscaled, grad, scale in sides:
+            if grad.numel():
+                _scale(*map(simd.typed_pointer, (grad_unscaled, grad, upstream)), grad.numel(), scale)
+    return student_grad, teacher_grad
 
 
 def _divergence(
@@ -94,10 +76,10 @@ def _divergence(
     loss = s.new_empty((), dtype=torch.float32)
     student_grad_unscaled = torch.empty_like(s if student_requires_grad else s[:0])
     teacher_grad_unscaled = torch.empty_like(t if teacher_requires_grad else t[:0])
-    kernel = _row_by_row if s.stride(1) == 1 and s.shape[1] >= MIN_CLASSES_BY_ROW else _tile_by_tile
+    kernel = _row_by_row if s.stride(1) == 1 and s.shape[1] >= MIN_CLASSES_ROW_BY_ROW else _tile_by_tile
     with simd.threads:
         kernel(
-            *(simd.typed_pointer(tensor) for tensor in (s, t, student_grad_unscaled, teacher_grad_unscaled, loss)),
+            *map(simd.typed_pointer, (s, t, student_grad_unscaled, teacher_grad_unscaled, loss)),
             *(rows, student_requires_grad, teacher_requires_grad, 1 / temperature, scale, kind),
         )
     student_grad_unscaled = simd.restride_like(student_grad_unscaled, student) if student_requires_grad else student_grad_unscaled.view(-1)
@@ -127,7 +109,7 @@ def _agreement(student: Tensor, teacher: Tensor, enabled: bool) -> Tensor:
     count = torch.empty(() if enabled else 0, dtype=torch.int64)
     if enabled:
         with simd.threads:
-            _count_equal_argmaxes(simd.typed_pointer(student), simd.typed_pointer(teacher), simd.typed_pointer(count), _rows(student))
+            _count_equal_argmaxes(*map(simd.typed_pointer, (student, teacher, count)), _rows(student))
     return count
 
 

@@ -93,19 +93,8 @@ def _forward(
     count = num_tiles(sizes, block_rows)
     losses = student.new_empty(count, dtype=torch.float32)
     agreements = student.new_empty(count, dtype=torch.int32) if agreement else None
-    arguments = *tensors, losses, agreements, *layout_arguments(sizes, tensors, strides), inverse_temperature
-    launch(
-        student,
-        _rows_kernel,
-        (count,),
-        *arguments,
-        kind,
-        single_tile,
-        block_rows,
-        block_classes,
-        num_warps=warps,
-        enable_fp_fusion=kind == "l1",
-    )
+    arguments = *tensors, losses, agreements, *layout_arguments(sizes, tensors, strides), inverse_temperature, kind, single_tile
+    launch(student, _rows_kernel, (count,), *arguments, block_rows, block_classes, num_warps=warps, enable_fp_fusion=kind == "l1")
     loss = losses.new_empty(())
     agree = student.new_empty((), dtype=torch.int64) if agreement else None
     launch(student, _finish_kernel, (1,), losses, agreements, loss, agree, count, scale, 1024)

@@ -34,7 +34,7 @@ def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -
     gradient = torch.empty_like(dense)
     kernel = _slope_rows if channels_last else _slope_planes
     with simd.threads:
-        kernel(*(simd.typed_pointer(tensor) for tensor in (dense, gradient, offset, slope, center)), count, channels, height * width)
+        kernel(*map(simd.typed_pointer, (dense, gradient, offset, slope, center)), count, channels, height * width)
     return simd.restride_like(gradient, x)
 
 

@@ -132,12 +132,8 @@ def _backward(
     channels: int,
 ) -> None:
     grad_data, source, out = simd.pointer(gradient), simd.pointer(x), simd.pointer(result)
-    a, b, c, d = (
-        _repeat(scale, channels),
-        _repeat(shift, channels),
-        _repeat(x_coefficient, channels),
-        _repeat(offset, channels),
-    )
+    a, b = _repeat(scale, channels), _repeat(shift, channels)
+    c, d = _repeat(x_coefficient, channels), _repeat(offset, channels)
     period = len(a)
     for group in prange(-(-size // period)):
         start = group * period

@@ -75,13 +75,13 @@ def compare(
     assert loss.dtype == torch.float32
     # log p and log q have rounding errors proportional to log C, and cancel in their differences.
     logarithms = student.numel() // student.shape[1] * factor if kind != "l1" else 0.0
-    assert_as_accurate_as_pytorch(loss.detach(), plain.detach(), exact.detach(), summed=logarithms)
+    assert_as_accurate_as_pytorch(loss.detach(), plain.detach(), exact.detach(), magnitude=logarithms)
     exact_gradients = gradients(exact, *exact_inputs)
     for side, gradient, plain_gradient, expected in zip(
         (student, teacher), gradients(loss, student, teacher), gradients(plain, *plain_inputs), exact_gradients, strict=True
     ):
         assert gradient.dtype == side.dtype
-        assert_as_accurate_as_pytorch(gradient, plain_gradient, expected, summed=factor if kind == "js" else 0.0)
+        assert_as_accurate_as_pytorch(gradient, plain_gradient, expected, magnitude=factor if kind == "js" else 0.0)
     assert count is not None
     assert (count.shape, count.dtype) == ((), torch.int64)
     assert count.item() == (exact_inputs[0].argmax(dim=1) == exact_inputs[1].argmax(dim=1)).sum().item()

@@ -67,11 +67,11 @@ def random(
     return with_layout((size * torch.randn(shape)).to(device, dtype), layout).detach().requires_grad_()
 
 
-def assert_as_accurate_as_pytorch(actual: Tensor, plain: Tensor, exact: Tensor, *, summed: float = 0.0) -> None:
+def assert_as_accurate_as_pytorch(actual: Tensor, plain: Tensor, exact: Tensor, *, magnitude: float = 0.0) -> None:
     """Assert that the error with respect to float64 is at most twice the largest error of plain PyTorch.
 
     Plain PyTorch computes in float32 and rounds its results once; a kernel may round twice, hence one more ulp. The absolute
-    tolerance is some float32 ulps of the largest result, or of ``summed``, the magnitude of the terms if they cancel, because plain
+    tolerance is some float32 ulps of the largest result, or of ``magnitude``, the magnitude of the terms if they cancel, because plain
     PyTorch can be exact by chance on a few elements.
     """
     assert actual.shape == exact.shape
@@ -82,7 +82,7 @@ def assert_as_accurate_as_pytorch(actual: Tensor, plain: Tensor, exact: Tensor, 
     exact = exact.double()
     error, usual = (actual.double() - exact).abs(), (plain.double() - exact).abs().max()
     stored = torch.finfo(actual.dtype)
-    absolute = 8 * torch.finfo(torch.float32).eps * max(exact.abs().max().item(), summed) + stored.smallest_normal * stored.eps
+    absolute = 8 * torch.finfo(torch.float32).eps * max(exact.abs().max().item(), magnitude) + stored.smallest_normal * stored.eps
     excess = (error - (2 * usual + stored.eps * exact.abs() + absolute)).nan_to_num(nan=INF).flatten()
     worst = int(excess.argmax())
     assert excess[worst] <= 0, (

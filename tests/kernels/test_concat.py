@@ -86,12 +86,12 @@ def compare(inputs: list[Tensor], activation: Activation, arguments: dict[str, A
     result = concat_generated(inputs, activation=activation, **arguments, **options)
     # y − mean cancels near 0; its error is relative to the magnitude of the terms.
     size = max(1.0, exact.detach().abs().max().item()) if exact.numel() else 1.0
-    assert_as_accurate_as_pytorch(result.detach(), plain.detach().to(result.dtype), exact.detach(), summed=size)
+    assert_as_accurate_as_pytorch(result.detach(), plain.detach().to(result.dtype), exact.detach(), magnitude=size)
     if batch:
         for index, (mean, variance) in enumerate(zip(arguments["running_means"], arguments["running_vars"], strict=True)):
             for name, running in (("running_mean", mean), ("running_var", variance)):
                 assert_as_accurate_as_pytorch(
-                    running, plain_norms[index].state_dict()[name], exact_norms[index].state_dict()[name], summed=1.0
+                    running, plain_norms[index].state_dict()[name], exact_norms[index].state_dict()[name], magnitude=1.0
                 )
     upstream = torch.empty_like(result).detach().copy_(torch.randn(result.shape))
     gradients = torch.autograd.grad(result, inputs, upstream)
@@ -99,11 +99,11 @@ def compare(inputs: list[Tensor], activation: Activation, arguments: dict[str, A
     truth = torch.autograd.grad(exact, exact_inputs, upstream.double().contiguous())
     for index, (gradient, plain_gradient, exact_gradient) in enumerate(zip(gradients, expected_gradient, truth, strict=True)):
         # The gradient through batch statistics is a difference, divided by the standard deviation; on few pixels it cancels.
-        summed = 0.0
+        magnitude = 0.0
         if batch and arguments["training"][index]:
             variance = activated(exact_inputs[index].detach(), activation).var(dim=(0, 2, 3), correction=0)
-            summed = size * upstream.abs().max().item() / (variance + EPS).sqrt().min().item()
-        assert_as_accurate_as_pytorch(gradient, plain_gradient, exact_gradient, summed=summed)
+            magnitude = size * upstream.abs().max().item() / (variance + EPS).sqrt().min().item()
+        assert_as_accurate_as_pytorch(gradient, plain_gradient, exact_gradient, magnitude=magnitude)
     return result
 
 

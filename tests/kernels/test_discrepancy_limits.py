@@ -109,7 +109,7 @@ def test_equal_logits_have_zero_loss_and_gradient(
     student = random(*shape, dtype=dtype, size=20.0, device=device)
     teacher = with_layout(student.detach(), layout).detach().requires_grad_()
     loss = call(kind, student, teacher, temperature=3.0)
-    # L1 and KL subtract equal numbers; log m = logaddexp(log p, log q) − log 2 is rounded, and so is what makes up a gradient.
+    # L1 and KL subtract equal numbers; log m = logaddexp(log p, log q) − log 2 is rounded, and so are the terms of the gradient.
     # Triton may add the exponentials of two sides with different strides in different orders.
     eps = torch.finfo(torch.float32).eps
     other_order = kind == "kl" and backend == "triton" and student.stride() != teacher.stride()
@@ -153,7 +153,7 @@ def test_empty_logits_have_sum_0_and_mean_nan(
     assert loss.item() == 0.0
     assert count is not None
     assert count.item() == 0
-    for retain in (True, False):  # the last pass of float32 scales what was saved in place
+    for retain in (True, False):  # the last pass of float32 scales the saved gradients in place
         for gradient, side in zip(torch.autograd.grad(loss, (student, teacher), retain_graph=retain), (student, teacher), strict=True):
             assert (gradient.shape, gradient.dtype) == (shape, side.dtype)
     assert call(kind, student, teacher, reduction="mean").isnan()

@@ -37,7 +37,7 @@ def sums(x: Tensor) -> tuple[Tensor, Tensor]:
 def compare(function: Callable[[Tensor], tuple[Tensor, Tensor]], oracle: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> None:
     """Compare both results, and the gradient of a combination of them, with float64."""
     size = x.detach().abs().max().item() if x.numel() else 0.0
-    summed = size if function is channel_moments else x.numel() // x.shape[1] * size  # where the elements cancel
+    magnitude = size if function is channel_moments else x.numel() // x.shape[1] * size  # where the elements cancel
     exact_x, plain_x = x.detach().double().requires_grad_(), x.detach().clone().requires_grad_()
     weights = torch.randn(2, x.shape[1], dtype=torch.float64).to(x.device)
     results, gradients = [], []
@@ -46,7 +46,7 @@ def compare(function: Callable[[Tensor], tuple[Tensor, Tensor]], oracle: Callabl
         gradients.append(torch.autograd.grad(mixture.tanh(), leaf, torch.full_like(mixture, -1.5))[0])
         results.append((first.detach(), second.detach()))
     for actual, plain, exact in zip(*results, strict=True):
-        assert_as_accurate_as_pytorch(actual, plain.to(actual.dtype), exact, summed=summed)
+        assert_as_accurate_as_pytorch(actual, plain.to(actual.dtype), exact, magnitude=magnitude)
     assert gradients[0].dtype == x.dtype
     assert_as_accurate_as_pytorch(*gradients)
 

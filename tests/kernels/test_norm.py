@@ -74,16 +74,16 @@ def check(x: Tensor, gradient: Tensor, parameters: Parameters, slope: float = SL
     size, inverse = x.detach().abs().max().item(), (exact_x.var(dim=(0, 2, 3), correction=0) + EPS).rsqrt().max().item()
     gain = 1.0 if parameters["weight"] is None else parameters["weight"].detach().abs().max().item()
     upstream, count = gradient.abs().max().item() * max(slope, 1), x.numel() // x.shape[1]
-    assert_as_accurate_as_pytorch(y, plain.to(x.dtype), exact, summed=gain * inverse * size * max(slope, 1))
+    assert_as_accurate_as_pytorch(y, plain.to(x.dtype), exact, magnitude=gain * inverse * size * max(slope, 1))
     for name in STATISTICS:
-        assert_as_accurate_as_pytorch(parameters[name], of_plain[name], of_exact[name], summed=size)  # type: ignore[arg-type]
+        assert_as_accurate_as_pytorch(parameters[name], of_plain[name], of_exact[name], magnitude=size)  # type: ignore[arg-type]
     plain_gradients = torch.autograd.grad(plain, [plain_x, *(of_plain[name] for name in affine)], gradient.float())
     exact_gradients = torch.autograd.grad(exact, [exact_x, *(of_exact[name] for name in affine)], gradient.double())
     assert_as_accurate_as_pytorch(
-        gradients[0], plain_gradients[0].to(x.dtype), exact_gradients[0], summed=gain * inverse * upstream * (1 + inverse * size)
+        gradients[0], plain_gradients[0].to(x.dtype), exact_gradients[0], magnitude=gain * inverse * upstream * (1 + inverse * size)
     )
     for actual, of_float32, expected in zip(gradients[1:], plain_gradients[1:], exact_gradients[1:], strict=True):
-        assert_as_accurate_as_pytorch(actual, of_float32, expected, summed=count * upstream * (1 + inverse * size))
+        assert_as_accurate_as_pytorch(actual, of_float32, expected, magnitude=count * upstream * (1 + inverse * size))
 
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 2, 1), (3, 70, 4, 4), (5, 64, 9, 1), (300, 8, 3, 5), (3, 5, 61, 59), (2, 365, 3, 3)]

@@ -90,7 +90,7 @@ def check_the_last_image(name: str, images: int, device: torch.device | str) -> 
             for index, power in enumerate((1, 2)):
                 exact, plain = ((x.to(dtype) ** power).sum(dim=(0, 2, 3)) for dtype in (torch.float64, torch.float32))
                 size = (x.float().abs() ** power).sum(dim=(0, 2, 3)).max().item()
-                assert_as_accurate_as_pytorch(sums[index], plain.double(), exact, summed=size)
+                assert_as_accurate_as_pytorch(sums[index], plain.double(), exact, magnitude=size)
             (gradient,) = torch.autograd.grad(channel_sums(student.requires_grad_())[1].sum(), student)
             torch.testing.assert_close(gradient[-1:], 2 * x)
         case _:
