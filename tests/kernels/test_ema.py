@@ -186,7 +186,7 @@ def test_elements_between_those_of_a_slice_are_untouched() -> None:
 def test_only_the_reference_supports_tensors_with_gaps(fused: Backend, device: torch.device) -> None:
     whole = torch.zeros(300, 600, device=device)
     for average in (whole[:, ::2], whole[:, :599]):
-        with pytest.raises(BackendError, match=f"{fused} is forced, but averages only dense tensors"):
+        with pytest.raises(BackendError, match=f"{fused} is forced, but supports only dense tensors"):
             ema_update_(
                 [torch.zeros(1, device=device), average],
                 [torch.ones(1, device=device), torch.ones_like(whole).as_strided(average.shape, average.stride())],
