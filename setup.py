@@ -35,7 +35,7 @@ class BuildExtension(build_ext):  # type: ignore[misc]
     def run(self) -> None:
         """Build the extension, or forget it."""
         build = compiler()
-        reason = build.why_not_buildable()
+        reason = build.unbuildable_reason()
         if reason is None:
             try:
                 super().run()

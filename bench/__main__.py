@@ -120,14 +120,14 @@ def micro(
     torch_device = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    turn = timing.turn_on(torch_device)
+    timer = timing.timer_for(torch_device)
     run = runner.Run(
         device=torch_device,
         modes=modes,
         providers=providers,
         repeats=repeats,
-        turn=turn,
-        copy_bandwidth=timing.copy_bandwidth(turn, torch_device),
+        timer=timer,
+        copy_bandwidth=timing.copy_bandwidth(timer, torch_device),
         provenance=provenance.measured_on(torch_device, _command(), commit),
     )
     target = out or RESULTS / f"micro-{provenance.file_name(torch_device)}.csv"
@@ -143,7 +143,7 @@ def micro(
         title = " ".join(filter(None, (workload.kernel, workload.variant, workload.size, measured[0].dtype, workload.layout)))
         print_table(console, *micro_rows.printed(measured), title=f"\n{title}")
         count += len(measured)
-        without_time += sum(row.red for row in measured)
+        without_time += sum(row.failed for row in measured)
     if not count:
         raise DfkdError(f"--mode {', '.join(modes) or 'all'}, --provider {', '.join(providers) or 'all'}: no selected case has both")
     console.print(f"\n{target}", highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
-// Two sums a channel over all images and pixels, the same bits at every call.
+// Deterministic reduction of (N, C, H, W) to two sums per channel.
 //
-// A block sums some tiles of some channels and writes a partial; a second kernel adds up each channel's partials. Sums are
-// float64, except of the few tiles that a thread has in flight. Neither the number of blocks nor any order depends on the
-// device.
+// The first kernel writes one partial sum per block, the second reduces the partial sums of each channel. Accumulators are
+// float64, except for the tiles that one thread has in flight. The number of blocks and the order of the additions do not
+// depend on the device, so the result is bitwise reproducible.
 #pragma once
 
 #include "images.cuh"
@@ -15,26 +15,26 @@
 namespace dfkd_fast {
 
 struct SumGrid {
-  int64_t groups;           // tiles side by side along channels
-  int64_t tiles;            // of a group
+  int64_t groups;           // tiles along the channels
+  int64_t tiles;            // tiles per group
   int64_t tiles_per_image;
-  int32_t width;            // groups of a block; the threads of a group are `width` apart
+  int32_t width;            // groups per block; threads of the same group have stride `width`
 };
 
-constexpr int kSumBlocks = 1024;  // about as many as a large GPU holds at once
+constexpr int kSumBlocks = 1024;  // about the number of blocks resident on a large GPU
 
-template <typename AnyTile, typename Terms>
-constexpr int kTilesInFlight = AnyTile::kCount > 8 ? 1 : 4 / Terms::kTensors;
+template <typename TileT, typename Terms>
+constexpr int kTilesInFlight = TileT::kCount > 8 ? 1 : 4 / Terms::kTensors;
 
-// `Terms` brings the number of tensors that it reads, constants<Tile>(c) of the channels of a tile, load<Tile>(n, c, p) from memory, and
-// add(constants, loaded, first, second) to two sums a channel of the tile.
-template <typename AnyTile, typename Terms>
+// `Terms` defines kTensors (the number of tensors it reads), constants<Tile>(c) (per-channel constants of a tile),
+// load<Tile>(n, c, p) and add(constants, loaded, first, second), which accumulates two sums per channel of the tile.
+template <typename TileT, typename Terms>
 __global__ void __launch_bounds__(kTileThreads, 2) partial_sums_kernel(
     const __grid_constant__ SumGrid grid, const __grid_constant__ Terms terms, double2* __restrict__ partials) {
-  constexpr int kChannels = AnyTile::kChannels;
-  constexpr int kInFlight = kTilesInFlight<AnyTile, Terms>;
-  // Tiles of one element are few, or as slow to address as float64 is to add.
-  using Few = std::conditional_t<AnyTile::kCount == 1, double, float>;
+  constexpr int kChannels = TileT::kChannels;
+  constexpr int kInFlight = kTilesInFlight<TileT, Terms>;
+  // For one-element tiles, float64 additions are not the bottleneck.
+  using PartialSum = std::conditional_t<TileT::kCount == 1, double, float>;
   const int rows = kTileThreads / grid.width;
   const int row = static_cast<int>(threadIdx.x) / grid.width;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * grid.width + threadIdx.x % grid.width;
@@ -42,39 +42,39 @@ __global__ void __launch_bounds__(kTileThreads, 2) partial_sums_kernel(
   double first[kChannels] = {};
   double second[kChannels] = {};
   if (row < rows && group < grid.groups) {
-    const auto constants = terms.template constants<AnyTile>(c);
+    const auto constants = terms.template constants<TileT>(c);
     const int64_t step = static_cast<int64_t>(gridDim.y) * rows;
     const int64_t step_images = step / grid.tiles_per_image;
     const int64_t step_tiles = step - step_images * grid.tiles_per_image;
     int64_t tile = static_cast<int64_t>(blockIdx.y) * rows + row;
     int64_t n = tile / grid.tiles_per_image;
-    int64_t at = tile - n * grid.tiles_per_image;  // in the image
+    int64_t tile_in_image = tile - n * grid.tiles_per_image;
     while (tile < grid.tiles) {
-      typename Terms::template Loaded<AnyTile> loaded[kInFlight];
+      typename Terms::template Loaded<TileT> loaded[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (tile + i * step < grid.tiles) {
-          terms.template load<AnyTile>(n, c, at * AnyTile::kPixels, loaded[i]);
+          terms.template load<TileT>(n, c, tile_in_image * TileT::kPixels, loaded[i]);
           n += step_images;
-          at += step_tiles;
-          if (at >= grid.tiles_per_image) {
-            at -= grid.tiles_per_image;
+          tile_in_image += step_tiles;
+          if (tile_in_image >= grid.tiles_per_image) {
+            tile_in_image -= grid.tiles_per_image;
             ++n;
           }
         }
       }
-      Few some_first[kChannels] = {};
-      Few some_second[kChannels] = {};
+      PartialSum tile_first[kChannels] = {};
+      PartialSum tile_second[kChannels] = {};
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (tile + i * step < grid.tiles) {
-          terms.template add<AnyTile>(constants, loaded[i], some_first, some_second);
+          terms.template add<TileT>(constants, loaded[i], tile_first, tile_second);
         }
       }
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) {
-        first[k] += some_first[k];
-        second[k] += some_second[k];
+        first[k] += tile_first[k];
+        second[k] += tile_second[k];
       }
       tile += kInFlight * step;
     }
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) partial_sums_kernel(
   }
 }
 
-// A warp a channel, which ends in terms.finish(c, first, second).
+// One warp per channel; calls terms.finish(c, first, second).
 template <typename Terms>
 __global__ void __launch_bounds__(kTileThreads) total_sums_kernel(
     const __grid_constant__ Terms terms, const double2* __restrict__ partials, int64_t splits, int64_t channels) {
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kTileThreads) total_sums_kernel(
   }
 }
 
-// Neighbouring threads take neighbouring channels where those lie closer in memory than pixels do.
+// Adjacent threads process adjacent channels where the channel stride is smaller than the pixel stride.
 inline SumGrid sum_grid_of(const Shape& shape, Tiling tiling, int kPixels, int kChannels, const std::vector<View>& views) {
   const auto channels_inside = [&](const View& view) { return view.channel < (shape.pixels > 1 ? view.pixel : view.image); };
   const int64_t widest = tiling == Tiling::kChannels                                                                    ? 32
@@ -149,15 +149,15 @@ void sum_channels(const Launcher& launcher, const Shape& shape, const std::vecto
     return;
   }
   const Tiling tiling = tiling_of(shape, views);
-  with_tile(tiling, [&](auto tile) {
-    using AnyTile = decltype(tile);
-    const SumGrid grid = sum_grid_of(shape, tiling, AnyTile::kPixels, AnyTile::kChannels, views);
+  dispatch_tile(tiling, [&](auto tile) {
+    using TileT = decltype(tile);
+    const SumGrid grid = sum_grid_of(shape, tiling, TileT::kPixels, TileT::kChannels, views);
     const int64_t columns = (grid.groups + grid.width - 1) / grid.width;
-    const int64_t tiles_at_once = kTileThreads / grid.width * kTilesInFlight<AnyTile, Terms>;
+    const int64_t tiles_at_once = kTileThreads / grid.width * kTilesInFlight<TileT, Terms>;
     const int64_t splits = std::min(std::max<int64_t>(kSumBlocks / columns, 1), (grid.tiles + tiles_at_once - 1) / tiles_at_once);
     const Tensor partials = torch::stable::new_empty(like, {shape.channels * splits, 2}, ScalarType::Double);
     auto* const data = static_cast<double2*>(partials.mutable_data_ptr());
-    launcher(partial_sums_kernel<AnyTile, Terms>, columns, splits, kTileThreads, grid, terms, data);
+    launcher(partial_sums_kernel<TileT, Terms>, columns, splits, kTileThreads, grid, terms, data);
     constexpr int64_t kWarps = kTileThreads / 32;
     launcher(total_sums_kernel<Terms>, (shape.channels + kWarps - 1) / kWarps, kTileThreads, terms, data, splits, shape.channels);
   });

@@ -1,7 +1,7 @@
-// From the pre-activations of several generators to one normalised batch, in one launch, and back.
+// Activation, normalization, cast and concatenation of several generators' outputs in one launch, and the backward pass.
 //
-// A thread reads 8 pixels of every channel, in 16-byte accesses whatever the layout, and writes them likewise: an
-// image's planes become interleaved pixels in its registers.
+// A thread loads and stores 8 pixels of every channel in 16-byte accesses for either layout. The conversion from planar to
+// channels-last happens in registers.
 
 #include "operators.h"
 
@@ -16,7 +16,7 @@
 namespace dfkd_fast {
 namespace {
 
-// A constant a generator and channel, or none at all.
+// A constant per generator and channel; data is null if there is none.
 struct Constants {
   const float* data;
   int64_t generator;
@@ -25,15 +25,15 @@ struct Constants {
   __device__ __forceinline__ float at(int64_t g, int64_t c) const { return data[g * generator + c * channel]; }
 };
 
-// Of a (C,) or (G, C) tensor, or of nothing.
+// From an optional (C,) or (G, C) tensor.
 Constants constants_of(const std::optional<Tensor>& tensor, const char* name, int64_t generators, int64_t channels) {
   if (!tensor.has_value()) {
     return {nullptr, 0, 0};
   }
   const auto sizes = tensor->sizes();
-  const bool fits = sizes.size() == 1 ? sizes[0] == channels : sizes.size() == 2 && sizes[0] == generators && sizes[1] == channels;
-  STD_TORCH_CHECK(fits, name, " must have a value for each of ", generators, " generators and ", channels, " channels");
-  return {floats(*tensor, name), sizes.size() == 2 ? tensor->stride(0) : 0, tensor->stride(tensor->dim() - 1)};
+  const bool valid = sizes.size() == 1 ? sizes[0] == channels : sizes.size() == 2 && sizes[0] == generators && sizes[1] == channels;
+  STD_TORCH_CHECK(valid, name, " must have a value for each of ", generators, " generators and ", channels, " channels");
+  return {float_data(*tensor, name), sizes.size() == 2 ? tensor->stride(0) : 0, tensor->stride(tensor->dim() - 1)};
 }
 
 // (value - mean) / std for the channels of a tile.
@@ -53,33 +53,33 @@ struct Normalisation {
   __device__ __forceinline__ float operator()(float value, int k) const { return (value - mean[k]) * inverse_std[k]; }
 };
 
-constexpr int kMaxRaws = 16;  // of one launch
+constexpr int kMaxRaws = 16;  // per launch
 
 struct Forward {
   View raws[kMaxRaws];
-  int64_t ends[kMaxRaws];  // where a raw ends in this launch's part of the batch
-  View out;                // that part
+  int64_t ends[kMaxRaws];  // end row of each raw within the rows of this launch
+  View out;                // rows of the batch that this launch writes
   Constants mean;
   Constants std;
   Activation activation;
 
-  template <typename AnyTile>
+  template <typename TileT>
   __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
     int g = 0;
     while (n >= ends[g]) {
       ++g;
     }
-    float values[AnyTile::kCount];
-    load_tile<AnyTile>(raws[g], g == 0 ? n : n - ends[g - 1], c, p, values);
+    float values[TileT::kCount];
+    load_tile<TileT>(raws[g], g == 0 ? n : n - ends[g - 1], c, p, values);
     activate(activation, values);
     if (std.data != nullptr) {
-      const Normalisation<AnyTile::kChannels> normalise(mean, std, g, c);
+      const Normalisation<TileT::kChannels> normalise(mean, std, g, c);
 #pragma unroll
-      for (int i = 0; i < AnyTile::kCount; ++i) {
-        values[i] = normalise(values[i], i % AnyTile::kChannels);
+      for (int i = 0; i < TileT::kCount; ++i) {
+        values[i] = normalise(values[i], i % TileT::kChannels);
       }
     }
-    store_tile<AnyTile>(out, n, c, p, values);
+    store_tile<TileT>(out, n, c, p, values);
   }
 };
 
@@ -93,16 +93,16 @@ struct Backward {
   Constants gradient_dot;
   Activation activation;
 
-  template <typename AnyTile>
+  template <typename TileT>
   __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
-    constexpr int kCount = AnyTile::kCount;
-    constexpr int kChannels = AnyTile::kChannels;
+    constexpr int kCount = TileT::kCount;
+    constexpr int kChannels = TileT::kChannels;
     float gradients[kCount];
     float values[kCount];
     const bool needs_raw = activation != Activation::kNone || gradient_mean.data != nullptr;
-    load_tile<AnyTile>(gradient, n, c, p, gradients);
+    load_tile<TileT>(gradient, n, c, p, gradients);
     if (needs_raw) {
-      load_tile<AnyTile>(raw, n, c, p, values);
+      load_tile<TileT>(raw, n, c, p, values);
       activate(activation, values);
     }
     const Normalisation<kChannels> normalise(mean, std, 0, c);
@@ -136,11 +136,11 @@ struct Backward {
         gradients[i] *= values[i] * (1.0f - values[i]);
       }
     }
-    store_tile<AnyTile>(raw_gradient, n, c, p, gradients);
+    store_tile<TileT>(raw_gradient, n, c, p, gradients);
   }
 };
 
-// The means over a batch of the gradient, and of the gradient times what it is the gradient of.
+// Per-channel means of g and of g * x_hat, which the backward pass of batch normalization subtracts.
 struct GradientMoments {
   static constexpr int kTensors = 2;
 
@@ -149,37 +149,37 @@ struct GradientMoments {
   Constants mean;
   Constants std;
   Activation activation;
-  double count;  // of values of a channel
+  double count;  // elements per channel
   float* gradient_mean;
   float* gradient_dot;
 
-  template <typename AnyTile>
+  template <typename TileT>
   struct Loaded {
-    float gradients[AnyTile::kCount];
-    float values[AnyTile::kCount];
+    float gradients[TileT::kCount];
+    float values[TileT::kCount];
   };
 
-  template <typename AnyTile>
-  __device__ Normalisation<AnyTile::kChannels> constants(int64_t c) const {
+  template <typename TileT>
+  __device__ Normalisation<TileT::kChannels> constants(int64_t c) const {
     return {mean, std, 0, c};
   }
 
-  template <typename AnyTile>
-  __device__ __forceinline__ void load(int64_t n, int64_t c, int64_t p, Loaded<AnyTile>& loaded) const {
-    load_tile<AnyTile>(gradient, n, c, p, loaded.gradients);
-    load_tile<AnyTile>(raw, n, c, p, loaded.values);
+  template <typename TileT>
+  __device__ __forceinline__ void load(int64_t n, int64_t c, int64_t p, Loaded<TileT>& loaded) const {
+    load_tile<TileT>(gradient, n, c, p, loaded.gradients);
+    load_tile<TileT>(raw, n, c, p, loaded.values);
   }
 
-  template <typename AnyTile, typename Sum>
+  template <typename TileT, typename Sum>
   __device__ __forceinline__ void add(
-      const Normalisation<AnyTile::kChannels>& normalise,
-      Loaded<AnyTile>& loaded,
-      Sum (&first)[AnyTile::kChannels],
-      Sum (&second)[AnyTile::kChannels]) const {
+      const Normalisation<TileT::kChannels>& normalise,
+      Loaded<TileT>& loaded,
+      Sum (&first)[TileT::kChannels],
+      Sum (&second)[TileT::kChannels]) const {
     activate(activation, loaded.values);
 #pragma unroll
-    for (int i = 0; i < AnyTile::kCount; ++i) {
-      constexpr int kChannels = AnyTile::kChannels;
+    for (int i = 0; i < TileT::kCount; ++i) {
+      constexpr int kChannels = TileT::kChannels;
       first[i % kChannels] += loaded.gradients[i];
       second[i % kChannels] += Sum{loaded.gradients[i]} * normalise(loaded.values[i], i % kChannels);
     }
@@ -191,7 +191,7 @@ struct GradientMoments {
   }
 };
 
-// Shared by the two ways of getting a batch: allocated here, or given.
+// Shared by concat_forward, which allocates the output, and concat_forward_out.
 void concat_into(
     const Tensor& out,
     const std::vector<Tensor>& raws,
@@ -200,7 +200,7 @@ void concat_into(
     const std::optional<Tensor>& std) {
   const Shape whole = shape_of(out);
   const auto generators = static_cast<int64_t>(raws.size());
-  STD_TORCH_CHECK(mean.has_value() == std.has_value(), "mean and std go together");
+  STD_TORCH_CHECK(mean.has_value() == std.has_value(), "mean and std must be given together");
   Forward forward{};
   forward.activation = activation_of(activation);
   const Constants means = constants_of(mean, "mean", generators, whole.channels);
@@ -221,7 +221,7 @@ void concat_into(
       }
     }
     forward.out = view_of(out, "out");
-    forward.out.data = static_cast<char*>(out.mutable_data_ptr()) + written * forward.out.image * bytes_of(forward.out.storage);
+    forward.out.data = static_cast<char*>(out.mutable_data_ptr()) + written * forward.out.image * element_size(forward.out.dtype);
     views.push_back(forward.out);
     forward.mean = means;
     forward.std = stds;
@@ -275,13 +275,13 @@ Tensor concat_backward(
     const std::optional<Tensor>& gradient_mean,
     const std::optional<Tensor>& gradient_dot) {
   const Shape shape = shape_of(raw);
-  const Shape given = shape_of(gradient);
+  const Shape gradient_shape = shape_of(gradient);
   STD_TORCH_CHECK(
-      given.images == shape.images && given.channels == shape.channels && given.pixels == shape.pixels,
+      gradient_shape.images == shape.images && gradient_shape.channels == shape.channels && gradient_shape.pixels == shape.pixels,
       "gradient and raw differ in shape");
   STD_TORCH_CHECK(
       mean.has_value() == std.has_value() && gradient_mean.has_value() == gradient_dot.has_value(),
-      "mean and std go together, gradient_mean and gradient_dot, too");
+      "mean and std must be given together, and so must gradient_mean and gradient_dot");
   const Tensor raw_gradient = torch::stable::empty_like(raw);
   const Backward backward{
       view_of(gradient, "gradient"),
@@ -300,9 +300,9 @@ Tensor concat_backward(
 std::tuple<Tensor, Tensor> concat_gradient_moments(
     const Tensor& gradient, const Tensor& raw, const std::string& activation, const Tensor& mean, const Tensor& std) {
   const Shape shape = shape_of(raw);
-  const Shape given = shape_of(gradient);
+  const Shape gradient_shape = shape_of(gradient);
   STD_TORCH_CHECK(
-      given.images == shape.images && given.channels == shape.channels && given.pixels == shape.pixels,
+      gradient_shape.images == shape.images && gradient_shape.channels == shape.channels && gradient_shape.pixels == shape.pixels,
       "gradient and raw differ in shape");
   const Tensor gradient_mean = torch::stable::new_empty(raw, {shape.channels}, ScalarType::Float);
   const Tensor gradient_dot = torch::stable::new_empty(raw, {shape.channels}, ScalarType::Float);

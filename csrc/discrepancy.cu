@@ -1,9 +1,9 @@
 // L1, Kullback-Leibler and Jensen-Shannon discrepancies of logits, with their gradients and the top-1 agreement.
 //
-// A row is the C logits of one sample or pixel. A team of neighbouring threads shares it: one thread where pixels are
-// neighbours in memory, up to a warp where classes are, a block where a row is long. What fits is held in registers, so
-// logits are read once; longer rows are read again by every pass. Losses add up in float64: a partial a block, and a
-// second kernel, so that equal inputs give equal bits.
+// A row is the C logits of one sample or pixel. A team of adjacent threads processes it: one thread where pixels are
+// contiguous in memory, up to a warp where classes are, a block for long rows. Rows that fit are held in registers, so
+// that logits are read once; longer rows are read once per pass. Losses are accumulated in float64: one partial sum per
+// block and a second kernel that adds them in order, so that results are bitwise reproducible.
 
 #include "operators.h"
 
@@ -11,7 +11,7 @@
 #include "launch.cuh"
 #include "losses.cuh"
 #include "rows.cuh"
-#include "storage.cuh"
+#include "dtype.cuh"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -22,12 +22,12 @@ namespace dfkd_fast {
 namespace {
 
 constexpr int kMaxBlocks = 2048;
-constexpr int kBatch = 8;  // classes that a thread reads at once from a row that it cannot hold
+constexpr int kBatch = 8;  // classes that a thread loads at once from a row that does not fit into registers
 
 struct Results {
   double scale;
   float* loss;
-  int64_t* agreement;  // or null
+  int64_t* agreement;  // null if not requested
 
   __device__ void write(double loss_sum, double agreed) const {
     *loss = static_cast<float>(scale * loss_sum);
@@ -40,15 +40,15 @@ struct Results {
 struct Problem {
   View student;
   View teacher;
-  View student_unit;  // their data is null if they are not wanted
-  View teacher_unit;
+  View student_grad_unscaled;  // data is null if the gradient is not required
+  View teacher_grad_unscaled;
   int64_t rows;
   int64_t pixels;
   int32_t classes;
-  int32_t team;  // threads a row: a power of two up to a warp, or a block
+  int32_t team;  // threads per row: a power of two up to a warp, or a block
   float inverse_temperature;
   Results results;
-  double2* partials;  // (loss, agreement) of a block
+  double2* partials;  // (loss, agreement) per block
 };
 
 __device__ __forceinline__ Row row_of(const Problem& problem, int64_t row) {
@@ -61,13 +61,13 @@ __device__ __forceinline__ Row row_of(const Problem& problem, int64_t row) {
 // ---- Writing the results
 
 template <int kCount>
-__device__ __forceinline__ void store_units(
+__device__ __forceinline__ void store_gradients(
     const Problem& problem, const Row& row, int begin, const float (&student)[kCount], const float (&teacher)[kCount]) {
-  if (problem.student_unit.data != nullptr) {
-    store_share(problem.student_unit, row, begin, student);
+  if (problem.student_grad_unscaled.data != nullptr) {
+    store_share(problem.student_grad_unscaled, row, begin, student);
   }
-  if (problem.teacher_unit.data != nullptr) {
-    store_share(problem.teacher_unit, row, begin, teacher);
+  if (problem.teacher_grad_unscaled.data != nullptr) {
+    store_share(problem.teacher_grad_unscaled, row, begin, teacher);
   }
 }
 
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The rows of a block's teams, the same number of times for every thread of it.
+// Grid-stride loop over rows. All threads of a block run the same number of iterations, because `reduce` synchronizes.
 template <typename Body>
 __device__ __forceinline__ void for_each_row(const Problem& problem, Body&& body) {
   const int teams = kThreads / problem.team;
@@ -109,46 +109,46 @@ __device__ __forceinline__ void for_each_row(const Problem& problem, Body&& body
   }
 }
 
-// ---- Rows held in registers, kHeld classes a thread.
+// ---- Rows held in registers, kPerThread classes per thread
 
-template <typename Loss, int kHeld>
-__global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(const __grid_constant__ Problem problem) {
+template <typename Loss, int kPerThread>
+__global__ void __launch_bounds__(kThreads, kPerThread <= 16 ? 4 : 2) register_kernel(const __grid_constant__ Problem problem) {
   float loss = 0.0f;
   int agreements = 0;
   for_each_row(problem, [&](const Row& row) {
-    float student[kHeld];
-    float teacher[kHeld];
+    float student[kPerThread];
+    float teacher[kPerThread];
     load_share(problem.student, row, 0, student);
     load_share(problem.teacher, row, 0, teacher);
     if (problem.results.agreement != nullptr) {
       Rank best_student = 0;
       Rank best_teacher = 0;
-      raise(best_student, row, 0, student);
-      raise(best_teacher, row, 0, teacher);
-      agreements += agreed(best_student, best_teacher, row);
+      update_top(best_student, row, 0, student);
+      update_top(best_teacher, row, 0, teacher);
+      agreements += top_classes_agree(best_student, best_teacher, row);
     }
     if constexpr (std::is_same_v<Loss, L1>) {
-      for_each_class<kHeld>(row, 0, [&](int i) {
+      for_each_class<kPerThread>(row, 0, [&](int i) {
         loss += L1::loss(student[i], teacher[i]);
         student[i] = L1::gradient(student[i], teacher[i]);
       });
-      if (problem.student_unit.data != nullptr) {
-        store_share_as<int8_t>(problem.student_unit, row, 0, student);
+      if (problem.student_grad_unscaled.data != nullptr) {
+        store_share_as<int8_t>(problem.student_grad_unscaled, row, 0, student);
       }
     } else {
-      // The greatest finite negative number, so that a row may begin with -inf.
+      // Lowest finite number instead of -inf, so that leading logits may be -inf.
       float student_max = -FLT_MAX;
       float teacher_max = -FLT_MAX;
-      for_each_class<kHeld>(row, 0, [&](int i) {
+      for_each_class<kPerThread>(row, 0, [&](int i) {
         student_max = fmaxf(student_max, student[i]);
         teacher_max = fmaxf(teacher_max, teacher[i]);
       });
       student_max = reduce(student_max, row.team, Max());
       teacher_max = reduce(teacher_max, row.team, Max());
-      float log_ratio[kHeld];
+      float log_ratio[kPerThread];
       float student_sum = 0.0f;
       float teacher_sum = 0.0f;
-      for_each_class<kHeld>(row, 0, [&](int i) {
+      for_each_class<kPerThread>(row, 0, [&](int i) {
         const float student_logit = (student[i] - student_max) * problem.inverse_temperature;
         const float teacher_logit = (teacher[i] - teacher_max) * problem.inverse_temperature;
         student_sum += student[i] = expf(student_logit);
@@ -160,9 +160,9 @@ __global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(con
       const float student_factor = 1.0f / student_sum;
       const float teacher_factor = 1.0f / teacher_sum;
       const float shift = logf(student_sum) - logf(teacher_sum);
-      Pair divergence[kHeld];
+      Pair divergence[kPerThread];
       Pair mean{0.0f, 0.0f};
-      for_each_class<kHeld>(row, 0, [&](int i) {
+      for_each_class<kPerThread>(row, 0, [&](int i) {
         student[i] *= student_factor;
         teacher[i] *= teacher_factor;
         divergence[i] = Loss::divergence(student[i], teacher[i], log_ratio[i] + shift);
@@ -170,42 +170,42 @@ __global__ void __launch_bounds__(kThreads, kHeld <= 16 ? 4 : 2) held_kernel(con
         mean.student += student[i] * divergence[i].student;
         mean.teacher += teacher[i] * divergence[i].teacher;
       });
-      if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
+      if (problem.student_grad_unscaled.data != nullptr || problem.teacher_grad_unscaled.data != nullptr) {
         mean.student = reduce(mean.student, row.team, Sum());
         mean.teacher = reduce(mean.teacher, row.team, Sum());
-        for_each_class<kHeld>(row, 0, [&](int i) {
+        for_each_class<kPerThread>(row, 0, [&](int i) {
           const Pair gradient = Loss::gradient(student[i], teacher[i], divergence[i], mean);
           student[i] = gradient.student * problem.inverse_temperature;
           teacher[i] = gradient.teacher * problem.inverse_temperature;
         });
-        store_units(problem, row, 0, student, teacher);
+        store_gradients(problem, row, 0, student, teacher);
       }
     }
   });
   write_results(problem, loss, agreements);
 }
 
-// ---- Rows of any length, a few classes at a time.
+// ---- Rows of any length, kBatch classes at a time
 
-// The softmax of one side of a row, as it becomes known. Sums of a whole row are float64, so that thousands of small
-// terms are not lost beside a great one; those of a batch are float32.
+// Online softmax of one side of a row. The running sum is float64, so that thousands of small terms are not lost next to
+// a large one; sums within a batch are float32.
 struct Softmax {
   float max = -FLT_MAX;
   double sum = 0.0;  // of exp(logit - max)
 
   template <int kCount>
   __device__ void add(const Row& row, int begin, const float (&logits)[kCount], float inverse_temperature) {
-    const float before = max;
+    const float old_max = max;
     for_each_class<kCount>(row, begin, [&](int i) { max = fmaxf(max, logits[i]); });
     float batch_sum = 0.0f;
     for_each_class<kCount>(row, begin, [&](int i) { batch_sum += expf((logits[i] - max) * inverse_temperature); });
-    sum = sum * expf((before - max) * inverse_temperature) + batch_sum;
+    sum = sum * expf((old_max - max) * inverse_temperature) + batch_sum;
   }
 
-  __device__ void join(int team, float inverse_temperature) {
-    const float own = max;
+  __device__ void all_reduce(int team, float inverse_temperature) {
+    const float thread_max = max;
     max = reduce(max, team, Max());
-    sum = reduce(sum * expf((own - max) * inverse_temperature), team, Sum());
+    sum = reduce(sum * expf((thread_max - max) * inverse_temperature), team, Sum());
   }
 };
 
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
   for_each_row(problem, [&](const Row& row) {
     float student[kBatch];
     float teacher[kBatch];
-    // Visits the row with `visit(begin)`, which finds its classes in student and teacher.
+    // Loads the row batch by batch into `student` and `teacher` and calls `visit(begin)` for each.
     const auto pass = [&](auto&& visit) {
       for (int begin = 0; begin < row.count; begin += kBatch) {
         load_share(problem.student, row, begin, student);
@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
     Rank best_teacher = 0;
     const auto rank = [&](int begin) {
       if (problem.results.agreement != nullptr) {
-        raise(best_student, row, begin, student);
-        raise(best_teacher, row, begin, teacher);
+        update_top(best_student, row, begin, student);
+        update_top(best_teacher, row, begin, teacher);
       }
     };
     if constexpr (std::is_same_v<Loss, L1>) {
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
           loss += L1::loss(student[i], teacher[i]);
           student[i] = L1::gradient(student[i], teacher[i]);
         });
-        if (problem.student_unit.data != nullptr) {
-          store_share_as<int8_t>(problem.student_unit, row, begin, student);
+        if (problem.student_grad_unscaled.data != nullptr) {
+          store_share_as<int8_t>(problem.student_grad_unscaled, row, begin, student);
         }
       });
     } else {
@@ -252,12 +252,12 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
         student_softmax.add(row, begin, student, inverse_temperature);
         teacher_softmax.add(row, begin, teacher, inverse_temperature);
       });
-      student_softmax.join(row.team, inverse_temperature);
-      teacher_softmax.join(row.team, inverse_temperature);
+      student_softmax.all_reduce(row.team, inverse_temperature);
+      teacher_softmax.all_reduce(row.team, inverse_temperature);
       const float student_factor = 1.0f / static_cast<float>(student_softmax.sum);
       const float teacher_factor = 1.0f / static_cast<float>(teacher_softmax.sum);
       const float shift = logf(static_cast<float>(student_softmax.sum)) - logf(static_cast<float>(teacher_softmax.sum));
-      // Makes probabilities of logits, and returns their divergence.
+      // Replaces logits by probabilities and returns their log ratios.
       const auto compare = [&](float& student_value, float& teacher_value) {
         const float student_logit = (student_value - student_softmax.max) * inverse_temperature;
         const float teacher_logit = (teacher_value - teacher_softmax.max) * inverse_temperature;
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
         teacher_sum += sum.teacher;
       });
       loss += static_cast<float>(loss_sum);
-      if (problem.student_unit.data != nullptr || problem.teacher_unit.data != nullptr) {
+      if (problem.student_grad_unscaled.data != nullptr || problem.teacher_grad_unscaled.data != nullptr) {
         const Pair mean{
             static_cast<float>(reduce(student_sum, row.team, Sum())), static_cast<float>(reduce(teacher_sum, row.team, Sum()))};
         pass([&](int begin) {
@@ -292,21 +292,21 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
             student[i] = gradient.student * inverse_temperature;
             teacher[i] = gradient.teacher * inverse_temperature;
           });
-          store_units(problem, row, begin, student, teacher);
+          store_gradients(problem, row, begin, student, teacher);
         });
       }
     }
     if (problem.results.agreement != nullptr) {
-      agreements += agreed(best_student, best_teacher, row);
+      agreements += top_classes_agree(best_student, best_teacher, row);
     }
   });
   write_results(problem, loss, agreements);
 }
 
-// ---- The host's side
+// ---- Host code
 
-// Threads a row, where `kernel_of` finds room for its classes. Where classes are closer in memory than rows are, a row is
-// spread over as many threads as hold it in a few registers each; else neighbouring threads take neighbouring rows.
+// Threads per row. Where the class stride is smaller than the row stride, a row is spread over enough threads to hold it in a
+// few registers each; otherwise adjacent threads process adjacent rows.
 int team_of(const Shape& shape, const View& logits) {
   const int64_t rows = shape.images * shape.pixels;
   const int64_t row_stride = shape.pixels > 1 ? logits.pixel : logits.image;
@@ -323,10 +323,10 @@ int team_of(const Shape& shape, const View& logits) {
 template <typename Loss>
 auto kernel_of(int classes, int team) -> void (*)(Problem) {
   const int per_thread = (classes + team - 1) / team;
-  return per_thread <= 1    ? held_kernel<Loss, 1>
-         : per_thread <= 8  ? held_kernel<Loss, 8>
-         : per_thread <= 16 ? held_kernel<Loss, 16>
-         : per_thread <= 32 ? held_kernel<Loss, 32>
+  return per_thread <= 1    ? register_kernel<Loss, 1>
+         : per_thread <= 8  ? register_kernel<Loss, 8>
+         : per_thread <= 16 ? register_kernel<Loss, 16>
+         : per_thread <= 32 ? register_kernel<Loss, 32>
                             : streamed_kernel<Loss>;
 }
 
@@ -342,15 +342,15 @@ void launch(const Launcher& launcher, Problem& problem, const Tensor& like) {
   }
 }
 
-// The loss, the units of both sides and the agreement, empty where they are not asked for.
+// Returns (loss, student gradient, teacher gradient, agreement); gradients are not scaled, outputs not requested are empty.
 template <typename Loss>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& student,
     const Tensor& teacher,
     double temperature,
     double scale,
-    bool student_gradient,
-    bool teacher_gradient,
+    bool student_requires_grad,
+    bool teacher_requires_grad,
     bool agreement) {
   const Shape shape = shape_of(student);
   const auto sizes = student.sizes();
@@ -358,25 +358,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       teacher.dim() == student.dim() && std::equal(sizes.begin(), sizes.end(), teacher.sizes().begin()),
       "student and teacher logits differ in shape");
   STD_TORCH_CHECK(shape.channels <= INT32_MAX - kBatch * kThreads, "too many classes: ", shape.channels);
-  const auto empty = [&](bool wanted, ScalarType dtype) {
-    return torch::stable::new_empty(student, wanted ? std::vector<int64_t>{} : std::vector<int64_t>{0}, dtype);
+  const auto empty = [&](bool enabled, ScalarType dtype) {
+    return torch::stable::new_empty(student, enabled ? std::vector<int64_t>{} : std::vector<int64_t>{0}, dtype);
   };
-  const auto unit_of = [&](const Tensor& logits, bool wanted) {
+  const auto empty_grad = [&](const Tensor& logits, bool enabled) {
     const ScalarType dtype = std::is_same_v<Loss, L1> ? ScalarType::Char : logits.scalar_type();
-    return wanted ? empty_like(logits, dtype) : empty(false, dtype);
+    return enabled ? empty_like(logits, dtype) : empty(false, dtype);
   };
   const Tensor loss = empty(true, ScalarType::Float);
-  const Tensor student_unit = unit_of(student, student_gradient);
-  const Tensor teacher_unit = unit_of(teacher, teacher_gradient);
+  const Tensor student_grad_unscaled = empty_grad(student, student_requires_grad);
+  const Tensor teacher_grad_unscaled = empty_grad(teacher, teacher_requires_grad);
   const Tensor count = empty(agreement, ScalarType::Long);
   Problem problem{};
   problem.student = view_of(student, "student");
   problem.teacher = view_of(teacher, "teacher");
-  if (student_gradient) {
-    problem.student_unit = view_of(student_unit, std::is_same_v<Loss, L1> ? Storage::kInt8 : problem.student.storage);
+  if (student_requires_grad) {
+    problem.student_grad_unscaled = view_of(student_grad_unscaled, std::is_same_v<Loss, L1> ? Dtype::kInt8 : problem.student.dtype);
   }
-  if (teacher_gradient) {
-    problem.teacher_unit = view_of(teacher_unit, problem.teacher.storage);
+  if (teacher_requires_grad) {
+    problem.teacher_grad_unscaled = view_of(teacher_grad_unscaled, problem.teacher.dtype);
   }
   problem.rows = shape.channels == 0 ? 0 : shape.images * shape.pixels;
   problem.pixels = shape.pixels;
@@ -388,14 +388,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       static_cast<float*>(loss.mutable_data_ptr()),
       agreement ? static_cast<int64_t*>(count.mutable_data_ptr()) : nullptr};
   launch<Loss>(Launcher(student), problem, student);
-  return {loss, student_unit, teacher_unit, count};
+  return {loss, student_grad_unscaled, teacher_grad_unscaled, count};
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> l1_forward(
-    const Tensor& student, const Tensor& teacher, double scale, bool gradient, bool agreement) {
-  const auto [loss, sign, none, count] = forward<L1>(student, teacher, 1.0, scale, gradient, false, agreement);
+    const Tensor& student, const Tensor& teacher, double scale, bool requires_grad, bool agreement) {
+  const auto [loss, sign, none, count] = forward<L1>(student, teacher, 1.0, scale, requires_grad, false, agreement);
   return {loss, sign, count};
 }
 
@@ -404,10 +404,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kl_forward(
     const Tensor& teacher,
     double temperature,
     double scale,
-    bool student_gradient,
-    bool teacher_gradient,
+    bool student_requires_grad,
+    bool teacher_requires_grad,
     bool agreement) {
-  return forward<KullbackLeibler>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
+  return forward<KullbackLeibler>(student, teacher, temperature, scale, student_requires_grad, teacher_requires_grad, agreement);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> js_forward(
@@ -415,10 +415,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> js_forward(
     const Tensor& teacher,
     double temperature,
     double scale,
-    bool student_gradient,
-    bool teacher_gradient,
+    bool student_requires_grad,
+    bool teacher_requires_grad,
     bool agreement) {
-  return forward<JensenShannon>(student, teacher, temperature, scale, student_gradient, teacher_gradient, agreement);
+  return forward<JensenShannon>(student, teacher, temperature, scale, student_requires_grad, teacher_requires_grad, agreement);
 }
 
 }  // namespace dfkd_fast

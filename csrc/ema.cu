@@ -1,13 +1,13 @@
-// Exponential moving averages of a list of tensors, in one launch for any list that a network has.
+// Multi-tensor exponential moving average: one launch for up to 800 tensors.
 //
-// The list travels as a kernel argument, so that nothing is copied to the device first and a captured graph holds its
-// own. A block takes a chunk of one tensor and finds it by bisection. It is all memory traffic: 12 bytes an element in
-// float32, moved in 16-byte accesses, eight of a thread in flight.
+// The list is passed as a kernel argument, so that no host-to-device copy is needed and a captured CUDA graph contains it.
+// A block processes one chunk of one tensor, found by binary search. The kernel is memory-bound: 12 bytes per float32
+// element, in 16-byte accesses with eight in flight per thread.
 
 #include "operators.h"
 
 #include "launch.cuh"
-#include "storage.cuh"
+#include "dtype.cuh"
 
 #include <algorithm>
 #include <vector>
@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;
-constexpr int kVector = 4;                            // elements in 16 bytes of an average
-constexpr int kChunk = kThreads * kUnroll * kVector;  // elements of a block; of tensors that are copied, bytes
+constexpr int kVector = 4;                            // float32 elements per 16 bytes
+constexpr int kChunk = kThreads * kUnroll * kVector;  // elements per block; bytes for integer tensors, which are copied
 static_assert(kChunk == kThreads * sizeof(uint4));
 
 enum class Update : int8_t { kAverage, kAverageByElements, kCopy };
@@ -26,17 +26,17 @@ enum class Update : int8_t { kAverage, kAverageByElements, kCopy };
 struct Pair {
   void* average;
   const void* source;
-  void* shadow;         // or null
-  int64_t count;        // elements; bytes if they are copied
+  void* shadow;         // null if there is none
+  int64_t count;        // elements; bytes if copied
   int32_t first_block;
   Update update;
-  Storage source_storage;
-  Storage shadow_storage;
+  Dtype source_dtype;
+  Dtype shadow_dtype;
 };
 
 struct Decay {
   float weight;        // 1 - decay
-  const void* device;  // the decay itself, which then counts, or null
+  const void* device;  // pointer to the decay, which overrides `weight`, or null
   bool is_double;
 
   __device__ float read() const {
@@ -54,12 +54,12 @@ struct Table {
   Decay decay;
 };
 
-// A kernel's arguments may take 4 KB at no extra cost, and 32,764 bytes at most.
+// Kernel arguments are limited to 32,764 bytes; up to 4 KB have no extra cost.
 using SmallTable = Table<100>;
 using LargeTable = Table<800>;
 static_assert(sizeof(SmallTable) <= 4096 && sizeof(LargeTable) <= 32764);
 
-// torch.lerp's formula, which is exact at both ends.
+// The formula of torch.lerp, exact for weights 0 and 1.
 __device__ __forceinline__ float lerp(float average, float source, float weight) {
   const float difference = source - average;
   return weight < 0.5f ? average + weight * difference : source - difference * (1.0f - weight);
@@ -78,7 +78,7 @@ __device__ __forceinline__ void average_elements(const Pair& pair, int64_t begin
         load(averages + first + u * kStride, average[u]);
       }
     }
-    with_floating(pair.source_storage, [&](auto type) {
+    dispatch_floating(pair.source_dtype, [&](auto type) {
       using T = typename decltype(type)::type;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ void average_elements(const Pair& pair, int64_t begin
       }
     }
     if (pair.shadow != nullptr) {
-      with_floating(pair.shadow_storage, [&](auto type) {
+      dispatch_floating(pair.shadow_dtype, [&](auto type) {
         using T = typename decltype(type)::type;
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void average_elements(const Pair& pair, int64_t begin
   }
 }
 
-// Sixteen bytes a thread.
+// Sixteen bytes per thread.
 __device__ __forceinline__ void copy_bytes(const Pair& pair, int64_t begin, int64_t end) {
   const int64_t first = begin + threadIdx.x * int64_t{sizeof(uint4)};
   const auto* const source = static_cast<const char*>(pair.source);
@@ -119,8 +119,8 @@ __device__ __forceinline__ void copy_bytes(const Pair& pair, int64_t begin, int6
     if (target == nullptr) {
       continue;
     }
-    const bool whole = (reinterpret_cast<uintptr_t>(source + first) | reinterpret_cast<uintptr_t>(target + first)) % sizeof(uint4) == 0;
-    if (whole && first + int64_t{sizeof(uint4)} <= end) {
+    const auto addresses = reinterpret_cast<uintptr_t>(source + first) | reinterpret_cast<uintptr_t>(target + first);
+    if (addresses % sizeof(uint4) == 0 && first + int64_t{sizeof(uint4)} <= end) {
       *reinterpret_cast<uint4*>(target + first) = *reinterpret_cast<const uint4*>(source + first);
     } else {
       for (int64_t i = first; i < min(first + int64_t{sizeof(uint4)}, end); ++i) {
@@ -130,8 +130,8 @@ __device__ __forceinline__ void copy_bytes(const Pair& pair, int64_t begin, int6
   }
 }
 
-template <typename AnyTable>
-__global__ void __launch_bounds__(kThreads) ema_kernel(const __grid_constant__ AnyTable table) {
+template <typename TableT>
+__global__ void __launch_bounds__(kThreads) ema_kernel(const __grid_constant__ TableT table) {
   int low = 0;
   for (int high = table.size; high - low > 1;) {
     const int middle = (low + high) / 2;
@@ -187,17 +187,17 @@ Pair make_pair(const Tensor& average, const Tensor& source, const Tensor* shadow
     return pair;
   }
   STD_TORCH_CHECK(dtype == ScalarType::Float, "averages must be float32 or integers, not ", torch::headeronly::toString(dtype));
-  pair.source_storage = storage_of(source.scalar_type(), "sources");
-  pair.shadow_storage = shadow == nullptr ? Storage::kFloat : storage_of(shadow->scalar_type(), "shadows");
-  const bool vectors = aligned(pair.average, kVector * 4) && aligned(pair.source, kVector * bytes_of(pair.source_storage)) &&
-                       aligned(pair.shadow, kVector * bytes_of(pair.shadow_storage));
+  pair.source_dtype = dtype_of(source.scalar_type(), "sources");
+  pair.shadow_dtype = shadow == nullptr ? Dtype::kFloat : dtype_of(shadow->scalar_type(), "shadows");
+  const bool vectors = is_aligned(pair.average, kVector * 4) && is_aligned(pair.source, kVector * element_size(pair.source_dtype)) &&
+                       is_aligned(pair.shadow, kVector * element_size(pair.shadow_dtype));
   pair.update = vectors ? Update::kAverage : Update::kAverageByElements;
   return pair;
 }
 
-template <typename AnyTable>
+template <typename TableT>
 void launch(const Launcher& launcher, const std::vector<Pair>& pairs, size_t first, size_t last, const Decay& decay) {
-  AnyTable table{};
+  TableT table{};
   table.decay = decay;
   int64_t blocks = 0;
   for (size_t i = first; i < last; ++i) {
@@ -205,7 +205,7 @@ void launch(const Launcher& launcher, const std::vector<Pair>& pairs, size_t fir
     pair.first_block = static_cast<int32_t>(blocks);
     blocks += (pair.count + kChunk - 1) / kChunk;
   }
-  launcher(ema_kernel<AnyTable>, blocks, kThreads, table);
+  launcher(ema_kernel<TableT>, blocks, kThreads, table);
 }
 
 }  // namespace
@@ -232,7 +232,7 @@ void ema_update_(
   Decay weight{static_cast<float>(1.0 - decay), nullptr, false};
   if (device_decay.has_value()) {
     weight.is_double = device_decay->scalar_type() == ScalarType::Double;
-    weight.device = weight.is_double ? device_decay->const_data_ptr() : floats(*device_decay, "device_decay");
+    weight.device = weight.is_double ? device_decay->const_data_ptr() : float_data(*device_decay, "device_decay");
   }
   const Launcher launcher(averages.front());
   constexpr size_t kSmall = std::size(SmallTable{}.pairs);

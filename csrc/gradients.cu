@@ -1,9 +1,9 @@
-// The gradients of a discrepancy from the units that its forward pass left, both sides in one launch.
+// Multiplies the gradients saved by a discrepancy's forward pass by the upstream gradient, both sides in one launch.
 
 #include "operators.h"
 
 #include "launch.cuh"
-#include "storage.cuh"
+#include "dtype.cuh"
 
 #include <algorithm>
 #include <utility>
@@ -15,12 +15,12 @@ constexpr int kScaleThreads = 256;
 constexpr int kScaleVector = 8;
 
 struct Scaling {
-  const void* unit;
+  const void* grad_unscaled;
   void* gradient;
   int64_t count;
   float scale;
-  Storage unit_storage;
-  Storage gradient_storage;
+  Dtype grad_unscaled_dtype;
+  Dtype gradient_dtype;
   bool vectors;
 };
 
@@ -33,15 +33,15 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_const
   const Scaling& side = scalings.sides[blockIdx.y];
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * kScaleVector;
   const auto factor = *scalings.upstream * side.scale;
-  const bool whole = side.vectors && first + kScaleVector <= side.count;
+  const bool vectorized = side.vectors && first + kScaleVector <= side.count;
   if (first >= side.count) {
     return;
   }
   float values[kScaleVector];
-  with_any(side.unit_storage, [&](auto type) {
+  dispatch_floating_or_int8(side.grad_unscaled_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const T* const source = static_cast<const T*>(side.unit) + first;
-    if (whole) {
+    const T* const source = static_cast<const T*>(side.grad_unscaled) + first;
+    if (vectorized) {
       load(source, values);
       return;
     }
@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_const
   for (float& value : values) {
     value *= factor;
   }
-  with_floating(side.gradient_storage, [&](auto type) {
+  dispatch_floating(side.gradient_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     T* const target = static_cast<T*>(side.gradient) + first;
-    if (whole) {
+    if (vectorized) {
       store(target, values);
       return;
     }
@@ -72,43 +72,43 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_const
   });
 }
 
-Scaling scaling_of(const Tensor& unit, const Tensor& gradient, double scale) {
-  const ScalarType dtype = unit.scalar_type();
+Scaling scaling_of(const Tensor& grad_unscaled, const Tensor& gradient, double scale) {
+  const ScalarType dtype = grad_unscaled.scalar_type();
   Scaling scaling{};
-  scaling.unit = unit.const_data_ptr();
+  scaling.grad_unscaled = grad_unscaled.const_data_ptr();
   scaling.gradient = gradient.mutable_data_ptr();
-  scaling.count = unit.numel();
+  scaling.count = grad_unscaled.numel();
   scaling.scale = static_cast<float>(scale);
-  scaling.unit_storage = dtype == ScalarType::Char ? Storage::kInt8 : storage_of(dtype, "units");
-  scaling.gradient_storage = storage_of(gradient.scalar_type(), "gradients");
-  scaling.vectors = aligned(scaling.unit, 16) && aligned(scaling.gradient, 16);
+  scaling.grad_unscaled_dtype = dtype == ScalarType::Char ? Dtype::kInt8 : dtype_of(dtype, "gradients before scaling");
+  scaling.gradient_dtype = dtype_of(gradient.scalar_type(), "gradients");
+  scaling.vectors = is_aligned(scaling.grad_unscaled, 16) && is_aligned(scaling.gradient, 16);
   return scaling;
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> scale_gradients(
-    const Tensor& student_unit,
-    const Tensor& teacher_unit,
+    const Tensor& student_grad_unscaled,
+    const Tensor& teacher_grad_unscaled,
     const Tensor& upstream,
     double student_scale,
     double teacher_scale,
     ScalarType student_dtype,
     ScalarType teacher_dtype) {
-  const Tensor student_gradient = empty_like(student_unit, student_dtype);
-  const Tensor teacher_gradient = empty_like(teacher_unit, teacher_dtype);
-  const int64_t largest = std::max(student_unit.numel(), teacher_unit.numel());
+  const Tensor student_grad = empty_like(student_grad_unscaled, student_dtype);
+  const Tensor teacher_grad = empty_like(teacher_grad_unscaled, teacher_dtype);
+  const int64_t largest = std::max(student_grad_unscaled.numel(), teacher_grad_unscaled.numel());
   Scalings scalings{};
-  scalings.upstream = floats(upstream, "upstream");
-  scalings.sides[0] = scaling_of(student_unit, student_gradient, student_scale);
-  scalings.sides[1] = scaling_of(teacher_unit, teacher_gradient, teacher_scale);
+  scalings.upstream = float_data(upstream, "upstream");
+  scalings.sides[0] = scaling_of(student_grad_unscaled, student_grad, student_scale);
+  scalings.sides[1] = scaling_of(teacher_grad_unscaled, teacher_grad, teacher_scale);
   if (scalings.sides[0].count == 0) {
     std::swap(scalings.sides[0], scalings.sides[1]);
   }
   constexpr int64_t kPerBlock = kScaleThreads * kScaleVector;
   const Launcher launcher(upstream);
   launcher(scale_kernel, (largest + kPerBlock - 1) / kPerBlock, scalings.sides[1].count == 0 ? 1 : 2, kScaleThreads, scalings);
-  return {student_gradient, teacher_gradient};
+  return {student_grad, teacher_grad};
 }
 
 }  // namespace dfkd_fast

@@ -1,4 +1,4 @@
-// Where kernels run and how they are started.
+// Kernel launches on PyTorch's current stream.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -15,7 +15,7 @@ namespace dfkd_fast {
 
 using torch::stable::Tensor;
 
-// Makes a tensor's device current for as long as it lives, and starts kernels on PyTorch's stream there.
+// Device guard for the tensor's device that launches kernels on PyTorch's current stream.
 class Launcher {
  public:
   explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -24,7 +24,7 @@ class Launcher {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  // No block, no launch: an empty tensor's kernel is not an error.
+  // Does nothing if the grid is empty, as for an empty tensor.
   template <typename... Parameters>
   void operator()(
       void (*kernel)(Parameters...), int64_t blocks, int threads, const std::type_identity_t<Parameters>&... arguments) const {

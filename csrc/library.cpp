@@ -1,4 +1,4 @@
-// torch.ops.dfkd_fast.<operator>.cuda: the schemas are those that kernels/operators.py gives the other backends.
+// Registers torch.ops.dfkd_fast.<operator>.cuda with the same schemas as the other backends (kernels/operators.py).
 
 #include "operators.h"
 
@@ -8,15 +8,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfkd_fast, library) {
   library.def(
       "ema_update_.cuda(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] shadows, float decay, Tensor? device_decay) -> ()");
 
-  library.def("l1_forward.cuda(Tensor student, Tensor teacher, float scale, bool gradient, bool agreement) -> (Tensor, Tensor, Tensor)");
   library.def(
-      "kl_forward.cuda(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, "
-      "bool teacher_gradient, bool agreement) -> (Tensor, Tensor, Tensor, Tensor)");
+      "l1_forward.cuda(Tensor student, Tensor teacher, float scale, bool requires_grad, bool agreement) -> (Tensor, Tensor, Tensor)");
   library.def(
-      "js_forward.cuda(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, "
-      "bool teacher_gradient, bool agreement) -> (Tensor, Tensor, Tensor, Tensor)");
+      "kl_forward.cuda(Tensor student, Tensor teacher, float temperature, float scale, bool student_requires_grad, "
+      "bool teacher_requires_grad, bool agreement) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "scale_gradients.cuda(Tensor student_unit, Tensor teacher_unit, Tensor upstream, float student_scale, "
+      "js_forward.cuda(Tensor student, Tensor teacher, float temperature, float scale, bool student_requires_grad, "
+      "bool teacher_requires_grad, bool agreement) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "scale_gradients.cuda(Tensor student_grad_unscaled, Tensor teacher_grad_unscaled, Tensor upstream, float student_scale, "
       "float teacher_scale, ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)");
 
   library.def("moments_forward.cuda(Tensor x, str activation) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -1,4 +1,4 @@
-// The mean and variance of every channel in one read, and the gradient through them.
+// Per-channel mean and variance in one pass, and the backward pass.
 
 #include "operators.h"
 
@@ -8,31 +8,31 @@
 namespace dfkd_fast {
 namespace {
 
-// Sums about a pivot, one of the channel's own values: the sums of its values and squares would cancel where the mean
-// is large beside the deviation.
+// Shifted sums: each channel is shifted by one of its own values (the pivot). Unshifted sums would cancel where the mean is
+// large compared with the standard deviation.
 struct Moments {
   static constexpr int kTensors = 1;
 
   View x;
   Activation activation;
-  double count;  // of values of a channel
+  double count;  // elements per channel
   double* sum;
   double* square_sum;
   float* mean;
   float* variance;
 
-  template <typename AnyTile>
+  template <typename TileT>
   struct Loaded {
-    float values[AnyTile::kCount];
+    float values[TileT::kCount];
   };
 
-  template <typename AnyTile>
+  template <typename TileT>
   struct Pivots {
-    float values[AnyTile::kChannels];
+    float values[TileT::kChannels];
   };
 
-  // Rounded to 12 bits, because values differ from such a pivot by numbers that float32 holds. Else each difference
-  // would be rounded, by the pivot's last bits and so in the same direction: an error that grows with the count.
+  // Rounded to 12 bits, so that differences from the pivot are exact in float32. Otherwise each difference would be rounded
+  // in the same direction, and the error would grow with the count.
   __device__ float pivot(int64_t c) const {
     float value[1];
     load_tile<Tile<1, 1>>(x, 0, c, 0, value);
@@ -41,31 +41,31 @@ struct Moments {
     return isfinite(rounded) ? rounded : 0.0f;
   }
 
-  template <typename AnyTile>
-  __device__ Pivots<AnyTile> constants(int64_t c) const {
-    Pivots<AnyTile> pivots;
+  template <typename TileT>
+  __device__ Pivots<TileT> constants(int64_t c) const {
+    Pivots<TileT> pivots;
 #pragma unroll
-    for (int k = 0; k < AnyTile::kChannels; ++k) {
+    for (int k = 0; k < TileT::kChannels; ++k) {
       pivots.values[k] = pivot(c + k);
     }
     return pivots;
   }
 
-  template <typename AnyTile>
-  __device__ __forceinline__ void load(int64_t n, int64_t c, int64_t p, Loaded<AnyTile>& loaded) const {
-    load_tile<AnyTile>(x, n, c, p, loaded.values);
+  template <typename TileT>
+  __device__ __forceinline__ void load(int64_t n, int64_t c, int64_t p, Loaded<TileT>& loaded) const {
+    load_tile<TileT>(x, n, c, p, loaded.values);
   }
 
-  template <typename AnyTile, typename Sum>
+  template <typename TileT, typename Sum>
   __device__ __forceinline__ void add(
-      const Pivots<AnyTile>& pivots,
-      Loaded<AnyTile>& loaded,
-      Sum (&first)[AnyTile::kChannels],
-      Sum (&second)[AnyTile::kChannels]) const {
+      const Pivots<TileT>& pivots,
+      Loaded<TileT>& loaded,
+      Sum (&first)[TileT::kChannels],
+      Sum (&second)[TileT::kChannels]) const {
     activate(activation, loaded.values);
 #pragma unroll
-    for (int i = 0; i < AnyTile::kCount; ++i) {
-      constexpr int kChannels = AnyTile::kChannels;
+    for (int i = 0; i < TileT::kCount; ++i) {
+      constexpr int kChannels = TileT::kChannels;
       const Sum difference = loaded.values[i] - pivots.values[i % kChannels];
       first[i % kChannels] += difference;
       second[i % kChannels] += difference * difference;
@@ -77,7 +77,7 @@ struct Moments {
     const double mean_difference = first / count;
     const double spread = second / count - mean_difference * mean_difference;
     sum[c] = first + count * center;
-    // Infinite values leave a finite pivot's terms without meaning.
+    // With infinite values the correction terms would give inf - inf.
     square_sum[c] = isinf(second) ? second : second + 2 * center * first + count * center * center;
     mean[c] = static_cast<float>(center + mean_difference);
     variance[c] = static_cast<float>(spread < 0 ? 0 : spread);
@@ -91,22 +91,22 @@ struct Backward {
   const float* slope;
   const float* center;
 
-  template <typename AnyTile>
+  template <typename TileT>
   __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
-    constexpr int kChannels = AnyTile::kChannels;
-    float values[AnyTile::kCount];
+    constexpr int kChannels = TileT::kChannels;
+    float values[TileT::kCount];
     float offsets[kChannels];
     float slopes[kChannels];
     float centers[kChannels];
-    load_tile<AnyTile>(x, n, c, p, values);
+    load_tile<TileT>(x, n, c, p, values);
     load(offset + c, offsets);
     load(slope + c, slopes);
     load(center + c, centers);
 #pragma unroll
-    for (int i = 0; i < AnyTile::kCount; ++i) {
+    for (int i = 0; i < TileT::kCount; ++i) {
       values[i] = offsets[i % kChannels] + slopes[i % kChannels] * (values[i] - centers[i % kChannels]);
     }
-    store_tile<AnyTile>(gradient, n, c, p, values);
+    store_tile<TileT>(gradient, n, c, p, values);
   }
 };
 
@@ -139,7 +139,7 @@ Tensor moments_backward(const Tensor& x, const Tensor& offset, const Tensor& slo
   }
   const Tensor gradient = torch::stable::empty_like(x);
   const Backward backward{
-      view_of(x, "x"), view_of(gradient, "x"), floats(offset, "offset"), floats(slope, "slope"), floats(center, "center")};
+      view_of(x, "x"), view_of(gradient, "x"), float_data(offset, "offset"), float_data(slope, "slope"), float_data(center, "center")};
   const Tiling tiling = tiling_of(shape, {backward.x, backward.gradient}, {backward.offset, backward.slope, backward.center});
   for_each_tile(Launcher(x), tiling, shape, backward.gradient, backward);
   return gradient;

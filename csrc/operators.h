@@ -1,5 +1,4 @@
-// The operators as library.cpp registers them. What they compute, and what the arguments mean, is documented with the
-// functions of dfkd_fast.kernels that call them.
+// Operators registered in library.cpp. Semantics and arguments are documented in dfkd_fast.kernels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -24,23 +23,23 @@ void ema_update_(
 
 // discrepancy.cu
 std::tuple<Tensor, Tensor, Tensor> l1_forward(
-    const Tensor& student, const Tensor& teacher, double scale, bool gradient, bool agreement);
+    const Tensor& student, const Tensor& teacher, double scale, bool requires_grad, bool agreement);
 
 using DivergenceForward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor& student,
     const Tensor& teacher,
     double temperature,
     double scale,
-    bool student_gradient,
-    bool teacher_gradient,
+    bool student_requires_grad,
+    bool teacher_requires_grad,
     bool agreement);
 
 DivergenceForward kl_forward;
 DivergenceForward js_forward;
 
 std::tuple<Tensor, Tensor> scale_gradients(
-    const Tensor& student_unit,
-    const Tensor& teacher_unit,
+    const Tensor& student_grad_unscaled,
+    const Tensor& teacher_grad_unscaled,
     const Tensor& upstream,
     double student_scale,
     double teacher_scale,

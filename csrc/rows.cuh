@@ -1,14 +1,14 @@
-// Rows of logits, each shared by a team of neighbouring threads: its reductions, a thread's share, and the top class.
+// Rows of logits, each processed by a team of adjacent threads: reductions, per-thread classes, and top-1 class.
 #pragma once
 
 #include "images.cuh"
-#include "storage.cuh"
+#include "dtype.cuh"
 
 namespace dfkd_fast {
 
-constexpr int kThreads = 128;  // a block, and the largest team
+constexpr int kThreads = 128;  // threads per block, and the largest team
 
-// ---- Reductions over a team, known to all of its threads; all threads of the block take part.
+// ---- All-reduce over a team; must be called by all threads of the block.
 
 struct Sum {
   template <typename T>
@@ -29,7 +29,7 @@ __device__ T reduce(T value, int team, Combine combine) {
   }
   if (team > 32) {
     __shared__ T warps[kThreads / 32];
-    __syncthreads();  // the last reduction has been read
+    __syncthreads();  // `warps` of the previous reduction has been read
     if (threadIdx.x % 32 == 0) {
       warps[threadIdx.x / 32] = value;
     }
@@ -42,7 +42,7 @@ __device__ T reduce(T value, int team, Combine combine) {
   return value;
 }
 
-// ---- A thread's share of a row: the classes first, first + team, first + 2 team, …
+// ---- Classes of a thread: first, first + team, first + 2 team, …
 
 struct Row {
   int64_t n;
@@ -52,7 +52,7 @@ struct Row {
   int team;
 };
 
-// Calls `visit(i)` for those of kCount values, which begin at `begin` of the share, that are in it.
+// Calls `visit(i)` for each i < kCount such that the thread has a class `begin + i`.
 template <int kCount, typename Visit>
 __device__ __forceinline__ void for_each_class(const Row& row, int begin, Visit&& visit) {
 #pragma unroll
@@ -63,10 +63,10 @@ __device__ __forceinline__ void for_each_class(const Row& row, int begin, Visit&
   }
 }
 
-// Values `begin` to `begin + kCount` of the share; beyond its end they are left alone.
+// Loads the thread's classes `begin` to `begin + kCount`; values beyond its last class are left unchanged.
 template <int kCount>
 __device__ __forceinline__ void load_share(const View& view, const Row& row, int begin, float (&values)[kCount]) {
-  with_floating(view.storage, [&](auto type) {
+  dispatch_floating(view.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t step = row.team * view.channel;
     const T* source = static_cast<const T*>(view.data) + view.offset(row.n, row.first + static_cast<int64_t>(begin) * row.team, row.p);
@@ -93,10 +93,10 @@ __device__ __forceinline__ void store_share_as(const View& view, const Row& row,
 
 template <int kCount>
 __device__ __forceinline__ void store_share(const View& view, const Row& row, int begin, const float (&values)[kCount]) {
-  with_floating(view.storage, [&](auto type) { store_share_as<typename decltype(type)::type>(view, row, begin, values); });
+  dispatch_floating(view.dtype, [&](auto type) { store_share_as<typename decltype(type)::type>(view, row, begin, values); });
 }
 
-// ---- Top-1 agreement. A logit's rank orders as torch.argmax does: NaN first, then the greater, then the lower class.
+// ---- Top-1 agreement. Ranks order logits as torch.argmax does: NaN first, then the larger logit, then the lower class.
 
 using Rank = unsigned long long;
 
@@ -107,12 +107,12 @@ __device__ __forceinline__ Rank rank_of(float logit, int class_index) {
 }
 
 template <int kCount>
-__device__ __forceinline__ void raise(Rank& best, const Row& row, int begin, const float (&logits)[kCount]) {
+__device__ __forceinline__ void update_top(Rank& best, const Row& row, int begin, const float (&logits)[kCount]) {
   for_each_class<kCount>(row, begin, [&](int i) { best = Max()(best, rank_of(logits[i], row.first + (begin + i) * row.team)); });
 }
 
-// 1 in one thread of a team whose row has the same top class on both sides.
-__device__ __forceinline__ int agreed(Rank student, Rank teacher, const Row& row) {
+// Returns 1 in the first thread of a team if student and teacher have the same top class, else 0.
+__device__ __forceinline__ int top_classes_agree(Rank student, Rank teacher, const Row& row) {
   const auto student_class = static_cast<unsigned>(reduce(student, row.team, Max()));
   const auto teacher_class = static_cast<unsigned>(reduce(teacher, row.team, Max()));
   return row.count > 0 && row.first == 0 && student_class == teacher_class;

@@ -42,7 +42,7 @@ def findings() -> list[Finding]:
         Finding("Triton", _version("triton"), _use("triton", "the kernels on a GPU" if gpu else "nothing: it needs a GPU")),
         Finding(
             "compiled extension",
-            dispatch.why_not("cuda") or "built",
+            dispatch.unavailable_reason("cuda") or "built",
             _use("cuda", "the kernels on a GPU" if gpu else "nothing: it needs a GPU"),
         ),
         Finding("DALI", dali := _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "torchvision" if dali == "none" else "image files"),
@@ -58,7 +58,7 @@ def choices() -> list[Choice]:
     """
     name = dispatch.forced()
     rows = []
-    for operation, elements in dispatch.WORTHWHILE.items():
+    for operation, elements in dispatch.MIN_NUMEL.items():
         cpu, gpu = (_serving(operation, torch.device(kind)) for kind in ("cpu", "cuda"))
         small = "" if name or cpu == "reference" else f", from {elements} elements"
         absent = "" if name or torch.cuda.is_available() else " if present"
@@ -69,7 +69,7 @@ def choices() -> list[Choice]:
 def _serving(operation: str, device: torch.device) -> str:
     """Returns the backend that an operation uses for large inputs on a device."""
     name, serving = dispatch.forced(), dispatch.backends(device)
-    if operation in dispatch.PARTLY_SERVED:  # PyTorch computes what numba does not support
+    if operation in dispatch.PARTIALLY_SUPPORTED:  # PyTorch computes what numba does not support
         serving = [backend for backend in serving if dispatch.has_kernel(operation, backend)]
         if name == "numba" and name not in serving:
             return "reference"
@@ -79,7 +79,7 @@ def _serving(operation: str, device: torch.device) -> str:
 
 
 def _use(backend: dispatch.Backend, used: str) -> str:
-    return "the kernels' PyTorch reference" if dispatch.why_not(backend) else used
+    return "the kernels' PyTorch reference" if dispatch.unavailable_reason(backend) else used
 
 
 def _version(*distributions: str) -> str:

@@ -1,20 +1,24 @@
-"""Operations of data-free distillation that other trainers can import.
+"""Fused operations for data-free knowledge distillation, usable from any training loop.
 
-One folder an operation: ``__init__.py`` is the public function, checks its arguments and registers its operators;
-``reference.py`` is the mathematics in plain PyTorch; ``cpu.py`` (numba) and ``gpu.py`` (Triton) are its kernels, and
-csrc/ has them in CUDA. ``dispatch.py`` says which of them serves a call. ``norm`` has no kernel in CUDA, and ``conv`` none
-for a GPU; what their kernels do not serve is left to PyTorch.
-Nothing here knows the rest of the project, only tensors.
+Each subpackage is one operation: ``__init__.py`` has the public function, which checks its arguments and registers the
+operators; ``reference.py`` is the implementation in plain PyTorch; ``cpu.py`` (numba) and ``gpu.py`` (Triton) are the kernels,
+and csrc/ has them in CUDA C++. ``dispatch.py`` chooses the backend of a call. ``norm`` has no CUDA kernel and ``conv`` no GPU
+kernel; calls that their kernels do not support run on PyTorch's own operators.
+
+The package depends on PyTorch only, not on the rest of dfkd_fast.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .concat import concat_generated
-from .conv import winograd_conv2d, winograd_pays
+from .conv import winograd_conv2d, winograd_is_faster
 from .discrepancy import js_discrepancy, kl_discrepancy, l1_discrepancy
 from .dispatch import Backend, BackendError, use_backend
 from .ema import ema_multi_avg_fn, ema_update_
 from .ema.fused import FusedEMA
 from .moments import channel_moments, channel_sums
 from .norm import batch_norm_leaky_relu
+from .renamed import current_name
 
 __all__ = [
     "Backend",
@@ -31,5 +35,10 @@ __all__ = [
     "l1_discrepancy",
     "use_backend",
     "winograd_conv2d",
-    "winograd_pays",
+    "winograd_is_faster",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return globals()[current_name(__name__, name)]

@@ -1,8 +1,8 @@
-"""Compiles ``csrc`` to the CUDA extension, by calling nvcc: no ninja, no compiled Python module, no Python header.
+"""Compile the CUDA extension from ``csrc`` by calling nvcc directly, without ninja.
 
-The binary knows PyTorch only through its stable C interface, and Python not at all: one serves every PyTorch from 2.11
-and every Python. Both setup.py and ``dfkd-fast build`` come here; this file imports nothing of the project, so that
-setup.py can load it by itself.
+The shared library uses PyTorch's stable ABI only and no Python headers, so that one binary works with every PyTorch from 2.11
+on and with every Python version. Used by setup.py and ``dfkd-fast build``; this file imports nothing of the project, so that
+setup.py can load it on its own.
 """
 
 import os
@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["BuildError", "compile_extension", "why_not_buildable"]
+__all__ = ["BuildError", "compile_extension", "unbuildable_reason"]
 
-SOURCES = Path(__file__).parent.parent / "csrc"  # beside kernels/ in the repository and in an installed package
-SWITCH = "DFKD_FAST_BUILD"
+SOURCES = Path(__file__).parent.parent / "csrc"  # next to kernels/ in the repository and in an installed package
+VARIABLE = "DFKD_FAST_BUILD"
 STABLE_INTERFACE = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # PyTorch 2.11's
 ARCHITECTURES = ("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]")
 FLAGS = (
@@ -32,13 +32,13 @@ FLAGS = (
 
 
 class BuildError(RuntimeError):
-    """The extension could not be compiled; the message's first line is the cause, the compiler's output follows."""
+    """The extension could not be compiled. The first line of the message is the cause; the compiler's output follows."""
 
 
-def why_not_buildable() -> str | None:
-    """None if the extension can be compiled here, else the reason in one line. No GPU is needed."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH} is 0"
+def unbuildable_reason() -> str | None:
+    """Return why the extension cannot be compiled here, in one line, or None if it can. No GPU is needed."""
+    if os.environ.get(VARIABLE) == "0":
+        return f"{VARIABLE} is 0"
     if sys.platform != "linux":
         return "built on Linux only"
     if find_spec("torch") is None:
@@ -48,33 +48,33 @@ def why_not_buildable() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if not SOURCES.is_dir():
-        return f"there are no sources at {SOURCES}"
+        return f"no sources in {SOURCES}"
     if _nvcc() is None:
-        return "no nvcc: install the CUDA toolkit, or say where it is with CUDA_HOME"
+        return "no nvcc: install the CUDA toolkit, or set CUDA_HOME"
     return None
 
 
 def compile_extension(
     binary: Path, verbose: bool = False, *, sources: Path = SOURCES, architectures: Sequence[str] = ARCHITECTURES
 ) -> None:
-    """Compile and link, at ``binary`` only if all of it succeeds: what was there before stays until then.
+    """Compile and link the extension; an existing ``binary`` is replaced only on success.
 
     Args:
-        binary: the file to write.
-        verbose: print the commands and what the compiler says.
-        sources: the folder with the .cpp and .cu files.
+        binary: path of the shared library to write.
+        verbose: print the commands and the compiler's output.
+        sources: directory of the .cpp and .cu files.
         architectures: nvcc's ``-gencode`` options.
 
     Raises:
-        BuildError: it cannot be built here, or the compiler failed.
+        BuildError: the extension cannot be built here, or the compiler failed.
     """
-    if (reason := why_not_buildable()) is not None:
+    if (reason := unbuildable_reason()) is not None:
         raise BuildError(reason)
     import torch
 
     nvcc, package = str(_nvcc()), Path(torch.__file__).parent
     files = [path for path in sources.iterdir() if path.suffix in (".cpp", ".cu")]
-    files.sort(key=lambda path: path.stat().st_size, reverse=True)  # what takes longest begins first
+    files.sort(key=lambda path: path.stat().st_size, reverse=True)  # largest files first, for load balancing
     with tempfile.TemporaryDirectory(prefix="dfkd_fast-") as folder:
         objects = [Path(folder) / f"{source.name}.o" for source in files]
         compiles = [
@@ -84,11 +84,11 @@ def compile_extension(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda command: _run(command, verbose), compiles))
         linked = Path(folder) / binary.name
-        # torch_cuda would be dropped as unneeded: its functions are found through torch's own library at load time.
-        # The CUDA runtime is linked in, and kept from meeting PyTorch's.
-        keep = ("-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs=ALL")
+        # Without --no-as-needed the linker would drop torch_cuda, whose symbols are resolved at load time. The CUDA runtime is
+        # linked statically; --exclude-libs keeps its symbols from clashing with PyTorch's.
+        linker_options = ("-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs=ALL")
         libraries = ("-L", package / "lib", "-ltorch", "-ltorch_cpu", "-ltorch_cuda")
-        _run([nvcc, "-shared", *architectures, *objects, *keep, *libraries, "-o", linked], verbose)
+        _run([nvcc, "-shared", *architectures, *objects, *linker_options, *libraries, "-o", linked], verbose)
         _replace(binary, linked)
 
 
@@ -106,20 +106,20 @@ def _run(command: Sequence[str | Path], verbose: bool) -> None:
     if verbose:
         print(*words, flush=True)
     try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+        completed = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         raise BuildError(f"{words[0]} cannot be run: {error.strerror}") from error
-    said = (done.stdout + done.stderr).strip()
-    if verbose and said:
-        print(said, flush=True)
-    if done.returncode != 0:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        cause = next((line for line in lines if "error" in line.lower()), lines[0] if lines else f"exit code {done.returncode}")
+    output = (completed.stdout + completed.stderr).strip()
+    if verbose and output:
+        print(output, flush=True)
+    if completed.returncode != 0:
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        cause = next((line for line in lines if "error" in line.lower()), lines[0] if lines else f"exit code {completed.returncode}")
         raise BuildError("\n".join([f"{Path(words[0]).name} failed: {cause}", *lines]))
 
 
 def _replace(binary: Path, built: Path) -> None:
-    """Put the new file in the old one's place at once: a process that has loaded the old one keeps it."""
+    """Replace the file atomically: a process that has loaded the old one keeps it."""
     binary.parent.mkdir(parents=True, exist_ok=True)
     part = binary.with_name(f"{binary.name}.{os.getpid()}.part")
     try:

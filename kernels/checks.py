@@ -1,4 +1,4 @@
-"""What several operations check of their arguments before a kernel is given addresses, and of how they are differentiated."""
+"""Checks shared by the operations: memory overlap of arguments, and unsupported second derivatives."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,20 +14,20 @@ from torch import Tensor
 __all__ = ["differentiable_once", "disjoint", "overlaps_itself", "share_memory", "span"]
 
 MAX_WORK = 100_000
-"""Steps after which interleaved tensors count as sharing memory, some milliseconds."""
+"""Limit of ``numpy.shares_memory`` (some milliseconds), beyond which interleaved tensors are assumed to overlap."""
 _nbytes = attrgetter("nbytes")
 
 
 def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For the backward pass of an autograd function: an attempt to differentiate it again says what to do instead.
+    """Return a decorator for ``backward`` of an autograd function that raises an error on double backward.
 
-    The pass is called with the saved tensors after ``ctx``. Its gradients count as functions of whatever requires grad among those and
-    the upstream gradients; of the upstream gradients alone if it sets ``ctx.linear``.
-    (``torch.autograd.function.once_differentiable`` looks at no saved tensor, and its error is on no way to an input: a second
-    derivative can silently lack a term.)
+    The decorated ``backward`` is called as ``backward(ctx, saved_tensors, *upstream)``. Its gradients are treated as functions of
+    all saved tensors and upstream gradients that require grad, or of the upstream gradients only if ``ctx.linear`` is true.
+    (``torch.autograd.function.once_differentiable`` ignores saved tensors, and its error node is not connected to the inputs: a
+    second derivative can silently lack a term.)
 
     Args:
-        operation: the public function, as the error calls it.
+        operation: name of the public function, for the error message.
     """
     message = f'{operation}: its kernels have no second derivative; call it under use_backend("reference"), which has'
 
@@ -37,23 +37,23 @@ def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callab
             saved = ctx.saved_tensors
             with torch.no_grad():
                 gradients = backward(ctx, saved, *upstream)
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # the compiler refuses second derivatives itself
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # torch.compile rejects double backward itself
                 return gradients
-            known = upstream if getattr(ctx, "linear", False) else (*saved, *upstream)
-            sources = [tensor for tensor in known if tensor is not None and tensor.requires_grad]
+            inputs = upstream if getattr(ctx, "linear", False) else (*saved, *upstream)
+            sources = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
             if not sources:
                 return gradients
             if isinstance(gradients, Tensor):
-                return _Last.apply(message, gradients, *sources)
-            return tuple(None if gradient is None else _Last.apply(message, gradient, *sources) for gradient in gradients)
+                return _RaiseOnBackward.apply(message, gradients, *sources)
+            return tuple(None if gradient is None else _RaiseOnBackward.apply(message, gradient, *sources) for gradient in gradients)
 
         return once
 
     return decorate
 
 
-class _Last(torch.autograd.Function):
-    """A gradient, which refuses to be differentiated with respect to its sources."""
+class _RaiseOnBackward(torch.autograd.Function):
+    """Identity of a gradient that raises an error when it is differentiated with respect to ``sources``."""
 
     @staticmethod
     def forward(ctx: Any, message: str, gradient: Tensor, *sources: Tensor) -> Tensor:
@@ -66,18 +66,18 @@ class _Last(torch.autograd.Function):
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor and the one behind its last; (0, 0) if it has no memory, as on the device meta."""
+    """Return the addresses of a tensor's first byte and one past its last; (0, 0) without storage, as on the meta device."""
     try:
         start = tensor.data_ptr()
-    except RuntimeError:  # of a tensor that a transform has wrapped
+    except RuntimeError:  # a tensor wrapped by a torch.func transform
         start = 0
     return (start, start + _extent(tensor)) if start and tensor.numel() else (0, 0)
 
 
 def disjoint(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two tensors can share memory, by the stretches of it that they span; costs 0.2 µs a tensor.
+    """Return whether the address ranges of all tensors are disjoint; takes 0.2 µs per tensor.
 
-    A tensor without elements or without memory, as on the device meta, may count as sharing some.
+    Tensors without elements or without storage, as on the meta device, may be reported as overlapping.
     """
     try:
         starts = [*map(Tensor.data_ptr, tensors)]
@@ -86,12 +86,12 @@ def disjoint(tensors: Sequence[Tensor]) -> bool:
     extents = map(_nbytes if all(map(Tensor.is_contiguous, tensors)) else _extent, tensors)
     ends = sorted(map(add, starts, extents))
     starts.sort()
-    # With at most one stretch open at a time, the n-th to end ends before the next one starts.
+    # Disjoint if and only if the n-th range to end ends before the next one starts.
     return all(map(le, ends, islice(starts, 1, None)))
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have a byte in common; those of interleaved slices have none."""
+    """Return whether two tensors have a byte in common; interleaved slices have none."""
     (first, first_end), (second, second_end) = span(one), span(other)
     if first_end <= second or second_end <= first:
         return False
@@ -102,18 +102,18 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor are at one address, as after ``expand``."""
-    known = torch._debug_has_internal_overlap(tensor)
-    if known != 2:  # 2: PyTorch's test cannot tell
-        return bool(known == 1)
-    places = torch.zeros(1, dtype=torch.long)
+    """Return whether two elements of a tensor have the same address, as after ``expand``."""
+    overlap = torch._debug_has_internal_overlap(tensor)
+    if overlap != 2:  # 2: PyTorch's test is inconclusive
+        return bool(overlap == 1)
+    offsets = torch.zeros(1, dtype=torch.long)
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = (places[:, None] + stride * torch.arange(size)).flatten()
-    return len(places.unique()) < len(places)
+        offsets = (offsets[:, None] + stride * torch.arange(size)).flatten()
+    return len(offsets.unique()) < len(offsets)
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first of a tensor to its last."""
+    """Return the number of bytes from a tensor's first element to the end of its last."""
     if tensor.is_contiguous():
         return tensor.nbytes
     elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -121,7 +121,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _addresses(tensor: Tensor, start: int) -> Any:
-    """An array of numpy where a tensor lies, on whatever device: to compare addresses, never to be read."""
+    """Return a NumPy array at a tensor's addresses, on any device, to compare addresses only; it must not be read."""
     size = tensor.element_size()
     strides = tuple(stride * size for stride in tensor.stride())
     interface = {"data": (start, True), "shape": tuple(tensor.shape), "strides": strides, "typestr": f"|V{size}", "version": 3}

@@ -1,12 +1,12 @@
-"""Which backend serves a call.
+"""Choice of the backend for each call.
 
-``DFKD_FAST_BACKEND=reference|numba|triton|cuda`` forces one for the process, ``use_backend`` for a block of one thread or
-asyncio task. A forced backend that cannot serve a call is an error, never another backend. A backward pass, whichever
-thread runs it, stays with the backend that its forward pass chose.
+``DFKD_FAST_BACKEND=reference|numba|triton|cuda`` forces a backend for the process, ``use_backend`` within a block of one thread
+or asyncio task. If a forced backend does not support a call, an error is raised; there is no fallback. A backward pass uses the
+backend of its forward pass, whichever thread runs it.
 
-Unforced, CPU tensors of some size go to numba, CUDA tensors to the compiled extension or else to Triton, and the
-reference serves what they do not: float64, tensors too small to be worth the call, other devices. The reference
-alone has second derivatives, forward-mode derivatives and the transforms of ``torch.func``.
+By default, CPU tensors above a size threshold use numba, CUDA tensors the compiled extension or else Triton. Everything else
+uses the reference: float64, smaller tensors, other devices. Only the reference supports double backward, forward-mode
+derivatives and the transforms of ``torch.func``.
 """
 
 import os
@@ -23,8 +23,8 @@ from torch.autograd import forward_ad
 from . import extension
 
 __all__ = [
-    "SERVING",
-    "WORTHWHILE",
+    "BACKENDS_BY_DEVICE",
+    "MIN_NUMEL",
     "Backend",
     "BackendError",
     "backends",
@@ -34,15 +34,15 @@ __all__ = [
     "has_kernel",
     "interpreting",
     "transforming",
+    "unavailable_reason",
     "use_backend",
-    "why_not",
 ]
 
 Backend = Literal["reference", "numba", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 VARIABLE = "DFKD_FAST_BACKEND"
-# Elements of an operation's tensors from which, on a CPU, numba was faster, forward and backward (two AVX2 cores).
-WORTHWHILE = {
+# Number of elements above which numba is faster on a CPU, forward plus backward (measured on two AVX2 cores).
+MIN_NUMEL = {
     "ema_update_": 1 << 17,
     "l1_discrepancy": 1 << 18,
     "kl_discrepancy": 1 << 11,
@@ -52,35 +52,35 @@ WORTHWHILE = {
     "batch_norm_leaky_relu": 1 << 20,
     "winograd_conv2d": 1 << 15,
 }
-# Operations that leave the calls which their kernels do not serve to PyTorch, and the backends that have kernels for them.
-PARTLY_SERVED: dict[str, tuple[Backend, ...]] = {"batch_norm_leaky_relu": ("numba", "triton"), "winograd_conv2d": ("numba",)}
-STORAGE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write
+# Operations that use PyTorch's own operators for calls that their kernels do not support, and the backends that have kernels.
+PARTIALLY_SUPPORTED: dict[str, tuple[Backend, ...]] = {"batch_norm_leaky_relu": ("numba", "triton"), "winograd_conv2d": ("numba",)}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kernels load and store
 
 
 class BackendError(ValueError):
-    """A backend was asked for that does not exist, is not installed, or cannot serve the call."""
+    """The requested backend does not exist, is not installed, or does not support the call."""
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs its kernels: then they serve CPU tensors."""
+    """Return whether Triton runs in interpreter mode, in which its kernels support CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(backend: Backend) -> str | None:
-    """None if the backend is installed, else the reason in a few words."""
-    return _ABSENT[backend]
+def unavailable_reason(backend: Backend) -> str | None:
+    """Return why a backend is unavailable, in a few words, or None if it is available."""
+    return _UNAVAILABLE[backend]
 
 
 def backends(device: torch.device) -> list[Backend]:
-    """The installed backends that serve a device, the preferred one first."""
-    return SERVING.get(device.type, ["reference"])
+    """Return the available backends for a device, in order of preference."""
+    return BACKENDS_BY_DEVICE.get(device.type, ["reference"])
 
 
 def forced() -> Backend | None:
-    """The backend that is forced, if one is.
+    """Return the forced backend, or None.
 
     Raises:
-        BackendError: ``DFKD_FAST_BACKEND`` names one that does not exist or is not installed.
+        BackendError: ``DFKD_FAST_BACKEND`` names a backend that does not exist or is not installed.
     """
     name = _current()
     if name is not None:
@@ -89,22 +89,33 @@ def forced() -> Backend | None:
 
 
 def transforming() -> bool:
-    """Whether a transform of ``torch.func`` (grad, vmap, jvp, hessian, ...) or a level of ``torch.autograd.forward_ad`` is active.
+    """Return whether a ``torch.func`` transform (grad, vmap, jvp, ...) or a ``torch.autograd.forward_ad`` level is active.
 
-    Then only PyTorch's own operators see what is computed, not the kernels.
+    Both work on PyTorch's own operators only, not on the kernels.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @contextmanager
 def use_backend(backend: Backend | None) -> Iterator[None]:
-    """Force a backend within the block, in this thread or asyncio task; None chooses freely there.
+    """Context manager that forces a backend in the current thread or asyncio task.
 
-    A thread started in the block begins with ``DFKD_FAST_BACKEND`` again, unless it runs in a copy of the context, as
-    those of ``asyncio.to_thread`` do.
+    Threads started inside the block use ``DFKD_FAST_BACKEND`` again, unless they run in a copy of the context, as those of
+    ``asyncio.to_thread`` do.
+
+    Args:
+        backend: "reference", "numba", "triton" or "cuda"; None restores the automatic choice.
 
     Raises:
         BackendError: the backend does not exist or is not installed.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import channel_moments, use_backend
+        >>> with use_backend("reference"):
+        ...     mean, variance = channel_moments(torch.ones(2, 3, 4, 4))
+        >>> variance
+        tensor([0., 0., 0.])
     """
     if backend is not None:
         _check_known(backend, "backend")
@@ -128,44 +139,44 @@ def use_backend(backend: Backend | None) -> Iterator[None]:
 
 
 def choose(operation: str, device: torch.device, dtypes: Collection[torch.dtype], elements: int) -> Backend:
-    """The backend for a call.
+    """Return the backend for a call.
 
     Args:
-        operation: its name, a key of ``WORTHWHILE``.
-        device: that all its tensors are on.
-        dtypes: of its floating-point tensors.
-        elements: how many it reads.
+        operation: name of the operation, a key of ``MIN_NUMEL``.
+        device: device of all tensors.
+        dtypes: dtypes of the floating-point tensors.
+        elements: number of input elements.
 
     Raises:
-        BackendError: a backend is forced that cannot serve them.
+        BackendError: a forced backend does not support the device, a dtype or an active transform.
     """
     name = forced()
     transformed = transforming()
-    others = [dtype for dtype in dtypes if dtype not in STORAGE]
+    unsupported = [dtype for dtype in dtypes if dtype not in KERNEL_DTYPES]
     if name is None:
-        if transformed or others or (device.type == "cpu" and elements < WORTHWHILE[operation]):
+        if transformed or unsupported or (device.type == "cpu" and elements < MIN_NUMEL[operation]):
             return "reference"
         return backends(device)[0]
     if name != "reference":
         if name not in backends(device):
-            raise BackendError(f"the backend {name} is forced, but does not serve {device.type} tensors")
-        if others:
-            raise BackendError(f"the backend {name} is forced, but serves float32, bfloat16 and float16, not {others[0]}")
+            raise BackendError(f"the backend {name} is forced, but does not support {device.type} tensors")
+        if unsupported:
+            raise BackendError(f"the backend {name} is forced, but supports float32, bfloat16 and float16, not {unsupported[0]}")
         if transformed:
-            raise BackendError(f"the backend {name} is forced, but the reference alone serves torch.func and forward-mode derivatives")
+            raise BackendError(f"the backend {name} is forced, but only the reference supports torch.func and forward-mode derivatives")
     return name
 
 
 def has_kernel(operation: str, backend: Backend) -> bool:
-    """Whether a backend has the operation at all; the reference always has."""
-    return backend == "reference" or backend in PARTLY_SERVED.get(operation, BACKENDS)
+    """Return whether a backend implements an operation; the reference implements all."""
+    return backend == "reference" or backend in PARTIALLY_SUPPORTED.get(operation, BACKENDS)
 
 
 def check_forced(operation: str, device: torch.device) -> None:
-    """Check an operation that does not ask ``choose``, because it leaves single calls to PyTorch.
+    """Check the forced backend for an operation of ``PARTIALLY_SUPPORTED``, which does not call ``choose``.
 
     Raises:
-        BackendError: a backend is forced that has no kernel for it, or a GPU's for tensors of another device.
+        BackendError: the forced backend has no kernel for the operation, or is a GPU backend and the tensors are not on a GPU.
     """
     name = forced()
     if name is None:
@@ -173,7 +184,7 @@ def check_forced(operation: str, device: torch.device) -> None:
     if not has_kernel(operation, name):
         raise BackendError(f"the backend {name} is forced, but has no kernel for {operation}")
     if name in ("triton", "cuda") and name not in backends(device):
-        raise BackendError(f"the backend {name} is forced, but does not serve {device.type} tensors")
+        raise BackendError(f"the backend {name} is forced, but does not support {device.type} tensors")
 
 
 def _current() -> str | None:
@@ -188,12 +199,12 @@ def _current() -> str | None:
 def _check_known(backend: str, where: str) -> None:
     if backend not in BACKENDS:
         raise BackendError(f"{where} must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if (reason := _ABSENT[backend]) is not None:
-        raise BackendError(f"{where} is {backend!r}, which is not here: {reason}")
+    if (reason := _UNAVAILABLE[backend]) is not None:
+        raise BackendError(f"{where} is {backend!r}, which is unavailable: {reason}")
 
 
 def _without_numba() -> str | None:
-    # The kernels are machine code by way of LLVM: as plain Python they mean nothing.
+    # The kernels use LLVM intrinsics and cannot run as plain Python.
     off = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
     return _missing("numba") or ("NUMBA_DISABLE_JIT is set" if off else None)
 
@@ -202,23 +213,23 @@ def _missing(package: str) -> str | None:
     return None if find_spec(package) else f"{package} is not installed"
 
 
-_ABSENT: dict[str, str | None] = {
+_UNAVAILABLE: dict[str, str | None] = {
     "reference": None,
     "numba": _without_numba(),
     "triton": _missing("triton"),
-    "cuda": extension.why_not_loaded(),
+    "cuda": extension.load_error(),
 }
-_PREFERRED: dict[str, tuple[Backend, ...]] = {
+_PREFERENCE: dict[str, tuple[Backend, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
     "cpu": ("numba", "triton", "reference") if interpreting() else ("numba", "reference"),
 }
-SERVING: dict[str, list[Backend]] = {
-    device: [backend for backend in preferred if _ABSENT[backend] is None] for device, preferred in _PREFERRED.items()
+BACKENDS_BY_DEVICE: dict[str, list[Backend]] = {
+    device: [backend for backend in preferred if _UNAVAILABLE[backend] is None] for device, preferred in _PREFERENCE.items()
 }
-"""The installed backends that serve a device's tensors, the preferred one first; what tests a GPU's kernels on a CPU changes it."""
-# Checked at the first call: an import that fails could not say so in one line.
+"""Available backends per device type, in order of preference; modified by the tests that run GPU kernels on a CPU."""
+# Validated at the first call, because an exception during import would hide its message in a long traceback.
 _environment: str | None = os.environ.get(VARIABLE) or None
 _context: ContextVar[str | None] = ContextVar("dfkd_fast_backend", default=_environment)
-# Dynamo traces no ContextVar.set, and before 2.14 no get: compiled code reads what the thread holds, and is guarded by it.
+# Dynamo cannot trace ContextVar.set, nor ContextVar.get before 2.14: compiled code reads a thread-local and is guarded on it.
 _thread = threading.local()
 _CONTEXT_IS_TRACED = torch.__version__ >= "2.14"

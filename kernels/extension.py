@@ -1,6 +1,6 @@
-"""The compiled CUDA extension: where it lies, and whether it could be loaded.
+"""Loading of the compiled CUDA extension.
 
-``DFKD_FAST_EXTENSION`` names another file than the one beside this.
+``DFKD_FAST_EXTENSION`` overrides its path, which is next to this file by default.
 """
 
 import functools
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BINARY", "loaded", "why_not_loaded"]
+__all__ = ["BINARY", "load_error", "loaded"]
 
 VARIABLE = "DFKD_FAST_EXTENSION"
 BINARY = Path(os.environ.get(VARIABLE) or Path(__file__).parent / "dfkd_fast_cuda.so")
 
 
 @functools.cache
-def why_not_loaded() -> str | None:
-    """Load the extension once; None if it is loaded, else the reason in one line."""
+def load_error() -> str | None:
+    """Load the extension once; return the error in one line, or None if it is loaded."""
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if not BINARY.is_file():
@@ -30,5 +30,5 @@ def why_not_loaded() -> str | None:
 
 
 def loaded() -> bool:
-    """Whether ``torch.ops.dfkd_fast`` has the CUDA overloads."""
-    return why_not_loaded() is None
+    """Return whether ``torch.ops.dfkd_fast`` has the CUDA overloads."""
+    return load_error() is None

@@ -1,4 +1,4 @@
-"""Where numba's machine code is kept on disk, and how it goes on where that cannot be read or written: compiled anew, with a warning."""
+"""numba's on-disk cache of machine code; if it cannot be read or written, kernels are recompiled with a warning."""
 
 import functools
 import hashlib
@@ -11,19 +11,19 @@ from typing import Any
 
 import numba
 
-__all__ = ["MachineCodeWarning", "keeping_machine_code"]
+__all__ = ["MachineCodeWarning", "njit_with_cache"]
 
 
 class MachineCodeWarning(RuntimeWarning):
-    """Kernels are compiled in every process, for the machine code on disk cannot be used; shown once a process."""
+    """The on-disk cache cannot be used, so kernels are compiled in every process; shown once per process."""
 
 
-def keeping_machine_code(compile_kernel: Callable[..., Any], path: Path) -> Any:
-    """What ``compile_kernel(cache=True)`` returns, a dispatcher of numba's that keeps its machine code on disk where that works.
+def njit_with_cache(compile_kernel: Callable[..., Any], path: Path) -> Any:
+    """Return numba's dispatcher ``compile_kernel(cache=True)``, with the cache disabled where it cannot be used.
 
     Args:
         compile_kernel: calls ``numba.njit``.
-        path: of the source that is compiled into every kernel: machine code of another version of it is left alone.
+        path: source file that is compiled into every kernel; its hash is part of the cache key.
     """
     folder = _folder(path)
     if folder is None:
@@ -32,7 +32,7 @@ def keeping_machine_code(compile_kernel: Callable[..., Any], path: Path) -> Any:
     try:
         dispatcher = compile_kernel(cache=True)
     except RuntimeError as error:  # NUMBA_CACHE_LOCATOR_CLASSES
-        _tell(f"numba's cache: {error}")
+        _warn_once(f"numba's cache: {error}")
         return compile_kernel()
     finally:
         numba.config.CACHE_DIR = before
@@ -42,56 +42,56 @@ def keeping_machine_code(compile_kernel: Callable[..., Any], path: Path) -> Any:
 
 @functools.cache
 def _folder(path: Path) -> Path | None:
-    """The folder for machine code, which exists then; None where nothing can be written."""
+    """Create and return the cache directory; None if it cannot be written."""
     try:
         parent = Path(numba.config.CACHE_DIR or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfkd_fast")
-    except RuntimeError as error:  # a user without a home
-        _tell(f"numba's cache: {error}")
+    except RuntimeError as error:  # no home directory
+        _warn_once(f"numba's cache: {error}")
         return None
     folder = parent / hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _tell(f"numba's cache {folder}: {error.strerror}")
+        _warn_once(f"numba's cache {folder}: {error.strerror}")
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
-        _tell(f"numba's cache {folder} cannot be written")
+        _warn_once(f"numba's cache {folder} cannot be written")
         return None
     return folder
 
 
 class _Cache:
-    """numba's cache of one kernel, whose failures cost the time to compile it and nothing else."""
+    """numba's cache of one kernel; on an error the kernel is recompiled."""
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
 
     def load_overload(self, signature: Any, context: Any) -> Any:
-        """The machine code for a signature; None where there is none that can be read."""
+        """Return the machine code for a signature; None if there is none or it cannot be read."""
         try:
             return self._cache.load_overload(signature, context)
-        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
-            _tell(f"numba's cache {self._cache.cache_path} is damaged ({type(error).__name__}: {error})")
+        except Exception as error:  # unpickling a damaged file can raise anything
+            _warn_once(f"numba's cache {self._cache.cache_path} is damaged ({type(error).__name__}: {error})")
             with suppress(OSError):
-                self._cache.flush()  # to be written anew
+                self._cache.flush()  # so that it is written again
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
-        """Keep machine code, where there is room."""
+        """Save machine code; on an error the cache is disabled."""
         try:
             self._cache.save_overload(signature, data)
         except OSError as error:
-            _tell(f"numba's cache {self._cache.cache_path} cannot be written ({error.strerror})")
+            _warn_once(f"numba's cache {self._cache.cache_path} cannot be written ({error.strerror})")
             self._cache.disable()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
-def _tell(problem: str) -> None:
-    if not _told:
-        warnings.warn(f"{problem}: kernels are compiled anew, which takes seconds", MachineCodeWarning, stacklevel=2)
-    _told.add(problem)
+def _warn_once(problem: str) -> None:
+    if not _warned:
+        warnings.warn(f"{problem}: kernels are recompiled, which takes seconds", MachineCodeWarning, stacklevel=2)
+    _warned.add(problem)

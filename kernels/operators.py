@@ -1,9 +1,9 @@
-"""Registration: one schema an operator of ``torch.ops.dfkd_fast``, one overload of it a backend.
+"""Registration of the operators in ``torch.ops.dfkd_fast``: one schema per operator, one overload per backend.
 
-``define("l1_forward", ...)`` makes ``torch.ops.dfkd_fast.l1_forward.numba`` and ``.triton``; the compiled
-extension brings ``.cuda`` with the same schema (see csrc/library.cpp). The kernels of a backend are plain
-functions of the operator's name in ``cpu.py`` or ``gpu.py`` of the operation's folder, imported at the first call:
-numba and Triton take a second each.
+``define("l1_forward", ...)`` registers ``torch.ops.dfkd_fast.l1_forward.numba`` and ``.triton``; the compiled extension
+registers ``.cuda`` with the same schema (see csrc/library.cpp). A backend implements an operator as a function of the same name
+in ``cpu.py`` or ``gpu.py`` of the operation's package. These modules are imported at the first call, because numba and Triton
+take a second each to import.
 """
 
 import functools
@@ -26,19 +26,19 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def define(package: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Register an operator in every backend.
+    """Register an operator for every backend.
 
     Args:
-        package: the operation's package, whose ``cpu`` and ``gpu`` modules hold functions called ``name``.
-        name: of the operator.
-        schema: its arguments and results, as in ``(Tensor x) -> Tensor``.
-        fake: from fake arguments to fake results.
+        package: package of the operation, whose ``cpu`` and ``gpu`` modules have functions called ``name``.
+        name: name of the operator.
+        schema: arguments and results, as in ``(Tensor x) -> Tensor``.
+        fake: fake (meta) implementation, for ``torch.library.register_fake``.
     """
     SCHEMAS[name] = schema
     kernels = {"numba": ("cpu", ["CPU"]), "triton": ("gpu", ["CUDA", "CPU"] if interpreting() else ["CUDA"])}
     for backend, (module, keys) in kernels.items():
         LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        function = _at_first_call(f"{package}.{module}", name)
+        function = _import_on_first_call(f"{package}.{module}", name)
         for key in keys:
             LIBRARY.impl(f"{name}.{backend}", function, key)
         if backend == "numba":
@@ -49,18 +49,23 @@ def define(package: str, name: str, schema: str, fake: Callable[..., Any]) -> No
 
 
 def operator(name: str, backend: Backend, first: Tensor) -> Callable[..., Any]:
-    """The operator ``name`` as a backend serves it, to be called with ``first`` foremost.
+    """Return an operator's implementation in a backend.
 
-    On a CPU the way through PyTorch's dispatcher into Python costs as much as a small kernel. Where nothing on that
-    way could want to see the call (no tracing, no dispatch mode, no tensor subclass), this is the function itself.
-    Whoever calls an operator that writes in place tells autograd.
+    On a CPU, PyTorch's dispatcher costs as much as a small kernel. If nothing needs to intercept the call (no tracing, no dispatch
+    mode, no tensor subclass), the Python function is returned instead. The caller of an operator that writes in place must bump
+    the version counters of the tensors.
+
+    Args:
+        name: name of the operator.
+        backend: backend that implements it.
+        first: first tensor argument of the call.
     """
     if backend == "numba" and type(first) is Tensor and not torch.compiler.is_compiling() and not _dispatch_modes():
         return _NUMBA[name]
     return getattr(getattr(torch.ops.dfkd_fast, name), backend)
 
 
-def _at_first_call(module: str, name: str) -> Callable[..., Any]:
+def _import_on_first_call(module: str, name: str) -> Callable[..., Any]:
     @functools.cache
     def function() -> Callable[..., Any]:
         return getattr(import_module(module), name)

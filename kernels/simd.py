@@ -1,9 +1,9 @@
-"""What the numba kernels share: storage formats, vectorisable elementary functions, threads.
+"""Shared code of the numba kernels: element types, vectorizable elementary functions, threads.
 
-A kernel takes a tensor as its place: its address, and a scalar whose type says how an element is stored. An array would
-cost the call more than small tensors cost to compute. bfloat16 and float16, which numba lacks, are the bits of a uint16 and an
-int16; ``widen`` and ``narrow`` convert. The elementary functions are short polynomials, because a call into libm would
-keep LLVM from vectorising the loop around it.
+Kernels take tensors as typed pointers: an address, and a scalar whose NumPy type is the element type. Unboxing arrays would take
+longer than the computation on small tensors. bfloat16 and float16, which numba lacks, are represented by the bits of a uint16 and
+an int16; ``widen`` and ``narrow`` convert. The elementary functions are short polynomials, because a call into libm would prevent
+LLVM from vectorizing the loop.
 """
 
 import os
@@ -25,34 +25,35 @@ from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .machine_code import keeping_machine_code
+from .machine_code import njit_with_cache
 
 __all__ = [
     "BLOCK",
-    "Place",
+    "TypedPointer",
+    "element_type",
     "exp",
     "exp_of_negative",
     "expm1_of_negative",
     "helper",
     "inline",
-    "laid_out_as",
     "log1p",
     "narrow",
     "parallel",
-    "place",
     "pointer",
+    "restride_like",
     "sigmoid",
-    "stored_as",
     "tanh",
     "threads",
     "total",
+    "typed_pointer",
     "widen",
 ]
 
-Place = tuple[int, Any]
-BLOCK = 8192  # elements a task: partial sums are a block's, so that they do not depend on the number of threads
+TypedPointer = tuple[int, Any]
+"""Address of the first element, and a scalar of the element type."""
+BLOCK = 8192  # elements per task; one partial sum per block, so that results do not depend on the number of threads
 
-# Contracting and reordering sums is allowed, assuming that no NaN occurs is not.
+# fastmath without nnan and ninf: sums may be contracted and reassociated, but NaN and infinities are handled.
 _RELAXED = {"contract", "reassoc", "nsz", "arcp"}
 
 
@@ -60,25 +61,25 @@ _PARALLEL_FOR, _LOOP = "numba_parallel_for", "dfkd_fast_parallel_for"
 
 
 def _loop_module() -> str:
-    """A function in the place of numba's that shares a loop out: it runs the loop of a single thread without waking others.
+    """LLVM module with a replacement for numba's parallel-for: with one thread, it runs the loop without the threading layer.
 
-    In a forked child there are none to wake, and GNU OpenMP ends it for the attempt.
+    In a forked child the worker threads do not exist, and GNU OpenMP terminates the process that tries to use them.
     """
     pointer, integer = ir.IntType(8).as_pointer(), ir.IntType(64)
     module = ir.Module()
-    parameters = [*5 * [pointer], *3 * [integer]]  # loop, its arguments, their counts and steps, its data; dimensions, arguments, threads
-    share_out = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), _PARALLEL_FOR)
-    function = ir.Function(module, share_out.function_type, _LOOP)
-    # Were the loop inlined here, there would be two of it, which might round differently.
+    parameters = [*5 * [pointer], *3 * [integer]]  # loop, arguments, shapes, steps, data; number of dimensions, arguments, threads
+    parallel_for = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), _PARALLEL_FOR)
+    function = ir.Function(module, parallel_for.function_type, _LOOP)
+    # If the loop were inlined here, there would be two copies of it, which might round differently.
     function.attributes.add("noinline")
     function.attributes.add("optnone")
     builder = ir.IRBuilder(function.append_basic_block())
-    with builder.if_else(builder.icmp_unsigned("==", function.args[-1], integer(1))) as (alone, together):
-        with alone:
+    with builder.if_else(builder.icmp_unsigned("==", function.args[-1], integer(1))) as (one_thread, several_threads):
+        with one_thread:
             kind = ir.FunctionType(ir.VoidType(), 4 * [pointer])
             builder.call(builder.bitcast(function.args[0], kind.as_pointer()), function.args[1:5])
-        with together:
-            builder.call(share_out, function.args)
+        with several_threads:
+            builder.call(parallel_for, function.args)
     builder.ret_void()
     return str(module)
 
@@ -87,11 +88,11 @@ _LOOP_MODULE = _loop_module()
 
 
 class _KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """A kernel's machine code, which calls nothing that was compiled for another.
+    """Code library of one kernel, in which the copies of helper functions have internal linkage.
 
-    numba links a copy of the loop and of every helper into the kernel's module and optimises it there again, yet leaves the
-    symbols public: where the same process compiled them apart, as it did before it compiled the kernel, the linker takes those
-    instead, and a process that loads the kernel from disk takes the copy. Both round as ``_RELAXED`` allows, each its own way.
+    numba links a copy of the loop and of every helper into the kernel's module and optimizes it again, but leaves the symbols
+    public. The process that compiles a kernel has also compiled the helpers separately, and the linker uses those; a process
+    that loads the kernel from the cache uses the copies. With ``_RELAXED`` arithmetic the two may round differently.
     """
 
     def _optimize_final_module(self) -> None:
@@ -106,7 +107,7 @@ class _KernelLibrary(JITCodeLibrary):  # type: ignore[misc]
 
 
 class _KernelCompiler(Compiler):  # type: ignore[misc]
-    """numba's compiler, into a library of ours."""
+    """numba's compiler pipeline with ``_KernelLibrary`` as code library."""
 
     def compile_extra(self, func: Callable[..., Any]) -> Any:
         self.state.library = _KernelLibrary(self.state.targetctx.codegen(), func.__qualname__)
@@ -115,9 +116,9 @@ class _KernelCompiler(Compiler):  # type: ignore[misc]
 
 
 def parallel(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a kernel whose ``prange`` loop runs on all threads, and keep the machine code on disk.
+    """Compile a kernel whose ``prange`` loop runs on all threads, with the on-disk cache.
 
-    What is compiled in this process and what is loaded from the disk is the same machine code.
+    Compiled and cached kernels give bitwise the same results.
     """
     options: dict[str, Any] = {
         "parallel": True,
@@ -126,23 +127,23 @@ def parallel(kernel: Callable[..., Any]) -> Callable[..., Any]:
         "nogil": True,
         "pipeline_class": _KernelCompiler,
     }
-    # numba notices a change of a kernel's own file, but not of this one, whose functions are compiled into the kernel.
-    return keeping_machine_code(partial(numba.njit, kernel, **options), Path(__file__))
+    # numba invalidates its cache when the kernel's own file changes, but not when this one does, whose functions are inlined.
+    return njit_with_cache(partial(numba.njit, kernel, **options), Path(__file__))
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function for use in kernels, rounding as written but for contraction."""
+    """Compile a function that is inlined into kernels; operations may be contracted, but not reordered."""
     return numba.njit(function, fastmath={"contract"}, error_model="numpy", forceinline=True)
 
 
 def helper(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function that kernels call."""
+    """Compile a function that is called from kernels."""
     return numba.njit(function, error_model="numpy")
 
 
 @helper
 def total(partial: Any) -> float:
-    """The sum of the tasks' partial sums, in their order: numba shares ``partial.sum()`` out among the threads, and groups it by them."""
+    """Sum the partial sums in order; numba parallelizes ``partial.sum()``, whose result depends on the number of threads."""
     result = 0.0
     for i in range(len(partial)):
         result += partial[i]
@@ -150,62 +151,62 @@ def total(partial: Any) -> float:
 
 
 class _Threads:
-    """As many threads as PyTorch uses, one parallel kernel at a time: not every threading layer allows two.
+    """Context manager around kernel calls: uses as many threads as PyTorch, and allows one parallel kernel at a time.
 
-    A forked child, such as a worker of a DataLoader, has none of the threads that its parent launched: its kernels run on
-    the thread that calls them. They compute the same.
+    Not every threading layer supports concurrent parallel kernels. In a forked child, such as a DataLoader worker, the parent's
+    threads do not exist: kernels run on the calling thread, with the same results.
     """
 
     def __init__(self) -> None:
-        self._running = threading.RLock()
-        self._lost = False
+        self._lock = threading.RLock()
+        self._threads_lost = False
         if hasattr(os, "register_at_fork"):
-            # No kernel runs or is compiled during a fork: the child would wait forever for whoever does.
-            os.register_at_fork(before=self._running.acquire, after_in_parent=self._running.release, after_in_child=self._forked)
+            # No kernel runs or is compiled during a fork: the child would wait for its lock forever.
+            os.register_at_fork(before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._forked)
 
     def __enter__(self) -> None:
-        self._running.acquire()
-        wanted = torch.get_num_threads()
-        numba.set_num_threads(1 if self._lost else min(wanted, numba.config.NUMBA_NUM_THREADS))
-        if torch.get_num_threads() != wanted:
-            # Launching numba's threads, once a process, sets OpenMP's number for everyone.
-            torch.set_num_threads(wanted)
+        self._lock.acquire()
+        num_threads = torch.get_num_threads()
+        numba.set_num_threads(1 if self._threads_lost else min(num_threads, numba.config.NUMBA_NUM_THREADS))
+        if torch.get_num_threads() != num_threads:
+            # Launching numba's threads (once per process) changes OpenMP's number of threads globally.
+            torch.set_num_threads(num_threads)
 
     def __exit__(self, *_: object) -> None:
-        self._running.release()
+        self._lock.release()
 
     def _forked(self) -> None:
         try:
             numba.threading_layer()
-        except ValueError:  # nobody has launched threads yet: the child may launch its own
-            self._lost = False
+        except ValueError:  # no threads have been launched yet, so the child can launch its own
+            self._threads_lost = False
         else:
-            self._lost = True
-        self._running.release()
+            self._threads_lost = True
+        self._lock.release()
 
 
 threads = _Threads()
 
 
-def place(tensor: Tensor) -> Place:
-    """The address of a tensor's first element, and how its elements are stored."""
-    return tensor.data_ptr(), _STORED_AS[tensor.dtype]
+def typed_pointer(tensor: Tensor) -> TypedPointer:
+    """Return the address of a tensor's first element and a scalar of its element type."""
+    return tensor.data_ptr(), _ELEMENT_TYPES[tensor.dtype]
 
 
-def stored_as(dtype: torch.dtype) -> Any:
-    """The second half of a place."""
-    return _STORED_AS[dtype]
+def element_type(dtype: torch.dtype) -> Any:
+    """Return a scalar of the NumPy type that represents elements of a dtype in kernels."""
+    return _ELEMENT_TYPES[dtype]
 
 
-def laid_out_as(result: Tensor, given: Tensor) -> Tensor:
-    """A dense result with the strides of ``torch.empty_like(given)``, copied only if it has others."""
-    if given.is_contiguous() and result.is_contiguous():
-        return result
-    expected = torch.empty_like(given, dtype=result.dtype)
-    return result if result.stride() == expected.stride() else expected.copy_(result)
+def restride_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a dense tensor with the strides of ``torch.empty_like(other)``; copies only if they differ."""
+    if other.is_contiguous() and tensor.is_contiguous():
+        return tensor
+    expected = torch.empty_like(other, dtype=tensor.dtype)
+    return tensor if tensor.stride() == expected.stride() else expected.copy_(tensor)
 
 
-_STORED_AS = {
+_ELEMENT_TYPES = {
     torch.float32: np.float32(0),
     torch.bfloat16: np.uint16(0),
     torch.float16: np.int16(0),
@@ -219,18 +220,18 @@ I16, I32 = ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
-def pointer(_: Any, place: Any) -> Any:
-    """A place's elements, to be indexed."""
+def pointer(_: Any, typed: Any) -> Any:
+    """Convert a typed pointer to a C pointer, which can be indexed."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(builder.extract_value(arguments[0], 0), context.get_value_type(signature.return_type))
 
-    return types.CPointer(place[1])(place), emit
+    return types.CPointer(typed[1])(typed), emit
 
 
 @intrinsic
 def widen(_: Any, x: Any) -> Any:
-    """The float32 value of an element: float32, bfloat16 (uint16), float16 (int16) or a sign (int8)."""
+    """Convert an element to float32: from float32, bfloat16 (uint16), float16 (int16) or int8."""
 
     def emit(__: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (value,) = arguments
@@ -244,8 +245,8 @@ def widen(_: Any, x: Any) -> Any:
 
 
 @intrinsic
-def narrow(_: Any, x: Any, place: Any) -> Any:
-    """A float32 value as an element of a place, rounded to nearest even."""
+def narrow(_: Any, x: Any, typed: Any) -> Any:
+    """Convert a float32 value to the element type of a typed pointer, rounding to nearest even."""
 
     def emit(__: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value = arguments[0]
@@ -256,15 +257,15 @@ def narrow(_: Any, x: Any, place: Any) -> Any:
         word = builder.bitcast(value, I32)
         odd = builder.and_(builder.lshr(word, I32(16)), I32(1))
         rounded = builder.lshr(builder.add(builder.add(word, I32(0x7FFF)), odd), I32(16))
-        kept = builder.select(builder.fcmp_unordered("uno", value, value), I32(0x7FC0), rounded)
-        return builder.trunc(kept, I16)
+        result = builder.select(builder.fcmp_unordered("uno", value, value), I32(0x7FC0), rounded)
+        return builder.trunc(result, I16)
 
-    return place[1](types.float32, place), emit
+    return typed[1](types.float32, typed), emit
 
 
 @intrinsic
-def two_to_the(_: Any, n: Any) -> Any:
-    """2ⁿ for a whole float32 n from −126 to 127."""
+def exp2_of_integer(_: Any, n: Any) -> Any:
+    """2ⁿ for an integral float32 n in [−126, 127]."""
 
     def emit(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
         exponent = builder.add(builder.fptosi(arguments[0], I32), I32(127))
@@ -274,8 +275,8 @@ def two_to_the(_: Any, n: Any) -> Any:
 
 
 @intrinsic
-def rounded(_: Any, x: Any) -> Any:
-    """The nearest whole number."""
+def rint(_: Any, x: Any) -> Any:
+    """Round to the nearest integer."""
 
     def emit(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
         return builder.call(builder.module.declare_intrinsic("llvm.rint", [F32]), arguments)
@@ -283,52 +284,52 @@ def rounded(_: Any, x: Any) -> Any:
     return types.float32(types.float32), emit
 
 
-# float32 constants: a Python float would widen the arithmetic to float64.
+# float32 constants: a Python float would promote the arithmetic to float64.
 ZERO, HALF, ONE, TWO = (cast("Any", np.float32(value)) for value in (0, 0.5, 1, 2))
-LOWEST, LARGEST = np.float32(-87.3), np.float32(88)  # beyond them 2ⁿ is no normal float32 number
+EXP_MIN, EXP_MAX = np.float32(-87.3), np.float32(88)  # outside this range 2ⁿ is not a normal float32 number
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.1219444005469057e-4)  # n · LN2_HIGH is exact
-# eʳ = 1 + r + r² (E2 + E3 r + …) for |r| ≤ ½ log 2, to 1e-8
+# eʳ = 1 + r + r² (E2 + E3 r + …) for |r| ≤ ½ log 2, error 1e-8
 E2, E3, E4, E5, E6 = (np.float32(c) for c in (0.5, 0.16666577026, 0.04166655466, 0.00836317307, 0.00139261761))
 # 2 atanh(s) / s in s² over |s| ≤ 1/3, and (tanh(x) / x − 1) / x² in x² over x ≤ 0.55: interpolated at Chebyshev
-# points, to 4e-9 of the value.
+# nodes, relative error 4e-9.
 A0, A1, A2, A3, A4 = (np.float32(c) for c in (2.00000000768, 0.6666632164, 0.4002459523, 0.2796515776, 0.2815777829))
 T0, T1, T2, T3, T4 = (np.float32(c) for c in (-0.33333332008, 0.13333113729, -0.05390942883, 0.02130938867, -0.00661022784))
-SMALL = np.float32(0.55)
+TANH_SERIES_MAX = np.float32(0.55)
 
 
 @inline
 def exp_of_negative(x: Any) -> Any:
-    """eˣ to about 1e-7 for x ≤ 0 (up to 88); 0 below −87.3."""
-    n = rounded(x * LOG2_E)
-    n = n if n > np.float32(-126) else np.float32(-126)  # NaN too: its power of two must exist
+    """eˣ for x ≤ 88 with relative error 1e-7; 0 below −87.3."""
+    n = rint(x * LOG2_E)
+    n = n if n > np.float32(-126) else np.float32(-126)  # also for NaN, for which 2ⁿ must be defined
     r = (x - n * LN2_HIGH) - n * LN2_LOW
-    y = (ONE + r * (ONE + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * E6)))))) * two_to_the(n)
-    return ZERO if x < LOWEST else y
+    y = (ONE + r * (ONE + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * E6)))))) * exp2_of_integer(n)
+    return ZERO if x < EXP_MIN else y
 
 
 @inline
 def expm1_of_negative(x: Any) -> Any:
-    """eˣ − 1 to about 1e-7 of its value for x ≤ 0 (up to 88); −1 below −87.3."""
-    n = rounded(x * LOG2_E)
+    """eˣ − 1 for x ≤ 88 with relative error 1e-7; −1 below −87.3."""
+    n = rint(x * LOG2_E)
     n = n if n > np.float32(-126) else np.float32(-126)
     r = (x - n * LN2_HIGH) - n * LN2_LOW
-    power = two_to_the(n)
+    power = exp2_of_integer(n)
     y = power * (r * (ONE + r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * E6)))))) + (power - ONE)
-    return -ONE if x < LOWEST else y
+    return -ONE if x < EXP_MIN else y
 
 
 @inline
 def exp(x: Any) -> Any:
-    """eˣ to about 1e-7; 0 below −87.3, infinity above 88."""
-    y = exp_of_negative(x if x < LARGEST else LARGEST)
-    y = np.float32(np.inf) if x > LARGEST else y
+    """eˣ with relative error 1e-7; 0 below −87.3, infinity above 88."""
+    y = exp_of_negative(x if x < EXP_MAX else EXP_MAX)
+    y = np.float32(np.inf) if x > EXP_MAX else y
     return y if x == x else x
 
 
 @inline
 def log1p(u: Any) -> Any:
-    """log(1 + u) for u in [−½, 1], to about 1e-7 of its value."""
+    """log(1 + u) for u in [−½, 1] with relative error 1e-7."""
     s = u / (TWO + u)
     w = s * s
     return s * (A0 + w * (A1 + w * (A2 + w * (A3 + w * A4))))
@@ -336,13 +337,13 @@ def log1p(u: Any) -> Any:
 
 @inline
 def tanh(x: Any) -> Any:
-    """The hyperbolic tangent to about 1e-7 of its value."""
+    """Hyperbolic tangent with relative error 1e-7."""
     size = abs(x)
     w = x * x
     near = x + x * w * (T0 + w * (T1 + w * (T2 + w * (T3 + w * T4))))
     far = ONE - TWO / (exp(TWO * size) + ONE)
     far = far if x > ZERO else -far
-    return near if size < SMALL else far
+    return near if size < TANH_SERIES_MAX else far
 
 
 @inline

@@ -277,7 +277,10 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Pat
         (["distill", "digits", "--set", "loop.epochs=0"], "loop.epochs = 0: must be a whole number ≥ 1"),
         (["distill", "digits", "--set", "loop.epochs"], "--set 'loop.epochs': must be key.path=value"),
         (["distill", "digits", "--set", "student.model=lenet5_haf"], "did you mean 'lenet5_half'?"),
-        (["distill", "digits", "--set", "generator.model=B", "--set", "data.image_size=40"], "image_size of 16, 32, 64, 128 or 256, not 40"),
+        (
+            ["distill", "digits", "--set", "generator.model=B", "--set", "data.image_size=40"],
+            "image_size of 16, 32, 64, 128 or 256, not 40",
+        ),
         (["distill", "digits", "--set", "data.image_size=36"], "data.image_size's 1×36×36 images"),
         (["distill", "digits", "--teacher", "nowhere.safetensors"], "nowhere.safetensors not found"),
         (["distill", "digits", "--device", "tpu"], "tpu"),

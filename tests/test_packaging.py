@@ -70,8 +70,8 @@ def test_installed_package_finds_its_kernels_from_any_folder(tmp_path: Path) -> 
 @pytest.fixture
 def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A CUDA toolkit whose nvcc the test writes."""
-    if build.why_not_buildable() not in (None, "no nvcc: install the CUDA toolkit, or say where it is with CUDA_HOME"):
-        pytest.skip(f"the extension cannot be built here: {build.why_not_buildable()}")
+    if build.unbuildable_reason() not in (None, "no nvcc: install the CUDA toolkit, or set CUDA_HOME"):
+        pytest.skip(f"the extension cannot be built here: {build.unbuildable_reason()}")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)

@@ -46,7 +46,7 @@ def _versions(case: str, context: Context) -> None:
 
 
 def _copy(case: str, context: Context) -> None:
-    bandwidth = timing.copy_bandwidth(timing.turn_on(context.device), context.device) / 1e9
+    bandwidth = timing.copy_bandwidth(timing.timer_for(context.device), context.device) / 1e9
     row = {"gb_per_s": bandwidth, "bytes": timing.COPIED_BYTES[context.device.type]}
     context.record(case, text=f"a large copy moves {bandwidth:.0f} GB/s", table="ceilings", row=row, highlight=True)
 
@@ -56,7 +56,7 @@ def _product(case: str, context: Context) -> None:
     side = TOY_SIDE if context.rehearse else SIDE
     left, right = (torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2))
     trial = Trial(lambda _: left @ right, dict, torch.no_grad)
-    rate = 2 * side**3 / statistics.median(timing.turn_on(context.device)(trial, PRODUCTS, True)) / 1e12
+    rate = 2 * side**3 / statistics.median(timing.timer_for(context.device)(trial, PRODUCTS, True)) / 1e12
     row = {"tflops": rate, "side": side}
     context.record(case, text=f"a bf16 matrix product of size {side}: {rate:.3g} TFLOP/s", table="ceilings", row=row, highlight=True)
 
@@ -94,7 +94,7 @@ def _reason(context: Context, backend: Backend) -> str | None:
         from . import rehearsal
 
         return rehearsal.unavailable_reason(backend)
-    reason = dispatch.why_not(backend)
+    reason = dispatch.unavailable_reason(backend)
     if backend == "cuda" and reason is not None and not BINARY.is_file():
         try:
             compile_extension(BINARY, architectures=[_gencode(context.device)])

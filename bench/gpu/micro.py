@@ -114,14 +114,14 @@ REHEARSAL_PLAN = Plan(IN_REHEARSAL, IN_REHEARSAL[:3], _cases("l1", "both", "4x5"
 def run(context: Context) -> None:
     """Compile, then measure: a record for each row, and one for each case that compares our kernels with their peers."""
     plan = REHEARSAL_PLAN if context.rehearse else GPU_PLAN
-    turn = timing.turn_on(context.device)
+    timer = timing.timer_for(context.device)
     with_compile = runner.Run(
         device=context.device,
         modes=(),
         providers=PROVIDERS,
         repeats=None,
-        turn=turn,
-        copy_bandwidth=timing.copy_bandwidth(turn, context.device),
+        timer=timer,
+        copy_bandwidth=timing.copy_bandwidth(timer, context.device),
         provenance=measured_on(context.device, context.origin.get("command", ""), context.origin.get("commit")),
         backends=BACKENDS,
         seconds=plan.seconds,
@@ -208,10 +208,10 @@ def _compile(context: Context, pool: Pool[Job, float], plan: Plan) -> set[Case]:
     """
     jobs = []
     for case in plan.cases:
-        if str(case) not in context.done and _provider(Job(TRITON, case), context.device).absent is None:
+        if str(case) not in context.done and _provider(Job(TRITON, case), context.device).unavailable is None:
             jobs.append(Job(TRITON, case))
         if case in plan.compiled and _compiled_name(case) not in context.done:
-            if (reason := _provider(Job(COMPILE, case), context.device).absent) is None:
+            if (reason := _provider(Job(COMPILE, case), context.device).unavailable) is None:
                 jobs.append(Job(COMPILE, case))
             else:
                 context.record(_compiled_name(case), "skipped", reason)

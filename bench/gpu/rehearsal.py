@@ -19,7 +19,7 @@ def environment() -> dict[str, str]:
     """Return the environment variables that must be set before the kernels are imported. Compiles the CUDA kernels if they changed."""
     build = _cuda_on_cpu()
     variables = {REHEARSAL: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    if build.why_not() is None:
+    if build.unavailable_reason() is None:
         variables |= {"DFKD_FAST_EXTENSION": str(build.compile_kernels()), **build.environment()}
     return variables
 
@@ -27,17 +27,17 @@ def environment() -> dict[str, str]:
 def prepare() -> None:
     """Enable the GPU backends for this process's CPU tensors, in the order of a GPU."""
     preferred: tuple[Backend, ...] = ("cuda", "triton")
-    dispatch.SERVING["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
+    dispatch.BACKENDS_BY_DEVICE["cpu"] = [*(backend for backend in preferred if unavailable_reason(backend) is None), "reference"]
     # GPU kernels have no minimum size, and toy tensors are below the CPU's. Operations that only Triton implements stay with PyTorch unless
     # forced, because the interpreter would take minutes for whole iterations.
-    dispatch.WORTHWHILE.update({name: 0 if dispatch.has_kernel(name, "cuda") else sys.maxsize for name in dispatch.WORTHWHILE})
+    dispatch.MIN_NUMEL.update({name: 0 if dispatch.has_kernel(name, "cuda") else sys.maxsize for name in dispatch.MIN_NUMEL})
 
 
 def unavailable_reason(backend: Backend) -> str | None:
     """Return in one line why a GPU backend is not available for this process's CPU tensors, or None."""
-    if backend == "cuda" and (reason := _cuda_on_cpu().why_not()) is not None:
+    if backend == "cuda" and (reason := _cuda_on_cpu().unavailable_reason()) is not None:
         return str(reason)
-    if (reason := dispatch.why_not(backend)) is not None:
+    if (reason := dispatch.unavailable_reason(backend)) is not None:
         return reason
     if backend == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("dfkd_fast::moments_forward.cuda", "CPU"):
         return "the CUDA kernels were not compiled for this CPU"

@@ -22,7 +22,7 @@ from dfkd_fast.kernels import (
     l1_discrepancy,
     use_backend,
 )
-from dfkd_fast.kernels.dispatch import backends, has_kernel, why_not
+from dfkd_fast.kernels.dispatch import backends, has_kernel, unavailable_reason
 from dfkd_fast.recipe import load_recipe
 
 from ..end_to_end import networks
@@ -120,7 +120,7 @@ def run(context: Context) -> None:
             context.record(name, text=text, seconds=seconds, highlight=bool(notes))
     for case in context.cases([Case(*parts) for parts in product(OPERATIONS, BACKENDS, DTYPES, LAYOUTS)]):
         if case.backend not in backends(context.device):
-            context.record(str(case), "skipped", why_not(case.backend) or f"does not support {context.device.type} tensors")
+            context.record(str(case), "skipped", unavailable_reason(case.backend) or f"does not support {context.device.type} tensors")
             continue
         if not has_kernel(case.operation, case.backend):
             context.record(str(case), "skipped", "has no kernel")

@@ -1,8 +1,8 @@
-"""Micro-benchmarks of the kernels: ours against plain PyTorch, torch.compile and the field's.
+"""Micro-benchmarks of the kernels against eager PyTorch, torch.compile and other libraries.
 
-``workload.py`` says what a case is; ``ema.py``, ``discrepancy.py``, ``concat.py``, ``moments.py`` and ``layers.py`` have the cases of each
-kernel, their textbook forms and their peers; ``check.py`` compares results with a float64 oracle, ``timing.py`` takes the
-times, ``runner.py`` puts them together, ``rows.py`` writes and prints them.
+``workload.py`` defines cases; ``ema.py``, ``discrepancy.py``, ``concat.py``, ``moments.py`` and ``layers.py`` have the cases of each
+kernel, the eager implementations and other libraries; ``check.py`` compares results with a float64 reference, ``timing.py``
+measures times, ``runner.py`` combines them, ``rows.py`` writes and prints the results.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +24,11 @@ PROVIDERS = (
 
 
 class Kernel(NamedTuple):
-    """The cases of a kernel."""
+    """Benchmark cases of a kernel."""
 
     sizes: Sequence[str]
     workloads: Callable[[str, str], Sequence[Workload]]
-    """From the kernel's name and a size; none if it is none of this kernel's."""
+    """Maps the kernel's name and a size to workloads; empty if the size is invalid for this kernel."""
     example: str
 
 
@@ -49,7 +49,7 @@ KERNELS = {
 
 
 class Case(NamedTuple):
-    """A workload in a mode, by what tells it from all others: unlike a workload, it can be sent to another process."""
+    """Key of a workload in a mode; unlike a workload, it can be pickled."""
 
     kernel: str
     variant: str
@@ -63,10 +63,10 @@ class Case(NamedTuple):
         return " ".join(filter(None, (self.kernel, self.variant, self.size, dtype, self.layout, self.mode)))
 
     def workload(self) -> Workload:
-        """What is measured.
+        """Return the workload of this case.
 
         Raises:
-            DfkdError: there is no such case.
+            DfkdError: the case does not exist.
         """
         for one in KERNELS[self.kernel].workloads(self.kernel, self.size):
             if (one.variant, one.dtype, one.layout) == (self.variant, self.dtype, self.layout) and self.mode in one.modes:
@@ -75,10 +75,15 @@ class Case(NamedTuple):
 
 
 def select(kernels: Sequence[str], sizes: Sequence[str], everything: bool) -> list[Workload]:
-    """The workloads of some kernels: of the sizes given, else all, else a few that users have most.
+    """Return the workloads of kernels.
+
+    Args:
+        kernels: names of the kernels.
+        sizes: sizes to benchmark; if empty, the default sizes.
+        everything: all default sizes, dtypes and layouts instead of a few common ones.
 
     Raises:
-        DfkdError: a size is of none of these kernels.
+        DfkdError: a size is valid for none of the kernels.
     """
     for size in sizes:
         if not any(KERNELS[name].workloads(name, size) for name in kernels):

@@ -1,13 +1,12 @@
-"""From the pre-activations of several generators to one batch: tanh, normalisation, cast, channels-last.
+"""Concatenation of the outputs of several generators: tanh, normalization, cast to bfloat16, channels-last.
 
-Variants: "dataset" subtracts a data set's mean and divides by its standard deviation; "batch" is the affine-free batch
-normalisation of generator A, whose running statistics move; "dataset-out" writes into a batch that is there already, as a
-captured step does. The dtype is that of the pre-activations: the batch is bfloat16. Only the first generator, the
-one that is trained, receives a gradient.
+Variants: "dataset" normalizes by constants; "batch" is batch normalization without affine parameters, which updates running
+statistics; "dataset-out" writes to a preallocated batch, as in a captured step. The dtype of a case is that of the pre-activations.
+Only the first generator, the one that is trained, receives a gradient.
 
-Floor: forward reads every pre-activation once and writes the batch once (batch normalisation, too, though it must see
-all values before it writes the first). Backward reads the batch's gradient and the pre-activations for the first
-generator, and writes its gradient; full is the sum of both.
+Minimum memory traffic: forward reads each pre-activation once and writes the batch once, also for batch normalization, although a
+second read is unavoidable if the data does not fit into the cache. Backward reads the gradient and the pre-activations of the
+first generator and writes its gradient; full is the sum of both.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ QUICK = ("2x256x3x32x32",)
 EXAMPLE = "GENERATORSxBxCxHxW, such as 2x256x3x32x32"
 OUT_DTYPE = torch.bfloat16
 MOMENTUM, EPS = 0.1, 1e-5
-OFFSET = 0.5  # no mean of about zero, whose relative error would be that of a cancelled sum
+OFFSET = 0.5  # a mean of about 0 would have a large relative error
 MODES: dict[str, tuple[Mode, ...]] = {
     "dataset": ("forward", "backward", "full"),
     "batch": ("forward", "backward", "full"),
@@ -37,7 +36,7 @@ MODES: dict[str, tuple[Mode, ...]] = {
 
 
 def workloads(kernel: str, size: str) -> list[FunctionWorkload]:
-    """All cases of a size (generators, B, C, H, W); none if it is none."""
+    """Return all cases of a size (generators, B, C, H, W); empty if the size is invalid."""
     shape = parse_shape(size, 5)
     if shape is None:
         return []
@@ -49,7 +48,7 @@ def _workload(kernel: str, variant: str, size: str, shape: tuple[int, ...], dtyp
     elements = torch.Size(image).numel()
     read, written = elements * dtype.itemsize, elements * OUT_DTYPE.itemsize
     forward, backward = generators * (read + written), written + read + read
-    textbook, ours = FUNCTIONS[variant]
+    eager, ours = FUNCTIONS[variant]
     return FunctionWorkload(
         kernel=kernel,
         variant=variant,
@@ -61,9 +60,9 @@ def _workload(kernel: str, variant: str, size: str, shape: tuple[int, ...], dtyp
         inputs=partial(_inputs, variant, shape, dtype, layout),
         outputs=("batch",),
         floors={"forward": forward, "backward": backward, "full": forward + backward},
-        textbook=partial(textbook, OUT_DTYPE),
+        eager=partial(eager, OUT_DTYPE),
         ours=partial(ours, OUT_DTYPE),
-        oracle=partial(textbook, torch.float64),
+        oracle=partial(eager, torch.float64),
         differentiable=("pre-activation 0",) if "full" in MODES[variant] else (),
         mutated=tuple(name for name, _ in _statistics(generators)) if variant == "batch" else (),
     )
@@ -71,7 +70,7 @@ def _workload(kernel: str, variant: str, size: str, shape: tuple[int, ...], dtyp
 
 @lru_cache(maxsize=1)
 def _inputs(variant: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> dict[str, Tensor]:
-    """The arguments behind the batch's dtype, for one variant: constants or statistics, then the pre-activations."""
+    """Return the arguments of a variant after the dtype: constants or statistics, then pre-activations."""
     generators, batch, channels, height, width = shape
     random = torch.Generator(device).manual_seed(0)
     made = {
@@ -91,16 +90,16 @@ def _inputs(variant: str, shape: tuple[int, ...], dtype: torch.dtype, layout: st
 
 
 def _statistics(generators: int) -> list[tuple[str, float]]:
-    """Names and first values of the running statistics."""
+    """Return names and initial values of the running statistics."""
     return [(f"running {what} {index}", start) for index in range(generators) for what, start in (("mean", 0.0), ("var", 1.0))]
 
 
-def _normalised(raws: Sequence[Tensor], mean: Tensor, std: Tensor) -> list[Tensor]:
+def _normalized(raws: Sequence[Tensor], mean: Tensor, std: Tensor) -> list[Tensor]:
     return [(raw.tanh() - mean[:, None, None]) / std[:, None, None] for raw in raws]
 
 
 def _dataset(out_dtype: torch.dtype, mean: Tensor, std: Tensor, *raws: Tensor) -> Tensor:
-    return torch.cat(_normalised(raws, mean, std)).to(out_dtype, memory_format=torch.channels_last)
+    return torch.cat(_normalized(raws, mean, std)).to(out_dtype, memory_format=torch.channels_last)
 
 
 def _our_dataset(out_dtype: torch.dtype, mean: Tensor, std: Tensor, *raws: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ def _our_batch(out_dtype: torch.dtype, *tensors: Tensor) -> Tensor:
 
 
 def _dataset_out(_: torch.dtype, mean: Tensor, std: Tensor, out: Tensor, *raws: Tensor) -> Tensor:
-    return out.copy_(torch.cat(_normalised(raws, mean, std)))
+    return out.copy_(torch.cat(_normalized(raws, mean, std)))
 
 
 def _our_dataset_out(_: torch.dtype, mean: Tensor, std: Tensor, out: Tensor, *raws: Tensor) -> Tensor:
@@ -147,7 +146,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """Running means, running variances, pre-activations; the first two alternate."""
+    """Split the arguments into running means, running variances and pre-activations."""
     generators = len(tensors) // 3
     statistics = tensors[: 2 * generators]
     return statistics[::2], statistics[1::2], tensors[2 * generators :]

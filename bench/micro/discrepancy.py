@@ -1,10 +1,10 @@
-"""Discrepancies between a student's and a teacher's logits: L1, KL and JS.
+"""Discrepancies between the logits of a student and a teacher: L1, KL and JS.
 
-Variants: "both" sides receive a gradient, as in the generator's step; only the "student" does, as in its own.
+Variants: "both" sides require a gradient, as in the generator's step; or only the "student", as in the student's step.
 
-Floor: both logits are read once; every gradient is written once. A forward pass can know the gradients but for the
-factor that comes back, so "full" has the floor of "backward". What saves less than the logits (L1 keeps signs of one byte)
-can go below the floor of "backward".
+Minimum memory traffic: both logits are read once and each gradient is written once. The forward pass can compute the gradients up to
+the upstream factor, so that "full" has the same minimum as "backward". Implementations that save less than the logits (int8 signs
+for L1) can be below the minimum of "backward".
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ TEMPERATURE = 4.0
 
 
 def workloads(kernel: str, size: str) -> list[FunctionWorkload]:
-    """All cases of a size (N, C) or (N, C, H, W); none if it is neither."""
+    """Return all cases of a size (N, C) or (N, C, H, W); empty if the size is invalid."""
     shape = parse_shape(size, 2, 4)
     if shape is None:
         return []
@@ -40,7 +40,7 @@ def workloads(kernel: str, size: str) -> list[FunctionWorkload]:
 
 
 def _workload(kernel: str, variant: str, size: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> FunctionWorkload:
-    textbook, ours = FUNCTIONS[kernel]
+    eager, ours = FUNCTIONS[kernel]
     logits = torch.Size(shape).numel() * dtype.itemsize
     sides = ("student", "teacher") if variant == "both" else ("student",)
     gradient_floor = 2 * logits + len(sides) * logits
@@ -50,15 +50,15 @@ def _workload(kernel: str, variant: str, size: str, shape: tuple[int, ...], dtyp
         size=size,
         dtype=dtype,
         layout=layout,
-        # forward is the same for both variants
+        # forward is identical for both variants
         modes=("forward", "backward", "full") if variant == "both" else ("backward", "full"),
         quick=size in QUICK[kernel] and variant == "both" and dtype == torch.float32,
         inputs=partial(_logits, shape, dtype, layout),
         outputs=("loss",),
         floors={"forward": 2 * logits, "backward": gradient_floor, "full": gradient_floor},
-        textbook=textbook,
+        eager=eager,
         ours=ours,
-        oracle=textbook,
+        oracle=eager,
         differentiable=sides,
         peers=(_liger(),) if kernel == "kl" and variant == "student" and len(shape) == 2 else (),
     )
@@ -108,11 +108,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def _liger() -> Provider:
-    """Liger's KL divergence fuses what follows the log-softmax, and gives no gradient for the teacher."""
+    """Liger's KL divergence, which fuses the loss after log-softmax and has no gradient for the teacher."""
     if find_spec("liger_kernel") is None:
-        return Provider("liger", _kl, absent="liger-kernel is not installed")
+        return Provider("liger", _kl, unavailable="liger-kernel is not installed")
     if not torch.cuda.is_available():
-        return Provider("liger", _kl, absent="liger-kernel needs a GPU")
+        return Provider("liger", _kl, unavailable="liger-kernel needs a GPU")
 
     divergence = import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="batchmean", log_target=True)
 
@@ -120,4 +120,4 @@ def _liger() -> Provider:
         log_q, log_p = F.log_softmax(student / TEMPERATURE, dim=1), F.log_softmax(teacher / TEMPERATURE, dim=1)
         return divergence(log_q, log_p) * TEMPERATURE**2
 
-    return Provider("liger", call, capturable=False)  # its backward pass compares a factor with 1 on the host
+    return Provider("liger", call, capturable=False)  # its backward pass reads the upstream gradient on the host

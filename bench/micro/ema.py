@@ -1,10 +1,9 @@
 """Exponential moving average of a network's parameters and buffers.
 
-Variants: "plain"; "shadow" also writes the new averages to a bfloat16 copy. Some providers take lists of tensors, gathered
-beforehand; AveragedModel and ModelEmaV3 take modules and gather the lists at every update, our FusedEMA when they have changed:
-compare like with like.
+Variants: "plain"; "shadow" also writes the new averages to a bfloat16 copy. Some providers take lists of tensors, collected
+beforehand; AveragedModel and ModelEmaV3 take modules and collect the tensors at every update, FusedEMA only when they have changed.
 
-Floor: the averages are read and written, the sources read: 12 bytes a float32 parameter, and 2 more for its shadow.
+Minimum memory traffic: averages are read and written, sources are read: 12 bytes per float32 parameter, plus 2 for its shadow.
 Integer buffers are copied: 16 bytes.
 """
 
@@ -26,7 +25,7 @@ from dfkd_fast.kernels import FusedEMA, ema_update_
 from dfkd_fast.kernels.dispatch import Backend
 from dfkd_fast.models import GeneratorA, GeneratorB
 
-from .workload import LAYOUTS, Mode, Provider, Results, Trial, Workload, around, usual_providers
+from .workload import LAYOUTS, Mode, Provider, Results, Trial, Workload, backend_context, default_providers
 
 __all__ = ["EXAMPLE", "NETWORKS", "SIZES", "workloads"]
 
@@ -49,7 +48,7 @@ APEX_CHUNK = 2048 * 32
 
 
 class Step(NamedTuple):
-    """A provider set up on a pair of networks."""
+    """A provider set up for a pair of networks."""
 
     run: Callable[[], object]
     average: nn.Module
@@ -57,11 +56,11 @@ class Step(NamedTuple):
 
 
 Setup = Callable[[nn.Module, nn.Module], Step]
-"""From a network that holds the averages, which it may take over, and the network to average."""
+"""Called with the network that holds the averages, which may be modified, and the source network."""
 
 
 def workloads(kernel: str, size: str) -> list["EmaWorkload"]:
-    """All cases of a network; none if it is unknown."""
+    """Return all cases of a network; empty if it is unknown."""
     if size not in BUILDERS:
         return []
     return [
@@ -80,67 +79,67 @@ def workloads(kernel: str, size: str) -> list["EmaWorkload"]:
 
 
 class EmaWorkload(Workload):
-    """The update of one network's average."""
+    """EMA update of one network."""
 
     def floor_bytes(self, mode: Mode) -> int:
-        """As of Workload."""
+        """See Workload."""
         with torch.device("meta"):
-            held = tensors(BUILDERS[self.size]())
+            network = tensors(BUILDERS[self.size]())
         per_element = 3 * self.dtype.itemsize + (SHADOW.itemsize if self.variant == "shadow" else 0)
-        return sum(tensor.numel() * (per_element if tensor.is_floating_point() else 2 * tensor.itemsize) for tensor in held)
+        return sum(tensor.numel() * (per_element if tensor.is_floating_point() else 2 * tensor.itemsize) for tensor in network)
 
     def providers(self, device: torch.device, backends: Sequence[Backend]) -> list[Provider]:
-        """As of Workload."""
+        """See Workload."""
         shadowed = self.variant == "shadow"
-        by_lists = [
+        list_providers = [
             Provider(
                 provider.name,
                 partial(_over_lists, provider.call, shadowed),
                 provider.backend,
-                provider.absent,
+                provider.unavailable,
             )
-            for provider in usual_providers(_textbook, _ours, device, backends)
+            for provider in default_providers(_eager, _ours, device, backends)
         ]
         fused = Provider("fused_ema", partial(_fused_ema, shadowed))
-        return [*by_lists, fused] if shadowed else [*by_lists, fused, *_peers(device)]
+        return [*list_providers, fused] if shadowed else [*list_providers, fused, *_peers(device)]
 
     def expected(self, mode: Mode, device: torch.device) -> Results:
-        """As of Workload."""
+        """See Workload."""
         average, source = self._networks(device)
         moved = {name: _average(tensor, named(source)[name]) for name, tensor in named(average).items()}
         return moved | ({f"shadow {name}": tensor for name, tensor in moved.items()} if self.variant == "shadow" else {})
 
     def trial(self, provider: Provider, mode: Mode, device: torch.device) -> Trial:
-        """As of Workload."""
+        """See Workload."""
         step = provider.call(*self._networks(device))
 
         def results() -> Results:
             with context():
                 step.run()
             shadow = {} if step.shadow is None else {f"shadow {name}": tensor for name, tensor in named(step.shadow).items()}
-            return {name: tensor for name, tensor in (named(step.average) | shadow).items() if not name.endswith(provider.lacks)}
+            return {name: tensor for name, tensor in (named(step.average) | shadow).items() if not name.endswith(provider.omitted)}
 
-        context: Callable[[], AbstractContextManager[None]] = partial(around, provider.backend, False)
+        context: Callable[[], AbstractContextManager[None]] = partial(backend_context, provider.backend, False)
         return Trial(lambda _: step.run(), results, context, capturable=provider.capturable)
 
     def _networks(self, device: torch.device) -> list[nn.Module]:
-        """One that holds the averages, and one to average."""
+        """Return the network that holds the averages and the source network."""
         return [copy.deepcopy(_filled(self.size, self.layout, seed, device)) for seed in (0, 1)]
 
 
 def tensors(network: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, without gradients."""
+    """Return parameters and buffers, detached."""
     return list(named(network).values())
 
 
 def named(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, without gradients."""
+    """Return parameters and buffers by name, detached."""
     return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
 
 
 @lru_cache(maxsize=2)
 def _filled(size: str, layout: str, seed: int, device: torch.device) -> nn.Module:
-    """A network with random values, without drawing first what these overwrite."""
+    """Return a network with random values, without its own initialization."""
     with torch.device("meta"):
         network = BUILDERS[size]()
     network = network.to_empty(device=device).to(memory_format=LAYOUTS[layout])
@@ -163,7 +162,7 @@ def _over_lists(update: Callable[..., None], shadowed: bool, average: nn.Module,
     return Step(partial(update, tensors(average), tensors(source), shadows), average, shadow)
 
 
-def _textbook(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> None:
+def _eager(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> None:
     for average, source in zip(averages, sources, strict=True):
         if average.is_floating_point():
             average.lerp_(source, 1 - DECAY)
@@ -184,19 +183,19 @@ def _fused_ema(shadowed: bool, average: nn.Module, source: nn.Module) -> Step:
 
 
 def _peers(device: torch.device) -> list[Provider]:
-    # AveragedModel reads its count of updates on the host, and averages integers instead of copying them.
+    # AveragedModel reads its number of updates on the host, and averages integers instead of copying them.
     return [
-        Provider("averaged_model", _averaged_model, lacks=(INTEGERS,), capturable=False),
+        Provider("averaged_model", _averaged_model, omitted=(INTEGERS,), capturable=False),
         Provider("model_ema_v3", _model_ema_v3),
         Provider("foreach_lerp", _foreach_lerp),
-        Provider("flat_lerp", _flat_lerp, lacks=(INTEGERS,)),
-        Provider("apex", _apex, absent=_why_no_apex(device)),
+        Provider("flat_lerp", _flat_lerp, omitted=(INTEGERS,)),
+        Provider("apex", _apex, unavailable=_apex_unavailable_reason(device)),
     ]
 
 
 def _averaged_model(average: nn.Module, source: nn.Module) -> Step:
     averaged = AveragedModel(average, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
-    averaged.n_averaged.fill_(1)  # its first update copies
+    averaged.n_averaged.fill_(1)  # the first update copies
     return Step(lambda: averaged.update_parameters(source), averaged.module)
 
 
@@ -218,28 +217,28 @@ def _foreach_lerp(average: nn.Module, source: nn.Module) -> Step:
 
 
 def _flat_lerp(average: nn.Module, source: nn.Module) -> Step:
-    """A lower bound: all tensors lie in one, which the networks of most users do not."""
-    averages, sources = _into_one(average), _into_one(source)
+    """A lower bound: all tensors are views of one, which is not the case in most networks."""
+    averages, sources = _flatten(average), _flatten(source)
     return Step(lambda: averages.lerp_(sources, 1 - DECAY), average)
 
 
-def _into_one(network: nn.Module) -> Tensor:
-    """Move a network's floating tensors into one, keeping their strides; they have no gaps."""
-    held = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
-    arena = held[0].new_empty(sum(tensor.numel() for tensor in held))
+def _flatten(network: nn.Module) -> Tensor:
+    """Make a network's floating-point tensors views of one tensor, with the same strides; they must be dense."""
+    floating = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+    arena = floating[0].new_empty(sum(tensor.numel() for tensor in floating))
     offset = 0
-    for tensor in held:
-        place = arena.detach().as_strided(tensor.shape, tensor.stride(), offset)
-        place.copy_(tensor.detach())
-        tensor.data = place
+    for tensor in floating:
+        view = arena.detach().as_strided(tensor.shape, tensor.stride(), offset)
+        view.copy_(tensor.detach())
+        tensor.data = view
         offset += tensor.numel()
     return arena
 
 
-def _why_no_apex(device: torch.device) -> str | None:
+def _apex_unavailable_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "apex needs a GPU"
-    # PyPI's apex is another project: NVIDIA's is known by its compiled module
+    # PyPI's apex is a different project; NVIDIA's has this compiled module
     return None if find_spec("amp_C") else "NVIDIA's apex with its CUDA extensions is not installed"
 
 
@@ -250,7 +249,7 @@ def _apex(average: nn.Module, source: nn.Module) -> Step:
     overflow = torch.zeros(1, dtype=torch.int32, device=averages[0].device)
 
     def run() -> None:
-        # averages ← DECAY · averages + (1 − DECAY) · sources; 2: neither is searched for infinities
+        # averages ← DECAY · averages + (1 − DECAY) · sources; 2: no check for infinities
         multi_tensor_axpby(APEX_CHUNK, overflow, [averages, sources, averages], DECAY, 1 - DECAY, 2)
         if counts:
             torch._foreach_copy_(counts, new_counts)

@@ -1,7 +1,7 @@
-"""The layers that have kernels of ours: 3×3 convolution in float32 (on a CPU), and batch norm with a leaky ReLU. Channels-last.
+"""Layers with fused kernels, channels-last: 3×3 convolution in float32 (on a CPU), and batch normalization with leaky ReLU.
 
-Floor, in bytes: forward reads its inputs and writes the result. Backward reads the gradient and what forward read, and writes a
-gradient of each; full is the sum of both. A convolution is bound by its multiplications instead: it is far from this floor.
+Minimum memory traffic: forward reads its inputs and writes the result. Backward reads the upstream gradient and the inputs and writes
+a gradient for each; full is the sum of both. Convolutions are compute-bound and far from this minimum.
 """
 
 from functools import lru_cache, partial
@@ -22,7 +22,7 @@ EXAMPLE = "NxCxHxW, such as 16x128x16x16"
 
 
 def workloads(kernel: str, size: str) -> list[FunctionWorkload]:
-    """All cases of a size (N, C, H, W), of a convolution from C to C channels; none if it is none."""
+    """Return all cases of a size (N, C, H, W); convolutions have C input and output channels. Empty if the size is invalid."""
     shape = parse_shape(size, 4)
     if shape is None:
         return []
@@ -44,7 +44,7 @@ def _convolution(size: str, shape: tuple[int, ...]) -> FunctionWorkload:
         inputs=partial(_images_and_weights, shape),
         outputs=("output",),
         floors={"forward": 2 * images + weights, "backward": 3 * images + 2 * weights, "full": 5 * images + 3 * weights},
-        textbook=partial(F.conv2d, padding=1),
+        eager=partial(F.conv2d, padding=1),
         ours=winograd_conv2d,
         oracle=partial(F.conv2d, padding=1),
         differentiable=("images", "weights"),
@@ -65,9 +65,9 @@ def _norm(size: str, shape: tuple[int, ...], dtype: torch.dtype) -> FunctionWork
         inputs=partial(_activation, shape, dtype),
         outputs=("output",),
         floors={"forward": 2 * activation, "backward": 3 * activation, "full": 5 * activation},
-        textbook=_textbook_norm,
+        eager=_eager_norm,
         ours=_our_norm,
-        oracle=_textbook_norm,
+        oracle=_eager_norm,
         differentiable=("activation", "gain", "offset"),
         mutated=("mean", "variance"),
         operation="batch_norm_leaky_relu",
@@ -85,14 +85,14 @@ def _images_and_weights(shape: tuple[int, ...], device: torch.device) -> dict[st
 def _activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     stream = torch.Generator(device).manual_seed(0)
     values = torch.randn(shape, generator=stream, device=device)
-    # Before the ReLU no number is near 0, where its rounding would decide on the gradient.
+    # No input of the ReLU is near 0, where rounding would determine the gradient.
     gain = torch.rand(shape[1], generator=stream, device=device) * 0.3
     offset = torch.linspace(0, shape[1] - 1, shape[1], device=device).remainder(2) * 4 - 2
     moments = {"mean": torch.zeros(shape[1], device=device), "variance": torch.ones(shape[1], device=device)}
     return {"activation": values.to(dtype, memory_format=torch.channels_last), "gain": gain, "offset": offset, **moments}
 
 
-def _textbook_norm(x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def _eager_norm(x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return F.leaky_relu(F.batch_norm(x, mean, variance, gain, offset, training=True), 0.2)
 
 

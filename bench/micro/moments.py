@@ -1,7 +1,7 @@
-"""Mean and variance of every channel of an activation, as the BN objective takes them.
+"""Per-channel mean and variance of an activation, as in the BN statistics loss.
 
-Floor: forward reads the activation once. Backward reads it once more, because a gradient needs the mean of all of it, and
-writes the gradient once; full is the sum of both. The results, one number a channel, are not counted.
+Minimum memory traffic: forward reads the activation once. Backward reads it again and writes the gradient; full is the sum of both.
+Per-channel results are not counted.
 """
 
 from functools import lru_cache, partial
@@ -21,7 +21,7 @@ EXAMPLE = "NxCxHxW, such as 128x64x32x32"
 
 
 def workloads(kernel: str, size: str) -> list[FunctionWorkload]:
-    """All cases of a size (N, C, H, W); none if it is none."""
+    """Return all cases of a size (N, C, H, W); empty if the size is invalid."""
     shape = parse_shape(size, 4)
     return [] if shape is None else [_workload(kernel, size, shape, dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
 
@@ -39,9 +39,9 @@ def _workload(kernel: str, size: str, shape: tuple[int, ...], dtype: torch.dtype
         inputs=partial(_activation, shape, dtype, layout),
         outputs=("mean", "variance"),
         floors={"forward": activation, "backward": 2 * activation, "full": 3 * activation},
-        textbook=_textbook,
+        eager=_eager,
         ours=_ours,
-        oracle=_textbook,
+        oracle=_eager,
         differentiable=("activation",),
     )
 
@@ -52,7 +52,7 @@ def _activation(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device:
     return {"activation": values.to(dtype, memory_format=LAYOUTS[layout])}
 
 
-def _textbook(x: Tensor) -> tuple[Tensor, Tensor]:
+def _eager(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)
 
 

@@ -14,52 +14,52 @@ from dfkd_fast.kernels import Backend
 from ..provenance import Provenance
 from . import check, timing
 from .rows import Row
-from .workload import Mode, Provider, Results, Trial, Workload, usual_backends
+from .workload import Mode, Provider, Results, Trial, Workload, default_backends
 
 __all__ = ["Run"]
 
 
-class Examined(NamedTuple):
-    """What the check said of a provider."""
+class Checked(NamedTuple):
+    """Result of the correctness check of a provider."""
 
     status: str
     error: float | None = None
     trial: Trial | None = None
-    """Where it may be timed."""
+    """None if the provider must not be timed."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """How cases are measured.
+    """Configuration of a benchmark run.
 
     Args:
-        device: where.
-        modes: which ones; all where there are none.
-        providers: who, likewise; eager is always checked, because its error says what the others are allowed.
-        repeats: measured calls a provider; None for as many as fit into ``seconds``.
-        turn: the clock (``timing.turn_on``).
-        copy_bandwidth: of the device, in bytes a second.
-        provenance: of all rows.
-        backends: ours that are measured; None for those that are made for the device.
-        seconds: for the measured calls of all providers of a case.
+        device: device to benchmark.
+        modes: modes to measure; all if empty.
+        providers: providers to measure; all if empty. Eager is always run, because its error determines the tolerance.
+        repeats: measured calls per provider; None for as many as fit into ``seconds``.
+        timer: from ``timing.timer_for``.
+        copy_bandwidth: copy bandwidth of the device in bytes/s.
+        provenance: provenance of all rows.
+        backends: our backends to measure; None for the default ones of the device.
+        seconds: time budget for the measured calls of all providers of a case.
     """
 
     device: torch.device
     modes: Sequence[str]
     providers: Sequence[str]
     repeats: int | None
-    turn: timing.Turn
+    timer: timing.Timer
     copy_bandwidth: float
     provenance: Provenance
     backends: Sequence[Backend] | None = None
     seconds: float = timing.CASE_SECONDS
 
     def rows(self, workload: Workload) -> Iterator[list[Row]]:
-        """The rows of one workload, a list a case."""
+        """Yield the rows of a workload, one list per case."""
         modes = [mode for mode in workload.modes if not self.modes or mode in self.modes]
-        torch.compiler.reset()  # a function that was compiled for too many sizes is no longer compiled for the next
-        torch._inductor.config.compile_threads = 1  # no pool of compilers that starts while others are timed
-        providers = workload.providers(self.device, usual_backends(self.device) if self.backends is None else self.backends)
+        torch.compiler.reset()  # Dynamo stops recompiling a function after too many sizes
+        torch._inductor.config.compile_threads = 1  # no compiler processes in the background of measurements
+        providers = workload.providers(self.device, default_backends(self.device) if self.backends is None else self.backends)
         for mode in modes:
             yield self._case(workload, mode, providers)
 
@@ -68,13 +68,13 @@ class Run:
         if not chosen:
             return []
         expected = workload.expected(mode, self.device)
-        of_eager = check.errors(workload.trial(providers[0], mode, self.device).results(), expected)
-        examined = {provider.name: self._examine(workload, mode, provider, expected, of_eager) for provider in chosen}
-        ready = {name: timing.ready(found.trial, self.device) for name, found in examined.items() if found.trial is not None}
-        seconds = timing.measure({name: timed.trial for name, timed in ready.items()}, self.turn, self.repeats, self.seconds)
+        eager_errors = check.errors(workload.trial(providers[0], mode, self.device).results(), expected)
+        checked = {provider.name: self._check(workload, mode, provider, expected, eager_errors) for provider in chosen}
+        ready = {name: timing.ready(result.trial, self.device) for name, result in checked.items() if result.trial is not None}
+        seconds = timing.measure({name: timed.trial for name, timed in ready.items()}, self.timer, self.repeats, self.seconds)
         rows = [
-            self._row(workload, mode, name, found, ready[name].timed if name in ready else "", seconds.get(name))
-            for name, found in examined.items()
+            self._row(workload, mode, name, result, ready[name].timed if name in ready else "", seconds.get(name))
+            for name, result in checked.items()
         ]
         medians = {row.provider: row.median_us for row in rows}
         return [
@@ -86,22 +86,22 @@ class Run:
             for row in rows
         ]
 
-    def _examine(self, workload: Workload, mode: Mode, provider: Provider, expected: Results, of_eager: dict[str, float]) -> Examined:
-        if provider.absent is not None:
-            return Examined(f"not installed: {provider.absent}")
+    def _check(self, workload: Workload, mode: Mode, provider: Provider, expected: Results, eager_errors: dict[str, float]) -> Checked:
+        if provider.unavailable is not None:
+            return Checked(f"not installed: {provider.unavailable}")
         try:
             trial = workload.trial(provider, mode, self.device)
-            found = trial.results()
-        except Exception as error:  # whatever a peer raises is its row's business, and ends nothing else
-            return Examined(f"failed: {type(error).__name__}: {first_line(error)}")
-        errors = check.errors(found, expected)
+            actual = trial.results()
+        except Exception as error:  # an error of one provider must not end the run
+            return Checked(f"failed: {type(error).__name__}: {first_line(error)}")
+        errors = check.errors(actual, expected)
         largest = max(errors.values(), default=0.0)
-        wrong = check.mismatch(found, expected, of_eager, provider.lacks, errors)
+        wrong = check.mismatch(actual, expected, eager_errors, provider.omitted, errors)
         if wrong is not None:
-            return Examined(f"wrong: {wrong}", largest)
-        return Examined(f"ok, without {' and '.join(provider.lacks)}" if provider.lacks else "ok", largest, trial)
+            return Checked(f"wrong: {wrong}", largest)
+        return Checked(f"ok, without {' and '.join(provider.omitted)}" if provider.omitted else "ok", largest, trial)
 
-    def _row(self, workload: Workload, mode: Mode, provider: str, examined: Examined, timed: str, seconds: list[float] | None) -> Row:
+    def _row(self, workload: Workload, mode: Mode, provider: str, checked: Checked, timed: str, seconds: list[float] | None) -> Row:
         row = Row(
             kernel=workload.kernel,
             variant=workload.variant,
@@ -110,12 +110,12 @@ class Run:
             dtype=str(workload.dtype).removeprefix("torch."),
             layout=workload.layout,
             provider=provider,
-            status=examined.status,
-            error=examined.error,
+            status=checked.status,
+            error=checked.error,
             copy_gb_per_s=self.copy_bandwidth / 1e9,
             provenance=self.provenance,
         )
-        if examined.trial is None or not seconds:
+        if checked.trial is None or not seconds:
             return row
         q20, median, q80 = np.quantile(seconds, (0.2, 0.5, 0.8))
         bandwidth = workload.floor_bytes(mode) / median
@@ -128,7 +128,7 @@ class Run:
             calls=len(seconds),
             gb_per_s=float(bandwidth / 1e9),
             share_of_copy=float(bandwidth / self.copy_bandwidth),
-            peak_memory_bytes=timing.peak_memory_bytes(examined.trial, self.device),
+            peak_memory_bytes=timing.peak_memory_bytes(checked.trial, self.device),
         )
 
 

@@ -1,14 +1,13 @@
-"""What is measured. A workload is a task on given inputs; its providers do that task, each in its own way.
+"""Workloads: a computation on fixed inputs, with several implementations (providers).
 
 A case is a workload in a mode:
 
-- forward: the values alone, no gradient recorded;
-- backward: the gradients alone, of a forward pass recorded before the clock starts;
-- full: a recorded forward pass and its gradients;
-- update: for what changes its inputs in place.
+- forward: the outputs, under ``torch.no_grad()``;
+- backward: the gradients, after a forward pass that is not measured;
+- full: forward and backward pass;
+- update: for operations that modify their inputs in place.
 
-What a fused forward pass saves for its backward pass is charged to "full", and makes "backward" cheap: "full" is the mode
-in which a training step meets a kernel.
+A fused forward pass that computes gradients makes "backward" cheap and is included in "full", which is what a training step runs.
 """
 
 import os
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dfkd_fast.kernels import dispatch
-from dfkd_fast.kernels.dispatch import Backend, interpreting, use_backend, why_not
+from dfkd_fast.kernels.dispatch import Backend, interpreting, unavailable_reason, use_backend
 
 __all__ = [
     "DTYPES",
@@ -35,10 +34,10 @@ __all__ = [
     "Results",
     "Trial",
     "Workload",
-    "around",
+    "backend_context",
+    "default_backends",
+    "default_providers",
     "parse_shape",
-    "usual_backends",
-    "usual_providers",
 ]
 
 Mode = Literal["forward", "backward", "full", "update"]
@@ -49,40 +48,40 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do a workload's task."""
+    """An implementation of a workload."""
 
     name: str
     call: Callable[..., Any]
-    """A function of the inputs; of an average, what sets it up (see ``ema.Setup``)."""
+    """Function of the inputs; for the EMA, the function that sets it up (see ``ema.Setup``)."""
     backend: Backend | None = None
-    """Forced around the call: ours only."""
-    absent: str | None = None
-    """Why it cannot be measured here."""
-    lacks: tuple[str, ...] = ()
-    """Endings of the names of the results that it does not compute."""
+    """Backend to force during the call; for our kernels only."""
+    unavailable: str | None = None
+    """Why it cannot be measured here, or None."""
+    omitted: tuple[str, ...] = ()
+    """Name suffixes of the results that it does not compute."""
     capturable: bool = True
-    """Whether a CUDA graph can hold it: what waits for the device cannot be captured."""
+    """Whether it can be captured in a CUDA graph, which requires that it does not synchronize."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A provider ready to do one case again and again, on inputs of its own."""
+    """A provider prepared for repeated runs of one case, on its own inputs."""
 
     run: Callable[[Any], object]
-    """What the clock sees, of what ``prepare`` returned."""
+    """The measured function, called with the result of ``prepare``."""
     results: Callable[[], Results]
-    """Do it once, and return all that must agree with the oracle."""
+    """Run once and return the results to be compared with the reference."""
     context: Callable[[], AbstractContextManager[None]]
-    """Entered around prepare and run, before the clock starts."""
+    """Entered before ``prepare`` and ``run``, not measured."""
     prepare: Callable[[], Any] = lambda: None
     capturable: bool = False
     sleep_cycles: int = 0
-    """How long a GPU sleeps before a call that is measured, so that the host is ahead of it."""
+    """Device sleep before a measured call, in clock cycles, which hides the launch overhead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(ABC):
-    """A task on given inputs."""
+    """A computation on fixed inputs."""
 
     kernel: str
     variant: str
@@ -91,99 +90,99 @@ class Workload(ABC):
     layout: str
     modes: tuple[Mode, ...]
     quick: bool
-    """Whether a run without ``--all`` measures it."""
+    """Whether it is part of the default selection, without ``--all``."""
 
     @abstractmethod
     def floor_bytes(self, mode: Mode) -> int:
-        """The fewest bytes a case must move: each input read once, each result written once."""
+        """Return the minimum memory traffic in bytes: each input read once, each result written once."""
 
     @abstractmethod
     def providers(self, device: torch.device, backends: Sequence[Backend]) -> list[Provider]:
-        """Who does the task, our ``backends`` among them; the first is "eager"."""
+        """Return the providers, including our ``backends``; the first is "eager"."""
 
     @abstractmethod
     def trial(self, provider: Provider, mode: Mode, device: torch.device) -> Trial:
-        """A provider on fresh copies of the inputs, which are the same for all."""
+        """Return a trial of a provider on new copies of the inputs."""
 
     @abstractmethod
     def expected(self, mode: Mode, device: torch.device) -> Results:
-        """The results in float64."""
+        """Return the results in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionWorkload(Workload):
-    """A differentiable function of tensors, some of which it may also change in place."""
+    """A differentiable function of tensors, which may also modify some of them in place."""
 
     inputs: Callable[[torch.device], dict[str, Tensor]]
-    """The inputs by name, in the order of the arguments; the same at every call on a device."""
+    """Returns the inputs by name, in the order of the arguments; deterministic per device."""
     outputs: tuple[str, ...]
     floors: Mapping[Mode, int]
-    textbook: Callable[..., Any]
+    eager: Callable[..., Any]
     ours: Callable[..., Any]
     oracle: Callable[..., Any]
-    """Of inputs in float64."""
+    """Float64 reference."""
     differentiable: tuple[str, ...] = ()
     """Inputs that require a gradient."""
     mutated: tuple[str, ...] = ()
-    """Inputs that change, and are results as well."""
+    """Inputs that are modified in place and compared as results."""
     peers: tuple[Provider, ...] = ()
     operation: str | None = None
-    """The name under which ``kernels.dispatch`` knows it, if some backend has no kernel for it."""
+    """Name in ``kernels.dispatch``, if some backend has no kernel for it."""
 
     def floor_bytes(self, mode: Mode) -> int:
-        """As of Workload; each kernel's file says how it is counted."""
+        """See Workload; each kernel's file documents how it is counted."""
         return self.floors[mode]
 
     def providers(self, device: torch.device, backends: Sequence[Backend]) -> list[Provider]:
-        """As of Workload."""
-        usual = usual_providers(self.textbook, self.ours, device, backends)
+        """See Workload."""
+        usual = default_providers(self.eager, self.ours, device, backends)
         if self.operation is not None:
             usual = [one for one in usual if one.backend is None or dispatch.has_kernel(self.operation, one.backend)]
         return [*usual, *self.peers]
 
     def expected(self, mode: Mode, device: torch.device) -> Results:
-        """As of Workload."""
+        """See Workload."""
         return self._trial(Provider("oracle", self.oracle), mode, device, torch.float64).results()
 
     def trial(self, provider: Provider, mode: Mode, device: torch.device) -> Trial:
-        """As of Workload."""
+        """See Workload."""
         return self._trial(provider, mode, device, None)
 
     def _trial(self, provider: Provider, mode: Mode, device: torch.device, dtype: torch.dtype | None) -> Trial:
         call = provider.call
-        context = partial(around, provider.backend, mode != "forward")
+        context = partial(backend_context, provider.backend, mode != "forward")
         with context():
             cotangents = [_cotangent(output) for output in _as_tuple(call(*self._fresh(device, dtype).values()))]
         inputs = self._fresh(device, dtype)
         arguments = tuple(inputs.values())
-        wanted = [inputs[name] for name in self.differentiable]
+        differentiable = [inputs[name] for name in self.differentiable]
 
         def forward(_: object = None) -> Any:
             return call(*arguments)
 
         def backward(outputs: Any) -> tuple[Tensor, ...]:
-            # .grad is never written, so that there is nothing to add to from one call to the next
-            return torch.autograd.grad(_as_tuple(outputs), wanted, cotangents)
+            # does not accumulate into .grad
+            return torch.autograd.grad(_as_tuple(outputs), differentiable, cotangents)
 
         def full(_: object) -> tuple[Tensor, ...]:
             outputs = _as_tuple(call(*arguments))
             return *outputs, *backward(outputs)
 
         gradients = tuple(f"gradient of {name}" for name in self.differentiable)
-        does: dict[Mode, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
+        functions: dict[Mode, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
             "forward": (forward, self.outputs),
             "backward": (backward, gradients),
             "full": (full, (*self.outputs, *gradients)),
         }
-        run, names = does[mode]
+        run, names = functions[mode]
         prepare: Callable[[], Any] = forward if mode == "backward" else lambda: None
 
         def results() -> Results:
             with context():
-                found = dict(zip(names, _as_tuple(run(prepare())), strict=True))
-            return found | ({} if mode == "backward" else {name: inputs[name].clone() for name in self.mutated})
+                actual = dict(zip(names, _as_tuple(run(prepare())), strict=True))
+            return actual | ({} if mode == "backward" else {name: inputs[name].clone() for name in self.mutated})
 
-        # a backward pass runs on the stream of its forward pass, which is not the one that is captured
+        # a backward pass runs on the stream of its forward pass, not on the captured one
         return Trial(run, results, context, prepare, provider.capturable and mode != "backward")
 
     def _fresh(self, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -193,26 +192,26 @@ class FunctionWorkload(Workload):
         }
 
 
-def usual_backends(device: torch.device) -> tuple[Backend, ...]:
-    """Ours that are made for a device."""
+def default_backends(device: torch.device) -> tuple[Backend, ...]:
+    """Return our backends that are intended for a device."""
     return ("reference", "triton", "cuda") if device.type == "cuda" else ("reference", "numba")
 
 
-def usual_providers(
-    textbook: Callable[..., Any], ours: Callable[..., Any], device: torch.device, backends: Sequence[Backend]
+def default_providers(
+    eager: Callable[..., Any], ours: Callable[..., Any], device: torch.device, backends: Sequence[Backend]
 ) -> list[Provider]:
-    """Plain PyTorch, the same compiled, and our backends."""
-    # static shapes: a size is a case, and dynamic ones would be slower; a graph break is an error, not a slower time
-    compiled = torch.compile(textbook, fullgraph=True, dynamic=False)
+    """Return eager PyTorch, torch.compile and our backends."""
+    # static shapes, which are faster; fullgraph, so that a graph break is an error
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     return [
-        Provider("eager", textbook),
-        Provider("compile", compiled, absent=_no_compiler(device)),
-        *(Provider(backend, ours, backend, absent=_unavailable_reason(backend, device)) for backend in backends),
+        Provider("eager", eager),
+        Provider("compile", compiled, unavailable=_no_compiler(device)),
+        *(Provider(backend, ours, backend, unavailable=_unavailable_reason(backend, device)) for backend in backends),
     ]
 
 
 def parse_shape(size: str, *lengths: int) -> tuple[int, ...] | None:
-    """The shape written as 256x1000; None if it is none, or of none of these lengths."""
+    """Parse a shape such as 256x1000; None if it is invalid or its length is not one of ``lengths``."""
     parts = size.split("x")
     if len(parts) not in lengths or not all(part.isdecimal() and int(part) > 0 for part in parts):
         return None
@@ -221,24 +220,24 @@ def parse_shape(size: str, *lengths: int) -> tuple[int, ...] | None:
 
 def _no_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
-        return why_not("triton")
-    found = any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
-    return None if found else "no C++ compiler"
+        return unavailable_reason("triton")
+    compiler = any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
+    return None if compiler else "no C++ compiler"
 
 
 def _unavailable_reason(backend: Backend, device: torch.device) -> str | None:
-    if (reason := why_not(backend)) is not None:
+    if (reason := unavailable_reason(backend)) is not None:
         return reason
     if backend not in dispatch.backends(device):
-        return f"it does not serve {device.type} tensors here"
+        return f"it does not support {device.type} tensors here"
     if backend == "triton" and device.type == "cuda" and interpreting():
         return "Triton's interpreter runs it (TRITON_INTERPRET)"
     return None
 
 
 @contextmanager
-def around(backend: Backend | None, recording: bool) -> Iterator[None]:
-    """A backend is forced, and gradients are recorded or not: what is no part of a call's time."""
+def backend_context(backend: Backend | None, recording: bool) -> Iterator[None]:
+    """Context of a call: the forced backend and whether gradients are recorded."""
     with use_backend(backend), torch.set_grad_enabled(recording):
         yield
 
@@ -248,7 +247,7 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def _cotangent(output: Tensor) -> Tensor:
-    """A gradient to send back, laid out as the output; the same in every dtype."""
+    """Return an upstream gradient with the strides of the output; equal values for every dtype."""
     return torch.empty_like(output).copy_(_coarse(output.shape, output.device))
 
 

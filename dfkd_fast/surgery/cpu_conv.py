@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.kernels import winograd_conv2d, winograd_pays
+from dfkd_fast.kernels import winograd_conv2d, winograd_is_faster
 from dfkd_fast.kernels.conv import col2im_conv2d, im2col_conv2d, output_size
 
 __all__ = ["CpuConv2d", "use_cpu_convolutions"]
@@ -42,8 +42,8 @@ class CpuConv2d(nn.Conv2d):
             return super()._conv_forward(input, weight, bias)
         geometry = self.stride, self.padding, self.dilation
         pixels = len(input) * math.prod(max(size, 0) for size in output_size(input, weight, *geometry))
-        if self._has_winograd_shape() and winograd_pays(input, weight, self.padding, keep=self.frozen):
-            return winograd_conv2d(input, weight, bias, self.padding, keep=self.frozen)
+        if self._has_winograd_shape() and winograd_is_faster(input, weight, self.padding, cache_weight=self.frozen):
+            return winograd_conv2d(input, weight, bias, self.padding, cache_weight=self.frozen)
         if 0 < pixels <= MAX_PIXELS_PER_CHANNEL * self.out_channels:
             output = im2col_conv2d(input.to(dtype), weight.to(dtype), *geometry)
         elif pixels and self._has_few_channels(dtype, self.padding):

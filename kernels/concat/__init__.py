@@ -1,4 +1,4 @@
-"""From the pre-activations of several generators to one batch of images."""
+"""Activation, normalization, cast and concatenation of several generators' outputs in one pass."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -33,40 +33,55 @@ def concat_generated(
     out: Tensor | None = None,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Tensor:
-    """Activate, normalise, cast and place the outputs of several generators in one batch.
+    """Apply activation and normalization to the outputs of several generators and concatenate them into one batch.
+
+    Equivalent to ``torch.cat([normalize(activation(raw)) for raw in raws]).to(out_dtype, memory_format=memory_format)``, without
+    intermediate tensors. Computed in float32 (float64 for float64 inputs).
 
     Args:
-        raws: pre-activations, one tensor (B_i, C, H, W) a generator; only B_i may differ.
-        activation: what the generators end in.
-        normalize: "none"; "dataset" subtracts ``mean`` and divides by ``std``; "batch" is the affine-free
-            batch normalisation behind DFAD's generator A (arXiv 1912.11006), every generator by its own
-            statistics.
-        mean, std: (C,), for "dataset".
-        running_means, running_vars, training: one (C,) floating tensor and one flag a generator, for
-            "batch". Where ``training`` is true the batch's statistics are used and the running ones
-            updated in place as ``torch.nn.BatchNorm2d`` does; elsewhere the running ones are used.
-        momentum, eps: of that batch normalisation.
-        out_dtype: the batch's floating dtype, by default that of the first input (or of ``out``).
-        out: a preallocated batch of a floating dtype to write into, which shares no memory with an input; only where no gradient
-            is recorded.
-        memory_format: layout of a batch allocated here, ``torch.channels_last`` or ``torch.contiguous_format``.
+        raws: pre-activations of the generators, tensors (B_i, C, H, W) of floating-point dtypes and any strides; only B_i and
+            dtype may differ.
+        activation: final activation of the generators: "tanh", "sigmoid" or "none".
+        normalize: "none"; "dataset" subtracts ``mean`` and divides by ``std``; "batch" is batch normalization without affine
+            parameters, as in generator A of DFAD (arXiv 1912.11006), with separate statistics for each generator.
+        mean: per-channel mean (C,), for "dataset".
+        std: per-channel standard deviation (C,), for "dataset".
+        running_means: running mean (C,) of each generator, for "batch".
+        running_vars: running variance (C,) of each generator, for "batch".
+        training: for "batch", whether each generator is normalized by its batch statistics, which also update the running
+            statistics in place as in ``torch.nn.BatchNorm2d``, or by its running statistics.
+        momentum: momentum of the running statistics.
+        eps: value added to the variance.
+        out_dtype: floating-point dtype of the batch. Default: the dtype of ``out`` or of the first input.
+        out: preallocated output (ΣB_i, C, H, W) of a floating-point dtype, which must not overlap an input; only without autograd.
+        memory_format: layout of the batch if ``out`` is None, ``torch.channels_last`` or ``torch.contiguous_format``.
 
     Returns:
-        (ΣB_i, C, H, W), ``out`` if given, differentiable with respect to ``raws``, once; twice with the reference
-        backend.
+        The batch (ΣB_i, C, H, W), or ``out`` if it is given. Differentiable with respect to ``raws``; double backward requires the
+        reference backend.
 
     Raises:
-        ValueError: no input, inputs that differ in C, H, W or device, a dtype that is not floating, a missing or superfluous
-            argument of the chosen normalisation or one that does not fit or requires grad, a batch of one value a channel in
-            training, or an ``out`` that does not fit.
-        RuntimeError: a second derivative through a kernel.
-        BackendError: a forced backend does not serve the inputs' device or dtypes.
+        ValueError: ``raws`` is empty or its tensors differ in C, H, W or device; a dtype is not floating-point; an argument of
+            the chosen normalization is missing, superfluous, of the wrong shape or requires grad; batch statistics of one value
+            per channel; or ``out`` is invalid.
+        RuntimeError: double backward through a fused kernel.
+        BackendError: a forced backend does not support the device or dtypes.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import concat_generated
+        >>> first, second = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
+        >>> batch = concat_generated([first, second], activation="tanh", normalize="none")
+        >>> batch.shape
+        torch.Size([8, 3, 32, 32])
+        >>> batch.is_contiguous(memory_format=torch.channels_last)
+        True
     """
     _check(raws, activation, normalize, mean, std, running_means, running_vars, training, momentum)
     if memory_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(f"memory_format must be torch.channels_last or torch.contiguous_format, not {memory_format}")
     if out_dtype is not None and not out_dtype.is_floating_point:
-        raise ValueError(f"out_dtype must be a floating dtype, not {out_dtype}")
+        raise ValueError(f"out_dtype must be a floating-point dtype, not {out_dtype}")
     if out is not None:
         _check_out(out, raws, out_dtype)
     dtype = raws[0].dtype if out_dtype is None else out_dtype
@@ -79,7 +94,7 @@ def concat_generated(
     batch_norm = None
     if running_means is not None and running_vars is not None and training is not None:
         batch_norm = _BatchNorm(running_means, running_vars, training, momentum, eps)
-    # Kernels read what is stored, which may be a number's negative.
+    # Kernels read memory directly and ignore the negative bit.
     raws = [raw.resolve_neg() for raw in raws]
     return _Fused.apply(backend, activation, mean, std, batch_norm, dtype, memory_format == torch.channels_last, out, *raws)
 
@@ -126,8 +141,8 @@ class _Fused(torch.autograd.Function):
         mean, std, *raws = saved
         parts = gradient.resolve_neg().split([len(raw) for raw in raws])
         gradients: list[Tensor | None] = [None] * len(raws)
-        for index, (part, raw, wanted) in enumerate(zip(parts, raws, ctx.needs_input_grad[8:], strict=True)):
-            if wanted:
+        for index, (part, raw, needs_grad) in enumerate(zip(parts, raws, ctx.needs_input_grad[8:], strict=True)):
+            if needs_grad:
                 own_mean, own_std = (None, None) if mean is None else (mean[index], std[index])
                 gradients[index] = _raw_gradient(ctx, part, raw, own_mean, own_std, ctx.training[index])
         return *8 * [None], *gradients
@@ -135,13 +150,13 @@ class _Fused(torch.autograd.Function):
 
 def _raw_gradient(ctx: Any, gradient: Tensor, raw: Tensor, mean: Tensor | None, std: Tensor | None, training: bool) -> Tensor:
     moments: tuple[Tensor | None, Tensor | None] = (None, None)
-    if training:  # the statistics depend on the input, too
+    if training:  # the batch statistics depend on the input
         moments = operators.operator("concat_gradient_moments", ctx.backend, gradient)(gradient, raw, ctx.activation, mean, std)
     return operators.operator("concat_backward", ctx.backend, gradient)(gradient, raw, ctx.activation, mean, std, *moments)
 
 
 def _statistics(raws: Sequence[Tensor], backend: Backend, activation: Activation, batch_norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation a generator and channel, (G, C) each; in training the running ones are moved."""
+    """Return mean and standard deviation, (G, C) each; in training mode the running statistics are updated."""
     means, variances = [], []
     for raw, running_mean, running_var, training in zip(raws, *batch_norm[:3], strict=True):
         if training:
@@ -177,7 +192,7 @@ def _check(
         if raw.device != raws[0].device:
             raise ValueError(f"raws[{index}] is on {raw.device}, the first on {raws[0].device}")
         if not raw.is_floating_point():
-            raise ValueError(f"raws[{index}] must be of a floating dtype, not {raw.dtype}")
+            raise ValueError(f"raws[{index}] must have a floating-point dtype, not {raw.dtype}")
     if activation not in ("tanh", "sigmoid", "none"):
         raise ValueError(f"activation must be 'tanh', 'sigmoid' or 'none', not {activation!r}")
     if normalize not in ("dataset", "batch", "none"):
@@ -185,28 +200,28 @@ def _check(
     channels, shape, device = raws[0].shape[1], raws[0].shape[1:2], raws[0].device
     for name, constant in (("mean", mean), ("std", std)):
         if (constant is not None) != (normalize == "dataset"):
-            raise ValueError(f"{name} goes with normalize='dataset', and normalize is {normalize!r}")
+            raise ValueError(f"{name} must be given if and only if normalize is 'dataset', and normalize is {normalize!r}")
         if constant is not None:
             _check_constant(name, None, constant, shape, device)
     for name, sequence in (("running_means", running_means), ("running_vars", running_vars), ("training", training)):
         if (sequence is not None) != (normalize == "batch"):
-            raise ValueError(f"{name} goes with normalize='batch', and normalize is {normalize!r}")
+            raise ValueError(f"{name} must be given if and only if normalize is 'batch', and normalize is {normalize!r}")
         if sequence is not None and len(sequence) != len(raws):
             raise ValueError(f"{name} has {len(sequence)} entries for {len(raws)} generators")
     for name, statistics in (("running_means", running_means), ("running_vars", running_vars)):
         for index, constant in enumerate(statistics or ()):
             _check_constant(name, index, constant, shape, device)
-            if not constant.is_floating_point():  # it is moved in place
-                raise ValueError(f"{name}[{index}] must be of a floating dtype, not {constant.dtype}")
+            if not constant.is_floating_point():  # updated in place
+                raise ValueError(f"{name}[{index}] must have a floating-point dtype, not {constant.dtype}")
     if normalize == "batch" and not isinstance(momentum, int | float):
         raise ValueError(f"momentum must be a number, not {momentum!r}")
     for index, (raw, batch_statistics) in enumerate(zip(raws, training or (), strict=False)):
         if batch_statistics and raw.numel() <= channels:
-            raise ValueError(f"raws[{index}] is {tuple(raw.shape)}: batch statistics need more than one value a channel")
+            raise ValueError(f"raws[{index}] is {tuple(raw.shape)}: batch statistics need more than one value per channel")
 
 
 def _check_constant(name: str, index: int | None, constant: Tensor, shape: torch.Size, device: torch.device) -> None:
-    # Kernels read where they are told.
+    # Kernels do not check shapes, devices or dtypes.
     if constant.shape == shape and constant.device == device and not constant.is_complex() and not constant.requires_grad:
         return
     name = name if index is None else f"{name}[{index}]"
@@ -217,7 +232,7 @@ def _check_constant(name: str, index: int | None, constant: Tensor, shape: torch
     if constant.is_complex():
         raise ValueError(f"{name} must be real, not {constant.dtype}")
     if torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, but the batch is differentiable with respect to raws only: give {name}.detach()")
+        raise ValueError(f"{name} requires grad, but the batch is differentiable with respect to raws only: pass {name}.detach()")
 
 
 def _check_out(out: Tensor, raws: Sequence[Tensor], out_dtype: torch.dtype | None) -> None:
@@ -225,17 +240,17 @@ def _check_out(out: Tensor, raws: Sequence[Tensor], out_dtype: torch.dtype | Non
     if out.shape != shape:
         raise ValueError(f"out must be {shape}, not {tuple(out.shape)}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *raws)):
-        raise ValueError("out cannot be given where a gradient is recorded: call under torch.no_grad()")
+        raise ValueError("out is not supported with autograd: call under torch.no_grad()")
     if not out.is_floating_point():
-        raise ValueError(f"out must be of a floating dtype, not {out.dtype}")
+        raise ValueError(f"out must have a floating-point dtype, not {out.dtype}")
     if out_dtype not in (None, out.dtype):
         raise ValueError(f"out_dtype is {out_dtype}, but out is {out.dtype}")
     if out.device != raws[0].device:
         raise ValueError(f"out is on {out.device}, the inputs on {raws[0].device}")
-    if torch.compiler.is_compiling() or transforming():  # there are no addresses
+    if torch.compiler.is_compiling() or transforming():  # no data pointers
         return
     if overlaps_itself(out):
-        raise ValueError(f"out must have an address for every element, not the strides {out.stride()} of {tuple(out.shape)}")
+        raise ValueError(f"out must not overlap itself: strides {out.stride()} of shape {tuple(out.shape)}")
     for index, raw in enumerate(raws):
         if share_memory(out, raw):
             raise ValueError(f"out shares memory with raws[{index}], which would be overwritten while it is read")

@@ -1,4 +1,4 @@
-"""The concatenation in Triton: a launch a generator, which writes its part of the batch in place."""
+"""Concatenation of generated images in Triton: one launch per generator, which writes its rows of the batch."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ from ..tiles import (
     Sizes,
     activate,
     activation_slope,
-    combined,
-    disguised,
+    combine_partials,
+    decode_sizes,
     launch,
     layout,
-    packed,
-    place,
+    layout_arguments,
+    num_splits,
+    num_tiles,
     pointers,
-    programs,
-    revealed,
-    splits,
     store,
-    tile,
+    tile_rows,
+    tile_shape,
+    unspecialized,
 )
 
 
@@ -44,12 +44,11 @@ def concat_forward_out(out: Tensor, raws: Sequence[Tensor], activation: str, mea
         part = out[start : start + len(raw)]
         start += len(raw)
         sizes, strides = layout(raw, part)
-        block_rows, block_channels = tile(sizes, strides[0])
+        block_rows, block_channels = tile_shape(sizes, strides[0])
         constants = _constants(None if mean is None else mean[index], None if std is None else std[index])
         grid = _grid(sizes, block_rows, block_channels)
-        launch(
-            raw, _forward_kernel, grid, raw, part, *constants, *packed(sizes, (raw, part), strides), activation, block_rows, block_channels
-        )
+        arguments = raw, part, *constants, *layout_arguments(sizes, (raw, part), strides), activation
+        launch(raw, _forward_kernel, grid, *arguments, block_rows, block_channels)
 
 
 def concat_backward(
@@ -64,10 +63,10 @@ def concat_backward(
     """See kernels/concat."""
     result = torch.empty_like(raw)
     sizes, strides = layout(gradient, raw, result)
-    block_rows, block_channels = tile(sizes, strides[1])
+    block_rows, block_channels = tile_shape(sizes, strides[1])
     constants = _constants(mean, std, gradient_mean, gradient_dot)
     grid = _grid(sizes, block_rows, block_channels)
-    arguments = gradient, raw, result, *constants, *packed(sizes, (gradient, raw, result), strides), activation
+    arguments = gradient, raw, result, *constants, *layout_arguments(sizes, (gradient, raw, result), strides), activation
     launch(raw, _backward_kernel, grid, *arguments, block_rows, block_channels)
     return result
 
@@ -76,13 +75,13 @@ def concat_gradient_moments(gradient: Tensor, raw: Tensor, activation: str, mean
     """See kernels/concat."""
     channels = raw.shape[1]
     sizes, strides = layout(gradient, raw)
-    block_rows, block_channels = tile(sizes, strides[1])
-    parts = splits(sizes, block_rows, block_channels)
+    block_rows, block_channels = tile_shape(sizes, strides[1])
+    parts = num_splits(sizes, block_rows, block_channels)
     partials = raw.new_empty((2, parts, channels), dtype=torch.float32)
     gradient_mean, gradient_dot = (raw.new_empty(channels, dtype=torch.float32) for _ in range(2))
     constants = _constants(mean, std)
     grid = parts, triton.cdiv(channels, block_channels)
-    arguments = gradient, raw, partials, *constants, *packed(sizes, (gradient, raw), strides), activation
+    arguments = gradient, raw, partials, *constants, *layout_arguments(sizes, (gradient, raw), strides), activation
     launch(raw, _partials_kernel, grid, *arguments, block_rows, block_channels)
     count = raw.numel() // max(channels, 1)
     launch(raw, _combine_kernel, (triton.cdiv(channels, 16),), partials, gradient_mean, gradient_dot, parts, count, channels, 64, 16)
@@ -90,12 +89,12 @@ def concat_gradient_moments(gradient: Tensor, raw: Tensor, activation: str, mean
 
 
 def _constants(*constants: Tensor | None) -> tuple[Tensor | tuple[int, ...] | None, ...]:
-    """Constants (C,) of the channels, and their disguised strides."""
-    return *constants, disguised([0 if constant is None else constant.stride(0) for constant in constants])
+    """Return the per-channel constants (C,) and their unspecialized strides."""
+    return *constants, unspecialized([0 if constant is None else constant.stride(0) for constant in constants])
 
 
 def _grid(sizes: Sizes, block_rows: int, block_channels: int) -> tuple[int, int]:
-    return programs(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
+    return num_tiles(sizes, block_rows), triton.cdiv(sizes[3], block_channels)
 
 
 @triton.jit(do_not_specialize=["raw", "out", "mean", "std"])
@@ -113,8 +112,8 @@ def _forward_kernel(
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
-    sizes = revealed(sizes, accesses)
-    group, rows = place(tl.program_id(0), sizes, block_rows)
+    sizes = decode_sizes(sizes, accesses)
+    group, rows = tile_rows(tl.program_id(0), sizes, block_rows)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
     x = tl.load(pointers(raw, group, rows, channels, sizes, strides, accesses, 0), mask=mask, other=0).to(tl.float32)
@@ -145,8 +144,8 @@ def _backward_kernel(
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
-    sizes = revealed(sizes, accesses)
-    group, rows = place(tl.program_id(0), sizes, block_rows)
+    sizes = decode_sizes(sizes, accesses)
+    group, rows = tile_rows(tl.program_id(0), sizes, block_rows)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
     g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
@@ -155,9 +154,9 @@ def _backward_kernel(
     if std is not None:
         inverse = 1 / _constant(std, channels, constant_strides[1], sizes)
         if gradient_mean is not None:
-            hat = (y - _constant(mean, channels, constant_strides[0], sizes)) * inverse
+            x_hat = (y - _constant(mean, channels, constant_strides[0], sizes)) * inverse
             g -= _constant(gradient_mean, channels, constant_strides[2], sizes)
-            g -= hat * _constant(gradient_dot, channels, constant_strides[3], sizes)
+            g -= x_hat * _constant(gradient_dot, channels, constant_strides[3], sizes)
         g *= inverse
     store(pointers(result, group, rows, channels, sizes, result_strides, accesses, 2), g * activation_slope(y, activation), mask)
 
@@ -178,7 +177,7 @@ def _partials_kernel(
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
-    sizes = revealed(sizes, accesses)
+    sizes = decode_sizes(sizes, accesses)
     part = tl.program_id(0)
     parts = tl.num_programs(0)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
@@ -187,15 +186,15 @@ def _partials_kernel(
     total = tl.zeros((block_rows, block_channels), tl.float32)
     dot = total
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
-        group, rows = place(index, sizes, block_rows)
+        group, rows = tile_rows(index, sizes, block_rows)
         mask = (rows < sizes[2])[:, None] & (channels < sizes[3])[None, :]
         g = tl.load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 0), mask=mask, other=0).to(tl.float32)
         x = tl.load(pointers(raw, group, rows, channels, sizes, strides, accesses, 1), mask=mask, other=0).to(tl.float32)
         total += g
         dot += tl.where(mask, g * ((activate(x, activation) - center) * inverse), 0)
-    to = partials + part * sizes[3] + channels
-    tl.store(to, tl.sum(total, axis=0), mask=channels < sizes[3])
-    tl.store(to + parts * sizes[3], tl.sum(dot, axis=0), mask=channels < sizes[3])
+    destination = partials + part * sizes[3] + channels
+    tl.store(destination, tl.sum(total, axis=0), mask=channels < sizes[3])
+    tl.store(destination + parts * sizes[3], tl.sum(dot, axis=0), mask=channels < sizes[3])
 
 
 @triton.jit(do_not_specialize=["parts", "count", "channel_count"])
@@ -210,7 +209,7 @@ def _combine_kernel(
     block_channels: tl.constexpr,
 ) -> None:
     channels = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    total, dot = combined(partials, parts, channels, channel_count, block_parts)
+    total, dot = combine_partials(partials, parts, channels, channel_count, block_parts)
     n = count.to(tl.float64)
     tl.store(means + channels, (total / n).to(tl.float32), mask=channels < channel_count)
     tl.store(dots + channels, (dot / n).to(tl.float32), mask=channels < channel_count)
@@ -218,5 +217,5 @@ def _combine_kernel(
 
 @triton.jit
 def _constant(values: tl.tensor, channels: tl.tensor, stride: tl.tensor, sizes: tl.tuple) -> tl.tensor:
-    """A constant of every channel, to be broadcast over rows; 1 beyond the last channel."""
+    """Load a per-channel constant, broadcast over rows; 1 beyond the last channel."""
     return tl.load(values + channels.to(tl.int64) * (stride // -2), mask=channels < sizes[3], other=1)[None, :]

@@ -1,4 +1,4 @@
-"""The concatenation in plain PyTorch: the oracle of every faster backend."""
+"""Concatenation of generated images in plain PyTorch: the reference for the other backends."""
 
 from collections.abc import Sequence
 
@@ -34,19 +34,19 @@ def concat_generated(
         ]
     if out is not None:
         return torch.cat(images, out=out) if out.dtype == images[0].dtype else out.copy_(torch.cat(images))
-    if transforming():  # vmap refuses channels-last: it holds another dimension beside these
+    if transforming():  # vmap does not support channels-last, because of its hidden batch dimension
         memory_format = torch.preserve_format
     return torch.cat(images).to(out_dtype or raws[0].dtype, memory_format=memory_format)
 
 
 def _batch_norm(image: Tensor, running_mean: Tensor, running_var: Tensor, training: bool, momentum: float, eps: float) -> Tensor:
-    """``F.batch_norm`` with running statistics of any dtype, which PyTorch's own wants to be the image's."""
-    own = running_mean.to(image.dtype), running_var.to(image.dtype)
-    result = F.batch_norm(image, *own, training=training, momentum=momentum, eps=eps)
+    """``F.batch_norm`` with running statistics of any dtype; PyTorch requires the dtype of the input."""
+    statistics = running_mean.to(image.dtype), running_var.to(image.dtype)
+    result = F.batch_norm(image, *statistics, training=training, momentum=momentum, eps=eps)
     if training:
-        for given, moved in zip((running_mean, running_var), own, strict=True):
-            if given is not moved:
-                given.copy_(moved)
+        for running, updated in zip((running_mean, running_var), statistics, strict=True):
+            if running is not updated:
+                running.copy_(updated)
     return result
 
 

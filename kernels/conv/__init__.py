@@ -1,4 +1,4 @@
-"""Convolutions by other algorithms than PyTorch's, for shapes where these are faster on a CPU."""
+"""Convolution algorithms that are faster than PyTorch's on a CPU for some shapes."""
 
 import math
 
@@ -7,81 +7,104 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..renamed import renamed_argument
 from .matmul import Col2im, Im2col, Pair, output_size
 
-__all__ = ["col2im_conv2d", "im2col_conv2d", "output_size", "winograd_conv2d", "winograd_pays"]
+__all__ = ["col2im_conv2d", "im2col_conv2d", "output_size", "winograd_conv2d", "winograd_is_faster"]
 
-FEWEST_CHANNELS = 64  # with fewer, Winograd's transforms take what the products save
-FEWEST_PIXELS = 512  # with fewer output pixels in a batch, the transforms of the weights do, unless they are kept
+MIN_CHANNELS = 64  # with fewer, the Winograd transforms take longer than the matrix product saves
+MIN_OUTPUT_PIXELS = 512  # with fewer per batch, the weight transform takes longer than the product saves, unless it is cached
 
 
+@renamed_argument("keep", "cache_weight")
 def winograd_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: tuple[int, ...] = (1, 1), *, keep: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: tuple[int, ...] = (1, 1), *, cache_weight: bool = False
 ) -> Tensor:
-    """``conv2d(x, weight, bias, padding=padding)`` of stride 1 as Winograd's F(4×4, 3×3) (Lavin & Gray, arXiv 1509.09308).
+    """Compute a 3×3 convolution of stride 1 with Winograd's algorithm F(4×4, 3×3) (Lavin & Gray 2016, arXiv 1509.09308).
 
-    36 multiplications stand for 144, and transforms of images and weights surround them. Errors are four to nine times those
-    of the direct sum in float32. Gradients are computed the same way, the gradient's own gradient by PyTorch's convolution.
-    What it does not serve goes to PyTorch's convolution: other devices and dtypes, images that are not channels-last, and the
-    transforms of ``torch.func`` and forward-mode differentiation.
+    Drop-in replacement for ``torch.nn.functional.conv2d(x, weight, bias, padding=padding)``. It needs 36 multiplications per 4×4
+    output tile and channel pair instead of 144; the rounding error is four to nine times that of direct convolution in float32.
+    The backward pass uses the same algorithm, double backward uses PyTorch's convolution. PyTorch's convolution also computes
+    what the kernels do not support: other devices and dtypes, inputs that are not channels-last, ``torch.func`` transforms,
+    forward-mode derivatives and compiled code.
 
     Args:
-        x: (N, C_in, H, W).
-        weight: (C_out, C_in, 3, 3), of x's dtype and device.
-        bias: (C_out,), of x's dtype and device, or none.
-        padding: rows and columns of zeros on each side.
-        keep: keep the transformed weights, four times as many, until these change (not through ``.data``): for those of a frozen network.
+        x: input (N, C_in, H, W).
+        weight: filters (C_out, C_in, 3, 3), of the dtype and device of ``x``.
+        bias: optional bias (C_out,), of the dtype and device of ``x``.
+        padding: zero padding of height and width.
+        cache_weight: cache the transformed weight, which takes four times the memory of ``weight``, until ``weight`` is modified
+            in place; changes through ``.data`` are not detected. Useful for frozen networks.
 
     Returns:
-        (N, C_out, H + 2 · padding[0] − 2, W + 2 · padding[1] − 2).
+        The output (N, C_out, H + 2·padding[0] − 2, W + 2·padding[1] − 2).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
-        BackendError: the backend triton or cuda is forced, which has no kernel for this.
+        ValueError: invalid shapes, dtypes, devices or padding.
+        BackendError: the backend triton or cuda is forced, which have no kernel for this operation.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import winograd_conv2d
+        >>> x = torch.randn(2, 64, 16, 16).to(memory_format=torch.channels_last)
+        >>> winograd_conv2d(x, torch.randn(128, 64, 3, 3)).shape
+        torch.Size([2, 128, 16, 16])
     """
     dispatch.check_forced("winograd_conv2d", x.device)
     _check(x, weight, bias, padding)
-    if not _served(x, weight):
+    if not _supports(x, weight):
         return F.conv2d(x, weight, bias, padding=padding)
-    from . import winograd  # compiles its transforms, so only where they are needed
+    from . import winograd  # importing it compiles kernels
 
-    # The kernels read what is stored, which may be a number's negative.
-    return winograd.Winograd.apply(x.resolve_neg(), weight.resolve_neg(), None if bias is None else bias.resolve_neg(), padding, keep)
+    # Kernels read memory directly and ignore the negative bit.
+    return winograd.Winograd.apply(
+        x.resolve_neg(), weight.resolve_neg(), None if bias is None else bias.resolve_neg(), padding, cache_weight
+    )
 
 
-def winograd_pays(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, keep: bool = False) -> bool:
-    """Whether :func:`winograd_conv2d` serves these tensors and is faster than PyTorch's convolution (with AVX-512).
+@renamed_argument("keep", "cache_weight")
+def winograd_is_faster(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1, 1), *, cache_weight: bool = False) -> bool:
+    """Return whether ``winograd_conv2d`` is expected to be faster than PyTorch's convolution (thresholds measured with AVX-512).
 
-    False where a backend other than numba is forced, and of other convolutions.
+    Args:
+        x: input (N, C_in, H, W).
+        weight: filters (C_out, C_in, kh, kw).
+        padding: zero padding of height and width.
+        cache_weight: whether the transformed weight is cached, which lowers the threshold.
+
+    Returns:
+        False if the kernels do not support the tensors, if another backend than numba is forced, or if the filters are not 3×3.
     """
     if x.ndim != 4 or weight.ndim != 4 or not _is_pair(padding, 0):
         return False
     pixels = len(x) * math.prod(max(size, 0) for size in output_size(x, weight, (1, 1), padding, (1, 1)))
     return (
-        _served(x, weight)
+        _supports(x, weight)
         and weight.shape[2:] == (3, 3)
-        and x.numel() >= dispatch.WORTHWHILE["winograd_conv2d"]
-        and min(weight.shape[:2]) >= FEWEST_CHANNELS
-        and pixels >= (1 if keep else FEWEST_PIXELS)
+        and x.numel() >= dispatch.MIN_NUMEL["winograd_conv2d"]
+        and min(weight.shape[:2]) >= MIN_CHANNELS
+        and pixels >= (1 if cache_weight else MIN_OUTPUT_PIXELS)
     )
 
 
 def im2col_conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)) -> Tensor:
-    """``conv2d(x, weight, None, stride, padding, dilation)`` as one product with the windows of the input, copied into a matrix.
+    """Compute ``conv2d(x, weight, None, stride, padding, dilation)`` with im2col: one matrix product with the input's patches.
 
-    For few output pixels of many channels. The windows are copied anew in the backward pass: kept, they would take kh·kw times the
-    memory of x. Differentiable any number of times; on any device.
+    Efficient for many channels and few output pixels. The patches are recomputed in the backward pass, because storing them would
+    take kh·kw times the memory of ``x``. Supports any device and derivatives of any order.
 
     Args:
-        x: (N, C_in, H, W), best channels-last.
-        weight: (C_out, C_in, kh, kw), of x's dtype and device, best channels-last.
-        stride, padding, dilation: of rows and columns.
+        x: input (N, C_in, H, W), preferably channels-last.
+        weight: filters (C_out, C_in, kh, kw), of the dtype and device of ``x``, preferably channels-last.
+        stride: stride of height and width.
+        padding: zero padding of height and width.
+        dilation: dilation of height and width.
 
     Returns:
-        (N, C_out, H_out, W_out), channels-last.
+        The output (N, C_out, H_out, W_out), channels-last.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, a number is outside its range, or no output is left.
+        ValueError: invalid shapes, dtypes or numbers, or an empty output.
     """
     _check_shapes(x, weight, stride, padding, dilation)
     if dispatch.transforming():
@@ -90,20 +113,21 @@ def im2col_conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pai
 
 
 def col2im_conv2d(x: Tensor, weight: Tensor, padding: Pair = (0, 0)) -> Tensor:
-    """``conv2d(x, weight, None, padding=padding)`` of stride 1: products of all input pixels with the kernel, added up shifted.
+    """Compute ``conv2d(x, weight, None, padding=padding)`` with col2im: one matrix product per input pixel, then a shifted sum.
 
-    For few output channels, of which PyTorch's convolutions compute many at once. Differentiable any number of times; on any device.
+    Efficient for few output channels, for which PyTorch's convolutions are not optimized. Supports any device and derivatives of
+    any order.
 
     Args:
-        x: (N, C_in, H, W), best channels-last.
-        weight: (C_out, C_in, kh, kw), of x's dtype and device, best channels-last.
-        padding: of rows and columns, each less than the kernel's size.
+        x: input (N, C_in, H, W), preferably channels-last.
+        weight: filters (C_out, C_in, kh, kw), of the dtype and device of ``x``, preferably channels-last.
+        padding: zero padding of height and width, less than kh and kw.
 
     Returns:
-        (N, C_out, H_out, W_out), channels-last.
+        The output (N, C_out, H_out, W_out), channels-last.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, a number is outside its range, or no output is left.
+        ValueError: invalid shapes, dtypes or numbers, or an empty output.
     """
     _check_shapes(x, weight, (1, 1), padding, (1, 1))
     if any(pad >= size for pad, size in zip(padding, weight.shape[2:], strict=True)):
@@ -114,19 +138,19 @@ def col2im_conv2d(x: Tensor, weight: Tensor, padding: Pair = (0, 0)) -> Tensor:
 
 
 def _check_shapes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if not _is_pair(pair, least):
-            raise ValueError(f"{name} must be two integers of at least {least}, not {pair!r}")
+    for name, pair, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if not _is_pair(pair, minimum):
+            raise ValueError(f"{name} must be two integers of at least {minimum}, not {pair!r}")
     if x.dtype != weight.dtype:
-        raise ValueError(f"weight must be of x's dtype {x.dtype}, not {weight.dtype}")
+        raise ValueError(f"weight must have the dtype of x, {x.dtype}, not {weight.dtype}")
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"x must be (N, C_in, H, W) and weight (C_out, C_in, kh, kw), not {tuple(x.shape)} and {tuple(weight.shape)}")
     if min(output_size(x, weight, stride, padding, dilation)) < 1:
-        raise ValueError(f"no output is left of {tuple(x.shape[2:])} with kernel {tuple(weight.shape[2:])} and padding {padding}")
+        raise ValueError(f"the output is empty: input {tuple(x.shape[2:])}, kernel {tuple(weight.shape[2:])}, padding {padding}")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> None:
-    # The kernels read where they are told.
+    # Kernels do not check shapes, devices or dtypes.
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"x must be (N, C_in, H, W) and weight (C_out, C_in, 3, 3), not {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -136,22 +160,22 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, .
         if tensor is None:
             continue
         if tensor.device != device:
-            raise ValueError(f"{name} must be on x's device {device}, not on {tensor.device}")
-        # Autocast gives all three its own dtype.
+            raise ValueError(f"{name} must be on the device of x, {device}, not on {tensor.device}")
+        # Autocast converts all three to its own dtype.
         if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
-            raise ValueError(f"{name} must be of x's dtype {dtype}, not {tensor.dtype}")
+            raise ValueError(f"{name} must have the dtype of x, {dtype}, not {tensor.dtype}")
     if not _is_pair(padding, 0) or min(output_size(x, weight, (1, 1), padding, (1, 1))) < 1:
-        raise ValueError(f"padding must be two counts that leave an output of {tuple(x.shape[2:])}, not {padding}")
+        raise ValueError(f"padding must be two integers ≥ 0 with a non-empty output for input {tuple(x.shape[2:])}, not {padding}")
 
 
-def _is_pair(numbers: tuple[int, ...], least: int) -> bool:
-    """Whether these are two integers of at least so much; layers have names and single numbers, too."""
+def _is_pair(numbers: tuple[int, ...], minimum: int) -> bool:
+    """Return whether ``numbers`` are two integers ≥ ``minimum``; the padding of a layer can also be a string or one number."""
     pair = isinstance(numbers, tuple | list) and len(numbers) == 2
-    return pair and all(isinstance(number, int) and number >= least for number in numbers)
+    return pair and all(isinstance(number, int) and number >= minimum for number in numbers)
 
 
-def _served(x: Tensor, weight: Tensor) -> bool:
-    """What is compiled is left to the compiler."""
+def _supports(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernels support these tensors; compiled code is left to the compiler."""
     return (
         not torch.compiler.is_compiling()
         and not dispatch.transforming()
@@ -161,5 +185,5 @@ def _served(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and x.is_contiguous(memory_format=torch.channels_last)
         and dispatch.forced() in (None, "numba")
-        and dispatch.why_not("numba") is None
+        and dispatch.unavailable_reason("numba") is None
     )

@@ -1,7 +1,7 @@
-"""Winograd's transforms on a CPU, in numba, over channels-last float32 tensors; the products between them are PyTorch's.
+"""Winograd transforms in numba, for channels-last float32 tensors; the matrix product between them is PyTorch's.
 
-A tile is 6×6 input pixels, which overlap those of the next tile by two, and 4×4 output pixels. Every transform is a small
-matrix from both sides, applied to all channels at once.
+A tile has 6×6 input pixels, which overlap the next tile by two, and 4×4 output pixels. Each transform multiplies a tile by a small
+matrix from both sides, vectorized over the channels.
 """
 
 from typing import Any
@@ -11,48 +11,48 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import Place
+from ..simd import TypedPointer
 
-__all__ = ["add_tiles", "from_tiles", "from_tiles_adjoint", "tiles_of", "to_tiles"]
+__all__ = ["add_tiles", "from_tiles", "from_tiles_adjoint", "tile_grid", "to_tiles"]
 
 TWO, FOUR, FIVE, EIGHT = (np.float32(value) for value in (2, 4, 5, 8))
 ZERO = np.float32(0)
 
 
-def tiles_of(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tiles that cover so many output pixels."""
+def tile_grid(height: int, width: int) -> tuple[int, int]:
+    """Return the rows and columns of tiles that cover the output."""
     return -(-height // 4), -(-width // 4)
 
 
 def to_tiles(x: Tensor, padding: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
-    """Bᵀ d B of every tile d of the input: (36, tiles, C)."""
+    """Input transform: return Bᵀ d B for every input tile d, (36, tiles, C)."""
     batch, channels, height, width = x.shape
     tiles = x.new_empty(36, batch * grid[0] * grid[1], channels)
     with simd.threads:
-        _to_tiles(simd.place(x), simd.place(tiles), batch, height, width, channels, *padding, *grid)
+        _to_tiles(simd.typed_pointer(x), simd.typed_pointer(tiles), batch, height, width, channels, *padding, *grid)
     return tiles
 
 
 def add_tiles(tiles: Tensor, x: Tensor, padding: tuple[int, ...], grid: tuple[int, int]) -> None:
-    """The adjoint of :func:`to_tiles`: add B v Bᵀ of every tile v to x, in place."""
+    """Adjoint of ``to_tiles``: add B v Bᵀ for every tile v to ``x``, in place."""
     batch, channels, height, width = x.shape
     with simd.threads:
-        _add_tiles(simd.place(tiles), simd.place(x), batch, height, width, channels, *padding, *grid)
+        _add_tiles(simd.typed_pointer(tiles), simd.typed_pointer(x), batch, height, width, channels, *padding, *grid)
 
 
 def from_tiles(tiles: Tensor, bias: Tensor, y: Tensor, grid: tuple[int, int]) -> None:
-    """Aᵀ m A + bias of every tile m, into the output y (N, C, H, W)."""
+    """Output transform: write Aᵀ m A + bias for every tile m to ``y`` (N, C, H, W)."""
     batch, channels, height, width = y.shape
     with simd.threads:
-        _from_tiles(simd.place(tiles), simd.place(bias), simd.place(y), batch, height, width, channels, *grid)
+        _from_tiles(simd.typed_pointer(tiles), simd.typed_pointer(bias), simd.typed_pointer(y), batch, height, width, channels, *grid)
 
 
 def from_tiles_adjoint(gradient: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A g Aᵀ of every tile g of the output's gradient: (36, tiles, C)."""
+    """Adjoint of ``from_tiles``: return A g Aᵀ for every tile g of the output gradient, (36, tiles, C)."""
     batch, channels, height, width = gradient.shape
     tiles = gradient.new_empty(36, batch * grid[0] * grid[1], channels)
     with simd.threads:
-        _from_tiles_adjoint(simd.place(gradient), simd.place(tiles), batch, height, width, channels, *grid)
+        _from_tiles_adjoint(simd.typed_pointer(gradient), simd.typed_pointer(tiles), batch, height, width, channels, *grid)
     return tiles
 
 
@@ -90,124 +90,135 @@ def _a(g0: Any, g1: Any, g2: Any, g3: Any) -> Any:
 
 
 @simd.inline
-def _column(tiles: Any, at: int, stride: int) -> Any:
-    """A column of a tile, whose rows lie a stride apart."""
-    return tiles[at], tiles[at + stride], tiles[at + 2 * stride], tiles[at + 3 * stride], tiles[at + 4 * stride], tiles[at + 5 * stride]
+def _column(tiles: Any, base: int, stride: int) -> Any:
+    """Return a column of a tile whose rows have the given stride."""
+    return (
+        tiles[base],
+        tiles[base + stride],
+        tiles[base + 2 * stride],
+        tiles[base + 3 * stride],
+        tiles[base + 4 * stride],
+        tiles[base + 5 * stride],
+    )
 
 
 @simd.parallel
 def _to_tiles(
-    x: Place, tiles: Place, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
+    x: TypedPointer, tiles: TypedPointer, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
 ) -> None:
-    given, out = simd.pointer(x), simd.pointer(tiles)
+    source, out = simd.pointer(x), simd.pointer(tiles)
     count = batch * rows * columns
     plane = count * channels
     for tile in prange(count):
         image, first_row, first_column = tile // (rows * columns), tile // columns % rows * 4 - top, tile % columns * 4 - left
-        d, half = np.empty((6, 6, channels), np.float32), np.empty((6, 6, channels), np.float32)
+        d, tmp = np.empty((6, 6, channels), np.float32), np.empty((6, 6, channels), np.float32)
         for i in range(6):
             for j in range(6):
                 row, column = first_row + i, first_column + j
                 if 0 <= row < height and 0 <= column < width:
-                    at = ((image * height + row) * width + column) * channels
+                    base = ((image * height + row) * width + column) * channels
                     for k in range(channels):
-                        d[i, j, k] = given[at + k]
+                        d[i, j, k] = source[base + k]
                 else:
                     for k in range(channels):
                         d[i, j, k] = ZERO
         for j in range(6):
             for k in range(channels):
                 v = _b_transposed(d[0, j, k], d[1, j, k], d[2, j, k], d[3, j, k], d[4, j, k], d[5, j, k])
-                half[0, j, k], half[1, j, k], half[2, j, k] = v[0], v[1], v[2]
-                half[3, j, k], half[4, j, k], half[5, j, k] = v[3], v[4], v[5]
+                tmp[0, j, k], tmp[1, j, k], tmp[2, j, k] = v[0], v[1], v[2]
+                tmp[3, j, k], tmp[4, j, k], tmp[5, j, k] = v[3], v[4], v[5]
         for i in range(6):
-            at = 6 * i * plane + tile * channels
+            base = 6 * i * plane + tile * channels
             for k in range(channels):
-                v = _b_transposed(half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k], half[i, 4, k], half[i, 5, k])
-                out[at + k], out[at + plane + k], out[at + 2 * plane + k] = v[0], v[1], v[2]
-                out[at + 3 * plane + k], out[at + 4 * plane + k], out[at + 5 * plane + k] = v[3], v[4], v[5]
+                v = _b_transposed(tmp[i, 0, k], tmp[i, 1, k], tmp[i, 2, k], tmp[i, 3, k], tmp[i, 4, k], tmp[i, 5, k])
+                out[base + k], out[base + plane + k], out[base + 2 * plane + k] = v[0], v[1], v[2]
+                out[base + 3 * plane + k], out[base + 4 * plane + k], out[base + 5 * plane + k] = v[3], v[4], v[5]
 
 
 @simd.parallel
 def _add_tiles(
-    tiles: Place, x: Place, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
+    tiles: TypedPointer, x: TypedPointer, batch: int, height: int, width: int, channels: int, top: int, left: int, rows: int, columns: int
 ) -> None:
-    given, out = simd.pointer(tiles), simd.pointer(x)
+    source, out = simd.pointer(tiles), simd.pointer(x)
     plane = batch * rows * columns * channels
-    # A task an image: neighbouring tiles add to the same pixels.
+    # One task per image, because adjacent tiles add to the same pixels.
     for image in prange(batch):
-        half = np.empty((6, 6, channels), np.float32)
+        tmp = np.empty((6, 6, channels), np.float32)
         for tile in range(image * rows * columns, (image + 1) * rows * columns):
             first_row, first_column = tile // columns % rows * 4 - top, tile % columns * 4 - left
             for j in range(6):
-                at = j * plane + tile * channels
+                base = j * plane + tile * channels
                 for k in range(channels):
-                    v = _column(given, at + k, 6 * plane)
+                    v = _column(source, base + k, 6 * plane)
                     d = _b(v[0], v[1], v[2], v[3], v[4], v[5])
-                    half[0, j, k], half[1, j, k], half[2, j, k] = d[0], d[1], d[2]
-                    half[3, j, k], half[4, j, k], half[5, j, k] = d[3], d[4], d[5]
+                    tmp[0, j, k], tmp[1, j, k], tmp[2, j, k] = d[0], d[1], d[2]
+                    tmp[3, j, k], tmp[4, j, k], tmp[5, j, k] = d[3], d[4], d[5]
             for i in range(6):
                 for k in range(channels):
-                    d = _b(half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k], half[i, 4, k], half[i, 5, k])
-                    half[i, 0, k], half[i, 1, k], half[i, 2, k] = d[0], d[1], d[2]
-                    half[i, 3, k], half[i, 4, k], half[i, 5, k] = d[3], d[4], d[5]
+                    d = _b(tmp[i, 0, k], tmp[i, 1, k], tmp[i, 2, k], tmp[i, 3, k], tmp[i, 4, k], tmp[i, 5, k])
+                    tmp[i, 0, k], tmp[i, 1, k], tmp[i, 2, k] = d[0], d[1], d[2]
+                    tmp[i, 3, k], tmp[i, 4, k], tmp[i, 5, k] = d[3], d[4], d[5]
                 for j in range(6):
                     row, column = first_row + i, first_column + j
                     if 0 <= row < height and 0 <= column < width:
-                        at = ((image * height + row) * width + column) * channels
+                        base = ((image * height + row) * width + column) * channels
                         for k in range(channels):
-                            out[at + k] += half[i, j, k]
+                            out[base + k] += tmp[i, j, k]
 
 
 @simd.parallel
-def _from_tiles(tiles: Place, bias: Place, y: Place, batch: int, height: int, width: int, channels: int, rows: int, columns: int) -> None:
-    given, offset, out = simd.pointer(tiles), simd.pointer(bias), simd.pointer(y)
+def _from_tiles(
+    tiles: TypedPointer, bias: TypedPointer, y: TypedPointer, batch: int, height: int, width: int, channels: int, rows: int, columns: int
+) -> None:
+    source, offset, out = simd.pointer(tiles), simd.pointer(bias), simd.pointer(y)
     count = batch * rows * columns
     plane = count * channels
     for tile in prange(count):
         image, first_row, first_column = tile // (rows * columns), tile // columns % rows * 4, tile % columns * 4
-        half = np.empty((4, 6, channels), np.float32)
+        tmp = np.empty((4, 6, channels), np.float32)
         for j in range(6):
-            at = j * plane + tile * channels
+            base = j * plane + tile * channels
             for k in range(channels):
-                v = _column(given, at + k, 6 * plane)
+                v = _column(source, base + k, 6 * plane)
                 m = _a_transposed(v[0], v[1], v[2], v[3], v[4], v[5])
-                half[0, j, k], half[1, j, k], half[2, j, k], half[3, j, k] = m[0], m[1], m[2], m[3]
+                tmp[0, j, k], tmp[1, j, k], tmp[2, j, k], tmp[3, j, k] = m[0], m[1], m[2], m[3]
         for i in range(min(4, height - first_row)):
             for k in range(channels):
-                m = _a_transposed(half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k], half[i, 4, k], half[i, 5, k])
-                half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k] = m[0], m[1], m[2], m[3]
+                m = _a_transposed(tmp[i, 0, k], tmp[i, 1, k], tmp[i, 2, k], tmp[i, 3, k], tmp[i, 4, k], tmp[i, 5, k])
+                tmp[i, 0, k], tmp[i, 1, k], tmp[i, 2, k], tmp[i, 3, k] = m[0], m[1], m[2], m[3]
             for j in range(min(4, width - first_column)):
-                at = ((image * height + first_row + i) * width + first_column + j) * channels
+                base = ((image * height + first_row + i) * width + first_column + j) * channels
                 for k in range(channels):
-                    out[at + k] = half[i, j, k] + offset[k]
+                    out[base + k] = tmp[i, j, k] + offset[k]
 
 
 @simd.parallel
-def _from_tiles_adjoint(gradient: Place, tiles: Place, batch: int, height: int, width: int, channels: int, rows: int, columns: int) -> None:
-    given, out = simd.pointer(gradient), simd.pointer(tiles)
+def _from_tiles_adjoint(
+    gradient: TypedPointer, tiles: TypedPointer, batch: int, height: int, width: int, channels: int, rows: int, columns: int
+) -> None:
+    source, out = simd.pointer(gradient), simd.pointer(tiles)
     count = batch * rows * columns
     plane = count * channels
     for tile in prange(count):
         image, first_row, first_column = tile // (rows * columns), tile // columns % rows * 4, tile % columns * 4
-        g, half = np.empty((4, 4, channels), np.float32), np.empty((6, 4, channels), np.float32)
+        g, tmp = np.empty((4, 4, channels), np.float32), np.empty((6, 4, channels), np.float32)
         for i in range(4):
             for j in range(4):
                 if first_row + i < height and first_column + j < width:
-                    at = ((image * height + first_row + i) * width + first_column + j) * channels
+                    base = ((image * height + first_row + i) * width + first_column + j) * channels
                     for k in range(channels):
-                        g[i, j, k] = given[at + k]
+                        g[i, j, k] = source[base + k]
                 else:
                     for k in range(channels):
                         g[i, j, k] = ZERO
         for j in range(4):
             for k in range(channels):
                 m = _a(g[0, j, k], g[1, j, k], g[2, j, k], g[3, j, k])
-                half[0, j, k], half[1, j, k], half[2, j, k] = m[0], m[1], m[2]
-                half[3, j, k], half[4, j, k], half[5, j, k] = m[3], m[4], m[5]
+                tmp[0, j, k], tmp[1, j, k], tmp[2, j, k] = m[0], m[1], m[2]
+                tmp[3, j, k], tmp[4, j, k], tmp[5, j, k] = m[3], m[4], m[5]
         for i in range(6):
-            at = 6 * i * plane + tile * channels
+            base = 6 * i * plane + tile * channels
             for k in range(channels):
-                m = _a(half[i, 0, k], half[i, 1, k], half[i, 2, k], half[i, 3, k])
-                out[at + k], out[at + plane + k], out[at + 2 * plane + k] = m[0], m[1], m[2]
-                out[at + 3 * plane + k], out[at + 4 * plane + k], out[at + 5 * plane + k] = m[3], m[4], m[5]
+                m = _a(tmp[i, 0, k], tmp[i, 1, k], tmp[i, 2, k], tmp[i, 3, k])
+                out[base + k], out[base + plane + k], out[base + 2 * plane + k] = m[0], m[1], m[2]
+                out[base + 3 * plane + k], out[base + 4 * plane + k], out[base + 5 * plane + k] = m[3], m[4], m[5]

@@ -1,4 +1,4 @@
-"""Convolutions as a product of matrices: the windows of the input copied into one (im2col), or products added up shifted (col2im)."""
+"""Convolution as a matrix product with the input's patches (im2col) or as a shifted sum of matrix products (col2im)."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ Pair = tuple[int, ...]
 
 
 class Im2col(torch.autograd.Function):
-    """x (N, C_in, H, W) and weight (C_out, C_in, kh, kw), both best channels-last; differentiable any number of times.
+    """Convolution of x (N, C_in, H, W) with weight (C_out, C_in, kh, kw) by im2col; supports derivatives of any order.
 
-    The windows are copied anew in the backward pass: kept, they would take kh·kw times the memory of x.
+    The patches are recomputed in the backward pass, because storing them would take kh·kw times the memory of x.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = stride, padding, dilation
-        product = _windows(x, weight, *ctx.geometry) @ _matrix(weight).t()
+        product = _patches(x, weight, *ctx.geometry) @ _matrix(weight).t()
         return product.unflatten(0, (len(x), *output_size(x, weight, *ctx.geometry))).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -30,17 +30,17 @@ class Im2col(torch.autograd.Function):
         rows = _rows(gradient)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _add_windows(rows @ _matrix(weight), x, weight, *ctx.geometry)
+            grad_x = _fold_patches(rows @ _matrix(weight), x, weight, *ctx.geometry)
         if ctx.needs_input_grad[1]:
-            grad_matrix = rows.t() @ _windows(x, weight, *ctx.geometry)
+            grad_matrix = rows.t() @ _patches(x, weight, *ctx.geometry)
             grad_weight = grad_matrix.unflatten(1, (*weight.shape[2:], weight.shape[1])).permute(0, 3, 1, 2)
         return grad_x, grad_weight, None, None, None
 
 
 class Col2im(torch.autograd.Function):
-    """Of stride 1. x (N, C_in, H, W) and weight (C_out, C_in, kh, kw), both best channels-last; differentiable any number of times.
+    """Convolution of stride 1 of x (N, C_in, H, W) with weight (C_out, C_in, kh, kw) by col2im; supports derivatives of any order.
 
-    Products are kept as planes (kh·kw·C_out, N·H·W): an image's few channels would make short rows.
+    Products are stored as planes (kh·kw·C_out, N·H·W), because rows of few output channels would be short.
     """
 
     @staticmethod
@@ -70,22 +70,22 @@ class Col2im(torch.autograd.Function):
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """(C_out, kh·kw·C_in); no copy of channels-last weights."""
+    """Return the weight as (C_out, kh·kw·C_in), without a copy if it is channels-last."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _planes(weight: Tensor) -> Tensor:
-    """(kh·kw·C_out, C_in)."""
+    """Return the weight as (kh·kw·C_out, C_in)."""
     return weight.permute(2, 3, 0, 1).flatten(0, 2)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N·H·W, C); no copy of channels-last images."""
+    """Return images as (N·H·W, C), without a copy if they are channels-last."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def output_size(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
-    """Height and width of a convolution's output; below 1 if there is none."""
+    """Return height and width of a convolution's output; less than 1 if it is empty."""
     height, width = (
         (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
         for size, kernel, step, pad, spread in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -93,26 +93,26 @@ def output_size(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation
     return height, width
 
 
-def _windows(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """What each output pixel sees: (N·H_out·W_out, kh·kw·C_in)."""
+def _patches(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Return the input patch of each output pixel, (N·H_out·W_out, kh·kw·C_in)."""
     size = output_size(x, weight, stride, padding, dilation)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     shifted = [padded[:, rows, columns] for rows, columns in _shifts(weight, size, stride, dilation)]
     return torch.stack(shifted, dim=3).flatten(3).flatten(0, 2)
 
 
-def _add_windows(grad_windows: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """Gradient of x from that of its windows."""
+def _fold_patches(grad_patches: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Return the gradient of x, given the gradient of its patches (col2im)."""
     (batch, channels, height, width), size = x.shape, output_size(x, weight, stride, padding, dilation)
-    grad_padded = grad_windows.new_zeros(batch, height + 2 * padding[0], width + 2 * padding[1], channels)
-    grad_shifted = grad_windows.unflatten(0, (batch, *size)).unflatten(3, (-1, channels)).unbind(3)
-    for (rows, columns), addition in zip(_shifts(weight, size, stride, dilation), grad_shifted, strict=True):
-        grad_padded[:, rows, columns] += addition
+    grad_padded = grad_patches.new_zeros(batch, height + 2 * padding[0], width + 2 * padding[1], channels)
+    grad_shifted = grad_patches.unflatten(0, (batch, *size)).unflatten(3, (-1, channels)).unbind(3)
+    for (rows, columns), grad_patch in zip(_shifts(weight, size, stride, dilation), grad_shifted, strict=True):
+        grad_padded[:, rows, columns] += grad_patch
     return grad_padded[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width].permute(0, 3, 1, 2)
 
 
 def _shifts(weight: Tensor, size: tuple[int, ...], stride: Pair, dilation: Pair) -> list[tuple[slice, slice]]:
-    """For each place in the kernel, which of the padded input pixels lie under it."""
+    """Return the slices of the padded input that each kernel element multiplies."""
     rows, columns = (
         [slice(spread * i, spread * i + step * (pixels - 1) + 1, step) for i in range(kernel)]
         for kernel, pixels, step, spread in zip(weight.shape[2:], size, stride, dilation, strict=True)
@@ -121,5 +121,5 @@ def _shifts(weight: Tensor, size: tuple[int, ...], stride: Pair, dilation: Pair)
 
 
 def _backward_shifts(x: Tensor, weight: Tensor) -> list[tuple[slice, slice]]:
-    """For each place in the kernel, which of the padded output pixels see the input pixels there."""
+    """Return the slices of the padded output to which each kernel element contributes."""
     return _shifts(weight, x.shape[2:], (1, 1), (1, 1))[::-1]

@@ -1,4 +1,4 @@
-"""The sum that a convolution is, and its gradients, place by place of the kernel: the oracle of every algorithm here."""
+"""Direct convolution and its gradients as a sum over kernel elements: the reference for the other algorithms."""
 
 from collections.abc import Iterator
 
@@ -12,23 +12,23 @@ Pair = tuple[int, int]
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)) -> Tensor:
-    """y[n, o, i, j] = Σ_{c, u, v} x[n, c, s·i + d·u − p, s·j + d·v − p] · w[o, c, u, v], zeros outside; (N, C_out, H_out, W_out)."""
+    """Return y[n, o, i, j] = Σ_{c, u, v} x[n, c, s·i + d·u − p, s·j + d·v − p] · w[o, c, u, v], (N, C_out, H_out, W_out)."""
     padded = _padded(x, padding)
     total: Tensor | float = 0.0
-    for u, v, seen in _seen(x, weight, stride, padding, dilation):
-        total = total + torch.einsum("nchw,oc->nohw", padded[..., seen[0], seen[1]], weight[:, :, u, v])
+    for u, v, window in _kernel_taps(x, weight, stride, padding, dilation):
+        total = total + torch.einsum("nchw,oc->nohw", padded[..., window[0], window[1]], weight[:, :, u, v])
     return torch.as_tensor(total)
 
 
 def conv2d_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1)
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight from the output's: every product of :func:`conv2d` passes it on to both of its factors."""
+    """Return the gradients of x and weight of ``conv2d``, given the gradient of its output."""
     padded = _padded(x, padding)
     grad_padded, grad_weight = torch.zeros_like(padded), torch.zeros_like(weight)
-    for u, v, seen in _seen(x, weight, stride, padding, dilation):
-        grad_padded[..., seen[0], seen[1]] += torch.einsum("nohw,oc->nchw", gradient, weight[:, :, u, v])
-        grad_weight[:, :, u, v] = torch.einsum("nohw,nchw->oc", gradient, padded[..., seen[0], seen[1]])
+    for u, v, window in _kernel_taps(x, weight, stride, padding, dilation):
+        grad_padded[..., window[0], window[1]] += torch.einsum("nohw,oc->nchw", gradient, weight[:, :, u, v])
+        grad_weight[:, :, u, v] = torch.einsum("nohw,nchw->oc", gradient, padded[..., window[0], window[1]])
     height, width = x.shape[2:]
     return grad_padded[..., padding[0] : padding[0] + height, padding[1] : padding[1] + width], grad_weight
 
@@ -37,8 +37,8 @@ def _padded(x: Tensor, padding: Pair) -> Tensor:
     return F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
 
 
-def _seen(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Iterator[tuple[int, int, tuple[slice, slice]]]:
-    """Each place (u, v) of the kernel, and which of the padded input pixels the output pixels see there."""
+def _kernel_taps(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Iterator[tuple[int, int, tuple[slice, slice]]]:
+    """Yield each kernel element (u, v) and the slices of the padded input that it multiplies."""
     height, width = (
         (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
         for size, kernel, step, pad, spread in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)

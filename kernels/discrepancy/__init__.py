@@ -1,7 +1,7 @@
-"""How far a student's logits are from its teacher's.
+"""Discrepancies between the logits of a student and a teacher: L1, Kullback–Leibler and Jensen–Shannon.
 
-The fused backends compute the gradients for both sides while they read the logits, and keep them, unscaled, for the
-backward pass: those of L1 as signs of one byte, those of the divergences in the logits' dtype.
+The fused backends compute the gradients for both sides in the forward pass and save them, before multiplication by the upstream
+gradient: int8 signs for L1, the dtype of the logits for the divergences.
 """
 
 import math
@@ -18,7 +18,7 @@ from . import reference
 __all__ = ["Reduction", "js_discrepancy", "kl_discrepancy", "l1_discrepancy"]
 
 Reduction = Literal["batchmean", "mean", "sum"]
-TEMPERATURES = 1e-4, 1e4  # beyond them log-ratios, or the square times a divergence, leave what float32 resolves
+TEMPERATURES = 1e-4, 1e4  # outside this range, log ratios or temperature² · divergence exceed the precision of float32
 
 
 @overload
@@ -26,25 +26,34 @@ def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, ag
 @overload
 def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, agreement: Literal[True]) -> tuple[Tensor, Tensor]: ...
 def l1_discrepancy(student: Tensor, teacher: Tensor, *, reduction: Reduction, agreement: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-    """Sum or mean of ``|student − teacher|`` over raw logits (DFAD, arXiv 1912.11006, eq. 1).
+    """Compute the L1 distance ``|student − teacher|`` between logits (DFAD, arXiv 1912.11006, eq. 1).
 
     Args:
-        student, teacher: logits (N, C) or (N, C, H, W) of any strides and floating dtypes; read in float32.
-        reduction: "mean" divides by every element, "batchmean" by N, "sum" by nothing. Without rows the sum is 0, and a mean
-            NaN, as in PyTorch.
-        agreement: also count the rows (of N, or of N·H·W) whose largest logits are of the same class.
+        student: student logits (N, C) or (N, C, H, W) of any floating-point dtype and strides; computed in float32.
+        teacher: teacher logits, of the same shape and device.
+        reduction: "batchmean" divides the sum by N, "mean" by the number of elements, "sum" does not divide. For empty
+            logits, the sum is 0 and the means are NaN, as in PyTorch.
+        agreement: also count the rows (samples or pixels) in which student and teacher have the same argmax.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64 logits), differentiable on both sides, once; under
-        ``use_backend("reference")`` any number of times. NaN, as in PyTorch, where a logit is NaN or both sides have the same
-        infinity. With ``agreement`` also the count, a 0-d int64 tensor on the logits' device.
+        The loss, a 0-d float32 tensor (float64 for float64 logits), differentiable with respect to both logits; double backward
+        requires ``use_backend("reference")``. NaN where a logit is NaN or both logits are the same infinity, as in PyTorch. With
+        ``agreement``, a tuple of the loss and the count, a 0-d int64 tensor.
 
     Raises:
-        ValueError: shapes that differ or are no logits, devices that differ, a dtype that is not floating, or an unknown
-            reduction.
-        TypeError: logits that are no tensors, or an ``agreement`` that is not a bool.
-        BackendError: a forced backend does not serve the logits' device or dtype.
+        ValueError: invalid or different shapes, different devices, a dtype that is not floating-point, or an unknown reduction.
+        TypeError: logits that are not tensors, or ``agreement`` is not a bool.
+        BackendError: a forced backend does not support the device or dtype.
         RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import l1_discrepancy
+        >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
+        >>> l1_discrepancy(student, teacher, reduction="mean")
+        tensor(1.5000)
+        >>> l1_discrepancy(student, teacher, reduction="sum", agreement=True)
+        (tensor(3.), tensor(0))
     """
     return _discrepancy("l1", student, teacher, reduction, agreement)
 
@@ -78,33 +87,41 @@ def kl_discrepancy(
     scale_by_temperature_squared: bool,
     agreement: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """KL(p_teacher ‖ p_student) of the softmax over classes at a temperature (Hinton et al. 2015, arXiv 1503.02531).
+    """Compute the Kullback–Leibler divergence KL(p_teacher ‖ p_student) with temperature (Hinton et al. 2015, arXiv 1503.02531).
 
-    A logit of −inf masks its class. A class of teacher probability 0 contributes 0 to the value and to the teacher's
-    gradient, whatever the student gives it. Where the student alone masks a class, the value is +inf, and the teacher's
-    gradient is not finite. A NaN or +inf logit, or a row of −inf, makes value and gradients NaN, all as in PyTorch.
+    p = softmax(logits / temperature) over the classes. A logit of −inf masks its class. A class with teacher probability 0
+    contributes 0 to the loss and to the teacher's gradient. If only the student masks a class, the loss is +inf and the teacher's
+    gradient is not finite. A NaN or +inf logit, or a row of −inf, makes loss and gradients NaN. All as in PyTorch.
 
     Args:
-        student, teacher: logits (N, C) or (N, C, H, W) of any strides and floating dtypes; read in float32.
-        temperature: both logits are divided by it, from 1e-4 to 1e4.
-        reduction: "batchmean" divides by N, "mean" by every element, "sum" by nothing. Without rows the sum is 0, and a mean
-            NaN, as in PyTorch.
-        scale_by_temperature_squared: multiply by temperature², which keeps the size of the gradient as
-            the temperature changes.
-        agreement: also count the rows (of N, or of N·H·W) whose largest logits are of the same class.
+        student: student logits (N, C) or (N, C, H, W) of any floating-point dtype and strides; computed in float32.
+        teacher: teacher logits, of the same shape and device.
+        temperature: divisor of both logits, from 1e-4 to 1e4.
+        reduction: "batchmean" divides the sum by N, "mean" by the number of elements, "sum" does not divide. For empty
+            logits, the sum is 0 and the means are NaN, as in PyTorch.
+        scale_by_temperature_squared: multiply by temperature², so that the size of the gradients does not depend on the
+            temperature.
+        agreement: also count the rows (samples or pixels) in which student and teacher have the same argmax.
 
     Returns:
-        A 0-d tensor in nats, float32 (float64 for float64 logits), differentiable on both sides, once; under
-        ``use_backend("reference")`` any number of times. With ``agreement`` also the count, a 0-d int64 tensor on the
-        logits' device.
+        The loss in nats, a 0-d float32 tensor (float64 for float64 logits), differentiable with respect to both logits; double
+        backward requires ``use_backend("reference")``. With ``agreement``, a tuple of the loss and the count, a 0-d int64 tensor.
 
     Raises:
-        ValueError: shapes that differ or are no logits, devices that differ, a dtype that is not floating, a temperature
-            out of its range, or an unknown reduction.
-        TypeError: logits that are no tensors, a temperature that is not a number (a tensor is none), or a switch that is not
-            a bool.
-        BackendError: a forced backend does not serve the logits' device or dtype.
+        ValueError: invalid or different shapes, different devices, a dtype that is not floating-point, a temperature outside its
+            range, or an unknown reduction.
+        TypeError: logits that are not tensors, a temperature that is not a Python number, or a flag that is not a bool.
+        BackendError: a forced backend does not support the device or dtype.
         RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import kl_discrepancy
+        >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        >>> loss = kl_discrepancy(student, teacher, temperature=4.0, reduction="batchmean", scale_by_temperature_squared=True)
+        >>> loss.backward()
+        >>> student.grad.shape
+        torch.Size([8, 10])
     """
     return _discrepancy("kl", student, teacher, reduction, agreement, temperature, scale_by_temperature_squared)
 
@@ -138,11 +155,38 @@ def js_discrepancy(
     scale_by_temperature_squared: bool,
     agreement: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Jensen–Shannon divergence ½ KL(p_T ‖ m) + ½ KL(p_S ‖ m), m = ½ (p_T + p_S), between 0 and log 2 a row (Lin 1991).
+    """Compute the Jensen–Shannon divergence ½ KL(p_T ‖ m) + ½ KL(p_S ‖ m), where m = ½ (p_T + p_S) (Lin 1991).
 
-    Arguments, results and errors are those of ``kl_discrepancy``, but that a class which one side alone masks contributes
-    ½ log 2 times its probability on the other: value and gradients are finite. One minus this, over log 2, is what
-    DeepInversion (arXiv 1912.08795, eq. 8) and PRE-DFKD compete with.
+    p = softmax(logits / temperature) over the classes; T is the teacher, S the student. The divergence of a row is between 0 and
+    log 2. A class masked (−inf) by one side only contributes ½ log 2 times its probability on the other side, so that loss and
+    gradients are finite. Used for the competition term of DeepInversion (arXiv 1912.08795, eq. 8) and PRE-DFKD.
+
+    Args:
+        student: student logits (N, C) or (N, C, H, W) of any floating-point dtype and strides; computed in float32.
+        teacher: teacher logits, of the same shape and device.
+        temperature: divisor of both logits, from 1e-4 to 1e4.
+        reduction: "batchmean" divides the sum by N, "mean" by the number of elements, "sum" does not divide. For empty
+            logits, the sum is 0 and the means are NaN, as in PyTorch.
+        scale_by_temperature_squared: multiply by temperature², so that the size of the gradients does not depend on the
+            temperature.
+        agreement: also count the rows (samples or pixels) in which student and teacher have the same argmax.
+
+    Returns:
+        The loss in nats, a 0-d float32 tensor (float64 for float64 logits), differentiable with respect to both logits; double
+        backward requires ``use_backend("reference")``. With ``agreement``, a tuple of the loss and the count, a 0-d int64 tensor.
+
+    Raises:
+        ValueError: invalid shapes, devices, dtypes, temperature or reduction, as for ``kl_discrepancy``.
+        TypeError: an argument of the wrong type, as for ``kl_discrepancy``.
+        BackendError: a forced backend does not support the device or dtype.
+        RuntimeError: a backward pass with ``create_graph=True`` through a fused backend.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import js_discrepancy
+        >>> student, teacher = torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])
+        >>> js_discrepancy(student, teacher, temperature=1.0, reduction="sum", scale_by_temperature_squared=False)
+        tensor(0.6931)
     """
     return _discrepancy("js", student, teacher, reduction, agreement, temperature, scale_by_temperature_squared)
 
@@ -160,7 +204,7 @@ def _discrepancy(
     factor = 1.0
     if kind != "l1":
         temperature = _temperature(temperature)
-        _check_switch("scale_by_temperature_squared", scale_by_temperature_squared)
+        _check_bool("scale_by_temperature_squared", scale_by_temperature_squared)
         factor = temperature**2 if scale_by_temperature_squared else 1.0
     backend = choose(f"{kind}_discrepancy", student.device, (student.dtype, teacher.dtype), 2 * student.numel())
     if backend == "reference":
@@ -177,16 +221,16 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, name: str, backend: Backend, temperature: float | None, scale: float, agreement: bool
     ) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[:2]
+        needs_grad = ctx.needs_input_grad[:2]
         operator = operators.operator(name, backend, student)
         if temperature is None:
-            loss, sign, count = operator(student, teacher, scale, any(wanted), agreement)
-            units = tuple(sign if side else sign.new_empty(0) for side in wanted)
+            loss, sign, count = operator(student, teacher, scale, any(needs_grad), agreement)
+            grads_unscaled = tuple(sign if needed else sign.new_empty(0) for needed in needs_grad)
             ctx.scales = scale, -scale
         else:
-            loss, *units, count = operator(student, teacher, temperature, scale, *wanted, agreement)
+            loss, *grads_unscaled, count = operator(student, teacher, temperature, scale, *needs_grad, agreement)
             ctx.scales = scale, scale
-        ctx.save_for_backward(*units)
+        ctx.save_for_backward(*grads_unscaled)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(count)
         ctx.backend, ctx.dtypes = backend, (student.dtype, teacher.dtype)
@@ -194,7 +238,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Refused already here: not every second derivative would pass this node, and one that does not would lack a term.
+        # Raised here already: a double backward that does not pass through this node would silently lack a term.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 f"create_graph=True: a discrepancy of the backend {ctx.backend} has no second derivative;"
@@ -202,19 +246,19 @@ class _Fused(torch.autograd.Function):
             )
         if upstream is None:
             return 7 * (None,)
-        units, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
-        if _last_use() and all(unit.dtype == dtype == torch.float32 for unit, dtype in zip(units, ctx.dtypes, strict=True)):
-            # Nobody reads the units again: no second pair of logits-sized tensors is needed. In half precision
-            # PyTorch would round the factor.
+        grads_unscaled, needs_grad = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        if _last_use() and all(grad.dtype == dtype == torch.float32 for grad, dtype in zip(grads_unscaled, ctx.dtypes, strict=True)):
+            # The saved gradients are not used again, so they are scaled in place. Not in half precision, where PyTorch would
+            # round the factor.
             factor = upstream * ctx.scales[0]
-            return *(unit.mul_(factor) if side else None for unit, side in zip(units, wanted, strict=True)), *5 * [None]
+            return *(grad.mul_(factor) if needed else None for grad, needed in zip(grads_unscaled, needs_grad, strict=True)), *5 * [None]
         scale_gradients = operators.operator("scale_gradients", ctx.backend, upstream)
-        gradients = scale_gradients(*units, upstream, *ctx.scales, *ctx.dtypes)
-        return *(gradient if side else None for gradient, side in zip(gradients, wanted, strict=True)), *5 * [None]
+        gradients = scale_gradients(*grads_unscaled, upstream, *ctx.scales, *ctx.dtypes)
+        return *(gradient if needed else None for gradient, needed in zip(gradients, needs_grad, strict=True)), *5 * [None]
 
 
 def _last_use() -> bool:
-    """Whether this backward pass frees the graph, and with it what was saved: no ``retain_graph``, no compilation."""
+    """Return whether this backward pass frees the graph and its saved tensors: no ``retain_graph``, no compilation."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return not torch.compiler.is_compiling() and keeps_graph is not None and not keeps_graph()
 
@@ -238,11 +282,11 @@ def _check(student: Tensor, teacher: Tensor, reduction: object, agreement: objec
         raise ValueError(f"logits have no classes: {tuple(student.shape)}")
     if not isinstance(reduction, str) or reduction not in ("batchmean", "mean", "sum"):
         raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', not {reduction!r}")
-    _check_switch("agreement", agreement)
+    _check_bool("agreement", agreement)
 
 
 def _temperature(temperature: object) -> float:
-    # Reading a tensor would wait for its device, and a CUDA graph would keep the value of its capture.
+    # Reading a tensor would synchronize with the device, and a captured CUDA graph would contain the value of the capture.
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a float, not {temperature!r}")
     lowest, highest = TEMPERATURES
@@ -251,67 +295,73 @@ def _temperature(temperature: object) -> float:
     return number
 
 
-def _check_switch(name: str, value: object) -> None:
+def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def _scale(logits: Tensor, reduction: Reduction) -> float:
-    """What the sum is multiplied by; the mean of nothing is NaN, as PyTorch has it."""
+    """Return the factor of a reduction; NaN for the mean of an empty tensor, as in PyTorch."""
     count = {"mean": logits.numel(), "batchmean": len(logits), "sum": 1}[reduction]
     return 1.0 / count if count else math.nan
 
 
-def _fake_scalar(logits: Tensor, dtype: torch.dtype, wanted: bool = True) -> Tensor:
-    return logits.new_empty(() if wanted else 0, dtype=dtype)
+def _fake_scalar(logits: Tensor, dtype: torch.dtype, enabled: bool = True) -> Tensor:
+    return logits.new_empty(() if enabled else 0, dtype=dtype)
 
 
-def _fake_unit(logits: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor:
-    return torch.empty_like(logits, dtype=dtype) if wanted else logits.new_empty(0, dtype=dtype)
+def _fake_grad(logits: Tensor, dtype: torch.dtype, enabled: bool) -> Tensor:
+    return torch.empty_like(logits, dtype=dtype) if enabled else logits.new_empty(0, dtype=dtype)
 
 
-def _fake_l1(student: Tensor, teacher: Tensor, scale: float, gradient: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
-    sign = _fake_unit(student, torch.int8, gradient)
+def _fake_l1(student: Tensor, teacher: Tensor, scale: float, requires_grad: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
+    sign = _fake_grad(student, torch.int8, requires_grad)
     return _fake_scalar(student, torch.float32), sign, _fake_scalar(student, torch.int64, agreement)
 
 
 def _fake_divergence(
-    student: Tensor, teacher: Tensor, temperature: float, scale: float, student_gradient: bool, teacher_gradient: bool, agreement: bool
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    scale: float,
+    student_requires_grad: bool,
+    teacher_requires_grad: bool,
+    agreement: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    units = _fake_unit(student, student.dtype, student_gradient), _fake_unit(teacher, teacher.dtype, teacher_gradient)
-    return _fake_scalar(student, torch.float32), *units, _fake_scalar(student, torch.int64, agreement)
+    grads_unscaled = _fake_grad(student, student.dtype, student_requires_grad), _fake_grad(teacher, teacher.dtype, teacher_requires_grad)
+    return _fake_scalar(student, torch.float32), *grads_unscaled, _fake_scalar(student, torch.int64, agreement)
 
 
 def _fake_scale_gradients(
-    student_unit: Tensor,
-    teacher_unit: Tensor,
+    student_grad_unscaled: Tensor,
+    teacher_grad_unscaled: Tensor,
     upstream: Tensor,
     student_scale: float,
     teacher_scale: float,
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(student_unit, dtype=student_dtype), torch.empty_like(teacher_unit, dtype=teacher_dtype)
+    return torch.empty_like(student_grad_unscaled, dtype=student_dtype), torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype)
 
 
 operators.define(
     __name__,
     "l1_forward",
-    "(Tensor student, Tensor teacher, float scale, bool gradient, bool agreement) -> (Tensor, Tensor, Tensor)",
+    "(Tensor student, Tensor teacher, float scale, bool requires_grad, bool agreement) -> (Tensor, Tensor, Tensor)",
     _fake_l1,
 )
 for _name in ("kl_forward", "js_forward"):
     operators.define(
         __name__,
         _name,
-        "(Tensor student, Tensor teacher, float temperature, float scale, bool student_gradient, bool teacher_gradient, bool agreement)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
+        "(Tensor student, Tensor teacher, float temperature, float scale, bool student_requires_grad, bool teacher_requires_grad,"
+        " bool agreement) -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_divergence,
     )
 operators.define(
     __name__,
     "scale_gradients",
-    "(Tensor student_unit, Tensor teacher_unit, Tensor upstream, float student_scale, float teacher_scale,"
+    "(Tensor student_grad_unscaled, Tensor teacher_grad_unscaled, Tensor upstream, float student_scale, float teacher_scale,"
     " ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)",
     _fake_scale_gradients,
 )

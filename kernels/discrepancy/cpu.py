@@ -1,9 +1,9 @@
-"""The discrepancies on a CPU, in numba.
+"""Discrepancies in numba.
 
-Logits lie in one of two ways. Where the classes of a row are neighbours and many, a task takes rows one by one and
-vectorises over the classes. Elsewhere (segmentation, few classes) it takes a tile of rows and vectorises over the
-rows. Both take ``log p − log q`` from shifted logits and two log-sum-exps, never from probabilities, and add up KL in
-terms that a rounded log-sum-exp changes to second order only (``_kl_term``).
+If the classes of a row are contiguous and many, a task processes row by row, vectorized over the classes. Otherwise
+(segmentation, few classes) it processes a tile of rows, vectorized over the rows. Both compute ``log p − log q`` from shifted logits
+and two log-sum-exps, not from probabilities, and sum KL in terms that depend on the rounding error of a log-sum-exp to second
+order only (``_kl_term``).
 """
 
 import math
@@ -17,47 +17,48 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import HALF, ONE, ZERO, Place
+from ..simd import HALF, ONE, ZERO, TypedPointer
 
 __all__ = ["js_forward", "kl_forward", "l1_forward", "scale_gradients"]
 
-WIDE = 64  # classes from which a row alone fills the vectors
-TILE = 2048  # elements a tile of rows holds: its three buffers stay in the first-level cache
-# How the rows lie: the logits of row (o, i), o < outer and i < inner, begin at o · outer_stride + i · inner_stride and
-# are class_stride apart. A plain tuple, which numba takes fastest: outer, inner, classes, outer_stride, inner_stride,
-# class_stride.
+MIN_CLASSES_ROW_BY_ROW = 64  # number of classes from which one row fills the SIMD vectors
+TILE = 2048  # elements per tile of rows, so that its buffers stay in the L1 cache
+# (outer, inner, classes, outer_stride, inner_stride, class_stride): the logits of row (o, i), o < outer and i < inner, start at
+# o · outer_stride + i · inner_stride with stride class_stride. A plain tuple, because numba unboxes it fastest.
 Rows = tuple[int, int, int, int, int, int]
-# Of two types, so that numba compiles the kernels for each: a branch on it costs no loop its vectors.
+# Values of different types, so that numba specializes the kernels and branches on the kind do not prevent vectorization.
 KL, JS = None, True
 Kind = bool | None
-HUGE: Any = np.float32(1e30)  # a log-ratio's finite size where a probability of 0, which multiplies it, makes it infinite
-NEAR: Any = np.float32(0.25)
+HUGE: Any = np.float32(1e30)  # finite substitute for an infinite log ratio whose factor is a probability of 0
+SERIES_MAX: Any = np.float32(0.25)
 K2, K3, K4, K5, K6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
 
 
-def l1_forward(student: Tensor, teacher: Tensor, scale: float, gradient: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
-    s, t = _alike(student, teacher)
-    loss, sign = s.new_empty((), dtype=torch.float32), torch.empty_like(s if gradient else s[:0], dtype=torch.int8)
+def l1_forward(student: Tensor, teacher: Tensor, scale: float, requires_grad: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
+    s, t = _to_same_layout(student, teacher)
+    loss, sign = s.new_empty((), dtype=torch.float32), torch.empty_like(s if requires_grad else s[:0], dtype=torch.int8)
     with simd.threads:
-        _l1(simd.place(s), simd.place(t), simd.place(sign), simd.place(loss), s.numel(), gradient, scale)
-    return loss, simd.laid_out_as(sign, student) if gradient else sign.view(-1), _agreement(s, t, agreement)
+        _l1(*map(simd.typed_pointer, (s, t, sign, loss)), s.numel(), requires_grad, scale)
+    return loss, simd.restride_like(sign, student) if requires_grad else sign.view(-1), _agreement(s, t, agreement)
 
 
 def scale_gradients(
-    student_unit: Tensor,
-    teacher_unit: Tensor,
+    student_grad_unscaled: Tensor,
+    teacher_grad_unscaled: Tensor,
     upstream: Tensor,
     student_scale: float,
     teacher_scale: float,
     student_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    student, teacher = torch.empty_like(student_unit, dtype=student_dtype), torch.empty_like(teacher_unit, dtype=teacher_dtype)
+    student_grad = torch.empty_like(student_grad_unscaled, dtype=student_dtype)
+    teacher_grad = torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype)
+    sides = (student_grad_unscaled, student_grad, student_scale), (teacher_grad_unscaled, teacher_grad, teacher_scale)
     with simd.threads:
-        for unit, gradient, scale in ((student_unit, student, student_scale), (teacher_unit, teacher, teacher_scale)):
-            if unit.numel():
-                _scale(simd.place(unit), simd.place(gradient), simd.place(upstream), unit.numel(), scale)
-    return student, teacher
+        for grad_unscaled, grad, scale in sides:
+            if grad.numel():
+                _scale(*map(simd.typed_pointer, (grad_unscaled, grad, upstream)), grad.numel(), scale)
+    return student_grad, teacher_grad
 
 
 def _divergence(
@@ -66,24 +67,24 @@ def _divergence(
     teacher: Tensor,
     temperature: float,
     scale: float,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    student_requires_grad: bool,
+    teacher_requires_grad: bool,
     agreement: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    s, t = _alike(student, teacher)
+    s, t = _to_same_layout(student, teacher)
     rows = _rows(s)
     loss = s.new_empty((), dtype=torch.float32)
-    student_unit = torch.empty_like(s if student_gradient else s[:0])
-    teacher_unit = torch.empty_like(t if teacher_gradient else t[:0])
-    kernel = _row_by_row if s.stride(1) == 1 and s.shape[1] >= WIDE else _tile_by_tile
+    student_grad_unscaled = torch.empty_like(s if student_requires_grad else s[:0])
+    teacher_grad_unscaled = torch.empty_like(t if teacher_requires_grad else t[:0])
+    kernel = _row_by_row if s.stride(1) == 1 and s.shape[1] >= MIN_CLASSES_ROW_BY_ROW else _tile_by_tile
     with simd.threads:
         kernel(
-            *(simd.place(tensor) for tensor in (s, t, student_unit, teacher_unit, loss)),
-            *(rows, student_gradient, teacher_gradient, 1 / temperature, scale, kind),
+            *map(simd.typed_pointer, (s, t, student_grad_unscaled, teacher_grad_unscaled, loss)),
+            *(rows, student_requires_grad, teacher_requires_grad, 1 / temperature, scale, kind),
         )
-    student_unit = simd.laid_out_as(student_unit, student) if student_gradient else student_unit.view(-1)
-    teacher_unit = simd.laid_out_as(teacher_unit, teacher) if teacher_gradient else teacher_unit.view(-1)
-    return loss, student_unit, teacher_unit, _agreement(s, t, agreement)
+    student_grad_unscaled = simd.restride_like(student_grad_unscaled, student) if student_requires_grad else student_grad_unscaled.view(-1)
+    teacher_grad_unscaled = simd.restride_like(teacher_grad_unscaled, teacher) if teacher_requires_grad else teacher_grad_unscaled.view(-1)
+    return loss, student_grad_unscaled, teacher_grad_unscaled, _agreement(s, t, agreement)
 
 
 kl_forward, js_forward = partial(_divergence, KL), partial(_divergence, JS)
@@ -97,23 +98,25 @@ def _rows(logits: Tensor) -> Rows:
     return 1, count * pixels, classes, 0, classes, 1
 
 
-def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dense layout: contiguous or channels-last."""
+def _to_same_layout(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both logits in the same dense layout, contiguous or channels-last."""
     last = student.ndim == 4 and student.is_contiguous(memory_format=torch.channels_last) and not student.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     return student.contiguous(memory_format=layout), teacher.contiguous(memory_format=layout)
 
 
-def _agreement(student: Tensor, teacher: Tensor, wanted: bool) -> Tensor:
-    count = torch.empty(() if wanted else 0, dtype=torch.int64)
-    if wanted:
+def _agreement(student: Tensor, teacher: Tensor, enabled: bool) -> Tensor:
+    count = torch.empty(() if enabled else 0, dtype=torch.int64)
+    if enabled:
         with simd.threads:
-            _count_equal_argmaxes(simd.place(student), simd.place(teacher), simd.place(count), _rows(student))
+            _count_equal_argmaxes(*map(simd.typed_pointer, (student, teacher, count)), _rows(student))
     return count
 
 
 @simd.parallel
-def _l1(student: Place, teacher: Place, sign: Place, loss: Place, size: int, gradient: bool, scale: float) -> None:
+def _l1(
+    student: TypedPointer, teacher: TypedPointer, sign: TypedPointer, loss: TypedPointer, size: int, requires_grad: bool, scale: float
+) -> None:
     s, t, out = simd.pointer(student), simd.pointer(teacher), simd.pointer(sign)
     partial = np.empty(-(-size // simd.BLOCK))
     for block in prange(len(partial)):
@@ -122,30 +125,30 @@ def _l1(student: Place, teacher: Place, sign: Place, loss: Place, size: int, gra
         for i in range(start, end):
             difference = simd.widen(s[i]) - simd.widen(t[i])
             total += abs(difference)
-            if gradient:
+            if requires_grad:
                 out[i] = np.int8(difference > ZERO) - np.int8(difference < ZERO)
         partial[block] = total
     simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
 
 @simd.parallel
-def _scale(unit: Place, gradient: Place, upstream: Place, size: int, scale: float) -> None:
-    given, out = simd.pointer(unit), simd.pointer(gradient)
+def _scale(grad_unscaled: TypedPointer, gradient: TypedPointer, upstream: TypedPointer, size: int, scale: float) -> None:
+    source, out = simd.pointer(grad_unscaled), simd.pointer(gradient)
     factor = np.float32(simd.pointer(upstream)[0] * scale)
     for block in prange(-(-size // simd.BLOCK)):
         for i in range(block * simd.BLOCK, min((block + 1) * simd.BLOCK, size)):
-            out[i] = simd.narrow(simd.widen(given[i]) * factor, gradient)
+            out[i] = simd.narrow(simd.widen(source[i]) * factor, gradient)
 
 
 @simd.parallel
-def _count_equal_argmaxes(student: Place, teacher: Place, count: Place, rows: Rows) -> None:
+def _count_equal_argmaxes(student: TypedPointer, teacher: TypedPointer, count: TypedPointer, rows: Rows) -> None:
     s, t = simd.pointer(student), simd.pointer(teacher)
     outer, inner, classes, outer_stride, inner_stride, class_stride = rows
-    rows_a_block = -(-simd.BLOCK // classes)
-    partial = np.empty(-(-outer * inner // rows_a_block), np.int64)
+    rows_per_block = -(-simd.BLOCK // classes)
+    partial = np.empty(-(-outer * inner // rows_per_block), np.int64)
     for block in prange(len(partial)):
         equal = 0
-        for row in range(block * rows_a_block, min((block + 1) * rows_a_block, outer * inner)):
+        for row in range(block * rows_per_block, min((block + 1) * rows_per_block, outer * inner)):
             start = row // inner * outer_stride + row % inner * inner_stride
             equal += _argmax(s, start, classes, class_stride) == _argmax(t, start, classes, class_stride)
         partial[block] = equal
@@ -154,7 +157,7 @@ def _count_equal_argmaxes(student: Place, teacher: Place, count: Place, rows: Ro
 
 @simd.helper
 def _argmax(logits: Any, start: int, classes: int, class_stride: int) -> int:
-    """The first maximal class; a NaN is above everything, as for torch.argmax."""
+    """Return the first class with the largest logit; NaN is the largest, as in torch.argmax."""
     best, largest = 0, simd.widen(logits[start])
     for c in range(1, classes):
         x = simd.widen(logits[start + c * class_stride])
@@ -163,9 +166,9 @@ def _argmax(logits: Any, start: int, classes: int, class_stride: int) -> int:
     return best
 
 
-# A NaN may be overlooked here: it reaches every result through exp(x − largest). An infinity may not.
+# nnan: a NaN may be ignored here, because it reaches every result through exp(x − max); infinities must be handled.
 @numba.njit(fastmath={"nnan", "nsz", "reassoc"})
-def _largest(one: Any, other: Any, start: int, classes: int) -> tuple[Any, Any]:
+def _row_max(one: Any, other: Any, start: int, classes: int) -> tuple[Any, Any]:
     a, b = simd.widen(one[start]), simd.widen(other[start])
     for c in range(start, start + classes):
         a, b = max(a, simd.widen(one[c])), max(b, simd.widen(other[c]))
@@ -174,72 +177,77 @@ def _largest(one: Any, other: Any, start: int, classes: int) -> tuple[Any, Any]:
 
 @simd.inline
 def _kl_term(p: Any, q: Any, d: Any) -> Any:
-    """p d + (q − p) for d = log p − log q: over a row, q − p adds up to 0.
+    """Return p d + (q − p) for d = log p − log q; q − p sums to 0 over a row.
 
-    Every term is ≥ 0, and an error of d common to a row cancels, as it does not from p d. Near 0 by the series of d + exp(−d) − 1.
+    Each term is ≥ 0, and an error of d common to a row cancels, unlike in p d. Near 0, the series of d + exp(−d) − 1 is used.
     """
     near = p * (d * d) * (K2 - d * (K3 - d * (K4 - d * (K5 - d * K6))))
-    return near if abs(d) < NEAR else p * d + (q - p)
+    return near if abs(d) < SERIES_MAX else p * d + (q - p)
 
 
 @simd.inline
 def _log_over_mean(d: Any) -> Any:
-    """log p − log m for m = (p + q) / 2 and d = log p − log q, to some 1e-7 of its value."""
-    greater = -simd.log1p(HALF * simd.expm1_of_negative(-abs(d)))  # of log p − log m and log q − log m
+    """Return log p − log m for m = (p + q) / 2 and d = log p − log q, with relative error 1e-7."""
+    greater = -simd.log1p(HALF * simd.expm1_of_negative(-abs(d)))  # the larger of log p − log m and log q − log m
     return greater if d > ZERO else greater - abs(d)
 
 
 @simd.inline
 def _reciprocal(x: Any) -> Any:
-    return ONE / x  # rounded here: in a kernel, LLVM may divide by x instead of multiplying by this
+    return ONE / x  # rounded here; inlined into a kernel, LLVM could divide by x instead of multiplying by the reciprocal
 
 
 @simd.inline
 def _log_ratios(p: Any, q: Any, d: Any) -> tuple[Any, Any]:
-    """log p − log m and log q − log m, where m = (p + q) / 2, for d = log p − log q."""
+    """Return log p − log m and log q − log m, where m = (p + q) / 2, for d = log p − log q."""
     d = HUGE if q == ZERO else d
     d = -HUGE if p == ZERO else d
     return _log_over_mean(d), _log_over_mean(-d)
 
 
 @simd.inline
-def _student_unit(weight: Any, p: Any, q: Any, b: Any, b_mean: Any, kind: Kind) -> Any:
+def _student_grad_unscaled(weight: Any, p: Any, q: Any, b: Any, b_mean: Any, kind: Kind) -> Any:
     if kind is KL:
         return weight * (q - p)
     return weight * q * (b - b_mean)
 
 
-# In both kernels p and q are the teacher's and the student's probabilities, a and b the log-ratios that they weight. KL has no b.
+# In both kernels, p and q are the probabilities of teacher and student, a and b their log ratios; KL does not use b.
 @simd.parallel
 def _row_by_row(
-    student: Place,
-    teacher: Place,
-    student_unit: Place,
-    teacher_unit: Place,
-    loss: Place,
+    student: TypedPointer,
+    teacher: TypedPointer,
+    student_grad_unscaled: TypedPointer,
+    teacher_grad_unscaled: TypedPointer,
+    loss: TypedPointer,
     rows: Rows,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    student_requires_grad: bool,
+    teacher_requires_grad: bool,
     inverse_temperature: float,
     scale: float,
     kind: Kind,
 ) -> None:
-    s, t, s_unit, t_unit = simd.pointer(student), simd.pointer(teacher), simd.pointer(student_unit), simd.pointer(teacher_unit)
+    s, t, s_grad, t_grad = (
+        simd.pointer(student),
+        simd.pointer(teacher),
+        simd.pointer(student_grad_unscaled),
+        simd.pointer(teacher_grad_unscaled),
+    )
     _, count, classes, _, _, _ = rows
-    sharpness = np.float32(inverse_temperature)
-    weight = sharpness if kind is KL else HALF * sharpness
-    rows_a_task = -(-simd.BLOCK // classes)
-    partial = np.empty(-(-count // rows_a_task))
+    inverse_t = np.float32(inverse_temperature)
+    weight = inverse_t if kind is KL else HALF * inverse_t
+    rows_per_task = -(-simd.BLOCK // classes)
+    partial = np.empty(-(-count // rows_per_task))
     for task in prange(len(partial)):
         p, q = np.empty(classes, np.float32), np.empty(classes, np.float32)
         a, b = np.empty(classes, np.float32), np.empty(classes, np.float32)
         total = 0.0
-        for row in range(task * rows_a_task, min((task + 1) * rows_a_task, count)):
+        for row in range(task * rows_per_task, min((task + 1) * rows_per_task, count)):
             start = row * classes
-            p_top, q_top = _largest(t, s, start, classes)
+            p_top, q_top = _row_max(t, s, start, classes)
             p_sum, q_sum = ZERO, ZERO
             for c in range(classes):
-                x, y = (simd.widen(t[start + c]) - p_top) * sharpness, (simd.widen(s[start + c]) - q_top) * sharpness
+                x, y = (simd.widen(t[start + c]) - p_top) * inverse_t, (simd.widen(s[start + c]) - q_top) * inverse_t
                 p[c], q[c], a[c] = simd.exp_of_negative(x), simd.exp_of_negative(y), x - y
                 p_sum += p[c]
                 q_sum += q[c]
@@ -255,40 +263,45 @@ def _row_by_row(
                     b_mean += q[c] * b[c]
                 a_mean += p[c] * a[c]
             total += kl if kind is KL else HALF * (a_mean + b_mean)
-            if teacher_gradient:
+            if teacher_requires_grad:
                 for c in range(classes):
-                    t_unit[start + c] = simd.narrow(weight * p[c] * (a[c] - a_mean), teacher_unit)
-            if student_gradient:
+                    t_grad[start + c] = simd.narrow(weight * p[c] * (a[c] - a_mean), teacher_grad_unscaled)
+            if student_requires_grad:
                 for c in range(classes):
-                    s_unit[start + c] = simd.narrow(_student_unit(weight, p[c], q[c], b[c], b_mean, kind), student_unit)
+                    s_grad[start + c] = simd.narrow(_student_grad_unscaled(weight, p[c], q[c], b[c], b_mean, kind), student_grad_unscaled)
         partial[task] = total
     simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
 
 @simd.parallel
 def _tile_by_tile(
-    student: Place,
-    teacher: Place,
-    student_unit: Place,
-    teacher_unit: Place,
-    loss: Place,
+    student: TypedPointer,
+    teacher: TypedPointer,
+    student_grad_unscaled: TypedPointer,
+    teacher_grad_unscaled: TypedPointer,
+    loss: TypedPointer,
     rows: Rows,
-    student_gradient: bool,
-    teacher_gradient: bool,
+    student_requires_grad: bool,
+    teacher_requires_grad: bool,
     inverse_temperature: float,
     scale: float,
     kind: Kind,
 ) -> None:
-    s, t, s_unit, t_unit = simd.pointer(student), simd.pointer(teacher), simd.pointer(student_unit), simd.pointer(teacher_unit)
+    s, t, s_grad, t_grad = (
+        simd.pointer(student),
+        simd.pointer(teacher),
+        simd.pointer(student_grad_unscaled),
+        simd.pointer(teacher_grad_unscaled),
+    )
     outer, inner, classes, outer_stride, inner_stride, class_stride = rows
-    sharpness = np.float32(inverse_temperature)
-    weight = sharpness if kind is KL else HALF * sharpness
-    rows_a_tile = max(16, TILE // classes)
-    tiles = -(-inner // rows_a_tile)
+    inverse_t = np.float32(inverse_temperature)
+    weight = inverse_t if kind is KL else HALF * inverse_t
+    rows_per_tile = max(16, TILE // classes)
+    tiles = -(-inner // rows_per_tile)
     partial = np.empty(outer * tiles)
     for task in prange(len(partial)):
-        first = task % tiles * rows_a_tile
-        size = min(rows_a_tile, inner - first)
+        first = task % tiles * rows_per_tile
+        size = min(rows_per_tile, inner - first)
         start = task // tiles * outer_stride + first * inner_stride
         p, q = np.empty((classes, size), np.float32), np.empty((classes, size), np.float32)
         a, b = np.empty((classes, size), np.float32), np.empty((classes, size), np.float32)
@@ -302,7 +315,7 @@ def _tile_by_tile(
         p_sum, q_sum = np.zeros(size, np.float32), np.zeros(size, np.float32)
         for c in range(classes):
             for i in range(size):
-                x, y = (p[c, i] - p_top[i]) * sharpness, (q[c, i] - q_top[i]) * sharpness
+                x, y = (p[c, i] - p_top[i]) * inverse_t, (q[c, i] - q_top[i]) * inverse_t
                 p[c, i], q[c, i], a[c, i] = simd.exp_of_negative(x), simd.exp_of_negative(y), x - y
                 p_sum[i] += p[c, i]
                 q_sum[i] += q[c, i]
@@ -323,12 +336,12 @@ def _tile_by_tile(
         partial[task] = kl.sum() if kind is KL else HALF * (a_mean.sum() + b_mean.sum())
         for c in range(classes):
             for i in range(size):
-                q[c, i] = _student_unit(weight, p[c, i], q[c, i], b[c, i], b_mean[i], kind)
+                q[c, i] = _student_grad_unscaled(weight, p[c, i], q[c, i], b[c, i], b_mean[i], kind)
                 p[c, i] = weight * p[c, i] * (a[c, i] - a_mean[i])
-        if teacher_gradient:
-            _scatter(p, t_unit, teacher_unit, start, class_stride, inner_stride)
-        if student_gradient:
-            _scatter(q, s_unit, student_unit, start, class_stride, inner_stride)
+        if teacher_requires_grad:
+            _scatter(p, t_grad, teacher_grad_unscaled, start, class_stride, inner_stride)
+        if student_requires_grad:
+            _scatter(q, s_grad, student_grad_unscaled, start, class_stride, inner_stride)
     simd.pointer(loss)[0] = np.float32(simd.total(partial) * scale)
 
 
@@ -345,12 +358,12 @@ def _gather(logits: Any, start: int, class_stride: int, row_stride: int, tile: A
 
 
 @simd.helper
-def _scatter(tile: Any, out: Any, unit: Place, start: int, class_stride: int, row_stride: int) -> None:
+def _scatter(tile: Any, out: Any, typed_out: TypedPointer, start: int, class_stride: int, row_stride: int) -> None:
     for c in range(tile.shape[0]):
         first = start + c * class_stride
         if row_stride == 1:
             for i in range(tile.shape[1]):
-                out[first + i] = simd.narrow(tile[c, i], unit)
+                out[first + i] = simd.narrow(tile[c, i], typed_out)
         else:
             for i in range(tile.shape[1]):
-                out[first + i * row_stride] = simd.narrow(tile[c, i], unit)
+                out[first + i * row_stride] = simd.narrow(tile[c, i], typed_out)

@@ -1,4 +1,4 @@
-"""The discrepancies in plain PyTorch: the oracle of every faster backend."""
+"""Discrepancies in plain PyTorch: the reference for the other backends."""
 
 import math
 from typing import Literal
@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HUGE = 1e30  # a log-ratio's finite size where a probability of 0, which multiplies it, makes it infinite
+HUGE = 1e30  # finite substitute for an infinite log ratio whose factor is a probability of 0
 
 
 def discrepancy(kind: Literal["l1", "kl", "js"], student: Tensor, teacher: Tensor, temperature: float | None, reduction: str) -> Tensor:
-    """Without the square of the temperature; L1 has no temperature."""
+    """Return the loss without the factor temperature²; L1 has no temperature."""
     student, teacher = _wide(student), _wide(teacher)
     if temperature is not None:
         student, teacher = ((logits / temperature).log_softmax(dim=1) for logits in (student, teacher))

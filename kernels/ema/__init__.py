@@ -1,4 +1,4 @@
-"""Exponential moving average of a list of tensors, in place."""
+"""Multi-tensor exponential moving average, in place."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -11,54 +11,61 @@ from torch import Tensor
 from .. import operators
 from ..dispatch import Backend, BackendError, choose, forced
 from . import reference
-from .sharing import without_repeats
+from .sharing import deduplicate
 
 __all__ = ["ema_multi_avg_fn", "ema_update_"]
 
 AVERAGED = {torch.float32, torch.float64, torch.complex64, torch.complex128}
-_dtype = attrgetter("dtype")
+_get_dtype = attrgetter("dtype")
 
 
 def ema_update_(
     averages: Sequence[Tensor], sources: Sequence[Tensor], decay: float | Tensor, *, shadows: Sequence[Tensor] | None = None
 ) -> None:
-    """``averages ← decay · averages + (1 − decay) · sources``, in place (MAD, arXiv 2209.10359).
+    """Update exponential moving averages in place: ``averages ← decay · averages + (1 − decay) · sources``.
 
-    Computed as ``average + (1 − decay)(source − average)``, so that equal tensors stay equal. Integer
-    tensors are copied, having no average. A pair that is listed several times, such as a tied weight, is averaged once.
+    Computed as ``average + (1 − decay)(source − average)``, so that equal tensors stay exactly equal. Integer tensors are copied.
+    A pair that occurs several times, such as a tied weight, is updated once. Momentum teachers of this form are used by MAD
+    (arXiv 2209.10359).
 
     Args:
-        averages: tensors of any shapes, on one device; floating ones in float32 (float64 and complex numbers of two float32 or
-            float64 with the reference backend), because half precision would drop the increment ``(1 − decay)(source − average)``.
-            No two share memory.
-        sources: as many tensors, each of the shape and strides of its average; float32, float64,
-            bfloat16 or float16, or complex as their average. They may share memory with one another, but not with another pair's
-            average or shadow.
-        decay: in [0, 1]; a float, or a 0-d float32 or float64 tensor on the tensors' device so that a captured CUDA graph
-            can see it change: on a GPU its value is not checked.
-        shadows: as many tensors, of the shapes and strides of the averages, that receive the new averages in
-            their own dtype in the same pass: a half-precision copy to compute with.
+        averages: tensors of any shapes on one device, which must not overlap. Floating-point averages must be float32 (float64 and
+            complex dtypes with the reference backend); half precision would round off the increment.
+        sources: one tensor per average, of the same shape and strides; float32, float64, bfloat16, float16, or complex like the
+            average. Sources may overlap each other, but not the average or shadow of another pair.
+        decay: decay rate in [0, 1]; a float, or a 0-d float32 or float64 tensor on the same device, which a captured CUDA graph
+            reads at every replay. The value of a tensor on a GPU is not checked.
+        shadows: optional copies, one tensor per average of the same shape and strides and of any floating-point dtype; the new
+            averages are written to them in the same pass.
 
     Raises:
-        ValueError: the lists differ in length, or tensors of one place differ in shape, strides, device or kind of
-            dtype, or share memory with those of another; the message names the index. Or decay is no number in [0, 1].
-        BackendError: a forced backend does not serve the tensors' device, dtypes or strides.
+        ValueError: the lists differ in length; the tensors of a pair differ in shape, strides, device or kind of dtype, or
+            overlap those of another pair (the message contains the index); or ``decay`` is not a number in [0, 1].
+        BackendError: a forced backend does not support the device, dtypes or strides.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import ema_update_
+        >>> average, source = torch.zeros(2), torch.ones(2)
+        >>> ema_update_([average], [source], 0.9)
+        >>> average
+        tensor([0.1000, 0.1000])
     """
     pairs(averages, sources, shadows).update_(decay)
 
 
 class Pairs(NamedTuple):
-    """Lists of tensors that fit each other, and the backend that serves them."""
+    """Validated lists of tensors and the backend that updates them."""
 
     averages: Sequence[Tensor]
     sources: Sequence[Tensor]
     shadows: Sequence[Tensor] | None
     backend: Backend
     versioned: Sequence[Tensor]
-    """Those that change and that autograd watches."""
+    """Tensors that are written and have a version counter."""
 
     def update_(self, decay: float | Tensor) -> None:
-        """As ``ema_update_``, without looking at the lists again."""
+        """Update the averages as ``ema_update_``, without validating the lists again."""
         _check_decay(decay, self.averages)
         with torch.no_grad():
             if self.backend == "reference":
@@ -67,37 +74,52 @@ class Pairs(NamedTuple):
             number, tensor = (0.0, decay) if isinstance(decay, Tensor) else (decay, None)
             update = operators.operator("ema_update_", self.backend, self.averages[0])
             update(self.averages, self.sources, self.shadows or [], number, tensor)
-        # What a graph has saved must not change behind its back.
+        # Lets autograd detect that a tensor it has saved was modified.
         torch.autograd.graph.increment_version(self.versioned)
 
 
 def pairs(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> Pairs:
-    """Check the lists of ``ema_update_`` and choose its backend.
+    """Validate the lists of ``ema_update_`` and choose the backend.
+
+    Returns:
+        The lists without repeated pairs, ready to be updated.
 
     Raises:
         ValueError, BackendError: as ``ema_update_``.
     """
     _check(averages, sources, shadows)
-    averages, sources, shadows = without_repeats((averages, sources, shadows))
+    averages, sources, shadows = deduplicate((averages, sources, shadows))
     backend: Backend = "reference"
     if averages:
-        dtypes = {dtype for dtype in map(_dtype, chain(averages, sources, shadows or ())) if dtype.is_floating_point or dtype.is_complex}
+        dtypes = {
+            dtype for dtype in map(_get_dtype, chain(averages, sources, shadows or ())) if dtype.is_floating_point or dtype.is_complex
+        }
         backend = choose("ema_update_", averages[0].device, dtypes, sum(map(Tensor.numel, averages)))
     if backend != "reference":
         gaps = not all(map(Tensor.is_contiguous, averages)) and not all(map(_dense, averages))
         if gaps or any(map(Tensor.is_neg, chain(averages, sources, shadows or ()))):
             if forced():
-                what = "tensors without gaps" if gaps else "tensors whose negative bit is not set: call resolve_neg()"
-                raise BackendError(f"the backend {backend} is forced, but averages only {what}")
+                what = "dense tensors" if gaps else "tensors whose negative bit is not set: call resolve_neg()"
+                raise BackendError(f"the backend {backend} is forced, but supports only {what}")
             backend = "reference"
     return Pairs(averages, sources, shadows, backend, [changed for changed in (*averages, *(shadows or ())) if not changed.is_inference()])
 
 
 def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """A drop-in for ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.999))``.
+    """Return an averaging function for ``torch.optim.swa_utils.AveragedModel``; replaces ``get_ema_multi_avg_fn``.
 
     Args:
-        decay: as of ``ema_update_``.
+        decay: decay rate in [0, 1], as in ``ema_update_``.
+
+    Returns:
+        A function to be passed as ``multi_avg_fn``.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import ema_multi_avg_fn
+        >>> model = torch.nn.Linear(3, 2)
+        >>> averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.999))
+        >>> averaged.update_parameters(model)
     """
 
     def update(averages: Sequence[Tensor], sources: Sequence[Tensor], _: Tensor | int) -> None:
@@ -112,7 +134,7 @@ def _check_decay(decay: float | Tensor, averages: Sequence[Tensor]) -> None:
             raise ValueError(f"decay must be a float or a 0-d float32 or float64 tensor, not a {tuple(decay.shape)} one of {decay.dtype}")
         if averages and decay.device != averages[0].device:
             raise ValueError(f"decay is on {decay.device}, the averages on {averages[0].device}")
-        if decay.device.type != "cpu" or type(decay) is not Tensor or torch.compiler.is_compiling():  # to read it would wait for it
+        if decay.device.type != "cpu" or type(decay) is not Tensor or torch.compiler.is_compiling():  # no synchronization
             return
         decay = decay.item()
     if not isinstance(decay, int | float):
@@ -153,12 +175,12 @@ def _check_pair(index: int, name: str, average: Tensor, other: Tensor) -> None:
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of the dimensions that have more than one element: the others move nothing."""
+    """Return the strides of the dimensions of size > 1; the others are irrelevant."""
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their stretch of memory, each once, so that a kernel may take them in storage order."""
+    """Return whether a tensor is dense and non-overlapping, so that a kernel can process it in memory order."""
     if tensor.is_contiguous():
         return True
     expected = 1

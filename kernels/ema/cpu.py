@@ -1,4 +1,4 @@
-"""The exponential moving average on a CPU, in numba: one parallel loop over the blocks of all tensors."""
+"""Exponential moving average in numba: one parallel loop over the blocks of all tensors."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def ema_update_(averages: list[Tensor], sources: list[Tensor], shadows: list[Ten
     weight = 1.0 - (decay if device_decay is None else device_decay.item())
     with simd.threads:
         for (source_dtype, shadow_dtype), table in tables.items():
-            _update(np.array(table), simd.stored_as(source_dtype), simd.stored_as(shadow_dtype), weight, bool(shadows))
+            _update(np.array(table), simd.element_type(source_dtype), simd.element_type(shadow_dtype), weight, bool(shadows))
 
 
 @simd.parallel
@@ -38,7 +38,7 @@ def _update(table: Any, source_as: Any, shadow_as: Any, weight: float, shadowed:
         average_at, source_at, shadow_at, size = table[tensor]
         first = (block - (ends[tensor - 1] if tensor else 0)) * simd.BLOCK
         average, source = simd.pointer((average_at, ONE)), simd.pointer((source_at, source_as))
-        # Two loops: a shadow that may overlap the average would keep this one from being vectorised.
+        # Two loops, because possible aliasing of shadow and average would prevent vectorization of the second.
         if shadowed:
             shadow = simd.pointer((shadow_at, shadow_as))
             for i in range(first, min(first + simd.BLOCK, size)):
@@ -51,5 +51,5 @@ def _update(table: Any, source_as: Any, shadow_as: Any, weight: float, shadowed:
 
 @simd.inline
 def _lerp(old: Any, new: Any, weight: Any, rest: Any) -> Any:
-    """As ``torch.lerp``: exact at both ends."""
+    """The formula of ``torch.lerp``, exact for weights 0 and 1."""
     return old + weight * (new - old) if weight < HALF else new - rest * (new - old)

@@ -1,4 +1,4 @@
-"""The averaged copy of a module, for users: one fused update a step."""
+"""Exponential moving average of a module with one fused update per step."""
 
 import copy
 from typing import Any, NamedTuple
@@ -11,45 +11,57 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..dispatch import Backend, forced
 from . import Pairs, pairs
-from .gathered import Gathered
+from .guard import ModuleGuard
 
 __all__ = ["FusedEMA"]
 
 
-class _Checked(NamedTuple):
-    """What an update of one module found, good for the next one as long as nothing changed."""
+class _CheckedUpdate(NamedTuple):
+    """Validated tensors of an update of one module, reused as long as the guard holds."""
 
-    gathered: Gathered
+    guard: ModuleGuard
     forced: Backend | None
     pairs: Pairs
     copied: tuple[list[Tensor], list[Tensor]]
-    """Averages and shadows that take over the values of their sources, and these."""
+    """Averages and shadows that are copied from their sources, and these sources."""
 
 
-# Not an attribute: a copy or a pickle of an average must not take the module along, nor an average keep it alive.
-_checked: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Checked]] = WeakKeyDictionary()
+# Not an attribute, so that copies and pickles of an average do not contain the source module, nor keep it alive.
+_checked_updates: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _CheckedUpdate]] = WeakKeyDictionary()
 
 
 class FusedEMA(nn.Module):
-    """An exponential moving average of a module's parameters and buffers.
+    """Exponential moving average of a module's parameters and buffers.
 
-    Integers are copied, having no average, and so are the singular vectors of PyTorch's spectral norms: the
-    mean of unit vectors that turn is shorter than 1, and a weight that is normalised by it too large.
+    Integer buffers are copied, as are the singular vectors of PyTorch's spectral norms: an average of unit vectors is shorter than
+    1, and the weight normalized by it would be too large.
 
-    ``ema.module`` is the averaged copy: float32, or float64 where the source is, in evaluation mode, without gradients.
-    Calling ``ema`` calls it. ``state_dict`` and ``load_state_dict`` are those of ``nn.Module``. With a warm-up the decay
-    is computed on the device, so that updates can be captured in a CUDA graph and replayed.
+    The state dict has the keys of ``module``, of ``shadow`` and ``updates``. With ``warm_up``, the decay is computed on the device,
+    so that updates can be captured in a CUDA graph.
 
     Args:
-        model: the module to average; its present values are where the average begins.
-        decay: in [0, 1].
-        warm_up: the n-th update uses ``min(decay, (1 + n) / (10 + n))``, n from 0, so that the early values, which
-            are far from the later ones, are forgotten quickly (as ``tf.train.ExponentialMovingAverage`` with num_updates).
-        shadow_dtype: keep a second copy, ``ema.shadow``, in this floating dtype, written in the same pass.
+        model: module to average; its current values initialize the average.
+        decay: decay rate in [0, 1].
+        warm_up: use ``min(decay, (1 + n) / (10 + n))`` in the n-th update, n from 0, so that early values are forgotten quickly
+            (as ``tf.train.ExponentialMovingAverage`` with ``num_updates``).
+        shadow_dtype: keep a second copy in this floating-point dtype, written in the same pass. Default: no second copy.
+
+    Attributes:
+        module: the averaged copy of the model; float32 (float64 for float64 models), in evaluation mode, without gradients.
+        shadow: the copy in ``shadow_dtype``, or None.
+        updates: number of updates, a 0-d int64 buffer.
 
     Raises:
-        ValueError: decay is not in [0, 1], the module holds something that cannot be copied, or an update finds tensors that no
-            longer match.
+        ValueError: ``decay`` is not in [0, 1], or the module cannot be copied.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import FusedEMA
+        >>> model = torch.nn.Linear(3, 2)
+        >>> ema = FusedEMA(model, decay=0.999)
+        >>> ema.update(model)  # after each optimizer step
+        >>> ema(torch.randn(4, 3)).shape
+        torch.Size([4, 2])
     """
 
     updates: Tensor
@@ -65,14 +77,17 @@ class FusedEMA(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=device))
 
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the module's values.
+        """Update the average with the current values of a module.
 
-        Modules and tensors are checked at the first update, and again after any of them was replaced or changed its shape, strides,
-        dtype or device. An average whose source has other strides, as after ``model.to(memory_format=torch.channels_last)``, is
-        laid out anew as its source is.
+        Tensors are validated at the first update, and again after a module or tensor was replaced or changed its shape, strides,
+        dtype or device. If the strides of a source change, as with ``model.to(memory_format=torch.channels_last)``, the strides of
+        the average follow.
+
+        Args:
+            model: the module passed to the constructor, or one of the same architecture.
 
         Raises:
-            ValueError: the module's tensors differ in number, shape or device from the average's.
+            ValueError: the module's tensors differ from the average's in number, shape or device.
         """
         decay: float | Tensor = self.decay
         if self.warm_up:
@@ -83,51 +98,51 @@ class FusedEMA(nn.Module):
             torch._foreach_copy_(*checked.copied)
         self.updates.add_(1)
 
-    def _check(self, model: nn.Module) -> _Checked:
-        known = _checked.setdefault(self, WeakKeyDictionary())
-        checked = known.get(model)
-        if checked is None or checked.forced != forced() or not checked.gathered.unchanged():
+    def _check(self, model: nn.Module) -> _CheckedUpdate:
+        cache = _checked_updates.setdefault(self, WeakKeyDictionary())
+        checked = cache.get(model)
+        if checked is None or checked.forced != forced() or not checked.guard.unchanged():
             shadows = None if self.shadow is None else _tensors(self.shadow)
             averages, sources = _tensors(self.module), _tensors(model)
-            _lay_out(averages, sources)
-            _lay_out(shadows or [], sources)
-            found = pairs(averages, sources, shadows)
+            _match_strides(averages, sources)
+            _match_strides(shadows or [], sources)
+            checked_pairs = pairs(averages, sources, shadows)
             copied = _singular_vectors(self), _singular_vectors(model) * (1 if shadows is None else 2)
-            checked = known[model] = _Checked(Gathered(self, model), forced(), found, copied)
+            checked = cache[model] = _CheckedUpdate(ModuleGuard(self, model), forced(), checked_pairs, copied)
         return checked
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the averaged module returns."""
+        """Return the output of the averaged module."""
         return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "FusedEMA":
-        """Nothing: an average stays in evaluation mode."""
+        """Do nothing; the average stays in evaluation mode."""
         return self
 
 
-@torch.no_grad()  # or the parameters of a copied script would be clones with a graph
+@torch.no_grad()  # without it, the parameters of a copied script module would be non-leaf clones
 def _frozen_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """With floating tensors in a dtype, or else in float32 at least: a half would drop the increments of an average."""
+    """Return a copy in evaluation mode without gradients, in ``dtype`` or, if None, in at least float32."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
-    # What a module has computed and kept, as torch.nn.utils.weight_norm keeps its weight, has a graph, which cannot be copied.
-    kept = {id(value): value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)}
-    memo = {place: value.detach().clone() for place, value in kept.items() if value.grad_fn is not None}
+    # deepcopy rejects non-leaf tensors, such as the weight that torch.nn.utils.weight_norm computes and stores as an attribute.
+    tensors = {id(value): value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)}
+    memo = {key: value.detach().clone() for key, value in tensors.items() if value.grad_fn is not None}
     try:
         copied = copy.deepcopy(model, memo)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:  # whatever a user's module holds
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:  # a user's module may contain anything
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the module {type(model).__name__} cannot be copied: {problem}") from error
     average = copied._apply(cast).eval()
-    for parameter in average.parameters():  # of a script, too, which has no requires_grad_
+    for parameter in average.parameters():  # script modules have no requires_grad_
         parameter.requires_grad_(False)
     return average
 
 
-def _lay_out(averages: list[Tensor], sources: list[Tensor]) -> None:
-    """Give averages the strides of their sources, where they differ and may."""
+def _match_strides(averages: list[Tensor], sources: list[Tensor]) -> None:
+    """Change the strides of averages to those of their sources, if shape and device match."""
     for average, source in zip(averages, sources, strict=False):
         if average.stride() != source.stride() and average.shape == source.shape and average.device == source.device:
             average.data = torch.empty_like(source, dtype=average.dtype).copy_(average)
@@ -138,7 +153,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _singular_vectors(model: nn.Module) -> list[Tensor]:
-    """Of spectral norms, as parametrizations and as the hooks that ``torch.nn.utils.spectral_norm`` registers."""
+    """Return the singular vectors of all spectral norms, as parametrizations or hooks (``torch.nn.utils.spectral_norm``)."""
     vectors = [vector for module in model.modules() if isinstance(module, _SpectralNorm) for vector in module.buffers()]
     for module in model.modules():
         hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]

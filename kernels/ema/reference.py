@@ -1,4 +1,4 @@
-"""The exponential moving average in plain PyTorch: the oracle of every faster backend."""
+"""Exponential moving average in plain PyTorch: the reference for the other backends."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Mean and variance of every channel of an activation, in one read."""
+"""Per-channel mean and variance of activations in one pass."""
 
 from typing import Any
 
@@ -14,46 +14,63 @@ __all__ = ["channel_moments", "channel_sums"]
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel over N, H and W: what batch normalisation computes (arXiv 1502.03167, alg. 1).
+    """Compute the per-channel mean and biased variance over N, H and W, as in batch normalization (arXiv 1502.03167, alg. 1).
 
-    The BN objective (arXiv 1912.08795, eq. 4) compares them with a teacher's running statistics.
+    Used for the BN statistics loss of DeepInversion (arXiv 1912.08795, eq. 4), which compares them with the running statistics of
+    the teacher.
 
     Args:
-        x: an activation (N, C, H, W), contiguous, channels-last or of any strides, of any floating dtype; read in float32.
+        x: activations (N, C, H, W) of any strides and real dtype; computed in float32.
 
     Returns:
-        mean and variance, (C,) each, float32 (float64 for a float64 x), differentiable once; twice with the
-        reference backend. NaN over no elements.
+        mean: per-channel mean (C,), float32 (float64 for float64 inputs); NaN if ``x`` is empty.
+        variance: per-channel biased variance (C,), of the same dtype. Both are differentiable; double backward requires the
+            reference backend.
 
     Raises:
-        ValueError: x is no (N, C, H, W) tensor of real numbers.
-        RuntimeError: a second derivative through a kernel.
-        BackendError: a forced backend does not serve x's device or dtype.
+        ValueError: ``x`` is not a dense real tensor (N, C, H, W).
+        RuntimeError: double backward through a fused kernel.
+        BackendError: a forced backend does not support the device or dtype.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import channel_moments
+        >>> x = torch.arange(8.0).view(2, 1, 2, 2)
+        >>> channel_moments(x)
+        (tensor([3.5000]), tensor([5.2500]))
     """
     _check(x)
     backend = choose("channel_moments", x.device, (x.dtype,), x.numel())
     if backend == "reference":
         return reference.channel_moments(x)
-    return _Moments.apply(x.resolve_neg(), backend)  # kernels read what is stored, which may be a number's negative
+    return _Moments.apply(x.resolve_neg(), backend)  # kernels read memory directly and ignore the negative bit
 
 
 def channel_sums(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Sum and sum of squares of each channel over N, H and W, and how many elements went in.
+    """Compute the per-channel sum and sum of squares over N, H and W.
 
-    Of several ranks these add up, and give the moments of the whole batch: ``mean = sum / count`` and
-    ``variance = square_sum / count − mean²``. They are float64, in which that difference cancels harmlessly.
+    After an all-reduce they give the moments of the global batch: ``mean = sum / count`` and
+    ``variance = square_sum / count − mean²``. They are float64, in which the cancellation of this difference is harmless.
 
     Args:
-        x: as of ``channel_moments``.
+        x: activations (N, C, H, W) of any strides and real dtype.
 
     Returns:
-        sum and sum of squares, (C,) float64 each, differentiable once (twice with the reference backend), and the
-        count N·H·W.
+        sum: per-channel sum (C,), float64.
+        square_sum: per-channel sum of squares (C,), float64. Both are differentiable; double backward requires the reference
+            backend.
+        count: number of elements per channel, N·H·W.
 
     Raises:
-        ValueError: x is no (N, C, H, W) tensor of real numbers.
-        RuntimeError: a second derivative through a kernel.
-        BackendError: a forced backend does not serve x's device or dtype.
+        ValueError: ``x`` is not a dense real tensor (N, C, H, W).
+        RuntimeError: double backward through a fused kernel.
+        BackendError: a forced backend does not support the device or dtype.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import channel_sums
+        >>> channel_sums(torch.ones(2, 3, 4, 4))
+        (tensor([32., 32., 32.], dtype=torch.float64), tensor([32., 32., 32.], dtype=torch.float64), 32)
     """
     _check(x)
     backend = choose("channel_moments", x.device, (x.dtype,), x.numel())
@@ -71,11 +88,11 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("channel_moments")
-    def backward(ctx: Any, saved: tuple[Tensor, ...], by_mean: Tensor, by_variance: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = saved
         count = max(_elements(x), 1)
-        # One launch for both: beside the kernel, a launch is what it costs on a GPU.
-        offset, slope = torch._foreach_div([by_mean, by_variance], [count, count / 2])
+        # One launch for both divisions.
+        offset, slope = torch._foreach_div([grad_mean, grad_variance], [count, count / 2])
         return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, mean), None
 
 
@@ -89,9 +106,9 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("channel_sums")
-    def backward(ctx: Any, saved: tuple[Tensor, ...], by_sum: Tensor, by_square_sum: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_sum: Tensor, grad_square_sum: Tensor) -> tuple[Tensor, None]:
         (x,) = saved
-        offset, slope = by_sum.float(), by_square_sum.float() * 2
+        offset, slope = grad_sum.float(), grad_square_sum.float() * 2
         return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, torch.zeros_like(offset)), None
 
 
@@ -109,9 +126,9 @@ def _check(x: Tensor) -> None:
 
 
 def _fake_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
-    c, d = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    return a, b, c, d
+    total, square_total = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
+    mean, variance = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    return total, square_total, mean, variance
 
 
 def _fake_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The moments on a CPU, in numba.
+"""Per-channel moments in numba.
 
-Sums run in float64, in which a mean far from zero costs no digits of the variance: the read is what takes the time.
+Sums are accumulated in float64, so that the variance does not lose precision if the mean is large; the kernels are memory-bound.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import Place
+from ..simd import TypedPointer
 
 __all__ = ["moments_backward", "moments_forward"]
 
@@ -19,27 +19,27 @@ ACTIVATIONS = {"none": 0, "tanh": 1, "sigmoid": 2}
 
 
 def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, last = _dense(x)
+    x, channels_last = _dense(x)
     count, channels, height, width = x.shape
     results = [torch.empty(channels, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.float32, torch.float32)]
-    kernel = _sum_rows if last else _sum_planes
+    kernel = _sum_rows if channels_last else _sum_planes
     with simd.threads:
-        kernel(simd.place(x), tuple(map(simd.place, results)), count, channels, height * width, ACTIVATIONS[activation])
+        kernel(simd.typed_pointer(x), tuple(map(simd.typed_pointer, results)), count, channels, height * width, ACTIVATIONS[activation])
     return results[0], results[1], results[2], results[3]
 
 
 def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -> Tensor:
-    dense, last = _dense(x)
+    dense, channels_last = _dense(x)
     count, channels, height, width = x.shape
     gradient = torch.empty_like(dense)
-    kernel = _slope_rows if last else _slope_planes
+    kernel = _slope_rows if channels_last else _slope_planes
     with simd.threads:
-        kernel(*(simd.place(tensor) for tensor in (dense, gradient, offset, slope, center)), count, channels, height * width)
-    return simd.laid_out_as(gradient, x)
+        kernel(*map(simd.typed_pointer, (dense, gradient, offset, slope, center)), count, channels, height * width)
+    return simd.restride_like(gradient, x)
 
 
 def _dense(x: Tensor) -> tuple[Tensor, bool]:
-    """x without gaps, and whether its channels are neighbours."""
+    """Return x as a dense tensor, and whether it is channels-last."""
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return x.contiguous(), False
     return x, True
@@ -54,13 +54,13 @@ def _activated(x: Any, activation: int) -> Any:
 
 
 @simd.parallel
-def _sum_planes(x: Place, results: tuple[Place, ...], count: int, channels: int, pixels: int, activation: int) -> None:
-    given = simd.pointer(x)
+def _sum_planes(x: TypedPointer, results: tuple[TypedPointer, ...], count: int, channels: int, pixels: int, activation: int) -> None:
+    source = simd.pointer(x)
     partial = np.empty((count, 2, channels))
     for plane in prange(count * channels):
         a, b = 0.0, 0.0
         for i in range(plane * pixels, (plane + 1) * pixels):
-            value = np.float64(_activated(given[i], activation))
+            value = np.float64(_activated(source[i], activation))
             a += value
             b += value * value
         partial[plane // channels, 0, plane % channels], partial[plane // channels, 1, plane % channels] = a, b
@@ -68,17 +68,17 @@ def _sum_planes(x: Place, results: tuple[Place, ...], count: int, channels: int,
 
 
 @simd.parallel
-def _sum_rows(x: Place, results: tuple[Place, ...], count: int, channels: int, pixels: int, activation: int) -> None:
-    given = simd.pointer(x)
+def _sum_rows(x: TypedPointer, results: tuple[TypedPointer, ...], count: int, channels: int, pixels: int, activation: int) -> None:
+    source = simd.pointer(x)
     rows, period = count * pixels, _period(channels)
-    rows_a_block = max(1, simd.BLOCK // period) * (period // channels)
-    partial = np.zeros((-(-rows // rows_a_block), 2, channels))
+    rows_per_block = max(1, simd.BLOCK // period) * (period // channels)
+    partial = np.zeros((-(-rows // rows_per_block), 2, channels))
     for block in prange(len(partial)):
-        start, end = block * rows_a_block * channels, min((block + 1) * rows_a_block, rows) * channels
+        start, end = block * rows_per_block * channels, min((block + 1) * rows_per_block, rows) * channels
         a, b = np.zeros(period), np.zeros(period)
         for group in range(start, end, period):
             for i in range(min(period, end - group)):
-                value = np.float64(_activated(given[group + i], activation))
+                value = np.float64(_activated(source[group + i], activation))
                 a[i] += value
                 b[i] += value * value
         for i in range(period):
@@ -88,7 +88,7 @@ def _sum_rows(x: Place, results: tuple[Place, ...], count: int, channels: int, p
 
 
 @simd.helper
-def _finish(results: tuple[Place, ...], partial: Any, elements: int) -> None:
+def _finish(results: tuple[TypedPointer, ...], partial: Any, elements: int) -> None:
     sums, square_sums = simd.pointer(results[0]), simd.pointer(results[1])
     means, variances = simd.pointer(results[2]), simd.pointer(results[3])
     for channel in range(partial.shape[2]):
@@ -104,23 +104,41 @@ def _finish(results: tuple[Place, ...], partial: Any, elements: int) -> None:
 
 @simd.inline
 def _period(channels: int) -> int:
-    """How many neighbouring elements of a channels-last tensor to take at once: whole rows, enough to fill the vectors."""
+    """Return the number of channels-last elements processed at once: whole pixels, enough to fill the SIMD vectors."""
     return -(-64 // channels) * channels
 
 
 @simd.parallel
-def _slope_planes(x: Place, gradient: Place, offset: Place, slope: Place, center: Place, count: int, channels: int, pixels: int) -> None:
-    given, out = simd.pointer(x), simd.pointer(gradient)
+def _slope_planes(
+    x: TypedPointer,
+    gradient: TypedPointer,
+    offset: TypedPointer,
+    slope: TypedPointer,
+    center: TypedPointer,
+    count: int,
+    channels: int,
+    pixels: int,
+) -> None:
+    source, out = simd.pointer(x), simd.pointer(gradient)
     offsets, slopes, centers = simd.pointer(offset), simd.pointer(slope), simd.pointer(center)
     for plane in prange(count * channels):
         a, b, c = offsets[plane % channels], slopes[plane % channels], centers[plane % channels]
         for i in range(plane * pixels, (plane + 1) * pixels):
-            out[i] = simd.narrow(a + b * (simd.widen(given[i]) - c), gradient)
+            out[i] = simd.narrow(a + b * (simd.widen(source[i]) - c), gradient)
 
 
 @simd.parallel
-def _slope_rows(x: Place, gradient: Place, offset: Place, slope: Place, center: Place, count: int, channels: int, pixels: int) -> None:
-    given, out = simd.pointer(x), simd.pointer(gradient)
+def _slope_rows(
+    x: TypedPointer,
+    gradient: TypedPointer,
+    offset: TypedPointer,
+    slope: TypedPointer,
+    center: TypedPointer,
+    count: int,
+    channels: int,
+    pixels: int,
+) -> None:
+    source, out = simd.pointer(x), simd.pointer(gradient)
     offsets, slopes, centers = simd.pointer(offset), simd.pointer(slope), simd.pointer(center)
     size, period = count * pixels * channels, _period(channels)
     a, b, c = np.empty(period, np.float32), np.empty(period, np.float32), np.empty(period, np.float32)
@@ -129,4 +147,4 @@ def _slope_rows(x: Place, gradient: Place, offset: Place, slope: Place, center: 
     for group in prange(-(-size // period)):
         start = group * period
         for i in range(min(period, size - start)):
-            out[start + i] = simd.narrow(a[i] + b[i] * (simd.widen(given[start + i]) - c[i]), gradient)
+            out[start + i] = simd.narrow(a[i] + b[i] * (simd.widen(source[start + i]) - c[i]), gradient)

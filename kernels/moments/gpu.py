@@ -1,4 +1,4 @@
-"""The moments in Triton: one read of the activations, partial sums a program, combined in order by a second kernel."""
+"""Per-channel moments in Triton: one pass over the activations; a second kernel adds the partial sums in order."""
 
 import torch
 import triton
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from ..tiles import (
     activate,
-    combined,
+    combine_partials,
+    decode_sizes,
     launch,
     launch_tiles,
     layout,
+    layout_arguments,
     load,
-    packed,
-    place,
+    num_splits,
     pointers,
     program_tile,
-    revealed,
-    splits,
     store,
-    tile,
+    tile_rows,
+    tile_shape,
 )
 
 
@@ -27,14 +27,14 @@ def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor,
     """See kernels/moments."""
     channels = x.shape[1]
     sizes, (strides,) = layout(x)
-    block_rows, block_channels = tile(sizes, strides)
-    parts = splits(sizes, block_rows, block_channels)
+    block_rows, block_channels = tile_shape(sizes, strides)
+    parts = num_splits(sizes, block_rows, block_channels)
     partials = x.new_empty((2, parts, channels), dtype=torch.float64)
     total, square, mean, variance = (
         x.new_empty(channels, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.float32, torch.float32)
     )
     grid = parts, triton.cdiv(channels, block_channels)
-    launch(x, _partials_kernel, grid, x, partials, *packed(sizes, (x,), (strides,)), activation, block_rows, block_channels)
+    launch(x, _partials_kernel, grid, x, partials, *layout_arguments(sizes, (x,), (strides,)), activation, block_rows, block_channels)
     results = total, square, mean, variance
     count = x.numel() // max(channels, 1)
     arguments = x if parts else None, partials, *results, parts, count, channels, strides[3], activation
@@ -51,7 +51,7 @@ def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -
 
 @triton.jit
 def _pivot(x: tl.tensor, channels: tl.tensor, mask: tl.tensor, stride: tl.tensor, activation: tl.constexpr) -> tl.tensor:
-    """The first value of every channel: near the mean, as sums of squares about it must be not to cancel."""
+    """Return the first value of each channel, the shift of the sums: unshifted sums of squares would cancel."""
     first = activate(tl.load(x + channels.to(tl.int64) * stride, mask=mask, other=0).to(tl.float32), activation)
     return tl.where(tl.abs(first) < float("inf"), first, 0)
 
@@ -67,24 +67,24 @@ def _partials_kernel(
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ) -> None:
-    sizes = revealed(sizes, accesses)
+    sizes = decode_sizes(sizes, accesses)
     part = tl.program_id(0)
     parts = tl.num_programs(0)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
-    real = channels < sizes[3]
-    pivot = _pivot(x, channels, real, strides[3] // -2, activation)
+    channel_mask = channels < sizes[3]
+    pivot = _pivot(x, channels, channel_mask, strides[3] // -2, activation)
     total = tl.zeros((block_rows, block_channels), tl.float32)
     square = total
     for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
-        group, rows = place(index, sizes, block_rows)
-        mask = (rows < sizes[2])[:, None] & real[None, :]
+        group, rows = tile_rows(index, sizes, block_rows)
+        mask = (rows < sizes[2])[:, None] & channel_mask[None, :]
         y = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
-        centred = tl.where(mask, activate(y, activation) - pivot[None, :], 0)
-        total += centred
-        square += centred * centred
-    to = partials + part * sizes[3] + channels
-    tl.store(to, tl.sum(total.to(tl.float64), axis=0), mask=real)
-    tl.store(to + parts * sizes[3], tl.sum(square.to(tl.float64), axis=0), mask=real)
+        centered = tl.where(mask, activate(y, activation) - pivot[None, :], 0)
+        total += centered
+        square += centered * centered
+    destination = partials + part * sizes[3] + channels
+    tl.store(destination, tl.sum(total.to(tl.float64), axis=0), mask=channel_mask)
+    tl.store(destination + parts * sizes[3], tl.sum(square.to(tl.float64), axis=0), mask=channel_mask)
 
 
 @triton.jit(do_not_specialize=["x", "parts", "count", "channel_count", "stride"])
@@ -104,20 +104,20 @@ def _combine_kernel(
     block_channels: tl.constexpr,
 ) -> None:
     channels = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    real = channels < channel_count
-    total, square = combined(partials, parts, channels, channel_count, block_parts)
+    channel_mask = channels < channel_count
+    total, square = combine_partials(partials, parts, channels, channel_count, block_parts)
     n = count.to(tl.float64)
     pivot = tl.zeros((block_channels,), tl.float64)
     if x is not None:
-        pivot = _pivot(x, channels, real, stride, activation).to(tl.float64)
+        pivot = _pivot(x, channels, channel_mask, stride, activation).to(tl.float64)
     mean = total / n
     variance = square / n - mean * mean
-    # An infinite sum of squares is one of the plain squares, where the formula would give ∞ − ∞.
+    # If the shifted sum of squares is infinite, so is the unshifted one; the formula would give ∞ − ∞.
     plain = square + 2 * pivot * total + n * pivot * pivot
-    tl.store(totals + channels, total + n * pivot, mask=real)
-    tl.store(squares + channels, tl.where(square < float("inf"), plain, square), mask=real)
-    tl.store(means + channels, (pivot + mean).to(tl.float32), mask=real)
-    tl.store(variances + channels, tl.where(variance < 0, 0, variance).to(tl.float32), mask=real)
+    tl.store(totals + channels, total + n * pivot, mask=channel_mask)
+    tl.store(squares + channels, tl.where(square < float("inf"), plain, square), mask=channel_mask)
+    tl.store(means + channels, (pivot + mean).to(tl.float32), mask=channel_mask)
+    tl.store(variances + channels, tl.where(variance < 0, 0, variance).to(tl.float32), mask=channel_mask)
 
 
 @triton.jit(do_not_specialize=["x", "gradient"])
@@ -135,8 +135,8 @@ def _backward_kernel(
     block_channels: tl.constexpr,
 ) -> None:
     sizes, group, rows, channels, mask = program_tile(sizes, accesses, block_rows, block_channels)
-    real = channels < sizes[3]
+    channel_mask = channels < sizes[3]
     values = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
-    centred = values - tl.load(center + channels, mask=real)[None, :]
-    result = tl.load(offset + channels, mask=real)[None, :] + tl.load(slope + channels, mask=real)[None, :] * centred
+    centered = values - tl.load(center + channels, mask=channel_mask)[None, :]
+    result = tl.load(offset + channels, mask=channel_mask)[None, :] + tl.load(slope + channels, mask=channel_mask)[None, :] * centered
     store(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 1), result, mask)

@@ -1,4 +1,4 @@
-"""The moments in plain PyTorch: the oracle of every faster backend."""
+"""Per-channel moments in plain PyTorch: the reference for the other backends."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ DIMENSIONS = (0, 2, 3)
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide.mean(dim=DIMENSIONS), wide.var(dim=DIMENSIONS, correction=0)  # var_mean's mean of an infinity is NaN
+    return wide.mean(dim=DIMENSIONS), wide.var(dim=DIMENSIONS, correction=0)  # var_mean returns NaN for the mean of infinite values
 
 
 def channel_sums(x: Tensor) -> tuple[Tensor, Tensor]:

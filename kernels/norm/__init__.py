@@ -1,4 +1,4 @@
-"""Batch normalisation and the leaky ReLU behind it, in one go."""
+"""Fused batch normalization and leaky ReLU."""
 
 from importlib import import_module
 from typing import Any
@@ -28,40 +28,50 @@ def batch_norm_leaky_relu(
     eps: float,
     negative_slope: float,
 ) -> Tensor:
-    """``leaky_relu(batch_norm(x))`` (arXiv 1502.03167, alg. 1), as generators have it behind every convolution.
+    """Compute ``leaky_relu(batch_norm(x))`` with fused kernels (batch normalization: arXiv 1502.03167, alg. 1).
 
-    Channels-last tensors of some size on a CPU go through numba kernels, and tensors of any strides on a GPU through Triton's:
-    the two layers read and write activations six times in the forward pass, these three times; differentiable once. Everything else
-    goes to PyTorch's own, as do the transforms of ``torch.func`` and forward-mode differentiation.
+    The forward pass reads and writes activations three times, the separate layers six times. Numba kernels support large
+    channels-last tensors on a CPU, Triton kernels tensors of any strides on a GPU. Everything else runs on PyTorch's own functions:
+    other tensors, ``torch.func`` transforms, forward-mode derivatives and compiled code.
 
     Args:
-        x: activations (N, C, H, W) of a floating dtype.
-        running_mean, running_var: (C,), float32 or of x's dtype; moved in place in training, by the batch's mean and unbiased
-            variance.
-        weight, bias: gain and offset, (C,), float32 or of x's dtype, or None for 1 and 0.
-        training: whether to normalise by the batch's moments or by the running ones.
-        momentum: of the running statistics.
-        eps: added to the variance; greater than 0 in training.
-        negative_slope: of the ReLU; at least 0; 1 for a batch norm alone.
+        x: activations (N, C, H, W) of a floating-point dtype.
+        running_mean: running mean (C,), float32 or of the dtype of ``x``; updated in place in training mode.
+        running_var: running variance (C,), likewise; updated with the unbiased variance of the batch.
+        weight: scale (C,), float32 or of the dtype of ``x``; None for 1.
+        bias: shift (C,), likewise; None for 0.
+        training: normalize by the batch statistics (True) or by the running statistics (False).
+        momentum: momentum of the running statistics.
+        eps: value added to the variance; must be > 0 in training mode.
+        negative_slope: slope of the leaky ReLU for negative inputs, ≥ 0; 1 for batch normalization alone.
 
     Returns:
-        A tensor like x.
+        A tensor of the shape, strides and dtype of ``x``, differentiable with respect to ``x``, ``weight`` and ``bias``; double
+        backward requires the reference backend.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a number is outside its range.
-        RuntimeError: a second derivative through the kernels.
-        BackendError: the backend cuda is forced, which has no kernel for this, or triton, which does not serve x's device.
+        ValueError: invalid shapes, dtypes or devices, or a number outside its range.
+        RuntimeError: double backward through a fused kernel.
+        BackendError: the backend cuda is forced, which has no kernel for this operation, or triton for tensors on a CPU.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import batch_norm_leaky_relu
+        >>> x, mean, var = torch.randn(4, 3, 8, 8), torch.zeros(3), torch.ones(3)
+        >>> y = batch_norm_leaky_relu(x, mean, var, None, None, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2)
+        >>> y.shape
+        torch.Size([4, 3, 8, 8])
     """
     dispatch.check_forced("batch_norm_leaky_relu", x.device)
     parameters = (running_mean, running_var, weight, bias)
     _check(x, parameters, training, momentum, eps, negative_slope)
-    # In another dtype, PyTorch rounds the parameters' gradients and the running statistics as it does elsewhere.
+    # Kernels support float32 parameters only.
     wide = all(tensor is None or tensor.dtype == torch.float32 for tensor in parameters)
     backend = _backend(x, training) if wide else "reference"
     if backend == "reference":
         normalised = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return normalised if negative_slope == 1 else F.leaky_relu(normalised, negative_slope, inplace=True)
-    x = x.resolve_neg()  # the kernels read what is stored, which may be a number's negative
+    x = x.resolve_neg()  # kernels read memory directly and ignore the negative bit
     weight = torch.ones_like(running_mean) if weight is None else weight
     bias = torch.zeros_like(running_mean) if bias is None else bias
     if not training:
@@ -77,11 +87,11 @@ def batch_norm_leaky_relu(
 
 
 def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, momentum: float, eps: float, negative_slope: float) -> None:
-    # The kernels read where they are told.
+    # Kernels do not check shapes, devices or dtypes.
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"x must be of a floating dtype, not {x.dtype}")
+        raise ValueError(f"x must have a floating-point dtype, not {x.dtype}")
     shape, device, dtype = x.shape[1:2], x.device, x.dtype
     for name, tensor in zip(_PARAMETERS, parameters, strict=True):
         if tensor is None:
@@ -90,9 +100,9 @@ def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, mom
         elif tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(tensor.shape)}")
         elif tensor.device != device:
-            raise ValueError(f"{name} must be on x's device {device}, not on {tensor.device}")
+            raise ValueError(f"{name} must be on the device of x, {device}, not on {tensor.device}")
         elif tensor.dtype not in (torch.float32, dtype):
-            raise ValueError(f"{name} must be torch.float32 or of x's dtype {dtype}, not {tensor.dtype}")
+            raise ValueError(f"{name} must be torch.float32 or have the dtype of x, {dtype}, not {tensor.dtype}")
     if not isinstance(momentum, int | float):
         raise ValueError(f"momentum must be a number, not {momentum!r}")
     if eps < 0 or (training and eps == 0):
@@ -102,16 +112,16 @@ def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, mom
 
 
 def _backend(x: Tensor, training: bool) -> Backend:
-    """Whose kernels are for this call; what is compiled is better fused by the compiler."""
-    usual = type(x) is Tensor and not torch.compiler.is_compiling() and not dispatch.transforming()
-    moments = x.numel() > x.shape[1]  # of one value a channel there are none, and PyTorch says so
-    if not (usual and moments and x.dtype in dispatch.STORAGE and (training or not torch.is_grad_enabled())):
+    """Return the backend for this call; in compiled code the reference, which the compiler fuses better."""
+    plain_tensor = type(x) is Tensor and not torch.compiler.is_compiling() and not dispatch.transforming()
+    moments = x.numel() > x.shape[1]  # PyTorch raises an error for one value per channel
+    if not (plain_tensor and moments and x.dtype in dispatch.KERNEL_DTYPES and (training or not torch.is_grad_enabled())):
         return "reference"
-    forced, serving = dispatch.forced(), dispatch.backends(x.device)
-    backend = forced or next(name for name in serving if dispatch.has_kernel("batch_norm_leaky_relu", name))
-    small = forced is None and x.device.type == "cpu" and x.numel() < dispatch.WORTHWHILE["batch_norm_leaky_relu"]
+    forced, available = dispatch.forced(), dispatch.backends(x.device)
+    backend = forced or next(name for name in available if dispatch.has_kernel("batch_norm_leaky_relu", name))
+    small = forced is None and x.device.type == "cpu" and x.numel() < dispatch.MIN_NUMEL["batch_norm_leaky_relu"]
     readable = backend != "numba" or x.is_contiguous(memory_format=torch.channels_last)
-    return backend if backend in serving and readable and not small else "reference"
+    return backend if backend in available and readable and not small else "reference"
 
 
 def _kernels(backend: Backend) -> Any:
@@ -124,10 +134,10 @@ class _Fused(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = _kernels(backend)
-        of_moments = dispatch.forced() or dispatch.backends(x.device)[0]  # has them in CUDA, too
-        _, _, mean, variance = operators.operator("moments_forward", of_moments, x)(x, "none")
+        moments_backend = dispatch.forced() or dispatch.backends(x.device)[0]  # also available in CUDA
+        _, _, mean, variance = operators.operator("moments_forward", moments_backend, x)(x, "none")
         inverse, scale, shift = kernels.constants(mean, variance, weight, bias, eps)
-        ctx.save_for_backward(x, mean, inverse, scale, shift, weight)  # on the weight depends the gradient's own gradient
+        ctx.save_for_backward(x, mean, inverse, scale, shift, weight)  # weight: so that double backward with respect to it raises an error
         ctx.slope, ctx.backend = slope, backend
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
@@ -143,5 +153,5 @@ class _Fused(torch.autograd.Function):
             gradient = gradient.contiguous(memory_format=torch.channels_last)
         gradient = gradient.resolve_neg()
         kernels = _kernels(ctx.backend)
-        by_weight, by_bias, by_x, offset = kernels.backward_constants(gradient, x, mean, inverse, scale, shift, ctx.slope)
-        return kernels.backward(gradient, x, scale, shift, by_x, offset, ctx.slope), by_weight, by_bias, None, None, None
+        grad_weight, grad_bias, x_coefficient, offset = kernels.backward_constants(gradient, x, mean, inverse, scale, shift, ctx.slope)
+        return kernels.backward(gradient, x, scale, shift, x_coefficient, offset, ctx.slope), grad_weight, grad_bias, None, None, None

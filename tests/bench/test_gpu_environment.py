@@ -18,7 +18,7 @@ def binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Path of the missing extension, on a host with an H100."""
     path = tmp_path / "dfkd_fast_cuda.so"
     monkeypatch.setattr(environment, "BINARY", path)
-    monkeypatch.setattr("dfkd_fast.kernels.dispatch.why_not", lambda backend: "not built" if backend == "cuda" else None)
+    monkeypatch.setattr("dfkd_fast.kernels.dispatch.unavailable_reason", lambda backend: "not built" if backend == "cuda" else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return path
 

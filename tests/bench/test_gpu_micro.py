@@ -63,7 +63,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(timing, "COPIED_BYTES", {"cpu": 1 << 20})
     monkeypatch.setattr(micro, "REHEARSAL_PLAN", PLAN)
     monkeypatch.setattr(micro, "BACKENDS", ("reference", "numba", "triton"))
-    monkeypatch.setitem(dispatch.SERVING, "cpu", ["numba", "reference"])
+    monkeypatch.setitem(dispatch.BACKENDS_BY_DEVICE, "cpu", ["numba", "reference"])
 
     def run(seconds: float = SOON, done: Sequence[str] = ()) -> list[Record]:
         records: list[Record] = []
@@ -106,8 +106,8 @@ def test_nothing_is_compiled_while_something_is_measured(stage: Stage, compilers
 
     monkeypatch.setattr(compilers, "results", compiling)
     monkeypatch.setattr(micro, "_measure", measuring)
-    monkeypatch.setitem(dispatch._ABSENT, "triton", None)
-    monkeypatch.setitem(dispatch.SERVING, "cpu", ["triton", "reference"])
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", None)
+    monkeypatch.setitem(dispatch.BACKENDS_BY_DEVICE, "cpu", ["triton", "reference"])
     stage()
     assert passes == ["compile triton", "compile compile"] * 2 + ["measure"] * 2
 
@@ -247,7 +247,7 @@ def test_a_failed_capture_ends_the_process_but_keeps_its_rows(monkeypatch: pytes
     row = rows.Row("kl", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", timed=timed, provenance=here)
     monkeypatch.setattr(runner.Run, "rows", lambda self, workload: iter([[row]]))
     cpu, records = torch.device("cpu"), list[Record]()
-    run = runner.Run(device=cpu, modes=(), providers=(), repeats=None, turn=timing.turn_on(cpu), copy_bandwidth=1.0, provenance=here)
+    run = runner.Run(device=cpu, modes=(), providers=(), repeats=None, timer=timing.timer_for(cpu), copy_bandwidth=1.0, provenance=here)
     with pytest.raises(GpuLostError, match=timing.CAPTURE_FAILED):
         micro._measure(Context("micro", cpu, True, time.monotonic() + SOON, records.append), run, KL, False)
     assert [record.case for record in records] == [f"{KL} / cuda", str(KL)]

@@ -1,4 +1,4 @@
-"""The micro-benchmarks: what they check, write and refuse. No test looks at a time."""
+"""Micro-benchmarks: correctness check, output and error messages. No test depends on measured times."""
 
 import pickle
 import shutil
@@ -15,89 +15,90 @@ from torch import Tensor
 from bench import table
 from bench.__main__ import main
 from bench.micro import KERNELS, PROVIDERS, Case, check, discrepancy, rows, select, timing
-from bench.micro.workload import Trial, usual_backends
+from bench.micro.workload import Trial, default_backends
 from bench.provenance import measured_on
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import dispatch
 
 TINY = {"ema": "generator-a", "l1": "4x5", "kl": "4x5", "js": "2x3x4x5", "concat": "2x4x3x4x4"}
 TINY |= dict.fromkeys(("moments", "conv", "norm"), "3x4x5x5")
-PLAIN = ["--provider", "eager", "--provider", "reference"]  # numba would compile for seconds, and has tests of its own
+PLAIN = ["--provider", "eager", "--provider", "reference"]  # numba compiles for seconds and is tested elsewhere
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
-class Said(NamedTuple):
+class CommandResult(NamedTuple):
     code: int
     out: str
     err: str
     rows: list[dict[str, str]]
-    """Of the CSV, if there is one."""
+    """Rows of the CSV file, if it exists."""
 
 
-Run = Callable[..., Said]
+Run = Callable[..., CommandResult]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """The command line in this process; ``micro`` writes out.csv, one call a provider."""
+    """Run the command line in this process; ``micro`` writes out.csv with one call per provider."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(timing, "COPIED_BYTES", {"cpu": 1 << 20})
 
-    def call(command: str, *arguments: str) -> Said:
+    def call(command: str, *arguments: str) -> CommandResult:
         usual = ["--device", "cpu", "--repeats", "1", "--out", "out.csv"] if command == "micro" else []
         monkeypatch.setattr(sys, "argv", ["bench", command, *usual, *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        code, said, out = ended.value.code, capsys.readouterr(), Path("out.csv")
-        return Said(code if isinstance(code, int) else int(code is not None), said.out, said.err, table.read(out) if out.exists() else [])
+        code, captured, out = ended.value.code, capsys.readouterr(), Path("out.csv")
+        status = code if isinstance(code, int) else int(code is not None)
+        return CommandResult(status, captured.out, captured.err, table.read(out) if out.exists() else [])
 
     return call
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_gives_a_row_a_mode_and_provider(run: Run, kernel: str) -> None:
-    said = run("micro", "--kernel", kernel, "--size", TINY[kernel], *PLAIN)
-    assert said.code == 0, said.err
-    found = [row for row in said.rows if row["dtype"] == "float32" and row["layout"] == said.rows[0]["layout"]]
+def test_every_kernel_gives_one_row_per_mode_and_provider(run: Run, kernel: str) -> None:
+    result = run("micro", "--kernel", kernel, "--size", TINY[kernel], *PLAIN)
+    assert result.code == 0, result.err
+    selected = [row for row in result.rows if row["dtype"] == "float32" and row["layout"] == result.rows[0]["layout"]]
     modes = {"update"} if kernel == "ema" else {"forward", "backward", "full"}
-    assert {(row["mode"], row["provider"]) for row in found} == {(mode, name) for mode in modes for name in ("eager", "reference")}
-    for row in said.rows:
+    assert {(row["mode"], row["provider"]) for row in selected} == {(mode, name) for mode in modes for name in ("eager", "reference")}
+    for row in result.rows:
         assert tuple(row) == rows.COLUMNS
         assert (row["kernel"], row["size"], row["status"], row["calls"]) == (kernel, TINY[kernel], "ok", "1")
-        for figure in ("median_us", "q20_us", "q80_us", "gb_per_s", "share_of_copy", "speedup_over_eager", "copy_gb_per_s"):
-            assert float(row[figure]) > 0
+        for column in ("median_us", "q20_us", "q80_us", "gb_per_s", "share_of_copy", "speedup_over_eager", "copy_gb_per_s"):
+            assert float(row[column]) > 0
         assert row["timed"] == "wall clock"
         assert row["torch"] == torch.__version__
         assert row["device"]
         assert row["commit"]
         assert row["threads"] == "1"
         assert row["command"].startswith("python -m bench micro")
-    assert f"{kernel} " in said.out
+    assert f"{kernel} " in result.out
 
 
-def test_our_backends_of_the_device_are_measured_each(run: Run) -> None:
-    said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", *(f"--provider={name}" for name in PROVIDERS[2:6]))
-    assert said.code == 0, said.err
-    assert {row["provider"] for row in said.rows} == {"reference", "numba"}
-    assert all(row["median_us"] and not row["speedup_over_eager"] for row in said.rows)
+def test_all_our_backends_for_the_device_are_measured(run: Run) -> None:
+    result = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", *(f"--provider={name}" for name in PROVIDERS[2:6]))
+    assert result.code == 0, result.err
+    assert {row["provider"] for row in result.rows} == {"reference", "numba"}
+    assert all(row["median_us"] and not row["speedup_over_eager"] for row in result.rows)
 
 
-def test_the_peers_of_an_average_are_measured_and_an_absent_one_is_no_error(run: Run) -> None:
-    said = run("micro", "--kernel", "ema", "--size", "generator-a", *(f"--provider={name}" for name in PROVIDERS[6:]))
-    assert said.code == 0, said.err
-    plain = {row["provider"]: row["status"] for row in said.rows if row["variant"] == "plain" and row["layout"] == "channels_last"}
+def test_peers_of_the_ema_are_measured_and_a_missing_one_is_not_an_error(run: Run) -> None:
+    result = run("micro", "--kernel", "ema", "--size", "generator-a", *(f"--provider={name}" for name in PROVIDERS[6:]))
+    assert result.code == 0, result.err
+    plain = {row["provider"]: row["status"] for row in result.rows if row["variant"] == "plain" and row["layout"] == "channels_last"}
     assert plain["apex"].startswith("not installed")
     assert plain["averaged_model"] == plain["flat_lerp"] == "ok, without num_batches_tracked"
     assert {plain[name] for name in ("fused_ema", "model_ema_v3", "foreach_lerp")} == {"ok"}
-    assert all(bool(row["median_us"]) == row["status"].startswith("ok") for row in said.rows)
+    assert all(bool(row["median_us"]) == row["status"].startswith("ok") for row in result.rows)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_what_torch_compile_makes_is_compared_and_timed(run: Run) -> None:
-    said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", "--provider", "eager", "--provider", "compile")
-    assert said.code == 0, said.err
-    compiled = next(row for row in said.rows if row["provider"] == "compile" and row["dtype"] == "float32")
+def test_torch_compile_is_checked_and_timed(run: Run) -> None:
+    result = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", "--provider", "eager", "--provider", "compile")
+    assert result.code == 0, result.err
+    compiled = next(row for row in result.rows if row["provider"] == "compile" and row["dtype"] == "float32")
     assert compiled["status"] == "ok"
     assert float(compiled["speedup_over_compile"]) == 1
 
@@ -111,33 +112,33 @@ def _slightly_off(student: Tensor, teacher: Tensor, *, reduction: str) -> Tensor
 
 
 @pytest.mark.parametrize(("wrong", "named"), [(_no_gradient_for_the_teacher, "gradient of teacher"), (_slightly_off, "loss")])
-def test_a_wrong_result_gets_no_time_and_exit_code_1(
+def test_a_wrong_result_is_not_timed_and_exits_with_1(
     run: Run, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Tensor], named: str
 ) -> None:
     monkeypatch.setattr(discrepancy, "l1_discrepancy", wrong)
-    said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "full", *PLAIN)
-    assert said.code == 1
-    assert said.err.count("\n") == 1
-    found = {row["provider"]: row for row in said.rows if (row["variant"], row["dtype"]) == ("both", "float32")}
-    assert found["eager"]["median_us"]
-    assert found["reference"]["status"].startswith(f"wrong: {named} is off by")
-    assert not found["reference"]["median_us"]
-    assert not found["reference"]["speedup_over_eager"]
+    result = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "full", *PLAIN)
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    by_provider = {row["provider"]: row for row in result.rows if (row["variant"], row["dtype"]) == ("both", "float32")}
+    assert by_provider["eager"]["median_us"]
+    assert by_provider["reference"]["status"].startswith(f"wrong: {named} is off by")
+    assert not by_provider["reference"]["median_us"]
+    assert not by_provider["reference"]["speedup_over_eager"]
 
 
-def test_a_provider_that_raises_gets_no_time_and_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_raises_is_not_timed_and_exits_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Tensor, **__: str) -> Tensor:
         raise RuntimeError("out of order\nsecond line")
 
     monkeypatch.setattr(discrepancy, "l1_discrepancy", broken)
-    said = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", *PLAIN)
-    assert said.code == 1
-    assert {row["status"] for row in said.rows if row["provider"] == "reference"} == {"failed: RuntimeError: out of order"}
-    assert all(row["median_us"] for row in said.rows if row["provider"] == "eager")
+    result = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", *PLAIN)
+    assert result.code == 1
+    assert {row["status"] for row in result.rows if row["provider"] == "reference"} == {"failed: RuntimeError: out of order"}
+    assert all(row["median_us"] for row in result.rows if row["provider"] == "eager")
 
 
 @pytest.mark.parametrize(
-    ("found", "named"),
+    ("actual", "named"),
     [
         ({"y": torch.ones(3)}, None),
         ({"y": torch.full((3,), 1 + 1e-3)}, "y is off by 1.0e-03"),
@@ -146,19 +147,19 @@ def test_a_provider_that_raises_gets_no_time_and_exit_code_1(run: Run, monkeypat
         ({}, "no y"),
     ],
 )
-def test_the_check(found: dict[str, Tensor], named: str | None) -> None:
-    said = check.mismatch(found, {"y": torch.ones(3, dtype=torch.float64)}, {"y": 1e-7}, ())
-    assert said is None if named is None else said is not None and said.startswith(named)
+def test_mismatch_names_the_result(actual: dict[str, Tensor], named: str | None) -> None:
+    message = check.mismatch(actual, {"y": torch.ones(3, dtype=torch.float64)}, {"y": 1e-7}, ())
+    assert message is None if named is None else message is not None and message.startswith(named)
 
 
 def test_rows_of_the_same_case_are_replaced_and_others_kept(run: Run) -> None:
     for size in ("4x5", "4x6", "4x5"):
-        said = run("micro", "--kernel", "l1", "--size", size, "--mode", "forward", "--provider", "eager")
-    keys = [tuple(row[name] for name in rows.KEY) for row in said.rows]
+        result = run("micro", "--kernel", "l1", "--size", size, "--mode", "forward", "--provider", "eager")
+    keys = [tuple(row[name] for name in rows.KEY) for row in result.rows]
     assert len(keys) == len(set(keys)) == 4  # two sizes, two dtypes
 
 
-def test_of_two_rows_of_a_case_the_later_one_is_written(tmp_path: Path) -> None:
+def test_the_last_of_several_rows_of_a_case_is_written(tmp_path: Path) -> None:
     early = rows.Row("l1", "both", "full", "4x5", "float32", "contiguous", "cuda", "ok", median_us=9.0, provenance=measured_on("a CPU", ""))
     rows.write(tmp_path / "out.csv", map(table.cells, [early, replace(early, provider="eager"), replace(early, median_us=3.0)]))
     assert [(row["provider"], row["median_us"]) for row in table.read(tmp_path / "out.csv")] == [("cuda", "3"), ("eager", "9")]
@@ -177,82 +178,82 @@ def test_of_two_rows_of_a_case_the_later_one_is_written(tmp_path: Path) -> None:
         (["--threads", "many"], "'--threads'"),
     ],
 )
-def test_a_bad_value_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
-    said = run("micro", *arguments)
-    assert said.code == 2
-    assert said.err.startswith("bench: ")
-    assert message in said.err
-    assert said.err.count("\n") == 1
-    assert not said.rows
+def test_an_invalid_value_gives_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
+    result = run("micro", *arguments)
+    assert result.code == 2
+    assert result.err.startswith("bench: ")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not result.rows
 
 
 @pytest.mark.parametrize("unfit", [["--mode", "update"], ["--provider", "apex"]])
-def test_a_selection_that_fits_no_case_says_so(run: Run, unfit: list[str]) -> None:
-    said = run("micro", "--kernel", "l1", "--size", "4x5", *unfit)
-    assert said.code == 2
-    assert " ".join(unfit) in said.err
-    assert not said.rows
+def test_an_empty_selection_is_reported(run: Run, unfit: list[str]) -> None:
+    result = run("micro", "--kernel", "l1", "--size", "4x5", *unfit)
+    assert result.code == 2
+    assert " ".join(unfit) in result.err
+    assert not result.rows
 
 
-def test_without_all_there_are_a_few_cases_of_every_kernel() -> None:
+def test_the_default_selection_has_a_few_cases_of_every_kernel() -> None:
     few, every = select(list(KERNELS), [], False), select(list(KERNELS), [], True)
     assert {workload.kernel for workload in few} == set(KERNELS)
     assert len(few) < 20 < len(every)
     assert all(workload.floor_bytes(mode) > 0 for workload in few for mode in workload.modes)
 
 
-def test_turns_are_shared_out_until_the_seconds_of_the_case_are_spent() -> None:
-    """A call costs more than its own time: the inputs are prepared, a GPU's cache is flushed."""
-    calls, now, around = {"short": 0, "long": 0}, 0.0, 1e-4
+def test_repetitions_fill_the_time_budget_of_a_case() -> None:
+    """The overhead of a call (preparation, cache flush) counts towards the budget."""
+    calls, now, overhead = {"short": 0, "long": 0}, 0.0, 1e-4
 
-    def turn(trial: Trial, count: int, settle: bool) -> list[float]:
+    def timer(trial: Trial, count: int, warm_up: bool) -> list[float]:
         nonlocal now
         name = "short" if trial is trials["short"] else "long"
         calls[name] += count
         seconds = {"short": 1e-5, "long": 0.05}[name]
-        now += count * (seconds + around)
+        now += count * (seconds + overhead)
         return [seconds] * count
 
     trials = {name: Trial(lambda _: None, dict, torch.no_grad) for name in calls}
     for case_seconds, rounds in ((1.0, 18), (0.5, 9), (0.0, 5)):
         before = dict(calls)
-        seconds = timing.measure(trials, turn, None, case_seconds, lambda: now)
+        seconds = timing.measure(trials, timer, None, case_seconds, lambda: now)
         assert calls["long"] - before["long"] - 3 == len(seconds["long"]) == rounds
         assert calls["short"] - before["short"] - 3 == len(seconds["short"]) == 45 * rounds
-    assert [len(times) for times in timing.measure(trials, turn, 3).values()] == [3, 3]
+    assert [len(times) for times in timing.measure(trials, timer, 3).values()] == [3, 3]
 
 
-def test_a_case_is_found_again_by_what_tells_it_from_others() -> None:
+def test_a_case_is_recovered_from_its_key() -> None:
     case = Case("ema", "shadow", "resnet18", torch.float32, "channels_last", "update")
-    found = pickle.loads(pickle.dumps(case)).workload()
-    assert (found.kernel, found.variant, found.size, found.dtype, found.layout) == case[:5]
+    workload = pickle.loads(pickle.dumps(case)).workload()
+    assert (workload.kernel, workload.variant, workload.size, workload.dtype, workload.layout) == case[:5]
     assert str(case) == "ema shadow resnet18 float32 channels_last update"
     with pytest.raises(DfkdError, match="ema both resnet18 float32 channels_last update is not a case of ema"):
         case._replace(variant="both").workload()
 
 
-def test_a_backend_that_does_not_serve_the_device_is_absent() -> None:
+def test_a_backend_that_does_not_support_the_device_is_unavailable() -> None:
     cpu = torch.device("cpu")
     case = Case("l1", "both", "4x5", torch.float32, "contiguous", "full")
-    usual = {provider.name: provider.absent for provider in case.workload().providers(cpu, usual_backends(cpu))}
+    usual = {provider.name: provider.unavailable for provider in case.workload().providers(cpu, default_backends(cpu))}
     assert usual["reference"] is None
     assert "triton" not in usual
     [triton] = [provider for provider in case.workload().providers(cpu, ["triton"]) if provider.backend]
-    assert triton.absent in (dispatch.why_not("triton"), "it does not serve cpu tensors here")
+    assert triton.unavailable in (dispatch.unavailable_reason("triton"), "it does not support cpu tensors here")
 
 
-def test_plot_draws_a_picture_a_kernel_beside_the_csv(run: Run, tmp_path: Path) -> None:
+def test_plot_draws_one_chart_per_kernel_next_to_the_csv(run: Run, tmp_path: Path) -> None:
     run("micro", "--kernel", "l1", "--kernel", "js", "--size", "4x5", *PLAIN)
-    said = run("plot", "out.csv")
-    assert said.code == 0, said.err
-    assert said.out.split() == ["out-l1.png", "out-js.png"]
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in said.out.split())
+    result = run("plot", "out.csv")
+    assert result.code == 0, result.err
+    assert result.out.split() == ["out-l1.png", "out-js.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in result.out.split())
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(rows.COLUMNS) + "\n"])
-def test_plot_refuses_what_is_no_result(run: Run, text: str) -> None:
+def test_plot_rejects_invalid_files(run: Run, text: str) -> None:
     Path("mine.csv").write_text(text)
-    said = run("plot", "mine.csv")
-    assert said.code == 2
-    assert "mine.csv" in said.err
-    assert said.err.count("\n") == 1
+    result = run("plot", "mine.csv")
+    assert result.code == 2
+    assert "mine.csv" in result.err
+    assert result.err.count("\n") == 1

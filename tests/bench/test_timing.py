@@ -139,7 +139,7 @@ def trial(run: Callable[[], object], *, capturable: bool) -> Trial:
 
 
 def microseconds(gpu: Gpu, ready: timing.Ready) -> float:
-    seconds = timing.measure({"it": ready.trial}, lambda *turn: timing._gpu_turn(Flushed(gpu), *turn), 9)["it"]  # type: ignore[arg-type]
+    seconds = timing.measure({"it": ready.trial}, lambda *turn: timing._time_on_gpu(Flushed(gpu), *turn), 9)["it"]  # type: ignore[arg-type]
     return 1e6 * statistics.median(seconds)
 
 

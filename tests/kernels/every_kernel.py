@@ -1,6 +1,6 @@
-"""Calls every numba kernel, and prints a hash of each result as JSON.
+"""Run every numba kernel and print a hash of each result as JSON.
 
-A program, so that the state of the compiled code is the caller's choice: ``python -m tests.kernels.every_kernel THREADS DTYPE ...``.
+A separate program, so that the caller controls the cache: ``python -m tests.kernels.every_kernel THREADS DTYPE ...``.
 """
 
 import hashlib
@@ -49,17 +49,17 @@ def discrepancies(dtype: torch.dtype) -> Results:
                 student, teacher = (sign * normal(*shape, dtype=dtype, layout=layout) for sign in (1, -0.7))
                 sides = student.requires_grad_(), teacher.detach().requires_grad_()
                 value, agreement = loss(*sides)
-                scaled = torch.autograd.grad(value, sides, retain_graph=True)  # by the kernel that scales gradients
+                scaled = torch.autograd.grad(value, sides, retain_graph=True)  # uses the kernel that scales gradients
                 for part, tensor in zip(("loss", "agreement", "student", "teacher"), (value, agreement, *scaled), strict=True):
                     yield f"{name} {kind} {layout} {part}", tensor
 
 
-def averages(dtype: torch.dtype) -> Results:
+def emas(dtype: torch.dtype) -> Results:
     for shadowed in (False, True):
-        kept = [normal(size) for size in (20_001, 77)]
-        shadows = [tensor.to(dtype) for tensor in kept] if shadowed else None
-        ema_update_(kept, [normal(size, dtype=dtype).neg() for size in (20_001, 77)], 0.9, shadows=shadows)
-        for index, tensor in enumerate((*kept, *(shadows or ()))):
+        averages = [normal(size) for size in (20_001, 77)]
+        shadows = [tensor.to(dtype) for tensor in averages] if shadowed else None
+        ema_update_(averages, [normal(size, dtype=dtype).neg() for size in (20_001, 77)], 0.9, shadows=shadows)
+        for index, tensor in enumerate((*averages, *(shadows or ()))):
             yield f"ema {shadowed} {index}", tensor
 
 
@@ -102,7 +102,7 @@ def norms(dtype: torch.dtype) -> Results:
 
 def tiles() -> Results:
     x, gradient = (normal(3, channels, 13, 18, layout="channels_last") for channels in (64, 65))
-    grid = winograd.tiles_of(13, 18)
+    grid = winograd.tile_grid(13, 18)
     inputs, outputs = winograd.to_tiles(x, (1, 1), grid), winograd.from_tiles_adjoint(gradient, grid)
     winograd.add_tiles(inputs, x, (1, 1), grid)
     winograd.from_tiles(outputs, normal(65), gradient, grid)
@@ -113,7 +113,7 @@ def tiles() -> Results:
 def results(dtypes: list[str]) -> Results:
     yield from tiles()
     for name in dtypes:
-        for kernels in (discrepancies, averages, images, moments, norms):
+        for kernels in (discrepancies, emas, images, moments, norms):
             for key, tensor in kernels(getattr(torch, name)):
                 yield f"{key} {name}", tensor
 
@@ -121,8 +121,8 @@ def results(dtypes: list[str]) -> Results:
 def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     with use_backend("numba"):
-        found = [(key, tensor.detach().contiguous().view(-1).view(torch.uint8)) for key, tensor in results(sys.argv[2:])]
-    print(json.dumps({key: hashlib.sha256(words.numpy().tobytes()).hexdigest()[:16] for key, words in found}))
+        outputs = [(key, tensor.detach().contiguous().view(-1).view(torch.uint8)) for key, tensor in results(sys.argv[2:])]
+    print(json.dumps({key: hashlib.sha256(output.numpy().tobytes()).hexdigest()[:16] for key, output in outputs}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Runs the tests of a GPU's backend on CPU tensors, in a process of its own: what a backend serves is settled by imports.
+"""Run the tests of a GPU backend on CPU tensors, in a separate process, because imports determine what a backend supports.
 
-``run_on_cpu`` starts the process. In there this file is a plugin, which chooses the cases.
+``run_on_cpu`` starts the process, in which this file is a pytest plugin that selects the tests.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Literal
 import pytest
 
 HERE = Path(__file__).parent
-# The tests that all backends share, for two processes of about the same length.
+# Tests shared by all backends, split into two processes of similar duration.
 SHARED = {
     "logits and averages": (
         *("test_discrepancy.py", "test_discrepancy_arguments.py", "test_discrepancy_limits.py"),
@@ -29,12 +29,12 @@ SHARED = {
 
 
 def run_pytest(files: Sequence[str], environment: Mapping[str, str], *options: str) -> None:
-    """Run all tests in files of this folder.
+    """Run all tests in files of this directory.
 
     Raises:
         AssertionError: a test failed or was skipped.
     """
-    options = ("-q", "-p", "no:cacheprovider", "--capture=sys", *options)  # the last words of a process that dies are not captured
+    options = ("-q", "-p", "no:cacheprovider", "--capture=sys", *options)  # shows the output of a process that crashes
     command = [sys.executable, "-m", "pytest", *options, *(str(HERE / file) for file in files)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     run = subprocess.run(command, cwd=HERE.parents[1], env=variables, capture_output=True, text=True, check=False)
@@ -45,7 +45,7 @@ def run_pytest(files: Sequence[str], environment: Mapping[str, str], *options: s
 def run_on_cpu(
     backend: Literal["triton", "cuda"], files: Sequence[str], environment: Mapping[str, str], *options: str, sample: bool = False
 ) -> None:
-    """Run the backend's cases in files of this folder: all of them, or a sample that is always the same.
+    """Run the backend's test cases in files of this directory, all or a fixed sample.
 
     Raises:
         AssertionError: a test failed or was skipped.
@@ -54,7 +54,7 @@ def run_on_cpu(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--on-cpu", help="the backend whose cases run")
+    parser.addoption("--on-cpu", help="backend whose test cases run")
     parser.addoption("--sample", action="store_true", help="run a sample of them")
 
 
@@ -67,7 +67,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
     options = early_config.known_args_namespace
     if options.on_cpu == "cuda":
-        dispatch.SERVING["cpu"].append("cuda")
+        dispatch.BACKENDS_BY_DEVICE["cpu"].append("cuda")
     if options.sample:
         oracles.PROPERTY = settings(oracles.PROPERTY, max_examples=10, phases=[Phase.generate])
 
@@ -85,13 +85,13 @@ def _parameters(item: pytest.Item) -> Mapping[str, object]:
 
 
 def _sample(cases: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Of every test function so many cases that every value of every parameter is among them."""
-    seen: set[tuple[str, str, str]] = set()
+    """Return test cases of each function that cover every value of every parameter."""
+    covered: set[tuple[str, str, str]] = set()
     sample = []
-    for case in sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode())):  # mixes the values, and always in the same way
+    for case in sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode())):  # a fixed pseudo-random order
         function = case.nodeid.partition("[")[0]
         values = {(function, name, str(value)) for name, value in _parameters(case).items()}
-        if not values <= seen:
-            seen |= values
+        if not values <= covered:
+            covered |= values
             sample.append(case)
     return sample

@@ -1,4 +1,4 @@
-"""What the kernels' tests share: layouts, float64 oracles in PyTorch's own functions, and how far from them a kernel may be."""
+"""Shared code of the kernel tests: layouts, float64 references built from PyTorch functions, and tolerances."""
 
 import math
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from torch import Tensor
 
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded", "misaligned"]
 HALVES = [torch.bfloat16, torch.float16]
-STORAGE = [torch.float32, *HALVES]
-SANITIZED_STORAGE = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.sanitize), torch.float16]
-# Images whose rows of 8 pixels, whose pixels of 8 channels, or neither, are runs of 16 bytes that a kernel may take at once.
+KERNEL_DTYPES = [torch.float32, *HALVES]
+SANITIZED_DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.sanitize), torch.float16]
+# Shapes that allow 16-byte accesses along pixels, along channels, or not at all.
 RUNS = [(3, 3, 4, 6), (2, 16, 3, 5), (2, 3, 3, 7)]
 NAN, INF = float("nan"), float("inf")
-# The same examples every time; the fixtures that hypothesis warns of only choose a backend.
+# Deterministic examples; the function-scoped fixtures only select a backend.
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The values in a layout, with NaN in its gaps; "expanded" repeats the first of the batch with stride 0."""
+def with_layout(values: Tensor, layout: str) -> Tensor:
+    """Return values in a layout, with NaN in gaps; "expanded" repeats the first sample with stride 0."""
     match layout:
         case "contiguous":
             return values.contiguous()
@@ -41,16 +41,16 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """Dimensions in any order in memory, NaN between the elements, and some of the dimensions with stride 0."""
+    """Layout with permuted dimensions, gaps filled with NaN, and expanded dimensions."""
 
     order: list[int]
     steps: tuple[int, ...]
     repeated: tuple[bool, ...]
 
     def __call__(self, values: Tensor) -> Tensor:
-        kept = values[tuple(slice(0, 1) if once else slice(None) for once in self.repeated)].permute(self.order)
-        memory = values.new_full([size * step for size, step in zip(kept.shape, self.steps, strict=True)], NAN)
-        view = memory[tuple(slice(None, None, step) for step in self.steps)].copy_(kept)
+        unexpanded = values[tuple(slice(0, 1) if once else slice(None) for once in self.repeated)].permute(self.order)
+        memory = values.new_full([size * step for size, step in zip(unexpanded.shape, self.steps, strict=True)], NAN)
+        view = memory[tuple(slice(None, None, step) for step in self.steps)].copy_(unexpanded)
         return view.permute([self.order.index(dimension) for dimension in range(values.ndim)]).expand(values.shape)
 
 
@@ -63,35 +63,35 @@ def layouts(dimensions: int, *, gaps: bool = True) -> st.SearchStrategy[Layout]:
 def random(
     *shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous", size: float = 2.0, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """A leaf of normal numbers, the same on every device."""
-    return laid_out((size * torch.randn(shape)).to(device, dtype), layout).detach().requires_grad_()
+    """Return a leaf with normally distributed values, identical on every device."""
+    return with_layout((size * torch.randn(shape)).to(device, dtype), layout).detach().requires_grad_()
 
 
-def assert_as_exact_as_plain(actual: Tensor, plain: Tensor, exact: Tensor, *, summed: float = 0.0) -> None:
-    """At most twice as far from the float64 truth as plain PyTorch, anywhere.
+def assert_as_accurate_as_pytorch(actual: Tensor, plain: Tensor, exact: Tensor, *, magnitude: float = 0.0) -> None:
+    """Assert that the error with respect to float64 is at most twice the largest error of plain PyTorch.
 
-    Plain PyTorch reads and computes in float32 and rounds its results to the storage dtype once; a kernel may round to it
-    twice, hence one ulp. The absolute term is some float32 ulps of the largest result, or of the size of what is
-    summed where that cancels, because on a few elements plain PyTorch can be exact by luck.
+    Plain PyTorch computes in float32 and rounds its results once; a kernel may round twice, hence one more ulp. The absolute
+    tolerance is some float32 ulps of the largest result, or of ``magnitude``, the magnitude of the terms if they cancel, because plain
+    PyTorch can be exact by chance on a few elements.
     """
     assert actual.shape == exact.shape
     assert actual.dtype == plain.dtype
-    assert torch.isfinite(exact).all(), "compare what is not finite by its positions"
+    assert torch.isfinite(exact).all(), "compare nonfinite values by their positions"
     if not actual.numel():
         return
     exact = exact.double()
     error, usual = (actual.double() - exact).abs(), (plain.double() - exact).abs().max()
     stored = torch.finfo(actual.dtype)
-    absolute = 8 * torch.finfo(torch.float32).eps * max(exact.abs().max().item(), summed) + stored.smallest_normal * stored.eps
+    absolute = 8 * torch.finfo(torch.float32).eps * max(exact.abs().max().item(), magnitude) + stored.smallest_normal * stored.eps
     excess = (error - (2 * usual + stored.eps * exact.abs() + absolute)).nan_to_num(nan=INF).flatten()
     worst = int(excess.argmax())
     assert excess[worst] <= 0, (
-        f"element {worst}: {actual.flatten()[worst].item()} for {exact.flatten()[worst].item()}; plain PyTorch errs by {usual.item():.3g}"
+        f"element {worst}: {actual.flatten()[worst].item()} for {exact.flatten()[worst].item()}; error of plain PyTorch {usual.item():.3g}"
     )
 
 
 def discrepancy(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The sum over all rows in the logits' own precision: F.l1_loss, F.kl_div, and Jensen-Shannon as two F.kl_div to the mean."""
+    """Sum over all rows in the precision of the logits, by F.l1_loss and F.kl_div."""
     if kind == "l1":
         return F.l1_loss(student, teacher, reduction="sum")
     log_q, log_p = F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1)
@@ -106,7 +106,7 @@ def reduction_factor(reduction: str, shape: tuple[int, ...] | torch.Size) -> flo
 
 
 def activated(raw: Tensor, activation: str) -> Tensor:
-    """In terms of exponentials that cannot overflow."""
+    """Activation by exponentials that cannot overflow."""
     if activation == "none":
         return raw
     x = 2 * raw if activation == "tanh" else raw
@@ -116,7 +116,7 @@ def activated(raw: Tensor, activation: str) -> Tensor:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, by torch.var."""
+    """Per-channel mean and biased variance."""
     return x.mean(dim=(0, 2, 3)), torch.var(x, dim=(0, 2, 3), correction=0)
 
 

@@ -1,14 +1,13 @@
-"""Counts what the GPU tests of the Triton kernels would compile. It takes no GPU.
+"""Count the specializations that the GPU tests of the Triton kernels would compile, without a GPU.
 
-Triton compiles a kernel for every combination of its arguments' dtypes, its constants, and which integers are 1 or multiples
-of 16: each is a specialization, and costs a user some tenths of a second at the first step that needs it. From the root of the
-repository,
+Triton compiles a kernel for every combination of argument dtypes, constants, and integers that are 1 or multiples of 16. Each
+such specialization takes some tenths of a second at the first step that needs it. From the root of the repository:
 
-    python -m tests.kernels.specializations count FILE         # counts them by kernel, and writes them to the file
-    python -m tests.kernels.specializations time FILE --of 40  # compiles so many of them for compute capability 9.0
+    python -m tests.kernels.specializations count FILE         # count by kernel and write to FILE
+    python -m tests.kernels.specializations time FILE --of 40  # compile 40 of them for compute capability 9.0
 
-The first command runs all cases that a CPU can run, with this file as a plugin of pytest: launches are recorded under Triton's
-own key, and numba computes the results. Tests that capture CUDA graphs and those of the engine need a GPU and are not counted.
+The first command runs all test cases that can run on a CPU, with this file as a pytest plugin: launches are recorded under
+Triton's cache key, and numba computes the results. Tests of CUDA graphs and of the engine need a GPU and are not counted.
 """
 
 import argparse
@@ -37,7 +36,7 @@ OPERATIONS = ("concat", "discrepancy", "ema", "moments", "norm")
 
 
 class Specialization(NamedTuple):
-    """What Triton compiles a kernel for, as ``ASTSource`` and ``triton.compile`` take it."""
+    """A specialization of a kernel, in the form of the arguments of ``ASTSource`` and ``triton.compile``."""
 
     module: str
     kernel: str
@@ -47,22 +46,22 @@ class Specialization(NamedTuple):
     options: dict[str, Any]
 
     def compile(self) -> Any:
-        """The kernel for ``TARGET``; only in a process without Triton's interpreter."""
+        """Compile for ``TARGET``; not in interpreter mode."""
         source = ASTSource(getattr(import_module(self.module), self.kernel), self.signature, self.constants, self.attributes)
         return triton.compile(source, target=TARGET, options=self.options)
 
 
 class Recorder:
-    """The distinct specializations of all launches."""
+    """Records the distinct specializations of all launches."""
 
     def __init__(self) -> None:
         self.specializations: dict[tuple[str, str, str], Specialization] = {}
-        """By module, kernel, and the key under which Triton looks for what it has compiled."""
+        """By module, kernel and Triton's cache key."""
         self._backend = make_backend(TARGET)
         self._kernels: dict[Any, tuple[Any, Callable[..., Any]]] = {}
 
     def launch(self, kernel: Any, *arguments: Any, **options: Any) -> None:
-        """Note what a kernel is launched with, in place of the launch."""
+        """Record a launch instead of executing it."""
         for passed_by_the_caller in ("grid", "warmup"):
             options.pop(passed_by_the_caller)
         if kernel.fn not in self._kernels:
@@ -77,35 +76,35 @@ class Recorder:
 
 
 def by_kernel(specializations: Sequence[Specialization]) -> Counter[str]:
-    """How many there are of every kernel, under names like "ema._update_kernel"."""
+    """Return the number of specializations per kernel, under names like "ema._update_kernel"."""
     return Counter(f"{one.module.split('.')[-2]}.{one.kernel}" for one in specializations)
 
 
 def collect(*, sample: bool) -> list[Specialization]:
-    """What the tests of all backends and Triton's own would compile, or a sample of the former that is always the same.
+    """Return the specializations of the tests of all backends and of Triton, or of a fixed sample of the former.
 
     Raises:
         AssertionError: a test failed or was skipped.
     """
-    found: dict[tuple[str, str, str], Specialization] = {}
+    specializations_by_key: dict[tuple[str, str, str], Specialization] = {}
     environment = {"TRITON_INTERPRET": "1"}
     with TemporaryDirectory() as folder:
         path = Path(folder, "specializations")
         options = "-p", "tests.kernels.specializations", f"--specializations={path}"
         for files in SHARED.values():
             run_on_cpu("triton", files, environment, *options, sample=sample)
-            found |= pickle.loads(path.read_bytes())
+            specializations_by_key |= pickle.loads(path.read_bytes())
         if not sample:
             run_pytest(["test_triton.py"], environment, *options)
-            found |= pickle.loads(path.read_bytes())
-    return list(found.values())
+            specializations_by_key |= pickle.loads(path.read_bytes())
+    return list(specializations_by_key.values())
 
 
 # ------------------------------------------------------------------------------------------------ the plugin
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--specializations", type=Path, help="a file to write them to")
+    parser.addoption("--specializations", type=Path, help="output file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -140,7 +139,7 @@ def _computed_by(compute: Callable[..., Any], launch: Callable[..., Any]) -> Cal
 
 
 def _copied_from(compute: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a function whose numba kernel takes channels-last tensors only, and whose results lie otherwise."""
+    """For functions whose numba kernel supports channels-last tensors only."""
 
     def call(*arguments: Any) -> Any:
         results = launch(*arguments)
@@ -173,7 +172,7 @@ def _time(arguments: argparse.Namespace) -> None:
     chosen = random.Random(0).sample(specializations, min(arguments.of, len(specializations)))
     with TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        chosen[0].compile()  # what only the first one costs
+        chosen[0].compile()  # excludes one-time costs
         start = time.process_time(), time.perf_counter()
         for specialization in chosen[1:]:
             specialization.compile()
@@ -191,7 +190,7 @@ def main() -> None:
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("file", type=Path)
-    command.add_argument("--of", type=int, default=40, help="how many to compile")
+    command.add_argument("--of", type=int, default=40, help="number of specializations to compile")
     arguments = parser.parse_args()
     arguments.function(arguments)
 

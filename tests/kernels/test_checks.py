@@ -1,4 +1,4 @@
-"""What the operations' checks of memory and of second derivatives say by themselves."""
+"""The memory-overlap and double-backward checks on their own."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.kernels.oracles import PROPERTY
 
 
 def addresses(tensor: Tensor) -> list[int]:
-    """Of every byte, one by one."""
+    """Addresses of all bytes of a tensor."""
     elements = [
         tensor.data_ptr() + sum(position * stride for position, stride in zip(index, tensor.stride(), strict=True)) * tensor.element_size()
         for index in torch.cartesian_prod(*map(torch.arange, tensor.shape)).reshape(-1, tensor.ndim).tolist()
@@ -31,7 +31,7 @@ def views(draw: st.DrawFn, memory: Tensor) -> Tensor:
 
 @PROPERTY
 @given(data=st.data())
-def test_memory_is_shared_where_an_address_is(data: st.DataObject) -> None:
+def test_share_memory_if_and_only_if_an_address_is_common(data: st.DataObject) -> None:
     memory = torch.zeros(400, dtype=torch.uint8)
     one, other = data.draw(views(memory)), data.draw(views(memory))
     shared = bool({*addresses(one)} & {*addresses(other)})
@@ -43,14 +43,14 @@ def test_memory_is_shared_where_an_address_is(data: st.DataObject) -> None:
 
 @PROPERTY
 @given(spans=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=6))
-def test_any_number_of_stretches_is_disjoint_where_no_two_meet(spans: list[tuple[int, int]]) -> None:
+def test_disjoint_if_and_only_if_no_two_ranges_overlap(spans: list[tuple[int, int]]) -> None:
     memory = torch.zeros(80)
     tensors = [memory[start : start + size] for start, size in spans]
     apart = all(not checks.share_memory(one, other) for index, one in enumerate(tensors) for other in tensors[:index])
     assert checks.disjoint(tensors) == apart
 
 
-def test_what_has_no_memory_shares_none() -> None:
+def test_tensors_without_storage_do_not_overlap() -> None:
     def look(x: Tensor) -> Tensor:
         assert checks.span(x) == (0, 0)
         assert not checks.share_memory(x, x)
@@ -78,17 +78,17 @@ class Square(torch.autograd.Function):
 
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "variable"])
 @pytest.mark.parametrize("by", ["grad", "backward"])
-def test_a_second_derivative_is_refused_whatever_the_upstream_gradient(constant: bool, by: str) -> None:
+def test_double_backward_raises_for_any_upstream_gradient(constant: bool, by: str) -> None:
     x = torch.tensor([3.0], requires_grad=True)
     y = Square.apply(x, False)
     (gradient,) = torch.autograd.grad(y.sum() if constant else y.square().sum(), x, create_graph=True)
     assert gradient.item() == (6 if constant else 108)
     with pytest.raises(RuntimeError, match=r'^square: its kernels have no second derivative; call it under use_backend\("reference"\)'):
-        # The sum has a derivative without the kernel's part, which would be a wrong one.
+        # The sum has a derivative without the kernel's term, which would be wrong.
         torch.autograd.grad((gradient + x).sum(), x) if by == "grad" else (gradient + x).sum().backward()
 
 
-def test_a_gradient_that_depends_on_nothing_else_is_a_constant() -> None:
+def test_the_gradient_of_a_linear_function_is_a_constant() -> None:
     x = torch.tensor([3.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(Square.apply(x, True).sum(), x, create_graph=True)
     assert not gradient.requires_grad
@@ -98,7 +98,7 @@ def test_a_gradient_that_depends_on_nothing_else_is_a_constant() -> None:
         torch.autograd.grad(gradient, upstream)
 
 
-def test_first_derivatives_are_those_of_the_function() -> None:
+def test_first_derivatives_are_unchanged() -> None:
     x = torch.tensor([3.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(Square.apply(x, False).sum(), x)
     assert gradient.item() == 6

@@ -16,12 +16,12 @@ from tests.kernels.oracles import (
     NAN,
     PROPERTY,
     RUNS,
-    SANITIZED_STORAGE,
+    SANITIZED_DTYPES,
     activated,
-    assert_as_exact_as_plain,
-    laid_out,
+    assert_as_accurate_as_pytorch,
     layouts,
     random,
+    with_layout,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -35,7 +35,7 @@ MOMENTUM, EPS = 0.3, 1e-3
 
 
 def settings(normalize: str, generators: int, channels: int, device: torch.device) -> dict[str, Any]:
-    """The arguments of a normalisation; "mixed" trains every other generator."""
+    """Arguments of a normalization; "mixed" sets every other generator to training mode."""
     if normalize == "none":
         return {"normalize": "none"}
     if normalize == "dataset":
@@ -53,7 +53,7 @@ def settings(normalize: str, generators: int, channels: int, device: torch.devic
 
 
 def layers(arguments: dict[str, Any], dtype: torch.dtype) -> list[nn.BatchNorm2d]:
-    """PyTorch's own layers with the statistics of the arguments."""
+    """BatchNorm2d layers with the running statistics of the arguments."""
     made = []
     for mean, variance, training in zip(*(arguments[name] for name in ("running_means", "running_vars", "training")), strict=True):
         layer = nn.BatchNorm2d(len(mean), affine=False, momentum=MOMENTUM, eps=EPS).train(training).to(mean.device, dtype)
@@ -63,7 +63,7 @@ def layers(arguments: dict[str, Any], dtype: torch.dtype) -> list[nn.BatchNorm2d
 
 
 def oracle(inputs: list[Tensor], activation: Activation, arguments: dict[str, Any], norms: list[nn.BatchNorm2d]) -> Tensor:
-    """In the inputs' precision, which is float64 for the truth and float32 for plain PyTorch."""
+    """Plain PyTorch in the precision of the inputs: float64 for the exact result, float32 for the tolerance."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": torch.clone}
     images = [activated(raw, activation) if raw.dtype == torch.float64 else functions[activation](raw) for raw in inputs]
     if arguments["normalize"] == "dataset":
@@ -75,8 +75,8 @@ def oracle(inputs: list[Tensor], activation: Activation, arguments: dict[str, An
 
 
 def compare(inputs: list[Tensor], activation: Activation, arguments: dict[str, Any], **options: Any) -> Tensor:
-    """Batch, gradients and running statistics against float64, all through a cotangent that lies as the batch does."""
-    # Contiguous, because some strides of one image of one row make the gradient of PyTorch's own batch normalisation wrong on a CPU.
+    """Compare batch, gradients and running statistics with float64."""
+    # Contiguous, because PyTorch's batch normalization has wrong gradients on a CPU for some strides of a single one-row image.
     exact_inputs = [raw.detach().double().contiguous().requires_grad_() for raw in inputs]
     plain_inputs = [raw.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for raw in inputs]
     batch = arguments["normalize"] == "batch"
@@ -84,31 +84,33 @@ def compare(inputs: list[Tensor], activation: Activation, arguments: dict[str, A
     exact = oracle(exact_inputs, activation, arguments, exact_norms)
     plain = oracle([raw.float() for raw in plain_inputs], activation, arguments, plain_norms)
     result = concat_generated(inputs, activation=activation, **arguments, **options)
-    # Where the sign of what is normalised changes, y − mean cancels at the size of their quotient by the deviation.
+    # y − mean cancels near 0; its error is relative to the magnitude of the terms.
     size = max(1.0, exact.detach().abs().max().item()) if exact.numel() else 1.0
-    assert_as_exact_as_plain(result.detach(), plain.detach().to(result.dtype), exact.detach(), summed=size)
+    assert_as_accurate_as_pytorch(result.detach(), plain.detach().to(result.dtype), exact.detach(), magnitude=size)
     if batch:
         for index, (mean, variance) in enumerate(zip(arguments["running_means"], arguments["running_vars"], strict=True)):
-            for name, moved in (("running_mean", mean), ("running_var", variance)):
-                assert_as_exact_as_plain(moved, plain_norms[index].state_dict()[name], exact_norms[index].state_dict()[name], summed=1.0)
-    cotangent = torch.empty_like(result).detach().copy_(torch.randn(result.shape))
-    gradients = torch.autograd.grad(result, inputs, cotangent)
-    usual = torch.autograd.grad(plain.to(result.dtype), plain_inputs, cotangent.contiguous())
-    truth = torch.autograd.grad(exact, exact_inputs, cotangent.double().contiguous())
-    for index, (gradient, plain_gradient, exact_gradient) in enumerate(zip(gradients, usual, truth, strict=True)):
-        # Through the statistics of a batch goes the cotangent less its projections on 1 and y, over the deviation: on few pixels little.
-        summed = 0.0
+            for name, running in (("running_mean", mean), ("running_var", variance)):
+                assert_as_accurate_as_pytorch(
+                    running, plain_norms[index].state_dict()[name], exact_norms[index].state_dict()[name], magnitude=1.0
+                )
+    upstream = torch.empty_like(result).detach().copy_(torch.randn(result.shape))
+    gradients = torch.autograd.grad(result, inputs, upstream)
+    expected_gradient = torch.autograd.grad(plain.to(result.dtype), plain_inputs, upstream.contiguous())
+    truth = torch.autograd.grad(exact, exact_inputs, upstream.double().contiguous())
+    for index, (gradient, plain_gradient, exact_gradient) in enumerate(zip(gradients, expected_gradient, truth, strict=True)):
+        # The gradient through batch statistics is a difference, divided by the standard deviation; on few pixels it cancels.
+        magnitude = 0.0
         if batch and arguments["training"][index]:
             variance = activated(exact_inputs[index].detach(), activation).var(dim=(0, 2, 3), correction=0)
-            summed = size * cotangent.abs().max().item() / (variance + EPS).sqrt().min().item()
-        assert_as_exact_as_plain(gradient, plain_gradient, exact_gradient, summed=summed)
+            magnitude = size * upstream.abs().max().item() / (variance + EPS).sqrt().min().item()
+        assert_as_accurate_as_pytorch(gradient, plain_gradient, exact_gradient, magnitude=magnitude)
     return result
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_every_activation_and_normalisation_in_every_layout(
+def test_every_activation_and_normalization_in_every_layout(
     backend: Backend, device: torch.device, normalize: str, activation: Activation, layout: str
 ) -> None:
     inputs = [random(rows, CHANNELS, 5, 7, layout=layout, device=device) for rows in ROWS]
@@ -121,7 +123,7 @@ def test_every_activation_and_normalisation_in_every_layout(
     ids=str,
 )
 @pytest.mark.parametrize("normalize", ["dataset", "training"])
-def test_half_precision_is_read_in_float32_and_rounded_once(
+def test_half_precision_is_computed_in_float32_and_rounded_once(
     backend: Backend, device: torch.device, normalize: str, dtypes: list[torch.dtype], out_dtype: torch.dtype | None
 ) -> None:
     inputs = [random(rows, CHANNELS, 5, 7, dtype=dtype, device=device) for rows, dtype in zip(ROWS, dtypes, strict=True)]
@@ -134,8 +136,8 @@ def test_half_precision_is_read_in_float32_and_rounded_once(
     "layouts", [("contiguous",), ("channels_last",), ("channels_last", "contiguous"), ("contiguous", "misaligned")], ids="-".join
 )
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("dtype", SANITIZED_STORAGE, ids=str)
-def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
+@pytest.mark.parametrize("dtype", SANITIZED_DTYPES, ids=str)
+def test_vectorized_accesses_match_scalar_accesses(
     backend: Backend,
     device: torch.device,
     dtype: torch.dtype,
@@ -179,7 +181,7 @@ def test_many_tiles_the_last_one_incomplete(backend: Backend, device: torch.devi
 
 @pytest.mark.parametrize("normalize", ["none", "dataset", "running"])
 @pytest.mark.parametrize("rows", [(0,), (0, 3), (2, 0, 3), (0, 0)], ids=str)
-def test_a_generator_may_give_nothing(backend: Backend, device: torch.device, normalize: str, rows: tuple[int, ...]) -> None:
+def test_a_generator_output_may_be_empty(backend: Backend, device: torch.device, normalize: str, rows: tuple[int, ...]) -> None:
     inputs = [random(count, CHANNELS, 5, 7, device=device) for count in rows]
     result = compare(inputs, "tanh", settings(normalize, len(inputs), CHANNELS, device))
     assert result.shape == (sum(rows), CHANNELS, 5, 7)
@@ -188,7 +190,7 @@ def test_a_generator_may_give_nothing(backend: Backend, device: torch.device, no
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(0, CHANNELS, 5, 7), (2, CHANNELS, 0, 7)], ids=str)
 @pytest.mark.parametrize("normalize", ["none", "dataset", "running"])
-def test_all_generators_may_give_nothing_in_half_precision(
+def test_all_generator_outputs_may_be_empty_in_half_precision(
     backend: Backend, device: torch.device, normalize: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     inputs = [random(*shape, dtype=dtype, device=device) for _ in range(2)]
@@ -196,44 +198,44 @@ def test_all_generators_may_give_nothing_in_half_precision(
     assert (result.shape, result.dtype) == ((2 * shape[0], *shape[1:]), dtype)
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, False, True), (True, False, True)], ids=str)
+@pytest.mark.parametrize("requires_grad", [(True, False, False), (False, False, True), (True, False, True)], ids=str)
 @pytest.mark.parametrize("normalize", ["none", "dataset", "training"])
-def test_only_inputs_that_ask_get_a_gradient_and_the_others_change_nothing(
-    backend: Backend, device: torch.device, normalize: str, wanted: tuple[bool, ...]
+def test_gradients_do_not_depend_on_which_inputs_require_grad(
+    backend: Backend, device: torch.device, normalize: str, requires_grad: tuple[bool, ...]
 ) -> None:
     inputs = [random(rows, CHANNELS, 5, 7, device=device) for rows in ROWS]
     arguments = settings(normalize, len(inputs), CHANNELS, device)
     everything = concat_generated(inputs, activation="tanh", **arguments)
-    cotangent = torch.randn(everything.shape).to(everything)
-    expected = torch.autograd.grad(everything, inputs, cotangent)
-    some = [raw.detach().requires_grad_(asks) for raw, asks in zip(inputs, wanted, strict=True)]
+    upstream = torch.randn(everything.shape).to(everything)
+    expected = torch.autograd.grad(everything, inputs, upstream)
+    some = [raw.detach().requires_grad_(flag) for raw, flag in zip(inputs, requires_grad, strict=True)]
     result = concat_generated(some, activation="tanh", **arguments)
-    result.backward(cotangent)
-    for raw, asks, gradient in zip(some, wanted, expected, strict=True):
-        if asks:
+    result.backward(upstream)
+    for raw, flag, gradient in zip(some, requires_grad, expected, strict=True):
+        if flag:
             assert raw.grad is not None
             assert torch.equal(raw.grad, gradient)
         else:
             assert raw.grad is None
 
 
-@pytest.mark.parametrize("cotangent_layout", LAYOUTS)
-def test_the_cotangent_may_lie_in_memory_as_it_likes(backend: Backend, device: torch.device, cotangent_layout: str) -> None:
+@pytest.mark.parametrize("upstream_layout", LAYOUTS)
+def test_the_upstream_gradient_may_have_any_layout(backend: Backend, device: torch.device, upstream_layout: str) -> None:
     inputs = [random(rows, CHANNELS, 5, 7, device=device) for rows in ROWS]
     result = concat_generated(inputs, activation="tanh", **settings("training", 3, CHANNELS, device))
-    cotangent = laid_out(torch.randn(result.shape).to(device), cotangent_layout)
-    expected = torch.autograd.grad(result, inputs, cotangent.contiguous(), retain_graph=True)
-    for gradient, usual in zip(torch.autograd.grad(result, inputs, cotangent), expected, strict=True):
-        torch.testing.assert_close(gradient, usual, rtol=1e-5, atol=1e-6)
+    upstream = with_layout(torch.randn(result.shape).to(device), upstream_layout)
+    expected = torch.autograd.grad(result, inputs, upstream.contiguous(), retain_graph=True)
+    for gradient, expected_gradient in zip(torch.autograd.grad(result, inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_grey_images_may_be_expanded_to_colours_with_the_batch_last(backend: Backend, device: torch.device) -> None:
-    """The pixels of these images are evenly apart, those of torch.empty_like of them are not."""
+def test_grayscale_images_may_be_expanded_to_rgb_with_the_batch_last(backend: Backend, device: torch.device) -> None:
+    """The pixels of these images have one stride, those of torch.empty_like of them do not."""
     raw = torch.randn(1, 8, 6, 4).to(device).permute(3, 0, 1, 2).expand(4, 3, 8, 6).detach().requires_grad_()
     compare([raw], "tanh", settings("training", 1, 3, device))
 
 
-def test_a_gradient_that_cancels_on_two_pixels_is_as_exact_as_what_it_is_left_of(fused: Backend, device: torch.device) -> None:
+def test_a_gradient_that_cancels_on_two_pixels_is_as_accurate_as_its_terms(fused: Backend, device: torch.device) -> None:
     for seed in range(13):
         torch.manual_seed(seed)
         compare([random(1, CHANNELS, 1, 2, size=1.0, device=device)], "none", settings("training", 1, CHANNELS, device))
@@ -241,7 +243,7 @@ def test_a_gradient_that_cancels_on_two_pixels_is_as_exact_as_what_it_is_left_of
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("normalize", ["none", "training"])
-def test_a_gradient_lies_as_its_input_does_without_gaps(fused: Backend, device: torch.device, normalize: str, layout: str) -> None:
+def test_a_gradient_has_the_strides_of_empty_like_its_input(fused: Backend, device: torch.device, normalize: str, layout: str) -> None:
     inputs = [random(rows, CHANNELS, 5, 7, layout=layout, device=device) for rows in ROWS]
     result = concat_generated(inputs, activation="tanh", **settings(normalize, 3, CHANNELS, device))
     for raw, gradient in zip(inputs, torch.autograd.grad(result.sum(), inputs), strict=True):
@@ -251,7 +253,7 @@ def test_a_gradient_lies_as_its_input_does_without_gaps(fused: Backend, device: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed", "rows"])
 @pytest.mark.parametrize("normalize", ["none", "dataset", "training"])
-def test_every_element_of_a_given_batch_is_written_and_none_beside_it(
+def test_out_is_written_completely_and_nothing_else_is(
     backend: Backend, device: torch.device, normalize: str, dtype: torch.dtype, layout: str
 ) -> None:
     inputs = [random(rows, CHANNELS, 5, 7, device=device).detach() for rows in ROWS]
@@ -270,37 +272,37 @@ def test_every_element_of_a_given_batch_is_written_and_none_beside_it(
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_the_batch_is_channels_last_unless_asked_otherwise(backend: Backend, device: torch.device, layout: str) -> None:
+def test_the_batch_is_channels_last_by_default(backend: Backend, device: torch.device, layout: str) -> None:
     inputs = [random(rows, CHANNELS, 5, 7, layout=layout, device=device) for rows in ROWS]
-    usual = concat_generated(inputs, activation="tanh", normalize="none")
+    expected_gradient = concat_generated(inputs, activation="tanh", normalize="none")
     plain = concat_generated(inputs, activation="tanh", normalize="none", memory_format=torch.contiguous_format)
-    assert usual.is_contiguous(memory_format=torch.channels_last)
+    assert expected_gradient.is_contiguous(memory_format=torch.channels_last)
     assert plain.is_contiguous()
-    assert torch.equal(usual, plain)
+    assert torch.equal(expected_gradient, plain)
 
 
-@pytest.mark.parametrize("wanted", [None, torch.float64, torch.bfloat16], ids=str)
-def test_the_dtype_is_that_of_the_first_generator_unless_asked_otherwise(wanted: torch.dtype | None) -> None:
+@pytest.mark.parametrize("out_dtype", [None, torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_is_that_of_the_first_input(out_dtype: torch.dtype | None) -> None:
     inputs = [torch.ones(2, 1, 2, 2, dtype=torch.bfloat16), torch.ones(2, 1, 2, 2)]
-    result = concat_generated(inputs, activation="none", normalize="none", out_dtype=wanted)
-    assert result.dtype == (wanted or torch.bfloat16)
+    result = concat_generated(inputs, activation="none", normalize="none", out_dtype=out_dtype)
+    assert result.dtype == (out_dtype or torch.bfloat16)
 
 
-def test_a_float64_batch_of_large_float32_inputs_is_served() -> None:
+def test_a_float64_batch_of_large_float32_inputs_is_supported() -> None:
     raw = random(8, 3, 32, 32).detach()
     result = concat_generated([raw], activation="none", normalize="none", out_dtype=torch.float64)
     assert torch.equal(result, raw.double())
 
 
 @pytest.mark.parametrize("normalize", ["none", "dataset"])
-def test_the_batch_shares_no_memory_with_a_lone_generators_output(backend: Backend, device: torch.device, normalize: str) -> None:
+def test_the_batch_does_not_alias_a_single_input(backend: Backend, device: torch.device, normalize: str) -> None:
     raw = torch.zeros(2, 3, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
     concat_generated([raw], activation="none", **settings(normalize, 1, 3, device)).fill_(1.0)
     assert not raw.any()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_is_not_finite_or_saturates_goes_where_it_goes_in_plain_pytorch(
+def test_nonfinite_and_saturated_values_propagate_as_in_plain_pytorch(
     backend: Backend, device: torch.device, activation: Activation
 ) -> None:
     values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 90.0, -90.0, 1e30, -1e30, 20.0, 1e-30, 1.0]).view(1, 1, 3, 4)
@@ -308,12 +310,12 @@ def test_what_is_not_finite_or_saturates_goes_where_it_goes_in_plain_pytorch(
     result = concat_generated([raw], activation=activation, normalize="dataset", mean=MEAN[:1].to(device), std=STD[:1].to(device))
     expected = (oracle([twin], activation, {"normalize": "none"}, []) - 0.5) / 0.5
     torch.testing.assert_close(result, expected, equal_nan=True)
-    (gradient,), (usual,) = torch.autograd.grad(result.sum(), raw), torch.autograd.grad(expected.sum(), twin)
-    torch.testing.assert_close(gradient, usual, equal_nan=True, rtol=1e-5, atol=1e-7)
+    (gradient,), (expected_gradient,) = torch.autograd.grad(result.sum(), raw), torch.autograd.grad(expected.sum(), twin)
+    torch.testing.assert_close(gradient, expected_gradient, equal_nan=True, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_what_is_not_finite_spoils_its_generators_channel_in_training_as_batch_norm_does(
+def test_nonfinite_values_propagate_within_a_channel_in_training_as_in_batch_norm(
     backend: Backend, device: torch.device, value: float
 ) -> None:
     inputs = [random(rows, CHANNELS, 5, 7, device=device).detach() for rows in (3, 2)]
@@ -325,7 +327,7 @@ def test_what_is_not_finite_spoils_its_generators_channel_in_training_as_batch_n
     torch.testing.assert_close(result, expected, equal_nan=True)
 
 
-def test_running_statistics_of_other_dtypes_are_moved(fused: Backend, device: torch.device) -> None:
+def test_running_statistics_of_other_dtypes_are_updated(fused: Backend, device: torch.device) -> None:
     raw = random(5, CHANNELS, 5, 7, device=device).detach()
     for dtype in (torch.float64, torch.bfloat16):
         mean, variance = torch.zeros(CHANNELS, dtype=dtype, device=device), torch.ones(CHANNELS, dtype=dtype, device=device)
@@ -346,7 +348,7 @@ def test_the_reference_has_first_and_second_derivatives(activation: Activation, 
             arguments[name] = arguments[name].double()
 
     def function(*raws: Tensor) -> Tensor:
-        if normalize == "training":  # a second pass must not see the statistics that the first one moved
+        if normalize == "training":  # a second pass must not see the statistics that the first one running
             arguments["running_means"] = [statistics.clone() for statistics in arguments["running_means"]]
             arguments["running_vars"] = [statistics.clone() for statistics in arguments["running_vars"]]
         return concat_generated(raws, activation=activation, **arguments)
@@ -356,7 +358,7 @@ def test_the_reference_has_first_and_second_derivatives(activation: Activation, 
 
 
 @pytest.mark.parametrize("normalize", ["none", "training"])
-def test_a_second_derivative_of_a_kernel_is_refused(fused: Backend, device: torch.device, normalize: str) -> None:
+def test_double_backward_through_a_kernel_raises(fused: Backend, device: torch.device, normalize: str) -> None:
     raw = random(4, CHANNELS, 5, 7, device=device)
     result = concat_generated([raw], activation="tanh", **settings(normalize, 1, CHANNELS, device))
     (gradient,) = torch.autograd.grad(result.square().sum(), raw, create_graph=True)
@@ -365,7 +367,7 @@ def test_a_second_derivative_of_a_kernel_is_refused(fused: Backend, device: torc
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
+def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
     inputs = [random(rows, CHANNELS, 65, 63, layout=layout, device=device) for rows in ROWS]
     results = []
     for threads in (1, 2, 2):
@@ -373,8 +375,8 @@ def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(fused: Back
         torch.manual_seed(1)
         arguments = settings("training", 3, CHANNELS, device)
         result = concat_generated(inputs, activation="tanh", **arguments)
-        cotangent = torch.randn(result.shape).to(result)
-        gradients = torch.autograd.grad(result, inputs, cotangent)
+        upstream = torch.randn(result.shape).to(result)
+        gradients = torch.autograd.grad(result, inputs, upstream)
         results.append([result, *gradients, *arguments["running_means"], *arguments["running_vars"]])
     for again in results[1:]:
         assert all(map(torch.equal, results[0], again))
@@ -396,27 +398,27 @@ BATCH = {"normalize": "batch", "running_means": [MEAN], "running_vars": [STD], "
         ({"raws": [RAW[0]]}, r"raws\[0\] is \(3, 4, 4\), not \(B, C, H, W\)"),
         ({"activation": "relu"}, "activation must be .* not 'relu'"),
         ({"normalize": "layer"}, "normalize must be .* not 'layer'"),
-        ({"mean": MEAN}, "mean goes with normalize='dataset', and normalize is 'none'"),
-        ({"std": STD}, "std goes with normalize='dataset'"),
-        ({**DATASET, "mean": None}, "mean goes with"),
-        ({**DATASET, "std": None}, "std goes with"),
+        ({"mean": MEAN}, "mean must be given if and only if normalize is 'dataset', and normalize is 'none'"),
+        ({"std": STD}, "std must be given if and only if normalize is 'dataset'"),
+        ({**DATASET, "mean": None}, "mean must be given"),
+        ({**DATASET, "std": None}, "std must be given"),
         ({**DATASET, "mean": MEAN[:1]}, r"mean must be \(3,\), not \(1,\)"),
         ({**DATASET, "std": STD[:, None]}, r"std must be \(3,\), not \(3, 1\)"),
-        ({"running_means": [MEAN]}, "running_means goes with normalize='batch'"),
-        ({"training": [True]}, "training goes with normalize='batch'"),
-        ({**BATCH, "running_vars": None}, "running_vars goes with"),
-        ({**BATCH, "training": None}, "training goes with"),
+        ({"running_means": [MEAN]}, "running_means must be given if and only if normalize is 'batch'"),
+        ({"training": [True]}, "training must be given if and only if normalize is 'batch'"),
+        ({**BATCH, "running_vars": None}, "running_vars must be given"),
+        ({**BATCH, "training": None}, "training must be given"),
         ({**BATCH, "raws": [RAW, RAW]}, "running_means has 1 entries for 2 generators"),
         ({**BATCH, "training": [True, True]}, "training has 2 entries for 1 generators"),
-        ({**BATCH, "raws": [RAW[:1, :, :1, :1]]}, "batch statistics need more than one value a channel"),
-        ({**BATCH, "raws": [RAW[:0]]}, "batch statistics need more than one value a channel"),
+        ({**BATCH, "raws": [RAW[:1, :, :1, :1]]}, "batch statistics need more than one value per channel"),
+        ({**BATCH, "raws": [RAW[:0]]}, "batch statistics need more than one value per channel"),
         ({"out": torch.empty(3, CHANNELS, 4, 4)}, r"out must be \(2, 3, 4, 4\), not \(3, 3, 4, 4\)"),
         ({"out": torch.empty(RAW.shape, device="meta")}, "out is on meta, the inputs on cpu"),
         ({"out": torch.empty(RAW.shape), "out_dtype": torch.bfloat16}, "out_dtype is torch.bfloat16, but out is torch.float32"),
-        ({"out": torch.empty(RAW.shape), "raws": [RAW.clone().requires_grad_()]}, "out cannot be given where a gradient is recorded"),
+        ({"out": torch.empty(RAW.shape), "raws": [RAW.clone().requires_grad_()]}, "out is not supported with autograd"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(changed: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_named(changed: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"raws": [RAW], "activation": "tanh", "normalize": "none", **changed}
     with pytest.raises(ValueError, match=message):
         concat_generated(arguments.pop("raws"), **arguments)

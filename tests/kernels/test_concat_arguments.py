@@ -1,4 +1,4 @@
-"""What ``concat_generated`` does of outputs, dtypes and constants that are not the usual ones: right, or an error that names them."""
+"""``concat_generated`` with unusual outputs, dtypes and constants: correct, or an error that names them."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ def batch(**changed: Any) -> Tensor:
     return concat_generated(arguments.pop("raws", [torch.randn(4, 3, 6, 8)]), **arguments)
 
 
-def refused(message: str, **changed: Any) -> None:
-    """By every backend that a CPU has: the checks come before the choice."""
+def assert_rejected(message: str, **changed: Any) -> None:
+    """Assert an error in every CPU backend."""
     backends: tuple[Backend | None, ...] = ("reference", "numba", None)
     for backend in backends:
         with use_backend(backend), pytest.raises(ValueError, match=message):
@@ -25,15 +25,15 @@ def refused(message: str, **changed: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
-def test_images_are_of_a_floating_dtype(dtype: torch.dtype) -> None:
-    refused(f"out_dtype must be a floating dtype, not {dtype}", out_dtype=dtype)
-    refused(f"out must be of a floating dtype, not {dtype}", out=torch.zeros(4, 3, 6, 8, dtype=dtype))
+def test_dtypes_must_be_floating_point(dtype: torch.dtype) -> None:
+    assert_rejected(f"out_dtype must be a floating-point dtype, not {dtype}", out_dtype=dtype)
+    assert_rejected(f"out must have a floating-point dtype, not {dtype}", out=torch.zeros(4, 3, 6, 8, dtype=dtype))
     raws = [torch.zeros(4, 3, 6, 8), torch.zeros(4, 3, 6, 8, dtype=dtype)]
-    refused(rf"raws\[1\] must be of a floating dtype, not {dtype}", raws=raws)
+    assert_rejected(rf"raws\[1\] must have a floating-point dtype, not {dtype}", raws=raws)
 
 
 @pytest.mark.parametrize("rows", [4, 200])
-def test_float64_is_the_reference_backends_forwards_and_backwards(rows: int) -> None:
+def test_float64_uses_the_reference_in_both_passes(rows: int) -> None:
     raw = torch.randn(rows, 3, 16, 16, requires_grad=True)
     result = batch(raws=[raw], out_dtype=torch.float64)
     assert result.dtype == torch.float64
@@ -46,22 +46,22 @@ def test_float64_is_the_reference_backends_forwards_and_backwards(rows: int) -> 
     [torch.zeros(1, 3, 6, 8).expand(4, 3, 6, 8), torch.zeros(999).as_strided((4, 3, 6, 8), (100, 48, 8, 1))],
     ids=["expanded", "overlapping images"],
 )
-def test_a_batch_with_two_elements_at_an_address_is_refused(out: Tensor) -> None:
-    refused("out must have an address for every element, not the strides", out=out)
+def test_out_that_overlaps_itself_raises(out: Tensor) -> None:
+    assert_rejected("out must not overlap itself: strides", out=out)
     assert not out.any()
 
 
 @pytest.mark.parametrize("activation", ["tanh", "none"])
 @pytest.mark.parametrize(("first", "named"), [(2, 0), (0, 0), (5, 0), (8, 1)])
-def test_a_batch_over_its_inputs_is_refused(first: int, named: int, activation: str) -> None:
+def test_out_that_overlaps_an_input_raises(first: int, named: int, activation: str) -> None:
     memory = torch.randn(20, 3, 6, 8)
     before = memory.clone()
     raws = [memory[first : first + 4], memory[4:8]] if named == 0 else [torch.randn(4, 3, 6, 8), memory[7:11]]
-    refused(rf"out shares memory with raws\[{named}\]", raws=raws, out=memory[:8], activation=activation)
+    assert_rejected(rf"out shares memory with raws\[{named}\]", raws=raws, out=memory[:8], activation=activation)
     assert torch.equal(memory, before)
 
 
-def test_a_batch_beside_and_between_its_inputs_is_written(backend: Backend, device: torch.device) -> None:
+def test_out_may_be_adjacent_to_or_interleaved_with_inputs(backend: Backend, device: torch.device) -> None:
     memory = torch.randn(8, 3, 6, 16, device=device)
     for raw, out in ((memory[..., ::2], memory[..., 1::2]), (memory[4:], memory[:4])):
         expected = raw.tanh()
@@ -69,20 +69,22 @@ def test_a_batch_beside_and_between_its_inputs_is_written(backend: Backend, devi
         torch.testing.assert_close(out, expected)
 
 
-def test_a_batch_that_requires_grad_is_written_without_a_graph_only() -> None:
+def test_out_that_requires_grad_is_written_under_no_grad_only() -> None:
     for out in (torch.zeros(4, 3, 6, 8, requires_grad=True), torch.zeros(4, 3, 6, 8, requires_grad=True) * 1):
-        refused("out cannot be given where a gradient is recorded: call under torch.no_grad", out=out)
+        assert_rejected("out is not supported with autograd: call under torch.no_grad", out=out)
         raw = torch.randn(4, 3, 6, 8)
         with torch.no_grad():
             torch.testing.assert_close(batch(raws=[raw], out=out), raw.tanh())
 
 
-def test_one_tensor_is_not_a_sequence() -> None:
-    refused(r"raws must be a sequence of tensors \(B, C, H, W\), not one Tensor", raws=torch.zeros(4, 3, 6, 8))
+def test_a_single_tensor_instead_of_a_sequence_raises() -> None:
+    assert_rejected(r"raws must be a sequence of tensors \(B, C, H, W\), not one Tensor", raws=torch.zeros(4, 3, 6, 8))
 
 
-def test_only_two_memory_formats_are_made() -> None:
-    refused("memory_format must be torch.channels_last or torch.contiguous_format, not torch.preserve", memory_format=torch.preserve_format)
+def test_other_memory_formats_raise() -> None:
+    assert_rejected(
+        "memory_format must be torch.channels_last or torch.contiguous_format, not torch.preserve", memory_format=torch.preserve_format
+    )
 
 
 def running(training: bool, **changed: Any) -> dict[str, Any]:
@@ -91,34 +93,36 @@ def running(training: bool, **changed: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["running_means", "running_vars"])
-def test_running_statistics_that_do_not_fit_are_named(name: str, training: bool) -> None:
+def test_invalid_running_statistics_are_named(name: str, training: bool) -> None:
     for wrong in (torch.ones(1), torch.ones(4), torch.ones(3, 1), torch.tensor(1.0)):
         shape = str(tuple(wrong.shape)).replace("(", r"\(").replace(")", r"\)")
-        refused(rf"{name}\[0\] must be \(3,\), not {shape}", **running(training, **{name: [wrong]}))
-    refused(rf"{name}\[0\] is on meta, the inputs on cpu", **running(training, **{name: [torch.ones(3, device="meta")]}))
-    refused(rf"{name}\[0\] must be of a floating dtype, not torch.int64", **running(training, **{name: [torch.ones(3).long()]}))
-    refused(rf"{name}\[0\] must be real, not torch.complex64", **running(training, **{name: [torch.ones(3) * 1j]}))
-    refused(rf"{name}\[0\] requires grad", **running(training, **{name: [torch.ones(3, requires_grad=True)]}))
+        assert_rejected(rf"{name}\[0\] must be \(3,\), not {shape}", **running(training, **{name: [wrong]}))
+    assert_rejected(rf"{name}\[0\] is on meta, the inputs on cpu", **running(training, **{name: [torch.ones(3, device="meta")]}))
+    assert_rejected(
+        rf"{name}\[0\] must have a floating-point dtype, not torch.int64", **running(training, **{name: [torch.ones(3).long()]})
+    )
+    assert_rejected(rf"{name}\[0\] must be real, not torch.complex64", **running(training, **{name: [torch.ones(3) * 1j]}))
+    assert_rejected(rf"{name}\[0\] requires grad", **running(training, **{name: [torch.ones(3, requires_grad=True)]}))
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
-def test_constants_that_do_not_fit_are_named(name: str) -> None:
+def test_invalid_constants_are_named(name: str) -> None:
     dataset = {"normalize": "dataset", "mean": MEAN, "std": STD}
-    refused(f"{name} is on meta, the inputs on cpu", **{**dataset, name: MEAN.to("meta")})
-    refused(f"{name} must be real, not torch.complex64", **{**dataset, name: MEAN * 1j})
-    refused(
-        f"{name} requires grad, but the batch is differentiable with respect to raws only: give {name}.detach",
+    assert_rejected(f"{name} is on meta, the inputs on cpu", **{**dataset, name: MEAN.to("meta")})
+    assert_rejected(f"{name} must be real, not torch.complex64", **{**dataset, name: MEAN * 1j})
+    assert_rejected(
+        f"{name} requires grad, but the batch is differentiable with respect to raws only: pass {name}.detach",
         **{**dataset, name: (MEAN + 1).requires_grad_()},
     )
 
 
-def test_a_momentum_that_is_no_number_is_named() -> None:
-    refused("momentum must be a number, not None", **running(True, momentum=None))
+def test_an_invalid_momentum_is_named() -> None:
+    assert_rejected("momentum must be a number, not None", **running(True, momentum=None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("raw_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_reference_too_moves_running_statistics_of_other_dtypes(dtype: torch.dtype, raw_dtype: torch.dtype) -> None:
+def test_the_reference_updates_running_statistics_of_other_dtypes(dtype: torch.dtype, raw_dtype: torch.dtype) -> None:
     raw, mean, variance = torch.randn(5, 3, 4, 4).to(raw_dtype), torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
     for training in (True, False):
         arguments = running(training, running_means=[mean], running_vars=[variance])
@@ -132,7 +136,7 @@ def test_the_reference_too_moves_running_statistics_of_other_dtypes(dtype: torch
             torch.testing.assert_close(result.double(), expected, rtol=2e-2, atol=2e-2)
 
 
-def test_the_negative_of_what_is_stored_is_read_as_such(backend: Backend, device: torch.device) -> None:
+def test_the_negative_bit_is_resolved(backend: Backend, device: torch.device) -> None:
     values = torch.randn(4, 3, 6, 8, device=device)
     for raw in (torch._neg_view(values), torch.complex(values, values).conj().imag):
         raw = raw.detach().requires_grad_()
@@ -143,14 +147,14 @@ def test_the_negative_of_what_is_stored_is_read_as_such(backend: Backend, device
         torch.testing.assert_close(gradient, -values * (1 - values.tanh().square()) / STD.to(device)[:, None, None])
 
 
-def test_a_second_derivative_of_a_kernel_is_refused_where_it_would_lack_a_term(fused: Backend, device: torch.device) -> None:
+def test_double_backward_that_would_lack_a_term_raises(fused: Backend, device: torch.device) -> None:
     raw = torch.randn(4, 3, 6, 8, device=device, requires_grad=True)
     (gradient,) = torch.autograd.grad(batch(raws=[raw]).sum(), raw, create_graph=True)
     with pytest.raises(RuntimeError, match="concat_generated: its kernels have no second derivative"):
         torch.autograd.grad((gradient + raw).sum(), raw)
 
 
-def test_a_placement_alone_may_stand_in_a_second_derivative(fused: Backend, device: torch.device) -> None:
+def test_double_backward_through_a_linear_concatenation_is_supported(fused: Backend, device: torch.device) -> None:
     raw = torch.randn(4, 3, 6, 8, device=device, requires_grad=True)
     result = batch(raws=[raw * raw], activation="none", normalize="dataset", mean=MEAN.to(device), std=STD.to(device))
     (gradient,) = torch.autograd.grad(result.sum(), raw, create_graph=True)

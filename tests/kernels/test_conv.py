@@ -1,4 +1,4 @@
-"""Convolutions by products of matrices, and the sum that every algorithm here is held to."""
+"""im2col and col2im convolutions, and the direct convolution that all algorithms are compared with."""
 
 import itertools
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def case(kernel: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[T
 
 
 @pytest.mark.parametrize(("kernel", "geometry"), list(itertools.product(KERNELS, GEOMETRIES)), ids=str)
-def test_the_reference_is_pytorchs_convolution_and_its_gradients(kernel: tuple[int, int], geometry: Geometry) -> None:
+def test_reference_matches_pytorch_in_values_and_gradients(kernel: tuple[int, int], geometry: Geometry) -> None:
     x, weight = case(kernel)
     expected = F.conv2d(x, weight, None, *geometry)
     torch.testing.assert_close(reference.conv2d(x, weight, *geometry), expected)
@@ -41,7 +41,9 @@ def test_the_reference_is_pytorchs_convolution_and_its_gradients(kernel: tuple[i
 
 @pytest.mark.parametrize(("kernel", "geometry"), list(itertools.product(KERNELS, GEOMETRIES)), ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_im2col_is_the_reference_in_values_and_gradients(kernel: tuple[int, int], geometry: Geometry, layout: torch.memory_format) -> None:
+def test_im2col_matches_the_reference_in_values_and_gradients(
+    kernel: tuple[int, int], geometry: Geometry, layout: torch.memory_format
+) -> None:
     x, weight = (tensor.detach().contiguous(memory_format=layout).requires_grad_() for tensor in case(kernel))
     output = im2col_conv2d(x, weight, *geometry)
     gradient = torch.randn_like(output)
@@ -52,7 +54,7 @@ def test_im2col_is_the_reference_in_values_and_gradients(kernel: tuple[int, int]
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("padding", [(0, 0), (1, 0), (0, 2), (3, 2)], ids=str)
-def test_col2im_is_the_reference_in_values_and_gradients(kernel: tuple[int, int], padding: tuple[int, int]) -> None:
+def test_col2im_matches_the_reference_in_values_and_gradients(kernel: tuple[int, int], padding: tuple[int, int]) -> None:
     x, weight = case(kernel)
     if any(pad >= size for pad, size in zip(padding, kernel, strict=True)):
         with pytest.raises(ValueError, match=r"padding must be less than the kernel's \(\d, \d\), not \(\d, \d\)"):
@@ -65,7 +67,7 @@ def test_col2im_is_the_reference_in_values_and_gradients(kernel: tuple[int, int]
     torch.testing.assert_close(torch.autograd.grad(output, (x, weight), gradient), expected)
 
 
-def test_winograds_is_the_reference_within_float32() -> None:
+def test_winograd_matches_the_reference_within_float32_precision() -> None:
     x, weight = (tensor.detach().requires_grad_() for tensor in case((3, 3), torch.float32))
     output = winograd_conv2d(x, weight, padding=(2, 1))
     gradient = torch.randn_like(output)
@@ -82,12 +84,10 @@ def test_winograds_is_the_reference_within_float32() -> None:
     [
         ((5, 9, 7), (4, 5, 3, 3), r"x must be \(N, C_in, H, W\) and weight \(C_out, C_in, kh, kw\), not \(5, 9, 7\) and \(4, 5, 3, 3\)"),
         ((1, 5, 9, 7), (4, 3, 3, 3), r"not \(1, 5, 9, 7\) and \(4, 3, 3, 3\)"),
-        ((1, 5, 2, 7), (4, 5, 3, 3), r"no output is left of \(2, 7\) with kernel \(3, 3\) and padding \(0, 0\)"),
+        ((1, 5, 2, 7), (4, 5, 3, 3), r"the output is empty: input \(2, 7\), kernel \(3, 3\), padding \(0, 0\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_one_line(
-    conv2d: Callable[..., Tensor], x: tuple[int, ...], weight: tuple[int, ...], message: str
-) -> None:
+def test_invalid_shapes_raise_one_line(conv2d: Callable[..., Tensor], x: tuple[int, ...], weight: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         conv2d(torch.zeros(x), torch.zeros(weight))
 
@@ -101,19 +101,19 @@ def test_shapes_that_do_not_fit_are_one_line(
         ({"padding": "same"}, r"padding must be two integers of at least 0, not 'same'"),
     ],
 )
-def test_a_geometry_outside_its_range_is_one_line(geometry: dict[str, Any], message: str) -> None:
+def test_an_invalid_stride_padding_or_dilation_raises_one_line(geometry: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         im2col_conv2d(*case((3, 3)), **geometry)
 
 
 @pytest.mark.parametrize("conv2d", [im2col_conv2d, col2im_conv2d])
-def test_transforms_of_torch_func_are_the_convolutions(conv2d: Callable[..., Tensor]) -> None:
+def test_vmap_uses_pytorchs_convolution(conv2d: Callable[..., Tensor]) -> None:
     x, weight = case((3, 3))
     mapped = torch.func.vmap(lambda image: conv2d(image[None], weight)[0])(x)
     torch.testing.assert_close(mapped, F.conv2d(x, weight))
 
 
-def test_a_weight_of_another_dtype_is_one_line() -> None:
+def test_a_weight_of_another_dtype_raises_one_line() -> None:
     x, weight = case((3, 3))
-    with pytest.raises(ValueError, match=r"weight must be of x's dtype torch\.float64, not torch\.float32"):
+    with pytest.raises(ValueError, match=r"weight must have the dtype of x, torch\.float64, not torch\.float32"):
         col2im_conv2d(x, weight.float())

@@ -1,6 +1,6 @@
-"""The CUDA extension, on machines without a GPU: it compiles, it loads, and it registers what the other backends do.
+"""The CUDA extension on machines without a GPU: it compiles, loads, and registers the same operators as the other backends.
 
-What its kernels compute is tested with the other backends' in this folder, where there is a GPU.
+Its results are tested together with those of the other backends, on a GPU.
 """
 
 import json
@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from dfkd_fast.kernels import build
-from dfkd_fast.kernels.dispatch import why_not
+from dfkd_fast.kernels.dispatch import unavailable_reason
 from dfkd_fast.kernels.operators import SCHEMAS
 
 KERNELS = Path(build.__file__).resolve().parent
 HOPPER = ("-gencode=arch=compute_90,code=sm_90",)
 OTHER_PYTHON = os.environ.get("DFKD_FAST_OTHER_PYTHON")
 needs_other_python = pytest.mark.skipif(not OTHER_PYTHON, reason="DFKD_FAST_OTHER_PYTHON names no interpreter with another PyTorch")
-REASON = build.why_not_buildable()
+REASON = build.unbuildable_reason()
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the extension cannot be built here: {REASON}")
 
@@ -37,11 +37,11 @@ def python(code: str, cwd: Path, interpreter: str = sys.executable, **environmen
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of kernels/ with the extension in it; to compile it without a warning is what every test here begins with."""
-    place = tmp_path_factory.mktemp("extension")
-    shutil.copytree(KERNELS, place / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    build.compile_extension(place / "kernels" / "dfkd_fast_cuda.so", architectures=HOPPER)
-    return place
+    """A copy of kernels/ with the compiled extension; compilation must not give warnings."""
+    folder_copy = tmp_path_factory.mktemp("extension")
+    shutil.copytree(KERNELS, folder_copy / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    build.compile_extension(folder_copy / "kernels" / "dfkd_fast_cuda.so", architectures=HOPPER)
+    return folder_copy
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def binary(folder: Path) -> Path:
     return folder / "kernels" / "dfkd_fast_cuda.so"
 
 
-def test_it_loads_without_a_gpu_and_has_the_other_backends_schemas(folder: Path) -> None:
+def test_extension_loads_without_a_gpu_and_has_the_schemas_of_the_other_backends(folder: Path) -> None:
     code = """
 import json, torch, kernels
 from kernels.operators import SCHEMAS
-assert kernels.extension.why_not_loaded() is None, kernels.extension.why_not_loaded()
+assert kernels.extension.load_error() is None, kernels.extension.load_error()
 print(json.dumps({name: str(getattr(torch.ops.dfkd_fast, name).cuda._schema) for name in SCHEMAS}))
 """
     registered = json.loads(python(code, folder))
@@ -62,7 +62,7 @@ print(json.dumps({name: str(getattr(torch.ops.dfkd_fast, name).cuda._schema) for
         assert torch._C.parse_schema(registered[name]) == torch._C.parse_schema(f"dfkd_fast::{name}.cuda{schema}"), name
 
 
-def test_its_operators_have_fakes_which_give_what_shape_inference_needs(folder: Path) -> None:
+def test_operators_have_fake_implementations(folder: Path) -> None:
     code = """
 import torch, kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,19 +80,19 @@ with FakeTensorMode():
     python(code, folder)
 
 
-def test_it_depends_on_torch_alone_and_is_no_python_module(binary: Path) -> None:
+def test_binary_depends_on_torch_only_and_not_on_python(binary: Path) -> None:
     def read(*command: str) -> str:
         return subprocess.run([*command, str(binary)], capture_output=True, text=True, check=True).stdout
 
     needed = {line.split("[")[1].rstrip("]") for line in read("readelf", "-d").splitlines() if "(NEEDED)" in line}
-    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= needed  # without the second its symbols are not found
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= needed  # required for symbol resolution
     assert not any(name.startswith(("libtorch_python", "libpython", "libc10", "libcudart")) for name in needed)
     symbols = {line.split()[-1] for line in read("nm", "-D").splitlines()}
     assert not any(symbol.startswith(("PyInit", "Py_", "_ZN3c10", "_ZN2at")) for symbol in symbols)
 
 
 def registered_elsewhere(binary: Path, cwd: Path, interpreter: str) -> str:
-    """Load a binary in a process of its own, compare its schemas, and return the PyTorch that loaded it."""
+    """Load a binary in a separate process, compare its schemas, and return that PyTorch's version."""
     code = f"""
 import json, torch
 torch.ops.load_library({str(binary)!r})
@@ -105,14 +105,14 @@ print(json.dumps([torch.__version__, *(str(getattr(torch.ops.dfkd_fast, name).cu
 
 
 @needs_other_python
-def test_the_same_binary_serves_another_pytorch(binary: Path, tmp_path: Path) -> None:
+def test_the_same_binary_works_with_another_pytorch(binary: Path, tmp_path: Path) -> None:
     assert registered_elsewhere(binary, tmp_path, str(OTHER_PYTHON)) != str(torch.__version__)
 
 
 @needs_other_python
-def test_a_binary_built_against_another_pytorchs_headers_serves_this_one(tmp_path: Path) -> None:
+def test_a_binary_built_with_another_pytorchs_headers_works_with_this_one(tmp_path: Path) -> None:
     binary = tmp_path / "extension.so"
-    # build.py by itself: that environment may lack what kernels/ imports
+    # only build.py: that environment may lack the dependencies of kernels/
     code = f"""
 import sys
 from pathlib import Path
@@ -128,11 +128,11 @@ build.compile_extension(Path({str(binary)!r}), architectures={HOPPER})
     ("source", "cause"),
     [
         ("int broken( { return 0; }", "error"),
-        ("__global__ void kernel() { int forgotten = 1; }", "forgotten"),  # a warning counts
+        ("__global__ void kernel() { int forgotten = 1; }", "forgotten"),  # warnings are errors
         ("#include <torch/none.h>", "torch/none.h"),
     ],
 )
-def test_a_failed_build_says_why_in_its_first_line_and_leaves_the_old_binary(source: str, cause: str, tmp_path: Path) -> None:
+def test_a_failed_build_reports_the_cause_first_and_keeps_the_old_binary(source: str, cause: str, tmp_path: Path) -> None:
     old = tmp_path / "extension.so"
     old.write_text("old")
     (tmp_path / "sources").mkdir()
@@ -147,24 +147,24 @@ def test_a_failed_build_says_why_in_its_first_line_and_leaves_the_old_binary(sou
     assert {path.name for path in tmp_path.iterdir()} == {"extension.so", "sources"}
 
 
-def test_a_build_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_build_that_cannot_start_reports_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DFKD_FAST_BUILD", "0")
     with pytest.raises(build.BuildError, match=r"^DFKD_FAST_BUILD is 0$"):
         build.compile_extension(tmp_path / "extension.so")
 
 
-def test_without_a_cuda_toolkit_or_a_pytorch_for_cuda_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cuda_toolkit_or_cuda_support_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_nvcc", lambda: None)
-    assert "no nvcc" in str(build.why_not_buildable())
+    assert "no nvcc" in str(build.unbuildable_reason())
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "without CUDA" in str(build.why_not_buildable())
+    assert "without CUDA" in str(build.unbuildable_reason())
 
 
 Calls = dict[str, tuple[Any, ...]]
 
 
 def _calls(device: str) -> Calls:
-    """Arguments of every operator: channels-last logits, a sliced teacher, raws of two dtypes, and none at all."""
+    """Arguments for every operator, with several layouts and dtypes."""
     logits = torch.randn(4, 11, 8, 8, device=device).to(memory_format=torch.channels_last)
     teacher = torch.randn(4, 22, 8, 8, device=device)[:, ::2].bfloat16()
     raws = [torch.randn(2, 3, 8, 8, device=device), torch.randn(3, 3, 8, 8, device=device).bfloat16()]
@@ -188,24 +188,24 @@ def _calls(device: str) -> Calls:
 
 @pytest.fixture
 def calls() -> Calls:
-    if reason := why_not("cuda"):
+    if reason := unavailable_reason("cuda"):
         pytest.skip(reason)
     return _calls("cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_what_an_operator_does_is_what_its_schema_and_its_fake_say(name: str, calls: Calls) -> None:
+def test_operators_pass_opcheck(name: str, calls: Calls) -> None:
     operator = getattr(torch.ops.dfkd_fast, name).cuda
     torch.library.opcheck(operator, calls[name], test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_an_operator_captured_in_a_graph_reads_its_inputs_anew(name: str, calls: Calls) -> None:
+def test_operators_captured_in_a_cuda_graph_read_new_inputs(name: str, calls: Calls) -> None:
     def results() -> list[torch.Tensor]:
         returned = operator(*arguments)
-        if returned is None:  # it wrote into its first argument
+        if returned is None:  # it writes to its first argument
             return arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
         return [returned] if isinstance(returned, torch.Tensor) else list(returned)
 
@@ -223,5 +223,5 @@ def test_an_operator_captured_in_a_graph_reads_its_inputs_anew(name: str, calls:
     replayed = [tensor.clone() for tensor in captured]
     for tensor, value in zip(inputs, before, strict=True):
         tensor.copy_(value)
-    for got, wanted in zip(replayed, results(), strict=True):
-        assert torch.equal(got, wanted)
+    for actual, expected in zip(replayed, results(), strict=True):
+        assert torch.equal(actual, expected)

@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for a CPU: they pass their tests there, and faults of the kind that they could have are found."""
+"""The CUDA kernels compiled for a CPU: they pass their tests, and typical faults are detected."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from tests.kernels.cuda_on_cpu import build
 from tests.kernels.on_cpu import SHARED, run_on_cpu
 
 ORDERS = ["forward", "reverse", "random"]
-REASON = build.why_not()
+REASON = build.unavailable_reason()
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"kernels cannot be compiled for a CPU here: {REASON}")
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"kernels cannot be c
 @pytest.mark.parametrize("files", SHARED.values(), ids=SHARED)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sanitized", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-def test_kernels_pass_their_tests_in_any_order_of_threads(sanitized: bool, order: str, files: tuple[str, ...]) -> None:
+def test_kernels_pass_their_tests_in_any_thread_order(sanitized: bool, order: str, files: tuple[str, ...]) -> None:
     library = build.compile_kernels(sanitized=sanitized)
     environment = {"DFKD_FAST_EXTENSION": str(library), **build.environment(order, sanitized=sanitized)}
     run_on_cpu("cuda", files, environment)
 
 
 def run_planted(fault: str, order: str = "forward", *, sanitized: bool = False) -> subprocess.CompletedProcess[str]:
-    """The kernel of planted.cu, which prints what it has written."""
+    """Run the kernel of planted.cu, which prints its output."""
     library = build.compile_library([build.HERE / "planted.cu"], sanitized=sanitized)
     code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).run(sys.argv[2].encode())"
     variables = os.environ | build.environment(order, sanitized=sanitized)
@@ -45,18 +45,18 @@ RIGHT = [str(number) for number in (*range(63, -1, -1), *range(127, 63, -1))]
 
 @pytest.mark.parametrize("sanitized", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_kernel_without_a_fault_is_right_in_every_order(order: str, sanitized: bool) -> None:
+def test_a_correct_kernel_is_correct_in_every_thread_order(order: str, sanitized: bool) -> None:
     assert written("none", order, sanitized=sanitized) == RIGHT
 
 
 @pytest.mark.parametrize("fault", ["no barrier before reading", "no barrier before writing"])
-def test_a_missing_barrier_shows_in_every_order(fault: str) -> None:
+def test_a_missing_barrier_is_detected_in_every_thread_order(fault: str) -> None:
     results = [written(fault, order) for order in ORDERS]
     assert all(result != RIGHT for result in results)
     assert results[0] != results[1]
 
 
-def test_a_block_finds_nothing_of_the_last_one_in_its_memory() -> None:
+def test_shared_memory_is_poisoned_between_blocks() -> None:
     numbers = written("memory of another block", "forward")
     assert numbers[:64] == RIGHT[:64]
     assert all("nan" in number for number in numbers[64:])
@@ -71,13 +71,13 @@ def test_a_block_finds_nothing_of_the_last_one_in_its_memory() -> None:
         ("out of bounds in shared memory", "out of bounds for type 'float \\[64\\]'"),
     ],
 )
-def test_a_fault_ends_the_process_and_is_named(fault: str, message: str) -> None:
+def test_a_fault_aborts_the_process_with_a_message(fault: str, message: str) -> None:
     run = run_planted(fault)
     assert run.returncode != 0
     assert re.search(message, run.stderr)
 
 
-def test_an_access_beyond_a_tensor_is_found_by_the_address_sanitizer() -> None:
+def test_an_out_of_bounds_access_is_detected_by_the_address_sanitizer() -> None:
     run = run_planted("out of bounds", sanitized=True)
     assert run.returncode != 0
     assert "heap-buffer-overflow" in run.stderr

@@ -1,4 +1,4 @@
-"""Values, gradients and the agreement: those of float64, whatever the logits' shapes, layouts and dtypes."""
+"""Loss, gradients and agreement compared with float64, for all shapes, layouts and dtypes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dfkd_fast.kernels import Backend, l1_discrepancy
 from dfkd_fast.kernels.discrepancy import Reduction
-from tests.kernels.discrepancies import KINDS, PAIRS_OF_DTYPES, REDUCTIONS, call, compare, counted
-from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, discrepancy, laid_out, layouts, random
+from tests.kernels.discrepancies import KINDS, PAIRS_OF_DTYPES, REDUCTIONS, call, call_with_agreement, compare
+from tests.kernels.oracles import INF, LAYOUTS, NAN, PROPERTY, discrepancy, layouts, random, with_layout
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -24,7 +24,7 @@ SHAPES = [
     *[(1, 1), (3, 1), (4, 2), (3, 100), (2, 365), (4, 1000)],
     *[(1, 1, 1, 1), (2, 1, 3, 5), (3, 11, 5, 2), (1, 365, 1, 3), (2, 1001, 1, 1)],
     *[(40, 1001), (700, 10)],  # several blocks and tiles, the last one incomplete
-    # A thread of a CUDA kernel holds 1, 8, 16 or 32 classes of a row, or reads them again.
+    # A CUDA thread holds 1, 8, 16 or 32 classes of a row in registers, or streams them.
     *[pytest.param(shape, marks=pytest.mark.sanitize) for shape in ((5, 10), (3, 1001), (2, 11, 33, 31), (2, 21, 5, 3), (2, 100, 3, 1))],
 ]
 PAIRS_OF_LAYOUTS = [
@@ -40,9 +40,7 @@ PAIRS_OF_LAYOUTS = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_value_gradients_and_agreement_are_those_of_float64(
-    backend: Backend, device: torch.device, kind: str, shape: tuple[int, ...]
-) -> None:
+def test_loss_gradients_and_agreement_match_float64(backend: Backend, device: torch.device, kind: str, shape: tuple[int, ...]) -> None:
     student, teacher = (random(*shape, device=device) for _ in range(2))
     compare(kind, student, teacher, temperature=1.7, reduction=REDUCTIONS[sum(shape) % 3])
 
@@ -50,7 +48,7 @@ def test_value_gradients_and_agreement_are_those_of_float64(
 @pytest.mark.parametrize("shape", [(6, 7), (3, 100), (2, 11, 5, 3), (2, 70, 3, 1)], ids=str)
 @pytest.mark.parametrize("layouts", PAIRS_OF_LAYOUTS, ids="-".join)
 @pytest.mark.parametrize("kind", KINDS)
-def test_sides_may_lie_in_memory_as_they_like(
+def test_logits_may_have_any_layout(
     backend: Backend, device: torch.device, kind: str, layouts: tuple[str, str], shape: tuple[int, ...]
 ) -> None:
     student, teacher = (random(*shape, layout=layout, device=device) for layout in layouts)
@@ -61,7 +59,7 @@ def test_sides_may_lie_in_memory_as_they_like(
 @pytest.mark.parametrize("shape", [(9, 100), (2, 10, 7, 3)], ids=str)
 @pytest.mark.parametrize("dtypes", [*PAIRS_OF_DTYPES[:-1], pytest.param(PAIRS_OF_DTYPES[-1], marks=pytest.mark.sanitize)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_is_read_in_float32_on_either_side(
+def test_half_precision_logits_are_computed_in_float32(
     backend: Backend,
     device: torch.device,
     kind: str,
@@ -77,7 +75,7 @@ def test_half_precision_is_read_in_float32_on_either_side(
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0, 1000.0])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_temperature_divides_and_its_square_multiplies_on_request(
+def test_temperature_and_its_square_are_applied(
     backend: Backend, device: torch.device, kind: str, temperature: float, scaled: bool, reduction: Reduction
 ) -> None:
     student, teacher = (random(5, 100, device=device) for _ in range(2))
@@ -87,10 +85,10 @@ def test_temperature_divides_and_its_square_multiplies_on_request(
 @pytest.mark.parametrize("shape", [(20, 10), (4, 1000), (1, 9000), (2, 11, 3, 3)], ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0, 1000.0])
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_values_of_any_temperature_are_as_exact_as_plain_pytorch(
+def test_losses_at_any_temperature_are_as_accurate_as_plain_pytorch(
     backend: Backend, device: torch.device, kind: str, temperature: float, shape: tuple[int, ...]
 ) -> None:
-    """Relative errors as the root mean square over draws: plain PyTorch may be exact by luck in one."""
+    """Root-mean-square relative errors over several draws, because plain PyTorch can be exact by chance in one."""
     errors, usual = [], []
     for _ in range(6):
         student, teacher = (random(*shape, device=device).detach() for _ in range(2))
@@ -103,8 +101,8 @@ def test_values_of_any_temperature_are_as_exact_as_plain_pytorch(
 
 @pytest.mark.parametrize("shape", [(3, 2), (2, 365), (1, 9000), (2, 11, 3, 3)], ids=str)
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_little_divergences_do_not_cancel_in_a_kernel(fused: Backend, device: torch.device, kind: str, shape: tuple[int, ...]) -> None:
-    """They are 1e-7 to 1e-6, and the rounded log-sum-exps that plain PyTorch subtracts are as far from the truth as 1e-7."""
+def test_small_divergences_do_not_cancel(fused: Backend, device: torch.device, kind: str, shape: tuple[int, ...]) -> None:
+    """Divergences of 1e-7 to 1e-6, the size of the rounding errors of the log-sum-exps that plain PyTorch subtracts."""
     teacher = random(*shape, device=device).detach()
     nearby = teacher + 1e-3 * torch.randn(shape).to(device)
     for student, temperature in ((nearby, 1.0), (random(*shape, device=device).detach(), 1000.0)):
@@ -129,7 +127,7 @@ def test_any_shape_and_strides(
 
 
 def first_largest(logits: list[float]) -> int:
-    """The definition, in Python: the first NaN, or else the first maximum."""
+    """The definition of argmax: the first NaN, else the first maximum."""
     nans = [index for index, logit in enumerate(logits) if logit != logit]
     return nans[0] if nans else logits.index(max(logits))
 
@@ -138,7 +136,7 @@ def first_largest(logits: list[float]) -> int:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtypes", PAIRS_OF_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_agreement_counts_equal_first_maxima_with_nan_above_everything(
+def test_agreement_counts_equal_argmaxes_with_nan_as_maximum(
     backend: Backend, device: torch.device, kind: str, dtypes: tuple[torch.dtype, torch.dtype], layout: str, shape: tuple[int, ...]
 ) -> None:
     values = torch.tensor([-INF, -1.0, 0.0, 0.5, 0.5, INF, NAN])
@@ -146,25 +144,25 @@ def test_agreement_counts_equal_first_maxima_with_nan_above_everything(
     sides = []
     for dtype in dtypes:
         drawn = values[chances.multinomial(int(np.prod(shape)), replacement=True)].view(shape)
-        sides.append(laid_out(drawn.to(device, dtype), layout).requires_grad_())
+        sides.append(with_layout(drawn.to(device, dtype), layout).requires_grad_())
     rows = [side.double().movedim(1, -1).flatten(0, -2).tolist() for side in sides]
     expected = sum(first_largest(s) == first_largest(t) for s, t in zip(*rows, strict=True))
-    assert counted(kind, *sides)[1] == expected
+    assert call_with_agreement(kind, *sides)[1] == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(5, 100), (2, 5, 3, 3)], ids=str)
 @pytest.mark.parametrize("agreement", [False, True])
-def test_only_a_side_that_asks_gets_a_gradient_and_the_other_changes_nothing(
+def test_gradients_do_not_depend_on_which_side_requires_grad(
     backend: Backend, device: torch.device, kind: str, shape: tuple[int, ...], agreement: bool
 ) -> None:
     student, teacher = (random(*shape, device=device) for _ in range(2))
-    both_loss, _ = counted(kind, student, teacher, temperature=2.0, agreement=agreement)
+    both_loss, _ = call_with_agreement(kind, student, teacher, temperature=2.0, agreement=agreement)
     both = torch.autograd.grad(both_loss, (student, teacher))
     for index in range(2):
         sides = [side.detach() for side in (student, teacher)]
         sides[index].requires_grad_()
-        loss, _ = counted(kind, *sides, temperature=2.0, agreement=agreement)
+        loss, _ = call_with_agreement(kind, *sides, temperature=2.0, agreement=agreement)
         (gradient,) = torch.autograd.grad(loss, sides[index])
         assert torch.equal(loss, both_loss)
         assert torch.equal(gradient, both[index])
@@ -174,7 +172,7 @@ def test_only_a_side_that_asks_gets_a_gradient_and_the_other_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_that_of_a_student_compared_with_itself(backend: Backend, device: torch.device, kind: str) -> None:
+def test_student_and_teacher_may_depend_on_the_same_leaf(backend: Backend, device: torch.device, kind: str) -> None:
     logits = random(4, 100, device=device)
     (gradient,) = torch.autograd.grad(call(kind, logits, 0.5 * logits, temperature=2.0), logits)
     twin = logits.detach().double().requires_grad_()
@@ -185,7 +183,7 @@ def test_the_gradient_is_that_of_a_student_compared_with_itself(backend: Backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(6, 70), (3, 5, 4, 2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_lies_as_its_logits_do_without_gaps(
+def test_a_gradient_has_the_strides_of_empty_like_its_logits(
     fused: Backend, device: torch.device, kind: str, shape: tuple[int, ...], layout: str
 ) -> None:
     student, teacher = random(*shape, layout=layout, device=device), random(*shape, device=device)
@@ -209,8 +207,8 @@ def test_the_reference_has_first_and_second_derivatives(kind: str, shape: tuple[
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_derivative_of_a_kernel_is_refused(fused: Backend, device: torch.device, kind: str) -> None:
-    """As soon as a graph of the first is asked for: where the upstream gradient has none, the second would be wrong in silence."""
+def test_double_backward_through_a_kernel_raises(fused: Backend, device: torch.device, kind: str) -> None:
+    """``create_graph=True`` raises: without a graph of the upstream gradient, the second derivative would be silently wrong."""
     student, teacher = (random(3, 100, device=device) for _ in range(2))
     weight = torch.ones((), device=device, requires_grad=True)
     for loss in (call(kind, student, teacher).square(), call(kind, weight * student, teacher)):
@@ -219,7 +217,7 @@ def test_a_second_derivative_of_a_kernel_is_refused(fused: Backend, device: torc
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loss_that_is_dropped_further_on_has_no_gradient(backend: Backend, device: torch.device, kind: str) -> None:
+def test_a_loss_without_upstream_gradient_has_no_gradient(backend: Backend, device: torch.device, kind: str) -> None:
     class Dropped(torch.autograd.Function):
         @staticmethod
         def forward(_: Any, x: Tensor) -> Tensor:
@@ -236,7 +234,7 @@ def test_a_loss_that_is_dropped_further_on_has_no_gradient(backend: Backend, dev
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(300, 101), (3, 11, 65, 63)], ids=str)
-def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(
+def test_results_are_bitwise_reproducible_for_any_number_of_threads(
     fused: Backend, device: torch.device, kind: str, shape: tuple[int, ...]
 ) -> None:
     student, teacher = (random(*shape, device=device) for _ in range(2))
@@ -272,7 +270,7 @@ def js_closed_form(student: Array, teacher: Array, temperature: float) -> tuple[
 
 @pytest.mark.parametrize("closed_form", [kl_closed_form, js_closed_form])
 @pytest.mark.parametrize("shape", [(5, 7), (5, 70), (3, 11, 5, 2)], ids=str)
-def test_divergences_are_those_of_scipy_with_gradients_in_closed_form(
+def test_divergences_match_scipy_and_closed_form_gradients(
     backend: Backend, device: torch.device, closed_form: Callable[..., tuple[float, Array, Array]], shape: tuple[int, ...]
 ) -> None:
     student, teacher = (random(*shape, device=device) for _ in range(2))
@@ -283,7 +281,7 @@ def test_divergences_are_those_of_scipy_with_gradients_in_closed_form(
         np.testing.assert_allclose(double(gradient), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_l1_has_no_gradient_where_the_logits_agree(backend: Backend, device: torch.device) -> None:
+def test_l1_gradient_is_0_for_equal_logits(backend: Backend, device: torch.device) -> None:
     student = torch.tensor([[1.0, 2.0, 3.0]], device=device, requires_grad=True)
     l1_discrepancy(student, torch.tensor([[1.0, 1.0, 4.0]], device=device), reduction="sum").backward()
     assert student.grad is not None

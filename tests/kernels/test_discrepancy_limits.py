@@ -1,4 +1,4 @@
-"""Masked classes, logits that are equal, huge or not finite, and no rows at all."""
+"""Masked classes; equal, huge, nonfinite and empty logits."""
 
 import itertools
 
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_fast.kernels import Backend, use_backend
-from tests.kernels.discrepancies import KINDS, PAIRS_OF_DTYPES, call, compare, counted
-from tests.kernels.oracles import INF, NAN, STORAGE, discrepancy, laid_out, random
+from tests.kernels.discrepancies import KINDS, PAIRS_OF_DTYPES, call, call_with_agreement, compare
+from tests.kernels.oracles import INF, KERNEL_DTYPES, NAN, discrepancy, random, with_layout
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def of_possible_classes(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The definition: the sum over rows of KL, or of both halves of JS, each over the classes to which its distribution gives mass."""
+def over_possible_classes(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The definition: KL, or both terms of JS, summed over classes with non-zero probability."""
     log_q, log_p = F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1)
     if kind == "kl":
         possible = log_p.exp() > 0
@@ -29,7 +29,7 @@ def of_possible_classes(kind: str, student: Tensor, teacher: Tensor, temperature
 
 
 def with_masked(logits: Tensor, masked: Tensor, layout: str = "contiguous") -> Tensor:
-    return laid_out(logits.detach().masked_fill(masked.to(logits.device), -INF), layout).requires_grad_()
+    return with_layout(logits.detach().masked_fill(masked.to(logits.device), -INF), layout).requires_grad_()
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (3, 100), (3, 9000), (3, 11, 5, 3), (3, 70, 3, 1)], ids=str)
@@ -38,7 +38,7 @@ def with_masked(logits: Tensor, masked: Tensor, layout: str = "contiguous") -> T
     ("kind", "masks"),
     [*itertools.product(["kl", "js"], ["teacher", "both", "teacher more"]), ("js", "student"), ("js", "each another")],  # KL is infinite
 )
-def test_masked_classes_contribute_nothing_of_their_own(
+def test_masked_classes_contribute_as_defined(
     backend: Backend, device: torch.device, kind: str, masks: str, layout: str, shape: tuple[int, ...]
 ) -> None:
     some, other = (torch.rand(shape) < 0.4 for _ in range(2))
@@ -47,15 +47,15 @@ def test_masked_classes_contribute_nothing_of_their_own(
         mask[0, -1], mask[1:, 1] = True, False
     of_student = torch.zeros_like(some) if masks == "teacher" else some
     of_teacher = {"student": torch.zeros_like(some), "both": some, "teacher more": some | other}.get(masks, other)
-    for dtype in STORAGE:
+    for dtype in KERNEL_DTYPES:
         student, teacher = (random(*shape, dtype=dtype, device=device) for _ in range(2))
         student, teacher = with_masked(student, of_student, layout), with_masked(teacher, of_teacher, layout)
-        compare(kind, student, teacher, temperature=1.3, reduction="mean", formula=of_possible_classes)
+        compare(kind, student, teacher, temperature=1.3, reduction="mean", formula=over_possible_classes)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 100), (2, 11, 3, 3)], ids=str)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
-def test_kl_is_infinite_where_the_student_alone_masks_a_class_and_its_gradient_is_finite(
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_kl_is_infinite_with_a_finite_gradient_if_only_the_student_masks_a_class(
     backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     teacher, masked = random(*shape, dtype=dtype, device=device).detach(), torch.zeros(shape, dtype=torch.bool)
@@ -73,7 +73,7 @@ def test_kl_is_infinite_where_the_student_alone_masks_a_class_and_its_gradient_i
 @pytest.mark.parametrize("value", [NAN, INF, "a row of -inf"], ids=str)
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_logits_without_a_softmax_make_their_row_nan_as_in_pytorch(
+def test_logits_without_a_softmax_give_nan_as_in_pytorch(
     backend: Backend, device: torch.device, kind: str, side: int, value: float | str, shape: tuple[int, ...]
 ) -> None:
     sides = [random(*shape, device=device) for _ in range(2)]
@@ -90,7 +90,7 @@ def test_logits_without_a_softmax_make_their_row_nan_as_in_pytorch(
 @pytest.mark.parametrize("shape", [(4, 2), (3, 100), (2, 10, 3, 3)], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_huge_logits_are_as_exact_as_plain_pytorch(
+def test_huge_logits_are_as_accurate_as_plain_pytorch(
     backend: Backend, device: torch.device, kind: str, temperature: float, shape: tuple[int, ...]
 ) -> None:
     student, teacher = ((1e4 * random(*shape).detach().sign()).to(device).requires_grad_() for _ in range(2))
@@ -101,16 +101,16 @@ def test_huge_logits_are_as_exact_as_plain_pytorch(
 
 @pytest.mark.parametrize("shape", [(4, 10), (3, 1000), (2, 11, 5, 3)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_logits_have_neither_discrepancy_nor_gradient(
+def test_equal_logits_have_zero_loss_and_gradient(
     backend: Backend, device: torch.device, kind: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
 ) -> None:
     student = random(*shape, dtype=dtype, size=20.0, device=device)
-    teacher = laid_out(student.detach(), layout).detach().requires_grad_()
+    teacher = with_layout(student.detach(), layout).detach().requires_grad_()
     loss = call(kind, student, teacher, temperature=3.0)
-    # L1 and KL subtract equal numbers; log m = logaddexp(log p, log q) − log 2 is rounded, and so is what makes up a gradient.
-    # Triton may add the exponentials of two sides that lie differently in memory in different orders.
+    # L1 and KL subtract equal numbers; log m = logaddexp(log p, log q) − log 2 is rounded, and so are the terms of the gradient.
+    # Triton may add the exponentials of two sides with different strides in different orders.
     eps = torch.finfo(torch.float32).eps
     other_order = kind == "kl" and backend == "triton" and student.stride() != teacher.stride()
     assert abs(loss.item()) <= (student.numel() // shape[1] * eps if kind == "js" or other_order else 0.0)
@@ -121,20 +121,20 @@ def test_equal_logits_have_neither_discrepancy_nor_gradient(
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 5), torch.bfloat16), ((4, 100), torch.float32), ((4, 5, 2, 3), torch.float32)], ids=str)
 @pytest.mark.parametrize("values", list(itertools.product([1.0, NAN, INF, -INF], repeat=2)), ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_finite_goes_where_it_goes_in_the_reference(
+def test_nonfinite_logits_propagate_as_in_the_reference(
     fused: Backend, device: torch.device, kind: str, values: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """In the second of four rows, at the same class and at different ones, and as a whole row."""
-    for places in ([(1, 0), (1, 0)], [(1, 1), (1, 3)], [(1,), (1,)]):
+    """In one row: at the same class, at different classes, and in all classes."""
+    for indices in ([(1, 0), (1, 0)], [(1, 1), (1, 3)], [(1,), (1,)]):
         sides = [random(*shape, dtype=dtype, device=device) for _ in range(2)]
         with torch.no_grad():
-            for side, value, place in zip(sides, values, places, strict=True):
+            for side, value, index in zip(sides, values, indices, strict=True):
                 if value != 1.0:
-                    side[place] = value
+                    side[index] = value
         with use_backend("reference"):
-            expected, expected_count = counted(kind, *sides)
+            expected, expected_count = call_with_agreement(kind, *sides)
             expected_gradients = torch.autograd.grad(expected, sides)
-        loss, count = counted(kind, *sides)
+        loss, count = call_with_agreement(kind, *sides)
         tolerance = 4 * max(torch.finfo(dtype).eps, 1e-6)
         torch.testing.assert_close(loss, expected, equal_nan=True, rtol=4e-6, atol=4e-6)
         assert count == expected_count
@@ -145,15 +145,15 @@ def test_what_is_not_finite_goes_where_it_goes_in_the_reference(
 @pytest.mark.parametrize("shape", [(0, 5), (0, 100), (0, 5, 3, 2), (2, 5, 0, 3)], ids=str)
 @pytest.mark.parametrize("dtypes", PAIRS_OF_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_no_rows_the_sum_is_0_and_the_mean_is_nan(
+def test_empty_logits_have_sum_0_and_mean_nan(
     backend: Backend, device: torch.device, kind: str, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...]
 ) -> None:
     student, teacher = (random(*shape, dtype=dtype, device=device) for dtype in dtypes)
-    loss, count = counted(kind, student, teacher, reduction="sum")
+    loss, count = call_with_agreement(kind, student, teacher, reduction="sum")
     assert loss.item() == 0.0
     assert count is not None
     assert count.item() == 0
-    for retain in (True, False):  # the last pass of float32 scales what was saved in place
+    for retain in (True, False):  # the last pass of float32 scales the saved gradients in place
         for gradient, side in zip(torch.autograd.grad(loss, (student, teacher), retain_graph=retain), (student, teacher), strict=True):
             assert (gradient.shape, gradient.dtype) == (shape, side.dtype)
     assert call(kind, student, teacher, reduction="mean").isnan()
@@ -176,7 +176,9 @@ def test_kl_of_huge_logits_is_finite(backend: Backend, device: torch.device, siz
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e4])
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_divergences_are_right_at_the_ends_of_the_temperatures(fused: Backend, device: torch.device, kind: str, temperature: float) -> None:
+def test_divergences_are_accurate_at_the_limits_of_the_temperature(
+    fused: Backend, device: torch.device, kind: str, temperature: float
+) -> None:
     student, teacher = (random(20, 100, device=device) for _ in range(2))
     exact = discrepancy(kind, student.double(), teacher.double(), temperature).item() * temperature**2
     assert call(kind, student, teacher, temperature=temperature, scaled=True).item() == pytest.approx(exact, rel=2e-3)

@@ -12,14 +12,14 @@ from dfkd_fast.kernels import Backend, BackendError, ema_multi_avg_fn, ema_updat
 from tests.kernels.oracles import (
     HALVES,
     INF,
+    KERNEL_DTYPES,
     NAN,
     PROPERTY,
-    SANITIZED_STORAGE,
-    STORAGE,
-    assert_as_exact_as_plain,
-    laid_out,
+    SANITIZED_DTYPES,
+    assert_as_accurate_as_pytorch,
     layouts,
     lerp,
+    with_layout,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -30,63 +30,63 @@ STEPS = 4
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: str = "contiguous") -> Tensor:
     made = torch.randn(shape).to(device, dtype)
-    return laid_out(made, layout) if made.ndim == 4 else made
+    return with_layout(made, layout) if made.ndim == 4 else made
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.5, 0.9999, 1.0])
 @pytest.mark.parametrize(
     ("layout", "as_tensor"), [("contiguous", None), ("channels_last", torch.float32), ("contiguous", torch.float64)], ids=str
 )
-@pytest.mark.parametrize("source_dtype", STORAGE, ids=str)
-def test_several_steps_over_many_tensors_give_the_average_of_float64(
+@pytest.mark.parametrize("source_dtype", KERNEL_DTYPES, ids=str)
+def test_several_steps_over_many_tensors_match_float64(
     backend: Backend, device: torch.device, decay: float, layout: str, as_tensor: torch.dtype | None, source_dtype: torch.dtype
 ) -> None:
     averages = [values(shape, torch.float32, device, layout) for shape in SHAPES]
     exact, plain = [average.double() for average in averages], [average.clone() for average in averages]
-    given: float | Tensor = decay if as_tensor is None else torch.tensor(decay, dtype=as_tensor, device=device)
-    known = decay if as_tensor is None else torch.tensor(decay, dtype=as_tensor).item()
+    decay_argument: float | Tensor = decay if as_tensor is None else torch.tensor(decay, dtype=as_tensor, device=device)
+    decay_value = decay if as_tensor is None else torch.tensor(decay, dtype=as_tensor).item()
     for _ in range(STEPS):
         sources = [values(shape, source_dtype, device, layout) for shape in SHAPES]
-        ema_update_(averages, sources, given)
-        exact = [lerp(average, source, known) for average, source in zip(exact, sources, strict=True)]
+        ema_update_(averages, sources, decay_argument)
+        exact = [lerp(average, source, decay_value) for average, source in zip(exact, sources, strict=True)]
         for average, source in zip(plain, sources, strict=True):
-            average.lerp_(source.float(), 1 - known)
+            average.lerp_(source.float(), 1 - decay_value)
     for average, usual, expected in zip(averages, plain, exact, strict=True):
-        assert_as_exact_as_plain(average, usual, expected)
+        assert_as_accurate_as_pytorch(average, usual, expected)
 
 
 @PROPERTY
 @given(data=st.data(), decay=st.floats(0, 1), shadow_dtype=st.sampled_from([None, torch.bfloat16]))
-def test_any_list_of_tensors_without_gaps(
+def test_any_list_of_dense_tensors(
     fused: Backend, device: torch.device, data: st.DataObject, decay: float, shadow_dtype: torch.dtype | None
 ) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     averages, sources, shadows = [], [], []
     for shape in data.draw(st.lists(st.lists(st.integers(0, 12), max_size=4), max_size=6)):
-        lay_out = data.draw(layouts(len(shape), gaps=False))
-        averages.append(lay_out(torch.randn(shape).to(device)))
-        sources.append(lay_out(torch.randn(shape).to(device, data.draw(st.sampled_from(STORAGE[:2])))))
-        shadows.append(lay_out(torch.randn(shape).to(device, shadow_dtype or torch.float32)))
+        to_layout = data.draw(layouts(len(shape), gaps=False))
+        averages.append(to_layout(torch.randn(shape).to(device)))
+        sources.append(to_layout(torch.randn(shape).to(device, data.draw(st.sampled_from(KERNEL_DTYPES[:2])))))
+        shadows.append(to_layout(torch.randn(shape).to(device, shadow_dtype or torch.float32)))
     exact = [lerp(average, source, decay) for average, source in zip(averages, sources, strict=True)]
     plain = [average.lerp(source.float(), 1 - decay) for average, source in zip(averages, sources, strict=True)]
     ema_update_(averages, sources, decay, shadows=shadows if shadow_dtype else None)
     for average, usual, expected, shadow in zip(averages, plain, exact, shadows, strict=True):
-        assert_as_exact_as_plain(average, usual, expected)
+        assert_as_accurate_as_pytorch(average, usual, expected)
         if shadow_dtype:
             assert torch.equal(shadow, average.to(shadow_dtype))
 
 
 @pytest.mark.parametrize(("decay", "expected"), [(0.0, "source"), (1.0, "average")])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_the_ends_are_exact(backend: Backend, device: torch.device, decay: float, expected: str, as_tensor: bool) -> None:
+def test_decay_0_and_1_are_exact(backend: Backend, device: torch.device, decay: float, expected: str, as_tensor: bool) -> None:
     average, source = (torch.randn(5000, device=device) * torch.logspace(-30, 30, 5000, device=device) for _ in range(2))
-    wanted = (source if expected == "source" else average).clone()
+    expected_average = (source if expected == "source" else average).clone()
     ema_update_([average], [source], torch.tensor(decay, device=device) if as_tensor else decay)
-    assert torch.equal(average, wanted)
+    assert torch.equal(average, expected_average)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.05, 0.3, 0.5, 0.95, torch.tensor(0.7), torch.tensor(0.999, dtype=torch.float64)])
-@pytest.mark.parametrize("source_dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("source_dtype", KERNEL_DTYPES, ids=str)
 def test_equal_tensors_stay_exactly_equal(backend: Backend, device: torch.device, decay: float | Tensor, source_dtype: torch.dtype) -> None:
     source = (torch.randn(1001) * torch.logspace(-30, 30, 1001)).clamp(-6e4, 6e4).to(device, source_dtype)
     average = source.float()
@@ -94,7 +94,7 @@ def test_equal_tensors_stay_exactly_equal(backend: Backend, device: torch.device
     assert torch.equal(average, source.float())
 
 
-@pytest.mark.parametrize("shadow_dtype", SANITIZED_STORAGE, ids=str)
+@pytest.mark.parametrize("shadow_dtype", SANITIZED_DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
 def test_shadows_receive_the_new_averages_rounded(backend: Backend, device: torch.device, shadow_dtype: torch.dtype, layout: str) -> None:
     averages = [values(shape, torch.float32, device, layout) for shape in SHAPES]
@@ -111,7 +111,7 @@ def test_shadows_receive_the_new_averages_rounded(backend: Backend, device: torc
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("tensors", [101, 801])
-def test_lists_may_be_longer_than_what_a_kernel_takes_at_once(backend: Backend, device: torch.device, tensors: int) -> None:
+def test_lists_may_be_longer_than_one_launch_supports(backend: Backend, device: torch.device, tensors: int) -> None:
     averages, sources = ([torch.randn(size % 7, device=device) for size in range(tensors)] for _ in range(2))
     exact = [lerp(average, source, 0.75) for average, source in zip(averages, sources, strict=True)]
     ema_update_(averages, sources, 0.75)
@@ -149,7 +149,7 @@ def test_integers_are_copied(backend: Backend, device: torch.device, dtype: torc
     assert torch.equal(shadow, source)
 
 
-def test_lists_that_are_empty_or_hold_no_element_are_fine(backend: Backend, device: torch.device) -> None:
+def test_empty_lists_and_tensors_are_supported(backend: Backend, device: torch.device) -> None:
     ema_update_([], [], 0.5)
     ema_update_([], [], 0.5, shadows=[])
     nothing = [torch.zeros(0, 3, device=device), torch.zeros(2, 0, device=device)]
@@ -159,7 +159,7 @@ def test_lists_that_are_empty_or_hold_no_element_are_fine(backend: Backend, devi
     assert torch.equal(average, torch.full_like(average, 0.5))
 
 
-def test_a_tensor_of_decay_is_read_at_every_call(backend: Backend, device: torch.device) -> None:
+def test_a_decay_tensor_is_read_at_every_call(backend: Backend, device: torch.device) -> None:
     average, source, decay = torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(1.0, device=device)
     ema_update_([average], [source], decay)
     assert torch.equal(average, torch.zeros_like(average))
@@ -168,7 +168,7 @@ def test_a_tensor_of_decay_is_read_at_every_call(backend: Backend, device: torch
     assert torch.equal(average, torch.full_like(average, 0.75))
 
 
-def test_what_is_not_finite_goes_where_it_goes_in_lerp(backend: Backend, device: torch.device) -> None:
+def test_nonfinite_values_propagate_as_in_lerp(backend: Backend, device: torch.device) -> None:
     numbers = torch.tensor([1.0, NAN, INF, -INF], device=device)
     start, source = numbers.repeat(4), numbers.repeat_interleave(4)
     for decay in (0.0, 0.3, 0.9, 1.0):
@@ -183,10 +183,10 @@ def test_elements_between_those_of_a_slice_are_untouched() -> None:
     assert torch.equal(whole, torch.tensor([[0.5, 0.0] * 3] * 3))
 
 
-def test_only_the_reference_averages_tensors_with_gaps(fused: Backend, device: torch.device) -> None:
+def test_only_the_reference_supports_tensors_with_gaps(fused: Backend, device: torch.device) -> None:
     whole = torch.zeros(300, 600, device=device)
     for average in (whole[:, ::2], whole[:, :599]):
-        with pytest.raises(BackendError, match=f"{fused} is forced, but averages only tensors without gaps"):
+        with pytest.raises(BackendError, match=f"{fused} is forced, but averages only dense tensors"):
             ema_update_(
                 [torch.zeros(1, device=device), average],
                 [torch.ones(1, device=device), torch.ones_like(whole).as_strided(average.shape, average.stride())],
@@ -195,7 +195,7 @@ def test_only_the_reference_averages_tensors_with_gaps(fused: Backend, device: t
     assert not whole.any()
 
 
-def test_large_tensors_with_gaps_go_to_the_reference_unless_forced() -> None:
+def test_large_tensors_with_gaps_use_the_reference_by_default() -> None:
     whole = torch.zeros(300, 600)
     ema_update_([whole[:, ::2]], [torch.ones(300, 600)[:, ::2]], 0.5)
     assert torch.equal(whole[:, ::2], torch.full((300, 300), 0.5))
@@ -203,7 +203,7 @@ def test_large_tensors_with_gaps_go_to_the_reference_unless_forced() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 5, 5), (1, 4, 5, 5)], ids=str)
-def test_strides_of_dimensions_with_one_element_do_not_matter(backend: Backend, device: torch.device, shape: tuple[int, ...]) -> None:
+def test_strides_of_dimensions_of_size_1_are_ignored(backend: Backend, device: torch.device, shape: tuple[int, ...]) -> None:
     source = torch.randn(shape, device=device)
     strides = tuple(1 if size == 1 else stride for size, stride in zip(shape, source.stride(), strict=True))
     average = torch.zeros(shape, device=device).as_strided(shape, strides)
@@ -212,7 +212,7 @@ def test_strides_of_dimensions_with_one_element_do_not_matter(backend: Backend, 
     assert torch.equal(average, source)
 
 
-def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(fused: Backend, device: torch.device) -> None:
+def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device) -> None:
     starts, sources = ([values(shape, torch.float32, device) for shape in SHAPES] for _ in range(2))
     results = []
     for threads in (1, 2, 2):
@@ -224,7 +224,7 @@ def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(fused: Back
         assert all(map(torch.equal, results[0], again))
 
 
-def test_parameters_are_updated_without_a_graph_and_sources_left_alone(backend: Backend, device: torch.device) -> None:
+def test_parameters_are_updated_without_a_graph_and_sources_unchanged(backend: Backend, device: torch.device) -> None:
     average, source = nn.Parameter(torch.zeros(3, device=device)), nn.Parameter(torch.ones(3, device=device))
     ema_update_([average], [source], 0.75)
     assert torch.equal(average.detach(), torch.full_like(average, 0.25))
@@ -234,7 +234,7 @@ def test_parameters_are_updated_without_a_graph_and_sources_left_alone(backend: 
     assert source.grad is None
 
 
-def test_an_averaged_model_moves_as_with_pytorchs_own_function(backend: Backend, device: torch.device) -> None:
+def test_averaged_model_matches_pytorchs_averaging_function(backend: Backend, device: torch.device) -> None:
     norm = nn.BatchNorm2d(8)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Linear(5, 4)).to(device)
     ours = AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.9), use_buffers=True)
@@ -279,7 +279,7 @@ GOOD = torch.zeros(2, 3, 4, 4)
         (GOOD.half(), GOOD, "pair 1: an average must be float32 or float64, not torch.float16"),
     ],
 )
-def test_a_pair_that_does_not_match_is_named_and_nothing_is_changed(average: Tensor, source: Tensor, message: str) -> None:
+def test_an_invalid_pair_is_named_and_nothing_is_changed(average: Tensor, source: Tensor, message: str) -> None:
     first = torch.zeros(3)
     with pytest.raises(ValueError, match=message):
         ema_update_([first, average], [torch.ones(3), source], 0.5)
@@ -287,13 +287,13 @@ def test_a_pair_that_does_not_match_is_named_and_nothing_is_changed(average: Ten
 
 
 @pytest.mark.parametrize("averages", [0, 1, 3])
-def test_lists_of_different_lengths_are_refused(averages: int) -> None:
+def test_lists_of_different_lengths_raise(averages: int) -> None:
     with pytest.raises(ValueError, match=f"differ in length: {averages} and 2"):
         ema_update_([torch.zeros(1)] * averages, [torch.zeros(1)] * 2, 0.5)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan"), float("inf"), torch.tensor([0.5])])
-def test_a_decay_outside_0_to_1_is_refused(decay: float | Tensor) -> None:
+def test_a_decay_outside_0_to_1_raises(decay: float | Tensor) -> None:
     with pytest.raises(ValueError, match="decay must be"):
         ema_update_([torch.zeros(1)], [torch.zeros(1)], decay)
 
@@ -307,7 +307,7 @@ def test_a_decay_outside_0_to_1_is_refused(decay: float | Tensor) -> None:
         (GOOD.long(), "pair 1: average and shadow differ in dtype"),
     ],
 )
-def test_a_shadow_that_does_not_match_is_named_and_nothing_is_changed(shadow: Tensor, message: str) -> None:
+def test_an_invalid_shadow_is_named_and_nothing_is_changed(shadow: Tensor, message: str) -> None:
     averages = [torch.zeros(3), GOOD.clone()]
     with pytest.raises(ValueError, match=message):
         ema_update_(averages, [torch.ones(3), GOOD + 1], 0.5, shadows=[torch.zeros(3), shadow])
@@ -315,18 +315,18 @@ def test_a_shadow_that_does_not_match_is_named_and_nothing_is_changed(shadow: Te
 
 
 @pytest.mark.parametrize("shadows", [[], [torch.zeros(1)] * 3])
-def test_as_many_shadows_as_averages_are_wanted(shadows: Sequence[Tensor]) -> None:
+def test_the_number_of_shadows_must_match(shadows: Sequence[Tensor]) -> None:
     with pytest.raises(ValueError, match=f"averages and shadows differ in length: 2 and {len(shadows)}"):
         ema_update_([torch.zeros(1)] * 2, [torch.zeros(1)] * 2, 0.5, shadows=shadows)
 
 
-def test_a_decay_on_another_device_is_refused() -> None:
+def test_a_decay_on_another_device_raises() -> None:
     with pytest.raises(ValueError, match="decay is on meta, the averages on cpu"):
         ema_update_([torch.zeros(1)], [torch.zeros(1)], torch.tensor(0.5, device="meta"))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_averages_are_refused_by_every_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+def test_half_precision_averages_raise_in_every_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
     average = torch.zeros(3, dtype=dtype, device=device)
     with pytest.raises(ValueError, match="pair 0: an average must be float32 or float64"):
         ema_update_([average], [torch.ones_like(average)], 0.5)

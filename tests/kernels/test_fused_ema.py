@@ -21,7 +21,7 @@ def network(device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Sequ
 
 
 def train_a_step(model: nn.Module) -> None:
-    """New values everywhere, the buffers of batch normalisation included."""
+    """Change all parameters and batch normalization buffers."""
     parameter = next(model.parameters())
     with torch.no_grad():
         for tensor in model.parameters():
@@ -30,7 +30,7 @@ def train_a_step(model: nn.Module) -> None:
 
 
 def follow(ema: FusedEMA, model: nn.Module, decay_of: Callable[[int], float], steps: int = STEPS) -> dict[str, Tensor]:
-    """Train, update, and average by hand in float64."""
+    """Train and update; return the averages computed in float64."""
     expected = {name: tensor.to(torch.float64, copy=True) for name, tensor in model.state_dict().items()}
     for step in range(steps):
         train_a_step(model)
@@ -51,7 +51,7 @@ def check(module: nn.Module, expected: dict[str, Tensor], tolerance: float = 1e-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_average_is_that_of_float64_and_kept_in_float32(
+def test_the_average_matches_float64_and_is_stored_in_float32(
     backend: Backend, device: torch.device, dtype: torch.dtype, channels_last: bool
 ) -> None:
     model = network(device, dtype)
@@ -63,14 +63,14 @@ def test_the_average_is_that_of_float64_and_kept_in_float32(
     assert int(ema.updates) == STEPS
 
 
-def test_the_average_of_float64_is_kept_in_float64() -> None:
+def test_the_average_of_a_float64_model_is_stored_in_float64() -> None:
     model = network(torch.device("cpu"), torch.float64)
     ema = FusedEMA(model, DECAY)
     check(ema.module, follow(ema, model, lambda _: DECAY), tolerance=1e-14)
     assert all(tensor.dtype == torch.float64 for tensor in ema.module.parameters())
 
 
-def test_the_number_of_batches_is_the_models_own(backend: Backend, device: torch.device) -> None:
+def test_num_batches_tracked_is_copied(backend: Backend, device: torch.device) -> None:
     model = network(device)
     ema = FusedEMA(model, 0.9999)
     for expected in range(1, 4):
@@ -80,7 +80,7 @@ def test_the_number_of_batches_is_the_models_own(backend: Backend, device: torch
 
 
 @pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16], ids=str)
-def test_a_spectral_norm_of_the_average_divides_by_the_averaged_weights_norm(
+def test_spectral_norm_of_the_average_normalizes_the_averaged_weight(
     backend: Backend, device: torch.device, shadow_dtype: torch.dtype | None
 ) -> None:
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_a_spectral_norm_of_the_average_divides_by_the_averaged_weights_norm(
         with torch.no_grad():
             model[0].parametrizations.weight.original.copy_(torch.randn(5, 6))  # type: ignore[union-attr, operator]
         for _ in range(20):
-            model.train()(torch.randn(4, 6, device=device))  # the power iteration goes on in every forward
+            model.train()(torch.randn(4, 6, device=device))  # each forward runs one power iteration
         ema.update(model)
     averages = [ema.module] if ema.shadow is None else [ema.module, ema.shadow]
     for average in averages:
@@ -105,7 +105,7 @@ def test_a_spectral_norm_of_the_average_divides_by_the_averaged_weights_norm(
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999, 1.0, 0.0])
-def test_the_warm_up_forgets_the_start_by_its_closed_form(backend: Backend, device: torch.device, decay: float) -> None:
+def test_warm_up_follows_its_closed_form(backend: Backend, device: torch.device, decay: float) -> None:
     model = network(device)
     ema = FusedEMA(model, decay, warm_up=True)
     check(ema.module, follow(ema, model, lambda n: min(decay, (1 + n) / (10 + n))))
@@ -124,7 +124,7 @@ def test_the_shadow_is_the_average_rounded(backend: Backend, device: torch.devic
 
 
 @pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16], ids=str)
-def test_a_saved_average_goes_on_as_if_never_interrupted(backend: Backend, device: torch.device, shadow_dtype: torch.dtype | None) -> None:
+def test_a_restored_average_continues_identically(backend: Backend, device: torch.device, shadow_dtype: torch.dtype | None) -> None:
     model = network(device)
     ema = FusedEMA(model, 0.99, warm_up=True, shadow_dtype=shadow_dtype)
     follow(ema, model, lambda _: 0.0, steps=5)
@@ -141,7 +141,7 @@ def test_a_saved_average_goes_on_as_if_never_interrupted(backend: Backend, devic
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_the_average_begins_at_the_models_values_without_sharing_them(device: torch.device, backend: Backend) -> None:
+def test_the_average_is_initialized_with_a_copy_of_the_model(device: torch.device, backend: Backend) -> None:
     model = network(device)
     before = copy.deepcopy(model.state_dict())
     ema = FusedEMA(model, DECAY)
@@ -152,7 +152,7 @@ def test_the_average_begins_at_the_models_values_without_sharing_them(device: to
     assert model.training
 
 
-def test_an_average_evaluates_without_gradients_whatever_is_asked_of_it(backend: Backend, device: torch.device) -> None:
+def test_an_average_stays_in_evaluation_mode_without_gradients(backend: Backend, device: torch.device) -> None:
     model = network(device)
     ema = FusedEMA(model, DECAY, shadow_dtype=torch.bfloat16)
     wrapper = nn.ModuleList([ema]).train()
@@ -185,12 +185,12 @@ def test_a_model_without_tensors_has_an_average(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
-def test_a_decay_outside_0_to_1_is_refused(decay: float) -> None:
+def test_a_decay_outside_0_to_1_raises(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must be in"):
         FusedEMA(nn.Linear(2, 2), decay)
 
 
-def test_another_model_is_refused_and_nothing_is_counted() -> None:
+def test_another_model_raises_and_is_not_counted() -> None:
     model = nn.Linear(3, 2)
     ema = FusedEMA(model, DECAY)
     before = copy.deepcopy(ema.state_dict())
@@ -202,7 +202,7 @@ def test_another_model_is_refused_and_nothing_is_counted() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_a_scripted_model_is_averaged_apart_from_its_gradients() -> None:
+def test_a_script_module_is_averaged() -> None:
     model = torch.jit.script(nn.Linear(3, 2))
     ema = FusedEMA(model, 0.5)
     before = [parameter.clone() for parameter in model.parameters()]
@@ -215,7 +215,7 @@ def test_a_scripted_model_is_averaged_apart_from_its_gradients() -> None:
         torch.testing.assert_close(average, start + 0.5)
 
 
-def test_singular_vectors_of_the_older_spectral_norm_are_copied_too(backend: Backend, device: torch.device) -> None:
+def test_singular_vectors_of_the_deprecated_spectral_norm_are_copied(backend: Backend, device: torch.device) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):  # that it is deprecated
         model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 5))).to(device)
@@ -231,7 +231,7 @@ def test_singular_vectors_of_the_older_spectral_norm_are_copied_too(backend: Bac
 
 
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
-def test_a_module_that_keeps_the_weight_it_has_computed_is_averaged(
+def test_a_module_with_a_computed_weight_attribute_is_averaged(
     norm: Callable[[nn.Module], nn.Module], backend: Backend, device: torch.device
 ) -> None:
     torch.manual_seed(0)
@@ -239,7 +239,7 @@ def test_a_module_that_keeps_the_weight_it_has_computed_is_averaged(
         model = nn.Sequential(norm(nn.Linear(6, 5))).to(device)
     x = torch.randn(4, 6, device=device)
     model(x).sum().backward()
-    assert model[0].weight.grad_fn is not None  # which copy.deepcopy refuses
+    assert model[0].weight.grad_fn is not None  # which copy.deepcopy rejects
     ema = FusedEMA(model, 0.0)
     with torch.no_grad():
         model[0].bias.add_(1.0)  # type: ignore[operator]

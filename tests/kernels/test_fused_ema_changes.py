@@ -1,4 +1,4 @@
-"""An average gathers and checks tensors once: what it notices afterwards, whatever changes."""
+"""FusedEMA validates tensors once and detects all later changes."""
 
 import copy
 import gc
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.kernels import Backend, BackendError, FusedEMA, ema, use_backend
-from dfkd_fast.kernels.dispatch import why_not
-from dfkd_fast.kernels.ema import gathered
+from dfkd_fast.kernels.dispatch import unavailable_reason
+from dfkd_fast.kernels.ema import guard
 from tests.kernels.oracles import lerp
 
 DECAY = 0.8
 CPU = torch.device("cpu")
 Change = Callable[[Any, Any], object]
-"""Of the model, and of the module that averages it."""
+"""A change of the model, or of the FusedEMA."""
 
 
 def network() -> nn.Sequential:
-    """Submodules, parameters, buffers, and a layer that has none; weights whose transpose has their shape."""
+    """Network with submodules, buffers, a layer without tensors, and square weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.BatchNorm1d(4), nn.Conv2d(4, 4, 3, padding=1))
 
@@ -33,7 +33,7 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 
 def update_and_compare(average: FusedEMA, model: nn.Module) -> None:
-    """Update once from new values, and compare with the average by hand in float64."""
+    """Update once from new values and compare with float64."""
     for tensor in (*tensors(model), *tensors(average.module)):
         if tensor.is_floating_point():
             tensor.normal_()
@@ -54,35 +54,35 @@ def swap_data(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 
 @pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The index of every pair of tensors that is checked."""
+def validated_pairs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Indices of the pairs of tensors that are validated."""
     indices: list[int] = []
     check = ema._check_pair
 
-    def watched(index: int, *rest: Any) -> None:
+    def spy(index: int, *rest: Any) -> None:
         indices.append(index)
         check(index, *rest)
 
-    monkeypatch.setattr(ema, "_check_pair", watched)
+    monkeypatch.setattr(ema, "_check_pair", spy)
     return indices
 
 
 @pytest.mark.parametrize("shadow_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("warm_up", [False, True])
-def test_tensors_are_checked_once_and_not_at_every_update(
-    backend: Backend, device: torch.device, checked: list[int], shadow_dtype: torch.dtype | None, warm_up: bool
+def test_tensors_are_validated_once(
+    backend: Backend, device: torch.device, validated_pairs: list[int], shadow_dtype: torch.dtype | None, warm_up: bool
 ) -> None:
     model = network().to(device)
     average = FusedEMA(model, DECAY, shadow_dtype=shadow_dtype, warm_up=warm_up)
     average.update(model)
-    assert len(checked) == len(tensors(model)) * (1 if shadow_dtype is None else 2)
-    checked.clear()
+    assert len(validated_pairs) == len(tensors(model)) * (1 if shadow_dtype is None else 2)
+    validated_pairs.clear()
     for _ in range(3):
         average.update(model)
-    assert not checked
+    assert not validated_pairs
 
 
-FITTING: dict[str, Change] = {
+VALID_CHANGES: dict[str, Change] = {
     "a parameter is replaced": lambda model, _: setattr(model[1], "weight", nn.Parameter(torch.randn(4))),
     "an average is replaced": lambda _, ema: setattr(ema.module[1], "bias", nn.Parameter(torch.randn(4), requires_grad=False)),
     "a buffer is registered anew": lambda model, _: model[1].register_buffer("running_mean", torch.randn(4)),
@@ -104,23 +104,23 @@ FITTING: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("name", FITTING)
-def test_a_change_is_noticed_and_what_fits_is_averaged(backend: Backend, device: torch.device, checked: list[int], name: str) -> None:
+@pytest.mark.parametrize("name", VALID_CHANGES)
+def test_a_valid_change_is_detected_and_averaged(backend: Backend, device: torch.device, validated_pairs: list[int], name: str) -> None:
     model = network().to(device)
     average = FusedEMA(model, DECAY)
     average.update(model)
-    checked.clear()
-    FITTING[name](model, average)
+    validated_pairs.clear()
+    VALID_CHANGES[name](model, average)
     model.to(device)
     average.to(device)
     update_and_compare(average, model)
-    assert checked == list(range(len(tensors(model))))
-    checked.clear()
+    assert validated_pairs == list(range(len(tensors(model))))
+    validated_pairs.clear()
     update_and_compare(average, model)
-    assert not checked
+    assert not validated_pairs
 
 
-UNFIT: dict[str, tuple[Change, str]] = {
+INVALID_CHANGES: dict[str, tuple[Change, str]] = {
     "a parameter is added": (lambda model, _: model[2].register_parameter("gain", nn.Parameter(torch.ones(1))), "differ in length"),
     "a buffer is added to a layer without any": (lambda model, _: model[0][1].register_buffer("n", torch.ones(1)), "differ in length"),
     "a submodule is added": (lambda model, _: model.append(nn.Linear(2, 2)), "differ in length"),
@@ -128,18 +128,18 @@ UNFIT: dict[str, tuple[Change, str]] = {
     "a parameter is removed": (lambda model, _: setattr(model[2], "bias", None), "differ in length"),
     "the shape changes in place": (lambda model, _: swap_data(model[0], lambda tensor: tensor[:2]), "pair 0: .*shape"),
     "the averages are halved": (lambda _, ema: ema.module.half(), "must be float32"),
-    "integers take the place": (lambda model, _: swap_data(model[0], lambda tensor: tensor.long()), "pair 0: .*dtype"),
+    "parameters become integers": (lambda model, _: swap_data(model[0], lambda tensor: tensor.long()), "pair 0: .*dtype"),
     "the device changes": (lambda model, _: model.to("meta"), "pair 0: .*device"),
     "the averages' device changes": (lambda _, ema: ema.module.to("meta"), "pair 0: .*device"),
 }
 
 
-@pytest.mark.parametrize("name", UNFIT)
-def test_a_change_is_noticed_and_what_does_not_fit_is_refused(backend: Backend, device: torch.device, name: str) -> None:
+@pytest.mark.parametrize("name", INVALID_CHANGES)
+def test_an_invalid_change_is_detected_and_raises(backend: Backend, device: torch.device, name: str) -> None:
     model = network().requires_grad_(False).to(device)  # so that parameters may become integers
     average = FusedEMA(model, DECAY)
     average.update(model)
-    change, message = UNFIT[name]
+    change, message = INVALID_CHANGES[name]
     change(model, average)
     before = [tensor.clone() for tensor in tensors(average.module)]
     for _ in range(2):
@@ -150,19 +150,19 @@ def test_a_change_is_noticed_and_what_does_not_fit_is_refused(backend: Backend, 
         assert all(map(torch.equal, tensors(average.module), before))
 
 
-def test_new_memory_of_the_same_layout_is_read_without_another_check(backend: Backend, device: torch.device, checked: list[int]) -> None:
+def test_new_data_pointers_are_used_without_validation(backend: Backend, device: torch.device, validated_pairs: list[int]) -> None:
     model = network().to(device)
     average = FusedEMA(model, DECAY)
     average.update(model)
-    checked.clear()
+    validated_pairs.clear()
     for part in (model, average.module):
         swap_data(part, torch.randn_like)
     update_and_compare(average, model)
-    assert not checked
+    assert not validated_pairs
 
 
-@pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")
-def test_a_backend_that_is_forced_later_is_obeyed() -> None:
+@pytest.mark.skipif(unavailable_reason("numba") is not None, reason="numba is not installed")
+def test_a_backend_forced_later_is_used() -> None:
     model = network().double()
     average = FusedEMA(model, DECAY)
     average.update(model)
@@ -170,15 +170,15 @@ def test_a_backend_that_is_forced_later_is_obeyed() -> None:
         average.update(model)
 
 
-def test_several_models_may_take_turns(backend: Backend, device: torch.device, checked: list[int]) -> None:
+def test_several_models_may_alternate(backend: Backend, device: torch.device, validated_pairs: list[int]) -> None:
     models = [network().to(device), network().to(device)]
     average = FusedEMA(models[0], DECAY)
     for model in models:
         average.update(model)
-    checked.clear()
+    validated_pairs.clear()
     for model in models:
         update_and_compare(average, model)
-    assert not checked
+    assert not validated_pairs
 
 
 def test_an_average_keeps_no_model_alive() -> None:
@@ -191,7 +191,7 @@ def test_an_average_keeps_no_model_alive() -> None:
     assert not any(parameter() is not None for parameter in parameters)
 
 
-def test_copies_and_pickles_of_an_average_leave_the_model_out_and_go_on() -> None:
+def test_copies_and_pickles_of_an_average_exclude_the_model() -> None:
     model = nn.Linear(300, 100)
     average = FusedEMA(model, DECAY)
     average.update(model)
@@ -205,10 +205,10 @@ def test_copies_and_pickles_of_an_average_leave_the_model_out_and_go_on() -> Non
     assert all(map(torch.equal, tensors(average), tensors(loaded)))
 
 
-def test_without_pytorchs_guards_every_update_checks(monkeypatch: pytest.MonkeyPatch, checked: list[int]) -> None:
-    monkeypatch.setattr(gathered, "TensorGuards", None)
+def test_without_pytorchs_guards_every_update_validates(monkeypatch: pytest.MonkeyPatch, validated_pairs: list[int]) -> None:
+    monkeypatch.setattr(guard, "TensorGuards", None)
     model = network()
     average = FusedEMA(model, DECAY)
     for _ in range(2):
         update_and_compare(average, model)
-    assert len(checked) == 2 * len(tensors(model))
+    assert len(validated_pairs) == 2 * len(tensors(model))

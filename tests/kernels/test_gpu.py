@@ -1,4 +1,4 @@
-"""What only a GPU shows: captured graphs and streams. All other tests run there, too."""
+"""CUDA graphs and streams, which need a GPU."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from dfkd_fast.kernels import (
     kl_discrepancy,
     l1_discrepancy,
 )
-from tests.kernels.oracles import laid_out, lerp
+from tests.kernels.oracles import lerp, with_layout
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def _seed() -> None:
 
 
 def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the step, which has run three times before, and what the step returned."""
+    """Capture a step in a CUDA graph after three warm-up runs; return the graph and the step's results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -56,10 +56,8 @@ def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_replayed_graph_gives_values_and_gradients_of_the_inputs_it_finds(
-    gpu_backend: Backend, name: str, dtype: torch.dtype, layout: str
-) -> None:
-    inputs = [laid_out(torch.randn(4, 10, 9, 7, device="cuda", dtype=dtype), layout).detach().requires_grad_() for _ in range(2)]
+def test_a_replayed_graph_uses_the_current_inputs(gpu_backend: Backend, name: str, dtype: torch.dtype, layout: str) -> None:
+    inputs = [with_layout(torch.randn(4, 10, 9, 7, device="cuda", dtype=dtype), layout).detach().requires_grad_() for _ in range(2)]
 
     def step() -> tuple[Tensor, ...]:
         results = FUNCTIONS[name](*inputs)
@@ -77,7 +75,7 @@ def test_a_replayed_graph_gives_values_and_gradients_of_the_inputs_it_finds(
             assert torch.equal(actual, expected.detach())
 
 
-def test_a_replayed_graph_moves_running_statistics(gpu_backend: Backend) -> None:
+def test_a_replayed_graph_updates_running_statistics(gpu_backend: Backend) -> None:
     raw, mean, variance = torch.randn(4, 3, 9, 7, device="cuda"), torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
     layer = nn.BatchNorm2d(3, affine=False).cuda()
 
@@ -96,10 +94,8 @@ def test_a_replayed_graph_moves_running_statistics(gpu_backend: Backend) -> None
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_replayed_batch_norm_gives_values_statistics_and_gradients_of_the_inputs_it_finds(
-    triton: Backend, dtype: torch.dtype, layout: str
-) -> None:
-    x, upstream = (laid_out(torch.randn(4, 10, 9, 7, device="cuda", dtype=dtype), layout) for _ in range(2))
+def test_a_replayed_batch_norm_uses_the_current_inputs(triton: Backend, dtype: torch.dtype, layout: str) -> None:
+    x, upstream = (with_layout(torch.randn(4, 10, 9, 7, device="cuda", dtype=dtype), layout) for _ in range(2))
     x.requires_grad_()
     weight, bias = (torch.randn(10, device="cuda").requires_grad_() for _ in range(2))
     mean, variance = torch.zeros(10, device="cuda"), torch.ones(10, device="cuda")
@@ -126,7 +122,7 @@ def test_a_replayed_batch_norm_gives_values_statistics_and_gradients_of_the_inpu
 
 
 @pytest.mark.parametrize("decay_dtype", [torch.float32, torch.float64], ids=str)
-def test_a_replayed_average_sees_its_decay_and_its_sources_change(gpu_backend: Backend, decay_dtype: torch.dtype) -> None:
+def test_a_replayed_average_uses_the_current_decay_and_sources(gpu_backend: Backend, decay_dtype: torch.dtype) -> None:
     averages, sources = ([torch.randn(size, device="cuda") for size in (3, 5000, 0, 70_001)] for _ in range(2))
     sources[1] = sources[1].bfloat16()
     shadows = [average.half() for average in averages]
@@ -143,7 +139,7 @@ def test_a_replayed_average_sees_its_decay_and_its_sources_change(gpu_backend: B
             assert torch.equal(shadow, average.half())
 
 
-def test_a_replayed_warm_up_goes_on(gpu_backend: Backend) -> None:
+def test_a_replayed_warm_up_continues(gpu_backend: Backend) -> None:
     model = nn.Linear(3, 2).cuda()
     ema = FusedEMA(model, 0.999, warm_up=True)
     graph, _ = captured(lambda: ema.update(model))
@@ -165,7 +161,7 @@ def test_a_kernel_runs_on_the_current_stream(gpu_backend: Backend, name: str) ->
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read the inputs before they are made
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read the inputs too early
         results = FUNCTIONS[name](first + 1, second)
     stream.synchronize()
     assert all(map(torch.equal, results, expected))

@@ -1,4 +1,4 @@
-"""Machine code on disk that cannot be read or written costs the time to compile, and one warning that names the path."""
+"""A cache that cannot be read or written leads to recompilation and one warning with the path."""
 
 import errno
 import subprocess
@@ -27,10 +27,10 @@ def double(x: np.ndarray, out: np.ndarray) -> None:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Compiles ``double`` as another process would, with machine code in a folder of the test's."""
+    """Compile ``double`` as a new process would, with a cache directory of the test."""
 
     def compile_again(folder: Path | str = tmp_path / "cache") -> Any:
-        monkeypatch.setattr(machine_code, "_told", set())
+        monkeypatch.setattr(machine_code, "_warned", set())
         monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
         machine_code._folder.cache_clear()
         return simd.parallel(double)
@@ -40,18 +40,18 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
 
 
 def doubles(kernel: Any) -> bool:
-    """Whether a kernel computes what it should."""
+    """Return whether a kernel gives correct results."""
     x, out = np.arange(100, dtype=np.float32), np.zeros(100, np.float32)
     kernel(x, out)
     return bool((out == 2 * x).all())
 
 
 def loaded(kernel: Any) -> int:
-    """How often machine code came from the disk."""
+    """Return the number of cache hits."""
     return sum(kernel.stats.cache_hits.values())
 
 
-def test_machine_code_is_loaded_by_the_next_process_without_a_word(compiled: Callable[..., Any]) -> None:
+def test_machine_code_is_loaded_by_the_next_process_without_warnings(compiled: Callable[..., Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first, second = compiled(), None
@@ -63,16 +63,16 @@ def test_machine_code_is_loaded_by_the_next_process_without_a_word(compiled: Cal
 
 @pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x80garbage" + data[8:]])
-def test_a_damaged_file_is_told_with_its_folder_and_written_anew(
+def test_a_damaged_file_is_warned_about_and_rewritten(
     compiled: Callable[..., Any], tmp_path: Path, pattern: str, damage: Callable[[bytes], bytes]
 ) -> None:
     assert doubles(compiled())
     (path,) = (tmp_path / "cache").rglob(pattern)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(MachineCodeWarning, match=f"numba's cache {tmp_path}/cache/.* is damaged") as told:
+    with pytest.warns(MachineCodeWarning, match=f"numba's cache {tmp_path}/cache/.* is damaged") as warned:
         kernel = compiled()
         assert doubles(kernel)
-    assert (len(told), loaded(kernel)) == (1, 0)
+    assert (len(warned), loaded(kernel)) == (1, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kernel = compiled()
@@ -80,33 +80,35 @@ def test_a_damaged_file_is_told_with_its_folder_and_written_anew(
     assert loaded(kernel) == 1
 
 
-def test_a_full_disk_is_told_once_with_the_folder(compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_warned_about_once(compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(caching.IndexDataCacheFile, "_save_index", full)
     with pytest.warns(
         MachineCodeWarning, match=f"numba's cache {tmp_path}/cache/.* cannot be written \\(No space left on device\\)"
-    ) as told:
+    ) as warned:
         assert doubles(compiled())
         assert doubles(simd.parallel(double))
-    assert len(told) == 1
+    assert len(warned) == 1
     assert not list((tmp_path / "cache").rglob("*.nb?"))
 
 
-def test_a_folder_that_cannot_be_made_is_told(compiled: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_warned_about(compiled: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(MachineCodeWarning, match=f"numba's cache {tmp_path}/file/.*: Not a directory: kernels are compiled anew"):
+    with pytest.warns(MachineCodeWarning, match=f"numba's cache {tmp_path}/file/.*: Not a directory: kernels are recompiled"):
         assert doubles(compiled(tmp_path / "file"))
 
 
-def test_a_folder_that_cannot_be_written_is_told(compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_warned_about(
+    compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     with pytest.warns(MachineCodeWarning, match=f"numba's cache {tmp_path}/cache/.* cannot be written"):
         assert doubles(compiled())
 
 
-def test_a_user_without_a_home_is_told(compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_home_directory_is_warned_about(compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -127,7 +129,7 @@ print(loss.item().hex(), student.grad.norm().item().hex())
 """
 
 
-def test_a_run_computes_the_same_with_damaged_machine_code_and_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_damaged_machine_code_gives_the_same_results_and_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
 
     def run() -> subprocess.CompletedProcess[str]:

@@ -10,16 +10,16 @@ from dfkd_fast.kernels import Backend, channel_moments, channel_sums
 from tests.kernels import oracles
 from tests.kernels.oracles import (
     INF,
+    KERNEL_DTYPES,
     LAYOUTS,
     NAN,
     PROPERTY,
     RUNS,
-    SANITIZED_STORAGE,
-    STORAGE,
-    assert_as_exact_as_plain,
-    laid_out,
+    SANITIZED_DTYPES,
+    assert_as_accurate_as_pytorch,
     layouts,
     random,
+    with_layout,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -35,9 +35,9 @@ def sums(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compare(function: Callable[[Tensor], tuple[Tensor, Tensor]], oracle: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> None:
-    """Both values, and the gradient of a mixture of them, against float64."""
+    """Compare both results, and the gradient of a combination of them, with float64."""
     size = x.detach().abs().max().item() if x.numel() else 0.0
-    summed = size if function is channel_moments else x.numel() // x.shape[1] * size  # where the elements cancel
+    magnitude = size if function is channel_moments else x.numel() // x.shape[1] * size  # where the elements cancel
     exact_x, plain_x = x.detach().double().requires_grad_(), x.detach().clone().requires_grad_()
     weights = torch.randn(2, x.shape[1], dtype=torch.float64).to(x.device)
     results, gradients = [], []
@@ -46,14 +46,14 @@ def compare(function: Callable[[Tensor], tuple[Tensor, Tensor]], oracle: Callabl
         gradients.append(torch.autograd.grad(mixture.tanh(), leaf, torch.full_like(mixture, -1.5))[0])
         results.append((first.detach(), second.detach()))
     for actual, plain, exact in zip(*results, strict=True):
-        assert_as_exact_as_plain(actual, plain.to(actual.dtype), exact, summed=summed)
+        assert_as_accurate_as_pytorch(actual, plain.to(actual.dtype), exact, magnitude=magnitude)
     assert gradients[0].dtype == x.dtype
-    assert_as_exact_as_plain(*gradients)
+    assert_as_accurate_as_pytorch(*gradients)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_moments_and_sums_are_those_of_float64(backend: Backend, device: torch.device, layout: str, shape: tuple[int, ...]) -> None:
+def test_moments_and_sums_match_float64(backend: Backend, device: torch.device, layout: str, shape: tuple[int, ...]) -> None:
     x = random(*shape, layout=layout, device=device)
     compare(channel_moments, oracles.moments, x)
     compare(lambda x: channel_sums(x)[:2], sums, x)
@@ -61,8 +61,8 @@ def test_moments_and_sums_are_those_of_float64(backend: Backend, device: torch.d
 
 @pytest.mark.parametrize("shape", [(4, 5, 3, 7), (3, 70, 2, 3)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
-def test_every_layout_and_precision_is_read_in_float32(
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_every_layout_and_dtype_is_computed_in_float32(
     backend: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
 ) -> None:
     x = random(*shape, dtype=dtype, layout=layout, device=device)
@@ -77,8 +77,8 @@ def test_every_layout_and_precision_is_read_in_float32(
 
 @pytest.mark.parametrize("shape", RUNS, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
-@pytest.mark.parametrize("dtype", SANITIZED_STORAGE, ids=str)
-def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
+@pytest.mark.parametrize("dtype", SANITIZED_DTYPES, ids=str)
+def test_vectorized_accesses_match_scalar_accesses(
     backend: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
 ) -> None:
     x = random(*shape, dtype=dtype, layout=layout, device=device)
@@ -87,7 +87,7 @@ def test_runs_of_16_bytes_are_read_and_written_as_single_elements_are(
 
 
 @PROPERTY
-@given(data=st.data(), dtype=st.sampled_from(STORAGE), mean=st.floats(-10, 10))
+@given(data=st.data(), dtype=st.sampled_from(KERNEL_DTYPES), mean=st.floats(-10, 10))
 def test_any_shape_and_strides(fused: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, mean: float) -> None:
     channels = data.draw(st.one_of(st.integers(1, 20), st.integers(60, 140)))
     shape = (data.draw(st.integers(1, 6)), channels, data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12)))
@@ -99,10 +99,8 @@ def test_any_shape_and_strides(fused: Backend, device: torch.device, data: st.Da
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("mean", "std"), [(100.0, 0.1), (-1e4, 1.0)])
-def test_a_mean_far_from_0_costs_the_variance_no_digits(
-    backend: Backend, device: torch.device, mean: float, std: float, layout: str
-) -> None:
-    x = laid_out((mean + std * torch.randn(8, 5, 33, 31)).to(device), layout)
+def test_the_variance_is_accurate_for_a_large_mean(backend: Backend, device: torch.device, mean: float, std: float, layout: str) -> None:
+    x = with_layout((mean + std * torch.randn(8, 5, 33, 31)).to(device), layout)
     exact_mean, exact_variance = oracles.moments(x.double())
     actual_mean, actual_variance = channel_moments(x)
     torch.testing.assert_close(actual_mean.double(), exact_mean, rtol=1e-6, atol=0)
@@ -112,7 +110,7 @@ def test_a_mean_far_from_0_costs_the_variance_no_digits(
 
 
 @pytest.mark.parametrize("value", [0.0, 3.3e4, -0.1])
-def test_a_constant_has_no_variance_and_not_less(backend: Backend, device: torch.device, value: float) -> None:
+def test_the_variance_of_a_constant_is_0_and_not_negative(backend: Backend, device: torch.device, value: float) -> None:
     mean, variance = channel_moments(torch.full((4, 3, 17, 13), value, device=device))
     torch.testing.assert_close(mean, torch.full_like(mean, value))
     assert (variance >= 0).all()
@@ -120,7 +118,7 @@ def test_a_constant_has_no_variance_and_not_less(backend: Backend, device: torch
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_sums_of_the_parts_of_a_batch_give_the_moments_of_the_whole(backend: Backend, device: torch.device, layout: str) -> None:
+def test_sums_of_sub_batches_give_the_moments_of_the_batch(backend: Backend, device: torch.device, layout: str) -> None:
     x = random(7, 5, 9, 11, layout=layout, device=device)
     parts = [channel_sums(part) for part in x.split([1, 4, 2])]
     total, square_total = sum(part[0] for part in parts), sum(part[1] for part in parts)
@@ -136,8 +134,8 @@ def test_sums_of_the_parts_of_a_batch_give_the_moments_of_the_whole(backend: Bac
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
-@pytest.mark.parametrize("dtype", STORAGE, ids=str)
-def test_over_no_elements_sums_are_0_and_moments_nan(
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_empty_inputs_have_sums_0_and_moments_nan(
     backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     x = random(*shape, dtype=dtype, device=device)
@@ -153,20 +151,20 @@ def test_over_no_elements_sums_are_0_and_moments_nan(
         assert (gradient.shape, gradient.dtype) == (shape, dtype)
 
 
-def test_of_no_channels_there_are_no_moments(backend: Backend, device: torch.device) -> None:
+def test_no_channels_give_empty_results(backend: Backend, device: torch.device) -> None:
     x = random(2, 0, 4, 5, device=device)
     assert all(result.shape == (0,) for result in (*channel_moments(x), *channel_sums(x)[:2]))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("place", [(0, 1, 0, 0), (2, 1, 3, 2)])
-def test_what_is_not_finite_stays_in_its_channel_as_in_torch_mean_and_var(
-    backend: Backend, device: torch.device, place: tuple[int, ...], value: float, layout: str
+@pytest.mark.parametrize("index", [(0, 1, 0, 0), (2, 1, 3, 2)])
+def test_nonfinite_values_propagate_within_a_channel_as_in_torch_mean_and_var(
+    backend: Backend, device: torch.device, index: tuple[int, ...], value: float, layout: str
 ) -> None:
     values = torch.randn(3, 4, 5, 3)
-    values[place] = value
-    x = laid_out(values.to(device), layout).requires_grad_()
+    values[index] = value
+    x = with_layout(values.to(device), layout).requires_grad_()
     for results, oracle in ((channel_moments(x), oracles.moments(x)), (channel_sums(x)[:2], sums(x))):
         gradients = [torch.autograd.grad(first.sum() + second.sum(), x)[0] for first, second in (results, oracle)]
         for actual, usual in zip((*results, gradients[0]), (*oracle, gradients[1]), strict=True):
@@ -175,7 +173,7 @@ def test_what_is_not_finite_stays_in_its_channel_as_in_torch_mean_and_var(
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("function", [channel_moments, channel_sums])
-def test_one_of_the_two_results_can_be_used_alone(
+def test_each_result_is_differentiable_on_its_own(
     backend: Backend, device: torch.device, function: Callable[[Tensor], tuple[Tensor, ...]], index: int
 ) -> None:
     x = random(3, 4, 5, 3, device=device)
@@ -187,7 +185,7 @@ def test_one_of_the_two_results_can_be_used_alone(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gradient_lies_as_empty_like_would(fused: Backend, device: torch.device, layout: str) -> None:
+def test_the_gradient_has_the_strides_of_empty_like(fused: Backend, device: torch.device, layout: str) -> None:
     x = random(3, 5, 4, 2, layout=layout, device=device)
     for function in (channel_moments, channel_sums):
         (gradient,) = torch.autograd.grad(function(x)[1].sum(), x)
@@ -201,7 +199,7 @@ def test_the_reference_has_first_and_second_derivatives() -> None:
         assert torch.autograd.gradgradcheck(function, x)
 
 
-def test_a_second_derivative_of_a_kernel_is_refused(fused: Backend, device: torch.device) -> None:
+def test_double_backward_through_a_kernel_raises(fused: Backend, device: torch.device) -> None:
     x = random(3, 4, 5, 3, device=device)
     for function in (channel_moments, channel_sums):
         (gradient,) = torch.autograd.grad(function(x)[1].square().sum(), x, create_graph=True)
@@ -210,7 +208,7 @@ def test_a_second_derivative_of_a_kernel_is_refused(fused: Backend, device: torc
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
+def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
     x = random(5, 7, 61, 59, layout=layout, device=device)
     results = []
     for threads in (1, 2, 2):
@@ -223,6 +221,6 @@ def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(fused: Back
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5, 6)], ids=str)
 @pytest.mark.parametrize("function", [channel_moments, channel_sums])
-def test_what_is_no_activation_is_refused(function: Callable[[Tensor], object], shape: tuple[int, ...]) -> None:
+def test_invalid_shapes_raise(function: Callable[[Tensor], object], shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"x must be \(N, C, H, W\), not \("):
         function(torch.zeros(shape))

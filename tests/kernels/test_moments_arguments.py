@@ -1,4 +1,4 @@
-"""What the moments do of activations that are not the usual ones: right, or an error that names them."""
+"""Moments of unusual activations: correct, or an error that names them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ from dfkd_fast.kernels import Backend, channel_moments, channel_sums
 from tests.kernels import oracles
 
 FUNCTIONS = pytest.mark.parametrize("function", [channel_moments, channel_sums])
-SIZES = pytest.mark.parametrize("rows", [2, 2000])  # of which a CPU's kernels serve the larger
+SIZES = pytest.mark.parametrize("rows", [2, 2000])  # below and above the threshold of the CPU kernels
 
 
 @FUNCTIONS
 @SIZES
-def test_complex_numbers_and_other_layouts_are_named(function: Callable[[Tensor], Any], rows: int) -> None:
+def test_complex_dtypes_and_sparse_layouts_are_named(function: Callable[[Tensor], Any], rows: int) -> None:
     x = torch.zeros(rows, 3, 2, 2)
     with pytest.raises(ValueError, match=r"x must be real, not torch\.complex64"):
         function(x * 1j)
@@ -25,16 +25,16 @@ def test_complex_numbers_and_other_layouts_are_named(function: Callable[[Tensor]
 
 
 @SIZES
-def test_whole_numbers_are_read_in_float32(rows: int) -> None:
+def test_integers_are_computed_in_float32(rows: int) -> None:
     x = torch.randint(-9, 9, (rows, 3, 2, 2))
     torch.testing.assert_close(channel_moments(x), oracles.moments(x.float()))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "imaginary part"])
-def test_the_negative_of_what_is_stored_is_read_as_such(backend: Backend, device: torch.device, layout: str) -> None:
+def test_the_negative_bit_is_resolved(backend: Backend, device: torch.device, layout: str) -> None:
     values = torch.randn(4, 5, 6, 3, device=device)
     negative = (
-        torch.complex(values, values).conj().imag if layout == "imaginary part" else torch._neg_view(oracles.laid_out(values, layout))
+        torch.complex(values, values).conj().imag if layout == "imaginary part" else torch._neg_view(oracles.with_layout(values, layout))
     )
     x = negative.detach().requires_grad_()
     mean, variance = channel_moments(x)
@@ -45,9 +45,7 @@ def test_the_negative_of_what_is_stored_is_read_as_such(backend: Backend, device
 
 
 @FUNCTIONS
-def test_a_second_derivative_of_a_kernel_is_refused_where_it_would_lack_a_term(
-    fused: Backend, device: torch.device, function: Callable[[Tensor], Any]
-) -> None:
+def test_double_backward_that_would_lack_a_term_raises(fused: Backend, device: torch.device, function: Callable[[Tensor], Any]) -> None:
     x = oracles.random(3, 4, 5, 3, device=device)
     (gradient,) = torch.autograd.grad(function(x)[1].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{function.__name__}: its kernels have no second derivative"):

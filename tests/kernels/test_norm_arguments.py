@@ -1,4 +1,4 @@
-"""What ``batch_norm_leaky_relu`` does of tensors and numbers that are not the usual ones: right, or an error that names them."""
+"""``batch_norm_leaky_relu`` with unusual tensors and numbers: correct, or an error that names them."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ PARAMETERS = ["running_mean", "running_var", "weight", "bias"]
 
 
 @pytest.fixture(autouse=True)
-def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
+def small_tensors_use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_leaky_relu", 0)
 
 
 def images(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
@@ -30,17 +30,15 @@ def arguments(dtype: torch.dtype = torch.float32, device: torch.device = CPU) ->
     return {**tensors, "training": True, "momentum": 0.3, "eps": 1e-3, "negative_slope": 0.2}
 
 
-def pytorch(x: Tensor, given: dict[str, Any]) -> Tensor:
-    mean, variance, weight, bias = (given[name] for name in PARAMETERS)
-    normalised = F.batch_norm(x, mean, variance, weight, bias, given["training"], given["momentum"], given["eps"])
-    return F.leaky_relu(normalised, given["negative_slope"])
+def pytorch(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    mean, variance, weight, bias = (kwargs[name] for name in PARAMETERS)
+    normalised = F.batch_norm(x, mean, variance, weight, bias, kwargs["training"], kwargs["momentum"], kwargs["eps"])
+    return F.leaky_relu(normalised, kwargs["negative_slope"])
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_networks_whose_tensors_are_all_of_one_dtype_are_pytorchs(
-    norm_backend: Backend, device: torch.device, dtype: torch.dtype, training: bool
-) -> None:
+def test_parameters_of_another_dtype_use_pytorch(norm_backend: Backend, device: torch.device, dtype: torch.dtype, training: bool) -> None:
     ours, theirs = ({**arguments(dtype, device), "training": training} for _ in range(2))
     with torch.no_grad():
         torch.testing.assert_close(batch_norm_leaky_relu(images(dtype, device), **ours), pytorch(images(dtype, device), theirs))
@@ -50,23 +48,23 @@ def test_networks_whose_tensors_are_all_of_one_dtype_are_pytorchs(
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_tensors_that_do_not_fit_are_named_and_nothing_is_moved(name: str, training: bool) -> None:
+def test_invalid_tensors_are_named_and_nothing_is_changed(name: str, training: bool) -> None:
     for wrong, message in (
-        (torch.ones(6).half(), f"{name} must be torch.float32 or of x's dtype torch.bfloat16, not torch.float16"),
+        (torch.ones(6).half(), f"{name} must be torch.float32 or have the dtype of x, torch.bfloat16, not torch.float16"),
         (torch.ones(6).double(), f"{name} must be torch.float32 or .*, not torch.float64"),
         (torch.ones(6).long(), f"{name} must be torch.float32 or .*, not torch.int64"),
-        (torch.ones(6, device="meta"), f"{name} must be on x's device cpu, not on meta"),
+        (torch.ones(6, device="meta"), f"{name} must be on the device of x, cpu, not on meta"),
         (torch.ones(6, 1), rf"{name} must be \(6,\), not \(6, 1\)"),
     ):
-        given = {**arguments(), "training": training, name: wrong}
-        before = {other: given[other].clone() for other in PARAMETERS}
+        kwargs = {**arguments(), "training": training, name: wrong}
+        before = {other: kwargs[other].clone() for other in PARAMETERS}
         with torch.no_grad(), pytest.raises(ValueError, match=message):
-            batch_norm_leaky_relu(images(torch.bfloat16), **given)
-        assert all(torch.equal(given[other], before[other]) for other in PARAMETERS if other != name)
+            batch_norm_leaky_relu(images(torch.bfloat16), **kwargs)
+        assert all(torch.equal(kwargs[other], before[other]) for other in PARAMETERS if other != name)
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
-def test_running_statistics_must_be_there(name: str) -> None:
+def test_running_statistics_are_required(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be a tensor \(6,\), not None"):
         batch_norm_leaky_relu(images(), **{**arguments(), name: None})
 
@@ -81,14 +79,14 @@ def test_running_statistics_must_be_there(name: str) -> None:
     ],
     ids=str,
 )
-def test_numbers_outside_their_range_are_named(changed: dict[str, Any], message: str) -> None:
+def test_invalid_numbers_are_named(changed: dict[str, Any], message: str) -> None:
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         batch_norm_leaky_relu(images(), **{**arguments(), **changed})
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
-def test_activations_are_floating(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=f"x must be of a floating dtype, not {dtype}"):
+def test_activations_must_be_floating_point(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"x must have a floating-point dtype, not {dtype}"):
         batch_norm_leaky_relu(images().to(dtype), **arguments())
 
 
@@ -101,7 +99,7 @@ def negated_twice(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_strides_and_negative_bits_of_any_tensor_are_read_as_they_are(norm_backend: Backend, device: torch.device, training: bool) -> None:
+def test_strided_tensors_and_negative_bits_are_supported(norm_backend: Backend, device: torch.device, training: bool) -> None:
     with torch.no_grad():
         for name in ("x", *PARAMETERS):
             for view in (strided, negated_twice):
@@ -116,34 +114,32 @@ def test_strides_and_negative_bits_of_any_tensor_are_read_as_they_are(norm_backe
                     torch.testing.assert_close(ours[other], theirs[other], rtol=1e-5, atol=1e-5)
 
 
-def test_an_upstream_gradient_with_a_negative_bit_is_read_as_it_is(norm_backend: Backend, device: torch.device) -> None:
+def test_the_negative_bit_of_the_upstream_gradient_is_resolved(norm_backend: Backend, device: torch.device) -> None:
     x = images(device=device).requires_grad_()
     upstream = torch.randn(x.shape).to(device).to(memory_format=torch.channels_last)
     gradients = [
-        torch.autograd.grad(batch_norm_leaky_relu(x, **arguments(device=device)), x, given)[0]
-        for given in (torch._neg_view(-upstream), upstream)
+        torch.autograd.grad(batch_norm_leaky_relu(x, **arguments(device=device)), x, gradient)[0]
+        for gradient in (torch._neg_view(-upstream), upstream)
     ]
     assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("wrt", ["x", "weight"])
-def test_a_second_derivative_of_the_kernels_is_refused_where_it_would_lack_a_term(
-    norm_backend: Backend, device: torch.device, wrt: str
-) -> None:
-    x, given = images(device=device).requires_grad_(), arguments(device=device)
-    given["weight"].requires_grad_()
+def test_double_backward_that_would_lack_a_term_raises(norm_backend: Backend, device: torch.device, wrt: str) -> None:
+    x, kwargs = images(device=device).requires_grad_(), arguments(device=device)
+    kwargs["weight"].requires_grad_()
     assert norm._backend(x, True) == norm_backend
-    (gradient,) = torch.autograd.grad(batch_norm_leaky_relu(x, **given).sum(), x, create_graph=True)
-    source = x if wrt == "x" else given["weight"]
+    (gradient,) = torch.autograd.grad(batch_norm_leaky_relu(x, **kwargs).sum(), x, create_graph=True)
+    source = x if wrt == "x" else kwargs["weight"]
     with pytest.raises(RuntimeError, match=r'batch_norm_leaky_relu: .* no second derivative; call it under use_backend\("reference"\)'):
         torch.autograd.grad(gradient.square().sum() + source.sum(), source)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("graph", [True, False])
-def test_tangents_are_pytorchs(norm_backend: Backend, device: torch.device, training: bool, graph: bool) -> None:
+def test_forward_mode_derivatives_use_pytorch(norm_backend: Backend, device: torch.device, training: bool, graph: bool) -> None:
     tangents = []
-    for function in (lambda x, given: batch_norm_leaky_relu(x, **given), pytorch):
+    for function in (lambda x, kwargs: batch_norm_leaky_relu(x, **kwargs), pytorch):
         with forward_ad.dual_level(), torch.set_grad_enabled(graph):
             dual = forward_ad.make_dual(images(device=device), images(device=device).flip(0))
             tangents.append(forward_ad.unpack_dual(function(dual, {**arguments(device=device), "training": training})).tangent)
@@ -152,13 +148,13 @@ def test_tangents_are_pytorchs(norm_backend: Backend, device: torch.device, trai
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_transforms_of_torch_func_are_pytorchs(norm_backend: Backend, device: torch.device, training: bool) -> None:
-    given = {**arguments(device=device), "training": training}
+def test_torch_func_transforms_use_pytorch(norm_backend: Backend, device: torch.device, training: bool) -> None:
+    kwargs = {**arguments(device=device), "training": training}
 
     def ours(x: Tensor) -> Tensor:
         return (
             batch_norm_leaky_relu(
-                x, **{**given, "running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}
+                x, **{**kwargs, "running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}
             )
             .square()
             .sum()
@@ -166,7 +162,9 @@ def test_transforms_of_torch_func_are_pytorchs(norm_backend: Backend, device: to
 
     def theirs(x: Tensor) -> Tensor:
         return (
-            pytorch(x, {**given, "running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}).square().sum()
+            pytorch(x, {**kwargs, "running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)})
+            .square()
+            .sum()
         )
 
     for transform in (torch.func.grad, lambda function: lambda x: torch.func.jvp(function, (x,), (x.flip(0),))):

@@ -1,4 +1,4 @@
-"""Elements more than 2³¹ elements from the first are found. On a CPU the memory between them is never written: it takes no room."""
+"""Offsets beyond 2³¹ elements. On a CPU, the memory between the elements is never written and takes no physical memory."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dfkd_fast.kernels import Backend, channel_sums, concat_generated, js_discrepancy, kl_discrepancy, l1_discrepancy, use_backend
-from dfkd_fast.kernels.dispatch import why_not
-from tests.kernels.oracles import assert_as_exact_as_plain
+from dfkd_fast.kernels.dispatch import unavailable_reason
+from tests.kernels.oracles import assert_as_accurate_as_pytorch
 
 FAR = 1 << 31
 NUMBA: Any = "numba"
@@ -24,19 +24,19 @@ NAMES = [*DISCREPANCIES, "moments", "concat"]
 
 
 def alone_with_numba(test: Callable[[], None]) -> Callable[[], None]:
-    return pytest.mark.alone(pytest.mark.skipif(why_not("numba") is not None, reason="numba is not installed")(test))
+    return pytest.mark.alone(pytest.mark.skipif(unavailable_reason("numba") is not None, reason="numba is not installed")(test))
 
 
 def zeros(elements: int) -> Tensor:
-    """bfloat16 zeros that the operating system provides page by page."""
+    """Return bfloat16 zeros in lazily allocated pages."""
     try:
         return torch.from_numpy(np.zeros(elements, np.int16)).view(torch.bfloat16)
     except MemoryError:
-        pytest.skip("the operating system gives out no 4 GiB, not even of memory that stays unused")
+        pytest.skip("4 GiB of virtual memory cannot be allocated")
 
 
 @alone_with_numba
-def test_images_may_be_far_apart_in_inputs_batches_and_gradients() -> None:
+def test_batch_strides_may_exceed_31_bits() -> None:
     shape, strides = (2, 3, 4, 5), (FAR + 60, 20, 5, 1)
     raw, out, gradient = (zeros(FAR + 120).as_strided(shape, strides) for _ in range(3))
     raw.copy_(torch.randn(shape))
@@ -52,7 +52,7 @@ def test_images_may_be_far_apart_in_inputs_batches_and_gradients() -> None:
 
 
 @alone_with_numba
-def test_channels_may_be_far_apart() -> None:
+def test_channel_strides_may_exceed_31_bits() -> None:
     raw = zeros(FAR + 120).as_strided((2, 2, 4, 5), (20, FAR, 5, 1))
     raw.copy_(torch.randn(raw.shape))
     with use_backend(NUMBA):
@@ -60,7 +60,7 @@ def test_channels_may_be_far_apart() -> None:
 
 
 @alone_with_numba
-def test_the_last_of_very_many_elements_count() -> None:
+def test_the_last_elements_of_large_tensors_are_read() -> None:
     classes = 1 << 16
     student, teacher = (zeros(FAR + classes).view(-1, classes) for _ in range(2))
     student[-1, 5], teacher[-1, -1] = 3, -2
@@ -70,13 +70,13 @@ def test_the_last_of_very_many_elements_count() -> None:
         assert (total.tolist(), square_total.tolist()) == ([3.0, 0.0], [9.0, 0.0])
         assert count == student.numel() // 2
         alone: dict[str, Any] = {"temperature": 1.0, "reduction": "sum", "scale_by_temperature_squared": False}
-        divergence = kl_discrepancy(student, teacher, **alone)  # equal rows have none, exactly
+        divergence = kl_discrepancy(student, teacher, **alone)  # equal rows contribute exactly 0
         assert torch.equal(divergence, kl_discrepancy(student[-1:], teacher[-1:], **alone))
     assert divergence > 0
 
 
 def check_the_last_image(name: str, images: int, device: torch.device | str) -> None:
-    """What belongs to the last image is that of it alone, all others being 0."""
+    """Compare the results for the last image with those for this image alone; all others are 0."""
     student, teacher = (torch.zeros(images, 256, 16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
     for side in (student, teacher):
         side[-1].copy_(torch.randn(side.shape[1:]))
@@ -90,7 +90,7 @@ def check_the_last_image(name: str, images: int, device: torch.device | str) -> 
             for index, power in enumerate((1, 2)):
                 exact, plain = ((x.to(dtype) ** power).sum(dim=(0, 2, 3)) for dtype in (torch.float64, torch.float32))
                 size = (x.float().abs() ** power).sum(dim=(0, 2, 3)).max().item()
-                assert_as_exact_as_plain(sums[index], plain.double(), exact, summed=size)
+                assert_as_accurate_as_pytorch(sums[index], plain.double(), exact, magnitude=size)
             (gradient,) = torch.autograd.grad(channel_sums(student.requires_grad_())[1].sum(), student)
             torch.testing.assert_close(gradient[-1:], 2 * x)
         case _:
@@ -102,13 +102,13 @@ def check_the_last_image(name: str, images: int, device: torch.device | str) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_last_of_a_few_images_counts(fused: Backend, device: torch.device, name: str) -> None:
+def test_the_last_of_a_few_images_is_processed(fused: Backend, device: torch.device, name: str) -> None:
     check_the_last_image(name, 3, device)
 
 
 @pytest.fixture
 def gpu_memory() -> Iterator[int]:
-    """In GiB, and freed for the processes of other tests afterwards."""
+    """Free GPU memory in GiB; the cache is emptied afterwards."""
     torch.cuda.empty_cache()
     yield torch.cuda.mem_get_info()[0] >> 30
     torch.cuda.empty_cache()
@@ -117,7 +117,7 @@ def gpu_memory() -> Iterator[int]:
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.parametrize("name", NAMES)
-def test_the_last_of_very_many_images_counts(gpu_backend: Backend, gpu_memory: int, name: str) -> None:
+def test_the_last_of_very_many_images_is_processed(gpu_backend: Backend, gpu_memory: int, name: str) -> None:
     if gpu_memory < 48:
         pytest.skip(f"takes 48 GiB of GPU memory, of which {gpu_memory} are free")
     check_the_last_image(name, (FAR >> 16) + 1, "cuda")

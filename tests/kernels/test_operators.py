@@ -1,4 +1,4 @@
-"""Every kernel is an operator that PyTorch may trace: its schema, its fake and its gradient formula hold."""
+"""Every kernel is a traceable operator with a correct schema, fake implementation and autograd formula."""
 
 import shutil
 from collections.abc import Callable
@@ -22,18 +22,18 @@ from dfkd_fast.kernels import (
     use_backend,
 )
 from dfkd_fast.kernels.operators import SCHEMAS
-from tests.kernels.oracles import laid_out
+from tests.kernels.oracles import with_layout
 
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 
 
 def arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
-    """An operator's arguments, the tensors among them in this layout."""
+    """Arguments of an operator, with tensors in the given layout."""
     torch.manual_seed(0)
-    first, second = (laid_out(torch.randn(2, 5, 4, 6, device=device), layout) for _ in range(2))
+    first, second = (with_layout(torch.randn(2, 5, 4, 6, device=device), layout) for _ in range(2))
     raws, constants = [first, second[:1]], [*(torch.rand(4, 5, device=device) + 0.5)]
     table = torch.rand(2, 5, device=device) + 0.5
-    dense = laid_out(torch.randn(2, 5, 4, 6, device=device), "channels_last" if layout == "channels_last" else "contiguous")
+    dense = with_layout(torch.randn(2, 5, 4, 6, device=device), "channels_last" if layout == "channels_last" else "contiguous")
     match name:
         case "ema_update_":
             return [dense.clone()], [dense.half()], [dense.bfloat16()], 0.0, torch.tensor(0.9, device=device)
@@ -59,7 +59,7 @@ def arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
 
 
 def lean_arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
-    """The same operator asked for as little as its schema allows."""
+    """Arguments of the same operator without optional outputs and inputs."""
     full = arguments(name, layout, device)
     match name:
         case "ema_update_":
@@ -74,7 +74,7 @@ def lean_arguments(name: str, layout: str, device: torch.device) -> tuple[Any, .
         case "concat_forward":
             return full[0], "none", None, None, torch.float32, False
         case "concat_forward_out":
-            return laid_out(full[0], layout), full[1], "none", None, None
+            return with_layout(full[0], layout), full[1], "none", None, None
         case "concat_backward":
             return full[0][:1], full[1][:1], "sigmoid", None, None, None, None
         case "concat_gradient_moments":
@@ -90,28 +90,26 @@ def operator(name: str, backend: Backend) -> Any:
 
 @pytest.mark.parametrize(("layout", "make"), [*((layout, arguments) for layout in LAYOUTS), ("contiguous", lean_arguments)])
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_operator_keeps_what_its_schema_and_its_fake_promise(
-    fused: Backend, device: torch.device, name: str, layout: str, make: Callable[..., tuple[Any, ...]]
-) -> None:
+def test_operators_pass_opcheck(fused: Backend, device: torch.device, name: str, layout: str, make: Callable[..., tuple[Any, ...]]) -> None:
     torch.library.opcheck(operator(name, fused), make(name, layout, device))
 
 
 @pytest.mark.parametrize("make", [arguments, lean_arguments])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [name for name, schema in SCHEMAS.items() if "!" not in schema])
-def test_fake_results_have_the_real_ones_shapes_strides_and_dtypes(
+def test_fake_results_match_shapes_strides_and_dtypes(
     fused: Backend, device: torch.device, name: str, layout: str, make: Callable[..., tuple[Any, ...]]
 ) -> None:
-    given = make(name, layout, device)
-    real = operator(name, fused)(*given)
+    args = make(name, layout, device)
+    real = operator(name, fused)(*args)
     with FakeTensorMode() as mode:
-        fake = operator(name, fused)(*tree_map_only(Tensor, mode.from_tensor, given))
+        fake = operator(name, fused)(*tree_map_only(Tensor, mode.from_tensor, args))
     for one, other in zip(*(results if isinstance(results, tuple) else (results,) for results in (real, fake)), strict=True):
         assert (one.shape, one.stride(), one.dtype, one.device) == (other.shape, other.stride(), other.dtype, other.device)
 
 
 @pytest.mark.parametrize("changes", ["averages", "shadows", "out"])
-def test_tensor_that_a_graph_saved_cannot_be_changed_behind_its_back(backend: Backend, device: torch.device, changes: str) -> None:
+def test_in_place_updates_of_saved_tensors_are_detected_by_autograd(backend: Backend, device: torch.device, changes: str) -> None:
     saved, other = torch.ones(1, 5, 4, 6, device=device), torch.zeros(1, 5, 4, 6, device=device)
     loss = (saved * torch.ones(1, device=device, requires_grad=True)).sum()
     match changes:
@@ -125,7 +123,7 @@ def test_tensor_that_a_graph_saved_cannot_be_changed_behind_its_back(backend: Ba
         loss.backward()
 
 
-def test_averages_made_in_inference_mode_are_updated(backend: Backend, device: torch.device) -> None:
+def test_averages_created_in_inference_mode_are_updated(backend: Backend, device: torch.device) -> None:
     with torch.inference_mode():
         average, source = torch.ones(3, device=device), torch.zeros(3, device=device)
         ema_update_([average], [source], 0.5)
@@ -158,11 +156,11 @@ def compiled_as_eager(function: Callable[[Tensor, Tensor], Tensor], compiler: st
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_function_is_compiled_whole_with_its_gradient(backend: Backend, device: torch.device, name: str) -> None:
+def test_functions_compile_with_fullgraph_including_gradients(backend: Backend, device: torch.device, name: str) -> None:
     compiled_as_eager(FUNCTIONS[name], "aot_eager", device)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_takes_an_operator_into_its_graph() -> None:
+def test_inductor_compiles_an_operator() -> None:
     with use_backend("numba"):
         compiled_as_eager(FUNCTIONS["kl"], "inductor", torch.device("cpu"))

@@ -15,25 +15,25 @@ import torch
 
 from dfkd_fast.kernels import build
 
-REASON = build.why_not_buildable()
+REASON = build.unbuildable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"csrc cannot be compiled here: {REASON}")
 
-Stores = Counter[str]  # of a kernel, by width in bits: "128", "64", "32", "U16", "U8"
+Stores = Counter[str]  # number of stores by width in bits: "128", "64", "32", "U16", "U8"
 SIZES = (4, 2, 2)  # bytes of float32, bfloat16 and float16: a kernel has stores for each
 
 
 def cuobjdump() -> str:
-    """The toolkit's, or else Triton's."""
+    """Return the path of cuobjdump, from the CUDA toolkit or Triton."""
     triton = find_spec("triton")
-    beside = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin") if triton and triton.origin else ""
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
-    if found is None:
+    triton_bin = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin") if triton and triton.origin else ""
+    path = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=triton_bin)
+    if path is None:
         pytest.skip("no cuobjdump: it comes with the CUDA toolkit and with Triton")
-    return found
+    return path
 
 
 def stores(source: str, folder: Path) -> dict[str, Stores]:
-    """The global stores of a source's kernels, by mangled name."""
+    """Return the global stores of the kernels in a source file, by mangled name."""
     cubin = folder / "kernels.cubin"
     include = Path(torch.__file__).parent / "include"
     command = [build._nvcc(), *build.FLAGS, "-cubin", "-arch=sm_90", "-isystem", include, build.SOURCES / source, "-o", cubin]
@@ -49,28 +49,28 @@ def stores(source: str, folder: Path) -> dict[str, Stores]:
 @pytest.mark.parametrize(("source", "kernels"), [("concat.cu", 6), ("moments.cu", 3)])
 def test_tiles_are_stored_16_bytes_at_a_time(source: str, kernels: int, tmp_path: Path) -> None:
     checked = 0
-    for name, found in stores(source, tmp_path).items():
+    for name, widths in stores(source, tmp_path).items():
         tile = re.search(r"tile_kernel.*?TileILi(\d)ELi(\d)E", name)
         if tile is None or tile.groups() == ("1", "1"):
             continue
         pixels, channels = map(int, tile.groups())
         layouts = 2 if pixels > 1 and channels > 1 else 1  # interleaved or planar, chosen at run time
-        assert found == {"128": layouts * sum(pixels * channels * size // 16 for size in SIZES)}, name
+        assert widths == {"128": layouts * sum(pixels * channels * size // 16 for size in SIZES)}, name
         checked += 1
     assert checked == kernels
 
 
-def test_gradients_are_stored_16_bytes_at_a_time_but_for_the_last(tmp_path: Path) -> None:
-    (found,) = stores("gradients.cu", tmp_path).values()
-    vector = 8  # elements of a thread, stored one by one only where the tensor ends or is not aligned
-    assert found == {"128": sum(vector * size // 16 for size in SIZES), "32": vector, "U16": 2 * vector}
+def test_gradients_are_stored_16_bytes_at_a_time_except_for_the_tail(tmp_path: Path) -> None:
+    (widths,) = stores("gradients.cu", tmp_path).values()
+    vector = 8  # elements per thread; stored one by one only at the end of a tensor or if unaligned
+    assert widths == {"128": sum(vector * size // 16 for size in SIZES), "32": vector, "U16": 2 * vector}
 
 
-def test_averages_and_shadows_are_stored_whole_but_for_the_last(tmp_path: Path) -> None:
+def test_averages_and_shadows_are_stored_vectorized_except_for_the_tail(tmp_path: Path) -> None:
     kernels = stores("ema.cu", tmp_path)
     assert len(kernels) == 2  # for short lists and for long ones
-    for found in kernels.values():
-        del found["U8"]  # copies of integers that are not aligned
+    for widths in kernels.values():
+        del widths["U8"]  # copies of unaligned integers
         # Four vectors of four elements: 16 bytes of averages and float32 shadows, 8 of half-precision shadows, and
         # as many single elements where a tensor ends or is not aligned. Two more of 16 bytes copy integers.
-        assert found == {"128": 4 + 4 + 2, "64": 4 + 4, "32": 4 + 4, "U16": 4 + 4}
+        assert widths == {"128": 4 + 4 + 2, "64": 4 + 4, "32": 4 + 4, "U16": 4 + 4}

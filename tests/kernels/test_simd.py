@@ -25,7 +25,7 @@ def singles(values: list[float]) -> Array:
     return np.array(values, dtype=np.float32)
 
 
-# One bit pattern in 4099, so that every exponent and many mantissas of either sign occur; then what lies at an edge.
+# Every 4099th bit pattern, which covers all exponents and many mantissas of both signs; then edge cases.
 PATTERNS = np.arange(0, 1 << 32, 4099, dtype=np.uint64).astype(np.uint32).view(np.float32)
 EDGES = [
     0.0,
@@ -54,8 +54,8 @@ NEAR = np.concatenate([np.float32(edge) * singles([1 - EPS, 1, 1 + EPS]) for edg
 NUMBERS = np.concatenate([PATTERNS, NEAR, -NEAR, singles([HUGE, -HUGE, INF, -INF, NAN]), np.linspace(-110, 110, 200_001, dtype=np.float32)])
 
 
-def vectorised(function: Any) -> Callable[[Array], Array]:
-    """The function in a loop that LLVM vectorises, as in a kernel."""
+def vectorized(function: Any) -> Callable[[Array], Array]:
+    """The function in a loop that LLVM vectorizes, as in a kernel."""
 
     @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
     def over(x: Array, out: Array) -> None:
@@ -71,12 +71,12 @@ def vectorised(function: Any) -> Callable[[Array], Array]:
 
 
 def relative(actual: Array, exact: Array) -> Array:
-    """Errors relative to the exact value; below the normal numbers, to the smallest of them."""
+    """Relative errors; for subnormal values, relative to the smallest normal number."""
     return np.asarray(np.abs(actual - exact) / np.maximum(np.abs(exact), TINY))
 
 
-def test_exp_is_exact_to_an_ulp_where_it_is_a_normal_number() -> None:
-    actual = vectorised(simd.exp)(NUMBERS)
+def test_exp_is_accurate_to_an_ulp_for_normal_results() -> None:
+    actual = vectorized(simd.exp)(NUMBERS)
     inside, below, above = (NUMBERS >= -87.3) & (NUMBERS <= 88), NUMBERS < -87.31, NUMBERS > 88.001
     with np.errstate(all="ignore"):
         exact = np.exp(NUMBERS.astype(np.float64))
@@ -87,9 +87,9 @@ def test_exp_is_exact_to_an_ulp_where_it_is_a_normal_number() -> None:
     assert (actual[NUMBERS == 0] == 1).all()
 
 
-def test_exp_of_a_negative_is_that_of_exp() -> None:
+def test_exp_of_negative_is_accurate() -> None:
     x = NUMBERS[(NUMBERS <= 0) | np.isnan(NUMBERS)]
-    actual = vectorised(simd.exp_of_negative)(x)
+    actual = vectorized(simd.exp_of_negative)(x)
     with np.errstate(all="ignore"):
         exact = np.exp(x.astype(np.float64))
     inside, below = x >= -87.3, x < -87.31
@@ -100,14 +100,14 @@ def test_exp_of_a_negative_is_that_of_exp() -> None:
     assert (actual[x == 0] == 1).all()
 
 
-def test_log1p_is_exact_to_two_ulps_from_0_to_1() -> None:
+def test_log1p_is_accurate_to_two_ulps_from_0_to_1() -> None:
     x = np.concatenate([NUMBERS[(NUMBERS >= 0) & (NUMBERS <= 1)], np.linspace(0, 1, 100_001, dtype=np.float32)])
-    assert relative(vectorised(simd.log1p)(x), np.log1p(x.astype(np.float64))).max() < 2 * EPS
-    assert np.isnan(vectorised(simd.log1p)(singles([NAN]))).all()
+    assert relative(vectorized(simd.log1p)(x), np.log1p(x.astype(np.float64))).max() < 2 * EPS
+    assert np.isnan(vectorized(simd.log1p)(singles([NAN]))).all()
 
 
-def test_tanh_is_exact_to_two_ulps_everywhere() -> None:
-    actual = vectorised(simd.tanh)(NUMBERS)
+def test_tanh_is_accurate_to_two_ulps_everywhere() -> None:
+    actual = vectorized(simd.tanh)(NUMBERS)
     numbers = ~np.isnan(NUMBERS)
     assert relative(actual[numbers], np.tanh(NUMBERS[numbers].astype(np.float64))).max() < 2 * EPS
     assert np.isnan(actual[~numbers]).all()
@@ -115,8 +115,8 @@ def test_tanh_is_exact_to_two_ulps_everywhere() -> None:
     assert (actual[np.abs(NUMBERS) > 10] == np.sign(NUMBERS[np.abs(NUMBERS) > 10])).all()
 
 
-def test_sigmoid_is_exact_to_an_ulp_of_1_and_to_two_of_its_value_where_that_is_normal() -> None:
-    actual = vectorised(simd.sigmoid)(NUMBERS)
+def test_sigmoid_is_accurate_in_absolute_and_relative_error() -> None:
+    actual = vectorized(simd.sigmoid)(NUMBERS)
     numbers = ~np.isnan(NUMBERS)
     with np.errstate(all="ignore"):
         exact = 1 / (1 + np.exp(-NUMBERS.astype(np.float64)))
@@ -129,70 +129,70 @@ def test_sigmoid_is_exact_to_an_ulp_of_1_and_to_two_of_its_value_where_that_is_n
 
 
 def patterns(dtype: torch.dtype) -> Tensor:
-    """All 65536 numbers of a half precision."""
+    """All 65536 numbers of a half-precision dtype."""
     return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def widen_all(given: Any, out: Array) -> None:
-    elements = simd.pointer(given)
+def widen_all(typed: Any, out: Array) -> None:
+    elements = simd.pointer(typed)
     for i in range(len(out)):
         out[i] = simd.widen(elements[i])
 
 
 @numba.njit  # type: ignore[untyped-decorator]
-def narrow_all(x: Array, place: Any) -> None:
-    elements = simd.pointer(place)
+def narrow_all(x: Array, typed: Any) -> None:
+    elements = simd.pointer(typed)
     for i in range(len(x)):
-        elements[i] = simd.narrow(x[i], place)
+        elements[i] = simd.narrow(x[i], typed)
 
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.zeros(x.shape, dtype=dtype)
-    narrow_all(x.numpy(), simd.place(out))
+    narrow_all(x.numpy(), simd.typed_pointer(out))
     return out
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
-    """Equal bits, but for those of a NaN."""
+    """Return whether tensors are bitwise equal, apart from NaN payloads."""
     bits = {2: torch.int16, 4: torch.int32}[actual.element_size()]
     numbers = ~expected.isnan()
     return torch.equal(actual.isnan(), ~numbers) and torch.equal(actual.view(bits)[numbers], expected.view(bits)[numbers])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_half_precision_number_is_widened_as_pytorch_does_and_narrowed_back(dtype: torch.dtype) -> None:
-    given = patterns(dtype)
-    wide = np.zeros(len(given), np.float32)
-    widen_all(simd.place(given), wide)
-    assert same(torch.from_numpy(wide), given.float())
-    assert same(narrowed(torch.from_numpy(wide), dtype), given)
+def test_every_half_precision_number_round_trips_as_in_pytorch(dtype: torch.dtype) -> None:
+    numbers_of_dtype = patterns(dtype)
+    wide = np.zeros(len(numbers_of_dtype), np.float32)
+    widen_all(simd.typed_pointer(numbers_of_dtype), wide)
+    assert same(torch.from_numpy(wide), numbers_of_dtype.float())
+    assert same(narrowed(torch.from_numpy(wide), dtype), numbers_of_dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_what_lies_between_half_precision_numbers_is_rounded_as_pytorch_does(dtype: torch.dtype) -> None:
-    given = patterns(dtype)
-    wide = given[given.isfinite()].double().sort().values
+def test_rounding_to_half_precision_matches_pytorch(dtype: torch.dtype) -> None:
+    numbers_of_dtype = patterns(dtype)
+    wide = numbers_of_dtype[numbers_of_dtype.isfinite()].double().sort().values
     middle = ((wide[1:] + wide[:-1]) / 2).float()  # exact in float32: ties, which go to the even one
     beside = [torch.nextafter(middle, torch.full_like(middle, end)) for end in (INF, -INF)]
     for x in (middle, *beside, torch.from_numpy(NUMBERS)):
         assert same(narrowed(x, dtype), x.to(dtype))
 
 
-def test_float32_and_signs_are_widened_and_float32_narrowed_unchanged() -> None:
+def test_float32_and_int8_convert_exactly() -> None:
     x = torch.from_numpy(NUMBERS)
     wide = np.zeros(len(x), np.float32)
-    widen_all(simd.place(x), wide)
+    widen_all(simd.typed_pointer(x), wide)
     assert same(torch.from_numpy(wide), x)
     assert same(narrowed(x, torch.float32), x)
     signs = torch.tensor([-1, 0, 1, -128, 127], dtype=torch.int8)
     wide = np.zeros(len(signs), np.float32)
-    widen_all(simd.place(signs), wide)
+    widen_all(simd.typed_pointer(signs), wide)
     assert wide.tolist() == signs.tolist()
 
 
-def test_launching_numbas_threads_leaves_pytorchs_number_alone() -> None:
-    # In a process of its own: numba launches its threads once.
+def test_launching_numba_threads_does_not_change_torch_num_threads() -> None:
+    # In a separate process, because numba launches its threads once.
     code = """
 import torch
 torch.set_num_threads(1)
@@ -202,30 +202,30 @@ with simd.threads:
 print(torch.get_num_threads())
 """
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert ran.stdout.split() == ["1"]
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert completed.stdout.split() == ["1"]
 
 
-def test_compiled_and_loaded_kernels_compute_the_same_bits_on_any_number_of_threads(tmp_path: Path, exhaustive: bool) -> None:
+def test_compiled_and_cached_kernels_are_bitwise_equal_for_any_number_of_threads(tmp_path: Path, exhaustive: bool) -> None:
     dtypes = ["float32", *(["bfloat16", "float16"] if exhaustive else [])]
 
     def results(threads: int, seed: int) -> dict[str, str]:
         command = [sys.executable, "-m", "tests.kernels.every_kernel", str(threads), *dtypes]
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "2", "PYTHONHASHSEED": str(seed)}
-        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=False)
-        assert ran.returncode == 0, ran.stderr
-        read: dict[str, str] = json.loads(ran.stdout)
+        completed = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], check=False)
+        assert completed.returncode == 0, completed.stderr
+        read: dict[str, str] = json.loads(completed.stdout)
         return read
 
-    def kept() -> list[Path]:
+    def cache_files() -> list[Path]:
         return sorted(tmp_path.rglob("*.nbi"))
 
     compiled = results(threads=1, seed=1)
-    kernels = {path.name.split(".")[1].split("-")[0] for path in kept()}
+    kernels = {path.name.split(".")[1].split("-")[0] for path in cache_files()}
     assert kernels >= {"_l1", "_update", "_forward", "_sum_rows", "_backward_sums", "_to_tiles"}
     assert not differences(compiled, results(threads=2, seed=2))
-    # A kernel that is compiled beside those that are loaded.
-    for index in kept():
+    # Some kernels compiled, the others loaded from the cache.
+    for index in cache_files():
         if index.name.split(".")[1].startswith(("_backward-", "_sum_rows-", "_row_by_row-")):
             index.unlink()
     assert not differences(compiled, results(threads=1, seed=3))
@@ -237,7 +237,7 @@ def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
 
 
 def test_sum_over_blocks_does_not_depend_on_the_number_of_threads() -> None:
-    # 2²⁴ + 1 lies midway between two float32 numbers: what the second half's sum adds to it, if summed apart, decides.
+    # 2²⁴ + 1 is midway between two float32 numbers, so that the result depends on the order of summation.
     student = torch.zeros(64, simd.BLOCK)
     student[0, 0], student[1, 0], student[32:, 0] = 2.0**24, 1.0, 2.0**-30
     losses = set()
@@ -270,7 +270,7 @@ class Results(Dataset):
         return results()
 
 def one_thread():
-    torch.set_num_threads(1)  # PyTorch's own threads do not survive a fork either; a DataLoader's workers do this
+    torch.set_num_threads(1)  # as DataLoader workers do; PyTorch's threads do not survive a fork either
 
 torch.set_num_threads(2)
 if WARM:
@@ -316,11 +316,11 @@ thread.join()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize(("fork", "warm"), [*((fork, True) for fork in FORKS), ("os.fork", False)])
-def test_forked_child_computes_what_its_parent_does(fork: str, warm: bool) -> None:
+def test_a_forked_child_computes_the_same_results(fork: str, warm: bool) -> None:
     code = f"WARM = {warm}\n" + FORKING + FORKS[fork] + "torch.set_num_threads(2)\nprint(results())\n"
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240, check=False)
-    assert ran.returncode == 0, ran.stderr
-    printed = ran.stdout.split()
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert completed.returncode == 0, completed.stderr
+    printed = completed.stdout.split()
     assert len(printed) > 1
     assert len(set(printed)) == 1

@@ -1,4 +1,4 @@
-"""Under torch.func and forward-mode derivatives the operations are served by the reference, and a forced kernel is an error."""
+"""torch.func transforms and forward-mode derivatives use the reference; a forced kernel raises."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from dfkd_fast.kernels import (
 )
 from tests.kernels import oracles
 
-pytestmark = pytest.mark.skipif(dispatch.why_not("numba") is not None, reason="numba is not installed")
+pytestmark = pytest.mark.skipif(dispatch.unavailable_reason("numba") is not None, reason="numba is not installed")
 
 TEMPERATURE, MEAN, STD = 2.0, torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.5, 1.5, 0.7])
 # Each function with its float64 oracle, from a tensor (2, 3, 4, 5) to a scalar; the second argument is constant.
@@ -67,8 +67,8 @@ def _dual(function: Function, x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_tensors_go_to_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for operation in dispatch.WORTHWHILE:
-        monkeypatch.setitem(dispatch.WORTHWHILE, operation, 0)
+    for operation in dispatch.MIN_NUMEL:
+        monkeypatch.setitem(dispatch.MIN_NUMEL, operation, 0)
 
 
 def tensors() -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def tensors() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_transformed_functions_have_the_values_of_their_float64_oracles(name: str, transform: str) -> None:
+def test_transformed_functions_match_float64(name: str, transform: str) -> None:
     function, oracle = FUNCTIONS[name]
     x, y = tensors()
     with use_backend(None):
@@ -89,21 +89,21 @@ def test_transformed_functions_have_the_values_of_their_float64_oracles(name: st
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_forced_kernel_is_refused_in_a_transform(name: str, transform: str) -> None:
+def test_a_forced_kernel_raises_in_a_transform(name: str, transform: str) -> None:
     with (
         use_backend("numba"),
-        pytest.raises(BackendError, match=r"numba is forced, but the reference alone serves torch\.func and forward-mode derivatives"),
+        pytest.raises(BackendError, match=r"numba is forced, but only the reference supports torch\.func and forward-mode derivatives"),
     ):
         TRANSFORMS[transform](FUNCTIONS[name][0], *tensors())
     with use_backend("numba"):
-        assert dispatch.choose("kl_discrepancy", torch.device("cpu"), (torch.float32,), 1) == "numba"  # nothing is left behind
+        assert dispatch.choose("kl_discrepancy", torch.device("cpu"), (torch.float32,), 1) == "numba"  # no state is left over
 
 
-def test_transforming_tells_what_is_active() -> None:
-    said: list[bool] = []
+def test_transforming_detects_active_transforms() -> None:
+    output: list[bool] = []
 
     def function(x: Tensor) -> Tensor:
-        said.append(dispatch.transforming())
+        output.append(dispatch.transforming())
         return x.sum()
 
     x = torch.ones(3)
@@ -113,11 +113,11 @@ def test_transforming_tells_what_is_active() -> None:
     with forward_ad.dual_level():
         function(x)
     function(x)
-    assert said == [False, True, True, True, False]
+    assert output == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_gradient_inside_a_compiled_function_is_that_of_the_oracle(name: str) -> None:
+def test_func_grad_inside_a_compiled_function_matches_float64(name: str) -> None:
     torch.compiler.reset()
     function, oracle = FUNCTIONS[name]
     x, y = tensors()

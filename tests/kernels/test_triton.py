@@ -20,14 +20,14 @@ pytestmark: list[pytest.MarkDecorator] = [] if interpreting() else [pytest.mark.
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded"]
-ACTIVATIONS = ["none", "tanh", "tanh"]  # of each dtype; test_concat.py has every activation in float32
+ACTIVATIONS = ["none", "tanh", "tanh"]  # per dtype; test_concat.py tests every activation in float32
 EPS = torch.finfo(torch.float32).eps
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    """Whatever a kernel leaves unwritten is NaN or the greatest integer."""
+    """Fill uninitialized memory with NaN or the largest integer."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
@@ -48,9 +48,9 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "conti
     return values
 
 
-def assert_as_exact(actual: Tensor, oracle: Tensor, plain: Tensor, *, slack: float = 16, terms: float = 0) -> None:
-    """At most twice as far from the truth as PyTorch in float32, rounded to the same dtype, give or take ``slack`` float32
-    ulps of the largest result, or some of the ``terms`` that it sums."""
+def assert_accurate(actual: Tensor, oracle: Tensor, plain: Tensor, *, slack: float = 16, terms: float = 0) -> None:
+    """Assert an error of at most twice that of PyTorch in float32, plus ``slack`` float32 ulps of the largest result and one of
+    ``terms``, the magnitude of the summed terms."""
     assert actual.shape == oracle.shape
     actual, oracle, plain = actual.double(), oracle.double(), plain.to(actual.dtype).double()
     assert torch.equal(actual.isnan(), plain.isnan())
@@ -66,7 +66,7 @@ def assert_as_exact(actual: Tensor, oracle: Tensor, plain: Tensor, *, slack: flo
 
 
 def losses(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over rows and the derivatives by both sides, by the textbook's formulas in the arguments' precision."""
+    """Sum over rows and the gradients of both sides, by the definitions, in the precision of the arguments."""
     if kind == "l1":
         return (student - teacher).abs().sum(), (student - teacher).sign().nan_to_num(0), (teacher - student).sign().nan_to_num(0)
     log_q, log_p = ((logits / temperature).log_softmax(dim=1) for logits in (student, teacher))
@@ -78,12 +78,12 @@ def losses(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> t
     log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0, dtype=q.dtype).log()
     q_ratio, p_ratio = ((log - log_m).masked_fill(side == 0, 0) for side, log in ((q, log_q), (p, log_p)))
     q_row, p_row = ((side * ratio).sum(dim=1, keepdim=True) for side, ratio in ((q, q_ratio), (p, p_ratio)))
-    to_student, to_teacher = q * (q_ratio - q_row), p * (p_ratio - p_row)
-    return (q_row + p_row).sum() / 2, to_student / 2 / temperature, to_teacher / 2 / temperature
+    student_grad, teacher_grad = q * (q_ratio - q_row), p * (p_ratio - p_row)
+    return (q_row + p_row).sum() / 2, student_grad / 2 / temperature, teacher_grad / 2 / temperature
 
 
 def forward(kind: str, student: Tensor, teacher: Tensor, *, temperature: float = 1.5, scale: float = 0.25) -> tuple[Tensor, ...]:
-    """loss, student_unit, teacher_unit, agree."""
+    """loss, student_grad_unscaled, teacher_grad_unscaled, agree."""
     if kind == "l1":
         loss, sign, agree = discrepancy.l1_forward(student, teacher, scale, True, True)
         return loss, sign, -sign, agree
@@ -95,9 +95,9 @@ def check_discrepancy(kind: str, student: Tensor, teacher: Tensor, temperature: 
     results = forward(kind, student, teacher, temperature=temperature)
     oracle = losses(kind, student.double(), teacher.double(), temperature)
     plain = losses(kind, student.float(), teacher.float(), temperature)
-    assert_as_exact(results[0], 0.25 * oracle[0], 0.25 * plain[0], terms=student.numel() / student.shape[1])
-    assert_as_exact(results[1], oracle[1], plain[1])
-    assert_as_exact(results[2], oracle[2], plain[2])
+    assert_accurate(results[0], 0.25 * oracle[0], 0.25 * plain[0], terms=student.numel() / student.shape[1])
+    assert_accurate(results[1], oracle[1], plain[1])
+    assert_accurate(results[2], oracle[2], plain[2])
     assert results[3].item() == (student.argmax(dim=1) == teacher.argmax(dim=1)).sum().item()
     assert [result.dtype for result in results] == [
         torch.float32,
@@ -141,23 +141,23 @@ def test_discrepancy_of_logits_of_ten_thousand(kind: str, classes: int, dtype: t
 @pytest.mark.parametrize("shape", [(3, 100), (1, 9000), (2, 11, 5, 7)])
 def test_discrepancy_of_equal_logits_is_exactly_0(kind: str, shape: tuple[int, ...]) -> None:
     logits = 10 * random(*shape)
-    loss, to_student, _, agree = forward(kind, logits, logits.clone())
+    loss, student_grad, _, agree = forward(kind, logits, logits.clone())
     assert loss.item() == 0
-    assert not to_student.any()
+    assert not student_grad.any()
     assert agree.item() == logits.numel() // shape[1]
 
 
-@pytest.fixture(params=["at once", "in passes"])
+@pytest.fixture(params=["in one tile", "in a loop"])
 def _classes_are_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "in passes":
-        monkeypatch.setattr(discrepancy, "WHOLE", 8)
+    if request.param == "in a loop":
+        monkeypatch.setattr(discrepancy, "MAX_REGISTER_TILE", 8)
         monkeypatch.setattr(discrepancy, "BLOCK", 8)
 
 
 @pytest.mark.usefixtures("_classes_are_read")
 @pytest.mark.parametrize("kind", ["l1", "kl", "js"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_infinities_and_nan_spread_as_in_pytorch(kind: str, value: float) -> None:
+def test_infinities_and_nan_propagate_as_in_pytorch(kind: str, value: float) -> None:
     student, teacher = random(6, 21), random(6, 21)
     student[0, 3] = teacher[1, 5] = student[2, 6] = teacher[2, 6] = student[2, 0] = student[3, -1] = value
     student[4], teacher[5, :10] = value, value
@@ -185,59 +185,59 @@ def test_agreement_takes_the_first_maximum_and_the_first_nan(kind: str) -> None:
             row[index] = value
     pairs = list(itertools.product(range(len(rows)), repeat=2))
     student, teacher = (rows[[pair[side] for pair in pairs]] for side in (0, 1))
-    for start in range(0, len(pairs), 4):  # one by one would be slow under the interpreter, all at once could hide an error
+    for start in range(0, len(pairs), 4):  # one by one is slow in the interpreter, all at once could hide an error
         part = slice(start, start + 4)
         expected = (student[part].argmax(dim=1) == teacher[part].argmax(dim=1)).sum().item()
         assert forward(kind, student[part], teacher[part])[3].item() == expected
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((9, 100), torch.float32), ((2, 11, 5, 7), torch.float32), ((1, 9000), torch.float16)])
-def test_what_was_not_asked_for_is_empty_and_changes_nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_outputs_not_requested_are_empty_and_change_nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     student, teacher = random(*shape), random(*shape, dtype=dtype)
     everything = discrepancy.kl_forward(student, teacher, 2.0, 0.5, True, True, True)
-    for asked in [(False, False, False), (True, False, False), (False, True, False), (False, False, True)]:
-        some = discrepancy.kl_forward(student, teacher, 2.0, 0.5, *asked)
+    for requested in [(False, False, False), (True, False, False), (False, True, False), (False, False, True)]:
+        some = discrepancy.kl_forward(student, teacher, 2.0, 0.5, *requested)
         assert torch.equal(some[0], everything[0])
-        for wanted, part, complete in zip(asked, some[1:], everything[1:], strict=True):
-            assert torch.equal(part, complete) if wanted else part.shape == (0,)
+        for flag, part, complete in zip(requested, some[1:], everything[1:], strict=True):
+            assert torch.equal(part, complete) if flag else part.shape == (0,)
             assert part.dtype == complete.dtype
     for gradient, agreement in itertools.product([False, True], repeat=2):
         loss, sign, agree = discrepancy.l1_forward(student, teacher, 0.5, gradient, agreement)
-        assert_as_exact(loss, 0.5 * (student.double() - teacher.double()).abs().sum(), loss)
+        assert_accurate(loss, 0.5 * (student.double() - teacher.double()).abs().sum(), loss)
         assert (sign.dtype, agree.dtype) == (torch.int8, torch.int64)
         assert torch.equal(sign, (student - teacher.float()).sign().to(torch.int8)) if gradient else sign.shape == (0,)
         assert agree.shape == (() if agreement else (0,))
 
 
 @pytest.mark.parametrize("shape", [(0, 10), (0, 3, 4, 4), (2, 3, 0, 4)])
-def test_discrepancy_of_nothing_is_0(shape: tuple[int, ...]) -> None:
+def test_discrepancy_of_empty_logits_is_0(shape: tuple[int, ...]) -> None:
     for kind in ("l1", "kl", "js"):
-        loss, to_student, to_teacher, agree = forward(kind, random(*shape), random(*shape))
-        assert (loss.item(), agree.item(), to_student.shape, to_teacher.shape) == (0.0, 0, shape, shape)
+        loss, student_grad, teacher_grad, agree = forward(kind, random(*shape), random(*shape))
+        assert (loss.item(), agree.item(), student_grad.shape, teacher_grad.shape) == (0.0, 0, shape, shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, *DTYPES])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7, 4, 50)])
-def test_gradients_are_scaled_by_what_comes_from_upstream(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_gradients_are_scaled_by_the_upstream_gradient(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     upstream = torch.tensor(-0.3, device=DEVICE)
-    unit = random(*shape, layout="channels_last" if len(shape) == 4 else "contiguous").clamp(-1, 1).to(dtype)
+    grad_unscaled = random(*shape, layout="channels_last" if len(shape) == 4 else "contiguous").clamp(-1, 1).to(dtype)
     factor = upstream.double() * 0.7
-    # Signs serve a student and a teacher of any dtypes; all else has that of its logits.
+    # Signs (int8) are scaled to any dtypes; other gradients keep their dtype.
     for student_dtype, teacher_dtype in zip(DTYPES, [*DTYPES[1:], DTYPES[0]], strict=True) if dtype == torch.int8 else [(dtype, dtype)]:
         arguments = upstream, 0.7, -0.7, student_dtype, teacher_dtype
-        to_student, to_teacher = discrepancy.scale_gradients(unit, unit, *arguments)
-        for result, expected, wanted in (
-            (to_student, factor * unit.double(), student_dtype),
-            (to_teacher, -factor * unit.double(), teacher_dtype),
+        student_grad, teacher_grad = discrepancy.scale_gradients(grad_unscaled, grad_unscaled, *arguments)
+        for result, expected, dtype_of_side in (
+            (student_grad, factor * grad_unscaled.double(), student_dtype),
+            (teacher_grad, -factor * grad_unscaled.double(), teacher_dtype),
         ):
-            assert result.dtype == wanted
-            assert result.stride() == unit.stride()
-            assert_as_exact(result, expected, expected.float(), slack=2)
-        alone, nothing = discrepancy.scale_gradients(unit, unit.new_empty(0), *arguments)
-        assert torch.equal(alone, to_student)
+            assert result.dtype == dtype_of_side
+            assert result.stride() == grad_unscaled.stride()
+            assert_accurate(result, expected, expected.float(), slack=2)
+        alone, nothing = discrepancy.scale_gradients(grad_unscaled, grad_unscaled.new_empty(0), *arguments)
+        assert torch.equal(alone, student_grad)
         assert (nothing.shape, nothing.dtype) == ((0,), teacher_dtype)
-        nothing, alone = discrepancy.scale_gradients(unit.new_empty(0), unit, *arguments)
-        assert torch.equal(alone, to_teacher)
+        nothing, alone = discrepancy.scale_gradients(grad_unscaled.new_empty(0), grad_unscaled, *arguments)
+        assert torch.equal(alone, teacher_grad)
         assert (nothing.shape, nothing.dtype) == ((0,), student_dtype)
 
 
@@ -254,14 +254,14 @@ def per_channel(constants: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
-def test_activations_keep_their_relative_precision(activation: str) -> None:
+def test_activations_have_small_relative_errors(activation: str) -> None:
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 0, 999), torch.tensor([0.0, INF, -INF, NAN, 1e30, -1e30])])
     x = x.to(DEVICE).view(1, 1, 1, -1)
     y = concat.concat_forward([x], activation, None, None, torch.float32, True)
     exact = FUNCTIONS[activation](x.double())
     assert torch.equal(y.isnan(), exact.isnan())
-    kept = x.abs() <= 12
-    assert ((y.double() - exact)[kept].abs() / exact[kept].abs().clamp(min=1e-40)).max() < (4e-7 if activation == "tanh" else 2e-6)
+    small = x.abs() <= 12
+    assert ((y.double() - exact)[small].abs() / exact[small].abs().clamp(min=1e-40)).max() < (4e-7 if activation == "tanh" else 2e-6)
     assert torch.equal(y[0, 0, 0, -5:-3], exact[0, 0, 0, -5:-3].float())
 
 
@@ -272,24 +272,24 @@ def test_moments_of_any_images(shape: tuple[int, ...], layout: str, activation: 
     results = moments.moments_forward(x, activation)
     dims, (y, rough) = (0, 2, 3), (FUNCTIONS[activation](x.to(precision)) for precision in (torch.float64, torch.float32))
     count = y.numel() / shape[1]
-    assert_as_exact(results[0], y.sum(dims), rough.sum(dims), terms=4 * count * y.abs().max().item())
-    assert_as_exact(results[1], y.square().sum(dims), rough.square().sum(dims), terms=4 * count * y.square().max().item())
-    assert_as_exact(results[2], y.mean(dims), rough.mean(dims))
-    assert_as_exact(results[3], y.var(dims, unbiased=False), rough.var(dims, unbiased=False))
+    assert_accurate(results[0], y.sum(dims), rough.sum(dims), terms=4 * count * y.abs().max().item())
+    assert_accurate(results[1], y.square().sum(dims), rough.square().sum(dims), terms=4 * count * y.square().max().item())
+    assert_accurate(results[2], y.mean(dims), rough.mean(dims))
+    assert_accurate(results[3], y.var(dims, unbiased=False), rough.var(dims, unbiased=False))
     assert [result.dtype for result in results] == [torch.float64, torch.float64, torch.float32, torch.float32]
     for first, second in zip(results, moments.moments_forward(x, activation), strict=True):
         assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_variance_survives_a_mean_a_thousand_times_the_deviation(layout: str) -> None:
+def test_the_variance_is_accurate_for_a_mean_of_a_thousand_deviations(layout: str) -> None:
     x = random(4, 3, 30, 30, layout=layout) / 2 + 1000
     *_, mean, variance = moments.moments_forward(x, "none")
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=EPS, atol=0)
     torch.testing.assert_close(variance.double(), x.double().var((0, 2, 3), unbiased=False), rtol=1e-5, atol=0)
 
 
-def test_moments_of_infinities_nan_and_nothing() -> None:
+def test_moments_of_nonfinite_and_empty_inputs() -> None:
     x = random(2, 4, 3, 3)
     x[0, 0, 0, 0] = x[1, 1, 2, 2] = -INF
     x[0, 2, 0, 0], x[1, 3, 1, 1] = NAN, NAN
@@ -317,7 +317,7 @@ def test_backward_of_the_moments(shape: tuple[int, ...], layout: str, dtype: tor
         per_channel(offset).to(precision) + per_channel(slope).to(precision) * (x.to(precision) - per_channel(center))
         for precision in (torch.float64, torch.float32)
     )
-    assert_as_exact(result, exact, plain)
+    assert_accurate(result, exact, plain)
 
 
 def constants(generators: int, channels: int, form: str) -> tuple[Tensor | None, Tensor | None]:
@@ -328,11 +328,11 @@ def constants(generators: int, channels: int, form: str) -> tuple[Tensor | None,
     return random(channels, generators).t(), (random(channels, generators).abs() + 0.5).t()
 
 
-def of(mean: Tensor | None, std: Tensor | None, generator: int) -> tuple[Tensor | None, Tensor | None]:
+def constants_of(mean: Tensor | None, std: Tensor | None, generator: int) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if mean is None or std is None else (mean[generator], std[generator])
 
 
-def normalised(raw: Tensor, activation: str, mean: Tensor | None, std: Tensor | None) -> Tensor:
+def normalized(raw: Tensor, activation: str, mean: Tensor | None, std: Tensor | None) -> Tensor:
     y = FUNCTIONS[activation](raw)
     return y if mean is None or std is None else (y - per_channel(mean)) / per_channel(std)
 
@@ -348,20 +348,20 @@ def test_concatenation(shape: tuple[int, ...], activation: str, form: str, dtype
     ]
     mean, std = constants(len(raws), shape[1], form)
     exact, plain = (
-        torch.cat([normalised(raw.to(precision), activation, *of(mean, std, index)) for index, raw in enumerate(raws)])
+        torch.cat([normalized(raw.to(precision), activation, *constants_of(mean, std, index)) for index, raw in enumerate(raws)])
         for precision in (torch.float64, torch.float32)
     )
     out = concat.concat_forward(raws, activation, mean, std, dtype, channels_last)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    assert_as_exact(out, exact, plain)
+    assert_accurate(out, exact, plain)
 
 
 @pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
 @pytest.mark.parametrize(("activation", "form", "dtype"), list(zip(ACTIVATIONS, ["transposed", "none", "expanded"], DTYPES, strict=True)))
 def test_gradient_of_the_concatenation(shape: tuple[int, ...], layout: str, activation: str, form: str, dtype: torch.dtype) -> None:
     raw, gradient = random(*shape, dtype=dtype, layout=layout), random(shape[0] + 2, *shape[1:], dtype=dtype, layout="channels_last")[1:-1]
-    center, scale = of(*constants(2, shape[1], form), 1)
+    center, scale = constants_of(*constants(2, shape[1], form), 1)
     result = concat.concat_backward(gradient, raw, activation, center, scale, None, None)
     assert (result.dtype, result.stride()) == (dtype, torch.empty_like(raw).stride())
     exact, plain = (
@@ -370,7 +370,7 @@ def test_gradient_of_the_concatenation(shape: tuple[int, ...], layout: str, acti
     )
     if scale is not None:
         exact, plain = exact / per_channel(scale), plain / per_channel(scale)
-    assert_as_exact(result, exact, plain)
+    assert_accurate(result, exact, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -379,15 +379,15 @@ def test_a_sigmoid_and_its_gradient_in_half_precision(dtype: torch.dtype) -> Non
     out = concat.concat_forward([raw], "sigmoid", None, None, dtype, True)
     result = concat.concat_backward(gradient, raw, "sigmoid", None, None, None, None)
     y, plain = raw.double().sigmoid(), raw.float().sigmoid()
-    assert_as_exact(out, y, plain)
-    assert_as_exact(result, gradient.double() * y * (1 - y), gradient.float() * plain * (1 - plain))
+    assert_accurate(out, y, plain)
+    assert_accurate(result, gradient.double() * y * (1 - y), gradient.float() * plain * (1 - plain))
 
 
 @pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
 @pytest.mark.parametrize(("activation", "dtype"), list(zip(ACTIVATIONS, DTYPES, strict=True)))
-def test_gradient_through_the_batchs_own_statistics(shape: tuple[int, ...], layout: str, activation: str, dtype: torch.dtype) -> None:
+def test_gradient_through_batch_statistics(shape: tuple[int, ...], layout: str, activation: str, dtype: torch.dtype) -> None:
     raw, gradient = random(*shape, dtype=dtype, layout=layout), random(*shape, dtype=dtype, layout="channels_last")
-    center, scale = of(*constants(2, shape[1], "transposed"), 1)
+    center, scale = constants_of(*constants(2, shape[1], "transposed"), 1)
     assert center is not None
     assert scale is not None
     mean, dot = concat.concat_gradient_moments(gradient, raw, activation, center, scale)
@@ -396,20 +396,20 @@ def test_gradient_through_the_batchs_own_statistics(shape: tuple[int, ...], layo
     for precision in (torch.float64, torch.float32):
         g, y, std = gradient.to(precision), FUNCTIONS[activation](raw.to(precision)), per_channel(scale.to(precision))
         hat = (y - per_channel(center.to(precision))) / std
-        centred = g - per_channel(mean.to(precision)) - hat * per_channel(dot.to(precision))
-        expected.append((g.mean((0, 2, 3)), (g * hat).mean((0, 2, 3)), centred / std * SLOPES[activation](y)))
+        centered = g - per_channel(mean.to(precision)) - hat * per_channel(dot.to(precision))
+        expected.append((g.mean((0, 2, 3)), (g * hat).mean((0, 2, 3)), centered / std * SLOPES[activation](y)))
     terms = gradient.abs().max().item(), (g * hat).abs().max().item(), 0.0
     for actual, exact, plain, of_sum in zip((mean, dot, result), *expected, terms, strict=True):
-        assert_as_exact(actual, exact, plain, terms=of_sum)
+        assert_accurate(actual, exact, plain, terms=of_sum)
 
 
-def test_gradient_statistics_of_nothing_are_nan() -> None:
+def test_gradient_moments_of_empty_inputs_are_nan() -> None:
     nothing, one = random(0, 3, 2, 2), torch.ones(3, device=DEVICE)
     assert all(result.isnan().all() for result in concat.concat_gradient_moments(nothing, nothing, "tanh", one, one))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_given_batch_is_written_where_it_is_and_nowhere_else(dtype: torch.dtype) -> None:
+def test_out_is_written_and_nothing_else(dtype: torch.dtype) -> None:
     raws = [random(2, 3, 4, 7), random(1, 3, 4, 7)]
     expected = concat.concat_forward(raws, "tanh", None, None, dtype, False)
     whole = torch.full((5, 3, 6, 14), NAN, device=DEVICE, dtype=dtype)
@@ -436,7 +436,7 @@ def check_ema(averages: list[Tensor], sources: list[Tensor], shadows: list[Tenso
     ema.ema_update_(averages, sources, shadows, decay, device_decay)
     for average, *expected in zip(averages, exact, plain, strict=True):
         if average.numel():
-            assert_as_exact(average, *expected, slack=2)
+            assert_accurate(average, *expected, slack=2)
     for average, shadow in zip(averages, shadows, strict=False):
         assert torch.equal(shadow, average.to(shadow.dtype))
 
@@ -457,12 +457,12 @@ def test_average_of_tensors_of_any_size(source_dtype: torch.dtype, shadow_dtype:
         check_ema(averages, sources, shadows, NAN, torch.tensor(decay, device=DEVICE, dtype=decay_dtype))
 
 
-def test_average_of_more_tensors_than_a_launch_takes() -> None:
-    averages, sources = ([random(size) for size in range(1, 2 * ema.MOST)] for _ in range(2))
+def test_average_of_more_tensors_than_one_launch_supports() -> None:
+    averages, sources = ([random(size) for size in range(1, 2 * ema.MAX_SEGMENTS)] for _ in range(2))
     check_ema(averages, sources, [], 0.9, None)
 
 
-def test_average_at_both_ends_of_the_decay() -> None:
+def test_average_with_decay_0_and_1() -> None:
     average, source = random(300), random(300)
     before = average.clone()
     ema.ema_update_([average], [source], [], 1.0, None)
@@ -474,7 +474,7 @@ def test_average_at_both_ends_of_the_decay() -> None:
     ema.ema_update_([], [], [], 0.5, None)
 
 
-def test_neighbours_in_every_list_are_one_segment_and_others_are_not() -> None:
+def test_tensors_contiguous_in_every_list_form_one_segment() -> None:
     sizes = [3, 64, 1000, 2, 5000]
     arenas = [random(sum(sizes) + 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     lists = [list(arena[1:-1].split(sizes)) for arena in arenas]
@@ -495,7 +495,7 @@ def test_neighbours_in_every_list_are_one_segment_and_others_are_not() -> None:
 
 @pytest.mark.alone
 def test_offsets_beyond_31_bits() -> None:
-    torch.use_deterministic_algorithms(False)  # which would fill gigabytes, of which some bytes are read
+    torch.use_deterministic_algorithms(False)  # would fill gigabytes of which a few bytes are read
     step = 2**31 // 3 + 5
     memory, other = (torch.empty(3 * step + 64, dtype=torch.float16, device=DEVICE) for _ in range(2))
     for size, stride in (((4, 8), (step, 3)), ((8, 4), (3, step))):
@@ -506,14 +506,16 @@ def test_offsets_beyond_31_bits() -> None:
         images, out = memory.as_strided(shape, strides), other.as_strided(shape, strides)
         images.copy_(random(*shape))
         total, *_ = moments.moments_forward(images, "none")
-        assert_as_exact(total, images.double().sum((0, 2, 3)), images.float().sum((0, 2, 3)))
+        assert_accurate(total, images.double().sum((0, 2, 3)), images.float().sum((0, 2, 3)))
         concat.concat_forward_out(out, [images], "none", None, None)
         assert torch.equal(out, images)
 
 
 @pytest.mark.parametrize("shape", [(0, 10), (0, 3, 4, 4), (2, 3, 0, 4)])
 @pytest.mark.parametrize("dtype", [torch.int8, *DTYPES])
-def test_gradients_of_nothing_have_the_shape_of_the_logits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    unit = torch.empty(shape, dtype=dtype, device=DEVICE)
-    gradients = discrepancy.scale_gradients(unit, unit, torch.ones((), device=DEVICE), 1.0, -1.0, torch.float16, torch.float32)
+def test_gradients_of_empty_logits_have_their_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    grad_unscaled = torch.empty(shape, dtype=dtype, device=DEVICE)
+    gradients = discrepancy.scale_gradients(
+        grad_unscaled, grad_unscaled, torch.ones((), device=DEVICE), 1.0, -1.0, torch.float16, torch.float32
+    )
     assert [(gradient.shape, gradient.dtype) for gradient in gradients] == [(shape, torch.float16), (shape, torch.float32)]

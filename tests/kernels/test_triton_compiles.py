@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for an H200 on any machine: Triton brings the compiler, and only the launch needs a GPU."""
+"""Compile the Triton kernels for an H200 on any machine; only launching needs a GPU."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ CL = torch.channels_last
 
 
 class _Absent:
-    """Stands for the driver of a GPU that is not there. Its device's kernels are not those of any real one."""
+    """Driver of a GPU that does not exist, with its own device and compilation cache."""
 
     def get_current_target(self) -> Any:
         return GPUTarget("cuda", 90, 32)
@@ -45,7 +45,7 @@ class _Absent:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What the launches of a test were compiled to, by the kernels' names."""
+    """Compiled kernels of the launches of a test, by name."""
     kernels: dict[str, Any] = {}
     run = JITFunction.run
 
@@ -67,7 +67,7 @@ def half(*shape: int, memory_format: torch.memory_format = torch.contiguous_form
 
 
 CONSTANTS, VECTOR, HIDDEN = torch.ones(2, 3), empty(64), half(64, 64, 32, 32, memory_format=CL)
-# A call, and how many 16-byte loads and stores its first kernel must have at least.
+# A call, and the minimum numbers of 16-byte loads and stores of its first kernel.
 CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     "l1 of pixels": (lambda: discrepancy.l1_forward(half(8, 11, 64, 64), half(8, 11, 64, 64), 1.0, True, False), 4, 1),
     "l1 of pixels and agreement": (lambda: discrepancy.l1_forward(empty(8, 11, 64, 64), empty(8, 11, 64, 64), 1.0, True, True), 16, 2),

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, which runs them on a CPU. It is chosen when they are imported."""
+"""The Triton kernels in interpreter mode on a CPU, which is selected at import."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(interpreting(), reason="the interpreter runs in this process"),
     pytest.mark.skipif(
         triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
-        reason="the interpreter of Triton 3.6 asks numpy 2.4 for an integer that it no longer gives",
+        reason="the interpreter of Triton 3.6 is incompatible with NumPy 2.4",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""How many kernels Triton compiles: each is a wait at a user's first step, and all of them most of the time of the GPU tests."""
+"""Number of kernels that Triton compiles, which determines the duration of a user's first step and of the GPU tests."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from dfkd_fast.kernels.concat import gpu as concat
 from dfkd_fast.kernels.discrepancy import gpu as discrepancy
-from dfkd_fast.kernels.dispatch import interpreting, why_not
+from dfkd_fast.kernels.dispatch import interpreting, unavailable_reason
 from dfkd_fast.kernels.ema import gpu as ema
 from dfkd_fast.kernels.moments import gpu as moments
 from dfkd_fast.kernels.norm import gpu as norm
@@ -21,7 +21,7 @@ from tests.kernels.specializations import Recorder, collect
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs in this process")
 
-MOST, MOST_OF_THE_SAMPLE = 830, 380
+MAX_KERNELS, MAX_KERNELS_OF_SAMPLE = 830, 380
 
 
 def images(batch: int, channels: int, size: int) -> Tensor:
@@ -39,8 +39,8 @@ def kl_of_pixels(batch: int, size: int) -> None:
 
 
 def gradients(size: int) -> None:
-    unit = torch.empty(size)
-    discrepancy.scale_gradients(unit, unit, torch.ones(()), 1.0, 1.0, unit.dtype, unit.dtype)
+    grad_unscaled = torch.empty(size)
+    discrepancy.scale_gradients(grad_unscaled, grad_unscaled, torch.ones(()), 1.0, 1.0, grad_unscaled.dtype, grad_unscaled.dtype)
 
 
 def batch_of(generators: int, rows: int, size: int) -> None:
@@ -65,7 +65,7 @@ def average(tensors: int, first: int) -> None:
     ema.ema_update_(averages, sources, [], 0.9, None)
 
 
-# Inputs that one process may well meet, and how many kernels they may take.
+# Inputs that occur in one process, and the number of kernels they need.
 CALLS: list[tuple[Callable[..., None], Sequence[tuple[int, ...]], int]] = [
     (kl, [(1, 65), (7, 100), (64, 100), (250, 99)], 2),
     (kl_of_pixels, [(1, 33), (2, 35), (16, 67)], 2),
@@ -92,6 +92,6 @@ def test_inputs_that_differ_in_size_share_kernels(
     assert len(recorder.specializations) == kernels
 
 
-@pytest.mark.skipif(why_not("numba") is not None, reason="numba computes the results")
-def test_the_gpu_tests_compile_few_kernels(exhaustive: bool) -> None:
-    assert len(collect(sample=not exhaustive)) <= (MOST if exhaustive else MOST_OF_THE_SAMPLE)
+@pytest.mark.skipif(unavailable_reason("numba") is not None, reason="numba computes the results")
+def test_gpu_tests_compile_a_bounded_number_of_kernels(exhaustive: bool) -> None:
+    assert len(collect(sample=not exhaustive)) <= (MAX_KERNELS if exhaustive else MAX_KERNELS_OF_SAMPLE)

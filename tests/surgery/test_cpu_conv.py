@@ -182,9 +182,9 @@ def test_3x3_kernels_use_winograd_convolutions(frozen: bool, monkeypatch: pytest
     forbid_convolutions(monkeypatch)
     calls: list[bool] = []
 
-    def record(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, keep: bool) -> Tensor:
-        calls.append(keep)
-        return winograd_conv2d(x, weight, bias, padding, keep=keep)
+    def record(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, cache_weight: bool) -> Tensor:
+        calls.append(cache_weight)
+        return winograd_conv2d(x, weight, bias, padding, cache_weight=cache_weight)
 
     monkeypatch.setattr(cpu_conv, "winograd_conv2d", record)
     output = layer(images)

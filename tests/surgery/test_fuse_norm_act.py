@@ -11,7 +11,7 @@ from dfkd_fast.surgery import BatchNormLeakyReLU2d, fuse_leaky_relus
 
 @pytest.fixture(autouse=True)
 def small_tensors_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.WORTHWHILE, "batch_norm_leaky_relu", 0)
+    monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_leaky_relu", 0)
 
 
 @pytest.mark.parametrize(("every_norm", "fused"), [(False, 2), (True, 4)])
@@ -86,7 +86,7 @@ def test_batch_norms_without_activation_are_fused_with_every_norm_unless_they_ar
 def test_a_forced_backend_without_the_kernel_uses_pytorchs_layers(
     training: bool, every_norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dispatch._ABSENT, "cuda", None)  # as if installed
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "cuda", None)  # as if installed
     ours = GeneratorA(5, 3, 16, width=8).to(memory_format=torch.channels_last).train(training)
     other = copy.deepcopy(ours)
     fuse_leaky_relus(ours, every_norm=every_norm)

@@ -1,4 +1,4 @@
-"""Compiles CUDA kernels with g++, for a device that a CPU plays (see device.h)."""
+"""Compile CUDA kernels with g++ for a device emulated on the CPU (see device.h)."""
 
 import fcntl
 import hashlib
@@ -20,15 +20,15 @@ FLAGS = (
     *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-include", str(HERE / "device.h")),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     *("-Wno-unknown-pragmas", "-Wno-attributes"),  # nvcc's
-    "-U_FORTIFY_SOURCE",  # its longjmp leaves a stack only upwards
-    "-ftrivial-auto-var-init=pattern",  # a register that is read before it is written does not happen to be 0
+    "-U_FORTIFY_SOURCE",  # its longjmp check rejects switching between stacks
+    "-ftrivial-auto-var-init=pattern",  # uninitialized variables are not 0 by chance
 )
 ALWAYS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def why_not() -> str | None:
-    """None if kernels can be compiled here, else the reason in one line."""
+def unavailable_reason() -> str | None:
+    """Return why kernels cannot be compiled here, in one line, or None."""
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if shutil.which(COMPILER) is None:
@@ -36,17 +36,17 @@ def why_not() -> str | None:
     if int(_output("-dumpversion").split(".")[0]) < 12:
         return f"{COMPILER} is older than 12"
     if _toolkit() is None:
-        return "no headers of the CUDA toolkit: say where it is with CUDA_HOME"
+        return "no CUDA toolkit headers: set CUDA_HOME"
     return None
 
 
 def compile_kernels(*, sanitized: bool = False) -> Path:
-    """The operators of csrc, to be loaded in the place of the extension."""
+    """Compile the operators of csrc into a library that replaces the extension."""
     return compile_library([*CSRC.glob("*.cu"), HERE / "cpu_library.cpp"], sanitized=sanitized)
 
 
 def compile_library(sources: Iterable[Path], *, sanitized: bool = False) -> Path:
-    """A library of the sources and the device. It is built once, whichever processes ask for it, until something changes."""
+    """Compile sources and device into a library; cached until a file changes, safe for concurrent processes."""
     sources, flags = [*sources, HERE / "device.cpp"], (*FLAGS, *(SANITIZED if sanitized else ALWAYS))
     digest = hashlib.sha256(repr((sources, flags, TORCH, torch.__version__, _toolkit(), _output("--version"))).encode())
     for path in sorted([*CSRC.iterdir(), *HERE.iterdir()]):
@@ -64,20 +64,20 @@ def compile_library(sources: Iterable[Path], *, sanitized: bool = False) -> Path
 
 
 def environment(order: str = "forward", *, sanitized: bool = False) -> dict[str, str]:
-    """What a process needs to run a library, with the threads of its blocks in this order."""
+    """Return the environment variables for running a library with the given thread order."""
     if not sanitized:
         return {"DFKD_FAST_THREAD_ORDER": order}
-    # The sanitizer must be there first, and meet the C++ library whose exceptions it watches. Python leaks by design.
+    # The sanitizer must be preloaded before libstdc++. Leaks of the Python interpreter are ignored.
     preloaded = " ".join(_output(f"-print-file-name={name}") for name in ("libasan.so", "libstdc++.so"))
     return {"DFKD_FAST_THREAD_ORDER": order, "LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 def _link(sources: Iterable[Path], flags: Iterable[str], folder: Path) -> Path:
-    # An include that is quoted looks beside its file first, and shall find the launch.cuh that is here.
+    # Quoted includes search the directory of the file first; without csrc's launch.cuh they find the one here.
     shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("launch.cuh"))
     includes = ("-I", folder / "csrc", "-I", HERE, "-isystem", TORCH / "include", "-isystem", _toolkit())
     commands = []
-    for source in sorted(sources, key=lambda path: -path.stat().st_size):  # what takes longest begins first
+    for source in sorted(sources, key=lambda path: -path.stat().st_size):  # largest files first, for load balancing
         copy = folder / "csrc" / source.name if source.parent == CSRC else source
         commands.append([*flags, *includes, "-x", "c++", "-c", copy, "-o", folder / f"{source.name}.o"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:

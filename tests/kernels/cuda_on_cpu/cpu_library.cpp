@@ -1,4 +1,4 @@
-// csrc/library.cpp, with its operators registered for tensors of a CPU.
+// csrc/library.cpp with its operators registered for CPU tensors.
 
 #include "operators.h"
 

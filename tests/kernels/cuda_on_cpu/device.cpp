@@ -39,8 +39,7 @@ std::string text_of(const Location& location) {
   return std::string(path.substr(path.rfind('/') + 1)) + ":" + std::to_string(location.line());
 }
 
-// Where to go on: on a stack of its own, if it begins with a function. Switches by longjmp, because swapcontext makes a
-// system call each time.
+// Execution context (fiber) with its own stack. Switches with longjmp, because swapcontext makes a system call.
 class Context {
  public:
   Context() = default;
@@ -68,7 +67,7 @@ class Context {
     arrive();
   }
 
-  // What its function calls first.
+  // Must be called first by the function of a context.
   void arrive() {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fake_stack_, &left_->bottom_, &left_->size_);
@@ -95,13 +94,13 @@ enum class State { kReady, kWaiting, kEnded };
 struct Thread {
   Context context{run_current_thread};
   State state = State::kReady;
-  unsigned group = 0;  // the size of the group that it waits for, and where
+  unsigned group = 0;  // size of the group that the thread waits for, and the location
   Location location;
   unsigned exchanges = 0;
-  uint64_t brought[2] = {};  // to the last two exchanges: not every partner has read the older one yet
+  uint64_t exchanged[2] = {};  // values of the last two exchanges; partners may not have read the older one yet
 };
 
-std::deque<Thread> threads;  // of a block, and then of the next
+std::deque<Thread> threads;  // reused for all blocks
 Thread* current = nullptr;
 Context scheduler;
 const std::function<void()>* current_kernel = nullptr;
@@ -115,7 +114,7 @@ void run_current_thread() {
   }
 }
 
-// The numbers below `count` in the order that the environment asks for.
+// Returns 0 … count − 1 in the order of DFKD_FAST_THREAD_ORDER.
 std::vector<unsigned> ordered(unsigned count) {
   static const char* const variable = std::getenv("DFKD_FAST_THREAD_ORDER");
   static const std::string_view order = variable == nullptr ? "forward" : variable;
@@ -132,12 +131,12 @@ std::vector<unsigned> ordered(unsigned count) {
   return numbers;
 }
 
-// All variables that are __shared__: the thread-local storage of this library.
+// Memory of all __shared__ variables: the thread-local storage of this library.
 std::span<char> shared_memory() {
   static thread_local char marker = 0;
-  std::span<char> memory(&marker, 1);  // there is no storage before someone has asked for an address in it
-  const auto search = [](dl_phdr_info* library, size_t, void* found) {
-    auto& memory = *static_cast<std::span<char>*>(found);
+  std::span<char> memory(&marker, 1);  // thread-local storage is allocated at the first access
+  const auto search = [](dl_phdr_info* library, size_t, void* data) {
+    auto& memory = *static_cast<std::span<char>*>(data);
     for (const auto& segment : std::span(library->dlpi_phdr, library->dlpi_phnum)) {
       const std::span storage(static_cast<char*>(library->dlpi_tls_data), segment.p_memsz);
       if (segment.p_type == PT_TLS && storage.data() <= memory.data() && memory.data() < storage.data() + storage.size()) {
@@ -151,14 +150,14 @@ std::span<char> shared_memory() {
   return memory;
 }
 
-// If all threads of a group wait for each other in the same place, lets them go on, and returns true.
-bool end_meeting(unsigned first, unsigned size) {
+// If all threads of a group wait at the same location, makes them ready and returns true.
+bool release_barrier(unsigned first, unsigned size) {
   const auto group = threads.begin() + first;
-  const auto has_come = [&](const Thread& thread) {
+  const auto has_arrived = [&](const Thread& thread) {
     return thread.state == State::kWaiting && thread.group == size && thread.location.line() == group->location.line() &&
            std::strcmp(thread.location.file_name(), group->location.file_name()) == 0;
   };
-  if (!std::all_of(group, group + size, has_come)) {
+  if (!std::all_of(group, group + size, has_arrived)) {
     return false;
   }
   std::for_each(group, group + size, [](Thread& thread) { thread.state = State::kReady; });
@@ -177,7 +176,7 @@ bool end_meeting(unsigned first, unsigned size) {
   fail(fault);
 }
 
-// Until every thread of it has ended or waits for the block: as far ahead of other warps as one can get on a GPU.
+// Runs a warp until every thread has ended or waits for the block.
 void run_warp(unsigned first) {
   const unsigned size = std::min(kWarp, blockDim.x - first);
   do {
@@ -188,7 +187,7 @@ void run_warp(unsigned first) {
         scheduler.switch_to(current->context);
       }
     }
-  } while (end_meeting(first, size));
+  } while (release_barrier(first, size));
 }
 
 void run_block() {
@@ -198,7 +197,7 @@ void run_block() {
     for (const unsigned warp : ordered((blockDim.x + kWarp - 1) / kWarp)) {
       run_warp(warp * kWarp);
     }
-  } while (end_meeting(0, blockDim.x));
+  } while (release_barrier(0, blockDim.x));
   if (std::any_of(threads.begin(), end, [](const Thread& thread) { return thread.state == State::kWaiting; })) {
     fail_of_deadlock();
   }
@@ -217,13 +216,13 @@ void launch(dim3 grid, unsigned block, const std::function<void()>& kernel) {
   }
   const std::span shared = shared_memory();
   for (const unsigned i : ordered(grid.x * grid.y)) {
-    std::ranges::fill(shared, char(0xff));  // NaN: what a block reads there, it must have written
+    std::ranges::fill(shared, char(0xff));  // NaN, so that reads of uninitialized shared memory are detected
     blockIdx = {i % grid.x, i / grid.x, 0};
     run_block();
   }
 }
 
-void meet(unsigned size, const Location& location) {
+void wait_for_group(unsigned size, const Location& location) {
   current->state = State::kWaiting;
   current->group = size;
   current->location = location;
@@ -231,10 +230,10 @@ void meet(unsigned size, const Location& location) {
 }
 
 uint64_t exchange(uint64_t value, unsigned partner, const Location& location) {
-  const unsigned turn = current->exchanges++ % 2;
-  current->brought[turn] = value;
-  meet(kWarp, location);
-  return threads[partner].brought[turn];
+  const unsigned slot = current->exchanges++ % 2;
+  current->exchanged[slot] = value;
+  wait_for_group(kWarp, location);
+  return threads[partner].exchanged[slot];
 }
 
 void fail(const char* fault, const Location& location) {

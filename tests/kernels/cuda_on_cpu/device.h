@@ -1,8 +1,8 @@
-// What a C++ compiler needs to compile CUDA kernels, and a device that runs them in one thread of a CPU.
+// Declarations for compiling CUDA kernels as C++, and a device that emulates them in one CPU thread.
 //
-// Each thread of a block is a fiber, which runs until it has to wait for others: in a shuffle for its warp, at a barrier for
-// the block. Both are exact. Of what may run, a warp is run as far as it gets, then the next: DFKD_FAST_THREAD_ORDER says
-// in which order, forward, reverse or random, and so for the threads of a warp and for blocks.
+// Each CUDA thread of a block is a fiber, which runs until it waits for others: for its warp in a shuffle, for the block at a
+// barrier. Each warp runs as far as possible before the next. DFKD_FAST_THREAD_ORDER sets the order of blocks, warps and
+// threads: forward, reverse or random.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +18,7 @@
 #include <source_location>
 
 #undef __shared__
-#define __shared__ static thread_local  // one block runs at a time; thread-local, so that device.cpp can find it all
+#define __shared__ static thread_local  // one block runs at a time; thread-local, so that device.cpp can locate it
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __grid_constant__
@@ -30,16 +30,16 @@ using Location = std::source_location;
 
 constexpr unsigned kWarp = 32;
 
-// Calls `kernel` in every thread of every block, and returns when all have ended.
+// Runs `kernel` in every thread of every block and returns when all have ended.
 void launch(dim3 grid, unsigned threads, const std::function<void()>& kernel);
 
-// Waits for the rest of the current thread's group: `size` neighbours, the first of them at a multiple of `size`.
-void meet(unsigned size, const Location& location);
+// Waits for all threads of the current thread's group: `size` consecutive threads, aligned to `size`.
+void wait_for_group(unsigned size, const Location& location);
 
-// Brings a value to a meeting of the warp, and returns what the thread `partner` of it has brought.
+// Exchanges values within the warp and returns the value of the thread `partner`.
 uint64_t exchange(uint64_t value, unsigned partner, const Location& location);
 
-// Reports a fault of the kernel, and aborts.
+// Reports a fault of the kernel and aborts.
 [[noreturn]] void fail(const char* fault, const Location& location);
 
 }  // namespace device
@@ -55,7 +55,7 @@ using std::min;
 inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 
-inline void __syncthreads(const device::Location& location = device::Location::current()) { device::meet(blockDim.x, location); }
+inline void __syncthreads(const device::Location& location = device::Location::current()) { device::wait_for_group(blockDim.x, location); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, const device::Location& location = device::Location::current()) {

@@ -1,4 +1,4 @@
-// In the place of csrc/launch.cuh: the same launcher for tensors of a CPU, which has no stream.
+// Replaces csrc/launch.cuh: the launcher for CPU tensors, without streams.
 #pragma once
 
 #include <torch/csrc/stable/macros.h>

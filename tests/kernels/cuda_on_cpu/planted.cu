@@ -1,4 +1,4 @@
-// A kernel with one fault or another: the device and the sanitizers have to find it.
+// A kernel with a selectable fault, which the device or the sanitizers must detect.
 
 #include <cstdio>
 #include <memory>
@@ -13,7 +13,7 @@ struct alignas(16) Pack {
   float values[4];
 };
 
-// Writes each block's numbers in reverse order.
+// Reverses the numbers of each block.
 __global__ void reverse(std::string_view fault, const float* numbers, float* reversed) {
   __shared__ float copies[kThreads];
   const unsigned thread = threadIdx.x;

@@ -1,8 +1,7 @@
-// Numbers as they are stored, read and written as float.
+// Loads and stores of tensors of several dtypes, computed in float.
 //
-// A kernel learns the storage types of its tensors at run time, and branches on them around a batch of loads or stores:
-// all threads take the same branch, the loads of a batch are in flight together, and one kernel serves every
-// combination of types.
+// Dtypes are kernel arguments, and a kernel branches on them around a batch of loads or stores: the branch is uniform, the
+// loads of a batch are in flight together, and one kernel supports every combination of dtypes.
 #pragma once
 
 #include <torch/csrc/stable/stableivalue_conversions.h>
@@ -22,20 +21,20 @@ namespace dfkd_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Storage : int8_t { kFloat, kBFloat16, kHalf, kInt8 };
+enum class Dtype : int8_t { kFloat, kBFloat16, kHalf, kInt8 };
 
 template <typename T>
 struct Type {
   using type = T;
 };
 
-// Calls a generic lambda with the Type of a floating storage type.
+// Calls a generic lambda with the Type of a floating-point dtype.
 template <typename Function>
-__device__ __forceinline__ void with_floating(Storage storage, Function&& function) {
-  switch (storage) {
-    case Storage::kFloat:
+__device__ __forceinline__ void dispatch_floating(Dtype dtype, Function&& function) {
+  switch (dtype) {
+    case Dtype::kFloat:
       return function(Type<float>{});
-    case Storage::kBFloat16:
+    case Dtype::kBFloat16:
       return function(Type<__nv_bfloat16>{});
     default:
       return function(Type<__half>{});
@@ -43,32 +42,32 @@ __device__ __forceinline__ void with_floating(Storage storage, Function&& functi
 }
 
 template <typename Function>
-__device__ __forceinline__ void with_any(Storage storage, Function&& function) {
-  if (storage == Storage::kInt8) {
+__device__ __forceinline__ void dispatch_floating_or_int8(Dtype dtype, Function&& function) {
+  if (dtype == Dtype::kInt8) {
     return function(Type<int8_t>{});
   }
-  with_floating(storage, function);
+  dispatch_floating(dtype, function);
 }
 
-// Of a tensor that must have one of the floating storage types; `name` is what an error calls it.
-inline Storage storage_of(ScalarType dtype, const char* name) {
+// Checks that a dtype is a supported floating-point dtype; `name` is used in the error message.
+inline Dtype dtype_of(ScalarType dtype, const char* name) {
   switch (dtype) {
     case ScalarType::Float:
-      return Storage::kFloat;
+      return Dtype::kFloat;
     case ScalarType::BFloat16:
-      return Storage::kBFloat16;
+      return Dtype::kBFloat16;
     case ScalarType::Half:
-      return Storage::kHalf;
+      return Dtype::kHalf;
     default:
       STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, not ", torch::headeronly::toString(dtype));
   }
 }
 
-__host__ __device__ constexpr int bytes_of(Storage storage) {
-  return storage == Storage::kFloat ? 4 : storage == Storage::kInt8 ? 1 : 2;
+__host__ __device__ constexpr int element_size(Dtype dtype) {
+  return dtype == Dtype::kFloat ? 4 : dtype == Dtype::kInt8 ? 1 : 2;
 }
 
-// As torch.empty_like(tensor, dtype=dtype); the stable interface has it without a dtype.
+// torch.empty_like(tensor, dtype=dtype); the stable ABI provides it without a dtype.
 inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{
@@ -77,8 +76,8 @@ inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The floating arguments that a kernel reads as they are, such as means and deviations.
-inline const float* floats(const Tensor& tensor, const char* name) {
+// Data pointer of a tensor that must be float32, such as per-channel constants.
+inline const float* float_data(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(
       tensor.scalar_type() == ScalarType::Float, name, " must be float32, not ", torch::headeronly::toString(tensor.scalar_type()));
   return static_cast<const float*>(tensor.const_data_ptr());
@@ -94,7 +93,7 @@ __device__ __forceinline__ void narrow(float value, __nv_bfloat16& stored) { sto
 __device__ __forceinline__ void narrow(float value, __half& stored) { stored = __float2half_rn(value); }
 __device__ __forceinline__ void narrow(float value, int8_t& stored) { stored = static_cast<int8_t>(value); }
 
-// What one instruction moves: at most 16 bytes.
+// Vector of at most 16 bytes, loaded and stored by one instruction.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
   T values[kCount];
@@ -109,7 +108,7 @@ __host__ __device__ constexpr int pack_width() {
   return width;
 }
 
-// Consecutive numbers; the address is a multiple of the pack's size.
+// Loads consecutive elements; the address must be aligned to the size of a Pack.
 template <typename T, int kCount>
 __device__ __forceinline__ void load(const T* source, float (&values)[kCount]) {
   constexpr int kWidth = pack_width<T, kCount>();
@@ -124,21 +123,20 @@ __device__ __forceinline__ void load(const T* source, float (&values)[kCount]) {
   }
 }
 
-// The integer of as many bytes as a pack.
+// Integer type of kBytes bytes.
 template <int kBytes>
 using Word = std::conditional_t<
     kBytes == 16,
     uint4,
     std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
-// nvcc splits the assignment of a pack, even of a uint4, into stores of its elements; the intrinsic stays one instruction.
-// It bypasses L1, where no one would find what is stored: no kernel reads what it has written, and L1 is not kept from one
-// kernel to the next.
+// nvcc splits the assignment of a Pack, even of a uint4, into stores of its elements; the intrinsic compiles to one instruction.
+// It bypasses L1, which would not help: no kernel reads what it has written, and L1 is not preserved between kernels.
 template <typename T, int kCount>
 __device__ __forceinline__ void store(T* target, const float (&values)[kCount]) {
   constexpr int kWidth = pack_width<T, kCount>();
-  using AnyWord = Word<sizeof(Pack<T, kWidth>)>;
-  static_assert(sizeof(AnyWord) == sizeof(Pack<T, kWidth>));
+  using WordT = Word<sizeof(Pack<T, kWidth>)>;
+  static_assert(sizeof(WordT) == sizeof(Pack<T, kWidth>));
 #pragma unroll
   for (int i = 0; i < kCount / kWidth; ++i) {
     Pack<T, kWidth> pack;
@@ -146,12 +144,12 @@ __device__ __forceinline__ void store(T* target, const float (&values)[kCount]) 
     for (int j = 0; j < kWidth; ++j) {
       narrow(values[i * kWidth + j], pack.values[j]);
     }
-    AnyWord word;
+    WordT word;
     memcpy(&word, &pack, sizeof(word));
-    __stcg(reinterpret_cast<AnyWord*>(target) + i, word);
+    __stcg(reinterpret_cast<WordT*>(target) + i, word);
   }
 }
 
-inline bool aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 }  // namespace dfkd_fast
