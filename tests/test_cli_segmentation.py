@@ -161,7 +161,7 @@ def test_a_broken_test_image_is_an_error_unless_it_may_be_left_out(camvid: Path,
     result = run(command, "shapes", "--out", tmp_path / "strict", *TINY, *CAMVID, "--data-root", camvid)
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert "1 of 3 images cannot be decoded" in result.err
-    assert not (tmp_path / "strict").exists()  # nothing was taught yet
+    assert not (tmp_path / "strict").exists()  # nothing was trained yet
     options = ["--set", "data.strict=false", "--data-root", camvid]
     assert run(command, "shapes", "--out", tmp_path / "lenient", *TINY, *CAMVID, *options).code == 0
 

@@ -1,5 +1,6 @@
 """Convolutions that select the fastest algorithm on CPUs."""
 
+import functools
 import math
 
 import torch
@@ -11,8 +12,16 @@ from dfkd_fast.kernels.conv import col2im_conv2d, im2col_conv2d, output_size
 __all__ = ["CpuConv2d", "use_cpu_convolutions"]
 
 MAX_PIXELS_PER_CHANNEL = 2
-"""Output pixels of a batch per output channel up to which the matrix product was not slower, with AVX-512 and AMX, in float32 and
-bfloat16."""
+"""Output pixels of a batch per output channel up to which the matrix product was not slower, in float32 and bfloat16, on an Intel CPU
+with AVX-512 and AMX."""
+
+
+@functools.cache
+def has_fast_float32_matmul() -> bool:
+    """Whether float32 matrix products are as fast as PyTorch's convolutions: not on AMD CPUs, for which MKL does not use AVX-512."""
+    from llvmlite import binding
+
+    return not binding.get_host_cpu_name().startswith(("znver", "bdver", "btver"))
 
 
 class CpuConv2d(nn.Conv2d):
@@ -24,7 +33,8 @@ class CpuConv2d(nn.Conv2d):
       which takes longer than the arithmetic.
     - Few output channels in float32, such as an image's one or three: :func:`~dfkd_fast.kernels.conv.col2im_conv2d`. PyTorch's
       convolutions compute many channels at once.
-    - Otherwise, and for tensors that are not channels-last: PyTorch's convolution.
+    - Otherwise, and for tensors that are not channels-last: PyTorch's convolution; in float32 also instead of Winograd's algorithm and
+      of the matrix product, unless :func:`has_fast_float32_matmul`.
 
     Parameters and results are those of ``Conv2d`` up to rounding.
     """
@@ -42,9 +52,10 @@ class CpuConv2d(nn.Conv2d):
             return super()._conv_forward(input, weight, bias)
         geometry = self.stride, self.padding, self.dilation
         pixels = len(input) * math.prod(max(size, 0) for size in output_size(input, weight, *geometry))
-        if self._has_winograd_shape() and winograd_is_faster(input, weight, self.padding, cache_weight=self.frozen):
+        fast_matmul = dtype.itemsize < 4 or has_fast_float32_matmul()
+        if fast_matmul and self._has_winograd_shape() and winograd_is_faster(input, weight, self.padding, cache_weight=self.frozen):
             return winograd_conv2d(input, weight, bias, self.padding, cache_weight=self.frozen)
-        if 0 < pixels <= MAX_PIXELS_PER_CHANNEL * self.out_channels:
+        if fast_matmul and 0 < pixels <= MAX_PIXELS_PER_CHANNEL * self.out_channels:
             output = im2col_conv2d(input.to(dtype), weight.to(dtype), *geometry)
         elif pixels and self._has_few_channels(dtype, self.padding):
             output = col2im_conv2d(input, weight, self.padding)

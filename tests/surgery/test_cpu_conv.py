@@ -9,6 +9,7 @@ from dfkd_fast.kernels import winograd_conv2d
 from dfkd_fast.kernels.conv import col2im_conv2d, im2col_conv2d
 from dfkd_fast.surgery import CpuConv2d, cpu_conv, fold, freeze, use_cpu_convolutions, weights_frozen
 
+HAS_FAST_FLOAT32_MATMUL = cpu_conv.has_fast_float32_matmul
 FEW_PIXELS: list[dict[str, Any]] = [
     {"kernel_size": 3, "padding": 1},
     {"kernel_size": 3, "padding": 1, "stride": 2},
@@ -27,6 +28,12 @@ FEW_CHANNELS: list[dict[str, Any]] = [
 CASES = [{"out_channels": 40, **case} for case in FEW_PIXELS] + [
     {"in_channels": 27, "out_channels": channels, **case} for channels in (1, 3) for case in FEW_CHANNELS
 ]
+
+
+@pytest.fixture(autouse=True)
+def fast_float32_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same selection on every CPU."""
+    monkeypatch.setattr(cpu_conv, "has_fast_float32_matmul", lambda: True)
 
 
 def layer_and_images(case: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[nn.Conv2d, Tensor]:
@@ -190,6 +197,32 @@ def test_3x3_kernels_use_winograd_convolutions(frozen: bool, monkeypatch: pytest
     output = layer(images)
     assert calls == [frozen]
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_with_slow_float32_products_uses_pytorchs_convolutions_in_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_conv, "has_fast_float32_matmul", lambda: False)
+    monkeypatch.setattr(cpu_conv, "winograd_conv2d", None)
+    calls: list[torch.dtype] = []
+
+    def record(x: Tensor, weight: Tensor, *geometry: tuple[int, ...]) -> Tensor:
+        calls.append(x.dtype)
+        return im2col_conv2d(x, weight, *geometry)
+
+    monkeypatch.setattr(cpu_conv, "im2col_conv2d", record)
+    plain = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    layer = use_cpu_convolutions(copy.deepcopy(plain))
+    for side in (8, 2):  # many output pixels, and few
+        images = torch.randn(16, 64, side, side).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(layer(images), plain(images))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(images)
+    assert calls == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(("name", "fast"), [("znver5", False), ("sapphirerapids", True), ("generic", True)])
+def test_float32_products_are_slow_on_amd_cpus(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: name)
+    assert HAS_FAST_FLOAT32_MATMUL.__wrapped__() is fast
 
 
 @pytest.mark.parametrize("change", [{"stride": 2}, {"dilation": 2}, {"kernel_size": 5}], ids=str)
