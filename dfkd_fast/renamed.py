@@ -81,9 +81,8 @@ def current_keywords(section: str, keywords: Mapping[str, Any]) -> dict[str, Any
 def current_path(path: str) -> str:
     """Returns the new dotted path of a key; warns if the key was renamed."""
     if (new := RENAMED.get(path, path)) != path:
-        warnings.warn(
-            f"{path} is now called {new}", RenamedKeyWarning, stacklevel=1
-        )  # always from here, so that Python shows each text once
+        # With the location of this line, Python shows each text once.
+        warnings.warn(f"{path} is now called {new}", RenamedKeyWarning, stacklevel=1)
     return new
 
 
