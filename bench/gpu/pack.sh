@@ -18,6 +18,7 @@ set -euo pipefail
 
 installed=(
     torch torchvision timm numpy numba scikit-learn torchmetrics safetensors typer rich matplotlib tensorboard
+    jinja2
     pytest pytest-xdist hypothesis scipy
 )
 omitted=(build ruff mypy dfkd-fast) # development tools, and optional packages without which tests are skipped
