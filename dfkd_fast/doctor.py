@@ -61,7 +61,7 @@ def choices() -> list[Choice]:
     for operation, elements in dispatch.MIN_NUMEL.items():
         cpu, gpu = (_serving(operation, torch.device(kind)) for kind in ("cpu", "cuda"))
         small = "" if name or cpu == "reference" else f", from {elements} elements"
-        absent = "" if name or torch.cuda.is_available() else " if present"
+        absent = "" if name or torch.cuda.is_available() else ", if there is one"
         rows.append(Choice(operation, f"{cpu}{small}", f"{gpu}{absent}"))
     return rows
 

@@ -89,9 +89,8 @@ def _settings(recipe: str) -> str:
     """Returns a recipe without its seed and without keys that do not change results, such as the path of its data."""
     content = tomllib.loads(recipe)
     relevant = {name: value for name, value in content.items() if name not in ("seed", "description", "provenance", "report")}
-    for section, keys in (("data", ("root", "workers")), ("teacher", ("weights", "weights_key"))):
-        if isinstance(relevant.get(section), dict):
-            relevant[section] = {key: value for key, value in relevant[section].items() if key not in keys}
+    if isinstance(relevant.get("data"), dict):
+        relevant["data"] = {key: value for key, value in relevant["data"].items() if key not in ("root", "workers")}
     return json.dumps(relevant, sort_keys=True, default=str)
 
 

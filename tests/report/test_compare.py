@@ -50,6 +50,16 @@ def test_means_are_over_runs_that_differ_only_in_their_seeds(tmp_path: Path) -> 
     assert [row[0] for row in table_rows(runs[:2])] == ["same, seed 0", "same, seed 1", "same, mean of 2"]
 
 
+def test_runs_with_different_teachers_are_not_averaged(tmp_path: Path) -> None:
+    runs = []
+    for seed, weights in ((0, "a.pth"), (1, "b.pth"), (2, "a.pth")):
+        folder = finished_run(tmp_path / str(seed), "same", seed, [50.0, 90.0])
+        (folder / "recipe.toml").write_text(f'name = "same"\nseed = {seed}\n[teacher]\nweights = "{weights}"\n')
+        runs.append(read_run(folder))
+    names = [row[0].rpartition(", ")[2] for row in table_rows(runs)]
+    assert names == ["seed 0", "seed 2", "mean of 2", "seed 1"]
+
+
 def test_epochs_without_evaluation_are_left_out_of_the_curve(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "a", "a", 0, [50.0, 90.0])
     lines = ['{"epoch": 1, "student_accuracy": null}', '{"epoch": 2, "student_accuracy": 50.0}', '{"epoch": 3, "student_accuracy": 90.0}']
