@@ -18,7 +18,7 @@ from dfkd_fast.errors import DfkdError, short_repr, unknown
 from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
 from dfkd_fast.recipe_files import merged, parse_recipe, read_recipe
-from dfkd_fast.renamed import current_keys, current_path
+from dfkd_fast.renamed import current_keys, current_path, with_weights_like
 from dfkd_fast.settings import FileName, NonNegative, PositiveInt, Seed, settings
 
 __all__ = [
@@ -136,7 +136,11 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return CHECKED.dump_python(recipe)
 
 
-def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for path, value in (overrides or {}).items():
+        changes = merged(changes, _nested(path, value))
+    content = with_weights_like(changes, content, where)
     for path, value in (overrides or {}).items():
         path = current_path(path)
         *sections, key = path.split(".")
@@ -169,7 +173,7 @@ def _take(tables: dict[str, Any], path: str) -> Any:
 
 def _checked(content: dict[str, Any], overrides: Mapping[str, Any] | None, where: str) -> Recipe:
     try:
-        changed = _with(content, overrides)
+        changed = _with(content, overrides, where)
         if (path := _invalid_string(changed)) is not None:
             raise DfkdError(f"{where}: {path} has a NUL character or bytes that are not UTF-8")
         return CHECKED.validate_python(changed)
@@ -224,6 +228,8 @@ def _annotation(path: Sequence[str | int]) -> Any:
         if not dataclasses.is_dataclass(annotation):
             break
         annotation = typing.get_type_hints(annotation, include_extras=True).get(str(name))
+        if isinstance(annotation, dataclasses.InitVar):
+            annotation = typing.get_args(annotation.type)[0]  # a former key: its type or None
         if annotation is Replay:
             annotation = Replay.complete()
     return annotation

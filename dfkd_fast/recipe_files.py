@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DfkdError, short_repr, unknown
-from .renamed import current_keys
+from .renamed import current_keys, with_weights_like
 
 __all__ = ["merged", "parse_recipe", "read_recipe", "shipped_recipes"]
 
@@ -42,9 +42,9 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
             raise DfkdError(f"recipe {name_or_path!r} extends itself through {current!r}")
         seen.add(identity)
         current = _base(current, content)
-    recipe = changes.pop()
-    while changes:
-        recipe = merged(recipe, changes.pop())
+    recipe: dict[str, Any] = {}
+    for change in reversed(changes):
+        recipe = merged(with_weights_like(change, recipe, f"recipe {change['name']!r}"), change)
     return recipe
 
 

@@ -4,9 +4,20 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import DfkdError
+from .errors import DfkdError, short_repr
 
-__all__ = ["RENAMED", "RenamedKeyWarning", "current_keys", "current_keywords", "current_path"]
+__all__ = [
+    "FORMER_WEIGHTS",
+    "FORMER_WEIGHTS_REPLACED",
+    "RENAMED",
+    "RenamedKeyWarning",
+    "current_keys",
+    "current_keywords",
+    "current_path",
+    "current_weights",
+    "warn_of_former_weights",
+    "with_weights_like",
+]
 
 RENAMED = {
     "loop.precision": "engine.precision",
@@ -21,6 +32,9 @@ RENAMED = {
     "replay.ema_decay": "replay.ema_generator.decay",
 }
 """Old and new dotted paths of recipe keys."""
+FORMER_WEIGHTS = ("fresh_weight", "weight")
+"""Former keys of ``[replay]``: weights of the discrepancy over fresh and over replayed samples, 1 each by default."""
+FORMER_WEIGHTS_REPLACED = "replay.fresh_weight and replay.weight are now replay.share and objective.student_weight"
 
 
 class RenamedKeyWarning(FutureWarning):
@@ -84,6 +98,88 @@ def current_path(path: str) -> str:
         # With the location of this line, Python shows each text once.
         warnings.warn(f"{path} is now called {new}", RenamedKeyWarning, stacklevel=1)
     return new
+
+
+def warn_of_former_weights() -> None:
+    """Warns that ``replay.fresh_weight`` and ``replay.weight`` were replaced."""
+    warnings.warn(FORMER_WEIGHTS_REPLACED, RenamedKeyWarning, stacklevel=1)
+
+
+def current_weights(replay_kind: str, update_kind: str, fresh: float, replayed: float) -> tuple[float, float | None]:
+    """Returns ``objective.student_weight`` and ``replay.share`` for the former ``replay.fresh_weight`` and ``replay.weight``.
+
+    The share is None if nothing is ever replayed, where it has no effect.
+
+    Raises:
+        ValueError: Fresh samples have no weight, or none in floating point beside that of the replayed ones.
+    """
+    # One discrepancy over all samples: the former weights only decided whether there are replayed ones.
+    factor = 1.0 if update_kind == "pooled" else fresh
+    if replay_kind == "none":
+        return factor, None
+    if replayed == 0:
+        return factor, 0.0
+    total = fresh + replayed
+    if (share := replayed / total) >= 1:
+        raise ValueError(
+            f"replay.fresh_weight = {fresh!r}: with replay.weight = {replayed!r} the student would learn from replayed samples only,"
+            " but replay.share must be below 1"
+        )
+    return 1.0 if update_kind == "pooled" else total, share
+
+
+def with_weights_like(changes: Mapping[str, Any], base: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a recipe with its weights of the student's loss under the same keys, former or current, as the changes to it.
+
+    A former weight that the changes leave out keeps the value that it has in the recipe, and so does a current one. Former weights are
+    replaced by :class:`~dfkd_fast.engine.Method`, once ``replay.kind`` and ``update.kind`` are known.
+
+    Args:
+        changes: Sections of a recipe, not validated.
+        base: Recipe to which they are applied; it is not modified.
+        where: Name of the changes in error messages.
+
+    Raises:
+        DfkdError: The changes have keys of both kinds, or current weights that equal the recipe's former ones do not exist.
+    """
+    former = [f"replay.{key}" for key in FORMER_WEIGHTS if key in _table(changes, "replay")]
+    current = ["replay.share"] if "share" in _table(changes, "replay") else []
+    current += ["objective.student_weight"] if "student_weight" in _table(changes, "objective") else []
+    if former and current:
+        raise DfkdError(f"{where}: {former[0]} is now replay.share and objective.student_weight, and {current[0]} is given as well")
+    recipe = _copied(base)
+    replay, objective = _table(recipe, "replay"), _table(recipe, "objective")
+    has_former = any(key in replay for key in FORMER_WEIGHTS)
+    if not (current if has_former else former):
+        return recipe
+    kind, update = replay.get("kind", "none"), _table(recipe, "update").get("kind", "plain")
+    if not has_former:
+        factor, share = _take_number(objective, "objective.student_weight", 1.0), _take_number(replay, "replay.share", 0.5)
+        weights = (factor, 1.0) if kind == "none" else (factor * (1 - share), factor * share)
+        recipe["replay"] = replay | dict(zip(FORMER_WEIGHTS, weights, strict=True))
+        return recipe
+    fresh, replayed = (_take_number(replay, f"replay.{key}", 1.0) for key in FORMER_WEIGHTS)
+    try:
+        factor, new_share = current_weights(kind, update, fresh, replayed)
+    except ValueError as error:
+        raise DfkdError(f"{where}: {error}") from error
+    warn_of_former_weights()
+    recipe["objective"] = objective | {"student_weight": factor}
+    recipe["replay"] = replay | ({} if new_share is None else {"share": new_share})
+    return recipe
+
+
+def _take_number(section: dict[str, Any], path: str, default: float) -> float:
+    value = section.pop(path.rpartition(".")[2], default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e38:
+        raise DfkdError(f"{path} = {short_repr(value)}: must be a number ≥ 0")
+    return float(value)
+
+
+def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a section, empty if there is none or another value."""
+    section = tables.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _copied(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def distill(
     latent_dim: int = 256,
     student_steps: int = 5,
     ema_decay: float | None = None,
-    fresh_weight: float = 1.0,
-    replay_weight: float = 1.0,
+    student_weight: float = 1.0,
+    share: float = 0.5,
     discrepancy: Literal["l1", "kl"] = "l1",
     bn_moments: float = 0.0,
     student_in_generator_step: Literal["train", "eval"] = "train",
@@ -81,8 +81,8 @@ def distill(
     """Train a student and a generator in-place by DFAD (arXiv 1912.11006, algorithm 1); yields the losses of each iteration.
 
     One iteration is ``student_steps`` student steps and one generator step. With ``ema_decay`` the student also learns from images of an
-    exponential moving average of the generator, as in MAD. With ``bn_moments`` the generator also matches the running statistics of the
-    teacher's batch norms, as MAD does on small images.
+    exponential moving average of the generator, as in MAD; ``share`` is their share of its loss. With ``bn_moments`` the generator also
+    matches the running statistics of the teacher's batch norms, as MAD does on small images.
     """
     teacher.eval()
     student.train()
@@ -110,9 +110,10 @@ def distill(
                     replayed = ema_generator(torch.randn(batch_size, latent_dim, generator=replay_latents).to(device)).detach()
                     images = torch.cat([images, replayed])
                 student_logits, teacher_logits = student(images), teacher(images).detach()
-                loss = fresh_weight * compare(student_logits[:batch_size], teacher_logits[:batch_size])
+                loss = compare(student_logits[:batch_size], teacher_logits[:batch_size])
                 if ema_decay is not None:
-                    loss = loss + replay_weight * compare(student_logits[batch_size:], teacher_logits[batch_size:])
+                    loss = (1 - share) * loss + share * compare(student_logits[batch_size:], teacher_logits[batch_size:])
+                loss = student_weight * loss
                 student_optimizer.zero_grad()
                 loss.backward()
                 student_optimizer.step()

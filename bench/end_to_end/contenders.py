@@ -258,8 +258,8 @@ def _plain(recipe: Recipe, device: torch.device, precision: PrecisionName, *, co
         latent_dim=recipe.generator.latent_dim,
         student_steps=recipe.loop.student_steps,
         ema_decay=recipe.replay.table(EmaGeneratorSettings).decay if recipe.replay.replays else None,
-        fresh_weight=recipe.replay.fresh_weight,
-        replay_weight=recipe.replay.weight,
+        student_weight=recipe.objective.student_weight,
+        share=recipe.replay.share,
         discrepancy=recipe.objective.discrepancy,  # type: ignore[arg-type]  # checked
         bn_moments=recipe.objective.bn_moments,
         student_in_generator_step=recipe.loop.student_in_generator_step,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError, first_line
-from dfkd_fast.renamed import current_keys
+from dfkd_fast.renamed import current_keys, with_weights_like
 
 from .epoch import Epoch
 from .method import differences, method_to_dict
@@ -97,7 +97,8 @@ def _check(state: TrainState, saved: dict[str, Any]) -> None:
         )
     # Missing in checkpoints of early versions.
     recorded = current_keys(saved.get("method", {}), "the state")
-    for path, old, new in differences(recorded, method_to_dict(state.method)):
+    current = method_to_dict(state.method)
+    for path, old, new in differences(with_weights_like(current, recorded, "the state"), current):
         raise DfkdError(f"{path} = {new!r}: the state is of a run with {old!r}")
     if len(saved["processes"]) != distributed.world_size():
         raise DfkdError(f"the state is of a run with {len(saved['processes'])} processes, this one has {distributed.world_size()}")

@@ -8,6 +8,7 @@ import torch
 
 from dfkd_fast.choices import PrecisionSetting
 from dfkd_fast.methods import POLICIES, Objective, Replay, Update
+from dfkd_fast.renamed import FORMER_WEIGHTS_REPLACED, current_weights
 from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
 
 from .optim import Optimizer
@@ -96,6 +97,7 @@ class Method:
     generator_optimizer: Optimizer = field(default_factory=lambda: Optimizer(kind="adam", lr=1e-3))
 
     def __post_init__(self) -> None:
+        self._replace_former_weights()
         if self.update.is_retain_acquire and not self.replay.replays:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
         policy = self.replay.policy
@@ -128,6 +130,16 @@ class Method:
             policy.check(self.replay.rows, batch_size)
         if self.loop.generator_pretraining and not self.objective.has_non_adversarial_terms:
             raise ValueError(f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a non-adversarial term in [objective]")
+
+    def _replace_former_weights(self) -> None:
+        former = self.replay.former_weights
+        if former is None:
+            return
+        if self.objective.student_weight != 1:
+            raise ValueError(f"{FORMER_WEIGHTS_REPLACED}, and both are given")
+        factor, share = current_weights(self.replay.kind, self.update.kind, *former)
+        object.__setattr__(self, "objective", replace(self.objective, student_weight=factor))
+        object.__setattr__(self, "replay", self.replay.with_share(share))
 
 
 MAX_STEPS = 10**8

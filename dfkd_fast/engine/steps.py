@@ -97,14 +97,15 @@ def _generator_terms(state: TrainState, z: Tensor, labels: Tensor, adversarial: 
 @torch.no_grad()
 def _draw_batch(state: TrainState) -> Batch:
     """Returns fresh and replayed images with the teacher's logits, as views of the state's buffers."""
-    replay, replay_source, fresh = state.method.replay, state.replay_source, len(state.latents)
+    factor, share = state.method.objective.student_weight, state.method.replay.share
+    replay_source, fresh = state.replay_source, len(state.latents)
     z = _draw_latents(state)
     generators, latents = [state.generator], [condition_latents(state.generator, z, state.labels)]
-    parts = [Part(fresh, replay.fresh_weight)]
+    parts = [Part(fresh, factor)]
     images, stored_logits = state.images[:fresh], None
     with state.precision.autocast():
         if replay_source is not None and replay_source.ready:
-            parts.append(Part(replay_source.rows, replay.weight))
+            parts = [Part(fresh, factor * (1 - share)), Part(replay_source.rows, factor * share)]
             if replay_source.generator is not None:
                 generators.append(replay_source.generator)
                 latents.append(replay_source.latents(state.replay_stream))

@@ -18,13 +18,16 @@ __all__ = ["Objective", "activation", "bn_moments", "class_nll", "embedding_norm
 class Objective:
     """Recipe section ``[objective]``: losses of the student and of the generator.
 
-    The student minimizes a discrepancy between its logits and the teacher's; the generator minimizes a weighted sum of terms. Terms
-    of weight 0 are not computed. With several processes, terms that are not means over samples are computed over the global batch.
+    The student minimizes ``student_weight`` times a discrepancy between its logits and the teacher's; the generator minimizes a weighted
+    sum of terms. Terms of weight 0 are not computed. With several processes, terms that are not means over samples are computed over the
+    global batch.
     """
 
     discrepancy: Literal["l1", "kl", "js"] = "l1"
     """Loss of the student: ``l1`` is the mean of |s − t| over all logits (DFAD), ``kl`` is KL(teacher ‖ student) and ``js`` the
     Jensen–Shannon divergence, both averaged over samples, or over pixels for segmentation (MAD)."""
+    student_weight: NonNegative = 1.0
+    """Factor of the student's loss. 2 gives the sum of the discrepancies over fresh and over replayed samples at ``replay.share = 0.5``."""
     temperature: Temperature = 1.0
     """Temperature of the softmax in ``kl`` and ``js``. The value of ``kl`` is multiplied by temperature², that of ``js`` is not."""
     adversary: Literal["l1", "log_l1", "kl", "js", "js_clamped"] = "l1"
@@ -62,7 +65,7 @@ class Objective:
         return bool(self.class_nll or self.embedding_norm)
 
     def student_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the student's loss D(S, T) as a 0-d tensor.
+        """Returns the student's discrepancy D(S, T) as a 0-d tensor, without ``student_weight``.
 
         Args:
             student: Logits (B, classes) or (B, classes, H, W).

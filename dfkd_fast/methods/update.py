@@ -23,10 +23,10 @@ class Update:
     """Recipe section ``[update]``: how the student's gradient is computed."""
 
     kind: Literal["plain", "pooled", "first-order", "second-order"] = "plain"
-    """Gradient of the student. ``plain``: of the sum of the discrepancies over fresh and over replayed samples, with the weights of
-    ``[replay]``. ``pooled``: of one discrepancy over all samples, which is what the public code of Learning to Retain while Acquiring
-    computes. ``second-order``: the bilevel update of that paper (arXiv 2302.14290). ``first-order``: the same without the
-    Hessian-vector product."""
+    """Gradient of the student. ``plain``: of the weighted sum of the discrepancies over fresh and over replayed samples, see
+    ``replay.share``. ``pooled``: of ``objective.student_weight`` times one discrepancy over all samples, which is what the public code
+    of Learning to Retain while Acquiring computes. ``second-order``: the bilevel update of that paper (arXiv 2302.14290).
+    ``first-order``: the same without the Hessian-vector product."""
     inner_lr: Positive = 0.9
     """Learning rate α of the inner step of ``first-order`` and ``second-order``."""
     inner_weight_decay: NonNegative = 0.0
@@ -67,7 +67,9 @@ class Update:
             with autocast():
                 logits = student(chunk.images)
             if self.kind == "pooled":
-                loss = len(chunk.images) / len(batch.images) * objective.student_loss(logits, chunk.teacher_logits)
+                loss = (
+                    objective.student_weight * len(chunk.images) / len(batch.images) * objective.student_loss(logits, chunk.teacher_logits)
+                )
             else:
                 rows = [part.rows for part in chunk.parts]
                 slices = zip(logits.split(rows), chunk.teacher_logits.split(rows), chunk.parts, strict=True)

@@ -90,7 +90,7 @@ def test_every_update_runs_with_every_replay_and_each_trains_another_student(
 
 @pytest.mark.parametrize("update", ["first-order", "second-order"])
 def test_a_retain_acquire_update_is_rejected_without_replay(update: str) -> None:
-    for replay in (Replay(), Replay(kind="vae", weight=0.0)):
+    for replay in (Replay(), Replay(kind="vae", share=0.0)):
         with pytest.raises(ValidationError, match=f"update.kind = '{update}'.*needs replayed samples"):
             method(update=update, replay=replay)
 
@@ -102,9 +102,9 @@ def test_without_replay_the_pooled_update_is_the_plain_one(make_trainer: MakeTra
 
 @pytest.mark.parametrize("replay", KINDS)
 @pytest.mark.parametrize("update", ["plain", "pooled"])
-def test_replay_of_weight_zero_equals_none_bit_for_bit(make_trainer: MakeTrainer, replay: str, update: str) -> None:
+def test_replay_of_share_zero_equals_none_bit_for_bit(make_trainer: MakeTrainer, replay: str, update: str) -> None:
     plain = make_trainer(method(update=update))
-    weightless = make_trainer(method(update=update, replay=dataclasses.replace(REPLAYS[replay], weight=0.0)))
+    weightless = make_trainer(method(update=update, replay=dataclasses.replace(REPLAYS[replay], share=0.0)))
     plain.fit()
     weightless.fit()
     states = [without_times(trainer.state_dict()) | {"method": None} for trainer in (weightless, plain)]

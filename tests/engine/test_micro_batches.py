@@ -32,8 +32,8 @@ def method(pieces: int, update: str = "plain", replay: str = "ema_generator") ->
     return Method(
         loop=Loop(batch_size=7),
         engine=Engine(micro_batches=pieces),
-        objective=Objective(one_hot=0.5, class_nll=1.0, embedding_norm=0.3),
-        replay=Replay(kind=replay, rows=5, weight=0.7),
+        objective=Objective(student_weight=1.7, one_hot=0.5, class_nll=1.0, embedding_norm=0.3),
+        replay=Replay(kind=replay, rows=5, share=0.4),
         update=Update(kind=update),  # type: ignore[arg-type]
     )
 

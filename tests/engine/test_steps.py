@@ -97,9 +97,9 @@ def test_the_generator_maximizes_the_discrepancy_that_the_student_minimizes(make
     assert discrepancy() > before
 
 
-def test_replay_of_weight_zero_equals_no_replay_bit_for_bit(make_trainer: MakeTrainer) -> None:
+def test_replay_of_share_zero_equals_no_replay_bit_for_bit(make_trainer: MakeTrainer) -> None:
     plain = make_trainer(small_method())
-    weightless = make_trainer(small_method(replay=Replay(kind="ema_generator", weight=0.0)))
+    weightless = make_trainer(small_method(replay=Replay(kind="ema_generator", share=0.0)))
     plain.fit()
     weightless.fit()
     assert [epoch.losses for epoch in plain.history] == [epoch.losses for epoch in weightless.history]

@@ -82,7 +82,9 @@ def test_the_average_normalises_with_its_statistics_and_leaves_them_alone() -> N
     torch.testing.assert_close(images[:1], average.generator(z[:1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "bank"}, {"weight": -1.0}, {"fresh_weight": -1.0}, {"decay": 0.9}])
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "bank"}, {"share": 1.0}, {"share": -0.1}, {"weight": -1.0}, {"fresh_weight": -1.0}, {"decay": 0.9}]
+)
 def test_a_section_with_a_wrong_value_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Replay(**wrong)

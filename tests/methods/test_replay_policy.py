@@ -96,7 +96,7 @@ def settings() -> Iterator[type[Policy]]:
 
 
 def test_a_run_with_it_replays_and_resumes_bit_for_bit_from_every_iteration(settings: type[Policy], make_trainer: MakeTrainer) -> None:
-    method = small_method(replay=Replay(kind="last_batch", weight=0.5))
+    method = small_method(replay=Replay(kind="last_batch", share=0.25))
     whole = make_trainer(method)
     rows: list[int] = []
     whole.student.register_forward_pre_hook(lambda _, inputs: None if inputs[0].requires_grad else rows.append(len(inputs[0])))
@@ -161,7 +161,7 @@ def test_invalid_values_are_rejected_with_one_line(settings: type[Policy], path:
 def test_a_policy_is_unknown_before_it_is_registered() -> None:
     with pytest.raises(DfkdError, match="unknown choice 'last_batch': must be one of ema_generator, memory_bank, none, vae"):
         load_recipe("digits", {"replay.kind": "last_batch"})
-    with pytest.raises(DfkdError, match=r"unknown key 'replay\.last_batch': .* must be one of replay\.ema_generator, .*replay\.weight"):
+    with pytest.raises(DfkdError, match=r"unknown key 'replay\.last_batch': .* must be one of replay\.ema_generator, .*replay\.share"):
         load_recipe("digits", {"replay.last_batch": {}})
     with pytest.raises(ValidationError, match="kind"):
         Replay(kind="last_batch")

@@ -1,7 +1,7 @@
 """Recipe section ``[replay]`` and the registry of replay policies."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import InitVar, dataclass, field, make_dataclass
 from functools import cache, partial
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, dataclass_transform
@@ -10,8 +10,8 @@ from pydantic import GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 from torch import Tensor, nn
 
-from dfkd_fast.renamed import RENAMED
-from dfkd_fast.settings import Count, NonNegative, settings
+from dfkd_fast.renamed import FORMER_WEIGHTS, FORMER_WEIGHTS_REPLACED, RENAMED, warn_of_former_weights
+from dfkd_fast.settings import BelowOne, Count, NonNegative, settings
 
 from .policy import Policy, ReplaySource
 
@@ -54,28 +54,45 @@ def register(kind: str) -> Callable[[type[AnyPolicy]], type[AnyPolicy]]:
 class Replay:
     """Recipe section ``[replay]``: samples that the student sees in addition to fresh ones.
 
-    The student minimizes ``fresh_weight · D(fresh) + weight · D(replayed)``. The section has a table for every registered policy,
-    selected or not, so that recipes can extend each other: ``Replay(...)`` returns an instance of :meth:`complete`.
+    The student minimizes ``(1 − share) · D(fresh) + share · D(replayed)``, or D(fresh) where nothing is replayed, each times
+    ``objective.student_weight``. The section has a table for every registered policy, selected or not, so that recipes can extend each
+    other: ``Replay(...)`` returns an instance of :meth:`complete`.
     """
 
     kind: str = "none"
     """``none`` (fresh samples only, DFAD) or the name of a registered policy."""
     rows: Count = 0
     """Number of replayed samples per step; 0 selects the policy's default."""
-    fresh_weight: NonNegative = 1.0
-    """Weight of the discrepancy over fresh samples."""
-    weight: NonNegative = 1.0
-    """Weight of the discrepancy over replayed samples. With 0 none are drawn, and the run is bitwise equal to one without replay."""
+    share: BelowOne = 0.5
+    """Share of the discrepancy over replayed samples in the student's loss. With 0 none are drawn, and the run is bitwise equal to one
+    without replay."""
+    fresh_weight: InitVar[NonNegative | None] = None
+    """Former weight of the discrepancy over fresh samples; a :class:`~dfkd_fast.engine.Method` replaces it."""
+    weight: InitVar[NonNegative | None] = None
+    """Former weight of the discrepancy over replayed samples."""
 
     if TYPE_CHECKING:  # the signature of complete()
 
         def __init__(
-            self, *, kind: str = ..., rows: int = ..., fresh_weight: float = ..., weight: float = ..., **tables: Policy
+            self, *, kind: str = ..., rows: int = ..., share: float = ..., fresh_weight: float = ..., weight: float = ..., **tables: Policy
         ) -> None: ...
 
-    def __new__(cls, **_: Any) -> "Replay":
+    def __new__(cls, **keywords: Any) -> "Replay":
         """Creates an instance of :meth:`complete`, like ``pathlib.Path(...)`` creates one of the platform's subclass."""
+        former = [name for name in FORMER_WEIGHTS if keywords.get(name) is not None]
+        if len(former) == 1 and "share" in keywords:  # dataclasses.replace passes every field
+            raise TypeError(f"replay.{former[0]} is now replay.share and objective.student_weight, and replay.share is given as well")
         return super().__new__(cls.complete() if cls is Replay else cls)
+
+    def __post_init__(self, fresh_weight: float | None, weight: float | None) -> None:
+        if fresh_weight is None and weight is None:
+            return
+        if self.share != 0.5:
+            raise ValueError(f"{FORMER_WEIGHTS_REPLACED}, and both are given")
+        warn_of_former_weights()
+        # In the instance, so that dataclasses.replace passes them on.
+        for name, value in zip(FORMER_WEIGHTS, (fresh_weight, weight), strict=True):
+            object.__setattr__(self, name, 1.0 if value is None else value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Replay, **vars(self)), ()  # pickle would look up the generated class by name and find this one
@@ -96,8 +113,20 @@ class Replay:
 
     @property
     def replays(self) -> bool:
-        """Whether a policy is selected and its weight is positive."""
-        return self.policy is not None and self.weight > 0
+        """Whether a policy is selected and its share is positive."""
+        share = self.share if self.former_weights is None else self.former_weights[1]
+        return self.policy is not None and share > 0
+
+    @property
+    def former_weights(self) -> tuple[float, float] | None:
+        """``fresh_weight`` and ``weight``; None if neither was given."""
+        values = vars(self)
+        return (values["fresh_weight"], values["weight"]) if "weight" in values else None
+
+    def with_share(self, share: float | None) -> "Replay":
+        """Returns a copy without former weights, with the given share or, if it is None, with this one's."""
+        keywords = {name: value for name, value in vars(self).items() if name not in FORMER_WEIGHTS}
+        return Replay(**keywords if share is None else keywords | {"share": share})
 
     def num_rows(self, batch_size: int) -> int:
         """Returns the number of replayed samples per step.
