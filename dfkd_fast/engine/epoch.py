@@ -23,3 +23,6 @@ class Epoch:
     drift: dict[str, float] = field(default_factory=dict)
     """Jensen–Shannon divergence by generator between the student's predictions on samples of this and of the previous epoch; empty
     if ``loop.drift_samples`` is 0."""
+    relative_bn_moments: float | None = None
+    """Distance between the batch statistics of generated samples and the teacher's running statistics, relative to the norm of the
+    latter: 0 if they are equal, 1 for activations that are all 0. None if ``objective.bn_moments`` is 0."""

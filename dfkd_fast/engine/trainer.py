@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
+from dfkd_fast.methods import bn_moments_norm
 from dfkd_fast.models import sample
 
 from . import checkpoint
@@ -225,11 +226,22 @@ class Trainer:
             for schedule in state.schedules:
                 schedule.step()
         seconds = math.fsum(state.clock.read().values()) - math.fsum(epoch.seconds for epoch in self.history)
-        epoch = Epoch(number, seconds, losses, accuracy, unaveraged, drift)
+        epoch = Epoch(number, seconds, losses, accuracy, unaveraged, drift, self._relative_bn_moments(losses))
         self.history.append(epoch)
         state.iteration = 0
         LOGGER.debug("epoch %d of %d in %.3f s: %s; accuracy %s", number, loop.epochs, seconds, losses, accuracy)
         return epoch
+
+    def _relative_bn_moments(self, losses: dict[str, float]) -> float | None:
+        """Returns :attr:`Epoch.relative_bn_moments` from the mean losses of the epoch."""
+        state, weight = self.state, self.method.objective.bn_moments
+        if "bn_moments" not in losses:
+            return None
+        if state.observer.running is None:  # resumed at the end of an epoch
+            with torch.no_grad(), default_modes(self.device), state.precision.autocast():
+                state.observer(state.images[:1])
+        assert state.observer.running is not None
+        return losses["bn_moments"] / (weight * float(bn_moments_norm(state.observer.running)))
 
     def _check_losses(self) -> None:
         self.state.losses.check_finite(self.state.iteration, len(self.history) + 1)

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from .batch import Batch, Part
-from .objective import Objective
+from .objective import Objective, bn_moments_norm
 from .replay import (
     POLICIES,
     BankSettings,
@@ -36,6 +36,7 @@ __all__ = [
     "Update",
     "VaeReplay",
     "VaeSettings",
+    "bn_moments_norm",
     "build_replay_source",
     "register",
 ]

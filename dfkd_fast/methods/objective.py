@@ -11,7 +11,7 @@ from dfkd_fast.kernels import js_discrepancy, kl_discrepancy, l1_discrepancy
 from dfkd_fast.settings import NonNegative, Temperature, settings
 from dfkd_fast.surgery import Observation
 
-__all__ = ["Objective", "activation", "bn_moments", "class_nll", "embedding_norm", "entropy", "one_hot"]
+__all__ = ["Objective", "activation", "bn_moments", "bn_moments_norm", "class_nll", "embedding_norm", "entropy", "one_hot"]
 
 
 @settings
@@ -152,6 +152,15 @@ def bn_moments(statistics: Tensor, running: Tensor) -> Tensor:
         running: Running means and variances, of the same shape.
     """
     return (_global_moments(statistics, running) - running).norm(dim=2).sum()
+
+
+def bn_moments_norm(running: Tensor) -> Tensor:
+    """Returns Σ ‖running mean‖₂ + ‖running var‖₂ over the teacher's batch norms, 0-d: :func:`bn_moments` of activations that are all 0.
+
+    Args:
+        running: Running means and variances, (2, layers, C).
+    """
+    return running.norm(dim=2).sum()
 
 
 def _global_moments(statistics: Tensor, running: Tensor) -> Tensor:

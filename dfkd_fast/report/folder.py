@@ -192,7 +192,8 @@ class RunFolder:
             accuracy = {} if epoch.student_accuracy is None else {"accuracy/student": epoch.student_accuracy}
             groups = {"loss": epoch.losses, "drift": epoch.drift}
             scalars = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-            self._events.add_scalars(scalars | accuracy, epoch.number)
+            relative = {} if epoch.relative_bn_moments is None else {"bn_moments/relative": epoch.relative_bn_moments}
+            self._events.add_scalars(scalars | accuracy | relative, epoch.number)
 
     def end_log(self) -> None:
         """Close the logs."""

@@ -53,6 +53,8 @@ class Observer:
         self._folded: list[Any] = []
         self._classifier: Any = None
         self._constants: dict[tuple[nn.Module, ...], _Constants] = {}
+        self.running: Tensor | None = None
+        """``running`` of the last :class:`Observation`; None before the first one, or without statistics."""
         if not statistics and not features:
             return
         shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(teacher.parameters(), teacher.buffers())}
@@ -111,6 +113,7 @@ class Observer:
         if layers not in self._constants:
             self._constants[layers] = _constants(layers, moments[0][0])
         scale, shift, running, paddings = self._constants[layers]
+        self.running = running
         parts = [part for each in zip(*moments, strict=True) for pair in zip(each, paddings, strict=True) for part in pair if len(part)]
         return torch.addcmul(shift, torch.cat(parts).view_as(scale), scale), running
 
