@@ -6,7 +6,8 @@
 
 ``importing.py`` reads the sources, ``checks.py`` validates them, and ``summaries.py`` writes what a GPU reported beside its rows;
 ``results.py`` loads the files. ``readme.py`` makes the README's table, ``methods.py`` those of the methods' pages, ``cpu.py`` the tables
-measured on CPUs and ``gpu.py`` those measured on GPUs, ``teachers.py`` that of the shipped teachers; ``markdown.py`` formats a table and replaces it in a document.
+measured on CPUs, ``gpu.py`` those measured on GPUs, and ``teachers.py`` that of the shipped teachers; ``markdown.py`` formats a table and
+replaces it in a document.
 """
 
 import shutil
