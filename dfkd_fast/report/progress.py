@@ -88,6 +88,8 @@ class Progress:
     def epoch(self, epoch: Epoch) -> None:
         """Report a finished epoch."""
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in epoch.losses.items())
+        if epoch.relative_bn_moments is not None:
+            metrics += f"  relative bn_moments {epoch.relative_bn_moments:.3g}"
         if epoch.student_accuracy is not None:
             metrics += f"  {self.metric} {epoch.student_accuracy:.2f} %"
         done = epoch.number * self.iterations_per_epoch
