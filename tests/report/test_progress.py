@@ -46,6 +46,13 @@ def test_without_a_terminal_about_ten_plain_lines_are_printed() -> None:
     assert lines[0].endswith("  student 4/40  student 0.5  top-1 accuracy 97.25 %  1.5 s/iteration  0:01:48 left")
 
 
+def test_a_line_has_the_relative_bn_moments() -> None:
+    out = io.StringIO()
+    with logged(out, 1, 2, Clock()) as progress:
+        progress.epoch(Epoch(1, 1.0, {"student": 0.5, "bn_moments": 18.6}, 97.25, relative_bn_moments=0.12345))
+    assert "  bn_moments 18.6  relative bn_moments 0.123  top-1 accuracy 97.25 %  " in out.getvalue()
+
+
 def test_a_long_epoch_is_logged_after_its_first_iterations_and_every_ten_minutes() -> None:
     out, clock = io.StringIO(), Clock()
     with logged(out, 40, 100, clock) as progress:
