@@ -508,7 +508,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(run: Run, monkeypatch: pytest.
 
 def test_scalars_of_epochs_that_are_repeated_count_once(tmp_path: Path) -> None:
     def epoch(number: int, loss: float) -> Epoch:
-        return Epoch(number, 1.0, {"student": loss}, 50.0, drift={"generator": 0.1})
+        return Epoch(number, 1.0, {"student": loss}, 50.0, drift={"generator": 0.1}, relative_bn_moments=0.3)
 
     for folder, done, numbers in (
         (RunFolder(tmp_path), 0, (1, 2, 3)),
@@ -524,7 +524,7 @@ def test_scalars_of_epochs_that_are_repeated_count_once(tmp_path: Path) -> None:
         events = EventAccumulator(str(tmp_path / "tensorboard"))
         events.Reload()
         assert [scalar.step for scalar in events.Scalars("loss/student")] == epochs_of(tmp_path) == [*range(1, done + 1), *numbers]
-        assert set(events.Tags()["scalars"]) == {"loss/student", "accuracy/student", "drift/generator"}
+        assert set(events.Tags()["scalars"]) == {"loss/student", "accuracy/student", "drift/generator", "bn_moments/relative"}
 
 
 @pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
