@@ -69,7 +69,7 @@ class _Stage:
             done: units done.
             position: the part and unit, as text.
             metrics: losses and accuracy, as text.
-            seconds: of the part, if it is complete.
+            seconds: of the epoch that is complete; None within one.
         """
         now, pace = self.clock(), self._pace(done)
         self.last_line = done, now
@@ -130,6 +130,7 @@ class Progress:
         )
         self._training = _Stage(self.bar, name, "iteration", epochs * iterations_per_epoch, iterations_per_epoch, done, clock)
         self._pretraining: _Stage | None = None
+        self._epoch_start = clock()
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -157,7 +158,8 @@ class Progress:
             stage.show(done, f"{done}/{total}", metrics)
         if done == total:
             self.bar.update(stage.task, visible=False)
-            self._training.last_line = self._training.last_line[0], self.clock()
+            self._epoch_start = self.clock()
+            self._training.last_line = self._training.last_line[0], self._epoch_start
 
     def iteration(self, done: int) -> None:
         """Report the number of iterations done since the start of the training."""
@@ -176,7 +178,8 @@ class Progress:
         done = epoch.number * self.iterations_per_epoch
         self.bar.update(self._training.task, completed=done, metrics=f"{position}  {metrics}")
         if self._training.is_due(done):
-            self._training.show(done, position, metrics, epoch.seconds)
+            self._training.show(done, position, metrics, self.clock() - self._epoch_start)
+        self._epoch_start = self.clock()
 
 
 def _metrics(losses: Mapping[str, SupportsFloat]) -> str:

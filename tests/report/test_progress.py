@@ -44,10 +44,10 @@ def test_every_epoch_is_one_line() -> None:
         for number in range(1, 41):
             clock.now += 3
             progress.iteration(2 * number)
-            progress.epoch(Epoch(number, 2.5, {"student": 0.5, "adversarial": -0.25}, 97.25))
+            progress.epoch(Epoch(number, 3.0, {"student": 0.5, "adversarial": -0.25}, 97.25))
     lines = out.getvalue().splitlines()
     assert positions(out) == [f"student {number}/40" for number in range(1, 41)]
-    metrics = "student 0.5  adversarial -0.25  top-1 accuracy 97.25 %  2.5 s/epoch  1.5 s/iteration"
+    metrics = "student 0.5  adversarial -0.25  top-1 accuracy 97.25 %  3 s/epoch  1.5 s/iteration"
     assert lines[3].endswith(f"  student 4/40  {metrics}  0:01:48 left")
     assert lines[-1] == f"{clock.time_of_day}  student 40/40  {metrics}  0:00:00 left"
 
@@ -59,14 +59,15 @@ def test_of_very_short_epochs_the_first_the_last_and_one_every_two_seconds_are_l
             clock.now += 0.125
             progress.epoch(Epoch(number, 0.125, {}, None))
     assert positions(out) == [f"student {number}/50" for number in (1, 17, 33, 49, 50)]
+    assert all("  0.125 s/epoch  " in line for line in out.getvalue().splitlines())
 
 
 def test_the_seconds_of_a_long_epoch_have_all_their_digits() -> None:
     out, clock = io.StringIO(), Clock()
     with logged(out, 2, 2, clock) as progress:
-        clock.now += 3000
-        progress.epoch(Epoch(1, 2912.4, {}, None))
-    assert "  2912 s/epoch  1500 s/iteration  0:50:00 left\n" in out.getvalue()
+        clock.now += 3001
+        progress.epoch(Epoch(1, 3001.0, {}, None))
+    assert "  3001 s/epoch  1500 s/iteration  0:50:01 left\n" in out.getvalue()
 
 
 def test_a_long_epoch_is_logged_after_its_first_iterations_and_every_ten_minutes() -> None:
@@ -93,8 +94,8 @@ def test_the_speed_of_a_resumed_run_is_that_of_its_own_iterations() -> None:
     out, clock = io.StringIO(), Clock()
     with logged(out, 10, 10, clock, done=50) as progress:
         clock.now += 20
-        progress.epoch(Epoch(6, 19.0, {}, None))
-    assert out.getvalue() == f"{clock.time_of_day}  student 6/10  19 s/epoch  2 s/iteration  0:01:20 left\n"
+        progress.epoch(Epoch(6, 20.0, {}, None))
+    assert out.getvalue() == f"{clock.time_of_day}  student 6/10  20 s/epoch  2 s/iteration  0:01:20 left\n"
 
 
 def test_the_first_epoch_of_a_resumed_run_is_logged_however_short() -> None:
@@ -151,13 +152,13 @@ def test_losses_of_pretraining_are_read_only_for_a_line() -> None:
     assert loss.reads == len(out.getvalue().splitlines()) == 10
 
 
-def test_the_speed_of_iterations_excludes_pretraining() -> None:
+def test_times_of_epoch_and_iterations_exclude_pretraining() -> None:
     out, clock = io.StringIO(), Clock()
     with logged(out, 10, 10, clock) as progress:
         pretrain(progress, clock, range(1, 21), 20, seconds=100)
         clock.now += 20
-        progress.epoch(Epoch(1, 19.0, {}, None))
-    assert out.getvalue().splitlines()[-1].endswith("  student 1/10  19 s/epoch  2 s/iteration  0:03:00 left")
+        progress.epoch(Epoch(1, 2020.0, {}, None))
+    assert out.getvalue().splitlines()[-1].endswith("  student 1/10  20 s/epoch  2 s/iteration  0:03:00 left")
 
 
 def test_the_bar_shows_the_pretraining_and_then_the_student() -> None:
