@@ -4,8 +4,10 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import torch
 from typing_extensions import override
 
 from dfkd_fast.errors import DfkdError, first_line, short_repr
@@ -26,6 +28,8 @@ class ArraySet(DataSet):
     read: Reader
     """Function from the data set's path and a split to the images and labels."""
 
+    can_hold_out: ClassVar[bool] = True
+
     @override
     def test_batches(self, settings: DataSettings, context: LoadContext) -> ArrayBatches:
         split = self.open_split(settings, "test", "none")
@@ -33,9 +37,25 @@ class ArraySet(DataSet):
 
     @override
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> ArraySplit:
-        images, labels = self.read(resolve_root(settings), split)
-        _check_arrays(images, labels, settings, split)
+        source: Split = "train" if settings.holdout else split
+        images, labels = self.read(resolve_root(settings), source)
+        _check_arrays(images, labels, settings, source)
+        if settings.holdout:
+            indices = _with_holdout(len(images), settings.holdout, split)
+            images, labels = images[indices], labels[indices]
         return ArraySplit(images, labels.astype(np.int64), settings.image_size, settings.mean, settings.std, augment=augment)
+
+
+def _with_holdout(count: int, holdout: int, split: Split) -> np.ndarray:
+    """Returns the indices of a split, out of ``count`` training images of which ``holdout`` are the test split, in rising order.
+
+    Raises:
+        DfkdError: no images would be left to train on.
+    """
+    if holdout >= count:
+        raise DfkdError(f"data.holdout = {holdout}: must be less than {count}, the number of training images")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return (order[:holdout] if split == "test" else order[holdout:]).sort().values.numpy()
 
 
 def _check_arrays(images: np.ndarray, labels: np.ndarray, settings: DataSettings, split: Split) -> None:

@@ -74,6 +74,8 @@ class DataSet(abc.ABC):
     has_images: ClassVar[bool] = True
     image_files: ClassVar[bool] = False
     """Whether the images are files with one label each, on which any classifier can be evaluated."""
+    can_hold_out: ClassVar[bool] = False
+    """Whether training images can be held out for evaluation, see ``data.holdout``."""
 
     def class_set(self, settings: "DataSettings") -> Classes:
         """Returns the names and colours of the classes."""
@@ -129,6 +131,10 @@ class DataSettings:
     """Whether an image file that cannot be decoded is an error or is left out."""
     subset: Count = 0
     """Evaluate on a fixed random subset of this many images; 0 for all."""
+    holdout: Count = 0
+    """Number of training images that no teacher is trained on, and on which everything is evaluated instead of the test images; 0 for
+    evaluation on the test images. They are the first indices of ``torch.randperm`` with seed 0, so that a smaller holdout is a subset
+    of a larger one."""
 
     def __post_init__(self) -> None:
         for name, constants in (("mean", self.mean), ("std", self.std)):
@@ -136,6 +142,9 @@ class DataSettings:
                 raise ValueError(f"{name} has {len(constants)} numbers for {self.channels} channels")
         if 0 < self.resize < self.image_size:
             raise ValueError(f"resize = {self.resize}: must be at least image_size, {self.image_size}")
+        if self.holdout and not self.data_set.can_hold_out:
+            supported = ", ".join(name for name, data_set in DATA_SETS.items() if data_set.can_hold_out)
+            raise ValueError(f"holdout = {self.holdout}: must be 0 for data set {self.name!r}; only {supported} support it")
 
     @property
     def data_set(self) -> DataSet:
@@ -149,8 +158,17 @@ class DataSettings:
 
     @property
     def metric(self) -> str:
-        """Name of the task's main metric, which is in percent."""
-        return "mIoU" if self.task == "segmentation" else "top-1 accuracy"
+        """Name of the task's main metric, which is in percent; it names the images if they are not test images."""
+        name = "mIoU" if self.task == "segmentation" else "top-1 accuracy"
+        return f"{name} ({self.evaluated_on})" if self.holdout else name
+
+    @property
+    def evaluated_on(self) -> str:
+        """Name of the images of the evaluation: "test images", or for example "5,000 held-out training images"."""
+        if not self.holdout:
+            return "test images"
+        part = f"{self.subset:,} of " if self.subset else ""
+        return f"{part}{self.holdout:,} held-out training images"
 
     @property
     def has_images(self) -> bool:

@@ -83,7 +83,7 @@ def evaluation_batches(
     world_size: int = 1,
     log: Callable[[str], None] = lambda note: None,
 ) -> Batches:
-    """Returns the test batches of a data set.
+    """Returns the test batches of a data set, or batches of its held-out training images.
 
     Args:
         settings: recipe section ``[data]``.
@@ -100,7 +100,8 @@ def evaluation_batches(
     def choose(count: int) -> list[int]:
         """Returns the indices of this process's images out of ``count``, or out of a fixed random subset."""
         if settings.subset > count:
-            raise DfkdError(f"data.subset = {settings.subset}: must be at most {count}, the number of test images")
+            images = "held-out training images" if settings.holdout else "test images"
+            raise DfkdError(f"data.subset = {settings.subset}: must be at most {count}, the number of {images}")
         order = torch.arange(count)
         if settings.subset:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: settings.subset].sort().values
@@ -117,7 +118,7 @@ def open_split(settings: DataSettings, split: Split, *, augment: Augment = "none
 
     Args:
         settings: recipe section ``[data]``.
-        split: ``train`` or ``test``.
+        split: ``train`` or ``test``; with ``data.holdout``, these are the training images that are not held out, and those that are.
         augment: random augmentation of the images.
 
     Raises:

@@ -194,6 +194,18 @@ ARRAY_FILES = [
     arrays("a label beyond 64 bits", packed(y_test=LABELS.astype(np.uint64) + 2**63), error="test: labels run from 9223372036854775808"),
     arrays("a training label too large", packed(y_train=LABELS + 7), error="train: labels run from 7 to 10, data.num_classes is 10"),
     arrays(
+        "a holdout of all training images",
+        packed(),
+        "data.holdout=4",
+        error="data.holdout = 4: must be less than 4, the number of training images",
+    ),
+    arrays(
+        "a subset larger than the holdout",
+        packed(),
+        *("data.holdout=2", "data.subset=3"),
+        error="data.subset = 3: must be at most 2, the number of held-out training images",
+    ),
+    arrays(
         "a subset larger than the set", packed(), "data.subset=5", error="data.subset = 5: must be at most 4, the number of test images"
     ),
 ]
@@ -469,6 +481,14 @@ SECTION = [
     sets("a huge side to resize to", "data.resize=100000", error="data.resize = 100000: "),
     sets("too many workers", "data.workers=100000", error="data.workers = 100000: "),
     sets("a negative subset", "data.subset=-1", error="data.subset = -1: "),
+    sets("a negative holdout", "data.holdout=-1", error="data.holdout = -1: "),
+    sets(
+        "a holdout of image files",
+        "data.name=folder",
+        "data.holdout=5",
+        error="holdout = 5: must be 0 for data set 'folder'; only digits, ",
+    ),
+    sets("a holdout of no data", "data.name=none", "data.holdout=5", error="holdout = 5: must be 0 for data set 'none'; only digits, "),
     sets("an unknown interpolation", "data.interpolation=nearest", error="data.interpolation = 'nearest': "),
     sets("a root that is a number", "data.root=3", error="data.root = 3: must be a string"),
 ]
