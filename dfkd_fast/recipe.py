@@ -49,8 +49,8 @@ class Teacher:
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 256
     augment: Augment = "none"
-    """Augmentation of the training images: shifts by up to 4 pixels (image folders: random resized crops; segmentation: random
-    crops), and horizontal flips."""
+    """Augmentation of the training images: shifts by up to 4 pixels (image folders above 64 pixels: random resized crops;
+    segmentation: random crops), and horizontal flips."""
     focal_gamma: NonNegative = 0.0
     """γ of the focal loss; 0 is the cross-entropy."""
 

@@ -37,6 +37,8 @@ class ArraySet(DataSet):
 
     @override
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> ArraySplit:
+        if self.classes not in (None, settings.num_classes):
+            raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.name!r} has {self.classes} classes")
         source: Split = "train" if settings.holdout else split
         images, labels = self.read(resolve_root(settings), source)
         _check_arrays(images, labels, settings, source)
@@ -104,16 +106,22 @@ def torchvision_arrays(name: str) -> Reader:
 
 
 def npz(path: Path, split: Split) -> Arrays:
-    """Returns the arrays ``x_<split>``, uint8 (N, H, W, C), and ``y_<split>``, integers (N,), of an .npz file."""
+    """Returns the images, uint8 (N, H, W, C), and the labels, integers (N,), of an .npz file.
+
+    They are called ``x_<split>`` and ``y_<split>``, as Keras does, or ``<split>_images`` and ``<split>_labels``, as MedMNIST does.
+    Images (N, H, W) are grayscale, and labels may be (N, 1).
+    """
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DfkdError(f"data.root {path} cannot be read as an .npz file: {first_line(error)}") from error
     with archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
-        if missing := {f"x_{split}", f"y_{split}"} - names:
+        keys = (f"{split}_images", f"{split}_labels") if f"{split}_images" in names else (f"x_{split}", f"y_{split}")
+        if missing := {*keys} - names:
             raise DfkdError(f"data.root {path} has no {', '.join(sorted(missing))}: its arrays are {short_repr(sorted(names))}")
-        return _member(archive, f"x_{split}"), _member(archive, f"y_{split}")
+        images, labels = (_member(archive, key) for key in keys)
+    return images[..., None] if images.ndim == 3 else images, labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:

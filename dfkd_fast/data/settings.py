@@ -26,6 +26,8 @@ __all__ = ["DATA_SETS", "Batches", "DataSet", "DataSettings", "LoadContext", "ch
 Task = Literal["classification", "segmentation"]
 MAX_IMAGE_SIZE = 2**14
 """Largest height and width of images, in pixels."""
+MAX_STORED_SIZE = 64
+"""Largest ``image_size`` at which data sets are stored at the size of the network's input, as CIFAR and TinyImageNet are."""
 
 
 class Batches(Protocol):
@@ -62,7 +64,7 @@ class DataSet(abc.ABC):
     """Base class of the data sets: properties of a data set, and methods that load it."""
 
     classes: int | None = None
-    """Number of classes of a data set of image files; None if the files determine it."""
+    """Number of classes; None if the files determine it."""
     test_images: int | None = None
     """Number of test images of the published data set; None if there is no such number."""
     needs_root: bool = True
@@ -117,8 +119,8 @@ class DataSettings:
     std: tuple[Positive, ...] = (0.5,)
     """Per-channel mean and standard deviation of images in [0, 1], for normalization."""
     resize: Annotated[int, Field(strict=True, ge=0, le=MAX_IMAGE_SIZE)] = 0
-    """Shorter side of image files after resizing and before the center crop, in pixels; 0 for ``image_size`` · 256/224, or for
-    ``image_size`` in segmentation."""
+    """Shorter side of image files after resizing and before the center crop, in pixels; 0 for ``image_size`` · 256/224, or
+    for ``image_size`` itself in segmentation and up to 64 pixels, the size at which such images are stored."""
     interpolation: Interpolation = "bilinear"
     """Interpolation when image files are resized."""
     batch_size: PositiveInt = 1000
@@ -181,9 +183,14 @@ class DataSettings:
         return self.has_images and (self.root != "" or not self.data_set.needs_root)
 
     @property
+    def is_stored_at_size(self) -> bool:
+        """Whether image files are expected to have the size of the network's input, so that none of their margin is cropped."""
+        return self.image_size <= MAX_STORED_SIZE
+
+    @property
     def eval_transform(self) -> EvalTransform:
         """Preprocessing of image files in evaluation."""
-        resize = self.resize or round(self.image_size * 256 / 224)
+        resize = self.resize or (self.image_size if self.is_stored_at_size else round(self.image_size * 256 / 224))
         return EvalTransform(resize, self.image_size, self.interpolation, self.mean, self.std)
 
 

@@ -11,6 +11,7 @@ from typing_extensions import override
 from dfkd_fast.errors import DfkdError
 
 from .arrays import ArraySet, digits, npz, torchvision_arrays
+from .cifar import cifar
 from .classes import CAMVID, NYUV2, SHAPES
 from .files import FileSet
 from .image_lists import list_file, list_folder, list_folder_training, list_imagenet, list_imagenet_training, list_places365
@@ -46,8 +47,9 @@ DATA_SETS.update(
         "digits": ArraySet(read=digits, needs_root=False),  # scikit-learn's
         "mnist": ArraySet(read=torchvision_arrays("MNIST")),
         "fashion-mnist": ArraySet(read=torchvision_arrays("FashionMNIST")),
-        "cifar10": ArraySet(read=torchvision_arrays("CIFAR10")),
-        "cifar100": ArraySet(read=torchvision_arrays("CIFAR100")),
+        "cifar10": ArraySet(read=cifar("CIFAR10")),
+        "cifar100": ArraySet(read=cifar("CIFAR100")),
+        "cifar100-coarse": ArraySet(read=cifar("CIFAR100", coarse=True), classes=20),
         "npz": ArraySet(read=npz, is_file=True),
         # Image files.
         "imagenet": FileSet(list_files=list_imagenet, list_training=list_imagenet_training, classes=1000, test_images=50_000),

@@ -106,7 +106,7 @@ def test_the_metric_says_that_the_images_are_held_out(changes: dict[str, int], m
 
 
 def test_array_data_sets_support_it_and_others_say_that_they_do_not() -> None:
-    arrays = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "npz"}
+    arrays = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "cifar100-coarse", "npz"}
     for name in DATA_SETS:
         if name in arrays:
             assert DataSettings(name=name, holdout=5).holdout == 5
