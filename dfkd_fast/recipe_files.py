@@ -1,17 +1,28 @@
 """Reads recipes: shipped ones, TOML files, and the recipes that they extend. Nothing here imports PyTorch."""
 
+import json
 import os
 import tomllib
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .errors import DfkdError, short_repr, unknown
-from .renamed import current_keys, with_weights_like
+from .renamed import current_keys
 
-__all__ = ["merged", "parse_recipe", "read_recipe", "shipped_recipes"]
+__all__ = ["MOVABLE", "changed_from", "flat", "merged", "parse_recipe", "read_levels", "read_recipe", "shipped_recipes"]
 
 SHIPPED = resources.files("dfkd_fast") / "recipes"
+MOVABLE = ("description", "provenance", "data.root", "data.workers", "teacher.weights", "teacher.weights_key", "report")
+"""Keys and sections without influence on the result: texts, locations, and what is reported. They may change when a run is resumed."""
+UNLISTED = (*MOVABLE, "name", "seed")
+"""Keys and sections whose differences from a base recipe are not listed in descriptions and provenance."""
+LISTED = 3
+"""Number of differences that a description lists."""
+LONGEST_VALUE = 40
+"""Characters of a value in a description."""
 
 
 def shipped_recipes() -> list[str]:
@@ -20,12 +31,17 @@ def shipped_recipes() -> list[str]:
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """Read a shipped recipe or a TOML file, merged over the recipe that it ``extends``; values are not validated.
+    """Returns the recipes of :func:`read_levels` merged into one."""
+    return reduce(merged, read_levels(name_or_path))
+
+
+def read_levels(name_or_path: str) -> list[dict[str, Any]]:
+    """Read a shipped recipe or a TOML file, and the recipes that it ``extends``; values are not validated.
 
     A path in ``extends`` is relative to the folder of the file.
 
     Returns:
-        Nested dictionaries.
+        Nested dictionaries: the recipe that extends no other, then the changes of each that extends the one before.
 
     Raises:
         DfkdError: there is no such recipe, it is not TOML, or it extends itself.
@@ -42,10 +58,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
             raise DfkdError(f"recipe {name_or_path!r} extends itself through {current!r}")
         seen.add(identity)
         current = _base(current, content)
-    recipe: dict[str, Any] = {}
-    for change in reversed(changes):
-        recipe = merged(with_weights_like(change, recipe, f"recipe {change['name']!r}"), change)
-    return recipe
+    return changes[::-1]
 
 
 def _text(name_or_path: str) -> str:
@@ -78,6 +91,72 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
+
+
+def changed_from(base: dict[str, Any], changed: dict[str, Any], defaults: Mapping[str, Any], *, described: bool) -> dict[str, Any]:
+    """Returns a recipe that was derived from another, with a provenance that lists what differs, and a description of its own.
+
+    Nothing is listed, and the base's description kept, if only keys differ that are without influence on the result, or name and
+    seed.
+
+    Args:
+        base: the recipe that it was derived from, as nested dictionaries.
+        changed: the derived recipe, with the provenance of both.
+        defaults: value of each key that a recipe does not state, by dotted path.
+        described: whether the derived recipe states a description; otherwise it gets one from the differences.
+    """
+    differences = _differences(base, changed, defaults)
+    provenance = changed.get("provenance", {})
+    if not differences or not isinstance(provenance, dict):
+        return changed
+    title = f"changed from {base.get('name')}"
+    result = dict(changed)
+    if not described:
+        result["description"] = _description(f"{'a changed ' if title in provenance else ''}{base.get('name')}", differences)
+    lines = [f"{key}: {before} → {after}" if before else f"{key} = {after}" for key, before, after in differences]
+    earlier = [text for text in [provenance.get(title)] if isinstance(text, str)]
+    result["provenance"] = provenance | {title: ", ".join([*earlier, *lines])}
+    return result
+
+
+def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted path and value of every key in nested dictionaries."""
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _differences(base: dict[str, Any], changed: dict[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns path, old and new value, as TOML, of the keys that differ; the old value is empty if there is neither one nor a default."""
+    before, after = dict(flat(base)), dict(flat(changed))
+    found = []
+    for key in before | after:
+        if any(key == unlisted or key.startswith(f"{unlisted}.") for unlisted in UNLISTED):
+            continue
+        old, new = (values.get(key, defaults.get(key)) for values in (before, after))
+        if not _equal(old, new):
+            found.append((key, "" if old is None else _toml(old), _toml(new)))
+    return found
+
+
+def _equal(old: Any, new: Any) -> bool:
+    numbers = isinstance(old, int | float) and isinstance(new, int | float)
+    return old == new if numbers else _toml(old) == _toml(new)
+
+
+def _toml(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)  # TOML writes numbers, text and lists the same way
+    except ValueError:  # an integer of thousands of digits
+        return short_repr(value)
+
+
+def _description(base: str, differences: list[tuple[str, str, str]]) -> str:
+    listed = [f"{key} = {new if len(new) <= LONGEST_VALUE else new[:LONGEST_VALUE] + '…'}" for key, _, new in differences[:LISTED]]
+    more = len(differences) - len(listed)
+    return f"{base} with {', '.join(listed)}" + (f" and {more} more change{'s' if more > 1 else ''}" if more else "")
 
 
 def parse_recipe(text: str, where: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_a_wrong_value_is_refused_in_one_line(tmp_path: Path, value: str, overri
 def test_a_recipe_is_printed_with_the_current_keys_only(tmp_path: Path) -> None:
     recipe = load_recipe("digits", {"replay.fresh_weight": 3.0})
     text = recipe_to_toml(recipe)
-    assert "fresh_weight" not in text
+    assert "\nfresh_weight" not in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_recipe(written(tmp_path, "a", text)) == recipe
