@@ -97,7 +97,7 @@ def changed_from(base: dict[str, Any], changed: dict[str, Any], defaults: Mappin
     """Returns a recipe that was derived from another, with a provenance that lists what differs, and a description of its own.
 
     Nothing is listed, and the base's description kept, if only keys differ that are without influence on the result, or name and
-    seed.
+    seed. The description is also kept if only ``[engine]`` differs.
 
     Args:
         base: the recipe that it was derived from, as nested dictionaries.
@@ -111,8 +111,9 @@ def changed_from(base: dict[str, Any], changed: dict[str, Any], defaults: Mappin
         return changed
     title = f"changed from {base.get('name')}"
     result = dict(changed)
-    if not described:
-        result["description"] = _description(f"{'a changed ' if title in provenance else ''}{base.get('name')}", differences)
+    # How fast and in which precision something is computed is not what it is.
+    if not described and (of_method := [difference for difference in differences if not difference[0].startswith("engine.")]):
+        result["description"] = _description(f"{'a changed ' if title in provenance else ''}{base.get('name')}", of_method)
     lines = [f"{key}: {before} → {after}" if before else f"{key} = {after}" for key, before, after in differences]
     earlier = [text for text in [provenance.get(title)] if isinstance(text, str)]
     result["provenance"] = provenance | {title: ", ".join([*earlier, *lines])}
