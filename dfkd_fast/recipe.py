@@ -17,7 +17,7 @@ from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, short_repr, unknown
 from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
-from dfkd_fast.recipe_files import merged, parse_recipe, read_recipe
+from dfkd_fast.recipe_files import merged, parse_recipe, read_recipe, without_budget
 from dfkd_fast.renamed import current_keys, current_path
 from dfkd_fast.settings import FileName, NonNegative, PositiveInt, Seed, settings
 
@@ -137,7 +137,12 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    for path, value in (overrides or {}).items():
+    overrides = overrides or {}
+    if "loop.epochs" in overrides:
+        if budget := overrides.get("loop.budget"):
+            raise DfkdError(f"loop.budget = {short_repr(budget)}: loop.epochs follows from it, and both are given; choose one")
+        content = without_budget(content, overrides["loop.epochs"])
+    for path, value in overrides.items():
         path = current_path(path)
         *sections, key = path.split(".")
         if isinstance(value, Mapping):

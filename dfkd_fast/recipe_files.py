@@ -9,8 +9,10 @@ from typing import Any
 from .errors import DfkdError, short_repr, unknown
 from .renamed import current_keys
 
-__all__ = ["merged", "parse_recipe", "read_recipe", "shipped_recipes"]
+__all__ = ["BUDGET_RECORD", "merged", "parse_recipe", "read_recipe", "shipped_recipes", "without_budget"]
 
+BUDGET_RECORD = "loop.budget"
+"""Key of ``[provenance]`` that says from which budget ``loop.epochs`` was computed."""
 SHIPPED = resources.files("dfkd_fast") / "recipes"
 
 
@@ -44,7 +46,11 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         current = _base(current, content)
     recipe = changes.pop()
     while changes:
-        recipe = merged(recipe, changes.pop())
+        changed = changes.pop()
+        loop = changed.get("loop")
+        if isinstance(loop, dict) and "epochs" in loop and "budget" not in loop:
+            recipe = without_budget(recipe, loop["epochs"])
+        recipe = merged(recipe, changed)
     return recipe
 
 
@@ -69,6 +75,14 @@ def _base(name_or_path: str, content: dict[str, Any]) -> str | None:
     if not isinstance(base, str):
         raise DfkdError(f"recipe {name_or_path!r}: extends = {short_repr(base)}: must be the name or path of a recipe")
     return str(Path(name_or_path).parent / base) if base.endswith(".toml") else base
+
+
+def without_budget(recipe: dict[str, Any], epochs: Any) -> dict[str, Any]:
+    """Returns a recipe whose ``loop.budget`` is replaced by a number of epochs, without the record of another number's budget."""
+    loop, provenance = recipe.get("loop"), recipe.get("provenance")
+    if isinstance(provenance, dict) and not (isinstance(loop, dict) and loop.get("epochs") == epochs):
+        recipe = recipe | {"provenance": {name: text for name, text in provenance.items() if name != BUDGET_RECORD}}
+    return recipe | {"loop": loop | {"budget": ""}} if isinstance(loop, dict) else recipe
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
