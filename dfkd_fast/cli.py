@@ -92,6 +92,8 @@ def distill(
     from .run import open_run
 
     overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
+    if budget == "":  # as an unset shell variable gives; in a recipe it means none
+        raise DfkdError("--budget '': must be a duration, such as 40min")
     if budget is not None:
         overrides["loop.budget"] = budget
     with device_context(device) as compute_device, _console(quiet, log_level) as console:

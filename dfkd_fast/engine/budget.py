@@ -72,9 +72,10 @@ def within_budget(
         DfkdError: The networks are incompatible with each other or the method, or the budget is shorter than one epoch.
     """
     budget, target = method.loop.budget, torch.device(device)
-    method = replace(resolved(method, target), loop=replace(method.loop, budget=""))
+    method = replace(method, loop=replace(method.loop, budget=""))
     with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
-        state = prepare(teacher, student, generator, method, seed=seed, device=target, teacher_trained=teacher_trained)
+        measured = resolved(method, target)
+        state = prepare(teacher, student, generator, measured, seed=seed, device=target, teacher_trained=teacher_trained)
         durations = _measure(state, evaluate, report)
     del state
     if target.type == "cuda":
