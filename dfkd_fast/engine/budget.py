@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -165,13 +166,14 @@ def _measure(state: TrainState, evaluate: Callable[[nn.Module], float] | None, r
         with clock.phase("start"), default_modes(state.device):
             steps.warm_up()
         start = clock.read()["start"] if steps.capturing or state.method.engine.compile else 0.0
-        pretraining = loop.generator_pretraining * typical_seconds(pretraining_step, state.device) if loop.generator_pretraining else 0.0
-        if state.replay_source is None or state.replay_source.ready:
-            per_iteration = typical_seconds(iteration, state.device, ITERATIONS_SECONDS)
-        else:
-            with state.replay_source.assumed_ready():  # as in all epochs but the first
-                per_iteration = typical_seconds(iteration, state.device, ITERATIONS_SECONDS)
+        # Before the steps: an untrained teacher may make them diverge, and networks with values that are not finite are not evaluated.
         networks = 1 if state.average is None else 2
         per_evaluation = 0.0 if evaluate is None else networks * typical_seconds(lambda: evaluation(evaluate), state.device)
         drift = typical_seconds(lambda: state.drift.measure(state.student, state.generators), state.device) if loop.drift_samples else 0.0
-        return Durations(per_iteration, per_evaluation, drift + report(state), pretraining, start)
+        epoch_end = drift + report(state)
+        pretraining = loop.generator_pretraining * typical_seconds(pretraining_step, state.device) if loop.generator_pretraining else 0.0
+        source = state.replay_source
+        # A source that is empty in the first epoch replays in all others.
+        with nullcontext() if source is None or source.ready else source.assumed_ready():
+            per_iteration = typical_seconds(iteration, state.device, ITERATIONS_SECONDS)
+        return Durations(per_iteration, per_evaluation, epoch_end, pretraining, start)
