@@ -24,7 +24,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import check_output, replacing
 from dfkd_fast.recipe import load_recipe
 
-from . import end_to_end, evaluation, host, provenance, report, table
+from . import end_to_end, evaluation, host, provenance, report, ship, table
 from . import methods as method_costs
 from . import micro as cases
 from . import plot as plots
@@ -374,6 +374,19 @@ def write_report(
     """Regenerate the tables of the documents from the files in bench/results."""
     for line in report.main(sources or []):
         typer.echo(line)
+
+
+@app.command(name="ship")
+def ship_teacher(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished dfkd-fast teach.")],
+    name: Annotated[str, typer.Argument(help="Name of the teacher: shipped:NAME in recipes.")],
+    data_root: Annotated[Path, typer.Option(help="Data set with the test images of the accuracy that is stored.")],
+    note: Annotated[str, typer.Option(help="One sentence about the data that the teacher was trained on.")],
+) -> None:
+    """Make a teacher of the package from a trained one: bfloat16, with its recipe, accuracy and log."""
+    target = ship.FOLDER / f"{name}.safetensors"
+    accuracy = ship.ship(run, data_root, note, target, provenance.commit())
+    typer.echo(f"{target}: {accuracy:.2f} %, {target.stat().st_size:,} bytes")
 
 
 def main() -> NoReturn:

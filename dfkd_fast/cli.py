@@ -117,12 +117,16 @@ def teach(
     quiet: Quiet = False,
     log_level: Level = "info",
 ) -> None:
-    """Train the recipe's teacher and save its weights."""
+    """Train the recipe's teacher and save its weights; where the recipe uses a shipped teacher, train it anew."""
     from .commands import distill as command
     from .commands.device import device_context
+    from .models import is_shipped
+    from .recipe import load_recipe
     from .run import open_run
 
     overrides = _overrides(changes, data_root=data_root, seed=seed)
+    if "teacher.weights" not in overrides and is_shipped(load_recipe(recipe, overrides).teacher.weights):
+        overrides["teacher.weights"] = ""
     with (
         device_context(device) as compute_device,
         _console(quiet, log_level) as console,
@@ -402,7 +406,8 @@ def _overrides(
         overrides[path] = read["value"]
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:
-            overrides[path] = str(value) if str(value) == "package" else os.path.realpath(expanded(value))
+            is_name = str(value) == "package" or str(value).startswith("shipped:")
+            overrides[path] = str(value) if is_name else os.path.realpath(expanded(value))
     if weights_key:
         overrides["teacher.weights_key"] = weights_key
     if seed is not None:

@@ -19,7 +19,7 @@ from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
 from dfkd_fast.recipe_files import merged, parse_recipe, read_recipe, without_budget
 from dfkd_fast.renamed import current_keys, current_path
-from dfkd_fast.settings import FileName, NonNegative, PositiveInt, Seed, settings
+from dfkd_fast.settings import Count, FileName, Fraction, NonNegative, PositiveInt, Seed, settings
 
 __all__ = [
     "Recipe",
@@ -39,7 +39,8 @@ class Teacher:
 
     model: str = "lenet5"
     weights: str = ""
-    """A safetensors or PyTorch file, or ``package`` for weights of a Python package (efficientnet_lite0); empty to train the teacher."""
+    """A safetensors or PyTorch file, ``shipped:NAME`` for a teacher of this package, or ``package`` for weights of another Python package
+    (efficientnet_lite0); empty to train the teacher."""
     sha256: str = ""
     """Expected SHA-256 of the weight file, or a prefix of it; empty for no check."""
     weights_key: str = ""
@@ -53,6 +54,10 @@ class Teacher:
     crops), and horizontal flips."""
     focal_gamma: NonNegative = 0.0
     """γ of the focal loss; 0 is the cross-entropy."""
+    ema_decay: Fraction = 0.0
+    """Decay of the exponential moving average of the weights, which becomes the teacher; 0 disables it."""
+    evaluate_every: Count = 0
+    """Number of epochs between evaluations in the training; 0 for none. The trained teacher is always evaluated."""
 
 
 @settings

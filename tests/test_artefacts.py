@@ -80,7 +80,7 @@ def test_an_interrupted_run_ends_with_the_same_student(old: Path, tmp_path: Path
     assert ended.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(ended[name], tensor, rtol=1e-3, atol=1e-5)  # processors round in different orders
-    assert [epoch.keys() for epoch in epochs(folder)] == [epoch.keys() for epoch in epochs(old / "finished")]
+    assert all(ours.keys() >= theirs.keys() for ours, theirs in zip(epochs(folder), epochs(old / "finished"), strict=True))
     renamed = {"remarks": "notes"}
     assert summary(folder).keys() >= {renamed.get(key, key) for key in summary(old / "finished")}
 

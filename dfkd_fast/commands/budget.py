@@ -49,7 +49,8 @@ def choose_epochs(
 
     def report(state: TrainState) -> float:
         """Returns the mean duration per epoch of checkpoints, samples and curves."""
-        history = [Epoch(number, 1.0, {"student": 1.0}, None if evaluate is None else 50.0) for number in range(1, EPOCHS + 1)]
+        accuracy, agreement = (None, 50.0) if evaluate is None else (50.0, None)
+        history = [Epoch(number, 1.0, {"student": 1.0}, accuracy, agreement=agreement) for number in range(1, EPOCHS + 1)]
         with TemporaryDirectory() as path:
             folder = RunFolder(Path(path))
 

@@ -13,7 +13,7 @@ from dfkd_fast.choices import PrecisionName
 from dfkd_fast.data import DATA_SETS, DataSettings, list_test_images, resolve_eval_transform
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import is_user_function, load_pretrained, load_weights, read_metadata
+from dfkd_fast.models import is_user_function, load_pretrained, load_weights, read_metadata, weights_path
 from dfkd_fast.recipe import Recipe, recipe_from_toml
 from dfkd_fast.report import RunFolder
 
@@ -85,7 +85,7 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
 
 
 def _files(targets: Sequence[Path]) -> Iterator[Path]:
-    for target in targets:
+    for target in map(weights_path, targets):
         if target.is_dir():
             folder = RunFolder(target)
             files = [file for file in (folder.student, folder.teacher) if file.is_file()]

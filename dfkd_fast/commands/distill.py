@@ -16,6 +16,7 @@ from dfkd_fast import distributed
 from dfkd_fast.console import print_table
 from dfkd_fast.data import batches, open_split, palette
 from dfkd_fast.engine import Epoch, Trainer
+from dfkd_fast.engine.agreement import AGREEMENT_SAMPLES
 from dfkd_fast.engine.batch_size import largest_batch_size
 from dfkd_fast.engine.device import device_name
 from dfkd_fast.engine.teach import TeacherTrainer
@@ -32,7 +33,7 @@ from dfkd_fast.run import Run
 from dfkd_fast.surgery import eval_mode
 
 from .budget import choose_epochs
-from .networks import build_network, build_networks, check_teacher, load_given_teacher
+from .networks import build_network, build_networks, check_teacher, load_given_teacher, noise_images
 from .rehearsal import check_trainable, initialize_encoder, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
 
@@ -55,12 +56,13 @@ def teach(run: Run) -> float:
         teacher = build_network(recipe, "teacher").to(run.device)
         check_teacher(recipe, teacher, run.device)
     evaluate = Evaluator(recipe.data, run.device, run.note)
-    _obtain_teacher(run, teacher)
+    seconds = _obtain_teacher(run, teacher, evaluate)
     accuracy = evaluate(teacher)
     rows = [
         ("teacher", recipe.teacher.model),
         (recipe.data.metric, f"{accuracy:.2f} %"),
         ("weights", recipe.teacher.weights or str(run.folder.teacher)),
+        *([("seconds", f"{seconds:.1f}")] if seconds else []),
     ]
     print_table(run.console, (recipe.name, f"seed {recipe.seed}, {run.device.type}"), rows)
     print_iou(run.console, evaluate.iou({"teacher": teacher}))
@@ -78,10 +80,10 @@ def distill(run: Run) -> dict[str, Any]:
     recipe, folder, device = run.recipe, run.folder, run.device
     teacher, student, generator = build_networks(recipe, device)
     rehearse(run, teacher, student, generator)
-    evaluate = Evaluator(recipe.data, device, run.note) if recipe.data.has_images else None
+    evaluate = _evaluator(run)
     if recipe.loop.budget:
         recipe = choose_epochs(run, teacher, student, generator, evaluate, _write_samples)
-    teacher_seconds = _obtain_teacher(run, teacher)
+    teacher_seconds = _obtain_teacher(run, teacher, evaluate)
     with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
         teacher_accuracy = evaluate(teacher) if evaluate else None
     if teacher_accuracy is not None and (warning := _teacher_warning(recipe, teacher_accuracy)):
@@ -143,8 +145,25 @@ def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
     return replace(recipe, loop=replace(recipe.loop, batch_size=size))
 
 
-def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
+def _evaluator(run: Run) -> Evaluator | None:
+    """Returns the evaluator on the recipe's data; None if there is none, which a teacher with weights does not need."""
+    data = run.recipe.data
+    if data.has_images and not data.can_be_opened and run.recipe.teacher.weights:
+        run.note(
+            "data.root is not set: no accuracy is measured, but the student's agreement with the teacher on"
+            f" {AGREEMENT_SAMPLES:,} generated samples"
+        )
+        return None
+    return Evaluator(data, run.device, run.note) if data.has_images else None
+
+
+def _obtain_teacher(run: Run, teacher: nn.Module, evaluate: Evaluator | None) -> float:
     """Load or train the teacher: weights of the user, of the run folder, or newly trained. From here on the run folder exists.
+
+    Args:
+        run: of the recipe.
+        teacher: modified in place.
+        evaluate: returns a network's accuracy in percent.
 
     Returns:
         Seconds of the teacher's training, 0 for weights of the user.
@@ -166,10 +185,10 @@ def _obtain_teacher(run: Run, teacher: nn.Module) -> float:
         seconds = float(metadata.get("seconds", 0.0))
         run.count_earlier(seconds)
         return seconds
-    return _train_teacher(run, teacher)
+    return _train_teacher(run, teacher, evaluate)
 
 
-def _train_teacher(run: Run, teacher: nn.Module) -> float:
+def _train_teacher(run: Run, teacher: nn.Module, evaluate: Evaluator | None) -> float:
     """Train on the training split, which nothing outside this function holds a reference to.
 
     Returns:
@@ -183,16 +202,37 @@ def _train_teacher(run: Run, teacher: nn.Module) -> float:
     if recipe.teacher.encoder_weights:
         load_encoder(teacher, recipe.teacher.encoder_weights)
     run.begin()
-    settings = recipe.teacher
+    settings, folder = recipe.teacher, run.folder
     training = TeacherTrainer(
-        teacher, loader, recipe.teacher_optimizer, settings.epochs, stream, run.device, focal_gamma=settings.focal_gamma
+        teacher,
+        loader,
+        recipe.teacher_optimizer,
+        settings.epochs,
+        stream,
+        noise_images(recipe, 4, device),
+        device,
+        engine=recipe.engine,
+        focal_gamma=settings.focal_gamma,
+        ema_decay=settings.ema_decay,
+        evaluate=evaluate,
+        evaluate_every=settings.evaluate_every,
     )
-    run.resume(training, run.folder.teacher_checkpoints, OF_THE_TEACHER)
-    with Progress(run.console, "teacher", settings.epochs, len(loader), training.epochs_done * len(loader)) as progress:
+    run.resume(training, folder.teacher_checkpoints, OF_THE_TEACHER)
+    for note in training.notes:
+        run.note(note)
+    metric, done = recipe.data.metric, training.epochs_done * len(loader)
+
+    def report(epoch: Epoch) -> None:
+        progress.epoch(epoch)
+        folder.log_teacher(training.history)
+        folder.plot_teacher_curves(training.history, f"{recipe.name}, seed {recipe.seed}", metric)
+
+    with Progress(run.console, "teacher", settings.epochs, len(loader), done, metric) as progress:
         training.on_batch = lambda count: progress.iteration(training.epochs_done * len(loader) + count)
-        run.train(training, run.folder.teacher_checkpoints, progress.epoch, TEACHER_SIZES)
+        run.train(training, folder.teacher_checkpoints, report, TEACHER_SIZES)
+    teacher.load_state_dict(training.result.state_dict())
     seconds = training.clock.read()["teacher"]
-    run.folder.save_weights(teacher, run.folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
+    folder.save_weights(teacher, folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
     return seconds
 
 
@@ -286,6 +326,7 @@ def _summarize(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         statistics = asdict(retention(accuracies, teacher_accuracy - run.recipe.report.retained_within))
         student_accuracy = {name: statistics[name] for name in ("last", "best", "mean", "variance")}
     drifts = [epoch.drift for epoch in trainer.history if epoch.drift]
+    agreements = [epoch.agreement for epoch in trainer.history if epoch.agreement is not None]
     return {
         "recipe": run.recipe.name,
         "device": run.device.type,
@@ -296,6 +337,7 @@ def _summarize(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "metric": run.recipe.data.metric,
         "teacher_accuracy": teacher_accuracy,
         "student_accuracy": student_accuracy,
+        "agreement": {"last": agreements[-1], "best": max(agreements), "samples": AGREEMENT_SAMPLES} if agreements else None,
         "retention": statistics,
         "notes": [*trainer.notes, *_chance_warnings(run.recipe, trainer.history, teacher_accuracy)],
         "drift": {name: fmean(drift[name] for drift in drifts) for name in drifts[0]} if drifts else None,
@@ -321,6 +363,8 @@ def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder)
             ("student, all epochs", f"best {student['best']:.2f} %, mean {student['mean']:.2f} %, variance {student['variance']:.2f}"),
             ("largest drop", f"{summary['retention']['largest_drop']:.2f} points"),
         ]
+    if agreement := summary["agreement"]:
+        rows.append(("agreement with the teacher", f"{agreement['last']:.2f} % of {agreement['samples']:,} generated samples"))
     rows += [("note", note) for note in summary["notes"]]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     if budget := summary.get("budget"):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.files import expanded
-from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights
+from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights, weights_path
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe
 
@@ -106,7 +105,7 @@ def load_given_teacher(recipe: Recipe, teacher: nn.Module, log: Callable[[str], 
             raise DfkdError(f"teacher.sha256 = {config.sha256!r}: must be empty for teacher.weights = 'package'")
         load_pretrained(teacher, config.model)
         return
-    path = expanded(config.weights)
+    path = weights_path(config.weights)
     if config.sha256 and path.is_file():
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.settings import MAX_COUNT, seconds_of
 
+from .agreement import agreement
 from .capture import Steps
 from .clock import Clock
 from .method import Loop, Method, resolved
@@ -34,7 +35,7 @@ class Durations:
 
     iteration: float
     evaluation: float = 0.0
-    """Of an evaluated epoch: of the student, and of its average if there is one."""
+    """Of the student, and of its average if there is one."""
     epoch_end: float = 0.0
     """Of every epoch besides its iterations and evaluations."""
     pretraining: float = 0.0
@@ -157,9 +158,14 @@ def _measure(state: TrainState, evaluate: Callable[[nn.Module], float] | None, r
         with isolated_callback(state):
             pass
 
-    def evaluation(evaluate: Callable[[nn.Module], float]) -> None:
+    def evaluation() -> None:
+        if evaluate is None:
+            agreement(state)
+            return
         with isolated_callback(state):
             evaluate(state.saved_networks["student"])
+            if state.average is not None:
+                evaluate(state.average.module)
 
     with preserved(state):
         clock = Clock(state.device)
@@ -167,8 +173,7 @@ def _measure(state: TrainState, evaluate: Callable[[nn.Module], float] | None, r
             steps.warm_up()
         start = clock.read()["start"] if steps.capturing or state.method.engine.compile else 0.0
         # Before the steps: an untrained teacher may make them diverge, and networks with values that are not finite are not evaluated.
-        networks = 1 if state.average is None else 2
-        per_evaluation = 0.0 if evaluate is None else networks * typical_seconds(lambda: evaluation(evaluate), state.device)
+        per_evaluation = typical_seconds(evaluation, state.device)
         drift = typical_seconds(lambda: state.drift.measure(state.student, state.generators), state.device) if loop.drift_samples else 0.0
         epoch_end = drift + report(state)
         pretraining = loop.generator_pretraining * typical_seconds(pretraining_step, state.device) if loop.generator_pretraining else 0.0

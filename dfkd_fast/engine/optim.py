@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.settings import BelowOne, Fraction, NonNegative, Positive, PositiveInt, settings
+from dfkd_fast.settings import BelowOne, Count, Flag, Fraction, NonNegative, Positive, PositiveInt, settings
 
 __all__ = ["Optimizer", "build_optimizer", "build_schedule", "restore_learning_rates"]
 
@@ -25,7 +25,9 @@ class Optimizer:
     lr: Positive = 0.1
     """Initial learning rate."""
     momentum: Fraction = 0.9
-    """Momentum of ``sgd``, without Nesterov momentum."""
+    """Momentum of ``sgd``."""
+    nesterov: Flag = False
+    """Use Nesterov momentum in ``sgd``."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Coefficients of the running averages of ``adam``."""
     weight_decay: NonNegative = 0.0
@@ -37,6 +39,12 @@ class Optimizer:
     """Epochs at which ``multistep`` changes the learning rate."""
     gamma: Positive = 0.1
     """Factor of ``multistep``."""
+    warmup_epochs: Count = 0
+    """Epochs at the start in which the learning rate of the schedule is multiplied by a factor that grows linearly to 1."""
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov = true: needs a momentum above 0")
 
 
 def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
@@ -49,7 +57,7 @@ def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter], devic
     """
     sgd = config.kind in ("sgd", "apex_sgd")
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    options |= {"momentum": config.momentum} if sgd else {"betas": config.betas}
+    options |= {"momentum": config.momentum, "nesterov": config.nesterov} if sgd else {"betas": config.betas}
     if config.kind.startswith("apex"):
         apex = _apex(config.kind, device)
         return apex.FusedSGD(parameters, **options) if sgd else apex.FusedAdam(parameters, adam_w_mode=False, capturable=True, **options)
@@ -106,7 +114,13 @@ def _apex(kind: str, device: torch.device) -> Any:
 
 def build_schedule(config: Optimizer, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:
     """Returns the configured learning rate scheduler, to be stepped after every epoch."""
+    schedule: LRScheduler
     if config.schedule == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    milestones = list(config.milestones) if config.schedule == "multistep" else []
-    return lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
+        schedule = lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    else:
+        milestones = list(config.milestones) if config.schedule == "multistep" else []
+        schedule = lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
+    if not config.warmup_epochs:
+        return schedule
+    warmup = lr_scheduler.LinearLR(optimizer, 1 / (config.warmup_epochs + 1), total_iters=config.warmup_epochs)
+    return lr_scheduler.ChainedScheduler([warmup, schedule])

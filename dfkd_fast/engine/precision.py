@@ -1,6 +1,6 @@
 """Automatic mixed precision: autocast and loss scaling."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -40,16 +40,17 @@ class Precision:
     Args:
         setting: Precision; only ``fp16`` uses loss scaling.
         device: Device of the networks.
+        roles: Names of the networks that are trained.
     """
 
-    def __init__(self, setting: PrecisionSetting, device: torch.device) -> None:
+    def __init__(self, setting: PrecisionSetting, device: torch.device, roles: Sequence[str] = ("student", "generator")) -> None:
         self.name = resolve_precision(setting, device)
         self.dtype = DTYPES.get(self.name)
         """Autocast dtype; None for ``fp32``."""
         self.device = device
         scaled = self.name == "fp16"
         # One scaler per optimizer: an overflow in one network's gradients must not reduce the scale of the other.
-        self.scalers = {role: torch.amp.GradScaler(device.type, enabled=scaled) for role in ("student", "generator")}
+        self.scalers = {role: torch.amp.GradScaler(device.type, enabled=scaled) for role in roles}
         for scaler in self.scalers.values():
             scaler.scale(torch.zeros((), device=device))  # allocates the scale before the first step
         self._heads: list[nn.Module] = []

@@ -39,7 +39,7 @@ from .precision import Precision
 from .state import TrainState
 from .streams import random_stream
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "prepare_teacher_training"]
 
 SAMPLES = 4
 """Batch size of the example images that passes run networks on."""
@@ -144,6 +144,8 @@ PASSES: dict[str, Sequence[Callable[[nn.Module, Context], nn.Module]]] = {
     "teacher": (take_logits, fold, to_device, spectral_norms_in_float32, cpu_convolutions, cast_weights, note_rounded_logits),
     "student": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, take_logits, logits_in_float32, note_rounded_logits),
 }
+TEACHER_TRAINING_PASSES = (share, spectral_norms_in_float32, cpu_convolutions, take_logits, logits_in_float32, note_rounded_logits)
+"""Those of the student, except that every process trains the teacher alone."""
 
 
 def prepare(
@@ -234,6 +236,30 @@ def prepare(
         clock=Clock(device),
         notes=context.notes,
     )
+
+
+def prepare_teacher_training(
+    teacher: nn.Module, engine: Engine, precision: Precision, device: torch.device, images: Tensor
+) -> tuple[nn.Module, list[str]]:
+    """Prepares a teacher for its supervised training as :func:`prepare` prepares a student.
+
+    Args:
+        teacher: Teacher, moved to the device in place. Other changes are made to a copy of its modules only.
+        engine: Optimizations to apply.
+        precision: Precision of the forward passes.
+        device: Device of the training.
+        images: Example images (B, C, H, W) on the device; only the shape matters.
+
+    Returns:
+        The optimized copy, which shares the teacher's parameters and buffers, and a note for each optimization that could not be applied.
+    """
+    if engine.malloc_reuse and device.type == "cpu":
+        reuse_freed_memory()
+    context = Context("teacher", engine, precision, device, images, [])
+    network = to_device(teacher, context)
+    for apply in TEACHER_TRAINING_PASSES:
+        network = apply(network, context)
+    return network, context.notes
 
 
 def _apply_passes(networks: dict[str, nn.Module], context: Context) -> dict[str, nn.Module]:

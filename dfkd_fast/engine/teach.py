@@ -1,7 +1,9 @@
 """Supervised training of a teacher, the only training that uses data."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,13 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError, NonFiniteLossError, first_line
+from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.labels import IGNORE_INDEX
 from dfkd_fast.surgery import get_logits
 
 from .clock import Clock
 from .device import cudnn_benchmark
 from .epoch import Epoch
+from .method import Engine
 from .optim import Optimizer, build_optimizer, build_schedule, restore_learning_rates
+from .precision import Precision, default_modes
+from .prepare import prepare_teacher_training
 
 __all__ = ["TeacherTrainer", "focal_loss"]
 
@@ -49,8 +55,13 @@ class TeacherTrainer:
         optimizer: Settings of the optimizer and its schedule.
         epochs: Total number of epochs.
         stream: Random number generator of ``batches``, saved in the state.
+        images: Example images (B, C, H, W), for which the network is prepared; only the shape matters.
         device: Device to which the network is moved.
+        engine: Precision and optimizations of the steps.
         focal_gamma: Focusing parameter of :func:`focal_loss`.
+        ema_decay: Decay of the exponential moving average of the weights, which is evaluated and is the :attr:`result`; 0 disables it.
+        evaluate: Returns the accuracy of the :attr:`result` in percent.
+        evaluate_every: Number of epochs between evaluations; 0 disables them.
         on_batch: Called after every batch with the number of completed batches in the epoch.
     """
 
@@ -61,24 +72,40 @@ class TeacherTrainer:
         optimizer: Optimizer,
         epochs: int,
         stream: torch.Generator,
+        images: Tensor,
         device: torch.device,
         *,
+        engine: Engine | None = None,
         focal_gamma: float = 0.0,
+        ema_decay: float = 0.0,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate_every: int = 0,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
-        self.network = network.to(device).to(memory_format=torch.channels_last)
+        self.network = network
         self.batches = batches
         self.epochs = epochs
         self.stream = stream
         self.device = device
         self.focal_gamma = focal_gamma
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.on_batch = on_batch
+        engine = engine or Engine()
+        self.layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+        self.precision = Precision(engine.precision, device, roles=["teacher"])
+        self.prepared, self.notes = prepare_teacher_training(network, engine, self.precision, device, images.to(device))
+        self.average = FusedEMA(network, ema_decay) if ema_decay else None
         self.optimizer = build_optimizer(optimizer, network.parameters(), device)
         self.schedule = build_schedule(optimizer, self.optimizer, epochs)
         self.clock = Clock(device)
-        self.epochs_done = 0
-        """Number of completed epochs."""
+        self.history: list[Epoch] = []
+        """Completed epochs."""
         self._stopping = False
+
+    @property
+    def epochs_done(self) -> int:
+        """Number of completed epochs."""
+        return len(self.history)
 
     @property
     def finished(self) -> bool:
@@ -90,6 +117,11 @@ class TeacherTrainer:
         """Number of completed epochs, which numbers the checkpoints."""
         return self.epochs_done
 
+    @property
+    def result(self) -> nn.Module:
+        """Network that is evaluated and saved: the trained network, or its exponential moving average."""
+        return self.network if self.average is None else self.average.module
+
     def stop(self) -> None:
         """Stops a running loop after the current batch and restores the state from before the current epoch."""
         self._stopping = True
@@ -97,27 +129,37 @@ class TeacherTrainer:
     def __iter__(self) -> Iterator[Epoch]:
         while not self.finished:
             backup = copy.deepcopy(self.state_dict())
-            seconds_before = self.clock.read().get("teacher", 0.0)
-            with self.clock.phase("teacher"), cudnn_benchmark(self.device):
+            with self.clock.phase("teacher"), cudnn_benchmark(self.device), default_modes(self.device):
                 loss = self._run_epoch()
             if loss is None:
                 self.load_state_dict(backup)
                 return
+            number = self.epochs_done + 1
             if not loss.isfinite():
-                raise NonFiniteLossError(f"the teacher's loss is {loss.item()} in epoch {self.epochs_done + 1}")
-            self.epochs_done += 1
-            yield Epoch(self.epochs_done, self.clock.read()["teacher"] - seconds_before, {"teacher": loss.item()}, None)
+                raise NonFiniteLossError(f"the teacher's loss is {loss.item()} in epoch {number}")
+            accuracy = None
+            if self.evaluate is not None and self.evaluate_every and (number % self.evaluate_every == 0 or number == self.epochs):
+                with self.clock.phase("evaluation"):
+                    accuracy = self.evaluate(self.result)
+            seconds = math.fsum(self.clock.read().values()) - math.fsum(epoch.seconds for epoch in self.history)
+            epoch = Epoch(number, seconds, {"teacher": loss.item()}, accuracy)
+            self.history.append(epoch)
+            yield epoch
 
     def _run_epoch(self) -> Tensor | None:
         """Runs one pass over the data; returns the mean loss over batches, or None if it was stopped."""
-        self.network.train()
+        self.prepared.train()
         total, count = torch.zeros((), device=self.device), 0
         for images, labels in self.batches:
-            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            loss = focal_loss(get_logits(self.network(images)), labels.to(self.device, non_blocking=True), self.focal_gamma)
+            images = images.to(self.device, non_blocking=True, memory_format=self.layout)
+            with self.precision.autocast():
+                logits = get_logits(self.prepared(images))
+            loss = focal_loss(logits.float(), labels.to(self.device, non_blocking=True), self.focal_gamma)
             self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+            self.precision.scale("teacher", loss).backward()
+            self.precision.step("teacher", self.optimizer)
+            if self.average is not None:
+                self.average.update(self.network)
             total += loss.detach()
             count += 1
             if self.on_batch is not None:
@@ -131,12 +173,14 @@ class TeacherTrainer:
         """Returns the state after the last complete epoch."""
         return {
             "network": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "precision": self.precision.state_dict(),
             "stream": self.stream.get_state(),
             "torch_random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "done": self.epochs_done,
+            "history": [asdict(epoch) for epoch in self.history],
             "seconds": self.clock.read(),
         }
 
@@ -144,22 +188,34 @@ class TeacherTrainer:
         """Loads a state returned by :meth:`state_dict`.
 
         Raises:
-            DfkdError: The state belongs to another network or optimizer, or has more epochs than this training.
+            DfkdError: The state belongs to another network, optimizer or precision, or has more epochs than this training.
         """
         try:
-            if state["done"] > self.epochs:
-                raise DfkdError(f"teacher.epochs = {self.epochs}: the state has already completed {state['done']} epochs")
+            history = _history(state)
+            if len(history) > self.epochs:
+                raise DfkdError(f"teacher.epochs = {self.epochs}: the state has already completed {len(history)} epochs")
             self.network.load_state_dict(state["network"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             restore_learning_rates(self.optimizer, self.device)
             self.schedule.load_state_dict(state["schedule"])
+            if "precision" in state:  # early versions trained teachers in float32 only
+                self.precision.load_state_dict(state["precision"])
             self.stream.set_state(state["stream"])
             torch.set_rng_state(state["torch_random_state"])
             if state.get("cuda_random_state") is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
-            self.epochs_done = state["done"]
+            self.history = history
             self.clock.seconds.update(state["seconds"])
         except DfkdError:
             raise
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise DfkdError(f"the state does not match the teacher: {first_line(error)}") from error
+
+
+def _history(state: dict[str, Any]) -> list[Epoch]:
+    """Returns the completed epochs of a state; early versions stored only their number."""
+    if "history" in state:
+        return [Epoch(**epoch) for epoch in state["history"]]
+    return [Epoch(number, state["seconds"]["teacher"] / state["done"], {}, None) for number in range(1, state["done"] + 1)]

@@ -14,6 +14,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import sample
 
 from . import checkpoint
+from .agreement import agreement
 from .capture import Steps
 from .epoch import Epoch
 from .losses import check_pretraining
@@ -46,7 +47,7 @@ class Trainer:
             z (B, latent_dim) to images (B, C, H, W). Trained in place.
         method: Configuration; a :class:`~dfkd_fast.Recipe` is accepted. Defaults to ``Method()``.
         evaluate: Returns the accuracy of a student in percent; called every ``loop.evaluate_every`` epochs. The accuracy is reported
-            only and does not affect the training.
+            only and does not affect the training. Without it, the agreement with the teacher on generated samples is reported.
         seed: Seed of the latents.
         device: Device to which the networks are moved.
         on_iteration: Called with the trainer after every iteration.
@@ -212,9 +213,12 @@ class Trainer:
         self._check_losses()
         distributed.average_(state.running_statistics())
         losses = self.mean_losses()
-        accuracy = unaveraged = None
+        accuracy = unaveraged = agreed = None
         with state.clock.phase("evaluation"):
-            if self.evaluate is not None and (number % loop.evaluate_every == 0 or number == loop.epochs):
+            is_due = number % loop.evaluate_every == 0 or number == loop.epochs
+            if is_due and self.evaluate is None:
+                agreed = agreement(state)
+            elif is_due and self.evaluate is not None:
                 with isolated_callback(state):
                     accuracy = float(self.evaluate(self.result))
                     unaveraged = None if state.average is None else float(self.evaluate(self.student))
@@ -228,7 +232,7 @@ class Trainer:
             for schedule in state.schedules:
                 schedule.step()
         seconds = math.fsum(state.clock.read().values()) - math.fsum(epoch.seconds for epoch in self.history)
-        epoch = Epoch(number, seconds, losses, accuracy, unaveraged, drift)
+        epoch = Epoch(number, seconds, losses, accuracy, unaveraged, agreement=agreed, drift=drift)
         self.history.append(epoch)
         state.iteration = 0
         LOGGER.debug("epoch %d of %d in %.3f s: %s; accuracy %s", number, loop.epochs, seconds, losses, accuracy)

@@ -1,6 +1,6 @@
 """Sampling of latents and labels, and image batches from one or more generators."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from dfkd_fast.surgery import eval_mode
 from .generators import Generator
 from .layers import Standardize
 
-__all__ = ["condition_latents", "draw_labels", "generate", "sample"]
+__all__ = ["condition_latents", "draw_labels", "generate", "sample", "sample_batches"]
 
 
 def condition_latents(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
@@ -43,11 +43,18 @@ def sample(generator: nn.Module, count: int, device: torch.device | str) -> Tens
     Returns:
         Images (count, C, H, W) in the teacher's normalized input space.
     """
+    return next(sample_batches(generator, count, count, device))
+
+
+def sample_batches(generator: nn.Module, count: int, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
+    """Yields the images of :func:`sample` in batches, of which the last may be smaller."""
     z = torch.randn(count, int(generator.latent_dim), generator=torch.Generator().manual_seed(0)).to(device)  # type: ignore[arg-type]
     embedding = getattr(generator, "embedding", None)
     labels = torch.arange(count, device=device) % (1 if embedding is None else embedding.num_embeddings)
-    with eval_mode(generator):
-        return generator(condition_latents(generator, z, labels))
+    for part, part_labels in zip(z.split(batch_size), labels.split(batch_size), strict=True):
+        with eval_mode(generator):
+            images = generator(condition_latents(generator, part, part_labels))
+        yield images
 
 
 def draw_labels(labels: Tensor, classes: int, stream: torch.Generator) -> Tensor:

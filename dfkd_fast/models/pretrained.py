@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.files import expanded
 
 from .selection import ENCODERS, convert, select
+from .shipped import weights_path
 from .weight_files import read_weights
 
 __all__ = ["PRETRAINED", "Pretrained", "load_encoder", "load_pretrained"]
@@ -77,7 +77,7 @@ def load_encoder(segmenter: nn.Module, weights: str | nn.Module) -> None:
         source, content = f"those of a {type(weights).__name__}", _encoder(weights).state_dict()
     else:
         source = repr(weights)
-        content = _pretrained_state_dict(weights) if weights in PRETRAINED else read_weights(expanded(weights))
+        content = _pretrained_state_dict(weights) if weights in PRETRAINED else read_weights(weights_path(weights))
     where = f"encoder_weights: {source}"
     selection = select(content, expected, where, hint="save the one to load in a separate file", wrappers=ENCODERS, partial=True)
     for kind, names in selection.problems.items():

@@ -17,6 +17,7 @@ from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 from .selection import MAX_NAMES, convert, join_names, select
+from .shipped import weights_path
 from .weight_files import check_file, is_safetensors, read_weights
 
 __all__ = ["load_weights", "read_metadata", "save_weights", "state_dict_sha256"]
@@ -49,7 +50,7 @@ def load_weights(network: nn.Module, path: Path | str, *, key: str = "", log: Ca
 
     Args:
         network: the network, changed in place.
-        path: the file.
+        path: the file, or ``shipped:NAME`` for a teacher of this package.
         key: key of the weights in the file, such as ``model_ema`` or ``state_dict.student``; required if several state dicts fit.
         log: called with one line that says what was loaded and what was ignored, unless the whole file was loaded.
 
@@ -57,7 +58,7 @@ def load_weights(network: nn.Module, path: Path | str, *, key: str = "", log: Ca
         DfkdError: the file does not exist, cannot be read without executing it, does not match the network, has several state
             dicts that fit while ``key`` is empty, has values that are not finite, or does not match its checksum.
     """
-    path = Path(path)
+    path = weights_path(path)
     expected = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     where = f"weights {path}"
     content = read_weights(path)

@@ -12,6 +12,8 @@ the folder, ``.lock``        the operating system releases the lock with the pro
 ``checkpoints/``             a checkpoint appears atomically, synced to the disk, before an older one is deleted; its checksum detects
                              later damage, and the previous checkpoint is loaded instead
 ``teacher.safetensors``      replaced atomically, after the teacher's last checkpoint, from which it is written again
+``teacher-metrics.jsonl``,   replaced atomically, before the epoch's checkpoint: written again when the epoch is repeated
+``teacher-curves.png``
 ``metrics.jsonl``            a line is appended before its epoch's checkpoint: a partial line, and the lines of epochs after the
                              checkpoint, are removed when the run resumes; readers skip a partial last line (:func:`read_metrics`)
 ``tensorboard/``             every process writes its own files, and first records which steps of earlier files are superseded
@@ -73,6 +75,8 @@ class RunFolder:
         self.student = path / "student.safetensors"
         self.best_student = path / "student-best-on-test.safetensors"
         self.teacher = path / "teacher.safetensors"
+        self.teacher_metrics = path / "teacher-metrics.jsonl"
+        self.teacher_curves = path / "teacher-curves.png"
         self.curves = path / "curves.png"
         self.samples = path / "samples"
         self.samples_over_time = path / "samples.png"
@@ -190,9 +194,14 @@ class RunFolder:
             file.write(_line(epoch))
         if self._events is not None:
             accuracy = {} if epoch.student_accuracy is None else {"accuracy/student": epoch.student_accuracy}
+            accuracy |= {} if epoch.agreement is None else {"agreement/generated": epoch.agreement}
             groups = {"loss": epoch.losses, "drift": epoch.drift}
             scalars = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
             self._events.add_scalars(scalars | accuracy, epoch.number)
+
+    def log_teacher(self, epochs: Sequence[Epoch]) -> None:
+        """Write ``teacher-metrics.jsonl``: the epochs of the teacher's training so far."""
+        self.write_text(self.teacher_metrics, "".join(_line(epoch) for epoch in epochs))
 
     def end_log(self) -> None:
         """Close the logs."""
@@ -214,6 +223,11 @@ class RunFolder:
         """Write ``curves.png``, see :func:`~dfkd_fast.report.plots.plot_curves`."""
         if self.writes:
             plot_curves(epochs, teacher_accuracy, title, self.curves, metric)
+
+    def plot_teacher_curves(self, epochs: Sequence[Epoch], title: str, metric: str) -> None:
+        """Write ``teacher-curves.png``: loss and accuracy of the teacher's training."""
+        if self.writes:
+            plot_curves(epochs, None, title, self.teacher_curves, metric, role="teacher")
 
     def read_samples_over_time(self, image_size: int, segmentation: bool, count: int) -> list[tuple[int, list[Image.Image]]]:
         """Returns the samples of the same latent vectors after up to ``MAX_EPOCHS`` evenly spaced epochs, from the grids in ``samples/``.

@@ -115,6 +115,7 @@ def _epochs(folder: RunFolder) -> Iterator[Epoch]:
             record.get("losses", {}),
             record["student_accuracy"],
             record.get("unaveraged_accuracy"),
+            record.get("agreement"),
         )
 
 

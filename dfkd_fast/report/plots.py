@@ -44,8 +44,9 @@ STUDENT, GENERATOR = "#2a7de1", "#e07b28"
 """Colours that are legible on a light and on a dark page."""
 INK = "#010203"
 """Stands for the text colour of the page in :func:`curves_as_svg`."""
-LOSS_TITLES = {"student": "Student loss", "vae": "Replay loss: vae"}
+LOSS_TITLES = {"student": "Student loss", "teacher": "Loss", "vae": "Replay loss: vae"}
 """Of the losses that are not terms of the generator's."""
+AGREEMENT = "agreement with the teacher on generated samples"
 DARK, LIGHT = "#16181d", "#d7dae0"
 
 
@@ -137,15 +138,23 @@ def plot_samples_over_time(columns: Sequence[tuple[str, Sequence[Image.Image]]],
     save_figure(figure, path)
 
 
-def plot_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, path: Path, metric: str = "top-1 accuracy") -> None:
+def plot_curves(
+    epochs: Sequence[Epoch],
+    teacher_accuracy: float | None,
+    title: str,
+    path: Path,
+    metric: str = "top-1 accuracy",
+    role: str = "student",
+) -> None:
     """Plot accuracy and losses over the epochs, each loss term on axes of its own.
 
     Args:
-        epochs: of the student's training; those that were not evaluated have no point in the accuracy curve.
+        epochs: of the training; those that were not evaluated have no point in the accuracy curve.
         teacher_accuracy: in percent, drawn as a dashed line; None where it was not evaluated.
         title: of the figure.
         path: of the image file.
         metric: what the accuracies are.
+        role: of the trained network.
     """
     evaluated = teacher_accuracy is not None or bool(_evaluated(epochs))
     terms = list(epochs[-1].losses) if epochs else []
@@ -157,7 +166,7 @@ def plot_curves(epochs: Sequence[Epoch], teacher_accuracy: float | None, title: 
     figure.suptitle(literal_label(title))
     grid = figure.add_gridspec(max(1, len(heights)), columns, height_ratios=heights or [1])
     if evaluated:
-        _plot_accuracy(figure.add_subplot(grid[0, :]), epochs, teacher_accuracy, metric)
+        _plot_accuracy(figure.add_subplot(grid[0, :]), epochs, teacher_accuracy, metric, role)
     for index, row in enumerate(rows, start=int(evaluated)):
         for column, term in enumerate(row):
             _plot_loss(figure.add_subplot(grid[index, column]), epochs, term)
@@ -189,10 +198,12 @@ def _as_svg(figure: Figure) -> str:
     return re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
 
 
-def _plot_accuracy(axes: Axes, epochs: Sequence[Epoch], teacher_accuracy: float | None, metric: str) -> None:
+def _plot_accuracy(axes: Axes, epochs: Sequence[Epoch], teacher_accuracy: float | None, metric: str, role: str = "student") -> None:
     accuracies = _evaluated(epochs)
+    if any(epoch.agreement is not None for epoch in epochs):
+        metric = AGREEMENT
     if accuracies:
-        label = f"student (last {accuracies[-1][1]:.2f} %)"
+        label = f"{role} (last {accuracies[-1][1]:.2f} %)"
         axes.plot(*zip(*accuracies, strict=True), marker=_marker(accuracies), color=STUDENT, label=label)
     unaveraged = [(epoch.number, epoch.unaveraged_accuracy) for epoch in epochs if epoch.unaveraged_accuracy is not None]
     if unaveraged:
@@ -223,7 +234,9 @@ def _finish(axes: Axes) -> None:
 
 
 def _evaluated(epochs: Sequence[Epoch]) -> list[tuple[int, float]]:
-    return [(epoch.number, epoch.student_accuracy) for epoch in epochs if epoch.student_accuracy is not None]
+    """Returns epochs and accuracies, or agreements where there is no accuracy."""
+    values = [(epoch.number, epoch.agreement if epoch.student_accuracy is None else epoch.student_accuracy) for epoch in epochs]
+    return [(number, value) for number, value in values if value is not None]
 
 
 def _marker(points: Sequence[tuple[int, float]]) -> str:

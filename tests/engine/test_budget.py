@@ -45,6 +45,7 @@ def fake_time(monkeypatch: pytest.MonkeyPatch) -> Time:
     """Time that passes in steps only: 2 s for one of the student, 1 s for one of the generator."""
     time = Time()
     monkeypatch.setattr(clock, "time", time)
+    monkeypatch.setattr(budget, "MAX_REPEATS", 2)  # of what takes no time
     monkeypatch.setattr(capture, "student_step", time.taking(STUDENT_STEP, steps.student_step))
     monkeypatch.setattr(capture, "generator_step", time.taking(GENERATOR_STEP, steps.generator_step))
     return time

@@ -1,4 +1,5 @@
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import Optimizer, Trainer
-from dfkd_fast.engine.optim import build_optimizer, restore_learning_rates
+from dfkd_fast.engine.optim import build_optimizer, build_schedule, restore_learning_rates
 from tests.small import small_method
 from tests.states import assert_equal, without_times
 
@@ -81,3 +82,56 @@ def test_a_gpu_checkpoint_resumes_on_a_cpu(make_trainer: Callable[..., Trainer])
     expected, actual = (without_times(trainer.state_dict()) for trainer in (whole, resumed))
     # The remaining difference is that a learning rate in a tensor has float32 precision.
     torch.testing.assert_close(actual["networks"], expected["networks"], rtol=1e-5, atol=1e-7)
+
+
+def test_nesterov_momentum_is_its_equation() -> None:
+    weight = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    optimizer = build_optimizer(Optimizer(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01), [weight], CPU)
+    w, v = 3.0, 0.0
+    for gradient in (1.0, -2.0, 0.5):
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        g = gradient + 0.01 * w
+        v = 0.9 * v + g
+        w -= 0.1 * (g + 0.9 * v)
+        assert weight.item() == pytest.approx(w, rel=1e-14)
+
+
+def test_nesterov_without_momentum_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"nesterov = true: needs a momentum above 0"):
+        Optimizer(momentum=0.0, nesterov=True)
+
+
+@pytest.mark.parametrize("device_rate", [False, True])
+def test_the_warmup_multiplies_the_cosine_schedule_by_a_rising_factor(device_rate: bool) -> None:
+    config = Optimizer(lr=0.8, schedule="cosine", warmup_epochs=3)
+    optimizer = build_optimizer(config, [nn.Parameter(torch.zeros(1))], CPU)
+    if device_rate:  # as on a GPU
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.8)
+    schedule = build_schedule(config, optimizer, 10)
+    for epoch in range(10):
+        expected = 0.8 * min(1, (epoch + 1) / 4) * (1 + math.cos(math.pi * epoch / 10)) / 2
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(expected, rel=1e-6)
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_warmup_resumes_in_its_middle() -> None:
+    config = Optimizer(lr=0.8, schedule="multistep", milestones=(4,), warmup_epochs=3)
+    rates: dict[int | None, list[float]] = {}
+    for resume_at in (None, 2):
+        optimizer = build_optimizer(config, [nn.Parameter(torch.zeros(1))], CPU)
+        schedule = build_schedule(config, optimizer, 6)
+        rates[resume_at] = []
+        for epoch in range(6):
+            if epoch == resume_at:
+                saved = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+                optimizer = build_optimizer(config, [nn.Parameter(torch.zeros(1))], CPU)
+                schedule = build_schedule(config, optimizer, 6)
+                optimizer.load_state_dict(saved[0])
+                schedule.load_state_dict(saved[1])
+            rates[resume_at].append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            schedule.step()
+    assert rates[None] == rates[2]
+    assert rates[None][4] == pytest.approx(0.08)

@@ -65,7 +65,7 @@ def test_a_teacher_that_returns_more_is_trained_and_evaluated_as_one_that_does_n
     wrapped = Returning(copy.deepcopy(network), WRAPS[kind], always=always)
     data = [(torch.randn(8, 1, 4, 4), torch.arange(8) % 3)]
     for teacher in (network, wrapped):
-        list(TeacherTrainer(teacher, data, Optimizer(lr=0.1), 2, torch.Generator(), torch.device("cpu")))
+        list(TeacherTrainer(teacher, data, Optimizer(lr=0.1), 2, torch.Generator(), data[0][0], torch.device("cpu")))
     assert all(torch.equal(*pair) for pair in zip(network.parameters(), wrapped.parameters(), strict=True))
     result = evaluate({"bare": network, "wrapped": wrapped}, data, "cpu", reference="bare")
     assert result.networks["bare"] == result.networks["wrapped"]
