@@ -17,7 +17,7 @@ from rich.console import Console
 # No module that imports PyTorch, which takes seconds: each command imports what it needs.
 from .choices import DeviceName, Loader, LogLevel, PrecisionName
 from .console import Terminal
-from .environment import check_environment
+from .environment import check_environment, set_wait_policy
 from .errors import DfkdError, describe_os_error, first_line, short_repr
 from .files import expanded
 from .interrupt import Interrupted, discard, interrupting_on_signals
@@ -86,6 +86,7 @@ def distill(
     log_level: Level = "info",
 ) -> None:
     """Distill the recipe's student from its teacher."""
+    passive = set_wait_policy()  # before PyTorch is imported
     from .commands import distill as command
     from .commands.device import device_context
     from .recipe import load_recipe
@@ -97,6 +98,7 @@ def distill(
     if budget is not None:
         overrides["loop.budget"] = budget
     with device_context(device) as compute_device, _console(quiet, log_level) as console:
+        _log_wait_policy(passive, compute_device.type)
         if fit:
             warnings.warn("--fit is now called --auto-batch-size", RenamedKeyWarning, stacklevel=1)
         if auto_batch_size or fit:
@@ -118,6 +120,7 @@ def teach(
     log_level: Level = "info",
 ) -> None:
     """Train the recipe's teacher and save its weights; where the recipe uses a shipped teacher, train it anew."""
+    passive = set_wait_policy()  # before PyTorch is imported
     from .commands import distill as command
     from .commands.device import device_context
     from .models import is_shipped
@@ -132,6 +135,7 @@ def teach(
         _console(quiet, log_level) as console,
         open_run("teach", recipe, overrides, out, resume, compute_device, console) as run,
     ):
+        _log_wait_policy(passive, compute_device.type)
         command.teach(run)
 
 
@@ -165,6 +169,7 @@ def evaluate(
     log_level: Level = "info",
 ) -> None:
     """Evaluate students and teachers on labelled images: accuracy, and agreement with the teacher."""
+    passive = set_wait_policy()  # before PyTorch is imported
     from .commands import evaluate as command
     from .commands.candidates import EvaluationRequest
     from .commands.device import device_context
@@ -178,6 +183,7 @@ def evaluate(
     named = load_recipe(recipe, ({"data.name": data} if data else {}) | overrides) if recipe else None
     request = EvaluationRequest(targets or [], data, model or [], named, role, overrides, precision, weights_key)
     with device_context(device) as compute_device, _console(quiet, log_level) as console:
+        _log_wait_policy(passive, compute_device.type)
         command.evaluate_and_print(request, compute_device, console, json_file)
 
 
@@ -296,6 +302,18 @@ def _console(quiet: bool, level: LogLevel) -> Iterator[Console]:
     console = Terminal(quiet=quiet or _rank() > 0)
     with log_to_console(console, level):
         yield console
+
+
+def _log_wait_policy(passive: bool, device: str) -> None:
+    """Say that the command found a busy machine, and what is faster than its remedy."""
+    from .log import LOGGER
+
+    if passive and device == "cpu":
+        LOGGER.info(
+            "other programs use this machine's cores: OMP_WAIT_POLICY=passive was set, so that waiting threads leave them free;"
+            " for two runs side by side, OMP_NUM_THREADS=%d for each is faster",
+            max(1, (os.cpu_count() or 1) // 2),
+        )
 
 
 def _is_one_of_several() -> bool:

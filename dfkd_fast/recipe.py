@@ -1,10 +1,12 @@
 """Recipes: every setting of a run, typed and validated."""
 
+import copy
 import dataclasses
 import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from functools import cache
 from typing import Annotated, Any
 
 import tomli_w
@@ -17,7 +19,7 @@ from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, short_repr, unknown
 from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
-from dfkd_fast.recipe_files import merged, parse_recipe, read_recipe, without_budget
+from dfkd_fast.recipe_files import changed_from, flat, merged, parse_recipe, read_levels, without_replaced_budget
 from dfkd_fast.renamed import current_keys, current_path
 from dfkd_fast.settings import Count, FileName, Fraction, NonNegative, PositiveInt, Seed, settings
 
@@ -50,8 +52,8 @@ class Teacher:
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 256
     augment: Augment = "none"
-    """Augmentation of the training images: shifts by up to 4 pixels (image folders: random resized crops; segmentation: random
-    crops), and horizontal flips."""
+    """Augmentation of the training images: shifts by up to 4 pixels (image folders above 64 pixels: random resized crops;
+    segmentation: random crops), and horizontal flips."""
     focal_gamma: NonNegative = 0.0
     """γ of the focal loss; 0 is the cross-entropy."""
     ema_decay: Fraction = 0.0
@@ -99,7 +101,8 @@ class Recipe(Method):
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     report: Report = field(default_factory=Report)
     provenance: dict[str, str] = field(default_factory=dict)
-    """Source of the settings: which value is from a paper, and which is ours."""
+    """Source of the settings: which value is from a paper, and which is ours; and which differ from the recipe that this one was
+    derived from."""
 
 
 CHECKED = TypeAdapter(Recipe)
@@ -111,7 +114,8 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     """Load a shipped recipe or a TOML file.
 
     A file may begin with ``extends = "NAME"`` and then states only the differences from that recipe. The path of a file there
-    is relative to the folder of the file that extends it.
+    is relative to the folder of the file that extends it. Its provenance then lists the differences, as it does for overrides;
+    without a description of its own it gets one that names them.
 
     Args:
         name_or_path: a name such as ``digits``, or a path that ends in ``.toml``.
@@ -123,12 +127,12 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     Raises:
         DfkdError: there is no such recipe, or a key or value is not allowed; one line with field, value and what is allowed.
     """
-    return _checked(read_recipe(name_or_path), overrides, f"recipe {name_or_path!r}")
+    return _checked(read_levels(name_or_path), overrides, f"recipe {name_or_path!r}")
 
 
 def recipe_from_toml(text: str, where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Parse a recipe from TOML text, as the metadata of a weight file holds it; ``where`` names it in errors."""
-    return _checked(parse_recipe(text, where), overrides, where)
+    return _checked([parse_recipe(text, where)], overrides, where)
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -146,7 +150,7 @@ def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
     if "loop.epochs" in overrides:
         if budget := overrides.get("loop.budget"):
             raise DfkdError(f"loop.budget = {short_repr(budget)}: loop.epochs follows from it, and both are given; choose one")
-        content = without_budget(content, overrides["loop.epochs"])
+        content = without_replaced_budget(content, {"loop": {"epochs": overrides["loop.epochs"]}})
     for path, value in overrides.items():
         path = current_path(path)
         *sections, key = path.split(".")
@@ -177,16 +181,30 @@ def _take(tables: dict[str, Any], path: str) -> Any:
     return tables.pop(key)
 
 
-def _checked(content: dict[str, Any], overrides: Mapping[str, Any] | None, where: str) -> Recipe:
+def _checked(levels: list[dict[str, Any]], overrides: Mapping[str, Any] | None, where: str) -> Recipe:
+    """Returns the recipe that results from the first level, the changes of the others, and the overrides."""
     try:
-        changed = _with(content, overrides)
-        if (path := _invalid_string(changed)) is not None:
+        content, *extending = levels
+        for changes in extending:
+            content = changed_from(
+                content, merged(without_replaced_budget(content, changes), changes), _defaults(), described="description" in changes
+            )
+        if overrides:
+            changed = _with(copy.deepcopy(content), overrides)
+            content = changed_from(content, changed, _defaults(), described="description" in overrides)
+        if (path := _invalid_string(content)) is not None:
             raise DfkdError(f"{where}: {path} has a NUL character or bytes that are not UTF-8")
-        return CHECKED.validate_python(changed)
+        return CHECKED.validate_python(content)
     except ValidationError as error:
         raise DfkdError(f"{where}: {_one_line(error.errors()[0])}") from error
     except RecursionError as error:
         raise DfkdError(f"{where} is nested too deeply") from error
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Returns the default of every key by dotted path."""
+    return dict(flat(recipe_to_dict(Recipe(name="defaults"))))
 
 
 def _invalid_string(content: Any, path: str = "") -> str | None:

@@ -1,7 +1,10 @@
 """Reads recipes: shipped ones, TOML files, and the recipes that they extend. Nothing here imports PyTorch."""
 
+import json
 import os
 import tomllib
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,30 @@ from typing import Any
 from .errors import DfkdError, short_repr, unknown
 from .renamed import current_keys
 
-__all__ = ["BUDGET_RECORD", "merged", "parse_recipe", "read_recipe", "shipped_recipes", "without_budget"]
+__all__ = [
+    "BUDGET_RECORD",
+    "MOVABLE",
+    "changed_from",
+    "flat",
+    "merged",
+    "parse_recipe",
+    "read_levels",
+    "read_recipe",
+    "shipped_recipes",
+    "without_replaced_budget",
+]
 
 BUDGET_RECORD = "loop.budget"
 """Key of ``[provenance]`` that says from which budget ``loop.epochs`` was computed."""
 SHIPPED = resources.files("dfkd_fast") / "recipes"
+MOVABLE = ("description", "provenance", "data.root", "data.workers", "teacher.weights", "teacher.weights_key", "report")
+"""Keys and sections without influence on the result: texts, locations, and what is reported. They may change when a run is resumed."""
+UNLISTED = (*MOVABLE, "name", "seed")
+"""Keys and sections whose differences from a base recipe are not listed in descriptions and provenance."""
+LISTED = 3
+"""Number of differences that a description lists."""
+LONGEST_VALUE = 40
+"""Characters of a value in a description."""
 
 
 def shipped_recipes() -> list[str]:
@@ -22,12 +44,17 @@ def shipped_recipes() -> list[str]:
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """Read a shipped recipe or a TOML file, merged over the recipe that it ``extends``; values are not validated.
+    """Returns the recipes of :func:`read_levels` merged into one."""
+    return reduce(merged, read_levels(name_or_path))
+
+
+def read_levels(name_or_path: str) -> list[dict[str, Any]]:
+    """Read a shipped recipe or a TOML file, and the recipes that it ``extends``; values are not validated.
 
     A path in ``extends`` is relative to the folder of the file.
 
     Returns:
-        Nested dictionaries.
+        Nested dictionaries: the recipe that extends no other, then the changes of each that extends the one before.
 
     Raises:
         DfkdError: there is no such recipe, it is not TOML, or it extends itself.
@@ -44,14 +71,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
             raise DfkdError(f"recipe {name_or_path!r} extends itself through {current!r}")
         seen.add(identity)
         current = _base(current, content)
-    recipe = changes.pop()
-    while changes:
-        changed = changes.pop()
-        loop = changed.get("loop")
-        if isinstance(loop, dict) and "epochs" in loop and "budget" not in loop:
-            recipe = without_budget(recipe, loop["epochs"])
-        recipe = merged(recipe, changed)
-    return recipe
+    return changes[::-1]
 
 
 def _text(name_or_path: str) -> str:
@@ -77,12 +97,14 @@ def _base(name_or_path: str, content: dict[str, Any]) -> str | None:
     return str(Path(name_or_path).parent / base) if base.endswith(".toml") else base
 
 
-def without_budget(recipe: dict[str, Any], epochs: Any) -> dict[str, Any]:
-    """Returns a recipe whose ``loop.budget`` is replaced by a number of epochs, without the record of another number's budget."""
-    loop, provenance = recipe.get("loop"), recipe.get("provenance")
-    if isinstance(provenance, dict) and not (isinstance(loop, dict) and loop.get("epochs") == epochs):
-        recipe = recipe | {"provenance": {name: text for name, text in provenance.items() if name != BUDGET_RECORD}}
-    return recipe | {"loop": loop | {"budget": ""}} if isinstance(loop, dict) else recipe
+def without_replaced_budget(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe without ``loop.budget``, and without the record of an earlier one, if changes of it set ``loop.epochs`` instead."""
+    changed, loop, provenance = changes.get("loop"), base.get("loop"), base.get("provenance")
+    if not isinstance(changed, dict) or "epochs" not in changed or changed.get("budget") or not isinstance(loop, dict):
+        return base
+    if isinstance(provenance, dict) and loop.get("epochs") != changed["epochs"]:
+        base = base | {"provenance": {name: text for name, text in provenance.items() if name != BUDGET_RECORD}}
+    return base | {"loop": {name: value for name, value in loop.items() if name != "budget"}}
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +114,73 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
+
+
+def changed_from(base: dict[str, Any], changed: dict[str, Any], defaults: Mapping[str, Any], *, described: bool) -> dict[str, Any]:
+    """Returns a recipe that was derived from another, with a provenance that lists what differs, and a description of its own.
+
+    Nothing is listed, and the base's description kept, if only keys differ that are without influence on the result, or name and
+    seed. The description is also kept if only ``[engine]`` differs.
+
+    Args:
+        base: the recipe that it was derived from, as nested dictionaries.
+        changed: the derived recipe, with the provenance of both.
+        defaults: value of each key that a recipe does not state, by dotted path.
+        described: whether the derived recipe states a description; otherwise it gets one from the differences.
+    """
+    differences = _differences(base, changed, defaults)
+    provenance = changed.get("provenance", {})
+    if not differences or not isinstance(provenance, dict):
+        return changed
+    title = f"changed from {base.get('name')}"
+    result = dict(changed)
+    # How fast and in which precision something is computed is not what it is.
+    if not described and (of_method := [difference for difference in differences if not difference[0].startswith("engine.")]):
+        result["description"] = _description(f"{'a changed ' if title in provenance else ''}{base.get('name')}", of_method)
+    lines = [f"{key}: {before} → {after}" if before else f"{key} = {after}" for key, before, after in differences]
+    earlier = [text for text in [provenance.get(title)] if isinstance(text, str)]
+    result["provenance"] = provenance | {title: ", ".join([*earlier, *lines])}
+    return result
+
+
+def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted path and value of every key in nested dictionaries."""
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _differences(base: dict[str, Any], changed: dict[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns path, old and new value, as TOML, of the keys that differ; the old value is empty if there is neither one nor a default."""
+    before, after = dict(flat(base)), dict(flat(changed))
+    found = []
+    for key in before | after:
+        if any(key == unlisted or key.startswith(f"{unlisted}.") for unlisted in UNLISTED):
+            continue
+        old, new = (values.get(key, defaults.get(key)) for values in (before, after))
+        if not _equal(old, new):
+            found.append((key, "" if old is None else _toml(old), _toml(new)))
+    return found
+
+
+def _equal(old: Any, new: Any) -> bool:
+    numbers = isinstance(old, int | float) and isinstance(new, int | float)
+    return old == new if numbers else _toml(old) == _toml(new)
+
+
+def _toml(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)  # TOML writes numbers, text and lists the same way
+    except ValueError:  # an integer of thousands of digits
+        return short_repr(value)
+
+
+def _description(base: str, differences: list[tuple[str, str, str]]) -> str:
+    listed = [f"{key} = {new if len(new) <= LONGEST_VALUE else new[:LONGEST_VALUE] + '…'}" for key, _, new in differences[:LISTED]]
+    more = len(differences) - len(listed)
+    return f"{base} with {', '.join(listed)}" + (f" and {more} more change{'s' if more > 1 else ''}" if more else "")
 
 
 def parse_recipe(text: str, where: str) -> dict[str, Any]:

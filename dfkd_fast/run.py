@@ -23,12 +23,10 @@ from .log import LOGGER
 from .models import is_user_function
 from .out_of_memory import memory_for, sizes_of
 from .recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict, recipe_to_toml
+from .recipe_files import MOVABLE
 from .report import RunFolder
 
 __all__ = ["Run", "Training", "open_run"]
-
-# Settings that may change when a run is resumed: locations, and what is reported.
-MOVABLE = ("data.root", "data.workers", "teacher.weights", "teacher.weights_key", "report")
 
 T = TypeVar("T")
 
@@ -299,7 +297,8 @@ def _stored_recipe(folder: RunFolder, name: str, overrides: dict[str, Any]) -> R
         raise DfkdError(f"--resume: {folder.path} holds a run of recipe {stored.name!r}, not {name!r}")
     moved = load_recipe(str(folder.recipe), overrides)
     if moved.engine.precision == "auto":  # as resolved when the run began
-        moved = replace(moved, engine=replace(moved.engine, precision=stored.engine.precision))
+        engine = replace(moved.engine, precision=stored.engine.precision)
+        moved = replace(moved, engine=engine, description=stored.description, provenance=stored.provenance)
     if moved.loop.budget and not stored.loop.budget:
         raise DfkdError(
             f"--resume: loop.budget = {moved.loop.budget!r}: {folder.recipe} has loop.epochs = {stored.loop.epochs},"

@@ -65,8 +65,9 @@ def test_a_run_is_repeated_by_its_recipe_and_by_the_number_of_epochs(run: Run, b
     assert student("again") == student("run")
     assert run("distill", "digits", "--out", "epochs", *TINY, "--set", "loop.epochs=3").code == 0
     ours, theirs = (tomllib.loads(Path(folder, "recipe.toml").read_text()) for folder in ("epochs", "run"))
-    assert theirs["provenance"].pop("loop.budget") == MEASURED
-    assert ours == theirs
+    assert "loop.budget" not in ours["provenance"]
+    texts = {"description", "provenance"}
+    assert {key: value for key, value in ours.items() if key not in texts} == {key: theirs[key] for key in theirs.keys() - texts}
     assert weights("epochs") == weights("run")
     assert "budget" not in json.loads(Path("epochs/summary.json").read_text())
 

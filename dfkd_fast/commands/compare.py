@@ -8,6 +8,7 @@ from rich.console import Console
 from dfkd_fast.console import print_line, print_table
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.report import COLUMNS, check_plot, plot_comparison, read_run, table_rows
+from dfkd_fast.report.compare import FinishedRun
 
 __all__ = ["compare_runs"]
 
@@ -29,7 +30,17 @@ def compare_runs(runs: Sequence[Path], plot: Path, console: Console) -> None:
             raise DfkdError(f"{run} is given twice")
     finished = [read_run(run) for run in runs]
     print_table(console, ("run", "teacher", *COLUMNS.values()), table_rows(finished), figures=True)
-    for line in LEGEND:
+    for line in (*_metrics(finished), *LEGEND):
         print_line(console, line)
     plot_comparison(finished, plot)
     print_line(console, str(plot))
+
+
+def _metrics(runs: Sequence[FinishedRun]) -> list[str]:
+    """Returns one line per metric with the runs that it was measured in; none if all runs have the same metric on test images."""
+    paths: dict[str, list[str]] = {}
+    for run in runs:
+        paths.setdefault(run.metric, []).append(str(run.path))
+    if len(paths) == 1 and not any("held-out" in metric for metric in paths):
+        return []
+    return [f"{metric}: {', '.join(of_metric)}" for metric, of_metric in paths.items()]

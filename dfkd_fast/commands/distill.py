@@ -256,6 +256,9 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
     try:
         loop, metric = recipe.loop, recipe.data.metric
         with Progress(run.console, "student", loop.epochs, loop.iterations_per_epoch, trainer.iterations_done, metric) as progress:
+            trainer.on_pretraining = lambda trainer, losses: progress.pretraining(
+                trainer.state.pretrained, loop.generator_pretraining, losses
+            )
             trainer.on_iteration = lambda trainer: progress.iteration(trainer.iterations_done)
             run.train(trainer, folder.checkpoints, report, (*step_sizes(recipe), "data.batch_size", "report.samples"))
     finally:

@@ -52,6 +52,8 @@ class Evaluated:
     model: str
     count: int
     """Number of images evaluated."""
+    images: str
+    """"test images", or for example "5,000 held-out training images" (``data.holdout``)."""
     images_per_second: float
     """Throughput of the pass, which networks with the same input transform share."""
     seconds: dict[str, float]
@@ -96,7 +98,7 @@ def evaluate_and_print(request: EvaluationRequest, device: torch.device, console
     classified = [result for result in results if isinstance(result, EvaluatedClassifier)]
     segmented = [result for result in results if isinstance(result, EvaluatedSegmenter)]
     if classified:
-        rows = [(*_which(one), f"{one.top1:.2f} %", f"{one.top5:.2f} %", str(one.count)) for one in classified]
+        rows = [(*_which(one), f"{one.top1:.2f} %", f"{one.top5:.2f} %", _counted(one)) for one in classified]
         print_table(console, ("weights", "role", "model", "top-1", "top-5", "images"), rows)
     if segmented:
         rows = [(*_which(one), f"{one.miou:.2f} %", f"{one.pixel_accuracy:.2f} %", str(one.count)) for one in segmented]
@@ -120,6 +122,10 @@ def evaluate_and_print(request: EvaluationRequest, device: torch.device, console
 
 def _which(result: Evaluated) -> tuple[str, str, str]:
     return result.weights, result.role, result.model
+
+
+def _counted(result: Evaluated) -> str:
+    return str(result.count) if result.images == "test images" else result.images
 
 
 def _speed(result: Evaluated) -> str:
@@ -199,6 +205,7 @@ def _one_pass(
             "role": one.role,
             "model": one.model,
             "count": done.count,
+            "images": data.evaluated_on,
             "images_per_second": done.images_per_second,
             "seconds": done.seconds,
             "agreement": agreements.get(one.name),

@@ -1,14 +1,16 @@
 """Builds the networks that a recipe names."""
 
 import hashlib
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights, weights_path
+from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights, read_metadata, weights_path
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe
 
@@ -92,7 +94,8 @@ def load_given_teacher(recipe: Recipe, teacher: nn.Module, log: Callable[[str], 
     Args:
         recipe: with the section ``[teacher]``.
         teacher: modified in place.
-        log: called with a line that says which part of the file was loaded, unless it is all of it.
+        log: called with a line that says which part of the file was loaded, unless it is all of it, and with one that says that the
+            teacher was trained on images of ``data.holdout``.
 
     Raises:
         DfkdError: the weights do not exist, do not fit the network, or do not match ``teacher.sha256``.
@@ -112,3 +115,17 @@ def load_given_teacher(recipe: Recipe, teacher: nn.Module, log: Callable[[str], 
         if not digest.startswith(config.sha256.lower()):
             raise DfkdError(f"teacher.sha256 = {config.sha256!r}: the file {path} has {digest}")
     load_weights(teacher, path, key=config.weights_key, log=log)
+    if (held_out := _holdout_of(path)) is not None and held_out < recipe.data.holdout:
+        log(
+            f"data.holdout = {recipe.data.holdout}: the teacher {path} was trained with data.holdout = {held_out}, on images that are"
+            " held out here: its accuracy on them is too high"
+        )
+
+
+def _holdout_of(weights: Path) -> int | None:
+    """Returns ``data.holdout`` of the recipe in the metadata of a weight file; None if it has no recipe that can be read."""
+    try:
+        holdout = tomllib.loads(read_metadata(weights)["recipe"]).get("data", {}).get("holdout", 0)
+    except (KeyError, ValueError, AttributeError):
+        return None
+    return holdout if isinstance(holdout, int) else None

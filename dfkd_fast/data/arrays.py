@@ -4,8 +4,10 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import torch
 from typing_extensions import override
 
 from dfkd_fast.errors import DfkdError, first_line, short_repr
@@ -26,6 +28,8 @@ class ArraySet(DataSet):
     read: Reader
     """Function from the data set's path and a split to the images and labels."""
 
+    can_hold_out: ClassVar[bool] = True
+
     @override
     def test_batches(self, settings: DataSettings, context: LoadContext) -> ArrayBatches:
         split = self.open_split(settings, "test", "none")
@@ -33,9 +37,27 @@ class ArraySet(DataSet):
 
     @override
     def open_split(self, settings: DataSettings, split: Split, augment: Augment) -> ArraySplit:
-        images, labels = self.read(resolve_root(settings), split)
-        _check_arrays(images, labels, settings, split)
+        if self.classes not in (None, settings.num_classes):
+            raise DfkdError(f"data.num_classes is {settings.num_classes}, but {settings.name!r} has {self.classes} classes")
+        source: Split = "train" if settings.holdout else split
+        images, labels = self.read(resolve_root(settings), source)
+        _check_arrays(images, labels, settings, source)
+        if settings.holdout:
+            indices = _with_holdout(len(images), settings.holdout, split)
+            images, labels = images[indices], labels[indices]
         return ArraySplit(images, labels.astype(np.int64), settings.image_size, settings.mean, settings.std, augment=augment)
+
+
+def _with_holdout(count: int, holdout: int, split: Split) -> np.ndarray:
+    """Returns the indices of a split, out of ``count`` training images of which ``holdout`` are the test split, in rising order.
+
+    Raises:
+        DfkdError: no images would be left to train on.
+    """
+    if holdout >= count:
+        raise DfkdError(f"data.holdout = {holdout}: must be less than {count}, the number of training images")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return (order[:holdout] if split == "test" else order[holdout:]).sort().values.numpy()
 
 
 def _check_arrays(images: np.ndarray, labels: np.ndarray, settings: DataSettings, split: Split) -> None:
@@ -84,16 +106,22 @@ def torchvision_arrays(name: str) -> Reader:
 
 
 def npz(path: Path, split: Split) -> Arrays:
-    """Returns the arrays ``x_<split>``, uint8 (N, H, W, C), and ``y_<split>``, integers (N,), of an .npz file."""
+    """Returns the images, uint8 (N, H, W, C), and the labels, integers (N,), of an .npz file.
+
+    They are called ``x_<split>`` and ``y_<split>``, as Keras does, or ``<split>_images`` and ``<split>_labels``, as MedMNIST does.
+    Images (N, H, W) are grayscale, and labels may be (N, 1).
+    """
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DfkdError(f"data.root {path} cannot be read as an .npz file: {first_line(error)}") from error
     with archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
-        if missing := {f"x_{split}", f"y_{split}"} - names:
+        keys = (f"{split}_images", f"{split}_labels") if f"{split}_images" in names else (f"x_{split}", f"y_{split}")
+        if missing := {*keys} - names:
             raise DfkdError(f"data.root {path} has no {', '.join(sorted(missing))}: its arrays are {short_repr(sorted(names))}")
-        return _member(archive, f"x_{split}"), _member(archive, f"y_{split}")
+        images, labels = (_member(archive, key) for key in keys)
+    return images[..., None] if images.ndim == 3 else images, labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:

@@ -94,13 +94,16 @@ def _training_transform(settings: DataSettings, augment: Augment) -> Callable[[I
     from torchvision import transforms
 
     size = settings.image_size
+    whole = [
+        transforms.Resize(settings.eval_transform.resize, transforms.InterpolationMode(settings.interpolation)),
+        transforms.CenterCrop(size),
+    ]
+    flip = [transforms.RandomHorizontalFlip()] if augment == "shift_flip" else []
     if augment == "none":
-        crop = [
-            transforms.Resize(settings.eval_transform.resize, transforms.InterpolationMode(settings.interpolation)),
-            transforms.CenterCrop(size),
-        ]
+        crop = whole
+    elif settings.is_stored_at_size:
+        crop = [*whole, transforms.RandomCrop(size, padding=4), *flip]  # as splits.shift
     else:
-        flip = [transforms.RandomHorizontalFlip()] if augment == "shift_flip" else []
         crop = [transforms.RandomResizedCrop(size), *flip]
     grayscale = [transforms.Grayscale()] if settings.channels == 1 else []
     transform: Callable[[Image.Image], Tensor] = transforms.Compose(

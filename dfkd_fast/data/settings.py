@@ -26,6 +26,8 @@ __all__ = ["DATA_SETS", "Batches", "DataSet", "DataSettings", "LoadContext", "ch
 Task = Literal["classification", "segmentation"]
 MAX_IMAGE_SIZE = 2**14
 """Largest height and width of images, in pixels."""
+MAX_STORED_SIZE = 64
+"""Largest ``image_size`` at which data sets are stored at the size of the network's input, as CIFAR and TinyImageNet are."""
 
 
 class Batches(Protocol):
@@ -62,7 +64,7 @@ class DataSet(abc.ABC):
     """Base class of the data sets: properties of a data set, and methods that load it."""
 
     classes: int | None = None
-    """Number of classes of a data set of image files; None if the files determine it."""
+    """Number of classes; None if the files determine it."""
     test_images: int | None = None
     """Number of test images of the published data set; None if there is no such number."""
     needs_root: bool = True
@@ -74,6 +76,8 @@ class DataSet(abc.ABC):
     has_images: ClassVar[bool] = True
     image_files: ClassVar[bool] = False
     """Whether the images are files with one label each, on which any classifier can be evaluated."""
+    can_hold_out: ClassVar[bool] = False
+    """Whether training images can be held out for evaluation, see ``data.holdout``."""
 
     def class_set(self, settings: "DataSettings") -> Classes:
         """Returns the names and colours of the classes."""
@@ -115,8 +119,8 @@ class DataSettings:
     std: tuple[Positive, ...] = (0.5,)
     """Per-channel mean and standard deviation of images in [0, 1], for normalization."""
     resize: Annotated[int, Field(strict=True, ge=0, le=MAX_IMAGE_SIZE)] = 0
-    """Shorter side of image files after resizing and before the center crop, in pixels; 0 for ``image_size`` · 256/224, or for
-    ``image_size`` in segmentation."""
+    """Shorter side of image files after resizing and before the center crop, in pixels; 0 for ``image_size`` · 256/224, or
+    for ``image_size`` itself in segmentation and up to 64 pixels, the size at which such images are stored."""
     interpolation: Interpolation = "bilinear"
     """Interpolation when image files are resized."""
     batch_size: PositiveInt = 1000
@@ -129,6 +133,10 @@ class DataSettings:
     """Whether an image file that cannot be decoded is an error or is left out."""
     subset: Count = 0
     """Evaluate on a fixed random subset of this many images; 0 for all."""
+    holdout: Count = 0
+    """Number of training images that no teacher is trained on, and on which everything is evaluated instead of the test images; 0 for
+    evaluation on the test images. They are the first indices of ``torch.randperm`` with seed 0, so that a smaller holdout is a subset
+    of a larger one."""
 
     def __post_init__(self) -> None:
         for name, constants in (("mean", self.mean), ("std", self.std)):
@@ -136,6 +144,9 @@ class DataSettings:
                 raise ValueError(f"{name} has {len(constants)} numbers for {self.channels} channels")
         if 0 < self.resize < self.image_size:
             raise ValueError(f"resize = {self.resize}: must be at least image_size, {self.image_size}")
+        if self.holdout and not self.data_set.can_hold_out:
+            supported = ", ".join(name for name, data_set in DATA_SETS.items() if data_set.can_hold_out)
+            raise ValueError(f"holdout = {self.holdout}: must be 0 for data set {self.name!r}; only {supported} support it")
 
     @property
     def data_set(self) -> DataSet:
@@ -149,8 +160,17 @@ class DataSettings:
 
     @property
     def metric(self) -> str:
-        """Name of the task's main metric, which is in percent."""
-        return "mIoU" if self.task == "segmentation" else "top-1 accuracy"
+        """Name of the task's main metric, which is in percent; it names the images if they are not test images."""
+        name = "mIoU" if self.task == "segmentation" else "top-1 accuracy"
+        return f"{name} ({self.evaluated_on})" if self.holdout else name
+
+    @property
+    def evaluated_on(self) -> str:
+        """Name of the images of the evaluation: "test images", or for example "5,000 held-out training images"."""
+        if not self.holdout:
+            return "test images"
+        part = f"{self.subset:,} of " if self.subset else ""
+        return f"{part}{self.holdout:,} held-out training images"
 
     @property
     def has_images(self) -> bool:
@@ -163,9 +183,14 @@ class DataSettings:
         return self.has_images and (self.root != "" or not self.data_set.needs_root)
 
     @property
+    def is_stored_at_size(self) -> bool:
+        """Whether image files are expected to have the size of the network's input, so that none of their margin is cropped."""
+        return self.image_size <= MAX_STORED_SIZE
+
+    @property
     def eval_transform(self) -> EvalTransform:
         """Preprocessing of image files in evaluation."""
-        resize = self.resize or round(self.image_size * 256 / 224)
+        resize = self.resize or (self.image_size if self.is_stored_at_size else round(self.image_size * 256 / 224))
         return EvalTransform(resize, self.image_size, self.interpolation, self.mean, self.std)
 
 

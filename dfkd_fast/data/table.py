@@ -11,6 +11,7 @@ from typing_extensions import override
 from dfkd_fast.errors import DfkdError
 
 from .arrays import ArraySet, digits, npz, torchvision_arrays
+from .cifar import cifar
 from .classes import CAMVID, NYUV2, SHAPES
 from .files import FileSet
 from .image_lists import list_file, list_folder, list_folder_training, list_imagenet, list_imagenet_training, list_places365
@@ -46,8 +47,9 @@ DATA_SETS.update(
         "digits": ArraySet(read=digits, needs_root=False),  # scikit-learn's
         "mnist": ArraySet(read=torchvision_arrays("MNIST")),
         "fashion-mnist": ArraySet(read=torchvision_arrays("FashionMNIST")),
-        "cifar10": ArraySet(read=torchvision_arrays("CIFAR10")),
-        "cifar100": ArraySet(read=torchvision_arrays("CIFAR100")),
+        "cifar10": ArraySet(read=cifar("CIFAR10")),
+        "cifar100": ArraySet(read=cifar("CIFAR100")),
+        "cifar100-coarse": ArraySet(read=cifar("CIFAR100", coarse=True), classes=20),
         "npz": ArraySet(read=npz, is_file=True),
         # Image files.
         "imagenet": FileSet(list_files=list_imagenet, list_training=list_imagenet_training, classes=1000, test_images=50_000),
@@ -83,7 +85,7 @@ def evaluation_batches(
     world_size: int = 1,
     log: Callable[[str], None] = lambda note: None,
 ) -> Batches:
-    """Returns the test batches of a data set.
+    """Returns the test batches of a data set, or batches of its held-out training images.
 
     Args:
         settings: recipe section ``[data]``.
@@ -100,7 +102,8 @@ def evaluation_batches(
     def choose(count: int) -> list[int]:
         """Returns the indices of this process's images out of ``count``, or out of a fixed random subset."""
         if settings.subset > count:
-            raise DfkdError(f"data.subset = {settings.subset}: must be at most {count}, the number of test images")
+            images = "held-out training images" if settings.holdout else "test images"
+            raise DfkdError(f"data.subset = {settings.subset}: must be at most {count}, the number of {images}")
         order = torch.arange(count)
         if settings.subset:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: settings.subset].sort().values
@@ -117,7 +120,7 @@ def open_split(settings: DataSettings, split: Split, *, augment: Augment = "none
 
     Args:
         settings: recipe section ``[data]``.
-        split: ``train`` or ``test``.
+        split: ``train`` or ``test``; with ``data.holdout``, these are the training images that are not held out, and those that are.
         augment: random augmentation of the images.
 
     Raises:

@@ -50,6 +50,8 @@ class Trainer:
             only and does not affect the training. Without it, the agreement with the teacher on generated samples is reported.
         seed: Seed of the latents.
         device: Device to which the networks are moved.
+        on_pretraining: Called with the trainer and the generator's loss terms, 0-d tensors by name, after every step of the generator's
+            pretraining, whose number is ``trainer.state.pretrained``.
         on_iteration: Called with the trainer after every iteration.
         on_epoch: Called with the trainer and the :class:`Epoch` after every epoch.
         on_checkpoint: Called with the trainer when :meth:`state_dict` should be saved: after every epoch, and when :meth:`stop` ends
@@ -70,6 +72,7 @@ class Trainer:
         evaluate: Callable[[nn.Module], float] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        on_pretraining: Callable[["Trainer", dict[str, Tensor]], None] | None = None,
         on_iteration: Callable[["Trainer"], None] | None = None,
         on_epoch: Callable[["Trainer", Epoch], None] | None = None,
         on_checkpoint: Callable[["Trainer"], None] | None = None,
@@ -80,7 +83,8 @@ class Trainer:
             raise DfkdError(f"loop.budget = {budget!r}: a Trainer needs loop.epochs, which within_budget() computes")
         self.teacher, self.student, self.generator = teacher, student, generator
         self.evaluate = evaluate
-        self.on_iteration, self.on_epoch, self.on_checkpoint = on_iteration, on_epoch, on_checkpoint
+        self.on_pretraining, self.on_iteration = on_pretraining, on_iteration
+        self.on_epoch, self.on_checkpoint = on_epoch, on_checkpoint
         self.state = prepare(teacher, student, generator, self.method, seed=seed, device=self.device)
         self.steps = Steps(self.state)
         self._stopping = False
@@ -194,6 +198,7 @@ class Trainer:
             with state.clock.phase("generator", memory=False), default_modes(self.device):
                 terms = self.steps.generator(adversarial=False)
             state.pretrained += 1
+            self._call(self.on_pretraining, terms)
         check_pretraining(terms, state.pretrained)
         if terms and state.pretrained == steps and state.replay_source is not None:
             state.replay_source.start(state.generator)

@@ -32,7 +32,7 @@ PIXELATED = 64
 """Pixels of a side up to which a sample is stored without loss and enlarged without interpolation."""
 STATISTICS = (
     ("last", "Student, last epoch", "%"),
-    ("best", "Student, best epoch (selected on the test set)", "%"),
+    ("best", "Student, best epoch (selected on these images)", "%"),
     ("mean", "Student, mean over the epochs", "%"),
     ("variance", "Student, variance over the epochs", "percent²"),
     ("settled_mean", "Student, mean over the last 75 % of the epochs", "%"),
@@ -82,6 +82,7 @@ def render_report(folder: RunFolder) -> str:
         recipe=recipe,
         summary=summary,
         metric=metric,
+        images=recipe.data.evaluated_on if recipe.data.holdout else "the test set",
         device=summary.get("device_name") or summary["device"],
         precision=summary.get("precision", recipe.engine.precision),
         date=time.strftime("%Y-%m-%d"),

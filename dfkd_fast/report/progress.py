@@ -1,11 +1,12 @@
 """A progress bar on a terminal, log lines elsewhere."""
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Self, SupportsFloat
 
 from rich import progress
 from rich.console import Console
@@ -15,19 +16,85 @@ from dfkd_fast.log import LOGGER
 
 __all__ = ["Progress"]
 
+MIN_INTERVAL = 2.0
+"""Seconds between two lines, except those of the first and the last epoch."""
+MAX_INTERVAL = 600.0
+"""Seconds after which an iteration is logged."""
 FIRST = 3
 """Iterations before the first line of a long epoch."""
 LONG = 60.0
 """Seconds above which an epoch is long."""
-MAX_SILENCE = 600.0
-"""Seconds after which an iteration is logged."""
+PARTS = 10
+"""Parts of the generator's pretraining, which are logged as epochs are."""
+
+
+class _Stage:
+    """A bar, and the log lines, of a training that consists of parts, such as epochs.
+
+    Args:
+        bar: to which a task is added.
+        name: at the start of the bar and of every line.
+        unit: that is counted, such as iterations.
+        total: number of units.
+        per_part: units per part; the last part may be shorter.
+        done: units completed before, in a resumed run.
+        clock: returns seconds since the Unix epoch.
+    """
+
+    def __init__(
+        self, bar: progress.Progress, name: str, unit: str, total: int, per_part: int, done: int, clock: Callable[[], float]
+    ) -> None:
+        self.bar = bar
+        self.name = name
+        self.unit = unit
+        self.total = total
+        self.per_part = per_part
+        self.clock = clock
+        self.task = bar.add_task(name, total=total, completed=done, metrics="")
+        self._start = done
+        self.last_line = done, clock()
+        """Units done at the last line, and its time."""
+
+    def is_due(self, done: int) -> bool:
+        """Whether a line is due after this number of units."""
+        silence = self.clock() - self.last_line[1]
+        if done % self.per_part == 0 or done == self.total:
+            return silence >= MIN_INTERVAL or done - self._start <= self.per_part or done == self.total
+        return silence >= MAX_INTERVAL or (done - self._start == FIRST and self._pace(done) * self.per_part > LONG)
+
+    def show(self, done: int, position: str, metrics: str = "", seconds: float | None = None) -> None:
+        """Log a line, unless the bar shows the same.
+
+        Args:
+            done: units done.
+            position: the part and unit, as text.
+            metrics: losses and accuracy, as text.
+            seconds: of the epoch that is complete; None within one.
+        """
+        now, pace = self.clock(), self._pace(done)
+        self.last_line = done, now
+        parts = (
+            time.strftime("%H:%M:%S", time.localtime(now)),
+            f"{self.name} {position}",
+            metrics,
+            "" if seconds is None else f"{_number(seconds)} s/epoch",
+            f"{_number(pace)} s/{self.unit}",
+            f"{timedelta(seconds=round(pace * (self.total - done)))} left",
+        )
+        if not self.bar.console.is_terminal:
+            LOGGER.info("%s", "  ".join(filter(None, parts)))
+
+    def _pace(self, done: int) -> float:
+        """Mean seconds per unit since the last line."""
+        return (self.clock() - self.last_line[1]) / max(1, done - self.last_line[0])
 
 
 class Progress:
     """Shows the progress of a training: losses, accuracy and the estimated time left.
 
-    If the console is not a terminal, lines with the time of day are logged instead of a bar: about ten epochs, one more after ten minutes
-    without a line, and one after the first iterations of a long epoch.
+    If the console is not a terminal, lines with the time of day are logged instead of a bar: one per epoch, and one per tenth of the
+    generator's pretraining, but at most one every two seconds, except for the first and the last. A line also follows the first
+    iterations of a long epoch, and ten minutes without a line.
 
     Args:
         console: where the bar is shown, unless the log level is above info.
@@ -49,8 +116,6 @@ class Progress:
         metric: str = "top-1 accuracy",
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.console = console
-        self.name = name
         self.epochs = epochs
         self.iterations_per_epoch = iterations_per_epoch
         self.metric = metric
@@ -63,10 +128,9 @@ class Progress:
             console=console,
             disable=not console.is_terminal or not LOGGER.isEnabledFor(logging.INFO),
         )
-        self.task = self.bar.add_task(name, total=epochs * iterations_per_epoch, completed=done, metrics="")
-        self._start = done
-        self._last_line = done, clock()
-        """Iterations done and time of the last line."""
+        self._training = _Stage(self.bar, name, "iteration", epochs * iterations_per_epoch, iterations_per_epoch, done, clock)
+        self._pretraining: _Stage | None = None
+        self._epoch_start = clock()
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -75,46 +139,55 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
+    def pretraining(self, done: int, total: int, losses: Mapping[str, SupportsFloat]) -> None:
+        """Report a step of the generator's pretraining.
+
+        Args:
+            done: number of steps done, 1 or more.
+            total: number of steps of the pretraining.
+            losses: of this step by name. They are read, which synchronizes a GPU, only when they are shown.
+        """
+        if self._pretraining is None:
+            self._pretraining = _Stage(self.bar, "generator pretraining", "step", total, math.ceil(total / PARTS), done - 1, self.clock)
+            self._pretraining.last_line = done - 1, self._training.last_line[1]  # the first step has been timed, too
+        stage = self._pretraining
+        self.bar.update(stage.task, completed=done)
+        if stage.is_due(done):
+            metrics = _metrics(losses)
+            self.bar.update(stage.task, metrics=metrics)
+            stage.show(done, f"{done}/{total}", metrics)
+        if done == total:
+            self.bar.update(stage.task, visible=False)
+            self._epoch_start = self.clock()
+            self._training.last_line = self._training.last_line[0], self._epoch_start
+
     def iteration(self, done: int) -> None:
         """Report the number of iterations done since the start of the training."""
-        self.bar.update(self.task, completed=done)
+        self.bar.update(self._training.task, completed=done)
         within = done % self.iterations_per_epoch
-        if self.console.is_terminal or within == 0:  # the end of an epoch is logged by epoch()
-            return
-        early = done - self._start == FIRST and self._seconds_per_iteration(done) * self.iterations_per_epoch > LONG
-        if early or self._is_silent:
-            self._log(done, f"{done // self.iterations_per_epoch + 1}/{self.epochs}, iteration {within}/{self.iterations_per_epoch}")
+        if within and self._training.is_due(done):  # the end of an epoch is shown by epoch()
+            self._training.show(
+                done, f"{done // self.iterations_per_epoch + 1}/{self.epochs}, iteration {within}/{self.iterations_per_epoch}"
+            )
 
     def epoch(self, epoch: Epoch) -> None:
         """Report a finished epoch."""
-        metrics = "  ".join(f"{name} {value:.4g}" for name, value in epoch.losses.items())
+        metrics, position = _metrics(epoch.losses), f"{epoch.number}/{self.epochs}"
         if epoch.student_accuracy is not None:
             metrics += f"  {self.metric} {epoch.student_accuracy:.2f} %"
+        if epoch.agreement is not None:
+            metrics += f"  agreement {epoch.agreement:.2f} %"
         done = epoch.number * self.iterations_per_epoch
-        self.bar.update(self.task, completed=done, metrics=f"{epoch.number}/{self.epochs}  {metrics}")
-        due = epoch.number % max(1, self.epochs // 10) == 0 or epoch.number == self.epochs
-        if not self.console.is_terminal and (due or self._is_silent):
-            self._log(done, f"{epoch.number}/{self.epochs}", metrics)
+        self.bar.update(self._training.task, completed=done, metrics=f"{position}  {metrics}")
+        if self._training.is_due(done):
+            self._training.show(done, position, metrics, self.clock() - self._epoch_start)
+        self._epoch_start = self.clock()
 
-    @property
-    def _is_silent(self) -> bool:
-        return self.clock() - self._last_line[1] >= MAX_SILENCE
 
-    def _seconds_per_iteration(self, done: int) -> float:
-        """Mean since the last line."""
-        iterations, then = self._last_line
-        return (self.clock() - then) / max(1, done - iterations)
+def _metrics(losses: Mapping[str, SupportsFloat]) -> str:
+    return "  ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
 
-    def _log(self, done: int, position: str, metrics: str = "") -> None:
-        pace = self._seconds_per_iteration(done)
-        left = timedelta(seconds=round(pace * (self.epochs * self.iterations_per_epoch - done)))
-        now = self.clock()
-        parts = (
-            time.strftime("%H:%M:%S", time.localtime(now)),
-            f"{self.name} {position}",
-            metrics,
-            f"{pace:.3g} s/iteration",
-            f"{left} left",
-        )
-        LOGGER.info("%s", "  ".join(filter(None, parts)))
-        self._last_line = done, now
+
+def _number(value: float) -> str:
+    """Three significant digits, and all digits before the point."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"

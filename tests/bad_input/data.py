@@ -167,10 +167,11 @@ ARRAY_FILES = [
         error="test: images must be uint8 (N, H, W, C) with at least one pixel, not <U1",
     ),
     arrays(
-        "images without channels",
-        packed(x_test=IMAGES[..., 0]),
-        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not uint8 (4, 8, 8)",
+        "images of one row",
+        packed(x_test=IMAGES[..., 0, 0]),
+        error="test: images must be uint8 (N, H, W, C) with at least one pixel, not uint8 (4, 8)",
     ),
+    arrays("images without labels of their name", packed(test_images=IMAGES), error="set.npz has no test_labels: its arrays are ["),
     arrays(
         "one number for images",
         packed(x_test=np.uint8(0)),
@@ -193,6 +194,18 @@ ARRAY_FILES = [
     arrays("a label too large", packed(y_test=LABELS + 7), error="test: labels run from 7 to 10, data.num_classes is 10"),
     arrays("a label beyond 64 bits", packed(y_test=LABELS.astype(np.uint64) + 2**63), error="test: labels run from 9223372036854775808"),
     arrays("a training label too large", packed(y_train=LABELS + 7), error="train: labels run from 7 to 10, data.num_classes is 10"),
+    arrays(
+        "a holdout of all training images",
+        packed(),
+        "data.holdout=4",
+        error="data.holdout = 4: must be less than 4, the number of training images",
+    ),
+    arrays(
+        "a subset larger than the holdout",
+        packed(),
+        *("data.holdout=2", "data.subset=3"),
+        error="data.subset = 3: must be at most 2, the number of held-out training images",
+    ),
     arrays(
         "a subset larger than the set", packed(), "data.subset=5", error="data.subset = 5: must be at most 4, the number of test images"
     ),
@@ -356,6 +369,10 @@ def mnist(name: str, error: str, images: bytes = idx(4, 28, 28), labels: bytes =
     return teaches(name, "mnist", ".", error=error, files=raw | test)
 
 
+def cifar(name: str, error: str, files: Mapping[str, Content] | None = None, data: str = "cifar10", classes: int = 10) -> Case:
+    return teaches(name, data, ".", *COLOUR, f"data.num_classes={classes}", error=error, files=files)
+
+
 MNIST_FILES = [
     teaches("MNIST that is not there", "mnist", ".", error="does not hold MNIST in torchvision's layout: Dataset not found"),
     teaches("MNIST that is a file", "mnist", "a", error=" is a file: data set 'mnist' must be a folder", files={"a": ""}),
@@ -381,15 +398,22 @@ MNIST_FILES = [
             "MNIST/raw/train-labels-idx1-ubyte": idx(4),
         },
     ),
-    teaches(
-        "CIFAR-10 that is not there", "cifar10", ".", *COLOUR, error="does not hold CIFAR10 in torchvision's layout: Dataset not found"
+    cifar("CIFAR-10 that is not there", error="it has no folder cifar-10-batches-py"),
+    cifar("CIFAR-10 as a file", files={"cifar-10-batches-py": b""}, error="it has no folder cifar-10-batches-py"),
+    cifar(
+        "CIFAR-10 that is not unpacked",
+        files={"cifar-10-python.tar.gz": b"packed"},
+        error="cifar-10-python.tar.gz is not unpacked; do so with tar -xzf ",
     ),
-    teaches(
+    cifar("CIFAR-10 without files", files={"cifar-10-batches-py": Path.mkdir}, error="cifar-10-batches-py/data_batch_1 is missing"),
+    cifar(
         "CIFAR-10 of another content",
-        *("cifar10", ".", *COLOUR),
-        error="does not hold CIFAR10 in torchvision's layout: Dataset not found or corrupted",
         files={f"cifar-10-batches-py/{name}": pickle.dumps({}) for name in ("test_batch", "batches.meta", "data_batch_1")},
+        error="cifar-10-batches-py/data_batch_1 is damaged or not the published one: its MD5 is ",
     ),
+    cifar("CIFAR-10's own folder, of another content", files={"test_batch": b""}, error="the file data_batch_1 is missing"),
+    cifar("CIFAR-100 that is not there", data="cifar100", classes=100, error="it has no folder cifar-100-python"),
+    cifar("CIFAR-100's fine classes for its coarse ones", data="cifar100-coarse", classes=100, error="'cifar100-coarse' has 20 classes"),
 ]
 
 
@@ -469,6 +493,14 @@ SECTION = [
     sets("a huge side to resize to", "data.resize=100000", error="data.resize = 100000: "),
     sets("too many workers", "data.workers=100000", error="data.workers = 100000: "),
     sets("a negative subset", "data.subset=-1", error="data.subset = -1: "),
+    sets("a negative holdout", "data.holdout=-1", error="data.holdout = -1: "),
+    sets(
+        "a holdout of image files",
+        "data.name=folder",
+        "data.holdout=5",
+        error="holdout = 5: must be 0 for data set 'folder'; only digits, ",
+    ),
+    sets("a holdout of no data", "data.name=none", "data.holdout=5", error="holdout = 5: must be 0 for data set 'none'; only digits, "),
     sets("an unknown interpolation", "data.interpolation=nearest", error="data.interpolation = 'nearest': "),
     sets("a root that is a number", "data.root=3", error="data.root = 3: must be a string"),
 ]

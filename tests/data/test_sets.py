@@ -101,10 +101,10 @@ def test_a_damaged_mnist_file_is_a_one_line_error(tmp_path: Path, damage: bytes,
         open_split(make_settings("mnist", tmp_path), "test")
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
 def test_a_root_without_the_data_set_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DfkdError, match=f"data.root {tmp_path} does not hold .* in torchvision's layout: Dataset not found"):
-        open_split(make_settings(name, tmp_path, **({} if "mnist" in name else COLOUR)), "test")
+        open_split(make_settings(name, tmp_path), "test")
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "npz", "folder"])
@@ -142,6 +142,27 @@ def test_labels_in_an_npz_file_may_be_integers_of_any_size_and_byte_order(tmp_pa
     assert labels.tolist() == list(range(5))
 
 
+def test_labels_in_an_npz_file_may_be_a_column_as_keras_has_them(tmp_path: Path) -> None:
+    settings = make_settings("npz", write_npz(tmp_path / "set.npz", y_test=np.arange(5)[:, None]), image_size=9, **COLOUR)
+    _, labels = images_of(open_split(settings, "test"))
+    assert labels == list(range(5))
+
+
+def test_grayscale_images_in_an_npz_file_need_no_axis_of_channels(tmp_path: Path) -> None:
+    settings = make_settings("npz", write_npz(tmp_path / "set.npz", x_test=noise(5, 9, 9)), image_size=9, mean=(0.1,), std=(0.3,))
+    images, _ = images_of(open_split(settings, "test"))
+    np.testing.assert_allclose(images.numpy(), normalized(noise(5, 9, 9)[..., None], (0.1,), (0.3,)), rtol=1e-5, atol=1e-6)
+
+
+def test_an_npz_file_of_medmnists_keys_is_read(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {f"{split}_images": noise(5, 9, 9) for split in ("train", "val", "test")}
+    arrays |= {f"{split}_labels": np.arange(5)[:, None] for split in ("train", "val", "test")}
+    np.savez(tmp_path / "set.npz", **arrays)
+    for split in SPLITS:
+        images, labels = images_of(open_split(make_settings("npz", tmp_path / "set.npz", image_size=9), split))
+        assert (images.shape, labels) == ((5, 1, 9, 9), list(range(5)))
+
+
 def test_images_in_an_npz_file_may_be_in_fortrans_order(tmp_path: Path) -> None:
     settings = make_settings("npz", write_npz(tmp_path / "set.npz", x_test=np.asfortranarray(noise(5, 9, 9, 3))), image_size=9, **COLOUR)
     images, _ = images_of(open_split(settings, "test"))
@@ -154,11 +175,12 @@ def test_images_in_an_npz_file_may_be_in_fortrans_order(tmp_path: Path) -> None:
         ({"x_test": None}, r"set.npz has no x_test: its arrays are \['x_train', 'y_test', 'y_train'\]"),
         ({"x_test": None, "y_test": None}, "has no x_test, y_test"),
         ({"x_test": np.zeros((5, 9, 9, 3))}, r"images must be uint8 \(N, H, W, C\) with at least one pixel, not float64 \(5, 9, 9, 3\)"),
-        ({"x_test": noise(5, 9, 9)}, r"images must be .* not uint8 \(5, 9, 9\)"),
+        ({"x_test": noise(5, 9)}, r"images must be .* not uint8 \(5, 9\)"),
+        ({"x_test": noise(5, 9, 9)}, "images have 1 channels, data.channels is 3"),
         ({"x_test": noise(5, 9, 9, 1)}, "images have 1 channels, data.channels is 3"),
         ({"y_test": np.arange(4)}, r"labels must be integers \(5,\), not int64 \(4,\)"),
         ({"y_test": np.zeros(5)}, "labels must be integers .* not float64"),
-        ({"y_test": np.zeros((5, 1), np.int64)}, r"labels must be .* \(5, 1\)"),
+        ({"y_test": np.zeros((5, 2), np.int64)}, r"labels must be .* \(5, 2\)"),
         ({"y_test": np.full(5, 10)}, "labels run from 10 to 10, data.num_classes is 10"),
         ({"y_test": np.arange(-1, 4)}, "labels run from -1 to 3"),
         ({"x_test": noise(0, 9, 9, 3), "y_test": np.arange(0)}, "there are no images"),
@@ -194,16 +216,41 @@ def write_folder(root: Path, name: str, pixels: Pixels, classes: Sequence[str] =
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_in_folders_are_resized_center_cropped_and_normalized(tmp_path: Path, channels: int) -> None:
-    pixels = noise(40, 60, 3)
+    pixels = noise(160, 240, 3)
     write_folder(tmp_path, "val", pixels)
     mean, std = (0.5, 0.4, 0.3)[:channels], (0.5, 0.25, 0.2)[:channels]
-    settings = make_settings("folder", tmp_path, num_classes=2, channels=channels, image_size=28, mean=mean, std=std, loader="torchvision")
+    settings = make_settings("folder", tmp_path, num_classes=2, channels=channels, image_size=112, mean=mean, std=std, loader="torchvision")
     (images, labels), *rest = evaluation_batches(settings, torch.device("cpu"))
     assert (labels.tolist(), rest) == ([0, 1], [])
-    # The shorter side is 28 · 256 / 224 = 32, so the longer side is 48, and the margins are 2 and 10.
-    expected = Image.fromarray(pixels).resize((48, 32), Image.Resampling.BILINEAR).crop((10, 2, 38, 30))
-    cropped = np.asarray(expected.convert("L" if channels == 1 else "RGB")).reshape(1, 28, 28, channels)
+    # The shorter side is 112 · 256 / 224 = 128, so the longer side is 192, and the margins are 8 and 40.
+    expected = Image.fromarray(pixels).resize((192, 128), Image.Resampling.BILINEAR).crop((40, 8, 152, 120))
+    cropped = np.asarray(expected.convert("L" if channels == 1 else "RGB")).reshape(1, 112, 112, channels)
     np.testing.assert_allclose(images[:1].numpy(), normalized(cropped, mean, std), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_small_images_of_the_networks_size_are_neither_resized_nor_cropped(tmp_path: Path, size: int) -> None:
+    pixels = noise(size, size, 3)
+    for name in ("train", "test"):
+        write_folder(tmp_path, name, pixels)
+    settings = make_settings("folder", tmp_path, num_classes=2, image_size=size, loader="torchvision", **COLOUR)
+    ((tested, _),) = evaluation_batches(settings, torch.device("cpu"))
+    trained, _ = images_of(open_split(settings, "train"))
+    for images in (tested, trained):
+        np.testing.assert_allclose(images[:1].numpy(), normalized(pixels[None], COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
+
+
+def test_small_training_images_are_shifted_by_up_to_4_pixels_as_arrays_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pixels = np.arange(1, 1 + 8 * 8, dtype=np.uint8).reshape(8, 8)
+    write_folder(tmp_path, "train", pixels)
+    settings = make_settings("folder", tmp_path, num_classes=2, image_size=8, mean=(0.0,), std=(1 / 255,))
+    split: Any = open_split(settings, "train", augment="shift")
+    padded = np.pad(pixels, 4)
+    shifts = {padded[top : top + 8, left : left + 8].tobytes() for top in range(9) for left in range(9)}
+    seen = {split[0][0][0].round().to(torch.uint8).numpy().tobytes() for _ in range(60)}
+    assert seen <= shifts
+    assert len(seen) > 25
 
 
 @pytest.mark.parametrize(("present", "used"), [("val", "val"), ("test", "test"), ("train val test", "val")])
@@ -257,11 +304,11 @@ def test_a_class_without_training_images_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("augment", "rising"), [("shift", {True}), ("shift_flip", {True, False})])
 def test_augmented_images_are_randomly_cropped_and_mirrored_only_with_shift_flip(tmp_path: Path, augment: Any, rising: set[bool]) -> None:
     torch.manual_seed(0)
-    ramp = np.broadcast_to(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 60, 3))
+    ramp = np.broadcast_to(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (120, 120, 3))
     write_folder(tmp_path, "train", ramp.copy())
-    split: Any = open_split(make_settings("folder", tmp_path, num_classes=2, image_size=16), "train", augment=augment)
+    split: Any = open_split(make_settings("folder", tmp_path, num_classes=2, image_size=80), "train", augment=augment)
     crops = [split[0][0] for _ in range(20)]
-    assert all(image.shape == (1, 16, 16) for image in crops)
+    assert all(image.shape == (1, 80, 80) for image in crops)
     assert {bool(image[0, 0, -1] > image[0, 0, 0]) for image in crops} == rising
     assert len({image.mean().item() for image in crops}) > 10
 

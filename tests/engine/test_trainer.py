@@ -389,6 +389,23 @@ def test_callbacks_are_called_in_order_with_a_state_that_can_be_saved(make_train
     assert events == [*first, ("iteration", 3), ("iteration", 4), ("epoch", 2, True), ("checkpoint", 0)]
 
 
+def test_a_pretraining_callback_gets_every_step_and_changes_neither_random_states_nor_modes(make_trainer: MakeTrainer) -> None:
+    reported: list[tuple[int, list[str]]] = []
+
+    def disturb(trainer: Trainer, losses: dict[str, Tensor]) -> None:
+        reported.append((trainer.state.pretrained, [name for name, loss in losses.items() if loss.isfinite()]))
+        torch.manual_seed(99)
+        trainer.generator.eval().requires_grad_(False)
+
+    method = replace(small_method(), objective=Objective(one_hot=1.0))
+    method = replace(method, loop=replace(method.loop, generator_pretraining=3))
+    undisturbed, disturbed = make_trainer(method), make_trainer(method, on_pretraining=disturb)
+    for trainer in (undisturbed, disturbed):
+        trainer.fit()
+    assert reported == [(1, ["one_hot"]), (2, ["one_hot"]), (3, ["one_hot"])]
+    assert_equal(without_times(disturbed.state_dict()), without_times(undisturbed.state_dict()))
+
+
 def test_a_stopped_loop_offers_a_checkpoint_that_resumes_to_the_uninterrupted_result(make_trainer: MakeTrainer) -> None:
     whole = make_trainer(small_method(epochs=2, iterations=3))
     whole.fit()

@@ -99,7 +99,7 @@ def test_the_page_shows_the_results_of_the_summary(tmp_path: Path) -> None:
     for row in (
         ["Teacher", "98.00 %"],
         ["Student, last epoch", "94.00 %"],
-        ["Student, best epoch (selected on the test set)", "94.00 %"],
+        ["Student, best epoch (selected on these images)", "94.00 %"],
         ["Student, largest drop from a previous peak", "5.00 points"],
         ["Student, fraction of epochs within 5 points of the teacher", "25 %"],
         ["Student steps", "1 min 40 s", "50.0 %"],
