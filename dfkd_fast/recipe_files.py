@@ -12,8 +12,21 @@ from typing import Any
 from .errors import DfkdError, short_repr, unknown
 from .renamed import current_keys
 
-__all__ = ["MOVABLE", "changed_from", "flat", "merged", "parse_recipe", "read_levels", "read_recipe", "shipped_recipes"]
+__all__ = [
+    "BUDGET_RECORD",
+    "MOVABLE",
+    "changed_from",
+    "flat",
+    "merged",
+    "parse_recipe",
+    "read_levels",
+    "read_recipe",
+    "shipped_recipes",
+    "without_replaced_budget",
+]
 
+BUDGET_RECORD = "loop.budget"
+"""Key of ``[provenance]`` that says from which budget ``loop.epochs`` was computed."""
 SHIPPED = resources.files("dfkd_fast") / "recipes"
 MOVABLE = ("description", "provenance", "data.root", "data.workers", "teacher.weights", "teacher.weights_key", "report")
 """Keys and sections without influence on the result: texts, locations, and what is reported. They may change when a run is resumed."""
@@ -82,6 +95,16 @@ def _base(name_or_path: str, content: dict[str, Any]) -> str | None:
     if not isinstance(base, str):
         raise DfkdError(f"recipe {name_or_path!r}: extends = {short_repr(base)}: must be the name or path of a recipe")
     return str(Path(name_or_path).parent / base) if base.endswith(".toml") else base
+
+
+def without_replaced_budget(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe without ``loop.budget``, and without the record of an earlier one, if changes of it set ``loop.epochs`` instead."""
+    changed, loop, provenance = changes.get("loop"), base.get("loop"), base.get("provenance")
+    if not isinstance(changed, dict) or "epochs" not in changed or changed.get("budget") or not isinstance(loop, dict):
+        return base
+    if isinstance(provenance, dict) and loop.get("epochs") != changed["epochs"]:
+        base = base | {"provenance": {name: text for name, text in provenance.items() if name != BUDGET_RECORD}}
+    return base | {"loop": {name: value for name, value in loop.items() if name != "budget"}}
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
