@@ -13,7 +13,7 @@ from dfkd_fast.data import DataSettings
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator
 from dfkd_fast.models import load_weights, read_metadata, save_weights
-from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml
+from dfkd_fast.recipe import load_recipe, recipe_from_toml, recipe_to_toml
 from dfkd_fast.report import RunFolder
 
 __all__ = ["FOLDER", "ship"]
@@ -46,7 +46,8 @@ def ship(run: Path, data_root: Path, note: str, path: Path, commit: str) -> floa
     teacher = build_network(trained, "teacher")
     load_weights(teacher, folder.teacher)
     round_matrices(teacher)
-    recipe = replace(trained, data=replace(trained.data, root=""), provenance={})  # the folder of one machine
+    # Of the shipped recipe: the run may have read the same images from another folder or format.
+    recipe = replace(trained, data=load_recipe(trained.name).data, provenance={})
     metadata |= {"recipe": recipe_to_toml(recipe), "data": note, "license": LICENSE, "commit": commit}
     save_weights(teacher, path, metadata)
     accuracy = _accuracy(path, teacher.float(), replace(trained.data, root=str(data_root)))

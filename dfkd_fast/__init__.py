@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import kernels
-    from .engine import Engine, Epoch, Loop, Method, Optimizer, Trainer
+    from .engine import Engine, Epoch, Loop, Method, Optimizer, Trainer, within_budget
     from .errors import DfkdError, NonFiniteLossError
     from .methods import Objective, Replay, Update
     from .models import GeneratorA, GeneratorB
@@ -31,11 +31,12 @@ __all__ = [
     "__version__",
     "kernels",
     "load_recipe",
+    "within_budget",
 ]
 
 # Imported at first use: PyTorch takes seconds, which neither --help nor a single kernel should cost.
 MODULES = {
-    "engine": ("Engine", "Epoch", "Loop", "Method", "Optimizer", "Trainer"),
+    "engine": ("Engine", "Epoch", "Loop", "Method", "Optimizer", "Trainer", "within_budget"),
     "errors": ("DfkdError", "NonFiniteLossError"),
     "methods": ("Objective", "Replay", "Update"),
     "models": ("GeneratorA", "GeneratorB"),

@@ -75,6 +75,10 @@ def distill(
     data_root: DataRoot = None,
     device: Device = "auto",
     seed: Seed = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Wall-clock time of the student's training, such as 40min; loop.epochs follows from it."),
+    ] = None,
     auto_batch_size: Annotated[bool, typer.Option("--auto-batch-size", help="Use the largest loop.batch_size that fits the GPU.")] = False,
     fit: Annotated[bool, typer.Option("--fit", hidden=True)] = False,
     resume: Resume = False,
@@ -89,6 +93,10 @@ def distill(
     from .run import open_run
 
     overrides = _overrides(changes, teacher=teacher, weights_key=weights_key, data_root=data_root, seed=seed)
+    if budget == "":  # as an unset shell variable gives; in a recipe it means none
+        raise DfkdError("--budget '': must be a duration, such as 40min")
+    if budget is not None:
+        overrides["loop.budget"] = budget
     with device_context(device) as compute_device, _console(quiet, log_level) as console:
         _log_wait_policy(passive, compute_device.type)
         if fit:
@@ -351,6 +359,7 @@ def _show_warnings_once() -> Callable[..., None]:
 
 
 OPTIONS = {
+    "loop.budget": ("--budget",),
     "data.root": ("--data-root",),
     "data.loader = 'torchvision'": ("--loader torchvision",),
     "data.strict = false": ("--no-strict",),

@@ -19,7 +19,7 @@ from dfkd_fast.engine import Method, Optimizer
 from dfkd_fast.errors import DfkdError, short_repr, unknown
 from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
-from dfkd_fast.recipe_files import changed_from, flat, merged, parse_recipe, read_levels
+from dfkd_fast.recipe_files import changed_from, flat, merged, parse_recipe, read_levels, without_replaced_budget
 from dfkd_fast.renamed import current_keys, current_path, with_weights_like
 from dfkd_fast.settings import Count, FileName, Fraction, NonNegative, PositiveInt, Seed, settings
 
@@ -146,7 +146,12 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def _with(content: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    for path, value in (overrides or {}).items():
+    overrides = overrides or {}
+    if "loop.epochs" in overrides:
+        if budget := overrides.get("loop.budget"):
+            raise DfkdError(f"loop.budget = {short_repr(budget)}: loop.epochs follows from it, and both are given; choose one")
+        content = without_replaced_budget(content, {"loop": {"epochs": overrides["loop.epochs"]}})
+    for path, value in overrides.items():
         path = current_path(path)
         *sections, key = path.split(".")
         if isinstance(value, Mapping):
@@ -183,7 +188,9 @@ def _checked(levels: list[dict[str, Any]], overrides: Mapping[str, Any] | None, 
         with_weights_like(content, {}, where)  # refuses weights under former and current keys
         for changes in extending:
             content = with_weights_like(changes, content, f"recipe {changes['name']!r}")
-            content = changed_from(content, merged(content, changes), _defaults(), described="description" in changes)
+            content = changed_from(
+                content, merged(without_replaced_budget(content, changes), changes), _defaults(), described="description" in changes
+            )
         if overrides:
             overriding = reduce(merged, [_nested(path, value) for path, value in overrides.items()])
             content = with_weights_like(overriding, content, where)

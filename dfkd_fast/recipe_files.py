@@ -12,8 +12,21 @@ from typing import Any
 from .errors import DfkdError, short_repr, unknown
 from .renamed import current_keys
 
-__all__ = ["MOVABLE", "changed_from", "flat", "merged", "parse_recipe", "read_levels", "read_recipe", "shipped_recipes"]
+__all__ = [
+    "BUDGET_RECORD",
+    "MOVABLE",
+    "changed_from",
+    "flat",
+    "merged",
+    "parse_recipe",
+    "read_levels",
+    "read_recipe",
+    "shipped_recipes",
+    "without_replaced_budget",
+]
 
+BUDGET_RECORD = "loop.budget"
+"""Key of ``[provenance]`` that says from which budget ``loop.epochs`` was computed."""
 SHIPPED = resources.files("dfkd_fast") / "recipes"
 MOVABLE = ("description", "provenance", "data.root", "data.workers", "teacher.weights", "teacher.weights_key", "report")
 """Keys and sections without influence on the result: texts, locations, and what is reported. They may change when a run is resumed."""
@@ -84,6 +97,16 @@ def _base(name_or_path: str, content: dict[str, Any]) -> str | None:
     return str(Path(name_or_path).parent / base) if base.endswith(".toml") else base
 
 
+def without_replaced_budget(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe without ``loop.budget``, and without the record of an earlier one, if changes of it set ``loop.epochs`` instead."""
+    changed, loop, provenance = changes.get("loop"), base.get("loop"), base.get("provenance")
+    if not isinstance(changed, dict) or "epochs" not in changed or changed.get("budget") or not isinstance(loop, dict):
+        return base
+    if isinstance(provenance, dict) and loop.get("epochs") != changed["epochs"]:
+        base = base | {"provenance": {name: text for name, text in provenance.items() if name != BUDGET_RECORD}}
+    return base | {"loop": {name: value for name, value in loop.items() if name != "budget"}}
+
+
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Returns nested dictionaries merged recursively; values of ``changes`` take precedence."""
     result = dict(base)
@@ -97,7 +120,7 @@ def changed_from(base: dict[str, Any], changed: dict[str, Any], defaults: Mappin
     """Returns a recipe that was derived from another, with a provenance that lists what differs, and a description of its own.
 
     Nothing is listed, and the base's description kept, if only keys differ that are without influence on the result, or name and
-    seed.
+    seed. The description is also kept if only ``[engine]`` differs.
 
     Args:
         base: the recipe that it was derived from, as nested dictionaries.
@@ -111,8 +134,9 @@ def changed_from(base: dict[str, Any], changed: dict[str, Any], defaults: Mappin
         return changed
     title = f"changed from {base.get('name')}"
     result = dict(changed)
-    if not described:
-        result["description"] = _description(f"{'a changed ' if title in provenance else ''}{base.get('name')}", differences)
+    # How fast and in which precision something is computed is not what it is.
+    if not described and (of_method := [difference for difference in differences if not difference[0].startswith("engine.")]):
+        result["description"] = _description(f"{'a changed ' if title in provenance else ''}{base.get('name')}", of_method)
     lines = [f"{key}: {before} → {after}" if before else f"{key} = {after}" for key, before, after in differences]
     earlier = [text for text in [provenance.get(title)] if isinstance(text, str)]
     result["provenance"] = provenance | {title: ", ".join([*earlier, *lines])}

@@ -104,10 +104,15 @@ class Run:
         if not self.resumed:  # otherwise the checkpoint is checked first, see resume
             self.folder.write_recipe(recipe_to_toml(self.recipe))
 
-    def resume(self, training: Training, checkpoints: Path) -> None:
+    def resume(self, training: Training, checkpoints: Path, sections: Container[str] | None = None) -> None:
         """Load the newest undamaged checkpoint into a training, if there is one; damaged ones are reported and renamed.
 
         The folder's recipe is rewritten after that, because options may have changed the locations of data and teacher.
+
+        Args:
+            training: to resume.
+            checkpoints: folder of its checkpoints.
+            sections: recipe sections that it depends on; None for all.
 
         Raises:
             DfkdError: all checkpoints are damaged, or the newest belongs to another run.
@@ -128,16 +133,16 @@ class Run:
             path, problems = latest
             for problem in problems:
                 self.note(f"{problem}; resuming from {path}")
-            self._load(training, path, loaded[0] if loaded else load_checkpoint(path))
+            self._load(training, path, loaded[0] if loaded else load_checkpoint(path), sections)
         self.folder.write_recipe(recipe_to_toml(self.recipe))
 
-    def _load(self, training: Training, path: Path, saved: dict[str, Any]) -> None:
+    def _load(self, training: Training, path: Path, saved: dict[str, Any], sections: Container[str] | None) -> None:
         """Load the content of a checkpoint; raises a :class:`DfkdError` if it belongs to another run."""
         kinds = {"training": dict, "seconds": float, "recipe": str}
         saved.setdefault("recipe", recipe_to_toml(self.recipe))  # earlier versions did not store the recipe
         if not all(isinstance(saved.get(name), kind) for name, kind in kinds.items()):
             raise DfkdError(f"{path} is not a checkpoint of a run")
-        self.check_owner(f"checkpoint {path}", saved["recipe"])
+        self.check_owner(f"checkpoint {path}", saved["recipe"], sections)
         try:
             training.load_state_dict(saved["training"])
         except DfkdError as error:
@@ -294,6 +299,11 @@ def _stored_recipe(folder: RunFolder, name: str, overrides: dict[str, Any]) -> R
     if moved.engine.precision == "auto":  # as resolved when the run began
         engine = replace(moved.engine, precision=stored.engine.precision)
         moved = replace(moved, engine=engine, description=stored.description, provenance=stored.provenance)
+    if moved.loop.budget and not stored.loop.budget:
+        raise DfkdError(
+            f"--resume: loop.budget = {moved.loop.budget!r}: {folder.recipe} has loop.epochs = {stored.loop.epochs},"
+            " which cannot change in the middle of a run; leave out the budget"
+        )
     for path, before, after in _fixed_differences(stored, moved):
         raise DfkdError(f"--resume: {path} is {before!r} in {folder.recipe}, and cannot become {after!r} in the middle of a run")
     return moved

@@ -5,18 +5,21 @@ keyword arguments in Python and for keys in TOML.
 """
 
 import dataclasses
+import re
 from functools import wraps
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from .errors import short_repr
 from .renamed import current_keywords
 
 __all__ = [
+    "MAX_COUNT",
     "BelowOne",
     "Count",
+    "Duration",
     "FileName",
     "Flag",
     "Fraction",
@@ -26,12 +29,16 @@ __all__ = [
     "PositiveInt",
     "Seed",
     "Temperature",
+    "seconds_of",
     "settings",
 ]
 
 Section = TypeVar("Section")
 MAX_NAME_BYTES = 200
 """Maximum length of a folder name in UTF-8 bytes. File systems allow 255; a number or suffix may be appended."""
+MAX_COUNT = 2**31 - 1
+DURATION = re.compile(r"(?:([0-9.]+)h)?(?:([0-9.]+)min)?(?:([0-9.]+)s)?")
+MAX_SECONDS = 8760 * 3600
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
@@ -54,8 +61,8 @@ def settings(section: type[Section]) -> type[Section]:
 
 
 # Strict: neither "3" nor true is accepted as a number.
-PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
-Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+PositiveInt = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 # The range of float32, in which networks and losses are computed.
 Number = Annotated[float, Field(strict=True, ge=-1e38, le=1e38)]
@@ -78,3 +85,36 @@ def _check_file_name(name: str) -> str:
 
 FileName = Annotated[str, Field(strict=True), AfterValidator(_check_file_name)]
 Flag = Annotated[bool, Field(strict=True)]
+
+
+def seconds_of(duration: str) -> float:
+    """Returns a duration such as ``"90s"``, ``"40min"``, ``"1.5h"`` or ``"2h30min"`` in seconds.
+
+    Raises:
+        ValueError: It is not a duration, or not between 1 s and 8760 h.
+    """
+    match = DURATION.fullmatch(duration)
+    try:
+        parts = [float(part or 0) for part in match.groups()] if match else []
+    except ValueError:  # 1.2.3
+        parts = []
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not 1 <= seconds <= MAX_SECONDS:
+        raise _not_a_duration(duration)
+    return seconds
+
+
+def _not_a_duration(value: object) -> ValueError:
+    return ValueError(f"{short_repr(value)} must be a duration from 1s to 8760h, such as 90s, 40min, 1.5h or 2h30min")
+
+
+def _check_duration(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise _not_a_duration(value)
+    if value:
+        seconds_of(value)
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_check_duration)]
+"""Duration as text, or an empty string for none."""

@@ -92,6 +92,12 @@ def test_a_description_names_the_first_differences(overrides: dict[str, Any], de
     assert load_recipe("digits", overrides).description == description
 
 
+def test_another_engine_is_listed_but_keeps_the_description() -> None:
+    changed, base = load_recipe("digits", {"engine.precision": "fp32"}), load_recipe("digits")
+    assert changed.description == base.description
+    assert changed.provenance["changed from digits"] == 'engine.precision: "auto" → "fp32"'
+
+
 def test_a_section_that_is_replaced_lists_what_returns_to_its_default() -> None:
     listed = load_recipe("digits", {"loop": {"epochs": 3, "batch_size": 64, "student_steps": 5}}).provenance["changed from digits"]
     assert listed.startswith("loop.epochs: 20 → 3, loop.iterations_per_epoch: 15 → ")

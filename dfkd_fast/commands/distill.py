@@ -23,14 +23,16 @@ from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator, chance, is_at_chance, retention
 from dfkd_fast.log import LOGGER
-from dfkd_fast.models import load_encoder, load_weights, read_metadata
+from dfkd_fast.models import load_encoder, load_weights, read_metadata, sample
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
+from dfkd_fast.recipe_files import BUDGET_RECORD
 from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.report.html import write_report
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import eval_mode
 
+from .budget import choose_epochs
 from .networks import build_network, build_networks, check_teacher, load_given_teacher, noise_images
 from .rehearsal import check_trainable, initialize_encoder, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
@@ -79,6 +81,8 @@ def distill(run: Run) -> dict[str, Any]:
     teacher, student, generator = build_networks(recipe, device)
     rehearse(run, teacher, student, generator)
     evaluate = _evaluator(run)
+    if recipe.loop.budget:
+        recipe = choose_epochs(run, teacher, student, generator, evaluate, _write_samples)
     teacher_seconds = _obtain_teacher(run, teacher, evaluate)
     with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
         teacher_accuracy = evaluate(teacher) if evaluate else None
@@ -90,12 +94,16 @@ def distill(run: Run) -> dict[str, Any]:
     run.resume(trainer, folder.checkpoints)
     for note in trainer.notes:
         run.note(note)
+    before = run.seconds - sum(trainer.state.clock.read().values())
     _train_student(run, trainer, teacher_accuracy)
+    training_seconds = run.seconds - before
     iou = evaluate.iou({"teacher": teacher, "student": trainer.result}) if evaluate else {}
 
     folder.save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
     folder.plot_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
     summary = _summarize(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {})
+    if BUDGET_RECORD in recipe.provenance:
+        summary["budget"] = {"computed": recipe.provenance[BUDGET_RECORD], "training_seconds": training_seconds}
     folder.write_summary(summary)
     write_report(folder)
     _print_summary(run.console, summary, folder)
@@ -117,7 +125,7 @@ def auto_batch_size(recipe: Recipe, device: torch.device) -> Recipe:
     data = recipe.data
 
     def with_batch(size: int) -> Recipe:
-        return replace(recipe, loop=replace(recipe.loop, batch_size=size))
+        return replace(recipe, loop=replace(recipe.loop, batch_size=size, budget=""))
 
     def attempt(size: int) -> None:
         trainer = Trainer(*build_networks(recipe, device), with_batch(size), device=device)
@@ -209,7 +217,7 @@ def _train_teacher(run: Run, teacher: nn.Module, evaluate: Evaluator | None) -> 
         evaluate=evaluate,
         evaluate_every=settings.evaluate_every,
     )
-    run.resume(training, folder.teacher_checkpoints)
+    run.resume(training, folder.teacher_checkpoints, OF_THE_TEACHER)
     for note in training.notes:
         run.note(note)
     metric, done = recipe.data.metric, training.epochs_done * len(loader)
@@ -240,11 +248,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
             folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
         if epoch.number == 1 or epoch.number % recipe.report.samples_every == 0 or trainer.finished:
-            images = trainer.sample(recipe.report.samples)
-            dense = recipe.data.task == "segmentation"
-            maps = label_maps([trainer.teacher, trainer.result], images, palette(recipe.data)) if dense else []
-            folder.save_samples(images, recipe.data.mean, recipe.data.std, epoch.number, maps)
-            folder.plot_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
+            _write_samples(recipe, folder, [trainer.teacher, trainer.result], trainer.state.generator, trainer.history, teacher_accuracy)
 
     if trainer.state.pretrained < recipe.loop.generator_pretraining:
         LOGGER.info("pretraining the generator for %d steps", recipe.loop.generator_pretraining - trainer.state.pretrained)
@@ -259,6 +263,21 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             run.train(trainer, folder.checkpoints, report, (*step_sizes(recipe), "data.batch_size", "report.samples"))
     finally:
         folder.end_log()
+
+
+def _write_samples(
+    recipe: Recipe,
+    folder: RunFolder,
+    networks: Sequence[nn.Module],
+    generator: nn.Module,
+    history: Sequence[Epoch],
+    teacher_accuracy: float | None,
+) -> None:
+    """Write a grid of generated samples, with the label maps of segmenters, and the curves up to the last epoch."""
+    images = sample(generator, recipe.report.samples, next(generator.parameters()).device)
+    maps = label_maps(networks, images, palette(recipe.data)) if recipe.data.task == "segmentation" else []
+    folder.save_samples(images, recipe.data.mean, recipe.data.std, history[-1].number, maps)
+    folder.plot_curves(history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
 
 
 def _chance_warnings(recipe: Recipe, history: Sequence[Epoch], teacher_accuracy: float | None) -> list[str]:
@@ -351,6 +370,8 @@ def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder)
         rows.append(("agreement with the teacher", f"{agreement['last']:.2f} % of {agreement['samples']:,} generated samples"))
     rows += [("note", note) for note in summary["notes"]]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    if budget := summary.get("budget"):
+        rows.append(("budget", f"{budget['computed']}; the training took {budget['training_seconds']:.1f} s"))
     rows += [("seconds", f"{seconds['total']:.1f} ({parts})"), ("folder", str(folder.path))]
     print_table(console, (summary["recipe"], f"seed {summary['seed']}, {summary['device']}"), rows)
 

@@ -9,7 +9,7 @@ import torch
 from dfkd_fast.choices import PrecisionSetting
 from dfkd_fast.methods import POLICIES, Objective, Replay, Update
 from dfkd_fast.renamed import FORMER_WEIGHTS_REPLACED, current_weights
-from dfkd_fast.settings import Count, Flag, Fraction, PositiveInt, settings
+from dfkd_fast.settings import Count, Duration, Flag, Fraction, PositiveInt, settings
 
 from .optim import Optimizer
 from .precision import resolve_precision
@@ -24,7 +24,10 @@ class Loop:
     """Recipe section ``[loop]``: the training schedule. An iteration consists of student steps and generator steps."""
 
     epochs: PositiveInt = 40
-    """Number of epochs."""
+    """Number of epochs; with a ``budget`` it is computed."""
+    budget: Duration = ""
+    """Wall-clock time of the student's training, such as ``90s``, ``40min`` or ``2h30min``, from which the number of epochs is computed
+    when a run begins (:func:`~dfkd_fast.within_budget`); empty to use ``epochs``."""
     iterations_per_epoch: PositiveInt = 50
     """Number of iterations per epoch."""
     batch_size: PositiveInt = 256
@@ -115,6 +118,12 @@ class Method:
                 f"loop.iterations_per_epoch = {loop.iterations_per_epoch}: an epoch has {steps} student or generator steps,"
                 f" at most {MAX_STEPS} are allowed since their losses are kept in memory; increase loop.epochs instead"
             )
+        for name, optimizer in (("student_optimizer", self.student_optimizer), ("generator_optimizer", self.generator_optimizer)):
+            if loop.budget and optimizer.schedule == "multistep":
+                raise ValueError(
+                    f"loop.budget = {loop.budget!r}: not supported with {name}.schedule 'multistep', whose milestones"
+                    " are numbers of epochs; use 'cosine', or loop.epochs instead of the budget"
+                )
         batch_size, micro_batches = self.loop.batch_size, self.engine.micro_batches
         if micro_batches > 1 and self.update.is_retain_acquire:
             raise ValueError(

@@ -59,7 +59,8 @@ class Trainer:
             the loop.
 
     Raises:
-        DfkdError: The networks are incompatible with each other, the method or its batch sizes, or cannot be copied.
+        DfkdError: The networks are incompatible with each other, the method or its batch sizes, or cannot be copied; or the method has
+            a ``loop.budget``, from which :func:`~dfkd_fast.within_budget` computes ``loop.epochs``.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Trainer:
     ) -> None:
         self.device = torch.device(device)
         self.method = resolved(method or Method(), self.device)
+        if budget := self.method.loop.budget:
+            raise DfkdError(f"loop.budget = {budget!r}: a Trainer needs loop.epochs, which within_budget() computes")
         self.teacher, self.student, self.generator = teacher, student, generator
         self.evaluate = evaluate
         self.on_pretraining, self.on_iteration = on_pretraining, on_iteration

@@ -88,6 +88,20 @@ CASES: list[Case] = [
         "update.kind=first-order",
         error="update.kind = 'first-order': needs replayed samples",
     ),
+    case(
+        "a budget and a number of epochs",
+        *("distill", "digits", "--budget", "40min", "--set", "loop.epochs=3"),
+        error="loop.budget (--budget) = '40min': loop.epochs follows from it, and both are given; choose one",
+    ),
+    case(
+        "a budget for milestones",
+        *("distill", "digits", "--budget", "40min", "--set", "student_optimizer.schedule=multistep"),
+        error="loop.budget (--budget) = '40min': not supported with student_optimizer.schedule 'multistep'",
+    ),
+    case("a budget of no time", "distill", "digits", "--budget", "0s", error="'0s' must be a duration from 1s to 8760h, such as 90s"),
+    case("a budget without a unit", "distill", "digits", "--budget", "40", error="'40' must be a duration"),
+    case("an empty budget", "distill", "digits", "--budget", "", error="--budget '': must be a duration"),
+    case("a budget for a teacher", "teach", "digits", "--budget", "40min", error="No such option: --budget"),
     case("more pieces than samples", "show", "digits", "--set", "engine.micro_batches=300", error="engine.micro_batches = 300"),
     case(
         "--auto-batch-size without a GPU",

@@ -106,6 +106,12 @@ CASES: list[Case] = [
     sets("a rate of averages of one", "generator_optimizer.betas=[0.9,1.0]", error="generator_optimizer.betas.1 = 1.0: must be a list"),
     sets("one rate of averages of two", "generator_optimizer.betas=[0.9]", error="generator_optimizer.betas"),
     sets("a temperature of zero", "objective.temperature=0", error="objective.temperature = 0: must be a number ≥ 0.0001"),
+    # durations
+    sets("a number for a duration", "loop.budget=40", error="loop.budget: 40 must be a duration from 1s to 8760h, such as 90s, 40min"),
+    sets("a duration in other words", 'loop.budget="40 minutes"', error="loop.budget: '40 minutes' must be a duration"),
+    sets("a duration with two points", "loop.budget=1.2.3h", error="loop.budget: '1.2.3h' must be a duration"),
+    sets("a duration beyond a year", f"loop.budget={'9' * 4000}h", error="must be a duration from 1s to 8760h"),
+    sets("an integer of 4,000 digits for a duration", f"loop.budget={DIGITS[:4000]}", error="must be a duration from 1s to 8760h"),
     # --set
     sets("two lines in a change", "loop.epochs=3\nseed=4", error="--set 'loop.epochs=3\\nseed=4': must be one value; repeat --set"),
     sets("a table in a change", "seed=4\n[loop]\nepochs=3", error="must be one value; repeat --set"),
