@@ -285,7 +285,7 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(run: Run, tiny_run: Pat
         (["distill", "digits", "--teacher", "nowhere.safetensors"], "nowhere.safetensors not found"),
         (["distill", "digits", "--device", "tpu"], "tpu"),
         (["distill", "digits", "--out", "missing", "--resume"], "--resume: missing holds no run"),
-        (["distill", "mnist-cpu"], "data.root (--data-root) = '': data set 'mnist' needs the folder that holds it"),
+        (["distill", "mnist-dfad"], "data.root (--data-root) = '': data set 'mnist' needs the folder that holds it"),
         (["distill", "mnist-cpu", "--data-root", "nowhere"], "nowhere does not exist"),
         (["distill", "mnist-cpu", "--data-root", "."], "does not hold MNIST in torchvision's layout"),
         (["distill", "digits", "--set", "data.name=none"], "this recipe has no images"),
