@@ -121,7 +121,7 @@ def teach(
 ) -> None:
     """Train the recipe's teacher and save its weights; where the recipe uses a shipped teacher, train it anew."""
     passive = set_wait_policy()  # before PyTorch is imported
-    from .commands import distill as command
+    from .commands import teach as command
     from .commands.device import device_context
     from .models import is_shipped
     from .recipe import load_recipe

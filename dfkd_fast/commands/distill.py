@@ -1,4 +1,4 @@
-"""``dfkd-fast distill`` and ``dfkd-fast teach``."""
+"""``dfkd-fast distill``."""
 
 import platform
 from collections.abc import Sequence
@@ -14,18 +14,17 @@ from torch import nn
 import dfkd_fast
 from dfkd_fast import distributed
 from dfkd_fast.console import print_table
-from dfkd_fast.data import batches, open_split, palette
+from dfkd_fast.data import palette
 from dfkd_fast.engine import Epoch, Trainer
 from dfkd_fast.engine.agreement import AGREEMENT_SAMPLES
 from dfkd_fast.engine.batch_size import largest_batch_size
 from dfkd_fast.engine.device import device_name
-from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator, chance, is_at_chance, retention
 from dfkd_fast.log import LOGGER
-from dfkd_fast.models import load_encoder, load_weights, read_metadata, sample
+from dfkd_fast.models import sample
 from dfkd_fast.out_of_memory import memory_for, sizes_of
-from dfkd_fast.recipe import Recipe, recipe_to_toml
+from dfkd_fast.recipe import Recipe
 from dfkd_fast.recipe_files import BUDGET_RECORD
 from dfkd_fast.report import Progress, RunFolder
 from dfkd_fast.report.html import write_report
@@ -33,40 +32,12 @@ from dfkd_fast.run import Run
 from dfkd_fast.surgery import eval_mode
 
 from .budget import choose_epochs
-from .networks import build_network, build_networks, check_teacher, load_given_teacher, noise_images
-from .rehearsal import check_trainable, initialize_encoder, rehearse, step_sizes
+from .networks import build_networks
+from .rehearsal import initialize_encoder, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
+from .teach import obtain_teacher, weights_metadata
 
-__all__ = ["auto_batch_size", "distill", "teach"]
-
-OF_THE_TEACHER = {"seed", "data", "teacher", "teacher_optimizer"}
-"""Recipe sections that a trained teacher depends on."""
-TEACHER_SIZES = ("teacher.batch_size", "data.image_size", "data.channels")
-"""Settings that the memory of the teacher's training depends on."""
-
-
-def teach(run: Run) -> float:
-    """Train the recipe's teacher and save it in the run folder.
-
-    Returns:
-        The test accuracy, or mIoU, in percent.
-    """
-    recipe = run.recipe
-    with memory_for("the teacher", sizes_of(recipe, "teacher.model", "data.image_size", "data.channels", "data.num_classes")):
-        teacher = build_network(recipe, "teacher").to(run.device)
-        check_teacher(recipe, teacher, run.device)
-    evaluate = Evaluator(recipe.data, run.device, run.note)
-    seconds = _obtain_teacher(run, teacher, evaluate)
-    accuracy = evaluate(teacher)
-    rows = [
-        ("teacher", recipe.teacher.model),
-        (recipe.data.metric, f"{accuracy:.2f} %"),
-        ("weights", recipe.teacher.weights or str(run.folder.teacher)),
-        *([("seconds", f"{seconds:.1f}")] if seconds else []),
-    ]
-    print_table(run.console, (recipe.name, f"seed {recipe.seed}, {run.device.type}"), rows)
-    print_iou(run.console, evaluate.iou({"teacher": teacher}))
-    return accuracy
+__all__ = ["auto_batch_size", "distill"]
 
 
 def distill(run: Run) -> dict[str, Any]:
@@ -83,7 +54,7 @@ def distill(run: Run) -> dict[str, Any]:
     evaluate = _evaluator(run)
     if recipe.loop.budget:
         recipe = choose_epochs(run, teacher, student, generator, evaluate, _write_samples)
-    teacher_seconds = _obtain_teacher(run, teacher, evaluate)
+    teacher_seconds = obtain_teacher(run, teacher, evaluate)
     with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
         teacher_accuracy = evaluate(teacher) if evaluate else None
     if teacher_accuracy is not None and (warning := _teacher_warning(recipe, teacher_accuracy)):
@@ -99,7 +70,7 @@ def distill(run: Run) -> dict[str, Any]:
     training_seconds = run.seconds - before
     iou = evaluate.iou({"teacher": teacher, "student": trainer.result}) if evaluate else {}
 
-    folder.save_weights(trainer.result, folder.student, _metadata(recipe, "student"))
+    folder.save_weights(trainer.result, folder.student, weights_metadata(recipe, "student"))
     folder.plot_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
     summary = _summarize(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {})
     if BUDGET_RECORD in recipe.provenance:
@@ -157,85 +128,6 @@ def _evaluator(run: Run) -> Evaluator | None:
     return Evaluator(data, run.device, run.note) if data.has_images else None
 
 
-def _obtain_teacher(run: Run, teacher: nn.Module, evaluate: Evaluator | None) -> float:
-    """Load or train the teacher: weights of the user, of the run folder, or newly trained. From here on the run folder exists.
-
-    Args:
-        run: of the recipe.
-        teacher: modified in place.
-        evaluate: returns a network's accuracy in percent.
-
-    Returns:
-        Seconds of the teacher's training, 0 for weights of the user.
-    """
-    stored = run.folder.teacher
-    if run.recipe.teacher.weights:
-        load_given_teacher(run.recipe, teacher, run.note)
-        run.begin()
-        return 0.0
-    for name in ("sha256", "weights_key"):
-        if value := getattr(run.recipe.teacher, name):
-            raise DfkdError(f"teacher.{name} = {value!r}: requires a weight file: name it with --teacher FILE")
-    if stored.is_file():
-        metadata = read_metadata(stored)
-        if "recipe" in metadata:
-            run.check_owner(str(stored), metadata["recipe"], OF_THE_TEACHER)
-        load_weights(teacher, stored)
-        run.begin()
-        seconds = float(metadata.get("seconds", 0.0))
-        run.count_earlier(seconds)
-        return seconds
-    return _train_teacher(run, teacher, evaluate)
-
-
-def _train_teacher(run: Run, teacher: nn.Module, evaluate: Evaluator | None) -> float:
-    """Train on the training split, which nothing outside this function holds a reference to.
-
-    Returns:
-        Seconds of the training.
-    """
-    recipe, device = run.recipe, run.device
-    check_trainable(recipe, teacher, device)
-    stream = torch.Generator().manual_seed(recipe.seed)
-    split = open_split(recipe.data, "train", augment=recipe.teacher.augment)
-    loader = batches(split, recipe.teacher.batch_size, shuffle=True, workers=recipe.data.workers, generator=stream)
-    if recipe.teacher.encoder_weights:
-        load_encoder(teacher, recipe.teacher.encoder_weights)
-    run.begin()
-    settings, folder = recipe.teacher, run.folder
-    training = TeacherTrainer(
-        teacher,
-        loader,
-        recipe.teacher_optimizer,
-        settings.epochs,
-        stream,
-        noise_images(recipe, 4, device),
-        device,
-        engine=recipe.engine,
-        focal_gamma=settings.focal_gamma,
-        ema_decay=settings.ema_decay,
-        evaluate=evaluate,
-        evaluate_every=settings.evaluate_every,
-    )
-    run.resume(training, folder.teacher_checkpoints, OF_THE_TEACHER)
-    for note in training.notes:
-        run.note(note)
-    metric, done = recipe.data.metric, training.epochs_done * len(loader)
-
-    def report(epoch: Epoch) -> None:
-        progress.epoch(epoch)
-        folder.log_teacher(training.history)
-        folder.plot_teacher_curves(training.history, f"{recipe.name}, seed {recipe.seed}", metric)
-
-    with Progress(run.console, "teacher", settings.epochs, len(loader), done, metric) as progress:
-        training.on_batch = lambda count: progress.iteration(training.epochs_done * len(loader) + count)
-        run.train(training, folder.teacher_checkpoints, report, TEACHER_SIZES)
-    teacher.load_state_dict(training.result.state_dict())
-    seconds = training.clock.read()["teacher"]
-    folder.save_weights(teacher, folder.teacher, _metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
-    return seconds
-
-
 def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -> None:
     recipe, folder = run.recipe, run.folder
 
@@ -246,7 +138,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
                 run.note(warning)
         folder.log(epoch)
         if epoch.student_accuracy is not None and epoch.student_accuracy >= max(_accuracies(trainer)):
-            folder.save_weights(trainer.result, folder.best_student, _metadata(recipe, "student"))
+            folder.save_weights(trainer.result, folder.best_student, weights_metadata(recipe, "student"))
         if epoch.number == 1 or epoch.number % recipe.report.samples_every == 0 or trainer.finished:
             _write_samples(recipe, folder, [trainer.teacher, trainer.result], trainer.state.generator, trainer.history, teacher_accuracy)
 
@@ -312,10 +204,6 @@ def _first_quarter_epoch(recipe: Recipe, history: Sequence[Epoch]) -> Epoch | No
     """The first epoch with an evaluated student after a quarter of the run; None before."""
     quarter = recipe.loop.epochs / 4
     return next((epoch for epoch in history if epoch.number >= quarter and epoch.student_accuracy is not None), None)
-
-
-def _metadata(recipe: Recipe, role: str) -> dict[str, str]:
-    return {"role": role, "recipe": recipe_to_toml(recipe), "version": dfkd_fast.__version__}
 
 
 def _accuracies(trainer: Trainer) -> list[float]:
