@@ -1,5 +1,6 @@
 """Automatic mixed precision: autocast and loss scaling."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,11 +12,13 @@ from dfkd_fast.choices import PrecisionName, PrecisionSetting
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.surgery import eval_mode, find_heads, get_logits, in_float32
 
-__all__ = ["Precision", "default_modes", "resolve_precision"]
+__all__ = ["Precision", "default_modes", "emulation_note", "resolve_precision"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_BF16_CAPABILITY = 8
 """Minimum major compute capability with bfloat16 support in hardware. PyTorch emulates bfloat16 on older GPUs."""
+BF16_FEATURES = ("avx512bf16", "amx-bf16", "bf16")
+"""LLVM's names of bfloat16 instructions: AVX-512's, AMX's and ARM's."""
 
 
 def resolve_precision(setting: PrecisionSetting, device: torch.device) -> PrecisionName:
@@ -23,6 +26,22 @@ def resolve_precision(setting: PrecisionSetting, device: torch.device) -> Precis
     if setting != "auto":
         return setting
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= MIN_BF16_CAPABILITY else "fp32"
+
+
+@functools.cache
+def computes_in_bf16() -> bool:
+    """Whether this CPU has bfloat16 instructions."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return any(features.get(feature) for feature in BF16_FEATURES)
+
+
+def emulation_note(precision: PrecisionName, device: torch.device) -> str | None:
+    """Returns a line for a CPU that emulates the precision instead of computing in it, else None."""
+    if device.type != "cpu" or precision != "bf16" or computes_in_bf16():
+        return None
+    return "engine.precision = 'bf16': this CPU has no bfloat16 instructions and emulates them; 'fp32' may be faster"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from .drift import Drift
 from .losses import LossLog
 from .method import Engine, Method
 from .optim import build_optimizer, build_schedule
-from .precision import Precision
+from .precision import Precision, emulation_note
 from .state import TrainState
 from .streams import random_stream
 
@@ -58,6 +58,12 @@ class Context:
     """Example images (SAMPLES, C, H, W) of the generator; empty while the generator is prepared."""
     notes: list[str]
     """Passes append a line for each optimization that they could not apply."""
+
+
+def note_emulation(context: Context) -> None:
+    """Adds a note if the device emulates the precision of the run."""
+    if (note := emulation_note(context.precision.name, context.device)) is not None:
+        context.notes.append(note)
 
 
 def share(network: nn.Module, context: Context) -> nn.Module:
@@ -180,6 +186,7 @@ def prepare(
         check_initialized(role, network)
 
     context = Context("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [])
+    note_emulation(context)
     for network in networks.values():
         to_device(network, context)
     distributed.broadcast_([tensor for network in networks.values() for tensor in network.state_dict().values()])
@@ -256,6 +263,7 @@ def prepare_teacher_training(
     if engine.malloc_reuse and device.type == "cpu":
         reuse_freed_memory()
     context = Context("teacher", engine, precision, device, images, [])
+    note_emulation(context)
     network = to_device(teacher, context)
     for apply in TEACHER_TRAINING_PASSES:
         network = apply(network, context)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
 from dfkd_fast import DfkdError, Engine, Loop, Method, Objective, Optimizer, Replay, Trainer
+from dfkd_fast.engine import precision
 from dfkd_fast.engine.method import resolved
 from dfkd_fast.engine.optim import build_optimizer
 from dfkd_fast.engine.steps import generator_step, student_step
@@ -20,13 +21,19 @@ from tests.small import Networks, loop_and_engine, small_networks
 MakeTrainer = Callable[..., Trainer]
 
 
+@pytest.fixture(autouse=True)
+def _bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that emulates bfloat16 adds a note, which the tests of other notes do not expect."""
+    monkeypatch.setattr(precision, "computes_in_bf16", lambda: True)
+
+
 def networks() -> Networks:
     return small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
 
 
-def method(precision: Any, **changes: Any) -> Method:
+def method(name: Any, **changes: Any) -> Method:
     return Method(
-        **loop_and_engine(batch_size=16, epochs=1, iterations_per_epoch=1, student_steps=1, precision=precision, **changes),
+        **loop_and_engine(batch_size=16, epochs=1, iterations_per_epoch=1, student_steps=1, precision=name, **changes),
         student_optimizer=Optimizer(lr=0.01),
         generator_optimizer=Optimizer(lr=0.01),
     )
@@ -320,3 +327,11 @@ def test_a_teacher_that_cannot_be_folded_is_used_unchanged_with_a_note(make_trai
     trainer.fit()
     assert len(trainer.notes) == 1
     assert "not folded: Branching cannot be traced" in trainer.notes[0]
+
+
+@pytest.mark.parametrize("emulates", [True, False])
+def test_a_cpu_that_emulates_bf16_is_noted(monkeypatch: pytest.MonkeyPatch, emulates: bool) -> None:
+    monkeypatch.setattr(precision, "computes_in_bf16", lambda: not emulates)
+    notes = {name: Trainer(*networks(), method(name)).notes for name in ("bf16", "fp32")}
+    line = "engine.precision = 'bf16': this CPU has no bfloat16 instructions and emulates them; 'fp32' may be faster"
+    assert notes == {"bf16": [line] if emulates else [], "fp32": []}
