@@ -382,10 +382,11 @@ def ship_teacher(
     name: Annotated[str, typer.Argument(help="Name of the teacher: shipped:NAME in recipes.")],
     data_root: Annotated[Path, typer.Option(help="Data set with the test images of the accuracy that is stored.")],
     note: Annotated[str, typer.Option(help="One sentence about the data that the teacher was trained on.")],
+    commit: Annotated[str | None, typer.Option(help="Commit that trained it, if not the one that is checked out.")] = None,
 ) -> None:
     """Make a teacher of the package from a trained one: bfloat16, with its recipe, accuracy and log."""
     target = ship.FOLDER / f"{name}.safetensors"
-    accuracy = ship.ship(run, data_root, note, target, provenance.commit())
+    accuracy = ship.ship(run, data_root, note, target, commit or provenance.commit())
     typer.echo(f"{target}: {accuracy:.2f} %, {target.stat().st_size:,} bytes")
 
 
