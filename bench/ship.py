@@ -46,8 +46,9 @@ def ship(run: Path, data_root: Path, note: str, path: Path, commit: str) -> floa
     teacher = build_network(trained, "teacher")
     load_weights(teacher, folder.teacher)
     round_matrices(teacher)
-    # Of the shipped recipe: the run may have read the same images from another folder or format.
-    recipe = replace(trained, data=load_recipe(trained.name).data, provenance={})
+    # The run may have read the same images from another folder or format.
+    shipped = load_recipe(trained.name)
+    recipe = replace(trained, description=shipped.description, data=shipped.data, provenance={})
     metadata |= {"recipe": recipe_to_toml(recipe), "data": note, "license": LICENSE, "commit": commit}
     save_weights(teacher, path, metadata)
     accuracy = _accuracy(path, teacher.float(), replace(trained.data, root=str(data_root)))
