@@ -238,10 +238,10 @@ def test_every_replay_and_update_runs_in_bf16_near_its_float32_loss(make_trainer
     if update == "second-order" and replay == "none":
         pytest.skip("needs replayed samples")
     losses = []
-    for precision in ("fp32", "bf16"):
+    for name in ("fp32", "bf16"):
         chosen = Method(
             loop=Loop(batch_size=16, epochs=1, iterations_per_epoch=1, student_steps=2),
-            engine=Engine(precision=precision),
+            engine=Engine(precision=name),
             replay={"kind": replay, "vae": {"latent_dim": 8, "width": 4}, "memory_bank": {"every": 1}},  # type: ignore[arg-type]
             update={"kind": update, "inner_lr": 0.01},  # type: ignore[arg-type]
             student_optimizer=Optimizer(lr=0.01),
