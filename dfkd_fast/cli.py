@@ -69,7 +69,12 @@ def distill(
     out: Out = None,
     changes: Changes = None,
     teacher: Annotated[
-        Path | None, typer.Option(parser=_path, metavar="PATH", help="Weights of the teacher; without them a teacher is trained first.")
+        Path | None,
+        typer.Option(
+            parser=_path,
+            metavar="PATH",
+            help="Weights of the teacher: a file or shipped:NAME. Default: the recipe's; without any, a teacher is trained.",
+        ),
     ] = None,
     weights_key: WeightsKey = "",
     data_root: DataRoot = None,
@@ -221,7 +226,10 @@ def show(recipe: RecipeName, changes: Changes = None) -> None:
 def doctor(
     teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Check this recipe's teacher instead of the machine.")] = None,
     weights: Annotated[
-        Path | None, typer.Option(parser=_path, metavar="PATH", help="Weights of the teacher; default: the recipe's teacher.weights.")
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="PATH", help="Weights of the teacher: a file or shipped:NAME; default: the recipe's teacher.weights."
+        ),
     ] = None,
     weights_key: WeightsKey = "",
     data_root: DataRoot = None,

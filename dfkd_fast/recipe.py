@@ -21,7 +21,7 @@ from dfkd_fast.methods import Replay
 from dfkd_fast.models import GeneratorSettings
 from dfkd_fast.recipe_files import changed_from, flat, merged, parse_recipe, read_levels, without_replaced_budget
 from dfkd_fast.renamed import current_keys, current_path, with_weights_like
-from dfkd_fast.settings import Count, FileName, Fraction, NonNegative, PositiveInt, Seed, settings
+from dfkd_fast.settings import BelowOne, Count, FileName, NonNegative, PositiveInt, Seed, settings
 
 __all__ = [
     "Recipe",
@@ -56,7 +56,7 @@ class Teacher:
     segmentation: random crops), and horizontal flips."""
     focal_gamma: NonNegative = 0.0
     """γ of the focal loss; 0 is the cross-entropy."""
-    ema_decay: Fraction = 0.0
+    ema_decay: BelowOne = 0.0
     """Decay of the exponential moving average of the weights, which becomes the teacher; 0 disables it."""
     evaluate_every: Count = 0
     """Number of epochs between evaluations in the training; 0 for none. The trained teacher is always evaluated."""

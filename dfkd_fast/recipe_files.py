@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DfkdError, short_repr, unknown
-from .renamed import current_keys
+from .renamed import current_keys, with_current_weights
 
 __all__ = [
     "BUDGET_RECORD",
@@ -154,7 +154,7 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _differences(base: dict[str, Any], changed: dict[str, Any], defaults: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Returns path, old and new value, as TOML, of the keys that differ; the old value is empty if there is neither one nor a default."""
-    before, after = dict(flat(base)), dict(flat(changed))
+    before, after = (dict(flat(_in_current_keys(recipe))) for recipe in (base, changed))
     found = []
     for key in before | after:
         if any(key == unlisted or key.startswith(f"{unlisted}.") for unlisted in UNLISTED):
@@ -163,6 +163,13 @@ def _differences(base: dict[str, Any], changed: dict[str, Any], defaults: Mappin
         if not _equal(old, new):
             found.append((key, "" if old is None else _toml(old), _toml(new)))
     return found
+
+
+def _in_current_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return with_current_weights(recipe, "the recipe")
+    except DfkdError:  # raised again when the recipe is validated
+        return recipe
 
 
 def _equal(old: Any, new: Any) -> bool:

@@ -16,6 +16,7 @@ __all__ = [
     "current_path",
     "current_weights",
     "warn_of_former_weights",
+    "with_current_weights",
     "with_weights_like",
 ]
 
@@ -115,6 +116,8 @@ def current_weights(replay_kind: str, update_kind: str, fresh: float, replayed: 
     """
     # One discrepancy over all samples: the former weights only decided whether there are replayed ones.
     factor = 1.0 if update_kind == "pooled" else fresh
+    if factor == 0 and (replay_kind == "none" or replayed == 0):
+        raise ValueError(f"replay.fresh_weight = {fresh!r}: must be above 0, since nothing is replayed")
     if replay_kind == "none":
         return factor, None
     if replayed == 0:
@@ -152,21 +155,38 @@ def with_weights_like(changes: Mapping[str, Any], base: Mapping[str, Any], where
     has_former = any(key in replay for key in FORMER_WEIGHTS)
     if not (current if has_former else former):
         return recipe
-    kind, update = replay.get("kind", "none"), _table(recipe, "update").get("kind", "plain")
     if not has_former:
+        kind = replay.get("kind", "none")
         factor, share = _take_number(objective, "objective.student_weight", 1.0), _take_number(replay, "replay.share", 0.5)
         weights = (factor, 1.0) if kind == "none" else (factor * (1 - share), factor * share)
         recipe["replay"] = replay | dict(zip(FORMER_WEIGHTS, weights, strict=True))
         return recipe
+    warn_of_former_weights()
+    return with_current_weights(recipe, where)
+
+
+def with_current_weights(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a recipe with its weights of the student's loss under their current keys; unchanged if it has no former ones.
+
+    Args:
+        recipe: Sections of a recipe, not validated; it is not modified.
+        where: Name of the recipe in error messages.
+
+    Raises:
+        DfkdError: There are no current weights that equal the former ones.
+    """
+    replaced = _copied(recipe)
+    replay, objective = _table(replaced, "replay"), _table(replaced, "objective")
+    if not any(key in replay for key in FORMER_WEIGHTS):
+        return replaced
     fresh, replayed = (_take_number(replay, f"replay.{key}", 1.0) for key in FORMER_WEIGHTS)
     try:
-        factor, new_share = current_weights(kind, update, fresh, replayed)
+        factor, share = current_weights(replay.get("kind", "none"), _table(replaced, "update").get("kind", "plain"), fresh, replayed)
     except ValueError as error:
         raise DfkdError(f"{where}: {error}") from error
-    warn_of_former_weights()
-    recipe["objective"] = objective | {"student_weight": factor}
-    recipe["replay"] = replay | ({} if new_share is None else {"share": new_share})
-    return recipe
+    replaced["objective"] = objective | {"student_weight": factor}
+    replaced["replay"] = replay | ({} if share is None else {"share": share})
+    return replaced
 
 
 def _take_number(section: dict[str, Any], path: str, default: float) -> float:

@@ -183,7 +183,9 @@ def test_a_closed_pipe_ends_a_run_that_says_how_to_resume(tmp_path: Path, run: R
     command = [sys.executable, "-m", "dfkd_fast", "distill", "digits", *TINY, "--set", "loop.epochs=50"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        process.stdout.readline()
+        for line in process.stdout:
+            if "teacher 1/1" in line:  # the first that is written after the run has begun
+                break
         process.stdout.close()
         result = process.stderr.read() if process.stderr else ""
     assert result.startswith("dfkd-fast: the output was closed by its reader; ")

@@ -45,12 +45,12 @@ def test_a_student_that_is_the_teacher_agrees_on_all_samples() -> None:
 
 
 def test_the_agreement_changes_no_bit_of_the_training() -> None:
-    with_accuracy = Trainer(*small_networks(), small_method(), evaluate=lambda _: 50.0)
-    without = Trainer(*small_networks(), small_method())
-    for ours, theirs in zip(with_accuracy.fit().parameters(), without.fit().parameters(), strict=True):
+    plain = Trainer(*small_networks(), small_method())
+    measured = Trainer(*small_networks(), small_method(), measure_agreement=True)
+    for ours, theirs in zip(plain.fit().parameters(), measured.fit().parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert [epoch.agreement for epoch in with_accuracy.history] == [None, None]
-    assert all(epoch.agreement is not None and epoch.student_accuracy is None for epoch in without.history)
+    assert [epoch.agreement for epoch in plain.history] == [None, None]
+    assert all(epoch.agreement is not None and epoch.student_accuracy is None for epoch in measured.history)
 
 
 def test_a_shipped_teacher_is_distilled_without_data(run: Run, teachers: Path, tmp_path: Path) -> None:
@@ -70,7 +70,9 @@ def test_a_shipped_teacher_is_distilled_without_data(run: Run, teachers: Path, t
     }
     assert f"{epochs[-1]['agreement']:.2f} % of 1,000 generated samples" in result.out
     assert not (tmp_path / "here" / "student-best-on-test.safetensors").exists()
-    assert "Agreement with the teacher on generated samples" in (tmp_path / "here" / "report.html").read_text()
+    report = (tmp_path / "here" / "report.html").read_text()
+    assert f"<b>{epochs[-1]['agreement']:.2f} %</b>\n<span>1,000 generated samples</span>" in report
+    assert "was not evaluated" not in report
 
 
 def test_without_data_and_without_weights_there_is_nothing_to_train_the_teacher_on(run: Run) -> None:
@@ -102,3 +104,31 @@ def test_teach_trains_where_the_recipe_uses_a_shipped_teacher(run: Run, teachers
     assert epoch["student_accuracy"] is not None and epoch["losses"]["teacher"] > 0
     assert (tmp_path / "here" / "teacher-curves.png").stat().st_size > 1000
     assert 'weights = ""' in (tmp_path / "here" / "recipe.toml").read_text()
+
+
+def test_held_out_images_that_weights_were_trained_on_are_noted_wherever_they_are_evaluated(run: Run) -> None:
+    assert run("teach", "digits", "--out", "trained", "--set", "teacher.epochs=1").code == 0
+    line = "data.holdout = 200: the teacher trained/teacher.safetensors was trained with data.holdout = 0"
+    result = run("evaluate", "trained/teacher.safetensors", "--set", "data.holdout=200")
+    assert result.code == 0 and line in result.out.replace("\n", " ")
+    assert line not in run("evaluate", "trained/teacher.safetensors").out
+
+
+def test_teach_says_that_it_trains_nothing_where_weights_are_given(run: Run) -> None:
+    assert run("teach", "digits", "--out", "trained", "--set", "teacher.epochs=1").code == 0
+    result = run("teach", "digits", "--out", "again", "--set", "teacher.weights=trained/teacher.safetensors")
+    assert result.code == 0
+    assert "this teacher is tested, and none is trained; --set teacher.weights= trains one" in result.out
+
+
+def test_teach_warns_of_a_teacher_at_chance(run: Run) -> None:
+    result = run("teach", "digits", "--out", "here", "--set", "teacher.epochs=1", "--set", "teacher_optimizer.lr=1e-12")
+    assert result.code == 0
+    assert "which is chance (10.00 %)" in result.out
+
+
+def test_a_shipped_teacher_of_another_network_is_refused_with_the_setting_that_fits(run: Run) -> None:
+    result = run("distill", "cifar10-mad", "--teacher", "shipped:cifar10-wrn16_2", "--out", "here")
+    assert result.code == 2
+    assert "teacher.model = 'cifar_resnet34': shipped:cifar10-wrn16_2 is a wrn16_2; use --set teacher.model=wrn16_2" in result.err
+    assert not Path("here").exists()

@@ -17,7 +17,7 @@ from dfkd_fast.models import is_user_function, load_pretrained, load_weights, re
 from dfkd_fast.recipe import Recipe, recipe_from_toml
 from dfkd_fast.report import RunFolder
 
-from .networks import build_network, model_of, noise_images
+from .networks import build_network, model_of, noise_images, note_holdout
 
 __all__ = ["Candidate", "EvaluationRequest", "candidates"]
 
@@ -68,6 +68,7 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
         role, recipe, key = _described(path, request, models, log)
         network = build_network(recipe, role)
         load_weights(network, path, key=key, log=log)
+        note_holdout(path, role, recipe, log)
         check_classifier(role, network, noise_images(recipe, 2, torch.device("cpu")), "data.image_size's")
         keyed |= key != ""
         yield Candidate(unique(str(path)), role, model_of(recipe, role), recipe.data, network)

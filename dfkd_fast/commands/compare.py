@@ -43,4 +43,5 @@ def _metrics(runs: Sequence[FinishedRun]) -> list[str]:
         paths.setdefault(run.metric, []).append(str(run.path))
     if len(paths) == 1 and not any("held-out" in metric for metric in paths):
         return []
-    return [f"{metric}: {', '.join(of_metric)}" for metric, of_metric in paths.items()]
+    lines = [f"{metric}: {', '.join(of_metric)}" for metric, of_metric in paths.items()]
+    return lines if len(paths) == 1 else [*lines, "these metrics are not comparable with each other"]

@@ -35,7 +35,7 @@ from .budget import choose_epochs
 from .networks import build_networks
 from .rehearsal import initialize_encoder, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
-from .teach import obtain_teacher, weights_metadata
+from .teach import obtain_teacher, teacher_warning, weights_metadata
 
 __all__ = ["auto_batch_size", "distill"]
 
@@ -55,13 +55,20 @@ def distill(run: Run) -> dict[str, Any]:
     if recipe.loop.budget:
         recipe = choose_epochs(run, teacher, student, generator, evaluate, _write_samples)
     teacher_seconds = obtain_teacher(run, teacher, evaluate)
+    if evaluate is None and recipe.data.has_images:
+        run.note(
+            "data.root is not set: no accuracy is measured, but the student's agreement with the teacher on"
+            f" {AGREEMENT_SAMPLES:,} generated samples"
+        )
     with memory_for("the evaluation", sizes_of(recipe, "data.batch_size", "data.image_size")):
         teacher_accuracy = evaluate(teacher) if evaluate else None
-    if teacher_accuracy is not None and (warning := _teacher_warning(recipe, teacher_accuracy)):
+    if teacher_accuracy is not None and (warning := teacher_warning(recipe, teacher_accuracy)):
         run.note(warning)
     initialize_encoder(recipe, student, teacher)
 
-    trainer = Trainer(teacher, student, generator, recipe, evaluate=evaluate, seed=recipe.seed, device=device)
+    trainer = Trainer(
+        *(teacher, student, generator, recipe), evaluate=evaluate, measure_agreement=evaluate is None, seed=recipe.seed, device=device
+    )
     run.resume(trainer, folder.checkpoints)
     for note in trainer.notes:
         run.note(note)
@@ -120,10 +127,6 @@ def _evaluator(run: Run) -> Evaluator | None:
     """Returns the evaluator on the recipe's data; None if there is none, which a teacher with weights does not need."""
     data = run.recipe.data
     if data.has_images and not data.can_be_opened and run.recipe.teacher.weights:
-        run.note(
-            "data.root is not set: no accuracy is measured, but the student's agreement with the teacher on"
-            f" {AGREEMENT_SAMPLES:,} generated samples"
-        )
         return None
     return Evaluator(data, run.device, run.note) if data.has_images else None
 
@@ -176,7 +179,7 @@ def _chance_warnings(recipe: Recipe, history: Sequence[Epoch], teacher_accuracy:
     """Warnings for a teacher, or a student after a quarter of the epochs, that is no better than chance."""
     if teacher_accuracy is None:
         return []
-    if warning := _teacher_warning(recipe, teacher_accuracy):
+    if warning := teacher_warning(recipe, teacher_accuracy):
         return [warning]
     epoch, data = _first_quarter_epoch(recipe, history), recipe.data
     if epoch is None or epoch.student_accuracy is None or not is_at_chance(epoch.student_accuracy, data):
@@ -187,17 +190,6 @@ def _chance_warnings(recipe: Recipe, history: Sequence[Epoch], teacher_accuracy:
         f" which is chance ({chance(data):.2f} %); check the teacher's {data.metric} ({teacher_accuracy:.2f} %),"
         f" that data.mean and data.std are the teacher's, teacher.model and student.model, and {' and '.join(rates)}"
     ]
-
-
-def _teacher_warning(recipe: Recipe, accuracy: float) -> str:
-    """A warning for a teacher that is no better than chance; empty for others."""
-    data = recipe.data
-    if not is_at_chance(accuracy, data):
-        return ""
-    return (
-        f"the teacher's {data.metric} is {accuracy:.2f} %, which is chance ({chance(data):.2f} %), and a student cannot be better;"
-        " check its weights, data.mean and data.std, and the order of the classes"
-    )
 
 
 def _first_quarter_epoch(recipe: Recipe, history: Sequence[Epoch]) -> Epoch | None:
@@ -246,7 +238,7 @@ def _summarize(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
 
 def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder) -> None:
     student, seconds = summary["student_accuracy"], summary["seconds"]
-    rows = []
+    rows = [("metric", summary["metric"])] if "held-out" in summary["metric"] else []
     if student is not None:
         rows += [
             ("teacher", f"{summary['teacher_accuracy']:.2f} %"),

@@ -158,7 +158,7 @@ def evaluate_weights(request: EvaluationRequest, device: torch.device, console: 
     for candidate in requested:
         passes.setdefault(candidate.data, []).append(candidate)
     if len(passes) > 1:
-        log("these networks have different input transforms: one pass each, and no agreement between them")
+        log("these networks have different input transforms or held-out images: one pass each, and no agreement between them")
     results: dict[str, Evaluated] = {}
     for data, together in passes.items():
         results |= _one_pass(data, together, request.precision, device, console, log)

@@ -4,13 +4,14 @@ import hashlib
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.models import build_generator, build_model, load_pretrained, load_weights, read_metadata, weights_path
+from dfkd_fast.models import build_generator, build_model, is_shipped, load_pretrained, load_weights, read_metadata, weights_path
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe
 
@@ -23,6 +24,7 @@ __all__ = [
     "load_given_teacher",
     "model_of",
     "noise_images",
+    "note_holdout",
 ]
 
 NETWORK_SIZES = (
@@ -109,23 +111,41 @@ def load_given_teacher(recipe: Recipe, teacher: nn.Module, log: Callable[[str], 
         load_pretrained(teacher, config.model)
         return
     path = weights_path(config.weights)
+    if is_shipped(config.weights) and (trained := _teacher_model_of(path)) not in (None, config.model):
+        raise DfkdError(f"teacher.model = {config.model!r}: {config.weights} is a {trained}; use --set teacher.model={trained}")
     if config.sha256 and path.is_file():
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not digest.startswith(config.sha256.lower()):
             raise DfkdError(f"teacher.sha256 = {config.sha256!r}: the file {path} has {digest}")
     load_weights(teacher, path, key=config.weights_key, log=log)
+    note_holdout(path, "teacher", recipe, log)
+
+
+def note_holdout(path: Path, role: str, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """Log a line if the weights of a file come from a training on images that are held out in a recipe."""
     if (held_out := _holdout_of(path)) is not None and held_out < recipe.data.holdout:
         log(
-            f"data.holdout = {recipe.data.holdout}: the teacher {path} was trained with data.holdout = {held_out}, on images that are"
+            f"data.holdout = {recipe.data.holdout}: the {role} {path} was trained with data.holdout = {held_out}, on images that are"
             " held out here: its accuracy on them is too high"
         )
 
 
 def _holdout_of(weights: Path) -> int | None:
     """Returns ``data.holdout`` of the recipe in the metadata of a weight file; None if it has no recipe that can be read."""
+    holdout = _recorded(weights, "data", "holdout", 0)
+    return holdout if isinstance(holdout, int) else None
+
+
+def _teacher_model_of(weights: Path) -> str | None:
+    """Returns ``teacher.model`` of the recipe in the metadata of a weight file; None if it has no recipe that can be read."""
+    model = _recorded(weights, "teacher", "model", None)
+    return model if isinstance(model, str) else None
+
+
+def _recorded(weights: Path, section: str, key: str, default: Any) -> Any:
+    """Returns a value of the recipe in the metadata of a weight file; None if it has no recipe that can be read."""
     try:
-        holdout = tomllib.loads(read_metadata(weights)["recipe"]).get("data", {}).get("holdout", 0)
+        return tomllib.loads(read_metadata(weights)["recipe"]).get(section, {}).get(key, default)
     except (KeyError, ValueError, AttributeError):
         return None
-    return holdout if isinstance(holdout, int) else None

@@ -9,7 +9,7 @@ from dfkd_fast.data import batches, open_split
 from dfkd_fast.engine import Epoch
 from dfkd_fast.engine.teach import TeacherTrainer
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.evaluation import Evaluator
+from dfkd_fast.evaluation import Evaluator, chance, is_at_chance
 from dfkd_fast.models import load_encoder, load_weights, read_metadata
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe, recipe_to_toml
@@ -20,7 +20,7 @@ from .networks import build_network, check_teacher, load_given_teacher, noise_im
 from .rehearsal import check_trainable
 from .segmentation import print_iou
 
-__all__ = ["obtain_teacher", "teach", "weights_metadata"]
+__all__ = ["obtain_teacher", "teach", "teacher_warning", "weights_metadata"]
 
 OF_THE_TEACHER = {"seed", "data", "teacher", "teacher_optimizer"}
 """Recipe sections that a trained teacher depends on."""
@@ -39,8 +39,12 @@ def teach(run: Run) -> float:
         teacher = build_network(recipe, "teacher").to(run.device)
         check_teacher(recipe, teacher, run.device)
     evaluate = Evaluator(recipe.data, run.device, run.note)
+    if weights := recipe.teacher.weights:
+        run.note(f"teacher.weights = {weights!r}: this teacher is tested, and none is trained; --set teacher.weights= trains one")
     seconds = obtain_teacher(run, teacher, evaluate)
     accuracy = evaluate(teacher)
+    if warning := teacher_warning(recipe, accuracy):
+        run.note(warning)
     rows = [
         ("teacher", recipe.teacher.model),
         (recipe.data.metric, f"{accuracy:.2f} %"),
@@ -129,6 +133,17 @@ def _train_teacher(run: Run, teacher: nn.Module, evaluate: Evaluator | None) -> 
     seconds = training.clock.read()["teacher"]
     folder.save_weights(teacher, folder.teacher, weights_metadata(recipe, "teacher") | {"seconds": f"{seconds:.3f}"})
     return seconds
+
+
+def teacher_warning(recipe: Recipe, accuracy: float) -> str:
+    """Returns a warning for a teacher that is no better than chance; an empty string for others."""
+    data = recipe.data
+    if not is_at_chance(accuracy, data):
+        return ""
+    return (
+        f"the teacher's {data.metric} is {accuracy:.2f} %, which is chance ({chance(data):.2f} %), and a student cannot be better;"
+        " check its weights, data.mean and data.std, and the order of the classes"
+    )
 
 
 def weights_metadata(recipe: Recipe, role: str) -> dict[str, str]:

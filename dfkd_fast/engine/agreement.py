@@ -5,6 +5,7 @@ import torch
 from dfkd_fast.models import sample_batches
 from dfkd_fast.surgery import eval_mode, get_logits
 
+from .precision import default_modes
 from .state import TrainState
 
 __all__ = ["AGREEMENT_SAMPLES", "agreement"]
@@ -18,7 +19,7 @@ def agreement(state: TrainState) -> float:
     predict the same class; of pixels for segmentation. The training is unchanged."""
     student = state.student if state.average is None else state.average.module
     equal, count = torch.zeros((), dtype=torch.float64, device=state.device), 0
-    with eval_mode(student), state.precision.autocast():
+    with default_modes(state.device), eval_mode(student), state.precision.autocast():
         for images in sample_batches(state.generator, AGREEMENT_SAMPLES, len(state.latents), state.device):
             same = get_logits(student(images)).argmax(1) == state.teacher(images).argmax(1)
             equal += same.sum()

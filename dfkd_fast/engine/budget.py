@@ -51,6 +51,7 @@ def within_budget(
     method: AnyMethod,
     *,
     evaluate: Callable[[nn.Module], float] | None = None,
+    measure_agreement: bool = False,
     report: Callable[[TrainState], float] = lambda state: 0.0,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -62,7 +63,7 @@ def within_budget(
     several processes, all of them must call it, and the durations of the first one count.
 
     Args:
-        teacher, student, generator, method, evaluate, seed, device: As for :class:`~dfkd_fast.Trainer`.
+        teacher, student, generator, method, evaluate, measure_agreement, seed, device: As for :class:`~dfkd_fast.Trainer`.
         report: Returns the mean duration in seconds of what a caller does after every epoch, such as saving a checkpoint.
         teacher_trained: False if the teacher's weights are not trained yet.
 
@@ -78,7 +79,7 @@ def within_budget(
     with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         measured = resolved(method, target)
         state = prepare(teacher, student, generator, measured, seed=seed, device=target, teacher_trained=teacher_trained)
-        durations = _measure(state, evaluate, report)
+        durations = _measure(state, evaluate, measure_agreement, report)
     del state
     if target.type == "cuda":
         gc.collect()
@@ -140,7 +141,12 @@ def typical_seconds(call: Callable[[], object], device: torch.device, measured: 
     return seconds(repeats) / repeats if repeats else first
 
 
-def _measure(state: TrainState, evaluate: Callable[[nn.Module], float] | None, report: Callable[[TrainState], float]) -> Durations:
+def _measure(
+    state: TrainState,
+    evaluate: Callable[[nn.Module], float] | None,
+    measure_agreement: bool,
+    report: Callable[[TrainState], float],
+) -> Durations:
     loop, steps = state.method.loop, Steps(state)
 
     def pretraining_step() -> None:
@@ -159,8 +165,9 @@ def _measure(state: TrainState, evaluate: Callable[[nn.Module], float] | None, r
             pass
 
     def evaluation() -> None:
-        if evaluate is None:
+        if measure_agreement:
             agreement(state)
+        if evaluate is None:
             return
         with isolated_callback(state):
             evaluate(state.saved_networks["student"])

@@ -21,8 +21,8 @@ class Epoch:
     """Accuracy in percent of the student itself if ``loop.student_ema_decay`` is set, where :attr:`student_accuracy` is that of its
     exponential moving average."""
     agreement: float | None = None
-    """Percentage of generated samples on which student and teacher predict the same class, where no accuracy is evaluated
-    (:func:`dfkd_fast.engine.agreement.agreement`)."""
+    """Percentage of generated samples on which student and teacher predict the same class
+    (:func:`dfkd_fast.engine.agreement.agreement`); None if it was not measured."""
     drift: dict[str, float] = field(default_factory=dict)
     """Jensen–Shannon divergence by generator between the student's predictions on samples of this and of the previous epoch; empty
     if ``loop.drift_samples`` is 0."""

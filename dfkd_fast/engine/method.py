@@ -101,8 +101,10 @@ class Method:
 
     def __post_init__(self) -> None:
         self._replace_former_weights()
-        if self.update.is_retain_acquire and not self.replay.replays:
+        if self.update.is_retain_acquire and self.replay.kind == "none":
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
+        if self.update.is_retain_acquire and not self.replay.replays:
+            raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.share is 0")
         policy = self.replay.policy
         if self.engine.precision == "fp16" and (
             self.update.is_retain_acquire or (self.replay.replays and policy is not None and not policy.fp16)

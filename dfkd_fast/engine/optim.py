@@ -43,8 +43,8 @@ class Optimizer:
     """Epochs at the start in which the learning rate of the schedule is multiplied by a factor that grows linearly to 1."""
 
     def __post_init__(self) -> None:
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov = true: needs a momentum above 0")
+        if self.nesterov and (not self.momentum or not self.kind.endswith("sgd")):
+            raise ValueError("nesterov = true: needs kind 'sgd' and a momentum above 0")
 
 
 def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
@@ -113,7 +113,13 @@ def _apex(kind: str, device: torch.device) -> Any:
 
 
 def build_schedule(config: Optimizer, optimizer: torch.optim.Optimizer, epochs: int) -> LRScheduler:
-    """Returns the configured learning rate scheduler, to be stepped after every epoch."""
+    """Returns the configured learning rate scheduler, to be stepped after every epoch.
+
+    Raises:
+        DfkdError: The warmup does not end before the last epoch.
+    """
+    if config.warmup_epochs >= epochs:
+        raise DfkdError(f"warmup_epochs = {config.warmup_epochs}: must be less than the number of epochs, {epochs}")
     schedule: LRScheduler
     if config.schedule == "cosine":
         schedule = lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)

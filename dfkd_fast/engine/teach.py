@@ -166,6 +166,8 @@ class TeacherTrainer:
                 self.on_batch(count)
             if self._stopping:
                 return None
+        if count == 0:
+            raise DfkdError("there is no batch of training images: at least two images are needed")
         self.schedule.step()
         return total / count
 

@@ -48,7 +48,8 @@ class Trainer:
             z (B, latent_dim) to images (B, C, H, W). Trained in place.
         method: Configuration; a :class:`~dfkd_fast.Recipe` is accepted. Defaults to ``Method()``.
         evaluate: Returns the accuracy of a student in percent; called every ``loop.evaluate_every`` epochs. The accuracy is reported
-            only and does not affect the training. Without it, the agreement with the teacher on generated samples is reported.
+            only and does not affect the training.
+        measure_agreement: Measure :attr:`Epoch.agreement` with the teacher, which needs no data, every ``loop.evaluate_every`` epochs.
         seed: Seed of the latents.
         device: Device to which the networks are moved.
         on_pretraining: Called with the trainer and the generator's loss terms, 0-d tensors by name, after every step of the generator's
@@ -71,6 +72,7 @@ class Trainer:
         method: Method | None = None,
         *,
         evaluate: Callable[[nn.Module], float] | None = None,
+        measure_agreement: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
         on_pretraining: Callable[["Trainer", dict[str, Tensor]], None] | None = None,
@@ -83,7 +85,7 @@ class Trainer:
         if budget := self.method.loop.budget:
             raise DfkdError(f"loop.budget = {budget!r}: a Trainer needs loop.epochs, which within_budget() computes")
         self.teacher, self.student, self.generator = teacher, student, generator
-        self.evaluate = evaluate
+        self.evaluate, self.measure_agreement = evaluate, measure_agreement
         self.on_pretraining, self.on_iteration = on_pretraining, on_iteration
         self.on_epoch, self.on_checkpoint = on_epoch, on_checkpoint
         self.state = prepare(teacher, student, generator, self.method, seed=seed, device=self.device)
@@ -222,9 +224,9 @@ class Trainer:
         accuracy = unaveraged = agreed = None
         with state.clock.phase("evaluation"):
             is_due = number % loop.evaluate_every == 0 or number == loop.epochs
-            if is_due and self.evaluate is None:
+            if is_due and self.measure_agreement:
                 agreed = agreement(state)
-            elif is_due and self.evaluate is not None:
+            if is_due and self.evaluate is not None:
                 with isolated_callback(state):
                     accuracy = float(self.evaluate(self.result))
                     unaveraged = None if state.average is None else float(self.evaluate(self.student))

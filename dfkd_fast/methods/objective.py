@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfkd_fast import distributed
 from dfkd_fast.kernels import js_discrepancy, kl_discrepancy, l1_discrepancy
-from dfkd_fast.settings import NonNegative, Temperature, settings
+from dfkd_fast.settings import NonNegative, Positive, Temperature, settings
 from dfkd_fast.surgery import Observation
 
 __all__ = ["Objective", "activation", "bn_moments", "bn_moments_norm", "class_nll", "embedding_norm", "entropy", "one_hot"]
@@ -26,7 +26,7 @@ class Objective:
     discrepancy: Literal["l1", "kl", "js"] = "l1"
     """Loss of the student: ``l1`` is the mean of |s − t| over all logits (DFAD), ``kl`` is KL(teacher ‖ student) and ``js`` the
     Jensen–Shannon divergence, both averaged over samples, or over pixels for segmentation (MAD)."""
-    student_weight: NonNegative = 1.0
+    student_weight: Positive = 1.0
     """Factor of the student's loss. 2 gives the sum of the discrepancies over fresh and over replayed samples at ``replay.share = 0.5``."""
     temperature: Temperature = 1.0
     """Temperature of the softmax in ``kl`` and ``js``. The value of ``kl`` is multiplied by temperature², that of ``js`` is not."""

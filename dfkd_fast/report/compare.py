@@ -70,7 +70,7 @@ def read_run(path: Path) -> FinishedRun:
     try:
         summary: dict[str, Any] = json.loads(file.read_text("utf-8"))
         if summary["retention"] is None:
-            raise DfkdError(f"{path} was never evaluated: there is nothing to compare")
+            raise DfkdError(f"{path} was never evaluated: there is nothing to compare; use dfkd-fast evaluate")
         statistics = {name: summary["retention"][name] for name in COLUMNS}
         of_run = {name: summary[name] for name in ("recipe", "seed", "teacher_accuracy")}
         metric = summary.get("metric", "top-1 accuracy")
@@ -153,7 +153,7 @@ def plot_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
             axes[name].barh(index, fmean(values), color=f"C{index}", alpha=0.4)
             axes[name].plot(values, [index] * len(values), "o", color=f"C{index}", markersize=3)
             axes[name].set(title=title, yticks=[])
-    axes["curves"].set(xlabel="Epoch", ylabel=literal_label(f"{', '.join(dict.fromkeys(axis_name(run.metric) for run in runs))} (%)"))
+    axes["curves"].set(xlabel="Epoch", ylabel=_metric_label(runs))
     axes["curves"].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 3), frameon=False)
     axes["settled_variance"].set(xlabel="percent², last 75 % of the epochs", yticks=range(len(groups)))
@@ -175,3 +175,9 @@ def _repetitions(runs: Sequence[FinishedRun]) -> list[tuple[str, list[FinishedRu
         groups.setdefault((run.recipe, run.settings), []).append(run)
     named = Counter(recipe for recipe, _ in groups)
     return [(recipe if named[recipe] == 1 else f"{recipe} in {alike[0].path}", alike) for (recipe, _), alike in groups.items()]
+
+
+def _metric_label(runs: Sequence[FinishedRun]) -> str:
+    """Returns the metrics of the runs as an axis label."""
+    metrics = dict.fromkeys(axis_name(run.metric) for run in runs)
+    return literal_label(f"{next(iter(metrics))} (%)" if len(metrics) == 1 else "Different metrics, not comparable (%)")

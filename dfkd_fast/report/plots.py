@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ __all__ = [
 
 MAX_LABEL = 60
 """Characters: a longer label would leave no space for the axes."""
+LABEL_WIDTH = 36
+"""Characters per line of an axis label."""
 MAX_MARKERS = 60
 """Epochs up to which each one has a marker."""
 STUDENT, GENERATOR = "#2a7de1", "#e07b28"
@@ -212,7 +215,7 @@ def _plot_accuracy(axes: Axes, epochs: Sequence[Epoch], teacher_accuracy: float 
         ink = matplotlib.rcParams["text.color"]
         axes.axhline(teacher_accuracy, color=ink, linestyle="--", linewidth=1.2, label=f"teacher ({teacher_accuracy:.2f} %)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2, fontsize="small")
-    axes.set_ylabel(f"{axis_name(metric)} (%)")
+    axes.set_ylabel(textwrap.fill(f"{axis_name(metric)} (%)", LABEL_WIDTH), fontsize="medium" if len(metric) <= LABEL_WIDTH else "small")
     _finish(axes)
 
 
@@ -220,7 +223,7 @@ def _plot_loss(axes: Axes, epochs: Sequence[Epoch], term: str) -> None:
     values = [(epoch.number, epoch.losses[term]) for epoch in epochs if term in epoch.losses]
     title = LOSS_TITLES.get(term, f"Generator loss: {term}")
     if term == "bn_moments" and (relative := epochs[-1].relative_bn_moments) is not None:
-        title += f" (last, relative: {relative:.3g})"
+        title += f" ({relative:.2g} relative)"
     axes.plot(*zip(*values, strict=True), marker=_marker(values), color=STUDENT if term == "student" else GENERATOR)
     axes.set_title(literal_label(title), fontsize="medium")
     axes.set_ylabel("Loss")

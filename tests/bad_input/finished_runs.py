@@ -51,7 +51,11 @@ CASES: list[Case] = [
     folder("a summary of lists in lists, 100,000 deep", "summary.json: RecursionError", "[" * 100_000),
     folder("a summary with an integer of 5,000 digits", "summary.json: ValueError Exceeds the limit", f'{{"seed": {"9" * 5000}}}'),
     folder("a summary without figures", "run cannot be read as a run: summary.json: key 'retention' is missing", "{}"),
-    with_summary("a run that was never evaluated", "run was never evaluated: there is nothing to compare", retention=None),
+    with_summary(
+        "a run that was never evaluated",
+        "run was never evaluated: there is nothing to compare; use dfkd-fast evaluate",
+        retention=None,
+    ),
     with_summary("figures that are a list", "summary.json: TypeError", retention=[1.0]),
     with_summary("figures that lack one", "summary.json: key 'last' is missing", retention={"best": 1.0}),
     with_summary("a figure that is text", "retention.mean = '1': Input should be a valid n", retention=STATISTICS | {"mean": "1"}),

@@ -76,8 +76,10 @@ def test_every_update_runs_with_every_replay_and_each_trains_another_student(
     make_trainer: MakeTrainer, replay: str, channels_last: bool
 ) -> None:
     students = []
+    # Not 0.5, at which plain and pooled are the same loss for as many replayed rows as fresh ones.
+    config = dataclasses.replace(REPLAYS[replay], share=0.25)
     for update in ("plain", "pooled", "first-order", "second-order"):
-        trainer = make_trainer(method(replay=replay, update=update, channels_last=channels_last))
+        trainer = make_trainer(method(replay=config, update=update, channels_last=channels_last))
         trainer.fit()
         assert [set(epoch.losses) for epoch in trainer.history] == 2 * [
             {"student", "adversarial"} | ({"vae"} if replay == "vae" else set())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast import Optimizer, Trainer
+from dfkd_fast import DfkdError, Optimizer, Trainer
 from dfkd_fast.engine.optim import build_optimizer, build_schedule, restore_learning_rates
 from tests.small import small_method
 from tests.states import assert_equal, without_times
@@ -98,8 +98,15 @@ def test_nesterov_momentum_is_its_equation() -> None:
 
 
 def test_nesterov_without_momentum_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"nesterov = true: needs a momentum above 0"):
-        Optimizer(momentum=0.0, nesterov=True)
+    for settings in ({"momentum": 0.0}, {"kind": "adam"}):
+        with pytest.raises(ValueError, match=r"nesterov = true: needs kind 'sgd' and a momentum above 0"):
+            Optimizer(nesterov=True, **settings)
+
+
+def test_a_warmup_that_does_not_end_is_rejected() -> None:
+    config = Optimizer(warmup_epochs=3)
+    with pytest.raises(DfkdError, match=r"^warmup_epochs = 3: must be less than the number of epochs, 3$"):
+        build_schedule(config, build_optimizer(config, [nn.Parameter(torch.zeros(1))], CPU), 3)
 
 
 @pytest.mark.parametrize("device_rate", [False, True])
