@@ -29,4 +29,6 @@ def teacher_table() -> str:
                 metadata["commit"],
             )
         )
-    return table(("weights", "network", "test accuracy", "training, two CPU cores", "size", "training data", "trained by", "commit"), rows)
+    return table(
+        ("weights", "network", "test accuracy", "training, two CPU cores", "size", "training data", "to train it again", "commit"), rows
+    )

@@ -154,7 +154,9 @@ class TeacherTrainer:
             images = images.to(self.device, non_blocking=True, memory_format=self.layout)
             with self.precision.autocast():
                 logits = get_logits(self.prepared(images))
-            loss = focal_loss(logits.float(), labels.to(self.device, non_blocking=True), self.focal_gamma)
+            if self.precision.dtype is not None:  # a forward that computes them outside of a layer rounds them
+                logits = logits.float()
+            loss = focal_loss(logits, labels.to(self.device, non_blocking=True), self.focal_gamma)
             self.optimizer.zero_grad()
             self.precision.scale("teacher", loss).backward()
             self.precision.step("teacher", self.optimizer)
