@@ -35,10 +35,17 @@ def small_method(
     batch_size: int = 8,
     channels_last: bool = False,
     student_steps: int = 2,
+    steps_per_batch: int = 1,
     fold_teacher: bool = True,
 ) -> Method:
     return Method(
-        loop=Loop(epochs=epochs, iterations_per_epoch=iterations, batch_size=batch_size, student_steps=student_steps),
+        loop=Loop(
+            epochs=epochs,
+            iterations_per_epoch=iterations,
+            batch_size=batch_size,
+            student_steps=student_steps,
+            steps_per_batch=steps_per_batch,
+        ),
         engine=Engine(channels_last=channels_last, cpu_convolutions=channels_last, fold_teacher=fold_teacher),
         replay=replay or Replay(),
         student_optimizer=Optimizer(lr=0.01, weight_decay=5e-4, schedule="cosine"),

@@ -59,7 +59,7 @@ class Steps:
         self.state = state
         self.compiled = Compiled(networks_to_compile(state))
         self.capturing = state.method.engine.capture and state.images.device.type == "cuda"
-        self._captured: dict[tuple[str, bool, bool], CapturedStep] = {}
+        self._captured: dict[tuple[str | bool, ...], CapturedStep] = {}
         self._pool: Any = None
         if self.capturing and distributed.world_size() > 1:
             self._disable("gradients are averaged over several processes")
@@ -81,12 +81,15 @@ class Steps:
         Returns:
             Losses by name, each 0-d; see :func:`~dfkd_fast.engine.steps.student_step`.
         """
-        replay_source = self.state.replay_source
-        # Each kind of step has its own graph: an empty source replays nothing, an autoencoder is trained in some steps only.
-        ready = replay_source is not None and replay_source.ready
-        learns = replay_source is not None and step < replay_source.steps
         with self.compiled:
-            return self._run(("student", ready, learns), lambda: student_step(self.state, step))
+            return self._run(self._kind_of_student_step(step), lambda: student_step(self.state, step))
+
+    def _kind_of_student_step(self, step: int) -> tuple[str | bool, ...]:
+        """Returns what determines the operations of a student step, so that each kind has its own graph."""
+        source = self.state.replay_source
+        draws_fresh = step % self.state.method.loop.steps_per_batch == 0
+        # An empty source replays nothing; an autoencoder is trained in some steps only.
+        return "student", draws_fresh, source is not None and source.ready, source is not None and step < source.steps
 
     def generator(self, *, adversarial: bool = True) -> Losses:
         """Runs a generator step.
@@ -98,7 +101,7 @@ class Steps:
             Loss terms by name, each 0-d; see :func:`~dfkd_fast.engine.steps.generator_step`.
         """
         with self.compiled:
-            return self._run(("generator", adversarial, True), lambda: generator_step(self.state, adversarial=adversarial))
+            return self._run(("generator", adversarial), lambda: generator_step(self.state, adversarial=adversarial))
 
     def warm_up(self) -> None:
         """Runs every kind of step of the training and restores the state. Afterwards, no step allocates more GPU memory.
@@ -116,8 +119,12 @@ class Steps:
                     self._take_each()
 
     def _take_each(self) -> None:
-        learning = 0 if self.state.replay_source is None else self.state.replay_source.steps
-        for step in dict.fromkeys((0, min(learning, self.state.method.loop.student_steps - 1))):
+        loop, source = self.state.method.loop, self.state.replay_source
+        learning = 0 if source is None else source.steps
+        first_of_kind: dict[tuple[str | bool, ...], int] = {}
+        for step in range(min(loop.student_steps, learning + loop.steps_per_batch)):  # later steps repeat these kinds
+            first_of_kind.setdefault(self._kind_of_student_step(step), step)
+        for step in first_of_kind.values():
             self.student(step)
         self.generator()
 
@@ -126,7 +133,7 @@ class Steps:
         self._captured.clear()
         self._pool = None  # PyTorch does not capture into a pool whose graphs were all destroyed
 
-    def _run(self, kind: tuple[str, bool, bool], step: Callable[[], Losses]) -> Losses:
+    def _run(self, kind: tuple[str | bool, ...], step: Callable[[], Losses]) -> Losses:
         device = self.state.images.device
         if self.capturing and kind not in self._captured:
             try:

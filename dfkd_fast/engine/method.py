@@ -33,7 +33,10 @@ class Loop:
     batch_size: PositiveInt = 256
     """Number of fresh samples per step and process."""
     student_steps: PositiveInt = 5
-    """Number of student steps per iteration, each on new samples (k in DFAD)."""
+    """Number of student steps per iteration (k in DFAD)."""
+    steps_per_batch: PositiveInt = 1
+    """Number of consecutive student steps of an iteration on the same fresh samples (1 in DFAD). Replayed samples are drawn in every
+    step."""
     generator_steps: PositiveInt = 1
     """Number of generator steps per iteration."""
     generator_first: Flag = False

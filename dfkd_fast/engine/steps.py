@@ -18,18 +18,18 @@ __all__ = ["generator_step", "student_step"]
 
 
 def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
-    """Draws a batch, computes the teacher's logits and takes one optimizer step of the student (DFAD, arXiv 1912.11006, imitation stage).
+    """Draws a batch with the teacher's logits and takes one optimizer step of the student (DFAD, arXiv 1912.11006, imitation stage).
 
     The samples are generated without a graph: only the student is differentiated.
 
     Args:
         state: State of the training, modified in place.
-        step: Index of the step in the iteration, from 0; passed to the replay source.
+        step: Index of the step in the iteration, from 0. It decides whether fresh samples are drawn, and is passed to the replay source.
 
     Returns:
         Losses by name, each 0-d and detached.
     """
-    batch = _draw_batch(state)
+    batch = _draw_batch(state, fresh=step % state.method.loop.steps_per_batch == 0)
     state.student_optimizer.zero_grad()
     precision = state.precision
     loss = state.method.update.backward(
@@ -95,30 +95,37 @@ def _generator_terms(state: TrainState, z: Tensor, labels: Tensor, adversarial: 
 
 
 @torch.no_grad()
-def _draw_batch(state: TrainState) -> Batch:
-    """Returns fresh and replayed images with the teacher's logits, as views of the state's buffers."""
+def _draw_batch(state: TrainState, *, fresh: bool) -> Batch:
+    """Returns fresh and replayed images with the teacher's logits, as views of the state's buffers.
+
+    If ``fresh`` is False, the fresh rows remain those of the previous student step.
+    """
     factor, share = state.method.objective.student_weight, state.method.replay.share
-    replay_source, fresh = state.replay_source, len(state.latents)
-    z = _draw_latents(state)
-    generators, latents = [state.generator], [condition_latents(state.generator, z, state.labels)]
-    parts = [Part(fresh, factor)]
-    images, stored_logits = state.images[:fresh], None
+    source, fresh_rows = state.replay_source, len(state.latents)
+    parts = [Part(fresh_rows, factor)]
+    generators, latents, stored_logits = [], [], None
+    if fresh:
+        generators.append(state.generator)
+        latents.append(condition_latents(state.generator, _draw_latents(state), state.labels))
+    first, generated = 0 if fresh else fresh_rows, fresh_rows
+    if source is not None and source.ready:
+        parts = [Part(fresh_rows, factor * (1 - share)), Part(source.rows, factor * share)]
+        if source.generator is not None:
+            generators.append(source.generator)
+            latents.append(source.latents(state.replay_stream))
+            generated += source.rows
+    total = sum(part.rows for part in parts)
+    images, logits = state.images[:total], state.logits[:total]
     with state.precision.autocast():
-        if replay_source is not None and replay_source.ready:
-            parts = [Part(fresh, factor * (1 - share)), Part(replay_source.rows, factor * share)]
-            if replay_source.generator is not None:
-                generators.append(replay_source.generator)
-                latents.append(replay_source.latents(state.replay_stream))
-                images = state.images
-        generate(generators, latents, out=images)
-        if len(parts) > len(generators) and replay_source is not None:
-            images = state.images
-            stored_logits = replay_source.recall(images[fresh:], state.replay_stream)
-        unlabelled = images if stored_logits is None else images[:fresh]
-        logits = state.logits[: len(images)]
-        logits[: len(unlabelled)] = state.teacher(unlabelled)
-        if stored_logits is not None:
-            logits[fresh:] = stored_logits
+        if generators:
+            generate(generators, latents, out=images[first:generated])
+        if source is not None and generated < total:
+            stored_logits = source.recall(images[generated:], state.replay_stream)
+        labelled = total if stored_logits is None else generated
+        if first < labelled:
+            logits[first:labelled] = state.teacher(images[first:labelled])
+    if stored_logits is not None:
+        logits[generated:] = stored_logits
     return Batch(images, logits, parts)
 
 

@@ -167,6 +167,8 @@ class Trainer:
             for run_steps in reversed(phases) if self.method.loop.generator_first else phases:
                 run_steps()
         self.state.iteration += 1
+        if self.state.replay_source is not None:
+            self.state.replay_source.end_iteration(self.iterations_done, self.state.fresh_batch)
 
     def mean_losses(self) -> dict[str, float]:
         """Returns the mean of each loss over the current epoch so far, by name. Synchronizes the device."""

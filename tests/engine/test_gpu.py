@@ -20,6 +20,11 @@ REPLAYS: list[dict[str, Any]] = [
     {"kind": "none"},
     {"kind": "ema_generator"},
     {"kind": "memory_bank", "memory_bank": {"every": 1}},
+    {
+        "kind": "memory_bank",
+        "rows": 11,
+        "memory_bank": {"every": 1, "every_unit": "iterations", "draw": "samples", "storage": "uint8", "cached_logits": True},
+    },
     {"kind": "vae", "vae": {"latent_dim": 8, "width": 4, "steps": 1}},
 ]
 
@@ -30,7 +35,8 @@ def method(replay: dict[str, Any], update: str, *, capture: bool, precision: str
             batch_size=8,
             epochs=3,
             iterations_per_epoch=3,
-            student_steps=2,
+            student_steps=3,
+            steps_per_batch=2,
             student_ema_decay=0.9,
         ),
         engine=Engine(capture=capture, precision=precision),  # type: ignore[arg-type]

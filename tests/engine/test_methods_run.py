@@ -27,6 +27,9 @@ REPLAYS = {
     "memory_bank, uint8": Replay(
         kind="memory_bank", rows=3, memory_bank=BankSettings(slots=2, every=1, storage="uint8", cached_logits=True)
     ),
+    "memory_bank, samples": Replay(
+        kind="memory_bank", rows=11, memory_bank=BankSettings(slots=2, every=1, every_unit="iterations", draw="samples", cached_logits=True)
+    ),
     "vae": Replay(kind="vae", rows=3, vae=VaeSettings(**SMALL_VAE)),  # type: ignore[arg-type]
     "vae, leak": Replay(kind="vae", rows=3, vae=VaeSettings(**SMALL_VAE, leak=True)),  # type: ignore[arg-type]
 }
@@ -153,6 +156,18 @@ def test_a_bank_stores_the_first_rows_of_the_last_student_steps_fresh_batch(make
     assert not trainer.state.replay_source.images[1].any()
 
 
+def test_a_bank_of_samples_stores_the_whole_fresh_batch_of_every_nth_iteration_of_the_run(make_trainer: MakeTrainer) -> None:
+    settings = BankSettings(slots=3, every=2, every_unit="iterations", draw="samples", storage="float32")
+    trainer = make_trainer(method(replay=Replay(kind="memory_bank", rows=11, memory_bank=settings), iterations_per_epoch=3))
+    fresh: list[Tensor] = []
+    trainer.on_iteration = lambda trainer: fresh.append(trainer.state.fresh_batch.images.clone())
+    trainer.fit()
+    source = trainer.state.replay_source
+    assert isinstance(source, MemoryBank) and source.stored == 3
+    assert torch.equal(source.images, torch.stack(fresh[1::2]))
+    assert len(trainer.state.images) == 8 + 11
+
+
 @pytest.mark.parametrize(
     "replay",
     [
@@ -186,7 +201,7 @@ def stop_in_pretraining(trainer: Trainer, step: int) -> list[dict[str, Any]]:
     return []
 
 
-@pytest.mark.parametrize("replay", ["ema_generator", "memory_bank", "memory_bank, uint8", "vae", "vae, leak"])
+@pytest.mark.parametrize("replay", ["ema_generator", "memory_bank", "memory_bank, uint8", "memory_bank, samples", "vae", "vae, leak"])
 def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_was_not(make_trainer: MakeTrainer, replay: str) -> None:
     everything = method(
         replay=replay,
@@ -194,6 +209,8 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
         objective=EVERY_TERM,
         generator_pretraining=3,
         generator_first=True,
+        student_steps=3,
+        steps_per_batch=2,
         student_ema_decay=0.7,
         drift_samples=4,
     )

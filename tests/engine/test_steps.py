@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +131,39 @@ def test_averaged_generator_is_never_trained_and_follows_each_generator_step(mak
     for name, tensor in trainer.state.replay_source.generator.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.state.replay_source.generator.parameters())
+
+
+@pytest.mark.parametrize("kind", ["none", "ema_generator", "memory_bank"])
+def test_steps_per_batch_keeps_the_fresh_samples_and_draws_new_replayed_ones(make_trainer: MakeTrainer, kind: str) -> None:
+    options: Any = {"every": 1, "every_unit": "iterations", "draw": "samples", "cached_logits": True}
+    replay = Replay(kind=kind, rows=5, memory_bank=options)
+    trainer = make_trainer(small_method(replay=replay, student_steps=5, steps_per_batch=2, iterations=2))
+    trainer.iterate()  # fills the bank
+    state = trainer.state
+    fresh_rows = len(state.latents)
+    drawn, tracked = [], state.generator.state_dict()["body.2.num_batches_tracked"]
+    runs_before = int(tracked)
+    for step in range(5):
+        student_step(state, step)
+        drawn.append((state.images.clone(), state.logits.clone()))
+    assert int(tracked) - runs_before == 3
+    for step in range(1, 5):
+        (previous, _), (images, logits) = drawn[step - 1], drawn[step]
+        assert torch.equal(images[:fresh_rows], previous[:fresh_rows]) is (step % 2 == 1)
+        if kind != "none":
+            assert not torch.equal(images[fresh_rows:], previous[fresh_rows:])
+        # A teacher of half rounded images.
+        tolerance = 1e-2 if kind == "memory_bank" else 1e-5
+        with torch.no_grad():
+            torch.testing.assert_close(logits, trainer.teacher(images), rtol=tolerance, atol=tolerance)
+
+
+def test_the_teacher_and_the_generator_do_not_run_in_a_step_on_the_same_samples(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(small_method(student_steps=4, steps_per_batch=4))
+    calls: list[str] = []
+    trainer.state.teacher.register_forward_pre_hook(lambda *_: calls.append("teacher"))
+    trainer.state.generator.register_forward_pre_hook(lambda *_: calls.append("generator"))
+    trainer.state.generator.get_submodule("body").register_forward_pre_hook(lambda *_: calls.append("generator"))
+    losses = [float(student_step(trainer.state, step)["student"]) for step in range(4)]
+    assert sorted(calls) == ["generator", "teacher"]
+    assert losses[3] < losses[0]

@@ -273,6 +273,63 @@ def test_a_restored_bank_draws_the_same_batches_and_overwrites_the_same_slot(sto
             one.end_epoch(number, fresh(number))
 
 
+def pool(rows: int, **options: Any) -> MemoryBank:
+    """A bank of batches of four samples that replays single samples."""
+    images, logits = torch.full((4, 3, 4, 5), float("nan")), torch.full((4, 7), float("nan"))
+    return MemoryBank(images, logits, slots=3, every=1, every_unit="iterations", samples=rows, cached_logits=True, **options)
+
+
+@pytest.mark.parametrize("stored", [1, 2, 3, 5])
+def test_a_bank_of_samples_replays_every_stored_sample_uniformly_and_independently(stored: int) -> None:
+    source = pool(rows=3000, storage="float32")
+    for iteration in range(1, stored + 1):
+        source.end_iteration(iteration, fresh(iteration))
+    alive = range(max(1, stored - 2), stored + 1)
+    samples = torch.cat([fresh(number).images for number in alive]).flatten(1)
+    ((images, logits),) = draws(source, 1)
+    assert logits is not None
+    matches = (images.flatten(1)[:, None] == samples).all(2)
+    assert (matches.sum(1) == 1).all()
+    assert torch.equal(logits, torch.cat([fresh(number).teacher_logits for number in alive])[matches.int().argmax(1)])
+    # Six standard deviations of a binomial distribution with 3000 draws are at most 143.
+    counts = matches.sum(0)
+    assert ((counts - 3000 / len(samples)).abs() < 143).all()
+    following = matches[1:][matches[:-1, 0]].sum(0)  # draws after the first sample
+    assert ((following - counts[0] / len(samples)).abs() < 6 * (counts[0] / len(samples)) ** 0.5).all()
+
+
+@pytest.mark.parametrize("storage", ["half", "uint8"])
+def test_a_bank_of_samples_restores_each_sample_at_the_scale_of_its_batch(storage: Storage) -> None:
+    source = pool(rows=200, storage=storage)
+    for number, scale in ((1, 1e-3), (2, 10.0)):
+        source.store(scale * fresh(number).images, fresh(number).teacher_logits)
+    ((images, logits),) = draws(source, 1)
+    assert logits is not None
+    small = logits.amax(1) < 2
+    assert 60 < small.sum() < 140
+    for number, scale, drawn in ((1, 1e-3, images[small]), (2, 10.0, images[~small])):
+        errors = (drawn[:, None] - scale * fresh(number).images).abs().flatten(2).amax(2).amin(1)
+        assert (errors <= scale * number * 1e-3).all()
+
+
+def test_a_bank_of_samples_holds_more_rows_than_it_stores_a_batch_and_other_banks_do_not() -> None:
+    Replay(kind="memory_bank", rows=9, memory_bank={"draw": "samples"}).policy.check(9, 8)  # type: ignore[arg-type, union-attr]
+    with pytest.raises(ValueError, match=r"replay\.rows = 9: must be at most loop\.batch_size = 8; .*memory_bank\.draw = 'samples'"):
+        Replay(kind="memory_bank", rows=9).policy.check(9, 8)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("unit", ["epochs", "iterations"])
+def test_a_bank_stores_at_the_ends_of_the_unit_of_every(unit: Literal["epochs", "iterations"]) -> None:
+    images, logits = fresh(0).images, fresh(0).teacher_logits
+    source = MemoryBank(images, logits, slots=9, every=2, every_unit=unit)
+    for number in range(1, 4):
+        source.end_epoch(number, fresh(number))
+    assert source.stored == (1 if unit == "epochs" else 0)
+    for number in range(1, 6):
+        source.end_iteration(number, fresh(number))
+    assert source.stored == (1 if unit == "epochs" else 2)
+
+
 def vae_replay(**options: Any) -> VaeReplay:
     """Source of 2×8×8 images. Its teacher is not frozen, to detect gradients that reach it."""
     torch.manual_seed(0)

@@ -87,7 +87,8 @@ class ReplaySource:
     per_rank: bool = False
     """Whether the state differs between processes."""
     stores_fresh: bool = False
-    """Whether :meth:`end_epoch` stores fresh samples. Checkpoints then include the batch of the last student step."""
+    """Whether :meth:`end_epoch` or :meth:`end_iteration` stores fresh samples. Checkpoints then include the last
+    student step's batch."""
 
     @property
     def ready(self) -> bool:
@@ -140,6 +141,14 @@ class ReplaySource:
 
     def start(self, generator: nn.Module) -> None:
         """Called once after the generator's pretraining."""
+
+    def end_iteration(self, iteration: int, fresh: Batch) -> None:
+        """Called at the end of every iteration.
+
+        Args:
+            iteration: Number of the iteration since the start of the run, from 1.
+            fresh: Fresh samples of its last student step.
+        """
 
     def end_epoch(self, epoch: int, fresh: Batch) -> None:
         """Called at the end of every epoch.
