@@ -190,7 +190,8 @@ def test_sections_are_compared_hashed_copied_and_pickled_by_their_values() -> No
     assert one == same != other
     assert hash(one) == hash(same)
     assert copy.deepcopy(one) == pickle.loads(pickle.dumps(one)) == dataclasses.replace(other, memory_bank=BankSettings(slots=2)) == one  # type: ignore[call-arg]
-    assert dataclasses.asdict(one)["memory_bank"] == {"slots": 2, "every": 5, "storage": "half", "cached_logits": False}
+    expected = {"slots": 2, "every": 5, "every_unit": "epochs", "draw": "batch", "storage": "half", "cached_logits": False}
+    assert dataclasses.asdict(one)["memory_bank"] == expected
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.rows = 4  # type: ignore[misc]
     method = Method(loop=Loop(batch_size=8), engine=Engine(precision="fp32"), replay=one)
