@@ -108,15 +108,15 @@ def _draw_batch(state: TrainState, *, fresh: bool) -> Batch:
         generators.append(state.generator)
         latents.append(condition_latents(state.generator, _draw_latents(state), state.labels))
     first, generated = 0 if fresh else fresh_rows, fresh_rows
-    if source is not None and source.ready:
-        parts = [Part(fresh_rows, factor * (1 - share)), Part(source.rows, factor * share)]
-        if source.generator is not None:
-            generators.append(source.generator)
-            latents.append(source.latents(state.replay_stream))
-            generated += source.rows
-    total = sum(part.rows for part in parts)
-    images, logits = state.images[:total], state.logits[:total]
     with state.precision.autocast():
+        if source is not None and source.ready:
+            parts = [Part(fresh_rows, factor * (1 - share)), Part(source.rows, factor * share)]
+            if source.generator is not None:
+                generators.append(source.generator)
+                latents.append(source.latents(state.replay_stream))  # may run the teacher
+                generated += source.rows
+        total = sum(part.rows for part in parts)
+        images, logits = state.images[:total], state.logits[:total]
         if generators:
             generate(generators, latents, out=images[first:generated])
         if source is not None and generated < total:
