@@ -13,8 +13,10 @@ from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import build_replay_source
 from dfkd_fast.models import sample, state_dict_sha256
 from dfkd_fast.surgery import (
+    AttentionMaps,
     FoldingError,
     Observer,
+    attention_layers,
     auxiliary_outputs,
     deep_copy,
     fold_and_verify,
@@ -36,7 +38,7 @@ from .losses import LossLog
 from .method import Engine, Method
 from .optim import build_optimizer, build_schedule
 from .precision import Precision, emulation_note
-from .state import TrainState
+from .state import Attention, TrainState
 from .streams import random_stream
 
 __all__ = ["prepare", "prepare_teacher_training"]
@@ -211,6 +213,7 @@ def prepare(
     observer = Observer(optimized["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0)
     with torch.no_grad(), context.precision.autocast():
         observer(context.images)  # raises now, not in the first step, if it cannot observe a layer
+    attention = _attention(optimized["teacher"], optimized["student"], len(images), context) if objective.attention else None
     average = FusedEMA(student, loop.student_ema_decay) if loop.student_ema_decay else None
     student_optimizer = build_optimizer(method.student_optimizer, student.parameters(), device)
     generator_optimizer = build_optimizer(method.generator_optimizer, generator.parameters(), device)
@@ -222,6 +225,7 @@ def prepare(
         observer=observer,
         student=optimized["student"],
         generator=optimized["generator"],
+        attention=attention,
         replay_source=replay_source,
         average=average,
         saved_networks={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
@@ -281,6 +285,16 @@ def _apply_passes(networks: dict[str, nn.Module], context: Context) -> dict[str,
         if role == "generator":
             context.images = sample(network, SAMPLES, context.device)
     return optimized
+
+
+def _attention(teacher: nn.Module, student: nn.Module, rows: int, context: Context) -> Attention:
+    """Builds the attention maps of teacher and student, with a buffer for a batch of ``rows`` samples."""
+    with context.precision.autocast():
+        teacher_calls, student_calls = attention_layers(teacher, student, context.images)
+        of_teacher, of_student = AttentionMaps(teacher, teacher_calls), AttentionMaps(student, student_calls)
+        with torch.no_grad():
+            positions = of_teacher(context.images)[1].shape[1]
+    return Attention(of_teacher, of_student, torch.zeros(rows, positions, device=context.device))
 
 
 def _static_batch(method: Method, image_shape: torch.Size, logits_shape: torch.Size, context: Context) -> tuple[Tensor, Tensor]:

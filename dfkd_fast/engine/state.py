@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import Batch, Part, ReplaySource
-from dfkd_fast.surgery import Observer
+from dfkd_fast.surgery import AttentionMaps, Observer
 
 from .clock import Clock
 from .drift import Drift
@@ -19,7 +19,17 @@ from .losses import LossLog
 from .method import Method
 from .precision import Precision
 
-__all__ = ["TrainState", "isolated_callback", "preserved"]
+__all__ = ["Attention", "TrainState", "isolated_callback", "preserved"]
+
+
+@dataclass
+class Attention:
+    """Attention maps that student steps compare (``objective.attention``)."""
+
+    teacher: AttentionMaps
+    student: AttentionMaps
+    maps: Tensor
+    """Buffer (ΣB_i, positions) of the teacher's maps for :attr:`TrainState.images`."""
 
 
 @dataclass
@@ -38,6 +48,8 @@ class TrainState:
     """Optimized copy of the student that shares parameters and buffers with the user's module."""
     generator: nn.Module
     """Optimized copy of the generator that shares parameters and buffers with the user's module."""
+    attention: Attention | None
+    """Attention maps of teacher and student; None if ``objective.attention`` is 0."""
     replay_source: ReplaySource | None
     """Source of replayed samples; None without replay."""
     average: FusedEMA | None

@@ -39,6 +39,7 @@ def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
         autocast=precision.autocast,
         scale=lambda loss: precision.scale("student", loss),
         micro_batches=state.method.engine.micro_batches,
+        attention_maps=None if state.attention is None else state.attention.student,
     )
     precision.step("student", state.student_optimizer)
     if state.average is not None:
@@ -96,12 +97,12 @@ def _generator_terms(state: TrainState, z: Tensor, labels: Tensor, adversarial: 
 
 @torch.no_grad()
 def _draw_batch(state: TrainState, *, fresh: bool) -> Batch:
-    """Returns fresh and replayed images with the teacher's logits, as views of the state's buffers.
+    """Returns fresh and replayed images with the teacher's logits and attention maps, as views of the state's buffers.
 
     If ``fresh`` is False, the fresh rows remain those of the previous student step.
     """
     factor, share = state.method.objective.student_weight, state.method.replay.share
-    source, fresh_rows = state.replay_source, len(state.latents)
+    source, attention, fresh_rows = state.replay_source, state.attention, len(state.latents)
     parts = [Part(fresh_rows, factor)]
     generators, latents, stored_logits = [], [], None
     if fresh:
@@ -123,10 +124,14 @@ def _draw_batch(state: TrainState, *, fresh: bool) -> Batch:
             stored_logits = source.recall(images[generated:], state.replay_stream)
         labelled = total if stored_logits is None else generated
         if first < labelled:
-            logits[first:labelled] = state.teacher(images[first:labelled])
+            rows = slice(first, labelled)
+            if attention is None:
+                logits[rows] = state.teacher(images[rows])
+            else:
+                logits[rows], attention.maps[rows] = attention.teacher(images[rows])
     if stored_logits is not None:
         logits[generated:] = stored_logits
-    return Batch(images, logits, parts)
+    return Batch(images, logits, parts, None if attention is None else attention.maps[:labelled])
 
 
 def _draw_latents(state: TrainState) -> Tensor:

@@ -1,7 +1,9 @@
 """The training batch of a student step: fresh and replayed samples with the teacher's logits."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,16 @@ class Batch:
     """Teacher logits (ΣB_i, classes) or (ΣB_i, classes, H, W), detached."""
     parts: Sequence[Part]
     """Fresh rows, followed by the replayed rows if there are any."""
+    teacher_attention: Tensor | None = None
+    """Attention maps of the teacher for the rows of the first parts, (≤ ΣB_i, positions), detached; None if they are not compared."""
+
+    @property
+    def attention_parts(self) -> Sequence[Part]:
+        """Parts whose rows have attention maps."""
+        if self.teacher_attention is None:
+            return []
+        ends = list(accumulate(part.rows for part in self.parts))
+        return self.parts[: bisect_right(ends, len(self.teacher_attention))]
 
     def chunks(self, count: int) -> Iterator["Batch"]:
         """Yields ``count`` micro-batches with rows of every part, weighted so that their losses sum to the loss of this batch."""
@@ -47,7 +59,10 @@ class Batch:
             indices = torch.cat(rows)
             # Indexing does not preserve the memory format.
             layout = torch.channels_last if self.images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-            yield Batch(self.images[indices].contiguous(memory_format=layout), self.teacher_logits[indices], parts)
+            attention = self.teacher_attention
+            if attention is not None:
+                attention = attention[torch.cat(rows[: len(self.attention_parts)])]
+            yield Batch(self.images[indices].contiguous(memory_format=layout), self.teacher_logits[indices], parts, attention)
 
     def split(self) -> list["Batch"]:
         """Returns one batch per part."""

@@ -11,7 +11,7 @@ from dfkd_fast.kernels import js_discrepancy, kl_discrepancy, l1_discrepancy
 from dfkd_fast.settings import NonNegative, Positive, Temperature, settings
 from dfkd_fast.surgery import Observation
 
-__all__ = ["Objective", "activation", "bn_moments", "bn_moments_norm", "class_nll", "embedding_norm", "entropy", "one_hot"]
+__all__ = ["Objective", "activation", "attention", "bn_moments", "bn_moments_norm", "class_nll", "embedding_norm", "entropy", "one_hot"]
 
 
 @settings
@@ -45,6 +45,9 @@ class Objective:
     """Weight of :func:`activation`."""
     bn_moments: NonNegative = 0.0
     """Weight of :func:`bn_moments`."""
+    attention: NonNegative = 0.0
+    """Weight of :func:`attention` in the student's loss, which is added to ``discrepancy`` for every sample that the teacher is run on:
+    not for replayed samples with stored logits. ZSKT (arXiv 1905.09768) uses 250."""
     class_nll: NonNegative = 0.0
     """Weight of :func:`class_nll`; requires a conditional generator."""
     embedding_norm: NonNegative = 0.0
@@ -72,6 +75,15 @@ class Objective:
             teacher: Logits of the same shape.
         """
         return self._discrepancy(self.discrepancy, student, teacher)
+
+    def attention_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Returns the weighted term :func:`attention` as a 0-d tensor, without ``student_weight``.
+
+        Args:
+            student: Attention maps (B, positions).
+            teacher: Attention maps of the same shape.
+        """
+        return self.attention * attention(student, teacher)
 
     def generator_terms(
         self, student: Tensor | None, teacher: Observation, labels: Tensor | None = None, embeddings: Tensor | None = None
@@ -117,6 +129,18 @@ class Objective:
         scaled = kind == "kl"
         total = divergence(student, teacher, temperature=self.temperature, reduction="batchmean", scale_by_temperature_squared=scaled)
         return total if student.ndim == 2 else total / student[0, 0].numel()
+
+
+def attention(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns the mean squared distance between attention maps of student and teacher, 0-d (ZSKT, arXiv 1905.09768, eq. 3).
+
+    With the maps of :class:`~dfkd_fast.surgery.AttentionMaps` it is the sum over layers of the mean over samples and positions.
+
+    Args:
+        student: Attention maps (B, positions).
+        teacher: Attention maps of the same shape.
+    """
+    return (student - teacher).square().sum(1).mean()
 
 
 def one_hot(logits: Tensor) -> Tensor:

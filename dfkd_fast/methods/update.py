@@ -12,7 +12,7 @@ from dfkd_fast import distributed
 from dfkd_fast.kernels import use_backend
 from dfkd_fast.settings import NonNegative, Positive, settings
 
-from .batch import Batch
+from .batch import Batch, Part
 from .objective import Objective
 
 __all__ = ["Update"]
@@ -46,6 +46,7 @@ class Update:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
         micro_batches: int = 1,
+        attention_maps: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Computes the gradient of the student's loss, averaged over processes, in ``.grad``, which must be empty.
 
@@ -56,6 +57,8 @@ class Update:
             autocast: Returns the context manager for the student's forward passes.
             scale: Applied to the loss before the backward pass; ignored by ``first-order`` and ``second-order``.
             micro_batches: Number of micro-batches that the batch is split into, to reduce memory.
+            attention_maps: Maps images to the student's logits and attention maps; required to compare these with the batch's. Not
+                supported by ``first-order`` and ``second-order``.
 
         Returns:
             The loss of this process, 0-d and detached.
@@ -65,20 +68,41 @@ class Update:
         losses = []
         for chunk in batch.chunks(micro_batches):
             with autocast():
-                logits = student(chunk.images)
-            if self.kind == "pooled":
-                loss = (
-                    objective.student_weight * len(chunk.images) / len(batch.images) * objective.student_loss(logits, chunk.teacher_logits)
-                )
-            else:
-                rows = [part.rows for part in chunk.parts]
-                slices = zip(logits.split(rows), chunk.teacher_logits.split(rows), chunk.parts, strict=True)
-                terms = [part.weight * objective.student_loss(student_logits, targets) for student_logits, targets, part in slices]
-                loss = sum(terms[1:], start=terms[0])
+                logits, attention = (student(chunk.images), None) if attention_maps is None else attention_maps(chunk.images)
+            terms = self._terms(objective.student_loss, logits, chunk.teacher_logits, chunk.parts, len(batch.images), objective)
+            if attention is not None and chunk.teacher_attention is not None and batch.teacher_attention is not None:
+                maps = attention[: len(chunk.teacher_attention)], chunk.teacher_attention
+                terms += self._terms(objective.attention_loss, *maps, chunk.attention_parts, len(batch.teacher_attention), objective)
+            loss = sum(terms[1:], start=terms[0])
             scale(loss).backward()
             losses.append(loss.detach())
         distributed.average_([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
         return sum(losses[1:], start=losses[0])
+
+    def _terms(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        student: Tensor,
+        teacher: Tensor,
+        parts: Sequence[Part],
+        batch_size: int,
+        objective: Objective,
+    ) -> list[Tensor]:
+        """Returns the weighted loss of each part, or of all rows if the update is ``pooled``.
+
+        Args:
+            loss: Maps outputs of student and teacher to a mean over samples.
+            student: Outputs of the student for a micro-batch.
+            teacher: Outputs of the teacher for the same rows.
+            parts: Parts of the micro-batch.
+            batch_size: Number of rows of all micro-batches.
+            objective: Provides the weight of ``pooled``.
+        """
+        if self.kind == "pooled":
+            return [objective.student_weight * len(teacher) / batch_size * loss(student, teacher)]
+        rows = [part.rows for part in parts]
+        slices = zip(student.split(rows), teacher.split(rows), parts, strict=True)
+        return [part.weight * loss(student_rows, teacher_rows) for student_rows, teacher_rows, part in slices]
 
     def _retain_acquire(
         self, student: nn.Module, batch: Batch, objective: Objective, autocast: Callable[[], AbstractContextManager[object]]

@@ -1,9 +1,10 @@
 """Model surgery: optimized copies of networks that share the originals' parameters.
 
 ``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``observe``
-records the inputs of layers; ``modes`` and ``outputs`` switch modes and extract logits.
+and ``attention`` record the inputs and outputs of layers; ``modes`` and ``outputs`` switch modes and extract logits.
 """
 
+from .attention import AttentionMaps, attention_layers
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
 from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
@@ -14,12 +15,14 @@ from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32,
 from .sharing import frozen_copy, sharing_copy
 
 __all__ = [
+    "AttentionMaps",
     "BatchNormLeakyReLU2d",
     "CpuConv2d",
     "FoldingError",
     "Observation",
     "Observer",
     "SpectralNorm",
+    "attention_layers",
     "auxiliary_outputs",
     "compute_in_float32",
     "deep_copy",

@@ -15,7 +15,7 @@ from .fold import has_running_statistics
 from .modes import deep_copy
 from .outputs import get_logits
 
-__all__ = ["Observation", "Observer"]
+__all__ = ["Observation", "Observer", "RecordsCalls"]
 
 
 class Observation(NamedTuple):
@@ -71,7 +71,7 @@ class Observer:
                 raise DfkdError(f"objective.activation: the teacher {type(teacher).__name__} has no linear or convolutional layer")
             self._classifier = layers[-1]
         for layer in self._recording_layers():
-            layer.__class__ = type(type(layer).__name__, (_RecordsCalls, type(layer)), {})
+            layer.__class__ = type(type(layer).__name__, (RecordsCalls, type(layer)), {})
 
     def __call__(self, images: Tensor) -> Observation:
         """Returns the teacher's logits for images (B, C, H, W), with the requested statistics and features.
@@ -118,7 +118,7 @@ class Observer:
         return torch.addcmul(shift, torch.cat(parts).view_as(scale), scale), running
 
 
-class _RecordsCalls(nn.Module):
+class RecordsCalls(nn.Module):
     """Mixin that records the input and output of every call."""
 
     calls: list[tuple[Tensor, Tensor]]

@@ -1,0 +1,115 @@
+"""Spatial attention maps of two networks, computed together with their logits."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.errors import DfkdError
+
+from .modes import dry_run, eval_mode
+from .observe import RecordsCalls
+from .outputs import get_logits
+from .sharing import sharing_copy
+
+__all__ = ["AttentionMaps", "Call", "attention_layers"]
+
+
+class Call(NamedTuple):
+    """A call of a layer in a network's forward pass."""
+
+    layer: str
+    """Name of the layer."""
+    number: int
+    """Number of earlier calls of the layer in the same forward pass."""
+
+
+def attention_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tuple[list[Call], list[Call]]:
+    """Returns the layers whose feature maps are compared, one per spatial size that occurs in both networks, in the teacher's order.
+
+    A layer is a module without children. Of those with feature maps (B, C, H, W) of one size, the last is selected: in most
+    classifiers the activation before the maps are reduced. Maps of one pixel are ignored.
+
+    Args:
+        teacher: Network, images → logits.
+        student: Network, images → logits.
+        images: Example images (B, C, H, W).
+
+    Returns:
+        Calls of the teacher's layers and of the student's, of equal number.
+
+    Raises:
+        DfkdError: The networks have no feature maps of the same size.
+    """
+    of_teacher, of_student = (_last_calls(network, images) for network in (teacher, student))
+    sizes = [size for size in of_teacher if size in of_student]
+    if not sizes:
+        found = [", ".join(f"{height} x {width}" for height, width in calls) or "no size" for calls in (of_teacher, of_student)]
+        raise DfkdError(f"objective.attention: the teacher has feature maps of {found[0]}, the student of {found[1]}; none are equal")
+    return [of_teacher[size] for size in sizes], [of_student[size] for size in sizes]
+
+
+class AttentionMaps:
+    """Callable that returns a network's logits together with its attention maps, which are differentiable.
+
+    It calls a copy of the network that shares every parameter and buffer; the network itself is not changed.
+
+    Args:
+        network: Network, images → logits, in the mode in which it is to be called.
+        calls: Calls of layers that return feature maps (B, C, H, W).
+    """
+
+    def __init__(self, network: nn.Module, calls: Sequence[Call]) -> None:
+        self.network = sharing_copy(network)
+        self._calls = calls
+        self._layers: dict[str, Any] = {call.layer: self.network.get_submodule(call.layer) for call in calls}
+        for layer in self._layers.values():
+            layer.__class__ = type(type(layer).__name__, (RecordsCalls, type(layer)), {})
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits and the attention maps of images.
+
+        The attention map of a layer's features f is q = Σ_c f_c² over the channels, divided by ‖q‖₂ (Attention Transfer,
+        arXiv 1612.03928) and by √(H·W): the squared distance of two of them is the mean over positions that ZSKT
+        (arXiv 1905.09768) uses.
+
+        Args:
+            images: (B, C, H, W).
+
+        Returns:
+            Logits, and the maps of all layers side by side, (B, Σ H·W), in float32.
+        """
+        for layer in self._layers.values():
+            layer.calls = []
+        logits = get_logits(self.network(images))
+        features = [self._layers[call.layer].calls[call.number][1] for call in self._calls]
+        for layer in self._layers.values():
+            layer.calls = []
+        return logits, torch.cat([_attention_map(feature) for feature in features], dim=1)
+
+
+def _attention_map(features: Tensor) -> Tensor:
+    squares = features.float().square().sum(1).flatten(1)
+    return nn.functional.normalize(squares, dim=1) / squares.shape[1] ** 0.5
+
+
+def _last_calls(network: nn.Module, images: Tensor) -> dict[tuple[int, int], Call]:
+    """Returns the last call of a layer that returns feature maps of each spatial size."""
+    last: dict[tuple[int, int], Call] = {}
+    counts: Counter[str] = Counter()
+    with dry_run(network) as trial, eval_mode(trial):
+        names = {layer: name for name, layer in trial.named_modules()}
+
+        def record(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            # RecordsCalls, which records the output in training, supports one input.
+            if len(inputs) == 1 and isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1:
+                last[output.shape[2], output.shape[3]] = Call(names[layer], counts[names[layer]])
+            counts[names[layer]] += 1
+
+        for layer in names:
+            if not any(layer.children()) and not isinstance(layer, torch.jit.ScriptModule):
+                layer.register_forward_hook(record)
+        trial(images)
+    return last
