@@ -262,14 +262,14 @@ def test_a_learning_rate_that_a_graph_would_not_see_change_is_not_captured(make_
     assert "learning rate" in state.notes[0]
 
 
-def rehearsal(kind: str, *, steps_per_batch: int = 1) -> Method:
+def rehearsal(kind: str, *, steps_per_batch: int = 1, attention: float = 0.0) -> Method:
     options: dict[str, Any] = {"memory_bank": {"every": 1}, "vae": {"latent_dim": 8, "width": 4, "steps": 2}}
     return Method(
         loop=Loop(
             batch_size=8, epochs=2, iterations_per_epoch=1, student_steps=5, steps_per_batch=steps_per_batch, generator_pretraining=1
         ),
         engine=Engine(channels_last=False),
-        objective={"one_hot": 1.0},  # type: ignore[arg-type]
+        objective={"one_hot": 1.0, "attention": attention},  # type: ignore[arg-type]
         replay={"kind": kind} | options,  # type: ignore[arg-type]
         student_optimizer=Optimizer(lr=0.01),
         generator_optimizer=Optimizer(lr=0.01),
@@ -281,8 +281,11 @@ KINDS = ["none", "ema_generator", "memory_bank", "vae"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps_per_batch", [1, 2, 3, 9])
-def test_warm_up_runs_every_kind_of_step(make_trainer: MakeTrainer, cuda: FakeCuda, kind: str, steps_per_batch: int) -> None:
-    warmed, run = (captured(make_trainer(rehearsal(kind, steps_per_batch=steps_per_batch))) for _ in range(2))
+@pytest.mark.parametrize("attention", [0.0, 250.0])
+def test_warm_up_runs_every_kind_of_step(
+    make_trainer: MakeTrainer, cuda: FakeCuda, kind: str, steps_per_batch: int, attention: float
+) -> None:
+    warmed, run = (captured(make_trainer(rehearsal(kind, steps_per_batch=steps_per_batch, attention=attention))) for _ in range(2))
     warmed.steps.warm_up()
     run.fit()
     assert list(warmed.steps._captured) == list(run.steps._captured)

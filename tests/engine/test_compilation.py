@@ -152,11 +152,11 @@ def networks(generator: nn.Module) -> Networks:
     return teacher, student, generator
 
 
-def method(replay: dict[str, Any], **changes: Any) -> Method:
+def method(replay: dict[str, Any], *, attention: float = 0.0, **changes: Any) -> Method:
     loop = {"batch_size": 8, "epochs": 2, "iterations_per_epoch": 2, "student_steps": 1, "compile": True, "generator_pretraining": 2}
     return Method(
         **loop_and_engine(**loop | changes),
-        objective=Objective(bn_moments=1.0, activation=0.1),
+        objective=Objective(bn_moments=1.0, activation=0.1, attention=attention),
         replay=replay,  # type: ignore[arg-type]
         student_optimizer=Optimizer(lr=0.01),
         generator_optimizer=Optimizer(kind="adam", lr=1e-3),
@@ -171,9 +171,10 @@ REPLAYS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("attention", [0.0, 250.0])
 @pytest.mark.parametrize("replay", REPLAYS, ids=lambda replay: str(replay["kind"]))
 def test_a_run_compiles_in_its_first_steps_and_evaluates_what_is_not_compiled(
-    make_trainer: MakeTrainer, compiler: Compiler, replay: dict[str, Any]
+    make_trainer: MakeTrainer, compiler: Compiler, replay: dict[str, Any], attention: float
 ) -> None:
     evaluated: list[int] = []
 
@@ -185,7 +186,9 @@ def test_a_run_compiles_in_its_first_steps_and_evaluates_what_is_not_compiled(
         return 0.0
 
     generator = build_generator(GeneratorSettings(model="C", width=4, latent_dim=10), 3, 16)
-    chosen = method(replay, epochs=3, micro_batches=3, drift_samples=6, student_ema_decay=0.9, student_in_generator_step="eval")
+    chosen = method(
+        replay, attention=attention, epochs=3, micro_batches=3, drift_samples=6, student_ema_decay=0.9, student_in_generator_step="eval"
+    )
     trainer = make_trainer(chosen, networks=networks(generator), evaluate=evaluate)
     graphs: list[int] = []
     trainer.on_iteration = lambda trainer: graphs.append(len(compiler.graphs))

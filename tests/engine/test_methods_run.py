@@ -234,6 +234,27 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
             assert_equal(without_times(resumed.state_dict()), expected)
 
 
+@pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank, samples"])
+def test_a_run_with_attention_that_was_interrupted_equals_one_that_was_not(make_trainer: MakeTrainer, replay: str) -> None:
+    config = method(replay=replay, objective=Objective(attention=250.0), student_steps=3, steps_per_batch=2)
+    networks = normalised_networks()
+    whole = make_trainer(config, networks=networks)
+    whole.fit()
+    stopped = make_trainer(config, networks=networks)
+    states = stop_at(stopped, 3)
+    stopped.fit()
+    resumed = make_trainer(config, seed=50, networks=(networks[0], *normalised_networks(seed=7)[1:]))
+    resumed.load_state_dict(states[0])
+    resumed.fit()
+    assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
+
+
+@pytest.mark.parametrize("update", ["first-order", "second-order"])
+def test_attention_with_a_retain_acquire_update_is_rejected(update: str) -> None:
+    with pytest.raises(ValidationError, match=f"objective.attention = 250.0: not supported with update.kind '{update}'; must be 0"):
+        method(update=update, replay="ema_generator", objective=Objective(attention=250.0))
+
+
 def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_ended(make_trainer: MakeTrainer) -> None:
     config = method(replay="ema_generator", objective=EVERY_TERM, generator_pretraining=4, generator_lr=0.05)
     trainer = make_trainer(config, networks=normalised_networks(conditional=True))

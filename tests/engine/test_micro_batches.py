@@ -28,11 +28,11 @@ class Conditional(nn.Module):
         return self.body(z)
 
 
-def method(pieces: int, update: str = "plain", replay: str = "ema_generator") -> Method:
+def method(pieces: int, update: str = "plain", replay: str = "ema_generator", attention: float = 0.0) -> Method:
     return Method(
         loop=Loop(batch_size=7),
         engine=Engine(micro_batches=pieces),
-        objective=Objective(student_weight=1.7, one_hot=0.5, class_nll=1.0, embedding_norm=0.3),
+        objective=Objective(student_weight=1.7, one_hot=0.5, class_nll=1.0, embedding_norm=0.3, attention=attention),
         replay=Replay(kind=replay, rows=5, share=0.4),
         update=Update(kind=update),  # type: ignore[arg-type]
     )
@@ -45,8 +45,9 @@ def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("pieces", [2, 3, 5])
 @pytest.mark.parametrize("update", ["plain", "pooled"])
-def test_micro_batches_give_the_losses_and_gradients_of_the_batch(pieces: int, update: str) -> None:
-    whole, cut = (Trainer(*networks(), method(count, update), seed=1) for count in (1, pieces))
+@pytest.mark.parametrize("attention", [0.0, 40.0])
+def test_micro_batches_give_the_losses_and_gradients_of_the_batch(pieces: int, update: str, attention: float) -> None:
+    whole, cut = (Trainer(*networks(), method(count, update, attention=attention), seed=1) for count in (1, pieces))
     assert cut.notes == []
     for role in ("student", "generator"):
         theirs, ours = (trainer.steps.student(0) if role == "student" else trainer.steps.generator() for trainer in (whole, cut))
@@ -75,6 +76,13 @@ def test_micro_batches_partition_the_rows_and_the_weight() -> None:
     for piece in pieces:
         assert torch.equal(piece.teacher_logits[:, 0], 2 * piece.images.flatten())
         assert all(row < 7 for row in piece.images.flatten()[: piece.parts[0].rows])
+    for stored in (0, 5):  # replayed rows with the logits, but not the maps, of the teacher
+        maps = logits[: 12 - stored]
+        pieces = list(Batch(images, logits, [Part(7, 1.0), Part(5, 0.7)], maps).chunks(3))
+        assert sum(len(piece.teacher_attention) for piece in pieces if piece.teacher_attention is not None) == len(maps)
+        for piece in pieces:
+            assert piece.teacher_attention is not None
+            assert torch.equal(piece.teacher_attention, piece.teacher_logits[: len(piece.teacher_attention)])
     for part in (0, 1):
         assert sum(piece.parts[part].weight for piece in pieces) == pytest.approx((1.0, 0.7)[part])
 

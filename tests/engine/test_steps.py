@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import Loop, Method, Objective, Replay, Trainer
-from dfkd_fast.engine.steps import generator_step, student_step
+from dfkd_fast.engine.steps import _draw_batch, generator_step, student_step
 from dfkd_fast.engine.streams import random_stream
 from dfkd_fast.methods import EmaGeneratorSettings
 from tests.small import small_method, small_networks
@@ -156,6 +157,46 @@ def test_steps_per_batch_keeps_the_fresh_samples_and_draws_new_replayed_ones(mak
         tolerance = 1e-2 if kind == "memory_bank" else 1e-5
         with torch.no_grad():
             torch.testing.assert_close(logits, trainer.teacher(images), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("cached", "rows"), [(False, 13), (True, 8)])
+def test_attention_maps_are_the_teachers_for_the_rows_that_it_labels(make_trainer: MakeTrainer, cached: bool, rows: int) -> None:
+    bank: Any = {"every": 1, "every_unit": "iterations", "draw": "samples", "storage": "float32", "cached_logits": cached}
+    method = small_method(replay=Replay(kind="memory_bank", rows=5, memory_bank=bank), student_steps=4, steps_per_batch=2)
+    networks = small_networks(teacher="wrn10_2", student="wrn10_1", channels=3)
+    plain, trainer = (
+        make_trainer(replace(method, objective=Objective(attention=weight)), networks=copy.deepcopy(networks)) for weight in (0.0, 250.0)
+    )
+    assert plain.state.attention is None
+    trainer.iterate()  # fills the bank
+    attention = trainer.state.attention
+    assert attention is not None
+    for step in range(4):
+        student_step(trainer.state, step)
+        assert len(_draw_batch(trainer.state, fresh=False).attention_parts) == (1 if cached else 2)
+        batch = _draw_batch(trainer.state, fresh=step == 2)
+        assert batch.teacher_attention is not None and len(batch.teacher_attention) == rows
+        with torch.no_grad():
+            torch.testing.assert_close(batch.teacher_attention, attention.teacher(batch.images[:rows])[1])
+    plain.fit()
+    trainer.fit()
+    assert changed(trainer.student, plain.student.state_dict())
+
+
+def test_attention_alone_pulls_the_students_maps_to_the_teachers(make_trainer: MakeTrainer) -> None:
+    method = small_method(batch_size=16)
+    losses = []
+    for weight in (1e-6, 3000.0):
+        networks = small_networks(teacher="wrn10_2", student="wrn10_1", channels=3)
+        trainer = make_trainer(replace(method, objective=Objective(attention=weight)), networks=networks)
+        for _ in range(15):
+            student_step(trainer.state)
+        state = trainer.state
+        assert state.attention is not None
+        with torch.no_grad():
+            distance = state.attention.student(state.images)[1] - state.attention.teacher(state.images)[1]
+        losses.append(float(distance.square().sum(1).mean()))
+    assert losses[1] < 0.5 * losses[0]
 
 
 def test_the_teacher_and_the_generator_do_not_run_in_a_step_on_the_same_samples(make_trainer: MakeTrainer) -> None:

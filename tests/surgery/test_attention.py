@@ -1,0 +1,113 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_fast import DfkdError
+from dfkd_fast.models import build_model
+from dfkd_fast.surgery import AttentionMaps, attention_layers, fold_and_verify
+
+
+class OneReLU(nn.Module):
+    """Network that calls one activation at several sizes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.relu, self.head = nn.ReLU(), nn.Linear(width, 5)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        x = self.relu(self.first(x))
+        return [x, self.relu(self.second(x))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)[-1].mean((2, 3)))
+
+
+def expected_maps(features: list[Tensor]) -> Tensor:
+    maps = []
+    for feature in features:
+        squares = feature.double().pow(2).mean(1).flatten(1)  # the mean over channels: a constant factor cancels
+        maps.append(squares / squares.pow(2).sum(1, keepdim=True).sqrt() / squares.shape[1] ** 0.5)
+    return torch.cat(maps, dim=1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_of_one_activation_called_at_two_sizes_are_those_of_each_call(height: int, width: int, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    teacher, student = OneReLU(6), OneReLU(4)
+    images = torch.randn(3, 3, height, width).to(memory_format=layout)
+    for network, calls in zip((teacher, student), attention_layers(teacher, student, images), strict=True):
+        logits, maps = AttentionMaps(network, calls)(images)
+        assert torch.equal(logits, network(images))
+        torch.testing.assert_close(maps.double(), expected_maps(network.features(images)), rtol=1e-5, atol=1e-7)
+
+
+def test_squared_distance_of_maps_is_the_sum_over_layers_of_the_mean_over_positions() -> None:
+    torch.manual_seed(0)
+    networks, images = (OneReLU(6), OneReLU(4)), torch.randn(3, 3, 8, 8)
+    ours = [AttentionMaps(network, calls)(images)[1] for network, calls in zip(networks, attention_layers(*networks, images), strict=True)]
+    normalized = [[F.normalize(f.pow(2).mean(1).flatten(1)) for f in network.features(images)] for network in networks]
+    expected = sum((one - other).pow(2).mean() for one, other in zip(*normalized, strict=True))
+    torch.testing.assert_close((ours[0] - ours[1]).square().sum(1).mean(), expected)
+
+
+def test_a_wide_resnet_is_compared_before_each_reduction_of_its_size() -> None:
+    teacher, student = build_model("wrn16_2", 10, 3), build_model("wrn16_1", 10, 3)
+    images = torch.randn(2, 3, 32, 32)
+    sizes: dict[str, torch.Size] = {}
+    for name, layer in student.named_modules():
+        layer.register_forward_hook(lambda _, __, output, name=name: sizes.__setitem__(name, output.shape))
+    of_teacher, of_student = attention_layers(teacher, student, images)
+    student(images)
+    assert [tuple(sizes[call.layer]) for call in of_student] == [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
+    assert of_teacher == of_student
+
+
+def test_a_folded_teacher_has_the_maps_of_the_network() -> None:
+    torch.manual_seed(0)
+    teacher = build_model("wrn10_1", 10, 3)
+    teacher(torch.randn(8, 3, 16, 16))  # moves the running statistics
+    teacher.eval()
+    images = torch.randn(4, 3, 16, 16)
+    folded = fold_and_verify(teacher, images)
+    maps = [AttentionMaps(network, attention_layers(network, teacher, images)[0])(images)[1] for network in (folded, teacher)]
+    torch.testing.assert_close(*maps, rtol=1e-4, atol=1e-6)
+
+
+def test_recording_leaves_the_network_unchanged_and_trains_it() -> None:
+    network = build_model("wrn10_1", 10, 3)
+    images = torch.randn(4, 3, 16, 16)
+    before, names = copy.deepcopy(network.state_dict()), [type(layer) for layer in network.modules()]
+    calls, _ = attention_layers(network, network, images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    _, maps = AttentionMaps(network, calls)(images)
+    (maps * torch.randn_like(maps)).sum().backward()
+    assert [type(layer) for layer in network.modules()] == names
+    assert network.features[0].weight.grad.abs().sum() > 0  # type: ignore[index, union-attr]
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+
+
+def test_features_of_zero_have_a_map_and_a_gradient_of_zero() -> None:
+    network = OneReLU(4)
+    nn.init.zeros_(network.first.weight)
+    nn.init.zeros_(network.first.bias)  # type: ignore[arg-type]
+    images = torch.randn(2, 3, 8, 8)
+    _, maps = AttentionMaps(network, attention_layers(network, network, images)[0])(images)
+    maps.sum().backward()
+    assert not maps[:, :64].any()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+def test_networks_without_feature_maps_of_one_size_are_rejected_with_their_sizes() -> None:
+    halved = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    images = torch.randn(2, 3, 8, 8)
+    whole = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    with pytest.raises(DfkdError, match="feature maps of 8 x 8, the student of 4 x 4; none are equal"):
+        attention_layers(whole, halved, images)
+    with pytest.raises(DfkdError, match="the student of no size"):
+        attention_layers(whole, linear, images)
