@@ -47,7 +47,7 @@ class Objective:
     """Weight of :func:`bn_moments`."""
     attention: NonNegative = 0.0
     """Weight of :func:`attention` in the student's loss, which is added to ``discrepancy`` for every sample that the teacher is run on:
-    not for replayed samples with stored logits. ZSKT (arXiv 1905.09768) uses 250."""
+    not for replayed samples with stored logits. The public code of ZSKT (arXiv 1905.09768) uses 250."""
     class_nll: NonNegative = 0.0
     """Weight of :func:`class_nll`; requires a conditional generator."""
     embedding_norm: NonNegative = 0.0
@@ -132,9 +132,10 @@ class Objective:
 
 
 def attention(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the mean squared distance between attention maps of student and teacher, 0-d (ZSKT, arXiv 1905.09768, eq. 3).
+    """Returns the mean squared distance between attention maps of student and teacher, 0-d (Attention Transfer, arXiv 1612.03928).
 
-    With the maps of :class:`~dfkd_fast.surgery.AttentionMaps` it is the sum over layers of the mean over samples and positions.
+    With the maps of :class:`~dfkd_fast.surgery.AttentionMaps` it is the sum over layers of the mean over samples and positions, as in
+    the public code of ZSKT (arXiv 1905.09768).
 
     Args:
         student: Attention maps (B, positions).

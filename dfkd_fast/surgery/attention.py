@@ -72,8 +72,8 @@ class AttentionMaps:
         """Returns the logits and the attention maps of images.
 
         The attention map of a layer's features f is q = Σ_c f_c² over the channels, divided by ‖q‖₂ (Attention Transfer,
-        arXiv 1612.03928) and by √(H·W): the squared distance of two of them is the mean over positions that ZSKT
-        (arXiv 1905.09768) uses.
+        arXiv 1612.03928) and by √(H·W): the squared distance of two of them is the mean over positions in the
+        public code of ZSKT (arXiv 1905.09768).
 
         Args:
             images: (B, C, H, W).
@@ -109,7 +109,7 @@ def _last_calls(network: nn.Module, images: Tensor) -> dict[tuple[int, int], Cal
             counts[names[layer]] += 1
 
         for layer in names:
-            if not any(layer.children()) and not isinstance(layer, torch.jit.ScriptModule):
+            if next(layer.children(), None) is None and not isinstance(layer, torch.jit.ScriptModule):
                 layer.register_forward_hook(record)
         trial(images)
     return last

@@ -91,7 +91,7 @@ def test_recording_leaves_the_network_unchanged_and_trains_it() -> None:
     assert not any(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
 
 
-def test_features_of_zero_have_a_map_and_a_gradient_of_zero() -> None:
+def test_features_of_zero_have_a_map_of_zero_and_a_finite_gradient() -> None:
     network = OneReLU(4)
     nn.init.zeros_(network.first.weight)
     nn.init.zeros_(network.first.bias)  # type: ignore[arg-type]
