@@ -50,7 +50,8 @@ class Optimizer:
 def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """Returns the configured optimizer over parameters.
 
-    On a GPU the optimizer is fused and its learning rate is a tensor, so that a captured step follows the schedule.
+    Adam is fused, which is several times faster also on a CPU; SGD is fused on a GPU. On a GPU the learning rate is a tensor, so that a
+    captured step follows the schedule.
 
     Raises:
         DfkdError: An apex optimizer is configured, but apex is not installed or the device is not a GPU.
@@ -64,7 +65,7 @@ def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter], devic
     if device.type == "cuda":
         options |= {"lr": torch.tensor(config.lr, device=device), "fused": True} | ({} if sgd else {"capturable": True})
     if not sgd:
-        return torch.optim.Adam(parameters, **options)
+        return torch.optim.Adam(parameters, **options | {"fused": True})
     optimizer = torch.optim.SGD(parameters, **options)
     _init_momentum_buffers(optimizer)
     return optimizer

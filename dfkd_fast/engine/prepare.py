@@ -60,6 +60,8 @@ class Context:
     """Example images (SAMPLES, C, H, W) of the generator; empty while the generator is prepared."""
     notes: list[str]
     """Passes append a line for each optimization that they could not apply."""
+    second_order: bool = False
+    """Whether the student is differentiated twice."""
 
 
 def note_emulation(context: Context) -> None:
@@ -120,9 +122,13 @@ def sync_batch_norm(network: nn.Module, context: Context) -> nn.Module:
 
 
 def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
-    """Replaces pairs of batch norm and leaky ReLU by a fused kernel; on a GPU, also batch norms without activation."""
-    if context.engine.fuse_norm_act:
-        fuse_leaky_relus(network, every_norm=context.device.type == "cuda")
+    """Replaces pairs of batch norm and (leaky) ReLU by a fused kernel; in generators on a GPU, also batch norms without activation.
+
+    Student and trained teacher are fused on a CPU only, unless they are differentiated twice.
+    """
+    generator, on_gpu = context.role == "generator", context.device.type == "cuda"
+    if context.engine.fuse_norm_act and (generator or not (on_gpu or context.second_order)):
+        fuse_leaky_relus(network, every_norm=generator and on_gpu)
     return network
 
 
@@ -150,9 +156,15 @@ def note_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
 PASSES: dict[str, Sequence[Callable[[nn.Module, Context], nn.Module]]] = {
     "generator": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, fuse_norm_act),
     "teacher": (take_logits, fold, to_device, spectral_norms_in_float32, cpu_convolutions, cast_weights, note_rounded_logits),
-    "student": (share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, take_logits, logits_in_float32, note_rounded_logits),
+    "student": (
+        *(share, spectral_norms_in_float32, cpu_convolutions, sync_batch_norm, fuse_norm_act),
+        *(take_logits, logits_in_float32, note_rounded_logits),
+    ),
 }
-TEACHER_TRAINING_PASSES = (share, spectral_norms_in_float32, cpu_convolutions, take_logits, logits_in_float32, note_rounded_logits)
+TEACHER_TRAINING_PASSES = (
+    *(share, spectral_norms_in_float32, cpu_convolutions, fuse_norm_act),
+    *(take_logits, logits_in_float32, note_rounded_logits),
+)
 """Those of the student, except that every process trains the teacher alone."""
 
 
@@ -188,6 +200,7 @@ def prepare(
         check_initialized(role, network)
 
     context = Context("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [])
+    context.second_order = method.update.kind == "second-order"
     note_emulation(context)
     for network in networks.values():
         to_device(network, context)

@@ -1,6 +1,7 @@
-"""Fusion of batch norms with the leaky ReLUs that follow them."""
+"""Fusion of batch norms with the ReLUs and leaky ReLUs that follow them."""
 
 import itertools
+import math
 from collections import Counter
 
 import torch.nn.functional as F
@@ -12,13 +13,13 @@ __all__ = ["BatchNormLeakyReLU2d", "fuse_leaky_relus"]
 
 
 class BatchNormLeakyReLU2d(nn.BatchNorm2d):
-    """A batch norm fused with a leaky ReLU, made by :func:`fuse_leaky_relus`; parameters and buffers are those of ``BatchNorm2d``.
+    """A batch norm fused with a ReLU or leaky ReLU, made by :func:`fuse_leaky_relus`; parameters and buffers are those of ``BatchNorm2d``.
 
     PyTorch's layers are used if the forced backend has no kernel for the operation.
     """
 
     negative_slope: float
-    """Negative slope of the leaky ReLU; 1 for no activation."""
+    """Negative slope of the leaky ReLU; 0 for a ReLU, 1 for no activation."""
 
     def forward(self, input: Tensor) -> Tensor:
         forced = dispatch.forced()
@@ -43,30 +44,38 @@ class BatchNormLeakyReLU2d(nn.BatchNorm2d):
 
 
 def fuse_leaky_relus(network: nn.Module, *, every_norm: bool = False) -> nn.Module:
-    """Fuses every batch norm with the leaky ReLU that follows it in a ``Sequential``, in place.
+    """Fuses every batch norm with the ReLU or leaky ReLU that follows it in a ``Sequential``, in place.
 
-    The leaky ReLU is replaced by ``Identity``, so the state dict keeps its keys. Layers that are registered more than once and
+    The activation is replaced by ``Identity``, so the state dict keeps its keys. Layers that are registered more than once and
     layers with hooks are not fused.
 
     Args:
         network: the network, changed in place.
-        every_norm: use the fused kernel for batch norms without a leaky ReLU too, with a negative slope of 1.
+        every_norm: use the fused kernel for batch norms without an activation too, with a negative slope of 1.
 
     Returns:
         The network.
     """
     occurrences = Counter(id(child) for parent in network.modules() for child in parent._modules.values())
     for sequence in [module for module in network.modules() if type(module) is nn.Sequential]:
-        for norm, relu in itertools.pairwise(list(sequence)):
-            unshared = occurrences[id(norm)] == occurrences[id(relu)] == 1 and not _has_hooks(relu)
-            if _is_fusible(norm) and unshared and type(relu) is nn.LeakyReLU and relu.negative_slope >= 0:
-                _fuse(norm, relu.negative_slope)
-                relu.__class__ = nn.Identity  # type: ignore[assignment]
+        for norm, activation in itertools.pairwise(list(sequence)):
+            unshared = occurrences[id(norm)] == occurrences[id(activation)] == 1 and not _has_hooks(activation)
+            slope = _negative_slope(activation)
+            if _is_fusible(norm) and unshared and slope >= 0:
+                _fuse(norm, slope)
+                activation.__class__ = nn.Identity
     if every_norm:
         for norm in network.modules():
             if _is_fusible(norm) and occurrences[id(norm)] <= 1:
                 _fuse(norm, 1.0)
     return network
+
+
+def _negative_slope(activation: nn.Module) -> float:
+    """Returns the slope of a ReLU or leaky ReLU for negative inputs; NaN for other layers."""
+    if type(activation) is nn.LeakyReLU:
+        return activation.negative_slope
+    return 0.0 if type(activation) is nn.ReLU else math.nan
 
 
 def _is_fusible(layer: nn.Module) -> bool:

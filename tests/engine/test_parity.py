@@ -29,7 +29,7 @@ def run_both(
             student,
             generator,
             student_optimizer=student_optimizer,
-            generator_optimizer=torch.optim.Adam(generator.parameters(), lr=1e-3),
+            generator_optimizer=torch.optim.Adam(generator.parameters(), lr=1e-3, fused=True),
             schedules=[torch.optim.lr_scheduler.CosineAnnealingLR(student_optimizer, EPOCHS)],
             epochs=EPOCHS,
             iterations_per_epoch=ITERATIONS // EPOCHS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_fast import Engine, Method, Replay, Trainer
+from dfkd_fast import Engine, Method, Replay, Trainer, Update
 from dfkd_fast.engine.prepare import PASSES, prepare
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.surgery import BatchNormLeakyReLU2d, CpuConv2d
@@ -66,6 +66,15 @@ def test_all_passes_together_leave_classes_and_modes_of_the_users_networks() -> 
     prepared = Trainer(*networks, Method(engine=Engine(precision="bf16")))
     assert effects(prepared) == {"channels_last", "cpu_convolutions", "fuse_norm_act", "fold_teacher", "precision"}
     assert [[(type(layer), layer.training) for layer in network.modules()] for network in networks] == before
+
+
+@pytest.mark.parametrize("update", ["plain", "first-order", "second-order"])
+def test_a_students_batch_norms_are_fused_unless_it_is_differentiated_twice(update: Any) -> None:
+    networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
+    method = replace(small_method(), update=Update(kind=update), replay=Replay(kind="ema_generator"))
+    state = prepare(*networks, method, seed=0, device=torch.device("cpu"))
+    assert (BatchNormLeakyReLU2d in kinds(state.student)) == (update != "second-order")
+    assert BatchNormLeakyReLU2d not in kinds(state.teacher)
 
 
 @pytest.mark.parametrize("role", ["student", "generator"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dfkd_fast.kernels import dispatch, use_backend
-from dfkd_fast.models import GeneratorA
+from dfkd_fast.models import GeneratorA, build_model
 from dfkd_fast.surgery import BatchNormLeakyReLU2d, fuse_leaky_relus
 
 
@@ -37,9 +37,34 @@ def test_fusion_keeps_a_generators_outputs_gradients_and_state_dict(training: bo
         torch.testing.assert_close(parameter.grad, expected_parameter.grad, rtol=1e-3, atol=2e-3)
 
 
-def test_only_a_leaky_relu_directly_after_a_batch_norm_is_fused() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fusion_keeps_a_students_logits_and_gradients(frozen: bool) -> None:
+    torch.manual_seed(0)
+    ours = build_model("wrn10_1", num_classes=10, channels=3).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(ours).double()  # an independent and more precise result
+    fuse_leaky_relus(ours)
+    fused = [layer for layer in ours.modules() if isinstance(layer, BatchNormLeakyReLU2d)]
+    assert len(fused) == 7 and all(layer.negative_slope == 0 for layer in fused)
+    for network in (ours, other):
+        network.requires_grad_(not frozen)
+    images = torch.randn(6, 3, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+    exact = images.detach().double().requires_grad_()
+    logits, expected = ours(images), other(exact)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+    gradient = torch.randn_like(logits)
+    logits.backward(gradient)
+    expected.backward(gradient.double())
+    pairs = [(images, exact), *([] if frozen else zip(ours.parameters(), other.parameters(), strict=True))]
+    for tensor, reference in pairs:
+        assert tensor.grad is not None and reference.grad is not None
+        torch.testing.assert_close(tensor.grad.double(), reference.grad, rtol=1e-3, atol=1e-3)
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name].double(), value.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_only_an_activation_directly_after_a_batch_norm_is_fused() -> None:
     network = nn.Sequential(
-        *(nn.LeakyReLU(), nn.BatchNorm2d(2), nn.ReLU()),
+        *(nn.LeakyReLU(), nn.BatchNorm2d(2), nn.ReLU6()),
         *(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.LeakyReLU()),
         *(nn.BatchNorm2d(2, momentum=None), nn.LeakyReLU(-0.5)),
         *(nn.BatchNorm2d(2, track_running_stats=False), nn.LeakyReLU()),
