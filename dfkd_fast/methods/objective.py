@@ -35,6 +35,10 @@ class Objective:
     ``js_clamped`` is the variant of ``js`` in PRE-DFKD's public code, see :func:`clamped_js`."""
     adversarial_cap: NonNegative = 0.0
     """Upper bound on the discrepancy in the adversarial term (optional in MAD); 0 disables it."""
+    adversarial_rows: Literal["all", "agreeing"] = "all"
+    """Samples, or pixels for segmentation, in the adversarial term: ``agreeing`` keeps those that student and teacher assign to the same
+    class and counts the others as D = 0, so that the generator does not move where the student is already wrong (public code of CMI,
+    arXiv 2105.08584)."""
     adversarial: NonNegative = 1.0
     """Weight of the adversarial term."""
     one_hot: NonNegative = 0.0
@@ -114,6 +118,11 @@ class Objective:
         return terms
 
     def _adversarial(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.adversarial_rows == "agreeing":
+            agreeing = student.argmax(1, keepdim=True) == teacher.argmax(1, keepdim=True)
+            # Equal logits, whose discrepancy and its gradient are 0.
+            teacher = torch.where(agreeing, teacher, 0)
+            student = torch.where(agreeing, student, 0)
         if self.adversary == "js_clamped":
             discrepancy = clamped_js(student, teacher, self.temperature)
         elif self.adversary == "log_l1":

@@ -247,6 +247,35 @@ def test_above_the_cap_the_adversary_is_the_cap_and_pushes_no_further(adversary:
         assert bool(gradient.any()) is (cap > reached)
 
 
+@pytest.mark.parametrize("shape", [(40, 3), (4, 3, 5, 7)])
+@pytest.mark.parametrize(("adversary", "oracle"), [("l1", l1), ("log_l1", log_l1), ("kl", kl), ("js", js)])
+def test_only_samples_that_student_and_teacher_assign_to_one_class_count_for_the_adversary(
+    shape: tuple[int, ...], adversary: Any, oracle: Any
+) -> None:
+    student, teacher = pair(*shape)
+    teacher.requires_grad_()  # as of images that the generator makes
+    arrays = student.detach().numpy(), teacher.detach().numpy()
+    agreeing = arrays[0].argmax(1) == arrays[1].argmax(1)
+    assert 0 < agreeing.sum() < agreeing.size
+    objective = Objective(adversary=adversary, adversarial_rows="agreeing", temperature=2.5)
+    term = objective.generator_terms(student, Observation(teacher))["adversarial"]
+    # Where the logits are equal, every discrepancy is 0.
+    expected = oracle(*(np.where(agreeing[:, None], logits, 0.0) for logits in arrays), 2.5)
+    assert term.item() == pytest.approx(-expected, rel=1e-12)
+    for gradient in torch.autograd.grad(term, [student, teacher]):
+        reached = gradient.abs().sum(1) > 0
+        assert torch.equal(reached, torch.from_numpy(agreeing))
+
+
+def test_an_adversary_without_agreement_is_0_and_its_gradient_finite() -> None:
+    student = torch.tensor([[1.0, 0.0], [5.0, -5.0]], requires_grad=True)
+    for adversary in ("l1", "log_l1", "kl", "js", "js_clamped"):
+        objective = Objective(adversary=adversary, adversarial_rows="agreeing")  # type: ignore[arg-type]
+        term = objective.generator_terms(student, Observation(-student.detach()))["adversarial"]
+        (gradient,) = torch.autograd.grad(term, student)
+        assert term.item() == 0 and not gradient.any()
+
+
 def clamped_js(student: Array, teacher: Array, temperature: float) -> float:
     """Jensen–Shannon divergence of PRE-DFKD's public code: clamped, not renormalized, KL(m ‖ p), mean over N·C."""
     p, q = (softmax(logits / temperature, axis=1) for logits in (student, teacher))
