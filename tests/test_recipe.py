@@ -1,6 +1,7 @@
 import math
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,17 @@ def test_the_methods_on_digits_differ_only_in_replay_and_update(name: str) -> No
     )
     assert other.loop.batch_size + other.replay.num_rows(other.loop.batch_size) == loop.batch_size
     assert not dfad.replay.replays
+
+
+@pytest.mark.parametrize("name", ["mad", "bank", "pool", "pre", "retain"])
+def test_the_replays_on_cifar10_cpu_differ_from_it_in_nothing_else(name: str) -> None:
+    base, other = load_recipe("cifar10-cpu"), load_recipe(f"cifar10-cpu-{name}")
+    # Attention transfer has no second-order form.
+    objective = replace(base.objective, attention=0.0) if name == "retain" else base.objective
+    assert other.replay.replays and not base.replay.replays
+    assert replace(other, replay=base.replay, update=base.update, provenance=base.provenance, description=base.description) == replace(
+        base, objective=objective
+    )
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
