@@ -155,9 +155,8 @@ def test_the_replays_on_cifar10_cpu_differ_from_it_in_nothing_else(name: str) ->
     # Attention transfer has no second-order form.
     objective = replace(base.objective, attention=0.0) if name == "retain" else base.objective
     assert other.replay.replays and not base.replay.replays
-    assert replace(other, replay=base.replay, update=base.update, provenance=base.provenance, description=base.description) == replace(
-        base, objective=objective
-    )
+    texts: dict[str, Any] = {"name": base.name, "description": base.description, "provenance": base.provenance}
+    assert replace(other, replay=base.replay, update=base.update, **texts) == replace(base, objective=objective)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
