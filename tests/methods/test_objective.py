@@ -270,7 +270,7 @@ def test_only_samples_that_student_and_teacher_assign_to_one_class_count_for_the
 def test_an_adversary_without_agreement_is_0_and_its_gradient_finite() -> None:
     student = torch.tensor([[1.0, 0.0], [5.0, -5.0]], requires_grad=True)
     for adversary in ("l1", "log_l1", "kl", "js", "js_clamped"):
-        objective = Objective(adversary=adversary, adversarial_rows="agreeing")  # type: ignore[arg-type]
+        objective = Objective(adversary=adversary, adversarial_rows="agreeing")
         term = objective.generator_terms(student, Observation(-student.detach()))["adversarial"]
         (gradient,) = torch.autograd.grad(term, student)
         assert term.item() == 0 and not gradient.any()
