@@ -19,9 +19,11 @@ from dfkd_fast.surgery import (
     attention_layers,
     auxiliary_outputs,
     deep_copy,
+    eval_mode,
     fold_and_verify,
     frozen_copy,
     fuse_leaky_relus,
+    get_logits,
     has_running_statistics,
     keep_spectral_norms_in_float32,
     logits_only,
@@ -122,14 +124,36 @@ def sync_batch_norm(network: nn.Module, context: Context) -> nn.Module:
 
 
 def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
-    """Replaces pairs of batch norm and (leaky) ReLU by a fused kernel; in generators on a GPU, also batch norms without activation.
+    """Replaces pairs of batch norm and (leaky) ReLU by a fused kernel.
 
-    Student and trained teacher are fused on a CPU only, unless they are differentiated twice.
+    In generators on a GPU also batch norms without activation. Student and trained teacher on a CPU only, unless the student is
+    differentiated twice or the logits change, as where a network uses a batch norm's output besides its ReLU.
     """
-    generator, on_gpu = context.role == "generator", context.device.type == "cuda"
-    if context.engine.fuse_norm_act and (generator or not (on_gpu or context.second_order)):
-        fuse_leaky_relus(network, every_norm=generator and on_gpu)
+    on_gpu = context.device.type == "cuda"
+    if not context.engine.fuse_norm_act:
+        return network
+    if context.role == "generator":
+        return fuse_leaky_relus(network, every_norm=on_gpu)
+    if on_gpu or context.second_order:
+        return network
+    fused = fuse_leaky_relus(sharing_copy(network))
+    if _have_equal_logits(network, fused, context.images):
+        return fused
+    context.notes.append(f"engine.fuse_norm_act: the {context.role}'s batch norms and ReLUs are not fused, because its logits would change")
     return network
+
+
+@torch.no_grad()
+def _have_equal_logits(network: nn.Module, other: nn.Module, like: Tensor) -> bool:
+    """Whether two networks have equal logits in evaluation mode, up to rounding, for random images of a batch's shape."""
+    logits = []
+    with torch.random.fork_rng(devices=[]):
+        for each in (network, other):
+            torch.manual_seed(0)
+            images = torch.randn_like(like)
+            with eval_mode(each):
+                logits.append(get_logits(each(images)))
+    return torch.allclose(*logits, rtol=1e-3, atol=1e-3 * float(logits[0].abs().max()))
 
 
 def cast_weights(network: nn.Module, context: Context) -> nn.Module:
@@ -199,8 +223,8 @@ def prepare(
     for role, network in networks.items():
         check_initialized(role, network)
 
-    context = Context("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [])
-    context.second_order = method.update.kind == "second-order"
+    second_order = method.update.kind == "second-order"
+    context = Context("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [], second_order)
     note_emulation(context)
     for network in networks.values():
         to_device(network, context)

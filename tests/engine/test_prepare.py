@@ -77,6 +77,23 @@ def test_a_students_batch_norms_are_fused_unless_it_is_differentiated_twice(upda
     assert BatchNormLeakyReLU2d not in kinds(state.teacher)
 
 
+def test_a_student_that_uses_a_batch_norm_without_its_relu_is_not_fused() -> None:
+    class Tapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+            self.head = nn.Linear(8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            normalized = self.block[1](self.block[0](x))
+            return self.head(torch.cat([normalized, self.block[2](normalized)], 1).mean((2, 3)))
+
+    teacher, _, generator = small_networks()
+    prepared = Trainer(teacher, Tapped(), generator, small_method())
+    assert BatchNormLeakyReLU2d not in kinds(prepared.state.student)
+    assert any("engine.fuse_norm_act: the student" in note for note in prepared.notes)
+
+
 @pytest.mark.parametrize("role", ["student", "generator"])
 def test_optimized_networks_share_tensors_with_the_users(role: str) -> None:
     prepared = trainer(Engine(precision="bf16"))
