@@ -153,7 +153,8 @@ def _have_equal_logits(network: nn.Module, other: nn.Module, like: Tensor) -> bo
             images = torch.randn_like(like)
             with eval_mode(each):
                 logits.append(get_logits(each(images)))
-    return torch.allclose(*logits, rtol=1e-3, atol=1e-3 * float(logits[0].abs().max()))
+    expected, actual = logits
+    return torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def cast_weights(network: nn.Module, context: Context) -> nn.Module:
