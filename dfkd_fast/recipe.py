@@ -53,7 +53,8 @@ class Teacher:
     batch_size: PositiveInt = 256
     augment: Augment = "none"
     """Augmentation of the training images: shifts by up to 4 pixels (image folders above 64 pixels: random resized crops;
-    segmentation: random crops), and horizontal flips."""
+    segmentation: random crops), with black borders or, for ``reflect`` and ``reflect_flip``, reflected ones, and horizontal flips.
+    With reflected borders, the statistics of batch norms are those of the data, which ``objective.bn_moments`` reproduces."""
     focal_gamma: NonNegative = 0.0
     """γ of the focal loss; 0 is the cross-entropy."""
     ema_decay: BelowOne = 0.0

@@ -16,7 +16,7 @@ from .dali import DaliBatches, dali_unavailable_reason
 from .folder import FolderBatches, TrainingImages
 from .image_lists import ImageList
 from .settings import DATA_SETS, Batches, DataSet, DataSettings, LoadContext, check_channels, resolve_root
-from .splits import Augment, Split
+from .splits import Augment, Split, has_flips, padding_mode
 
 __all__ = ["FileSet", "list_test_images"]
 
@@ -98,11 +98,11 @@ def _training_transform(settings: DataSettings, augment: Augment) -> Callable[[I
         transforms.Resize(settings.eval_transform.resize, transforms.InterpolationMode(settings.interpolation)),
         transforms.CenterCrop(size),
     ]
-    flip = [transforms.RandomHorizontalFlip()] if augment == "shift_flip" else []
+    flip = [transforms.RandomHorizontalFlip()] if has_flips(augment) else []
     if augment == "none":
         crop = whole
     elif settings.is_stored_at_size:
-        crop = [*whole, transforms.RandomCrop(size, padding=4), *flip]  # as splits.shift
+        crop = [*whole, transforms.RandomCrop(size, padding=4, padding_mode=padding_mode(augment)), *flip]  # as splits.shift
     else:
         crop = [transforms.RandomResizedCrop(size), *flip]
     grayscale = [transforms.Grayscale()] if settings.channels == 1 else []

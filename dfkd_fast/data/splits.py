@@ -12,10 +12,20 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dfkd_fast.errors import DfkdError
 
-__all__ = ["ArrayBatches", "ArraySplit", "Augment", "SegmentationBatches", "SegmentationDataset", "Split", "batches"]
+__all__ = [
+    "ArrayBatches",
+    "ArraySplit",
+    "Augment",
+    "SegmentationBatches",
+    "SegmentationDataset",
+    "Split",
+    "batches",
+    "has_flips",
+    "padding_mode",
+]
 
 Split = Literal["train", "test"]
-Augment = Literal["none", "shift", "shift_flip"]
+Augment = Literal["none", "shift", "shift_flip", "reflect", "reflect_flip"]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -38,7 +48,8 @@ class ArraySplit(InMemory):
         labels: integers (N,).
         image_size: height and width in pixels to which the constructor resizes the images.
         mean, std: per-channel normalization constants of images in [0, 1].
-        augment: random augmentation at every access: "shift" by up to 4 pixels, "shift_flip" also with horizontal flips.
+        augment: random augmentation at every access: "shift" by up to 4 pixels with black borders, "reflect" with reflected ones,
+            "shift_flip" and "reflect_flip" also with horizontal flips.
     """
 
     def __init__(
@@ -74,25 +85,36 @@ class ArraySplit(InMemory):
     def __getitems__(self, indices: list[int]) -> Batch:
         images = self.pixels[indices].float() / 255
         if self.augment != "none":
-            images = shift(images, flip=self.augment == "shift_flip")
+            images = shift(images, flip=has_flips(self.augment), padding_mode=padding_mode(self.augment))
         return (images - self.mean) / self.std, self.labels[indices]
 
 
-def shift(images: Tensor, *, flip: bool, pixels: int = 4) -> Tensor:
-    """Shifts every image by a random offset of up to ``pixels`` in both directions, padding with zeros.
+def has_flips(augment: Augment) -> bool:
+    """Returns whether the augmentation mirrors images."""
+    return augment.endswith("_flip")
+
+
+def padding_mode(augment: Augment) -> Literal["constant", "reflect"]:
+    """Returns how the borders of shifted images are filled: black or reflected."""
+    return "reflect" if augment.startswith("reflect") else "constant"
+
+
+def shift(images: Tensor, *, flip: bool, pixels: int = 4, padding_mode: Literal["constant", "reflect"] = "constant") -> Tensor:
+    """Shifts every image by a random offset of up to ``pixels`` in both directions.
 
     With ``flip``, this is the common CIFAR augmentation: a random crop of the zero-padded image and a horizontal flip.
 
     Args:
-        images: (N, C, H, W).
+        images: (N, C, H, W), with H and W larger than ``pixels``.
         flip: mirror every image with probability 0.5.
         pixels: largest offset.
+        padding_mode: fill borders with zeros, or with the reflection of the image.
 
     Returns:
         (N, C, H, W).
     """
     count, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (pixels,) * 4)
+    padded = torch.nn.functional.pad(images, (pixels,) * 4, mode=padding_mode)
     top, left = torch.randint(0, 2 * pixels + 1, (2, count, 1, 1))
     mirrored = (torch.rand(count, 1, 1) < 0.5) & flip
     rows = top + torch.arange(height)[:, None]
@@ -110,7 +132,8 @@ class SegmentationDataset(InMemory):
         mean, std: per-channel normalization constants of images in [0, 1].
         crop: height and width of the crops in pixels, at most the shortest side of an image; None for whole images, which must
             have the same size within a batch.
-        augment: "none" for center crops, "shift" for random crops, "shift_flip" for random crops and horizontal flips.
+        augment: "none" for center crops, "shift" and "reflect" for random crops, "shift_flip" and "reflect_flip" for random crops and
+            horizontal flips.
     """
 
     def __init__(
@@ -135,7 +158,7 @@ class SegmentationDataset(InMemory):
         windows = self._windows(indices)
         images = torch.stack([self.images[index][:, rows, columns] for index, (rows, columns) in zip(indices, windows, strict=True)])
         labels = torch.stack([self.labels[index][rows, columns] for index, (rows, columns) in zip(indices, windows, strict=True)])
-        if self.augment == "shift_flip":
+        if has_flips(self.augment):
             mirrored = torch.rand(len(indices)) < 0.5
             images[mirrored], labels[mirrored] = images[mirrored].flip(-1), labels[mirrored].flip(-1)
         return (images.float() / 255 - self.mean) / self.std, labels.long()

@@ -51,10 +51,10 @@ def networks_to_compile(state: TrainState) -> Iterator[nn.Module]:
     """Yields the networks to compile in the steps; none if ``engine.compile`` is False."""
     if not state.method.engine.compile:
         return
-    attention = state.attention
+    features = state.features
     yield from (state.teacher, state.observer.network)
-    if attention is not None:
-        yield from (attention.teacher.network, attention.student.network)
+    if features is not None:
+        yield from (features.teacher.network, features.student.network)
     if state.method.update.is_retain_acquire:
         state.notes.append(f"the student is not compiled: update.kind {state.method.update.kind!r} differentiates it twice")
     else:

@@ -10,13 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import FusedEMA
-from dfkd_fast.methods import build_replay_source
+from dfkd_fast.methods import Objective, build_replay_source
 from dfkd_fast.models import sample, state_dict_sha256
 from dfkd_fast.surgery import (
-    AttentionMaps,
+    FeatureVectors,
     FoldingError,
     Observer,
-    attention_layers,
     auxiliary_outputs,
     deep_copy,
     eval_mode,
@@ -28,6 +27,7 @@ from dfkd_fast.surgery import (
     keep_spectral_norms_in_float32,
     logits_only,
     lower_precision,
+    matched_layers,
     sharing_copy,
     use_cpu_convolutions,
 )
@@ -40,7 +40,7 @@ from .losses import LossLog
 from .method import Engine, Method
 from .optim import build_optimizer, build_schedule
 from .precision import Precision, emulation_note
-from .state import Attention, TrainState
+from .state import Features, TrainState
 from .streams import random_stream
 
 __all__ = ["prepare", "prepare_teacher_training"]
@@ -251,9 +251,12 @@ def prepare(
     observer = Observer(optimized["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0)
     with torch.no_grad(), context.precision.autocast():
         observer(context.images)  # raises now, not in the first step, if it cannot observe a layer
-    attention = _attention(optimized["teacher"], optimized["student"], len(images), context) if objective.attention else None
+    features = None
+    if objective.compares_features:
+        features = _features(optimized["teacher"], optimized["student"], objective, len(images), seed, context)
+    projections = nn.ModuleList() if features is None else features.projections
     average = FusedEMA(student, loop.student_ema_decay) if loop.student_ema_decay else None
-    student_optimizer = build_optimizer(method.student_optimizer, student.parameters(), device)
+    student_optimizer = build_optimizer(method.student_optimizer, [*student.parameters(), *projections.parameters()], device)
     generator_optimizer = build_optimizer(method.generator_optimizer, generator.parameters(), device)
     return TrainState(
         device=device,
@@ -263,10 +266,12 @@ def prepare(
         observer=observer,
         student=optimized["student"],
         generator=optimized["generator"],
-        attention=attention,
+        features=features,
         replay_source=replay_source,
         average=average,
-        saved_networks={"student": student, "generator": generator} | ({} if average is None else {"average": average}),
+        saved_networks={"student": student, "generator": generator}
+        | ({} if average is None else {"average": average})
+        | ({"projections": projections} if objective.hint else {}),
         teacher_sha256=state_dict_sha256(teacher.state_dict()),
         student_optimizer=student_optimizer,
         generator_optimizer=generator_optimizer,
@@ -325,14 +330,22 @@ def _apply_passes(networks: dict[str, nn.Module], context: Context) -> dict[str,
     return optimized
 
 
-def _attention(teacher: nn.Module, student: nn.Module, rows: int, context: Context) -> Attention:
-    """Builds the attention maps of teacher and student, with a buffer for a batch of ``rows`` samples."""
+def _features(teacher: nn.Module, student: nn.Module, objective: Objective, rows: int, seed: int, context: Context) -> Features:
+    """Builds the feature vectors of teacher and student, with a buffer for a batch of ``rows`` samples."""
+    projections = nn.ModuleList()
     with context.precision.autocast():
-        teacher_calls, student_calls = attention_layers(teacher, student, context.images)
-        of_teacher, of_student = AttentionMaps(teacher, teacher_calls), AttentionMaps(student, student_calls)
+        teacher_calls, student_calls = matched_layers(teacher, student, context.images)
+        if objective.hint:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # initial weights depend on the seed only
+                pairs = zip(student_calls, teacher_calls, strict=True)
+                projections.extend(nn.Conv2d(ours.channels, theirs.channels, kernel_size=1) for ours, theirs in pairs)
+        weights = objective.attention, objective.hint
+        of_teacher = FeatureVectors(teacher, teacher_calls, *weights)
+        of_student = FeatureVectors(student, student_calls, *weights, projections=projections.to(context.device))
         with torch.no_grad():
-            positions = of_teacher(context.images)[1].shape[1]
-    return Attention(of_teacher, of_student, torch.zeros(rows, positions, device=context.device))
+            dimension = of_teacher(context.images)[1].shape[1]
+    return Features(of_teacher, of_student, projections, torch.zeros(rows, dimension, device=context.device))
 
 
 def _static_batch(method: Method, image_shape: torch.Size, logits_shape: torch.Size, context: Context) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import Batch, Part, ReplaySource
-from dfkd_fast.surgery import AttentionMaps, Observer
+from dfkd_fast.surgery import FeatureVectors, Observer
 
 from .clock import Clock
 from .drift import Drift
@@ -19,17 +19,19 @@ from .losses import LossLog
 from .method import Method
 from .precision import Precision
 
-__all__ = ["Attention", "TrainState", "isolated_callback", "preserved"]
+__all__ = ["Features", "TrainState", "isolated_callback", "preserved"]
 
 
 @dataclass
-class Attention:
-    """Attention maps that student steps compare (``objective.attention``)."""
+class Features:
+    """Feature vectors that student steps compare (``objective.attention`` and ``objective.hint``)."""
 
-    teacher: AttentionMaps
-    student: AttentionMaps
-    maps: Tensor
-    """Buffer (ΣB_i, positions) of the teacher's maps for :attr:`TrainState.images`."""
+    teacher: FeatureVectors
+    student: FeatureVectors
+    projections: nn.ModuleList
+    """Trained projections of the student's features, for the hint; empty without it."""
+    vectors: Tensor
+    """Buffer (ΣB_i, D) of the teacher's vectors for :attr:`TrainState.images`."""
 
 
 @dataclass
@@ -48,14 +50,14 @@ class TrainState:
     """Optimized copy of the student that shares parameters and buffers with the user's module."""
     generator: nn.Module
     """Optimized copy of the generator that shares parameters and buffers with the user's module."""
-    attention: Attention | None
-    """Attention maps of teacher and student; None if ``objective.attention`` is 0."""
+    features: Features | None
+    """Feature vectors of teacher and student; None if only logits are compared."""
     replay_source: ReplaySource | None
     """Source of replayed samples; None without replay."""
     average: FusedEMA | None
     """Exponential moving average of the student; None if ``loop.student_ema_decay`` is 0."""
     saved_networks: dict[str, nn.Module]
-    """Networks saved in checkpoints, by name: the user's student and generator, and the student's average."""
+    """Networks saved in checkpoints, by name: the user's student and generator, the student's average and the hint's projections."""
     teacher_sha256: str
     """SHA-256 of the teacher's state dict."""
 
@@ -120,6 +122,7 @@ class TrainState:
         """Yields every tensor that a step modifies and a later one reads: parameters, buffers, optimizer and scaler states."""
         networks: list[nn.Module] = [self.student, self.generator]
         networks += [] if self.average is None else [self.average]
+        networks += [] if self.features is None else [self.features.projections]
         networks += [] if self.replay_source is None else self.replay_source.networks
         for network in networks:
             yield from network.parameters()

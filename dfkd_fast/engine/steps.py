@@ -39,7 +39,8 @@ def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
         autocast=precision.autocast,
         scale=lambda loss: precision.scale("student", loss),
         micro_batches=state.method.engine.micro_batches,
-        attention_maps=None if state.attention is None else state.attention.student,
+        feature_vectors=None if state.features is None else state.features.student,
+        projections=None if state.features is None else state.features.projections,
     )
     precision.step("student", state.student_optimizer)
     if state.average is not None:
@@ -97,12 +98,12 @@ def _generator_terms(state: TrainState, z: Tensor, labels: Tensor, adversarial: 
 
 @torch.no_grad()
 def _draw_batch(state: TrainState, *, fresh: bool) -> Batch:
-    """Returns fresh and replayed images with the teacher's logits and attention maps, as views of the state's buffers.
+    """Returns fresh and replayed images with the teacher's logits and feature vectors, as views of the state's buffers.
 
     If ``fresh`` is False, the fresh rows remain those of the previous student step.
     """
     factor, share = state.method.objective.student_weight, state.method.replay.share
-    source, attention, fresh_rows = state.replay_source, state.attention, len(state.latents)
+    source, features, fresh_rows = state.replay_source, state.features, len(state.latents)
     parts = [Part(fresh_rows, factor)]
     generators, latents, stored_logits = [], [], None
     if fresh:
@@ -125,13 +126,13 @@ def _draw_batch(state: TrainState, *, fresh: bool) -> Batch:
         labelled = total if stored_logits is None else generated
         if first < labelled:
             rows = slice(first, labelled)
-            if attention is None:
+            if features is None:
                 logits[rows] = state.teacher(images[rows])
             else:
-                logits[rows], attention.maps[rows] = attention.teacher(images[rows])
+                logits[rows], features.vectors[rows] = features.teacher(images[rows])
     if stored_logits is not None:
         logits[generated:] = stored_logits
-    return Batch(images, logits, parts, None if attention is None else attention.maps[:labelled])
+    return Batch(images, logits, parts, None if features is None else features.vectors[:labelled])
 
 
 def _draw_latents(state: TrainState) -> Tensor:

@@ -31,16 +31,16 @@ class Batch:
     """Teacher logits (ΣB_i, classes) or (ΣB_i, classes, H, W), detached."""
     parts: Sequence[Part]
     """Fresh rows, followed by the replayed rows if there are any."""
-    teacher_attention: Tensor | None = None
-    """Attention maps of the teacher for the rows of the first parts, (≤ ΣB_i, positions), detached; None if they are not compared."""
+    teacher_features: Tensor | None = None
+    """Feature vectors of the teacher for the rows of the first parts, (≤ ΣB_i, D), detached; None if they are not compared."""
 
     @property
-    def attention_parts(self) -> Sequence[Part]:
-        """Parts whose rows have attention maps."""
-        if self.teacher_attention is None:
+    def feature_parts(self) -> Sequence[Part]:
+        """Parts whose rows have feature vectors."""
+        if self.teacher_features is None:
             return []
         ends = list(accumulate(part.rows for part in self.parts))
-        return self.parts[: bisect_right(ends, len(self.teacher_attention))]
+        return self.parts[: bisect_right(ends, len(self.teacher_features))]
 
     def chunks(self, count: int) -> Iterator["Batch"]:
         """Yields ``count`` micro-batches with rows of every part, weighted so that their losses sum to the loss of this batch."""
@@ -59,10 +59,10 @@ class Batch:
             indices = torch.cat(rows)
             # Indexing does not preserve the memory format.
             layout = torch.channels_last if self.images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-            attention = self.teacher_attention
-            if attention is not None:
-                attention = attention[torch.cat(rows[: len(self.attention_parts)])]
-            yield Batch(self.images[indices].contiguous(memory_format=layout), self.teacher_logits[indices], parts, attention)
+            features = self.teacher_features
+            if features is not None:
+                features = features[torch.cat(rows[: len(self.feature_parts)])]
+            yield Batch(self.images[indices].contiguous(memory_format=layout), self.teacher_logits[indices], parts, features)
 
     def split(self) -> list["Batch"]:
         """Returns one batch per part."""

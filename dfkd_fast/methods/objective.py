@@ -11,7 +11,7 @@ from dfkd_fast.kernels import js_discrepancy, kl_discrepancy, l1_discrepancy
 from dfkd_fast.settings import NonNegative, Positive, Temperature, settings
 from dfkd_fast.surgery import Observation
 
-__all__ = ["Objective", "activation", "attention", "bn_moments", "bn_moments_norm", "class_nll", "embedding_norm", "entropy", "one_hot"]
+__all__ = ["Objective", "activation", "bn_moments", "bn_moments_norm", "class_nll", "embedding_norm", "entropy", "feature_loss", "one_hot"]
 
 
 @settings
@@ -50,8 +50,12 @@ class Objective:
     bn_moments: NonNegative = 0.0
     """Weight of :func:`bn_moments`."""
     attention: NonNegative = 0.0
-    """Weight of :func:`attention` in the student's loss, which is added to ``discrepancy`` for every sample that the teacher is run on:
-    not for replayed samples with stored logits. The public code of ZSKT (arXiv 1905.09768) uses 250."""
+    """Weight of attention transfer (arXiv 1612.03928) in the student's loss: spatial attention maps of teacher and student are compared,
+    see :class:`~dfkd_fast.surgery.FeatureVectors`. It is added to ``discrepancy`` for every sample that the teacher is run on: not for
+    replayed samples with stored logits. The public code of ZSKT (arXiv 1905.09768) uses 250."""
+    hint: NonNegative = 0.0
+    """Weight of the hint of FitNets (arXiv 1412.6550) in the student's loss, for the samples of ``attention``: feature maps of the teacher
+    are compared with those of the student after a learned projection, see :class:`~dfkd_fast.surgery.FeatureVectors`."""
     class_nll: NonNegative = 0.0
     """Weight of :func:`class_nll`; requires a conditional generator."""
     embedding_norm: NonNegative = 0.0
@@ -67,6 +71,11 @@ class Objective:
         return any((self.one_hot, self.entropy, self.activation, self.bn_moments, self.class_nll))
 
     @property
+    def compares_features(self) -> bool:
+        """Whether the student's loss compares feature maps, not only logits."""
+        return bool(self.attention or self.hint)
+
+    @property
     def conditional(self) -> bool:
         """Whether a term requires the class labels of a conditional generator."""
         return bool(self.class_nll or self.embedding_norm)
@@ -79,15 +88,6 @@ class Objective:
             teacher: Logits of the same shape.
         """
         return self._discrepancy(self.discrepancy, student, teacher)
-
-    def attention_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the weighted term :func:`attention` as a 0-d tensor, without ``student_weight``.
-
-        Args:
-            student: Attention maps (B, positions).
-            teacher: Attention maps of the same shape.
-        """
-        return self.attention * attention(student, teacher)
 
     def generator_terms(
         self, student: Tensor | None, teacher: Observation, labels: Tensor | None = None, embeddings: Tensor | None = None
@@ -140,15 +140,14 @@ class Objective:
         return total if student.ndim == 2 else total / student[0, 0].numel()
 
 
-def attention(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the mean squared distance between attention maps of student and teacher, 0-d (Attention Transfer, arXiv 1612.03928).
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns the mean squared distance between feature vectors of student and teacher, 0-d.
 
-    With the maps of :class:`~dfkd_fast.surgery.AttentionMaps` it is the sum over layers of the mean over samples and positions, as in
-    the public code of ZSKT (arXiv 1905.09768).
+    With the vectors of :class:`~dfkd_fast.surgery.FeatureVectors` it is the weighted sum of attention transfer and hint.
 
     Args:
-        student: Attention maps (B, positions).
-        teacher: Attention maps of the same shape.
+        student: Feature vectors (B, D).
+        teacher: Feature vectors of the same shape.
     """
     return (student - teacher).square().sum(1).mean()
 

@@ -13,7 +13,7 @@ from dfkd_fast.kernels import use_backend
 from dfkd_fast.settings import NonNegative, Positive, settings
 
 from .batch import Batch, Part
-from .objective import Objective
+from .objective import Objective, feature_loss
 
 __all__ = ["Update"]
 
@@ -46,7 +46,8 @@ class Update:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
         micro_batches: int = 1,
-        attention_maps: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        feature_vectors: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        projections: nn.Module | None = None,
     ) -> Tensor:
         """Computes the gradient of the student's loss, averaged over processes, in ``.grad``, which must be empty.
 
@@ -57,8 +58,9 @@ class Update:
             autocast: Returns the context manager for the student's forward passes.
             scale: Applied to the loss before the backward pass; ignored by ``first-order`` and ``second-order``.
             micro_batches: Number of micro-batches that the batch is split into, to reduce memory.
-            attention_maps: Maps images to the student's logits and attention maps; required to compare these with the batch's. Not
+            feature_vectors: Maps images to the student's logits and feature vectors; required to compare these with the batch's. Not
                 supported by ``first-order`` and ``second-order``.
+            projections: Further parameters of ``feature_vectors``.
 
         Returns:
             The loss of this process, 0-d and detached.
@@ -68,15 +70,16 @@ class Update:
         losses = []
         for chunk in batch.chunks(micro_batches):
             with autocast():
-                logits, attention = (student(chunk.images), None) if attention_maps is None else attention_maps(chunk.images)
+                logits, features = (student(chunk.images), None) if feature_vectors is None else feature_vectors(chunk.images)
             terms = self._terms(objective.student_loss, logits, chunk.teacher_logits, chunk.parts, len(batch.images), objective)
-            if attention is not None and chunk.teacher_attention is not None and batch.teacher_attention is not None:
-                maps = attention[: len(chunk.teacher_attention)], chunk.teacher_attention
-                terms += self._terms(objective.attention_loss, *maps, chunk.attention_parts, len(batch.teacher_attention), objective)
+            if features is not None and chunk.teacher_features is not None and batch.teacher_features is not None:
+                vectors = features[: len(chunk.teacher_features)], chunk.teacher_features
+                terms += self._terms(feature_loss, *vectors, chunk.feature_parts, len(batch.teacher_features), objective)
             loss = sum(terms[1:], start=terms[0])
             scale(loss).backward()
             losses.append(loss.detach())
-        distributed.average_([parameter.grad for parameter in student.parameters() if parameter.grad is not None])
+        parameters = [*student.parameters(), *([] if projections is None else projections.parameters())]
+        distributed.average_([parameter.grad for parameter in parameters if parameter.grad is not None])
         return sum(losses[1:], start=losses[0])
 
     def _terms(

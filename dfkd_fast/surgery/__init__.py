@@ -1,11 +1,11 @@
 """Model surgery: optimized copies of networks that share the originals' parameters.
 
 ``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``observe``
-and ``attention`` record the inputs and outputs of layers; ``modes`` and ``outputs`` switch modes and extract logits.
+and ``feature_vectors`` record the inputs and outputs of layers; ``modes`` and ``outputs`` switch modes and extract logits.
 """
 
-from .attention import AttentionMaps, attention_layers
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
+from .feature_vectors import FeatureVectors, matched_layers
 from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
 from .modes import deep_copy, dry_run, eval_mode, freeze, weights_frozen
@@ -15,14 +15,13 @@ from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32,
 from .sharing import frozen_copy, sharing_copy
 
 __all__ = [
-    "AttentionMaps",
     "BatchNormLeakyReLU2d",
     "CpuConv2d",
+    "FeatureVectors",
     "FoldingError",
     "Observation",
     "Observer",
     "SpectralNorm",
-    "attention_layers",
     "auxiliary_outputs",
     "compute_in_float32",
     "deep_copy",
@@ -40,6 +39,7 @@ __all__ = [
     "keep_spectral_norms_in_float32",
     "logits_only",
     "lower_precision",
+    "matched_layers",
     "sharing_copy",
     "use_cpu_convolutions",
     "weights_frozen",

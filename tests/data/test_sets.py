@@ -240,13 +240,14 @@ def test_small_images_of_the_networks_size_are_neither_resized_nor_cropped(tmp_p
         np.testing.assert_allclose(images[:1].numpy(), normalized(pixels[None], COLOUR["mean"], COLOUR["std"]), rtol=1e-5, atol=1e-6)
 
 
-def test_small_training_images_are_shifted_by_up_to_4_pixels_as_arrays_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("augment", "mode"), [("shift", "constant"), ("reflect", "reflect")])
+def test_small_training_images_are_shifted_by_up_to_4_pixels_as_arrays_are(tmp_path: Path, augment: Any, mode: Any) -> None:
     torch.manual_seed(0)
     pixels = np.arange(1, 1 + 8 * 8, dtype=np.uint8).reshape(8, 8)
     write_folder(tmp_path, "train", pixels)
     settings = make_settings("folder", tmp_path, num_classes=2, image_size=8, mean=(0.0,), std=(1 / 255,))
-    split: Any = open_split(settings, "train", augment="shift")
-    padded = np.pad(pixels, 4)
+    split: Any = open_split(settings, "train", augment=augment)
+    padded = np.pad(pixels, 4, mode=mode)
     shifts = {padded[top : top + 8, left : left + 8].tobytes() for top in range(9) for left in range(9)}
     seen = {split[0][0][0].round().to(torch.uint8).numpy().tobytes() for _ in range(60)}
     assert seen <= shifts
@@ -301,8 +302,10 @@ def test_a_class_without_training_images_is_named(tmp_path: Path) -> None:
         open_split(make_settings("folder", tmp_path, num_classes=3), "train")
 
 
-@pytest.mark.parametrize(("augment", "rising"), [("shift", {True}), ("shift_flip", {True, False})])
-def test_augmented_images_are_randomly_cropped_and_mirrored_only_with_shift_flip(tmp_path: Path, augment: Any, rising: set[bool]) -> None:
+@pytest.mark.parametrize(
+    ("augment", "rising"), [("shift", {True}), ("reflect", {True}), ("shift_flip", {True, False}), ("reflect_flip", {True, False})]
+)
+def test_augmented_images_are_randomly_cropped_and_mirrored_only_with_flips(tmp_path: Path, augment: Any, rising: set[bool]) -> None:
     torch.manual_seed(0)
     ramp = np.broadcast_to(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (120, 120, 3))
     write_folder(tmp_path, "train", ramp.copy())
@@ -355,7 +358,7 @@ def test_an_invalid_value_in_the_section_names_the_field(wrong: dict[str, Any], 
         DataSettings(**wrong)
 
 
-@pytest.mark.parametrize("augment", ["shift", "shift_flip"])
+@pytest.mark.parametrize("augment", ["shift", "shift_flip", "reflect", "reflect_flip"])
 def test_augmentation_changes_the_images(augment: Any) -> None:
     torch.manual_seed(0)
     plain: Any = open_split(make_settings("digits"), "train")

@@ -269,7 +269,7 @@ def rehearsal(kind: str, *, steps_per_batch: int = 1, attention: float = 0.0) ->
             batch_size=8, epochs=2, iterations_per_epoch=1, student_steps=5, steps_per_batch=steps_per_batch, generator_pretraining=1
         ),
         engine=Engine(channels_last=False),
-        objective={"one_hot": 1.0, "attention": attention},  # type: ignore[arg-type]
+        objective={"one_hot": 1.0, "attention": attention, "hint": attention / 50},  # type: ignore[arg-type]
         replay={"kind": kind} | options,  # type: ignore[arg-type]
         student_optimizer=Optimizer(lr=0.01),
         generator_optimizer=Optimizer(lr=0.01),

@@ -156,7 +156,7 @@ def method(replay: dict[str, Any], *, attention: float = 0.0, **changes: Any) ->
     loop = {"batch_size": 8, "epochs": 2, "iterations_per_epoch": 2, "student_steps": 1, "compile": True, "generator_pretraining": 2}
     return Method(
         **loop_and_engine(**loop | changes),
-        objective=Objective(bn_moments=1.0, activation=0.1, attention=attention),
+        objective=Objective(bn_moments=1.0, activation=0.1, attention=attention, hint=attention / 50),
         replay=replay,  # type: ignore[arg-type]
         student_optimizer=Optimizer(lr=0.01),
         generator_optimizer=Optimizer(kind="adam", lr=1e-3),

@@ -61,6 +61,7 @@ def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
 
 METHODS: dict[str, Method] = {
     "plain": small_method(batch_size=BATCH),
+    "features": Method(loop=small_method(batch_size=BATCH).loop, objective=Objective(attention=30.0, hint=2.0)),
     "every term": Method(
         loop=small_method(batch_size=BATCH).loop,
         objective=Objective(adversary="log_l1", one_hot=0.5, entropy=2.0, activation=0.1, bn_moments=0.3, adversarial_cap=0.4),

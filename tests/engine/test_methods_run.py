@@ -235,8 +235,8 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
 
 
 @pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank, samples"])
-def test_a_run_with_attention_that_was_interrupted_equals_one_that_was_not(make_trainer: MakeTrainer, replay: str) -> None:
-    config = method(replay=replay, objective=Objective(attention=250.0), student_steps=3, steps_per_batch=2)
+def test_a_run_that_compares_features_and_was_interrupted_equals_one_that_was_not(make_trainer: MakeTrainer, replay: str) -> None:
+    config = method(replay=replay, objective=Objective(attention=250.0, hint=3.0), student_steps=3, steps_per_batch=2)
     networks = normalised_networks()
     whole = make_trainer(config, networks=networks)
     whole.fit()
@@ -250,9 +250,10 @@ def test_a_run_with_attention_that_was_interrupted_equals_one_that_was_not(make_
 
 
 @pytest.mark.parametrize("update", ["first-order", "second-order"])
-def test_attention_with_a_retain_acquire_update_is_rejected(update: str) -> None:
-    with pytest.raises(ValidationError, match=f"objective.attention = 250.0: not supported with update.kind '{update}'; must be 0"):
-        method(update=update, replay="ema_generator", objective=Objective(attention=250.0))
+@pytest.mark.parametrize("term", ["attention", "hint"])
+def test_comparing_features_with_a_retain_acquire_update_is_rejected(update: str, term: str) -> None:
+    with pytest.raises(ValidationError, match=f"objective.{term} = 250.0: not supported with update.kind '{update}'; must be 0"):
+        method(update=update, replay="ema_generator", objective=Objective(**{term: 250.0}))  # type: ignore[arg-type]
 
 
 def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_ended(make_trainer: MakeTrainer) -> None:

@@ -79,10 +79,10 @@ def test_micro_batches_partition_the_rows_and_the_weight() -> None:
     for stored in (0, 5):  # replayed rows with the logits, but not the maps, of the teacher
         maps = logits[: 12 - stored]
         pieces = list(Batch(images, logits, [Part(7, 1.0), Part(5, 0.7)], maps).chunks(3))
-        assert sum(len(piece.teacher_attention) for piece in pieces if piece.teacher_attention is not None) == len(maps)
+        assert sum(len(piece.teacher_features) for piece in pieces if piece.teacher_features is not None) == len(maps)
         for piece in pieces:
-            assert piece.teacher_attention is not None
-            assert torch.equal(piece.teacher_attention, piece.teacher_logits[: len(piece.teacher_attention)])
+            assert piece.teacher_features is not None
+            assert torch.equal(piece.teacher_features, piece.teacher_logits[: len(piece.teacher_features)])
     for part in (0, 1):
         assert sum(piece.parts[part].weight for piece in pieces) == pytest.approx((1.0, 0.7)[part])
 

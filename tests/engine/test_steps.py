@@ -166,30 +166,31 @@ def test_attention_maps_are_the_teachers_for_the_rows_that_it_labels(make_traine
     networks = small_networks(teacher="wrn10_2", student="wrn10_1", channels=3)
     trainer = make_trainer(replace(method, objective=Objective(attention=250.0)), networks=networks)
     trainer.iterate()  # fills the bank
-    attention = trainer.state.attention
+    attention = trainer.state.features
     assert attention is not None
     for step in range(4):
         student_step(trainer.state, step)
-        assert len(_draw_batch(trainer.state, fresh=False).attention_parts) == (1 if cached else 2)
+        assert len(_draw_batch(trainer.state, fresh=False).feature_parts) == (1 if cached else 2)
         batch = _draw_batch(trainer.state, fresh=step == 2)
-        assert batch.teacher_attention is not None and len(batch.teacher_attention) == rows
+        assert batch.teacher_features is not None and len(batch.teacher_features) == rows
         with torch.no_grad():
-            torch.testing.assert_close(batch.teacher_attention, attention.teacher(batch.images[:rows])[1])
+            torch.testing.assert_close(batch.teacher_features, attention.teacher(batch.images[:rows])[1])
 
 
-def test_attention_pulls_the_students_maps_to_the_teachers(make_trainer: MakeTrainer) -> None:
+@pytest.mark.parametrize(("term", "weight"), [("attention", 3000.0), ("hint", 10.0)])
+def test_comparing_features_pulls_the_students_to_the_teachers(make_trainer: MakeTrainer, term: str, weight: float) -> None:
     method = small_method(batch_size=16)
     losses = []
-    for weight in (1e-6, 3000.0):
+    for factor in (1e-6, 1.0):
         networks = small_networks(teacher="wrn10_2", student="wrn10_1", channels=3)
-        trainer = make_trainer(replace(method, objective=Objective(attention=weight)), networks=networks)
+        trainer = make_trainer(replace(method, objective=Objective(**{term: factor * weight})), networks=networks)  # type: ignore[arg-type]
         for _ in range(15):
             student_step(trainer.state)
         state = trainer.state
-        assert state.attention is not None
+        assert state.features is not None
         with torch.no_grad():
-            distance = state.attention.student(state.images)[1] - state.attention.teacher(state.images)[1]
-        losses.append(float(distance.square().sum(1).mean()))
+            distance = state.features.student(state.images)[1] - state.features.teacher(state.images)[1]
+        losses.append(float(distance.square().sum(1).mean()) / factor)
     assert losses[1] < 0.5 * losses[0]
 
 

@@ -69,28 +69,28 @@ def test_the_plain_update_is_the_gradient_of_the_weighted_sum_over_one_forward(p
 
 
 def maps_of(student: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and a stand-in for attention maps: the features of the second layer at every position."""
+    """Logits, and a stand-in for feature vectors: the features of the second layer at every position."""
     features = student[1](student[0](images))  # type: ignore[index]
     return student[2:](features), features.sum(1).flatten(1)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", ["plain", "pooled"])
 @pytest.mark.parametrize(("parts", "covered"), [([Part(6, 0.7)], 6), ([Part(4, 1.3), Part(2, 0.5)], 6), ([Part(4, 1.3), Part(2, 0.5)], 4)])
-def test_attention_is_added_to_the_loss_of_the_rows_that_have_the_teachers_maps(kind: Any, parts: list[Part], covered: int) -> None:
+def test_features_are_compared_in_the_rows_that_have_the_teachers(kind: Any, parts: list[Part], covered: int) -> None:
     student, twin = students(dense=False)
     data, maps = batch(parts, dense=False), torch.randn(6, 16).double()
-    data = dataclasses.replace(data, teacher_attention=maps[:covered])
-    objective = Objective(attention=0.3, student_weight=1.9)
-    loss = Update(kind=kind).backward(student, data, objective, attention_maps=lambda images: maps_of(student, images))
+    data = dataclasses.replace(data, teacher_features=maps[:covered])
+    objective = Objective(student_weight=1.9)
+    loss = Update(kind=kind).backward(student, data, objective, feature_vectors=lambda images: maps_of(student, images))
 
     logits, features = maps_of(twin, data.images)
     if kind == "pooled":
-        expected = 1.9 * (F.l1_loss(logits, data.teacher_logits) + 0.3 * (features - maps)[:covered].pow(2).sum() / covered)
+        expected = 1.9 * (F.l1_loss(logits, data.teacher_logits) + (features - maps)[:covered].pow(2).sum() / covered)
     else:
         expected, start = weighted_sum(logits, data.teacher_logits, parts, "l1"), 0
         for rows, weight in parts:
             if start < covered:
-                expected = expected + weight * 0.3 * (features - maps)[start : start + rows].pow(2).sum() / rows
+                expected = expected + weight * (features - maps)[start : start + rows].pow(2).sum() / rows
             start += rows
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())

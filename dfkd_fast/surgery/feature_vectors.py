@@ -1,7 +1,7 @@
-"""Spatial attention maps of two networks, computed together with their logits."""
+"""Vectors of two networks' feature maps that can be compared, computed together with their logits."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from .observe import RecordsCalls
 from .outputs import get_logits
 from .sharing import sharing_copy
 
-__all__ = ["AttentionMaps", "Call", "attention_layers"]
+__all__ = ["Call", "FeatureVectors", "matched_layers"]
 
 
 class Call(NamedTuple):
@@ -24,9 +24,11 @@ class Call(NamedTuple):
     """Name of the layer."""
     number: int
     """Number of earlier calls of the layer in the same forward pass."""
+    channels: int
+    """Number of channels of the feature map that the call returns."""
 
 
-def attention_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tuple[list[Call], list[Call]]:
+def matched_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tuple[list[Call], list[Call]]:
     """Returns the layers whose feature maps are compared, one per spatial size that occurs in both networks, in the teacher's order.
 
     A layer is a module without children. Of those with feature maps (B, C, H, W) of one size, the last is selected: in most
@@ -47,52 +49,65 @@ def attention_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> 
     sizes = [size for size in of_teacher if size in of_student]
     if not sizes:
         found = [", ".join(f"{height} x {width}" for height, width in calls) or "no size" for calls in (of_teacher, of_student)]
-        raise DfkdError(f"objective.attention: the teacher has feature maps of {found[0]}, the student of {found[1]}; none are equal")
+        maps = f"the teacher has feature maps of {found[0]}, the student of {found[1]}"
+        raise DfkdError(f"objective.attention, objective.hint: {maps}; none are equal")
     return [of_teacher[size] for size in sizes], [of_student[size] for size in sizes]
 
 
-class AttentionMaps:
-    """Callable that returns a network's logits together with its attention maps, which are differentiable.
+class FeatureVectors:
+    """Callable that returns a network's logits together with a vector of its feature maps per image, which is differentiable.
+
+    The squared distance of a student's vector and its teacher's is the weighted sum of two terms:
+
+    - attention transfer (Zagoruyko and Komodakis 2017, arXiv 1612.03928), in the form of the public code of ZSKT (arXiv 1905.09768):
+      the attention map of a layer's features f is q = Σ_c f_c² over the channels, divided by ‖q‖₂; the term is the sum over layers of
+      the mean squared difference over positions;
+    - the hint of FitNets (Romero et al. 2015, arXiv 1412.6550): the sum over layers of the mean squared difference over channels and
+      positions, after a projection of the student's features to the teacher's channels.
 
     It calls a copy of the network that shares every parameter and buffer; the network itself is not changed.
 
     Args:
         network: Network, images → logits, in the mode in which it is to be called.
         calls: Calls of layers that return feature maps (B, C, H, W).
+        attention: Weight of attention transfer; 0 omits it.
+        hint: Weight of the hint; 0 omits it.
+        projections: Modules that map the features of each call to the teacher's channels, for a student's hint; empty for a teacher.
     """
 
-    def __init__(self, network: nn.Module, calls: Sequence[Call]) -> None:
+    def __init__(
+        self, network: nn.Module, calls: Sequence[Call], attention: float, hint: float, projections: Iterable[nn.Module] = ()
+    ) -> None:
         self.network = sharing_copy(network)
+        self.attention, self.hint, self.projections = attention, hint, list(projections)
         self._calls = calls
         self._layers: dict[str, Any] = {call.layer: self.network.get_submodule(call.layer) for call in calls}
         for layer in self._layers.values():
             layer.__class__ = type(type(layer).__name__, (RecordsCalls, type(layer)), {})
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits and the attention maps of images.
-
-        The attention map of a layer's features f is q = Σ_c f_c² over the channels, divided by ‖q‖₂ (Attention Transfer,
-        arXiv 1612.03928) and by √(H·W): the squared distance of two of them is the mean over positions in the
-        public code of ZSKT (arXiv 1905.09768).
-
-        Args:
-            images: (B, C, H, W).
-
-        Returns:
-            Logits, and the maps of all layers side by side, (B, Σ H·W), in float32.
-        """
+        """Returns the logits and the vectors (B, D), in float32, of images (B, C, H, W)."""
         for layer in self._layers.values():
             layer.calls = []
         logits = get_logits(self.network(images))
         features = [self._layers[call.layer].calls[call.number][1] for call in self._calls]
         for layer in self._layers.values():
             layer.calls = []
-        return logits, torch.cat([_attention_map(feature) for feature in features], dim=1)
+        vectors = [_scaled(_attention_map(each), self.attention) for each in features] if self.attention else []
+        if self.projections:
+            features = [projection(each) for projection, each in zip(self.projections, features, strict=True)]
+        if self.hint:
+            vectors += [_scaled(each.float().flatten(1), self.hint) for each in features]
+        return logits, torch.cat(vectors, dim=1)
 
 
 def _attention_map(features: Tensor) -> Tensor:
-    squares = features.float().square().sum(1).flatten(1)
-    return nn.functional.normalize(squares, dim=1) / squares.shape[1] ** 0.5
+    return nn.functional.normalize(features.float().square().sum(1).flatten(1), dim=1)
+
+
+def _scaled(vectors: Tensor, weight: float) -> Tensor:
+    """Returns vectors whose squared distances are ``weight`` times the mean squared differences of the elements."""
+    return vectors * (weight / vectors.shape[1]) ** 0.5
 
 
 def _last_calls(network: nn.Module, images: Tensor) -> dict[tuple[int, int], Call]:
@@ -105,7 +120,7 @@ def _last_calls(network: nn.Module, images: Tensor) -> dict[tuple[int, int], Cal
         def record(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             # RecordsCalls, which records the output in training, supports one input.
             if len(inputs) == 1 and isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1:
-                last[output.shape[2], output.shape[3]] = Call(names[layer], counts[names[layer]])
+                last[output.shape[2], output.shape[3]] = Call(names[layer], counts[names[layer]], output.shape[1])
             counts[names[layer]] += 1
 
         for layer in names:

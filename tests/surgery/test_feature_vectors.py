@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import DfkdError
 from dfkd_fast.models import build_model
-from dfkd_fast.surgery import AttentionMaps, attention_layers, fold_and_verify
+from dfkd_fast.surgery import FeatureVectors, fold_and_verify, matched_layers
 
 
 class OneReLU(nn.Module):
@@ -40,8 +40,8 @@ def test_maps_of_one_activation_called_at_two_sizes_are_those_of_each_call(heigh
     torch.manual_seed(0)
     teacher, student = OneReLU(6), OneReLU(4)
     images = torch.randn(3, 3, height, width).to(memory_format=layout)
-    for network, calls in zip((teacher, student), attention_layers(teacher, student, images), strict=True):
-        logits, maps = AttentionMaps(network, calls)(images)
+    for network, calls in zip((teacher, student), matched_layers(teacher, student, images), strict=True):
+        logits, maps = FeatureVectors(network, calls, attention=1.0, hint=0.0)(images)
         assert torch.equal(logits, network(images))
         torch.testing.assert_close(maps.double(), expected_maps(network.features(images)), rtol=1e-5, atol=1e-7)
 
@@ -49,10 +49,43 @@ def test_maps_of_one_activation_called_at_two_sizes_are_those_of_each_call(heigh
 def test_squared_distance_of_maps_is_the_sum_over_layers_of_the_mean_over_positions() -> None:
     torch.manual_seed(0)
     networks, images = (OneReLU(6), OneReLU(4)), torch.randn(3, 3, 8, 8)
-    ours = [AttentionMaps(network, calls)(images)[1] for network, calls in zip(networks, attention_layers(*networks, images), strict=True)]
+    ours = [
+        FeatureVectors(network, calls, attention=1.0, hint=0.0)(images)[1]
+        for network, calls in zip(networks, matched_layers(*networks, images), strict=True)
+    ]
     normalized = [[F.normalize(f.pow(2).mean(1).flatten(1)) for f in network.features(images)] for network in networks]
     expected = sum((one - other).pow(2).mean() for one, other in zip(*normalized, strict=True))
     torch.testing.assert_close((ours[0] - ours[1]).square().sum(1).mean(), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9)])
+@pytest.mark.parametrize(("attention", "hint"), [(0.0, 3.0), (250.0, 10.0)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_squared_distance_is_the_weighted_sum_of_attention_and_hint(
+    height: int, width: int, attention: float, hint: float, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    teacher, student = OneReLU(6), OneReLU(4)
+    images = torch.randn(3, 3, height, width).to(memory_format=layout)
+    of_teacher, of_student = matched_layers(teacher, student, images)
+    assert [(ours.channels, theirs.channels) for ours, theirs in zip(of_student, of_teacher, strict=True)] == [(4, 6), (4, 6)]
+    projections = [nn.Conv2d(4, 6, 1) for _ in of_student]
+    expected_logits = student(images)
+    _, theirs = FeatureVectors(teacher, of_teacher, attention, hint)(images)
+    logits, ours = FeatureVectors(student, of_student, attention, hint, projections)(images)
+    assert torch.equal(logits, expected_logits)
+    expected = attention * (expected_maps(student.features(images)) - expected_maps(teacher.features(images))).square().sum(1).mean()
+    for f, g, projection in zip(student.features(images), teacher.features(images), projections, strict=True):
+        weight, bias = projection.weight.double().flatten(1), projection.bias.double()  # type: ignore[union-attr]
+        projected = torch.einsum("oc,bchw->bohw", weight, f.double()) + bias[:, None, None]
+        expected = expected + hint * (projected - g.double()).square().mean()
+    torch.testing.assert_close((ours - theirs).double().square().sum(1).mean(), expected, rtol=1e-4, atol=1e-6)
+    gradients = torch.autograd.grad(
+        (ours - theirs.detach()).double().square().sum(1).mean(), [*student.first.parameters(), projections[1].weight]
+    )
+    exact = torch.autograd.grad(expected, [*student.first.parameters(), projections[1].weight])
+    for gradient, other in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
 
 
 def test_a_wide_resnet_is_compared_before_each_reduction_of_its_size() -> None:
@@ -61,10 +94,15 @@ def test_a_wide_resnet_is_compared_before_each_reduction_of_its_size() -> None:
     sizes: dict[str, torch.Size] = {}
     for name, layer in student.named_modules():
         layer.register_forward_hook(lambda _, __, output, name=name: sizes.__setitem__(name, output.shape))
-    of_teacher, of_student = attention_layers(teacher, student, images)
+    of_teacher, of_student = matched_layers(teacher, student, images)
     student(images)
     assert [tuple(sizes[call.layer]) for call in of_student] == [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
-    assert of_teacher == of_student
+    assert [call[:2] for call in of_teacher] == [call[:2] for call in of_student]
+    assert [(ours.channels, theirs.channels) for ours, theirs in zip(of_student, of_teacher, strict=True)] == [
+        (16, 32),
+        (32, 64),
+        (64, 128),
+    ]
 
 
 def test_a_folded_teacher_has_the_maps_of_the_network() -> None:
@@ -74,7 +112,10 @@ def test_a_folded_teacher_has_the_maps_of_the_network() -> None:
     teacher.eval()
     images = torch.randn(4, 3, 16, 16)
     folded = fold_and_verify(teacher, images)
-    maps = [AttentionMaps(network, attention_layers(network, teacher, images)[0])(images)[1] for network in (folded, teacher)]
+    maps = [
+        FeatureVectors(network, matched_layers(network, teacher, images)[0], attention=1.0, hint=0.0)(images)[1]
+        for network in (folded, teacher)
+    ]
     torch.testing.assert_close(*maps, rtol=1e-4, atol=1e-6)
 
 
@@ -82,9 +123,9 @@ def test_recording_leaves_the_network_unchanged_and_trains_it() -> None:
     network = build_model("wrn10_1", 10, 3)
     images = torch.randn(4, 3, 16, 16)
     before, names = copy.deepcopy(network.state_dict()), [type(layer) for layer in network.modules()]
-    calls, _ = attention_layers(network, network, images)
+    calls, _ = matched_layers(network, network, images)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    _, maps = AttentionMaps(network, calls)(images)
+    _, maps = FeatureVectors(network, calls, attention=1.0, hint=0.0)(images)
     (maps * torch.randn_like(maps)).sum().backward()
     assert [type(layer) for layer in network.modules()] == names
     assert network.features[0].weight.grad.abs().sum() > 0  # type: ignore[index, union-attr]
@@ -96,7 +137,7 @@ def test_features_of_zero_have_a_map_of_zero_and_a_finite_gradient() -> None:
     nn.init.zeros_(network.first.weight)
     nn.init.zeros_(network.first.bias)  # type: ignore[arg-type]
     images = torch.randn(2, 3, 8, 8)
-    _, maps = AttentionMaps(network, attention_layers(network, network, images)[0])(images)
+    _, maps = FeatureVectors(network, matched_layers(network, network, images)[0], attention=1.0, hint=0.0)(images)
     maps.sum().backward()
     assert not maps[:, :64].any()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in network.parameters())
@@ -108,6 +149,6 @@ def test_networks_without_feature_maps_of_one_size_are_rejected_with_their_sizes
     images = torch.randn(2, 3, 8, 8)
     whole = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     with pytest.raises(DfkdError, match="feature maps of 8 x 8, the student of 4 x 4; none are equal"):
-        attention_layers(whole, halved, images)
+        matched_layers(whole, halved, images)
     with pytest.raises(DfkdError, match="the student of no size"):
-        attention_layers(whole, linear, images)
+        matched_layers(whole, linear, images)
