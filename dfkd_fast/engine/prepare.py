@@ -254,9 +254,10 @@ def prepare(
     features = None
     if objective.compares_features:
         features = _features(optimized["teacher"], optimized["student"], objective, len(images), seed, context)
-    projections = nn.ModuleList() if features is None else features.projections
+    projection = None if features is None else features.projection
     average = FusedEMA(student, loop.student_ema_decay) if loop.student_ema_decay else None
-    student_optimizer = build_optimizer(method.student_optimizer, [*student.parameters(), *projections.parameters()], device)
+    trained = [*student.parameters(), *([] if projection is None else projection.parameters())]
+    student_optimizer = build_optimizer(method.student_optimizer, trained, device)
     generator_optimizer = build_optimizer(method.generator_optimizer, generator.parameters(), device)
     return TrainState(
         device=device,
@@ -271,7 +272,7 @@ def prepare(
         average=average,
         saved_networks={"student": student, "generator": generator}
         | ({} if average is None else {"average": average})
-        | ({"projections": projections} if objective.hint else {}),
+        | ({} if projection is None else {"projection": projection}),
         teacher_sha256=state_dict_sha256(teacher.state_dict()),
         student_optimizer=student_optimizer,
         generator_optimizer=generator_optimizer,
@@ -332,20 +333,19 @@ def _apply_passes(networks: dict[str, nn.Module], context: Context) -> dict[str,
 
 def _features(teacher: nn.Module, student: nn.Module, objective: Objective, rows: int, seed: int, context: Context) -> Features:
     """Builds the feature vectors of teacher and student, with a buffer for a batch of ``rows`` samples."""
-    projections = nn.ModuleList()
+    projection = None
     with context.precision.autocast():
         teacher_calls, student_calls = matched_layers(teacher, student, context.images)
         if objective.hint:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # initial weights depend on the seed only
-                pairs = zip(student_calls, teacher_calls, strict=True)
-                projections.extend(nn.Conv2d(ours.channels, theirs.channels, kernel_size=1) for ours, theirs in pairs)
+                projection = nn.Conv2d(student_calls[-1].channels, teacher_calls[-1].channels, kernel_size=1).to(context.device)
         weights = objective.attention, objective.hint
         of_teacher = FeatureVectors(teacher, teacher_calls, *weights)
-        of_student = FeatureVectors(student, student_calls, *weights, projections=projections.to(context.device))
+        of_student = FeatureVectors(student, student_calls, *weights, projection)
         with torch.no_grad():
             dimension = of_teacher(context.images)[1].shape[1]
-    return Features(of_teacher, of_student, projections, torch.zeros(rows, dimension, device=context.device))
+    return Features(of_teacher, of_student, projection, torch.zeros(rows, dimension, device=context.device))
 
 
 def _static_batch(method: Method, image_shape: torch.Size, logits_shape: torch.Size, context: Context) -> tuple[Tensor, Tensor]:

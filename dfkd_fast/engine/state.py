@@ -28,8 +28,8 @@ class Features:
 
     teacher: FeatureVectors
     student: FeatureVectors
-    projections: nn.ModuleList
-    """Trained projections of the student's features, for the hint; empty without it."""
+    projection: nn.Module | None
+    """Trained projection of the student's features, for the hint; None without it."""
     vectors: Tensor
     """Buffer (ΣB_i, D) of the teacher's vectors for :attr:`TrainState.images`."""
 
@@ -57,7 +57,7 @@ class TrainState:
     average: FusedEMA | None
     """Exponential moving average of the student; None if ``loop.student_ema_decay`` is 0."""
     saved_networks: dict[str, nn.Module]
-    """Networks saved in checkpoints, by name: the user's student and generator, the student's average and the hint's projections."""
+    """Networks saved in checkpoints, by name: the user's student and generator, the student's average and the hint's projection."""
     teacher_sha256: str
     """SHA-256 of the teacher's state dict."""
 
@@ -122,7 +122,7 @@ class TrainState:
         """Yields every tensor that a step modifies and a later one reads: parameters, buffers, optimizer and scaler states."""
         networks: list[nn.Module] = [self.student, self.generator]
         networks += [] if self.average is None else [self.average]
-        networks += [] if self.features is None else [self.features.projections]
+        networks += [] if self.features is None or self.features.projection is None else [self.features.projection]
         networks += [] if self.replay_source is None else self.replay_source.networks
         for network in networks:
             yield from network.parameters()

@@ -47,7 +47,7 @@ class Update:
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
         micro_batches: int = 1,
         feature_vectors: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-        projections: nn.Module | None = None,
+        projection: nn.Module | None = None,
     ) -> Tensor:
         """Computes the gradient of the student's loss, averaged over processes, in ``.grad``, which must be empty.
 
@@ -60,7 +60,7 @@ class Update:
             micro_batches: Number of micro-batches that the batch is split into, to reduce memory.
             feature_vectors: Maps images to the student's logits and feature vectors; required to compare these with the batch's. Not
                 supported by ``first-order`` and ``second-order``.
-            projections: Further parameters of ``feature_vectors``.
+            projection: Module that ``feature_vectors`` applies to the student's features and that is trained with it.
 
         Returns:
             The loss of this process, 0-d and detached.
@@ -78,7 +78,7 @@ class Update:
             loss = sum(terms[1:], start=terms[0])
             scale(loss).backward()
             losses.append(loss.detach())
-        parameters = [*student.parameters(), *([] if projections is None else projections.parameters())]
+        parameters = [*student.parameters(), *([] if projection is None else projection.parameters())]
         distributed.average_([parameter.grad for parameter in parameters if parameter.grad is not None])
         return sum(losses[1:], start=losses[0])
 

@@ -1,7 +1,7 @@
 """Vectors of two networks' feature maps that can be compared, computed together with their logits."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +62,8 @@ class FeatureVectors:
     - attention transfer (Zagoruyko and Komodakis 2017, arXiv 1612.03928), in the form of the public code of ZSKT (arXiv 1905.09768):
       the attention map of a layer's features f is q = Σ_c f_c² over the channels, divided by ‖q‖₂; the term is the sum over layers of
       the mean squared difference over positions;
-    - the hint of FitNets (Romero et al. 2015, arXiv 1412.6550): the sum over layers of the mean squared difference over channels and
-      positions, after a projection of the student's features to the teacher's channels.
+    - the hint of FitNets (Romero et al. 2015, arXiv 1412.6550): the mean squared difference over channels and positions of the last
+      layer's features, after a projection of the student's to the teacher's channels.
 
     It calls a copy of the network that shares every parameter and buffer; the network itself is not changed.
 
@@ -72,14 +72,14 @@ class FeatureVectors:
         calls: Calls of layers that return feature maps (B, C, H, W).
         attention: Weight of attention transfer; 0 omits it.
         hint: Weight of the hint; 0 omits it.
-        projections: Modules that map the features of each call to the teacher's channels, for a student's hint; empty for a teacher.
+        projection: Maps a student's features of the last call to the teacher's channels, for the hint; None for a teacher.
     """
 
     def __init__(
-        self, network: nn.Module, calls: Sequence[Call], attention: float, hint: float, projections: Iterable[nn.Module] = ()
+        self, network: nn.Module, calls: Sequence[Call], attention: float, hint: float, projection: nn.Module | None = None
     ) -> None:
         self.network = sharing_copy(network)
-        self.attention, self.hint, self.projections = attention, hint, list(projections)
+        self.attention, self.hint, self.projection = attention, hint, projection
         self._calls = calls
         self._layers: dict[str, Any] = {call.layer: self.network.get_submodule(call.layer) for call in calls}
         for layer in self._layers.values():
@@ -94,10 +94,9 @@ class FeatureVectors:
         for layer in self._layers.values():
             layer.calls = []
         vectors = [_scaled(_attention_map(each), self.attention) for each in features] if self.attention else []
-        if self.projections:
-            features = [projection(each) for projection, each in zip(self.projections, features, strict=True)]
         if self.hint:
-            vectors += [_scaled(each.float().flatten(1), self.hint) for each in features]
+            last = features[-1] if self.projection is None else self.projection(features[-1])
+            vectors.append(_scaled(last.float().flatten(1), self.hint))
         return logits, torch.cat(vectors, dim=1)
 
 

@@ -69,21 +69,20 @@ def test_the_squared_distance_is_the_weighted_sum_of_attention_and_hint(
     images = torch.randn(3, 3, height, width).to(memory_format=layout)
     of_teacher, of_student = matched_layers(teacher, student, images)
     assert [(ours.channels, theirs.channels) for ours, theirs in zip(of_student, of_teacher, strict=True)] == [(4, 6), (4, 6)]
-    projections = [nn.Conv2d(4, 6, 1) for _ in of_student]
+    projection = nn.Conv2d(4, 6, 1)
     expected_logits = student(images)
     _, theirs = FeatureVectors(teacher, of_teacher, attention, hint)(images)
-    logits, ours = FeatureVectors(student, of_student, attention, hint, projections)(images)
+    logits, ours = FeatureVectors(student, of_student, attention, hint, projection)(images)
     assert torch.equal(logits, expected_logits)
     expected = attention * (expected_maps(student.features(images)) - expected_maps(teacher.features(images))).square().sum(1).mean()
-    for f, g, projection in zip(student.features(images), teacher.features(images), projections, strict=True):
-        weight, bias = projection.weight.double().flatten(1), projection.bias.double()  # type: ignore[union-attr]
-        projected = torch.einsum("oc,bchw->bohw", weight, f.double()) + bias[:, None, None]
-        expected = expected + hint * (projected - g.double()).square().mean()
+    weight, bias = projection.weight.double().flatten(1), projection.bias.double()  # type: ignore[union-attr]
+    projected = torch.einsum("oc,bchw->bohw", weight, student.features(images)[-1].double()) + bias[:, None, None]
+    expected = expected + hint * (projected - teacher.features(images)[-1].double()).square().mean()
     torch.testing.assert_close((ours - theirs).double().square().sum(1).mean(), expected, rtol=1e-4, atol=1e-6)
     gradients = torch.autograd.grad(
-        (ours - theirs.detach()).double().square().sum(1).mean(), [*student.first.parameters(), projections[1].weight]
+        (ours - theirs.detach()).double().square().sum(1).mean(), [*student.first.parameters(), projection.weight]
     )
-    exact = torch.autograd.grad(expected, [*student.first.parameters(), projections[1].weight])
+    exact = torch.autograd.grad(expected, [*student.first.parameters(), projection.weight])
     for gradient, other in zip(gradients, exact, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
 
