@@ -16,7 +16,7 @@ from .dali import DaliBatches, dali_unavailable_reason
 from .folder import FolderBatches, TrainingImages
 from .image_lists import ImageList
 from .settings import DATA_SETS, Batches, DataSet, DataSettings, LoadContext, check_channels, resolve_root
-from .splits import Augment, Split, has_flips, padding_mode
+from .splits import MAX_SHIFT, Augment, Split, has_flips, padding_mode
 
 __all__ = ["FileSet", "list_test_images"]
 
@@ -102,7 +102,7 @@ def _training_transform(settings: DataSettings, augment: Augment) -> Callable[[I
     if augment == "none":
         crop = whole
     elif settings.is_stored_at_size:
-        crop = [*whole, transforms.RandomCrop(size, padding=4, padding_mode=padding_mode(augment)), *flip]  # as splits.shift
+        crop = [*whole, transforms.RandomCrop(size, padding=MAX_SHIFT, padding_mode=padding_mode(augment)), *flip]  # as splits.shift
     else:
         crop = [transforms.RandomResizedCrop(size), *flip]
     grayscale = [transforms.Grayscale()] if settings.channels == 1 else []

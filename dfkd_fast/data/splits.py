@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dfkd_fast.errors import DfkdError
 
 __all__ = [
+    "MAX_SHIFT",
     "ArrayBatches",
     "ArraySplit",
     "Augment",
@@ -27,6 +28,8 @@ __all__ = [
 Split = Literal["train", "test"]
 Augment = Literal["none", "shift", "shift_flip", "reflect", "reflect_flip"]
 Batch = tuple[Tensor, Tensor]
+MAX_SHIFT = 4
+"""Largest offset in pixels of augmented images."""
 
 
 class InMemory(Dataset[Batch], abc.ABC):
@@ -50,6 +53,9 @@ class ArraySplit(InMemory):
         mean, std: per-channel normalization constants of images in [0, 1].
         augment: random augmentation at every access: "shift" by up to 4 pixels with black borders, "reflect" with reflected ones,
             "shift_flip" and "reflect_flip" also with horizontal flips.
+
+    Raises:
+        DfkdError: "reflect" or "reflect_flip" for images of 4 pixels or less.
     """
 
     def __init__(
@@ -62,6 +68,8 @@ class ArraySplit(InMemory):
         *,
         augment: Augment = "none",
     ) -> None:
+        if image_size <= MAX_SHIFT and padding_mode(augment) == "reflect":
+            raise DfkdError(f"teacher.augment = {augment!r}: needs images of more than {MAX_SHIFT} pixels, not {image_size}")
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         if pixels.shape[-2:] != (image_size, image_size):
             from torchvision.transforms.v2.functional import resize
@@ -99,7 +107,7 @@ def padding_mode(augment: Augment) -> Literal["constant", "reflect"]:
     return "reflect" if augment.startswith("reflect") else "constant"
 
 
-def shift(images: Tensor, *, flip: bool, pixels: int = 4, padding_mode: Literal["constant", "reflect"] = "constant") -> Tensor:
+def shift(images: Tensor, *, flip: bool, pixels: int = MAX_SHIFT, padding_mode: Literal["constant", "reflect"] = "constant") -> Tensor:
     """Shifts every image by a random offset of up to ``pixels`` in both directions.
 
     With ``flip``, this is the common CIFAR augmentation: a random crop of the zero-padded image and a horizontal flip.

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from dfkd_fast import DfkdError
 from dfkd_fast.data import ArraySplit, Augment, batches
 from tests.data.draws import check_draws
 
@@ -105,6 +106,13 @@ def test_the_borders_of_shifted_images_are_black_before_normalization_or_reflect
     white = np.full((50, 8, 8, 1), 255, np.uint8)
     images, _ = ArraySplit(white, np.zeros(50, np.int64), 8, (0.25,), (0.5,), augment=augment).__getitems__(list(range(50)))
     assert sorted(set(images.flatten().tolist())) == values
+
+
+def test_reflected_borders_wider_than_the_images_are_rejected() -> None:
+    with pytest.raises(DfkdError, match=r"teacher\.augment = 'reflect_flip': needs images of more than 4 pixels, not 4"):
+        ArraySplit(pixels(2, 9, 9), np.arange(2), 4, MEAN, STD, augment="reflect_flip")
+    images, _ = ArraySplit(pixels(2, 9, 9), np.arange(2), 5, MEAN, STD, augment="reflect_flip").__getitems__([0, 1])
+    assert images.shape == (2, 3, 5, 5)
 
 
 def test_augmentation_is_reproducible_with_the_seed_and_differs_between_accesses() -> None:
