@@ -72,9 +72,9 @@ class Update:
             with autocast():
                 logits, features = (student(chunk.images), None) if feature_vectors is None else feature_vectors(chunk.images)
             terms = self._terms(objective.student_loss, logits, chunk.teacher_logits, chunk.parts, len(batch.images), objective)
-            if features is not None and chunk.teacher_features is not None and batch.teacher_features is not None:
+            if features is not None and chunk.teacher_features is not None:
                 vectors = features[: len(chunk.teacher_features)], chunk.teacher_features
-                terms += self._terms(feature_loss, *vectors, chunk.feature_parts, len(batch.teacher_features), objective)
+                terms += self._terms(feature_loss, *vectors, chunk.feature_parts, len(batch.images), objective)
             loss = sum(terms[1:], start=terms[0])
             scale(loss).backward()
             losses.append(loss.detach())

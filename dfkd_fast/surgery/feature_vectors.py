@@ -1,5 +1,6 @@
 """Vectors of two networks' feature maps that can be compared, computed together with their logits."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
 
-from .modes import dry_run, eval_mode
+from .modes import dry_run
 from .observe import RecordsCalls
 from .outputs import get_logits
 from .sharing import sharing_copy
@@ -29,14 +30,14 @@ class Call(NamedTuple):
 
 
 def matched_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tuple[list[Call], list[Call]]:
-    """Returns the layers whose feature maps are compared, one per spatial size that occurs in both networks, in the teacher's order.
+    """Returns the layers whose feature maps are compared, one per spatial size that occurs in both networks, the smallest size last.
 
     A layer is a module without children. Of those with feature maps (B, C, H, W) of one size, the last is selected: in most
     classifiers the activation before the maps are reduced. Maps of one pixel are ignored.
 
     Args:
-        teacher: Network, images → logits.
-        student: Network, images → logits.
+        teacher: Network, images → logits, in the mode in which it is to be called.
+        student: Network, images → logits, in the mode in which it is to be called.
         images: Example images (B, C, H, W).
 
     Returns:
@@ -46,7 +47,7 @@ def matched_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tu
         DfkdError: The networks have no feature maps of the same size.
     """
     of_teacher, of_student = (_last_calls(network, images) for network in (teacher, student))
-    sizes = [size for size in of_teacher if size in of_student]
+    sizes = sorted((size for size in of_teacher if size in of_student), key=math.prod, reverse=True)
     if not sizes:
         found = [", ".join(f"{height} x {width}" for height, width in calls) or "no size" for calls in (of_teacher, of_student)]
         maps = f"the teacher has feature maps of {found[0]}, the student of {found[1]}"
@@ -63,7 +64,7 @@ class FeatureVectors:
       the attention map of a layer's features f is q = Σ_c f_c² over the channels, divided by ‖q‖₂; the term is the sum over layers of
       the mean squared difference over positions;
     - the hint of FitNets (Romero et al. 2015, arXiv 1412.6550): the mean squared difference over channels and positions of the last
-      layer's features, after a projection of the student's to the teacher's channels.
+      call's features, after a projection of the student's to the teacher's channels.
 
     It calls a copy of the network that shares every parameter and buffer; the network itself is not changed.
 
@@ -90,7 +91,7 @@ class FeatureVectors:
         for layer in self._layers.values():
             layer.calls = []
         logits = get_logits(self.network(images))
-        features = [self._layers[call.layer].calls[call.number][1] for call in self._calls]
+        features = [self._feature_map(call) for call in self._calls]
         for layer in self._layers.values():
             layer.calls = []
         vectors = [_scaled(_attention_map(each), self.attention) for each in features] if self.attention else []
@@ -98,6 +99,16 @@ class FeatureVectors:
             last = features[-1] if self.projection is None else self.projection(features[-1])
             vectors.append(_scaled(last.float().flatten(1), self.hint))
         return logits, torch.cat(vectors, dim=1)
+
+    def _feature_map(self, call: Call) -> Tensor:
+        calls = self._layers[call.layer].calls
+        if call.number >= len(calls):
+            raise DfkdError(
+                f"objective.attention, objective.hint: layer {call.layer!r} was called {len(calls)} times, and {call.number + 1} times "
+                "before: networks that skip layers at random are not supported"
+            )
+        features: Tensor = calls[call.number][1]
+        return features
 
 
 def _attention_map(features: Tensor) -> Tensor:
@@ -113,8 +124,9 @@ def _last_calls(network: nn.Module, images: Tensor) -> dict[tuple[int, int], Cal
     """Returns the last call of a layer that returns feature maps of each spatial size."""
     last: dict[tuple[int, int], Call] = {}
     counts: Counter[str] = Counter()
-    with dry_run(network) as trial, eval_mode(trial):
-        names = {layer: name for name, layer in trial.named_modules()}
+    with dry_run(network) as trial:
+        # Modules of a parametrization return weights.
+        names = {layer: name for name, layer in trial.named_modules() if "parametrizations" not in name.split(".")}
 
         def record(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             # RecordsCalls, which records the output in training, supports one input.
@@ -123,7 +135,8 @@ def _last_calls(network: nn.Module, images: Tensor) -> dict[tuple[int, int], Cal
             counts[names[layer]] += 1
 
         for layer in names:
-            if next(layer.children(), None) is None and not isinstance(layer, torch.jit.ScriptModule):
+            children = [name for name, _ in layer.named_children() if name != "parametrizations"]
+            if not children and not isinstance(layer, torch.jit.ScriptModule):
                 layer.register_forward_hook(record)
         trial(images)
     return last

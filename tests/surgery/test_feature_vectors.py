@@ -104,6 +104,54 @@ def test_a_wide_resnet_is_compared_before_each_reduction_of_its_size() -> None:
     ]
 
 
+class Auxiliary(nn.Module):
+    """Network whose training has a call of its layer at another size before the call of every mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.training:
+            self.second(F.avg_pool2d(x, 2))
+        return self.head(self.second(x).mean((2, 3)))
+
+
+def test_calls_are_those_of_the_mode_of_each_network() -> None:
+    torch.manual_seed(0)
+    teacher, student, images = Auxiliary().eval(), Auxiliary(), torch.randn(3, 3, 8, 8)
+    of_teacher, of_student = matched_layers(teacher, student, images)
+    assert [call.number for call in of_teacher] == [0] and [call.number for call in of_student] == [1]
+    _, vectors = FeatureVectors(student, of_student, attention=0.0, hint=1.0)(images)
+    torch.testing.assert_close(vectors, student.second(student.first(images)).flatten(1) / (6 * 64) ** 0.5)
+
+
+def test_a_layer_that_is_skipped_is_named() -> None:
+    student = Auxiliary()
+    _, calls = matched_layers(Auxiliary(), student, torch.randn(3, 3, 8, 8))
+    vectors = FeatureVectors(student.eval(), calls, attention=1.0, hint=0.0)
+    with pytest.raises(DfkdError, match="layer 'second' was called 1 times, and 2 times before: networks that skip layers at random"):
+        vectors(torch.randn(3, 3, 8, 8))
+
+
+def test_parametrized_layers_are_compared() -> None:
+    last = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3, padding=1))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    images = torch.randn(3, 3, 8, 8)
+    calls, _ = matched_layers(network, network, images)
+    assert [(call.layer, call.channels) for call in calls] == [("1", 6)]
+    _, vectors = FeatureVectors(network, calls, attention=0.0, hint=1.0)(images)
+    torch.testing.assert_close(vectors, network[:2](images).flatten(1) / (6 * 64) ** 0.5)
+
+
+def test_the_smallest_feature_map_comes_last_also_in_a_network_that_upsamples() -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3, padding=1), nn.Upsample(scale_factor=2))
+    network = nn.Sequential(*body, nn.Conv2d(5, 7, 1))
+    calls, _ = matched_layers(network, network, torch.randn(2, 3, 8, 8))
+    assert [(call.layer, call.channels) for call in calls] == [("4", 7), ("2", 5)]
+
+
 def test_a_folded_teacher_has_the_maps_of_the_network() -> None:
     torch.manual_seed(0)
     teacher = build_model("wrn10_1", 10, 3)
