@@ -54,8 +54,8 @@ class Objective:
     see :class:`~dfkd_fast.surgery.FeatureVectors`. It is added to ``discrepancy`` for every sample that the teacher is run on: not for
     replayed samples with stored logits. The public code of ZSKT (arXiv 1905.09768) uses 250."""
     hint: NonNegative = 0.0
-    """Weight of the hint of FitNets (arXiv 1412.6550) in the student's loss, for the samples of ``attention``: feature maps of the teacher
-    are compared with those of the student after a learned projection, see :class:`~dfkd_fast.surgery.FeatureVectors`."""
+    """Weight of the hint of FitNets (arXiv 1412.6550) in the student's loss, for the samples of ``attention``: the smallest feature map
+    of the teacher is compared with that of the student after a learned projection, see :class:`~dfkd_fast.surgery.FeatureVectors`."""
     class_nll: NonNegative = 0.0
     """Weight of :func:`class_nll`; requires a conditional generator."""
     embedding_norm: NonNegative = 0.0

@@ -223,7 +223,7 @@ def _plot_loss(axes: Axes, epochs: Sequence[Epoch], term: str) -> None:
     values = [(epoch.number, epoch.losses[term]) for epoch in epochs if term in epoch.losses]
     title = LOSS_TITLES.get(term, f"Generator loss: {term}")
     if term == "bn_moments" and (relative := epochs[-1].relative_bn_moments) is not None:
-        title += f" ({relative:.2g} relative)"
+        title += f"\n({relative:.2g} relative)"  # in one line it would be wider than the panel
     axes.plot(*zip(*values, strict=True), marker=_marker(values), color=STUDENT if term == "student" else GENERATOR)
     axes.set_title(literal_label(title), fontsize="medium")
     axes.set_ylabel("Loss")

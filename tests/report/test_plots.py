@@ -44,8 +44,16 @@ def test_every_loss_term_has_axes_of_its_own_so_that_a_small_one_is_legible_besi
 def test_the_curve_of_bn_moments_states_the_relative_value_of_the_last_epoch() -> None:
     epochs = [Epoch(number, 1.0, {"student": 0.5, "bn_moments": 5.0}, None, relative_bn_moments=0.12345 * number) for number in (1, 2)]
     student, moments = curves_as_svg(epochs, None, "top-1 accuracy")
-    assert "Generator loss: bn_moments (0.25 relative)" in moments
+    assert "Generator loss: bn_moments" in moments and "(0.25 relative)" in moments
     assert "relative" not in student
+
+
+@pytest.mark.parametrize("terms", [["student", "adversarial", "one_hot", "bn_moments"], ["student", "adversarial", "bn_moments"]])
+def test_a_long_title_at_the_right_is_not_cut_off(tmp_path: Path, terms: list[str]) -> None:
+    epochs = [Epoch(1, 1.0, dict.fromkeys(terms, 0.5), 90.0, relative_bn_moments=0.05732)]
+    plot_curves(epochs, 98.0, "title", tmp_path / "curves.png")
+    margin = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))[:, -1]
+    assert (margin == margin[0]).all()
 
 
 def test_the_legend_does_not_cover_the_curves() -> None:
