@@ -233,7 +233,7 @@ def _plot_loss(axes: Axes, epochs: Sequence[Epoch], term: str) -> None:
 
 def _finish(axes: Axes) -> None:
     axes.set_xlabel("Epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=matplotlib.rcParams["text.color"], alpha=0.15)
 

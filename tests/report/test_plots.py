@@ -56,6 +56,12 @@ def test_a_long_title_at_the_right_is_not_cut_off(tmp_path: Path, terms: list[st
     assert (margin == margin[0]).all()
 
 
+def test_the_only_epoch_of_a_short_run_is_the_only_tick() -> None:
+    (svg,) = curves_as_svg([Epoch(1, 1.0, {}, 98.0)], None, "mIoU")
+    ticks = svg.split('id="matplotlib.axis_1"')[1].split('id="matplotlib.axis_2"')[0]
+    assert re.findall(r">([\d.]+)</text>", ticks) == ["1"]
+
+
 def test_the_legend_does_not_cover_the_curves() -> None:
     epochs = [Epoch(number, 1.0, {}, 98.0) for number in (1, 2, 3)]
     (svg,) = curves_as_svg(epochs, 98.5, "mIoU")
