@@ -108,10 +108,6 @@ class Method:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.kind is {self.replay.kind!r}")
         if self.update.is_retain_acquire and not self.replay.replays:
             raise ValueError(f"update.kind = {self.update.kind!r}: needs replayed samples, but replay.share is 0")
-        for name in ("attention", "hint"):
-            weight = getattr(self.objective, name)
-            if self.update.is_retain_acquire and weight:
-                raise ValueError(f"objective.{name} = {weight}: not supported with update.kind {self.update.kind!r}; must be 0")
         policy = self.replay.policy
         if self.engine.precision == "fp16" and (
             self.update.is_retain_acquire or (self.replay.replays and policy is not None and not policy.fp16)

@@ -40,7 +40,6 @@ def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
         scale=lambda loss: precision.scale("student", loss),
         micro_batches=state.method.engine.micro_batches,
         feature_vectors=None if state.features is None else state.features.student,
-        projection=None if state.features is None else state.features.projection,
     )
     precision.step("student", state.student_optimizer)
     if state.average is not None:

@@ -67,5 +67,9 @@ class Batch:
     def split(self) -> list["Batch"]:
         """Returns one batch per part."""
         rows = [part.rows for part in self.parts]
-        slices = zip(self.images.split(rows), self.teacher_logits.split(rows), self.parts, strict=True)
-        return [Batch(images, logits, [part]) for images, logits, part in slices]
+        features: list[Tensor | None] = [None] * len(rows)
+        if self.teacher_features is not None:
+            covered = rows[: len(self.feature_parts)]
+            features[: len(covered)] = self.teacher_features.split(covered)
+        slices = zip(self.images.split(rows), self.teacher_logits.split(rows), self.parts, features, strict=True)
+        return [Batch(images, logits, [part], vectors) for images, logits, part, vectors in slices]

@@ -46,8 +46,7 @@ class Update:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
         micro_batches: int = 1,
-        feature_vectors: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-        projection: nn.Module | None = None,
+        feature_vectors: nn.Module | None = None,
     ) -> Tensor:
         """Computes the gradient of the student's loss, averaged over processes, in ``.grad``, which must be empty.
 
@@ -58,19 +57,19 @@ class Update:
             autocast: Returns the context manager for the student's forward passes.
             scale: Applied to the loss before the backward pass; ignored by ``first-order`` and ``second-order``.
             micro_batches: Number of micro-batches that the batch is split into, to reduce memory.
-            feature_vectors: Maps images to the student's logits and feature vectors; required to compare these with the batch's. Not
-                supported by ``first-order`` and ``second-order``.
-            projection: Module that ``feature_vectors`` applies to the student's features and that is trained with it.
+            feature_vectors: Module that maps images to the student's logits and feature vectors; required to compare these with the
+                batch's. It has the student's parameters, and possibly others that are trained with them.
 
         Returns:
             The loss of this process, 0-d and detached.
         """
+        network = student if feature_vectors is None else feature_vectors
         if self.is_retain_acquire and len(batch.parts) > 1:
-            return self._retain_acquire(student, batch, objective, autocast)
+            return self._retain_acquire(network, batch, objective, autocast)
         losses = []
         for chunk in batch.chunks(micro_batches):
             with autocast():
-                logits, features = (student(chunk.images), None) if feature_vectors is None else feature_vectors(chunk.images)
+                logits, features = _outputs(network(chunk.images))
             terms = self._terms(objective.student_loss, logits, chunk.teacher_logits, chunk.parts, len(batch.images), objective)
             if features is not None and chunk.teacher_features is not None:
                 vectors = features[: len(chunk.teacher_features)], chunk.teacher_features
@@ -78,8 +77,7 @@ class Update:
             loss = sum(terms[1:], start=terms[0])
             scale(loss).backward()
             losses.append(loss.detach())
-        parameters = [*student.parameters(), *([] if projection is None else projection.parameters())]
-        distributed.average_([parameter.grad for parameter in parameters if parameter.grad is not None])
+        distributed.average_([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
         return sum(losses[1:], start=losses[0])
 
     def _terms(
@@ -108,7 +106,7 @@ class Update:
         return [part.weight * loss(student_rows, teacher_rows) for student_rows, teacher_rows, part in slices]
 
     def _retain_acquire(
-        self, student: nn.Module, batch: Batch, objective: Objective, autocast: Callable[[], AbstractContextManager[object]]
+        self, network: nn.Module, batch: Batch, objective: Objective, autocast: Callable[[], AbstractContextManager[object]]
     ) -> Tensor:
         """Computes the gradient of Learning to Retain while Acquiring (arXiv 2302.14290); returns the loss.
 
@@ -118,12 +116,12 @@ class Update:
         """
         fresh, replayed = batch.split()
         second_order = self.kind == "second-order"
-        parameters = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         with autocast():
-            acquired_logits = student(fresh.images)
+            acquired = network(fresh.images)
         # The fused kernels do not support double backward.
         with use_backend("reference"):
-            acquire_loss = objective.student_loss(acquired_logits, fresh.teacher_logits)
+            acquire_loss = _loss(acquired, fresh, objective)
         gradients = torch.autograd.grad(acquire_loss, list(parameters.values()), create_graph=second_order, materialize_grads=True)
         # Averaged over processes; the graph for the Hessian remains local, and its product is averaged below.
         acquire_gradients = [gradient.detach().clone() if second_order else gradient for gradient in gradients]
@@ -134,10 +132,10 @@ class Update:
             name: (parameter.detach() - rate * (gradient + decay * parameter.detach())).requires_grad_()
             for (name, parameter), gradient in zip(parameters.items(), acquire_gradients, strict=True)
         }
-        buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         with autocast():
-            retained_logits = functional_call(student, inner_parameters | buffers, (replayed.images,))
-        retain_loss = objective.student_loss(retained_logits, replayed.teacher_logits)
+            retained = functional_call(network, inner_parameters | buffers, (replayed.images,))
+        retain_loss = _loss(retained, replayed, objective)
         retain_gradients = torch.autograd.grad(retain_loss, list(inner_parameters.values()), materialize_grads=True)
         distributed.average_(retain_gradients)
 
@@ -152,6 +150,20 @@ class Update:
                 total = acquire_weight * g + retain_weight * v
                 parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
             return acquire_weight * acquire_loss + retain_weight * retain_loss
+
+
+def _outputs(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Returns the logits and the feature vectors, None without, of the output of a student or of a module of feature vectors."""
+    return (output, None) if isinstance(output, Tensor) else output
+
+
+def _loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, objective: Objective) -> Tensor:
+    """Returns the unweighted loss of an output for a batch of one part."""
+    logits, features = _outputs(output)
+    loss = objective.student_loss(logits, batch.teacher_logits)
+    if features is not None and batch.teacher_features is not None:
+        loss = loss + feature_loss(features, batch.teacher_features)
+    return loss
 
 
 def _hessian_vector_product(gradients: Sequence[Tensor], parameters: Sequence[Tensor], vector: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -55,8 +55,8 @@ def matched_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tu
     return [of_teacher[size] for size in sizes], [of_student[size] for size in sizes]
 
 
-class FeatureVectors:
-    """Callable that returns a network's logits together with a vector of its feature maps per image, which is differentiable.
+class FeatureVectors(nn.Module):
+    """Module that returns a network's logits together with a vector of its feature maps per image, which is differentiable.
 
     The squared distance of a student's vector and its teacher's is the weighted sum of two terms:
 
@@ -66,7 +66,8 @@ class FeatureVectors:
     - the hint of FitNets (Romero et al. 2015, arXiv 1412.6550): the mean squared difference over channels and positions of the last
       call's features, after a projection of the student's to the teacher's channels.
 
-    It calls a copy of the network that shares every parameter and buffer; the network itself is not changed.
+    It calls a copy of the network that shares every parameter and buffer; the network itself is not changed. Its parameters are those of
+    the network and of the projection.
 
     Args:
         network: Network, images → logits, in the mode in which it is to be called.
@@ -79,6 +80,7 @@ class FeatureVectors:
     def __init__(
         self, network: nn.Module, calls: Sequence[Call], attention: float, hint: float, projection: nn.Module | None = None
     ) -> None:
+        super().__init__()
         self.network = sharing_copy(network)
         self.attention, self.hint, self.projection = attention, hint, projection
         self._calls = calls
@@ -86,7 +88,7 @@ class FeatureVectors:
         for layer in self._layers.values():
             layer.__class__ = type(type(layer).__name__, (RecordsCalls, type(layer)), {})
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the logits and the vectors (B, D), in float32, of images (B, C, H, W)."""
         for layer in self._layers.values():
             layer.calls = []

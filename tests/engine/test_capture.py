@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd_fast import Engine, Loop, Method, Optimizer, Replay, Trainer
+from dfkd_fast import Engine, Loop, Method, Objective, Optimizer, Replay, Trainer
 from dfkd_fast.engine import capture as captures
 from dfkd_fast.engine.capture import Steps
 from dfkd_fast.engine.state import preserved
@@ -70,13 +70,20 @@ FORBIDDEN = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__
 
 @pytest.mark.parametrize("replay", [*REPLAYS, Replay(kind="memory_bank")], ids=lambda replay: replay.kind)
 @pytest.mark.parametrize("update", ["plain", "pooled", "first-order", "second-order"])
+@pytest.mark.parametrize("attention", [0.0, 250.0])
 def test_a_step_does_not_copy_values_to_the_host(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, replay: Replay, update: Any
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, replay: Replay, update: Any, attention: float
 ) -> None:
     if update.endswith("order") and not replay.replays:
         pytest.skip("needs replayed samples")
     config = method(replay, "sgd")
-    config = Method(loop=config.loop, replay=replay, update={"kind": update}, generator_optimizer=Optimizer(lr=0.01))  # type: ignore[arg-type]
+    config = Method(
+        loop=config.loop,
+        replay=replay,
+        update={"kind": update},  # type: ignore[arg-type]
+        objective=Objective(attention=attention, hint=attention / 50),
+        generator_optimizer=Optimizer(lr=0.01),
+    )
     trainer = make_trainer(config)
     state = trainer.state
     if isinstance(state.replay_source, VaeReplay):

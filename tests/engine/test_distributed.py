@@ -76,6 +76,13 @@ METHODS: dict[str, Method] = {
         )
         for kind in ("pooled", "first-order", "second-order")
     },
+    "second order with features": Method(
+        loop=small_method(batch_size=BATCH).loop,
+        objective=Objective(attention=30.0, hint=2.0),
+        replay=Replay(kind="ema_generator"),
+        update=Update(kind="second-order", inner_lr=0.03),
+        student_optimizer=Optimizer(lr=0.01),
+    ),
 }
 
 

@@ -42,7 +42,7 @@ def method(replay: dict[str, Any], update: str, *, capture: bool, precision: str
         engine=Engine(capture=capture, precision=precision),  # type: ignore[arg-type]
         replay=replay,  # type: ignore[arg-type]
         update={"kind": update, "inner_lr": 0.01},  # type: ignore[arg-type]
-        objective={"bn_moments": 1.0} | ({"attention": 250.0, "hint": 3.0} if update == "plain" else {}),  # type: ignore[arg-type]
+        objective={"bn_moments": 1.0, "attention": 250.0, "hint": 3.0},  # type: ignore[arg-type]
         student_optimizer=Optimizer(lr=0.01, schedule="cosine"),
         generator_optimizer=Optimizer(kind="adam", lr=1e-3),
     )

@@ -234,9 +234,13 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
             assert_equal(without_times(resumed.state_dict()), expected)
 
 
-@pytest.mark.parametrize("replay", ["none", "ema_generator", "memory_bank, samples"])
-def test_a_run_that_compares_features_and_was_interrupted_equals_one_that_was_not(make_trainer: MakeTrainer, replay: str) -> None:
-    config = method(replay=replay, objective=Objective(attention=250.0, hint=3.0), student_steps=3, steps_per_batch=2)
+@pytest.mark.parametrize(
+    ("replay", "update"), [("none", "plain"), ("ema_generator", "plain"), ("memory_bank, samples", "plain"), ("memory_bank", "second-order")]
+)
+def test_a_run_that_compares_features_and_was_interrupted_equals_one_that_was_not(
+    make_trainer: MakeTrainer, replay: str, update: str
+) -> None:
+    config = method(replay=replay, update=update, objective=Objective(attention=250.0, hint=3.0), student_steps=3, steps_per_batch=2)
     networks = normalised_networks()
     whole = make_trainer(config, networks=networks)
     whole.fit()
@@ -249,11 +253,20 @@ def test_a_run_that_compares_features_and_was_interrupted_equals_one_that_was_no
     assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
 
 
-@pytest.mark.parametrize("update", ["first-order", "second-order"])
-@pytest.mark.parametrize("term", ["attention", "hint"])
-def test_comparing_features_with_a_retain_acquire_update_is_rejected(update: str, term: str) -> None:
-    with pytest.raises(ValidationError, match=f"objective.{term} = 250.0: not supported with update.kind '{update}'; must be 0"):
-        method(update=update, replay="ema_generator", objective=Objective(**{term: 250.0}))  # type: ignore[arg-type]
+@pytest.mark.parametrize("replay", ["ema_generator", "memory_bank, uint8", "vae"])
+def test_every_update_compares_features_and_trains_the_projection(make_trainer: MakeTrainer, replay: str) -> None:
+    students = []
+    config = dataclasses.replace(REPLAYS[replay], share=0.25)
+    for objective in (Objective(), Objective(attention=250.0, hint=3.0)):
+        for update in ("plain", "pooled", "first-order", "second-order"):
+            trainer = make_trainer(method(replay=config, update=update, objective=objective), networks=normalised_networks())
+            features = trainer.state.features
+            projection = {} if features is None else weights(features.student.projection)  # type: ignore[arg-type]
+            trainer.fit()
+            assert all(torch.tensor(value).isfinite() for epoch in trainer.history for value in epoch.losses.values())
+            assert features is None or not equal(weights(features.student.projection), projection)  # type: ignore[arg-type]
+            students.append(weights(trainer.student))
+    assert not any(equal(one, other) for index, one in enumerate(students) for other in students[:index])
 
 
 def test_pretraining_leaves_the_student_alone_and_the_average_starts_where_it_ended(make_trainer: MakeTrainer) -> None:

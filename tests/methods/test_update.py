@@ -68,22 +68,30 @@ def test_the_plain_update_is_the_gradient_of_the_weighted_sum_over_one_forward(p
         assert torch.equal(buffer, same)
 
 
-def maps_of(student: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and a stand-in for feature vectors: the features of the second layer at every position."""
-    features = student[1](student[0](images))  # type: ignore[index]
-    return student[2:](features), features.sum(1).flatten(1)  # type: ignore[index]
+class Vectors(nn.Module):
+    """Logits of a sequential network, and a stand-in for feature vectors: a projection of the second layer's features."""
+
+    def __init__(self, network: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.network, self.projection = network, nn.Conv2d(channels, 2, 1).double()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.network[:2](images)  # type: ignore[index]
+        return self.network[2:](features), self.projection(features).flatten(1)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", ["plain", "pooled"])
 @pytest.mark.parametrize(("parts", "covered"), [([Part(6, 0.7)], 6), ([Part(4, 1.3), Part(2, 0.5)], 6), ([Part(4, 1.3), Part(2, 0.5)], 4)])
 def test_features_are_compared_in_the_rows_that_have_the_teachers(kind: Any, parts: list[Part], covered: int) -> None:
     student, twin = students(dense=False)
-    data, maps = batch(parts, dense=False), torch.randn(6, 16).double()
+    data, maps = batch(parts, dense=False), torch.randn(6, 32).double()
+    vectors, by_hand = Vectors(student, 4), Vectors(twin, 4)
+    by_hand.projection.load_state_dict(vectors.projection.state_dict())
     data = dataclasses.replace(data, teacher_features=maps[:covered])
     objective = Objective(student_weight=1.9)
-    loss = Update(kind=kind).backward(student, data, objective, feature_vectors=lambda images: maps_of(student, images))
+    loss = Update(kind=kind).backward(student, data, objective, feature_vectors=vectors)
 
-    logits, features = maps_of(twin, data.images)
+    logits, features = by_hand(data.images)
     if kind == "pooled":
         expected = 1.9 * (F.l1_loss(logits, data.teacher_logits) + (features - maps)[:covered].pow(2).sum() / 6)
     else:
@@ -94,7 +102,7 @@ def test_features_are_compared_in_the_rows_that_have_the_teachers(kind: Any, par
             start += rows
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
-    for parameter, other in zip(student.parameters(), twin.parameters(), strict=True):
+    for parameter, other in zip(vectors.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
 
 
@@ -157,7 +165,16 @@ def discrepancies(network: nn.Module, data: Batch, discrepancy: str) -> tuple[Ca
 
     def of(rows: slice) -> Callable[[], Tensor]:
         part = [Part(len(data.images[rows]), 1.0)]
-        return lambda: weighted_sum(network(data.images[rows]), data.teacher_logits[rows], part, discrepancy)
+
+        def loss() -> Tensor:
+            if data.teacher_features is None:
+                return weighted_sum(network(data.images[rows]), data.teacher_logits[rows], part, discrepancy)
+            logits, features = network(data.images[rows])
+            targets = data.teacher_features[rows]
+            distance = (features - targets).pow(2).sum(1).mean() if len(targets) else 0.0
+            return weighted_sum(logits, data.teacher_logits[rows], part, discrepancy) + distance
+
+        return loss
 
     fresh = data.parts[0].rows
     return of(slice(fresh)), of(slice(fresh, None))
@@ -206,6 +223,20 @@ def test_second_order_is_the_gradient_of_acquiring_and_of_retaining_after_the_in
     update.backward(student, data, Objective(discrepancy=discrepancy))
     actual = parameters_to_vector(parameter.grad for parameter in student.parameters())  # type: ignore[misc]
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", UPDATES)
+@pytest.mark.parametrize("covered", [8, 5])
+def test_the_feature_terms_and_their_projection_take_part_in_the_inner_step(options: dict[str, float], covered: int) -> None:
+    student, data = smooth(True), fresh_and_replayed(0.4, 2.5)
+    vectors = Vectors(student, 3)
+    data = dataclasses.replace(data, teacher_features=torch.randn(8, 8).double()[:covered])
+    update = Update(kind="second-order", **options)
+    expected = by_finite_differences(vectors, data, update, "kl")
+    update.backward(student, data, Objective(discrepancy="kl"), feature_vectors=vectors)
+    actual = parameters_to_vector(parameter.grad for parameter in vectors.parameters())  # type: ignore[misc]
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=3e-6)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in vectors.projection.parameters())
 
 
 @pytest.mark.parametrize("options", UPDATES)

@@ -179,15 +179,18 @@ def test_recording_leaves_the_network_unchanged_and_trains_it() -> None:
     assert not any(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
 
 
-def test_features_of_zero_have_a_map_of_zero_and_a_finite_gradient() -> None:
+def test_features_of_zero_have_a_map_of_zero_and_finite_first_and_second_derivatives() -> None:
     network = OneReLU(4)
     nn.init.zeros_(network.first.weight)
     nn.init.zeros_(network.first.bias)  # type: ignore[arg-type]
     images = torch.randn(2, 3, 8, 8)
     _, maps = FeatureVectors(network, matched_layers(network, network, images)[0], attention=1.0, hint=0.0)(images)
-    maps.sum().backward()
+    parameters = list(network.parameters())
+    gradients = torch.autograd.grad(maps.square().sum(), parameters, create_graph=True, materialize_grads=True)
     assert not maps[:, :64].any()
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in network.parameters())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    second = torch.autograd.grad([gradient.sum() for gradient in gradients], parameters, materialize_grads=True)
+    assert all(gradient.isfinite().all() for gradient in second)
 
 
 def test_networks_without_feature_maps_of_one_size_are_rejected_with_their_sizes() -> None:
