@@ -235,7 +235,8 @@ def test_a_run_with_everything_on_that_was_interrupted_anywhere_equals_one_that_
 
 
 @pytest.mark.parametrize(
-    ("replay", "update"), [("none", "plain"), ("ema_generator", "plain"), ("memory_bank, samples", "plain"), ("memory_bank", "second-order")]
+    ("replay", "update"),
+    [("none", "plain"), ("ema_generator", "plain"), ("memory_bank, samples", "plain"), ("memory_bank", "second-order")],
 )
 def test_a_run_that_compares_features_and_was_interrupted_equals_one_that_was_not(
     make_trainer: MakeTrainer, replay: str, update: str
