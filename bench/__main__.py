@@ -24,7 +24,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import check_output, replacing
 from dfkd_fast.recipe import load_recipe
 
-from . import end_to_end, evaluation, host, provenance, report, ship, table
+from . import end_to_end, evaluation, host, provenance, report, ship, table, with_data
 from . import methods as method_costs
 from . import micro as cases
 from . import plot as plots
@@ -284,6 +284,29 @@ def run_evaluation(
         for row in measured
     ]
     print_table(Console(), header, cells)
+    typer.echo(target)
+
+
+@app.command(name="with-data")
+def run_with_data(
+    data_root: Annotated[Path, typer.Option(help="The data, as data.root.")],
+    recipe: Annotated[str, typer.Option(help="Recipe without replay, name or file.")] = "cifar10-cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    device: Annotated[str, typer.Option(help="One of auto, cpu, cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch and numba; PyTorch's default if not set.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV to write; by default bench/results/with-data-DEVICE.csv.")] = None,
+) -> None:
+    """Distill a recipe's student on real training images instead of generated ones, without their labels."""
+    torch_device = pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = load_recipe(recipe, {"data.root": str(data_root), "seed": seed})
+    row = with_data.measure(chosen, torch_device, _command(), _echo)
+    target = out or RESULTS / f"with-data-{provenance.file_name(torch_device)}.csv"
+    table.replace(target, table.names(with_data.Row), [table.cells(row)], ("recipe", "seed", "augment"))
+    header = ("recipe", "teacher", "student", "student samples", "seconds")
+    cells = (row.recipe, f"{row.teacher_accuracy:.2f} %", f"{row.student_accuracy:.2f} %", f"{row.student_samples:,}", f"{row.seconds:.0f}")
+    print_table(Console(), header, [cells])
     typer.echo(target)
 
 

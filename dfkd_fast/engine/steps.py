@@ -14,7 +14,7 @@ from dfkd_fast.surgery import weights_frozen
 from .method import Method
 from .state import TrainState
 
-__all__ = ["generator_step", "student_step"]
+__all__ = ["generator_step", "student_step", "train_student"]
 
 
 def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
@@ -29,7 +29,11 @@ def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
     Returns:
         Losses by name, each 0-d and detached.
     """
-    batch = _draw_batch(state, fresh=step % state.method.loop.steps_per_batch == 0)
+    return train_student(state, _draw_batch(state, fresh=step % state.method.loop.steps_per_batch == 0), step)
+
+
+def train_student(state: TrainState, batch: Batch, step: int = 0) -> dict[str, Tensor]:
+    """Takes one optimizer step of the student on a batch; for arguments and return value see :func:`student_step`."""
     state.student_optimizer.zero_grad()
     precision = state.precision
     loss = state.method.update.backward(
