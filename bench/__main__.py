@@ -162,8 +162,8 @@ def run_host(
     """Time the host overhead of an EMA update, without its kernel."""
     torch_device = pick_device(device)
     chosen = _known("--network", network or list(host.NETWORKS), list(cases.ema.NETWORKS))
+    target = _csv("host", torch_device, out)
     measured = host.measure(chosen, torch_device, _command())
-    target = out or RESULTS / f"host-{provenance.file_name(torch_device)}.csv"
     table.write_anew(target, measured)
     header = ("network", "tensors", "call", "median µs", "20–80 %")
     cells = [(row.network, str(row.tensors), row.call, f"{row.median_us:.1f}", f"{row.q20_us:.1f}–{row.q80_us:.1f}") for row in measured]
@@ -175,7 +175,7 @@ def run_host(
 def methods(
     recipe: Annotated[Names, typer.Option(help="May be repeated; the first is the baseline. By default the digits recipes.")] = None,
     device: Annotated[str, typer.Option(help="One of auto, cpu, cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch and numba; PyTorch's default if not set.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch and numba; PyTorch's default if not set.")] = None,
     turns: Annotated[int, typer.Option(min=1, help="Timed iterations of each recipe.")] = 15,
     out: Annotated[Path | None, typer.Option(help="CSV to write; by default bench/results/methods-DEVICE.csv.")] = None,
 ) -> None:
@@ -183,8 +183,8 @@ def methods(
     torch_device = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
+    target = _csv("methods", torch_device, out)
     measured = method_costs.measure(recipe or list(METHODS), torch_device, turns, _command())
-    target = out or RESULTS / f"methods-{provenance.file_name(torch_device)}.csv"
     table.write_anew(target, measured)
     header = ("recipe", "fresh + replayed", "ms/iteration", "× first", "peak MiB", "MiB over first")
     cells = [
@@ -275,8 +275,8 @@ def run_evaluation(
 ) -> None:
     """Time the image loaders on a CPU, alone and followed by EfficientNet-Lite0."""
     torch.set_num_threads(workers)
+    target = _csv("evaluation", torch.device("cpu"), out)
     measured = evaluation.measure(data_root, workers, images, turns, _command())
-    target = out or RESULTS / f"evaluation-{provenance.file_name(torch.device('cpu'))}.csv"
     table.write_anew(target, measured)
     header = ("stage", "loader", "images/s", "× torchvision", "quartiles")
     cells = [
@@ -291,22 +291,25 @@ def run_evaluation(
 def run_with_data(
     data_root: Annotated[Path, typer.Option(help="The data, as data.root.")],
     recipe: Annotated[str, typer.Option(help="Recipe without replay, name or file.")] = "cifar10-cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run; by default the recipe's.")] = None,
     device: Annotated[str, typer.Option(help="One of auto, cpu, cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch and numba; PyTorch's default if not set.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch and numba; PyTorch's default if not set.")] = None,
     out: Annotated[Path | None, typer.Option(help="CSV to write; by default bench/results/with-data-DEVICE.csv.")] = None,
 ) -> None:
     """Distill a recipe's student on real training images instead of generated ones, without their labels."""
     torch_device = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = load_recipe(recipe, {"data.root": str(data_root), "seed": seed})
+    target = _csv("with-data", torch_device, out)
+    columns = table.names(with_data.Row)
+    if target.exists() and table.header(target) != columns:
+        raise DfkdError(f"--out {target}: has other columns than a table of this benchmark")
+    chosen = load_recipe(recipe, {"data.root": str(data_root)} | ({} if seed is None else {"seed": seed}))
     row = with_data.measure(chosen, torch_device, _command(), _echo)
-    target = out or RESULTS / f"with-data-{provenance.file_name(torch_device)}.csv"
-    table.replace(target, table.names(with_data.Row), [table.cells(row)], ("recipe", "seed", "augment"))
-    header = ("recipe", "teacher", "student", "student samples", "seconds")
-    cells = (row.recipe, f"{row.teacher_accuracy:.2f} %", f"{row.student_accuracy:.2f} %", f"{row.student_samples:,}", f"{row.seconds:.0f}")
-    print_table(Console(), header, [cells])
+    header = ("recipe", "metric", "teacher", "student", "student samples", "seconds")
+    accuracies = (f"{row.teacher_accuracy:.2f} %", f"{row.student_accuracy:.2f} %")
+    print_table(Console(), header, [(row.recipe, row.metric, *accuracies, f"{row.student_samples:,}", f"{row.seconds:.0f}")])
+    table.replace(target, columns, [table.cells(row)], ("recipe", "seed", "augment", "metric"))
     typer.echo(target)
 
 
@@ -433,6 +436,13 @@ def _known(option: str, names: Names, known: Sequence[str] | dict[str, cases.Ker
         if name not in known:
             raise DfkdError(f"{option} {name!r}: must be one of {', '.join(known)}")
     return names or []
+
+
+def _csv(kind: str, device: torch.device, out: Path | None) -> Path:
+    """Return the CSV of a benchmark, after a check that a file of the user's choice can be written."""
+    if out is not None:
+        check_output("--out", out)
+    return out or RESULTS / f"{kind}-{provenance.file_name(device)}.csv"
 
 
 def _command() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dfkd_fast.files import replacing
 
-__all__ = ["cells", "names", "read", "replace", "write", "write_anew"]
+__all__ = ["cells", "header", "names", "read", "replace", "write", "write_anew"]
 
 
 def names(row: type) -> tuple[str, ...]:
@@ -33,6 +33,12 @@ def read(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV, by column; a value that was not measured is an empty string."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def header(path: Path) -> tuple[str, ...]:
+    """Return the names in the first line of a CSV."""
+    with path.open(newline="", errors="replace") as file:
+        return tuple(next(csv.reader(file), ()))
 
 
 def write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

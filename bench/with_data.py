@@ -1,4 +1,4 @@
-"""Distillation with data: the student steps of a recipe on real training images, which no generator can be expected to exceed."""
+"""Distillation with data: the student steps of a recipe on real training images, to compare generated ones with."""
 
 import itertools
 import time
@@ -15,7 +15,7 @@ from dfkd_fast.data import batches, open_split
 from dfkd_fast.engine.precision import default_modes
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.engine.steps import train_student
-from dfkd_fast.errors import DfkdError
+from dfkd_fast.errors import DfkdError, NonFiniteLossError
 from dfkd_fast.evaluation import Evaluator
 from dfkd_fast.methods import Batch, Part
 
@@ -33,9 +33,10 @@ class Row:
     student: str
     augment: str
     """``teacher.augment`` of the recipe, applied to the images."""
+    metric: str
+    """Metric of the accuracies, which are in percent; it names held-out images if the recipe holds some out."""
     student_samples: int
     teacher_accuracy: float
-    """Accuracies are in percent, on the test split."""
     student_accuracy: float
     """In the last epoch."""
     seconds: float
@@ -56,13 +57,16 @@ def measure(recipe: Recipe, device: torch.device, command: str, report: Callable
         report: Called with a line for every evaluation.
 
     Raises:
-        DfkdError: The recipe has no teacher weights, or replays samples.
+        DfkdError: The recipe has no teacher weights, replays samples, or splits batches; there are no two training images.
+        NonFiniteLossError: The student's loss became NaN or infinite.
     """
     loop = recipe.loop
     if not recipe.teacher.weights:
         raise DfkdError("teacher.weights: not set; distillation with data needs a trained teacher")
     if recipe.replay.replays:
         raise DfkdError(f"replay.kind = {recipe.replay.kind!r}: must be 'none', since real images do not change")
+    if recipe.engine.micro_batches > 1:
+        raise DfkdError(f"engine.micro_batches = {recipe.engine.micro_batches}: must be 1, since the last batch of the images is smaller")
     provenance = measured_on(device, command)
     teacher, student, generator = build_networks(recipe, device)
     load_given_teacher(recipe, teacher, report)
@@ -73,11 +77,13 @@ def measure(recipe: Recipe, device: torch.device, command: str, report: Callable
     steps = loop.iterations_per_epoch * loop.student_steps
     samples, seconds, accuracy = 0, 0.0, 0.0
     for epoch in range(1, loop.epochs + 1):
-        start = time.perf_counter()
+        start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in itertools.islice(real, steps):
             with default_modes(device):
-                train_student(trainer.state, batch)
+                total += train_student(trainer.state, batch)["student"]
             samples += len(batch.images)
+        if not total.isfinite():
+            raise NonFiniteLossError(f"the student's loss is {total.item() / steps} in epoch {epoch}")
         trainer.state.schedules[0].step()
         seconds += time.perf_counter() - start
         if epoch % loop.evaluate_every == 0 or epoch == loop.epochs:
@@ -88,6 +94,7 @@ def measure(recipe: Recipe, device: torch.device, command: str, report: Callable
         teacher=recipe.teacher.model,
         student=recipe.student.model,
         augment=recipe.teacher.augment,
+        metric=recipe.data.metric,
         student_samples=samples,
         teacher_accuracy=teacher_accuracy,
         student_accuracy=accuracy,
@@ -102,6 +109,8 @@ def _labelled_batches(state: TrainState, recipe: Recipe) -> Iterator[Batch]:
     split = open_split(recipe.data, "train", augment=recipe.teacher.augment)
     stream = torch.Generator().manual_seed(recipe.seed)
     loader = batches(split, recipe.loop.batch_size, shuffle=True, workers=recipe.data.workers, generator=stream)
+    if len(loader) == 0:
+        raise DfkdError("there is no batch of training images: at least two images are needed")
     layout = torch.channels_last if recipe.engine.channels_last else torch.contiguous_format
     for images, _ in chain.from_iterable(repeat(loader)):
         yield _labelled(state, images.to(state.images, memory_format=layout))

@@ -33,7 +33,16 @@ def student_step(state: TrainState, step: int = 0) -> dict[str, Tensor]:
 
 
 def train_student(state: TrainState, batch: Batch, step: int = 0) -> dict[str, Tensor]:
-    """Takes one optimizer step of the student on a batch; for arguments and return value see :func:`student_step`."""
+    """Takes one optimizer step of the student on a batch.
+
+    Args:
+        state: State of the training, modified in place.
+        batch: Images with the outputs of ``state.teacher``, and with those of ``state.features`` if features are compared.
+        step: Index of the step in the iteration, from 0, which is passed to the replay source.
+
+    Returns:
+        Losses by name, each 0-d and detached.
+    """
     state.student_optimizer.zero_grad()
     precision = state.precision
     loss = state.method.update.backward(

@@ -51,7 +51,7 @@ class Update:
         """Computes the gradient of the student's loss, averaged over processes, in ``.grad``, which must be empty.
 
         Args:
-            student: Student in training mode.
+            student: Student in training mode; not called if there are ``feature_vectors``.
             batch: Training batch.
             objective: Provides the student's loss.
             autocast: Returns the context manager for the student's forward passes.
