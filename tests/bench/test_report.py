@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from statistics import fmean
 
@@ -8,6 +9,7 @@ from bench.micro import KERNELS
 from bench.provenance import ROOT
 from bench.report import cpu, methods, readme
 from bench.report.markdown import END, fill
+from bench.report.replays import FOLDER, replay_table
 from bench.report.results import Results, is_gpu
 from dfkd_fast import DfkdError
 
@@ -37,7 +39,7 @@ def test_the_tables_hold_the_recipes_and_kernels_that_the_documents_discuss() ->
 
 
 def test_no_value_of_a_cpu_comes_from_uncommitted_code_or_a_failed_check() -> None:
-    rows = [row for kind in ("micro", "methods", "end-to-end", "evaluation") for row in RESULTS.rows(kind, "cpu")]
+    rows = [row for kind in ("micro", "methods", "end-to-end", "evaluation", "with-data") for row in RESULTS.rows(kind, "cpu")]
     assert not any("dirty" in row["commit"] for row in rows)
     assert not any(row["status"].startswith("wrong") for row in RESULTS.rows("micro", "cpu"))
 
@@ -128,3 +130,14 @@ def test_the_time_of_a_run_includes_a_teacher_that_was_trained_before_it() -> No
     assert cpu.duration({"seconds": {"total": 95.0, **phases}}) == 95
     assert cpu.duration({"seconds": {"total": 45.0, **phases}}) == 91
     assert cpu.duration({"seconds": {"total": 45.0}}) == 45
+
+
+def test_a_replays_row_states_the_samples_and_metrics_of_its_run() -> None:
+    rows = replay_table().splitlines()
+    folder = FOLDER / "mad-325"
+    retained = json.loads((folder / "summary.json").read_text())["retention"]
+    (row,) = [row for row in rows if "`cifar10-cpu-mad`" in row]
+    # 25 epochs of 13 iterations of 20 steps on 32 fresh and 32 replayed samples
+    assert row.startswith(f"| `cifar10-cpu-mad` | 325 | {25 * 13 * 20 * 64:,} | {retained['last']:.2f} | {retained['best']:.2f} |")
+    assert rows[2].startswith("| `cifar10-cpu` | 200 | 128,000 |")
+    assert len(rows) == 2 + len(list(FOLDER.glob("*/summary.json")))

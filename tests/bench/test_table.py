@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import end_to_end, evaluation, host, methods, provenance, table
+from bench import end_to_end, evaluation, host, methods, provenance, table, with_data
 from bench.host import Row
 from bench.micro import rows
 
@@ -19,6 +19,7 @@ RESULTS = provenance.ROOT / "bench" / "results"
         ("methods-x86_64-avx512-2-threads.csv", methods.Row, 0),
         ("host-x86_64-avx512-2-threads.csv", host.Row, 0),
         ("evaluation-x86_64-avx512-2-threads.csv", evaluation.Row, 0),
+        ("with-data-x86_64-avx512-1-threads.csv", with_data.Row, 0),
     ],
 )
 def test_the_columns_of_a_table_are_those_of_its_published_file(file: str, row: type, of_gpus_only: int) -> None:
