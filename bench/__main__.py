@@ -423,7 +423,7 @@ def main() -> NoReturn:
     except (DfkdError, OSError) as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; the rows measured so far are written", 130)
+        _fail("interrupted; only rows that were already written are kept", 130)
     except Exception as error:
         # typer's usage errors, whose class differs between its versions
         if not hasattr(error, "format_message"):

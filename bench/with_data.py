@@ -1,10 +1,9 @@
 """Distillation with data: the student steps of a recipe on real training images, to compare generated ones with."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ def measure(recipe: Recipe, device: torch.device, command: str, report: Callable
     samples, seconds, accuracy = 0, 0.0, 0.0
     for epoch in range(1, loop.epochs + 1):
         start, total = time.perf_counter(), torch.zeros((), device=device)
-        for batch in itertools.islice(real, steps):
+        for batch in islice(real, steps):
             with default_modes(device):
                 total += train_student(trainer.state, batch)["student"]
             samples += len(batch.images)
