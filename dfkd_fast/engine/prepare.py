@@ -254,7 +254,7 @@ def prepare(
     features = None
     if objective.compares_features:
         features = _features(optimized["teacher"], optimized["student"], objective, len(images), seed, context)
-    projection = None if features is None else features.projection
+    projection = None if features is None else features.student.projection
     average = FusedEMA(student, loop.student_ema_decay) if loop.student_ema_decay else None
     trained = [*student.parameters(), *([] if projection is None else projection.parameters())]
     student_optimizer = build_optimizer(method.student_optimizer, trained, device)
@@ -345,7 +345,7 @@ def _features(teacher: nn.Module, student: nn.Module, objective: Objective, rows
         of_student = FeatureVectors(student, student_calls, *weights, projection)
         with torch.no_grad():
             dimension = of_teacher(context.images)[1].shape[1]
-    return Features(of_teacher, of_student, projection, torch.zeros(rows, dimension, device=context.device))
+    return Features(of_teacher, of_student, torch.zeros(rows, dimension, device=context.device))
 
 
 def _static_batch(method: Method, image_shape: torch.Size, logits_shape: torch.Size, context: Context) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,6 @@ class Features:
 
     teacher: FeatureVectors
     student: FeatureVectors
-    projection: nn.Module | None
-    """Trained projection of the student's features, for the hint; None without it."""
     vectors: Tensor
     """Buffer (ΣB_i, D) of the teacher's vectors for :attr:`TrainState.images`."""
 
@@ -120,9 +118,9 @@ class TrainState:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields every tensor that a step modifies and a later one reads: parameters, buffers, optimizer and scaler states."""
-        networks: list[nn.Module] = [self.student, self.generator]
+        student = self.student if self.features is None else self.features.student  # which includes the projection
+        networks: list[nn.Module] = [student, self.generator]
         networks += [] if self.average is None else [self.average]
-        networks += [] if self.features is None or self.features.projection is None else [self.features.projection]
         networks += [] if self.replay_source is None else self.replay_source.networks
         for network in networks:
             yield from network.parameters()
