@@ -119,7 +119,7 @@ def test_hardly_a_channel_of_a_teacher_is_dead(name: str) -> None:
     with torch.no_grad():
         teacher(torch.randn(256, data.channels, data.image_size, data.image_size, generator=torch.Generator().manual_seed(0)))
     assert len(active) >= 4
-    assert min(float(channels.float().mean()) for channels in active) > 0.9
+    assert min(float(channels.float().mean()) for channels in active) > 0.8
 
 
 def test_a_recipe_with_a_shipped_teacher_names_one_that_exists() -> None:
