@@ -120,6 +120,7 @@ def micro(
     torch_device = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
+    target = _csv("micro", torch_device, out)
     timer = timing.timer_for(torch_device)
     run = runner.Run(
         device=torch_device,
@@ -130,7 +131,6 @@ def micro(
         copy_bandwidth=timing.copy_bandwidth(timer, torch_device),
         provenance=provenance.measured_on(torch_device, _command(), commit),
     )
-    target = out or RESULTS / f"micro-{provenance.file_name(torch_device)}.csv"
     console, count, without_time = Console(), 0, 0
     console.print(f"{device_name(torch_device)}: a large copy moves {run.copy_bandwidth / 1e9:.3g} GB/s", highlight=False)
     if (load := run.provenance.load) > BUSY * (os.cpu_count() or 1):
@@ -218,9 +218,8 @@ def run_end_to_end(
     ] = None,
 ) -> None:
     """Time whole iterations: the plain loop, eager and compiled, with and without malloc reuse; and the engine, feature by feature."""
-    for option, file in (("--json", json_file), ("--out", out)):
-        if file is not None:
-            check_output(option, file)
+    if json_file is not None:
+        check_output("--json", json_file)
     torch_device = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -229,7 +228,7 @@ def run_end_to_end(
     overrides: dict[str, object] = {"data.root": str(data_root)} if data_root else {}
     if batch_size is not None:
         overrides["loop.batch_size"] = batch_size
-    target = out or RESULTS / f"end-to-end-{provenance.file_name(torch_device)}.csv"
+    target = _csv("end-to-end", torch_device, out)
     rows: list[end_to_end.Row] = []
     failures: list[str] = []
     for rows in end_to_end.measure(

@@ -77,6 +77,14 @@ def test_every_kernel_gives_one_row_per_mode_and_provider(run: Run, kernel: str)
     assert f"{kernel} " in result.out
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_measurement(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "timer_for", None)
+    for out, message in ((".", "is a folder"), ("none/rows.csv", "there is no folder")):
+        result = run("micro", "--out", out)
+        assert result.code == 2
+        assert message in result.err and len(result.err.splitlines()) == 1
+
+
 def test_all_our_backends_for_the_device_are_measured(run: Run) -> None:
     result = run("micro", "--kernel", "l1", "--size", "4x5", "--mode", "forward", *(f"--provider={name}" for name in PROVIDERS[2:6]))
     assert result.code == 0, result.err
