@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cache, reduce
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ from dfkd_fast.models import GeneratorSettings
 from dfkd_fast.recipe_files import changed_from, flat, merged, parse_recipe, read_levels, without_replaced_budget
 from dfkd_fast.renamed import current_keys, current_path, with_weights_like
 from dfkd_fast.settings import BelowOne, Count, FileName, NonNegative, PositiveInt, Seed, settings
+from dfkd_fast.surgery import FLOAT
 
 __all__ = [
     "Recipe",
@@ -65,11 +66,32 @@ class Teacher:
 
 @settings
 class Student:
-    """Recipe section ``[student]``: the network, and the initial weights of a segmenter's encoder."""
+    """Recipe section ``[student]``: the network, its initial weights, and their bits."""
 
     model: str = "lenet5_half"
+    init: Literal["random", "teacher"] = "random"
+    """Initial weights; ``teacher`` for those of the teacher, whose model must then be ``model``."""
     encoder_weights: str = ""
     """Initial encoder weights of a segmenter, as in ``[teacher]``, or ``teacher`` for those of the teacher's encoder."""
+    weight_bits: Literal[3, 4, 8, 32] = 32
+    """Bits of the weights of convolutions and linear layers, see :func:`~dfkd_fast.surgery.quantize`; 32 is float. Fewer require
+    ``init = "teacher"``."""
+    activation_bits: Literal[4, 8, 32] = 32
+    """Bits of the inputs of these layers, likewise."""
+    first_last_bits: Literal[3, 4, 8] = 8
+    """Bits of the first and the last of these layers, for weights and inputs that are quantized."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self, name) != FLOAT and self.init != "teacher":
+                raise ValueError(f"student.{name} = {getattr(self, name)}: requires student.init = 'teacher', not {self.init!r}")
+        if self.init == "teacher" and self.encoder_weights:
+            raise ValueError(f"student.encoder_weights = {self.encoder_weights!r}: must be empty for student.init = 'teacher'")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights or activations have less than 32 bits."""
+        return min(self.weight_bits, self.activation_bits) < FLOAT
 
 
 @settings
@@ -104,6 +126,13 @@ class Recipe(Method):
     provenance: dict[str, str] = field(default_factory=dict)
     """Source of the settings: which value is from a paper, and which is ours; and which differ from the recipe that this one was
     derived from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student.init == "teacher" and self.student.model != self.teacher.model:
+            raise ValueError(
+                f"student.model = {self.student.model!r}: must be {self.teacher.model!r}, the teacher's, for student.init = 'teacher'"
+            )
 
 
 CHECKED = TypeAdapter(Recipe)

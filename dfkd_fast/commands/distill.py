@@ -33,7 +33,7 @@ from dfkd_fast.surgery import eval_mode
 
 from .budget import choose_epochs
 from .networks import build_networks
-from .rehearsal import initialize_encoder, rehearse, step_sizes
+from .rehearsal import initialize_student, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
 from .teach import obtain_teacher, teacher_warning, weights_metadata
 
@@ -64,7 +64,7 @@ def distill(run: Run) -> dict[str, Any]:
         teacher_accuracy = evaluate(teacher) if evaluate else None
     if teacher_accuracy is not None and (warning := teacher_warning(recipe, teacher_accuracy)):
         run.note(warning)
-    initialize_encoder(recipe, student, teacher)
+    initialize_student(recipe, student, teacher)
 
     trainer = Trainer(
         *(teacher, student, generator, recipe), evaluate=evaluate, measure_agreement=evaluate is None, seed=recipe.seed, device=device

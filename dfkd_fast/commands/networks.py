@@ -14,6 +14,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import build_generator, build_model, is_shipped, load_pretrained, load_weights, read_metadata, weights_path
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe
+from dfkd_fast.surgery import quantize
 
 __all__ = [
     "NETWORK_SIZES",
@@ -40,9 +41,19 @@ def model_of(recipe: Recipe, role: str) -> str:
 
 
 def build_network(recipe: Recipe, role: str) -> nn.Module:
-    """Returns a newly initialized "teacher" or "student"; its weights depend on the recipe's seed only."""
+    """Returns a newly initialized "teacher" or "student", quantized if the recipe says so; its weights depend on the recipe's seed only."""
     torch.manual_seed(recipe.seed)
-    return build_model(model_of(recipe, role), recipe.data.num_classes, recipe.data.channels)
+    network = build_model(model_of(recipe, role), recipe.data.num_classes, recipe.data.channels)
+    if role == "student" and recipe.student.is_quantized:
+        config, images = recipe.student, noise_images(recipe, 2, torch.device("cpu"))
+        check_classifier("student", network, images, "data.image_size's")
+        quantize(
+            *(network, images),
+            weight_bits=config.weight_bits,
+            activation_bits=config.activation_bits,
+            end_bits=config.first_last_bits,
+        )
+    return network
 
 
 def build_networks(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.Module, nn.Module]:

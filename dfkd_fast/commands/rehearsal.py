@@ -15,10 +15,11 @@ from dfkd_fast.models import load_encoder, sample
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe
 from dfkd_fast.run import Run
+from dfkd_fast.surgery import quantized_layers
 
 from .networks import NETWORK_SIZES, check_storable, check_teacher, noise_images
 
-__all__ = ["check_trainable", "initialize_encoder", "rehearse", "step_sizes"]
+__all__ = ["check_trainable", "initialize_student", "rehearse", "step_sizes"]
 
 
 def rehearse(run: Run, teacher: nn.Module, student: nn.Module, generator: nn.Module) -> None:
@@ -26,14 +27,14 @@ def rehearse(run: Run, teacher: nn.Module, student: nn.Module, generator: nn.Mod
 
     Args:
         run: about to begin.
-        teacher, student, generator: the recipe's, untrained; unchanged, except that the student's encoder gets its initial weights.
+        teacher, student, generator: the recipe's, untrained; unchanged, except that the student gets its initial weights.
 
     Raises:
         DfkdError: networks and method are incompatible, or do not fit in memory.
     """
     recipe, device = run.recipe, run.device
     build_optimizer(recipe.teacher_optimizer, [nn.Parameter(torch.zeros(1, device=device))], device)
-    initialize_encoder(recipe, student, teacher)
+    initialize_student(recipe, student, teacher)
     with memory_for("the networks", sizes_of(recipe, *NETWORK_SIZES)):
         check_teacher(recipe, teacher, device)
         check_storable("student", student)
@@ -74,7 +75,11 @@ def check_trainable(recipe: Recipe, teacher: nn.Module, device: torch.device) ->
         check_batch_of_one("teacher.batch_size = 1", "teacher", teacher, noise_images(recipe, 1, device), "data.image_size's")
 
 
-def initialize_encoder(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
-    """Load ``student.encoder_weights`` into the encoder of a segmenter."""
+def initialize_student(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
+    """Load the initial weights that the recipe names: the teacher's, or ``student.encoder_weights`` into the encoder of a segmenter."""
+    if recipe.student.init == "teacher":
+        student.load_state_dict(teacher.state_dict(), strict=False)  # a quantized student has scales and ranges, too
+        for layer in quantized_layers(student).values():
+            layer.fit_weight_scale()
     if initial := recipe.student.encoder_weights:
         load_encoder(student, teacher if initial == "teacher" else initial)

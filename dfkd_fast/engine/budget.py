@@ -12,8 +12,10 @@ from torch import nn
 from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.settings import MAX_COUNT, seconds_of
+from dfkd_fast.surgery import quantized_layers
 
 from .agreement import agreement
+from .calibration import calibrate_student
 from .capture import Steps
 from .clock import Clock
 from .method import Loop, Method, resolved
@@ -41,7 +43,7 @@ class Durations:
     pretraining: float = 0.0
     """Of all pretraining steps of the generator."""
     start: float = 0.0
-    """Of compiling and capturing the steps."""
+    """Of compiling and capturing the steps, and of calibrating a quantized student."""
 
 
 def within_budget(
@@ -79,7 +81,7 @@ def within_budget(
     with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         measured = resolved(method, target)
         state = prepare(teacher, student, generator, measured, seed=seed, device=target, teacher_trained=teacher_trained)
-        durations = _measure(state, evaluate, measure_agreement, report)
+        durations = _measure(state, teacher, evaluate, measure_agreement, report)
     del state
     if target.type == "cuda":
         gc.collect()
@@ -143,6 +145,7 @@ def typical_seconds(call: Callable[[], object], device: torch.device, measured: 
 
 def _measure(
     state: TrainState,
+    teacher: nn.Module,
     evaluate: Callable[[nn.Module], float] | None,
     measure_agreement: bool,
     report: Callable[[TrainState], float],
@@ -179,6 +182,8 @@ def _measure(
         with clock.phase("start"), default_modes(state.device):
             steps.warm_up()
         start = clock.read()["start"] if steps.capturing or state.method.engine.compile else 0.0
+        if quantized_layers(state.student):
+            start += typical_seconds(lambda: calibrate_student(state, teacher), state.device, 0.0)
         # Before the steps: an untrained teacher may make them diverge, and networks with values that are not finite are not evaluated.
         per_evaluation = typical_seconds(evaluation, state.device)
         drift = typical_seconds(lambda: state.drift.measure(state.student, state.generators), state.device) if loop.drift_samples else 0.0

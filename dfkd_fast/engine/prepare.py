@@ -28,10 +28,12 @@ from dfkd_fast.surgery import (
     logits_only,
     lower_precision,
     matched_layers,
+    quantized_layers,
     sharing_copy,
     use_cpu_convolutions,
 )
 
+from .calibration import check_quantized
 from .clock import Clock
 from .compatibility import check_initialized, check_networks, check_objective, check_smallest_batches
 from .device import reuse_freed_memory
@@ -117,6 +119,8 @@ def cpu_convolutions(network: nn.Module, context: Context) -> nn.Module:
 def sync_batch_norm(network: nn.Module, context: Context) -> nn.Module:
     """Replaces batch norms by :class:`torch.nn.SyncBatchNorm`."""
     if not context.engine.sync_batch_norm or distributed.world_size() == 1:
+        return network
+    if quantized_layers(network):  # its batch norms have fixed statistics
         return network
     if context.device.type != "cuda":
         raise DfkdError("engine.sync_batch_norm = true: PyTorch's SyncBatchNorm requires a GPU")
@@ -235,6 +239,7 @@ def prepare(
         frozen, student, generator, device, teacher_trained=teacher_trained, adversarial=objective.adversarial > 0
     )
     check_objective(objective, generator, logits_shape)
+    check_quantized(student, teacher)
     if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
         context.notes.append(
             "engine.micro_batches: batch norms in training use the statistics of a micro-batch, so gradients differ from the whole batch's"

@@ -13,9 +13,11 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.methods import bn_moments_norm
 from dfkd_fast.models import sample
+from dfkd_fast.surgery import quantized_layers
 
 from . import checkpoint
 from .agreement import agreement
+from .calibration import calibrate_student
 from .capture import Steps
 from .epoch import Epoch
 from .losses import check_pretraining
@@ -43,7 +45,8 @@ class Trainer:
     Args:
         teacher: Maps images (B, C, H, W) to logits (B, classes) or (B, classes, H, W), or to a dict, tuple or object that contains
             them (see :func:`~dfkd_fast.surgery.get_logits`). Its weights are read once, here, if they are folded or cast.
-        student: Network with the same inputs and outputs. Its parameters and buffers are trained in place.
+        student: Network with the same inputs and outputs. Its parameters and buffers are trained in place. A copy of the teacher that
+            :func:`~dfkd_fast.surgery.quantize` has quantized is calibrated on generated samples before the first iteration.
         generator: Generator of :mod:`dfkd_fast.models`, or any module with an integer attribute ``latent_dim`` that maps
             z (B, latent_dim) to images (B, C, H, W). Trained in place.
         method: Configuration; a :class:`~dfkd_fast.Recipe` is accepted. Defaults to ``Method()``.
@@ -54,6 +57,7 @@ class Trainer:
         device: Device to which the networks are moved.
         on_pretraining: Called with the trainer and the generator's loss terms, 0-d tensors by name, after every step of the generator's
             pretraining, whose number is ``trainer.state.pretrained``.
+        on_calibration: Called with the trainer when a quantized student has been calibrated, before the first iteration.
         on_iteration: Called with the trainer after every iteration.
         on_epoch: Called with the trainer and the :class:`Epoch` after every epoch.
         on_checkpoint: Called with the trainer when :meth:`state_dict` should be saved: after every epoch, and when :meth:`stop` ends
@@ -76,6 +80,7 @@ class Trainer:
         seed: int = 0,
         device: torch.device | str = "cpu",
         on_pretraining: Callable[["Trainer", dict[str, Tensor]], None] | None = None,
+        on_calibration: Callable[["Trainer"], None] | None = None,
         on_iteration: Callable[["Trainer"], None] | None = None,
         on_epoch: Callable[["Trainer", Epoch], None] | None = None,
         on_checkpoint: Callable[["Trainer"], None] | None = None,
@@ -86,11 +91,11 @@ class Trainer:
             raise DfkdError(f"loop.budget = {budget!r}: a Trainer needs loop.epochs, which within_budget() computes")
         self.teacher, self.student, self.generator = teacher, student, generator
         self.evaluate, self.measure_agreement = evaluate, measure_agreement
-        self.on_pretraining, self.on_iteration = on_pretraining, on_iteration
+        self.on_pretraining, self.on_calibration, self.on_iteration = on_pretraining, on_calibration, on_iteration
         self.on_epoch, self.on_checkpoint = on_epoch, on_checkpoint
         self.state = prepare(teacher, student, generator, self.method, seed=seed, device=self.device)
         self.steps = Steps(self.state)
-        self._stopping = False
+        self._stopping = self._calibrated = False
 
     @property
     def history(self) -> list[Epoch]:
@@ -207,6 +212,11 @@ class Trainer:
         check_pretraining(terms, state.pretrained)
         if terms and state.pretrained == steps and state.replay_source is not None:
             state.replay_source.start(state.generator)
+        if not self._calibrated and state.pretrained == steps:
+            self._calibrated = True
+            if self.iterations_done == 0 and quantized_layers(self.student):
+                calibrate_student(state, self.teacher)
+                self._call(self.on_calibration)
 
     def _student_steps(self) -> None:
         with self.state.clock.phase("student", memory=self.state.iteration == 0):

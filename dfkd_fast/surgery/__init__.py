@@ -1,9 +1,11 @@
 """Model surgery: optimized copies of networks that share the originals' parameters.
 
-``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``observe``
-and ``feature_vectors`` record the inputs and outputs of layers; ``modes`` and ``outputs`` switch modes and extract logits.
+``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``quantize`` and
+``calibrate`` round to few bits; ``observe`` and ``feature_vectors`` record the inputs and outputs of layers; ``modes`` and ``outputs``
+switch modes and extract logits.
 """
 
+from .calibrate import calibrate
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
 from .feature_vectors import FeatureVectors, matched_layers
 from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
@@ -12,17 +14,22 @@ from .modes import deep_copy, dry_run, eval_mode, freeze, weights_frozen
 from .observe import Observation, Observer
 from .outputs import auxiliary_outputs, get_logits, logits_only
 from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
+from .quantize import FLOAT, FakeQuantized, FixedStatistics, quantize, quantized_layers
 from .sharing import frozen_copy, sharing_copy
 
 __all__ = [
+    "FLOAT",
     "BatchNormLeakyReLU2d",
     "CpuConv2d",
+    "FakeQuantized",
     "FeatureVectors",
+    "FixedStatistics",
     "FoldingError",
     "Observation",
     "Observer",
     "SpectralNorm",
     "auxiliary_outputs",
+    "calibrate",
     "compute_in_float32",
     "deep_copy",
     "dry_run",
@@ -40,6 +47,8 @@ __all__ = [
     "logits_only",
     "lower_precision",
     "matched_layers",
+    "quantize",
+    "quantized_layers",
     "sharing_copy",
     "use_cpu_convolutions",
     "weights_frozen",

@@ -1,0 +1,198 @@
+"""Fake quantization: layers that round their weights and inputs to few bits, and are trained through the rounding."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from dfkd_fast.errors import DfkdError
+
+from .fold import has_running_statistics
+from .modes import dry_run, eval_mode
+
+__all__ = ["FLOAT", "FakeQuantized", "FixedStatistics", "quantize", "quantized_layers"]
+
+FLOAT = 32
+"""Number of bits that means "not quantized"."""
+FRACTIONS = [fraction / 100 for fraction in range(20, 101)]
+"""Parts of the full range of values among which the one with the smallest rounding error is chosen."""
+SIGNS = ((None, 0.0), (0.0, None))
+"""Limits of the lower and the upper end of a range."""
+SMALLEST_SCALE = 1e-8
+RANGE_VALUES = 100_000
+"""Number of inputs from which :meth:`FakeQuantized.fit_input_range` chooses a range."""
+
+
+class FakeQuantized(nn.Module):
+    """Mixin of convolutions and linear layers that round their weights and inputs to integers of few bits (:func:`quantize`).
+
+    Weights are symmetric with a scale per output channel, inputs affine with one range per layer. Scales and ranges are not trained.
+    Gradients pass the rounding unchanged and are 0 outside of the range (straight-through estimator), as PyTorch's operators define it.
+
+    The key of the weights in the state dict does not change; ``weight_scale`` (out_channels,) and ``input_range`` (2,) are added to it.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    weight_scale: Tensor
+    input_range: Tensor
+    """Range of the inputs; contains 0, so that padding is represented exactly."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weights; ``_parameters["weight"]`` are the trained ones."""
+        weight: Any = self._parameters["weight"]
+        if self.weight_bits == FLOAT:
+            return weight
+        zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, self.weight_scale, zero_point, 0, *integer_range(self.weight_bits))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input if self.activation_bits == FLOAT else round_to_range(input, self.input_range, self.activation_bits))
+
+    @torch.no_grad()
+    def fit_weight_scale(self) -> None:
+        """Sets the scale of every output channel to the one with the smallest squared rounding error."""
+        if self.weight_bits == FLOAT:
+            return
+        rows: Any = self._parameters["weight"]
+        rows = rows.flatten(1)
+        smallest, largest = integer_range(self.weight_bits)
+        full = (rows.abs().amax(1) / largest).clamp(min=SMALLEST_SCALE)
+        least = torch.full_like(full, torch.inf)
+        for fraction in FRACTIONS:
+            scale = fraction * full
+            rounded = (rows / scale[:, None]).round().clamp(smallest, largest) * scale[:, None]
+            errors = (rounded - rows).square().sum(1)
+            self.weight_scale.copy_(torch.where(errors < least, scale, self.weight_scale))
+            least = torch.minimum(errors, least)
+
+    @torch.no_grad()
+    def fit_input_range(self, input: Tensor) -> None:
+        """Sets the range to the one with the smallest squared rounding error for some inputs."""
+        if self.activation_bits == FLOAT:
+            return
+        values = input.detach().float().flatten()
+        values = values[:: max(1, len(values) // RANGE_VALUES)]
+        full = torch.stack([bound.clamp(*limits) for bound, limits in zip(torch.aminmax(input.detach().float()), SIGNS, strict=True)])
+        ranges = [fraction * full for fraction in FRACTIONS]
+        errors = [(round_to_range(values, each, self.activation_bits) - values).square().sum() for each in ranges]
+        self.input_range.copy_(torch.stack(ranges)[torch.stack(errors).argmin()])
+
+
+class FixedStatistics(nn.Module):
+    """Mixin of batch norms that normalize with their running statistics in training mode, too; gain and bias are trained."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+def quantize(network: nn.Module, images: Tensor, *, weight_bits: int = 8, activation_bits: int = 8, end_bits: int = 8) -> list[str]:
+    """Quantizes the convolutions and linear layers of a network in place, and fixes the running statistics of its batch norms.
+
+    The batch statistics of generated images would replace those of the data that the network was trained on.
+
+    Args:
+        network: Network, images → logits. Its parameters and their names do not change.
+        images: Example images (B, C, H, W); only the shape matters.
+        weight_bits: Bits of the weights, at least 2; 32 leaves them in float.
+        activation_bits: Bits of the layers' inputs; 32 leaves them in float.
+        end_bits: Bits of the first and the last layer, in the order of their calls, for whichever of the two is quantized.
+
+    Returns:
+        Names of the layers and parameters with weights that stay in float: transposed convolutions, layers of other kinds, and
+        those that are not called as modules.
+
+    Raises:
+        DfkdError: The network has no layer that can be quantized.
+    """
+    names = _called_layers(network, images)
+    if not names:
+        raise DfkdError(f"the network {type(network).__name__} has no convolution or linear layer that can be quantized")
+    for name in names:
+        is_end = name in (names[0], names[-1])
+        layer: Any = network.get_submodule(name)
+        layer.__class__ = _fake_quantized(type(layer))  # type: ignore[arg-type]  # mypy asks the class for its instances' hash
+        layer.weight_bits, layer.activation_bits = (
+            end_bits if is_end and bits != FLOAT else bits for bits in (weight_bits, activation_bits)
+        )
+        weight = layer._parameters["weight"]
+        layer.register_buffer("weight_scale", weight.new_ones(len(weight)))
+        layer.register_buffer("input_range", weight.new_tensor([-1.0, 1.0]))
+        layer.fit_weight_scale()
+    for norm in network.modules():
+        if has_running_statistics(norm) and not isinstance(norm, FixedStatistics):
+            norm.__class__ = _fixed_statistics(type(norm))  # type: ignore[arg-type]  # likewise
+            norm.training = False
+    return _left_in_float(network)
+
+
+def quantized_layers(network: nn.Module) -> dict[str, FakeQuantized]:
+    """Returns the layers that :func:`quantize` has quantized, by name."""
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, FakeQuantized)}
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """Returns the smallest and the largest signed integer of a number of bits."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def round_to_range(values: Tensor, of_values: Tensor, bits: int) -> Tensor:
+    """Returns values rounded to the unsigned integers of a number of bits, spread over a range.
+
+    Args:
+        values: Floating-point tensor.
+        of_values: Lower and upper end of the range (2,), one at most 0 and one at least 0.
+        bits: Number of bits.
+    """
+    largest = 2**bits - 1
+    low, high = of_values.unbind()
+    scale = ((high - low) / largest).clamp(min=SMALLEST_SCALE)
+    return torch.fake_quantize_per_tensor_affine(values, scale, (-low / scale).round().to(torch.int32), 0, largest)
+
+
+def _called_layers(network: nn.Module, images: Tensor) -> list[str]:
+    """Returns the names of the layers that can be quantized, in the order of their first calls."""
+    called: dict[str, None] = {}
+    with dry_run(network) as trial:
+        names = {layer: name for name, layer in trial.named_modules() if _is_quantizable(layer)}
+
+        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            called[names[layer]] = None
+
+        for layer in names:
+            layer.register_forward_pre_hook(record)
+        with eval_mode(trial):
+            trial(images.clone())  # the network may modify its input in place
+    return list(called)
+
+
+def _is_quantizable(layer: nn.Module) -> bool:
+    known = isinstance(layer, nn.Linear | _ConvNd) and not isinstance(layer, _ConvTransposeNd)
+    return known and not parametrize.is_parametrized(layer) and isinstance(layer._parameters.get("weight"), nn.Parameter)
+
+
+def _left_in_float(network: nn.Module) -> list[str]:
+    def names() -> Iterator[str]:
+        for name, layer in network.named_modules():
+            if isinstance(layer, FakeQuantized):
+                continue
+            for key, parameter in layer.named_parameters(recurse=False):
+                if parameter.ndim > 1:
+                    yield name if key == "weight" else f"{name}.{key}" if name else key
+
+    return list(names())
+
+
+@cache  # compiled networks have guards on the classes of their layers: a new class in every call would recompile them
+def _fake_quantized(layer: type[nn.Module]) -> type[nn.Module]:
+    return layer if issubclass(layer, FakeQuantized) else type(layer.__name__, (FakeQuantized, layer), {})
+
+
+@cache
+def _fixed_statistics(layer: type[nn.Module]) -> type[nn.Module]:
+    return type(layer.__name__, (FixedStatistics, layer), {})
