@@ -113,6 +113,51 @@ def distill(
 
 
 @app.command()
+def compress(
+    network: Annotated[
+        str, typer.Argument(metavar="NETWORK", help="A model name, your MODULE:FUNCTION, or a recipe, whose teacher is compressed.")
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="PATH", help="Weights of the network: a file or shipped:NAME; default: the recipe's or a package's."
+        ),
+    ] = None,
+    weights_key: WeightsKey = "",
+    bits: Annotated[
+        str | None, typer.Option(metavar="wXaY", help="Bits of weights (3, 4, 8) and activations (4, 8); 32 for float. Default: w4a8.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Wall-clock time of the recovery; default: 30min. loop.epochs follows from it.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SET", help="Data set in --data-root; default: imagenet for 1,000 classes, or folder.")
+    ] = None,
+    data_root: DataRoot = None,
+    out: Out = None,
+    changes: Changes = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    log_level: Level = "info",
+) -> None:
+    """Quantize a network and let it recover without data."""
+    passive = set_wait_policy()  # before PyTorch is imported
+    from .commands import compress as command
+    from .commands.device import device_context
+    from .run import open_run
+
+    overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root, seed=seed)
+    request = command.CompressRequest(network, bits, budget, data, overrides)
+    with device_context(device) as compute_device, _console(quiet, log_level) as console:
+        _log_wait_policy(passive, compute_device.type)
+        recipe, overrides = command.compression_overrides(request)
+        with open_run("compress", recipe, overrides, out, resume, compute_device, console) as run:
+            command.compress(run)
+
+
+@app.command()
 def teach(
     recipe: RecipeName,
     out: Out = None,

@@ -127,6 +127,11 @@ class Recipe(Method):
     """Source of the settings: which value is from a paper, and which is ours; and which differ from the recipe that this one was
     derived from."""
 
+    @property
+    def generated_size(self) -> int:
+        """Height and width of the generated images, in pixels."""
+        return self.generator.image_size or self.data.image_size
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.student.init == "teacher" and self.student.model != self.teacher.model:

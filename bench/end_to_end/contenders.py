@@ -197,7 +197,7 @@ def networks(recipe: Recipe) -> tuple[Any, Any, Any]:
     data = recipe.data
     teacher, student = (build_model(name, data.num_classes, data.channels) for name in (recipe.teacher.model, recipe.student.model))
     generator = build_generator(
-        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+        recipe.generator, data.channels, recipe.generated_size, mean=data.mean, std=data.std, num_classes=data.num_classes
     )
     return teacher, student, generator
 

@@ -70,7 +70,7 @@ def choose_epochs(
         measured, line = within_budget(
             *(teacher, student, generator, recipe),
             evaluate=evaluate,
-            measure_agreement=evaluate is None,
+            measure_agreement=evaluate is None or recipe.student.is_quantized,
             report=report,
             seed=recipe.seed,
             device=run.device,

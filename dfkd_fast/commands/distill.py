@@ -33,6 +33,7 @@ from dfkd_fast.surgery import eval_mode
 
 from .budget import choose_epochs
 from .networks import build_networks
+from .quantized import note_float_layers, record_calibration, rows_of, write_quantized
 from .rehearsal import initialize_student, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
 from .teach import obtain_teacher, teacher_warning, weights_metadata
@@ -66,10 +67,13 @@ def distill(run: Run) -> dict[str, Any]:
         run.note(warning)
     initialize_student(recipe, student, teacher)
 
+    measure_agreement = evaluate is None or recipe.student.is_quantized
     trainer = Trainer(
-        *(teacher, student, generator, recipe), evaluate=evaluate, measure_agreement=evaluate is None, seed=recipe.seed, device=device
+        *(teacher, student, generator, recipe), evaluate=evaluate, measure_agreement=measure_agreement, seed=recipe.seed, device=device
     )
+    trainer.on_calibration = lambda trainer: record_calibration(run, trainer, evaluate)
     run.resume(trainer, folder.checkpoints)
+    note_float_layers(run, student)
     for note in trainer.notes:
         run.note(note)
     before = run.seconds - sum(trainer.state.clock.read().values())
@@ -79,7 +83,8 @@ def distill(run: Run) -> dict[str, Any]:
 
     folder.save_weights(trainer.result, folder.student, weights_metadata(recipe, "student"))
     folder.plot_curves(trainer.history, teacher_accuracy, f"{recipe.name}, seed {recipe.seed}", recipe.data.metric)
-    summary = _summarize(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {})
+    quantized = {"quantized": write_quantized(run, teacher, trainer.result)} if recipe.student.is_quantized else {}
+    summary = _summarize(run, trainer, teacher_accuracy, teacher_seconds) | ({"iou": iou} if iou else {}) | quantized
     if BUDGET_RECORD in recipe.provenance:
         summary["budget"] = {"computed": recipe.provenance[BUDGET_RECORD], "training_seconds": training_seconds}
     folder.write_summary(summary)
@@ -248,6 +253,8 @@ def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder)
         ]
     if agreement := summary["agreement"]:
         rows.append(("agreement with the teacher", f"{agreement['last']:.2f} % of {agreement['samples']:,} generated samples"))
+    if quantized := summary.get("quantized"):
+        rows += rows_of(quantized)
     rows += [("note", note) for note in summary["notes"]]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     if budget := summary.get("budget"):

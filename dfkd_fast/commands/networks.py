@@ -67,7 +67,7 @@ def build_networks(recipe: Recipe, device: torch.device) -> tuple[nn.Module, nn.
     with memory_for("the networks", sizes):
         teacher, student = (build_network(recipe, role).to(device) for role in ("teacher", "student"))
         generator = build_generator(
-            recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
+            recipe.generator, data.channels, recipe.generated_size, mean=data.mean, std=data.std, num_classes=data.num_classes
         ).to(device)
     return teacher, student, generator
 

@@ -6,6 +6,7 @@ from .generation import condition_latents, draw_labels, generate, sample, sample
 from .generators import Generator, GeneratorA, GeneratorB, GeneratorC, GeneratorD, GeneratorSettings, build_generator
 from .layers import Standardize, UpsampleConv2d
 from .pretrained import PRETRAINED, load_encoder, load_pretrained
+from .quantized_files import load_quantized, save_quantized
 from .segmenters import Segmenter, SmallFcn
 from .shipped import is_shipped, shipped_teachers, weights_path
 from .vae import Vae
@@ -36,10 +37,12 @@ __all__ = [
     "is_user_function",
     "load_encoder",
     "load_pretrained",
+    "load_quantized",
     "load_weights",
     "read_metadata",
     "sample",
     "sample_batches",
+    "save_quantized",
     "save_weights",
     "shipped_teachers",
     "state_dict_sha256",

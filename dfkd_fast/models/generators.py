@@ -2,8 +2,9 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
@@ -39,6 +40,9 @@ class GeneratorSettings:
     """Apply spectral normalization to the convolutions (PRE-DFKD)."""
     hidden_eps: Positive = 1e-5
     """``eps`` of the hidden batch norms. PRE-DFKD's public code uses 0.8, passed in the position of ``eps`` where a momentum was meant."""
+    image_size: Annotated[int, Field(strict=True, ge=0, le=2**14)] = 0
+    """Height and width of the images, in pixels; 0 for ``data.image_size``. Convolutional networks learn from smaller images than they are
+    evaluated on."""
     checkpointing: Flag = False
     """Activation checkpointing, generator D only: recompute activations in the backward pass to save memory."""
     uniform_init: NonNegative = 0.0

@@ -20,7 +20,7 @@ from .selection import MAX_NAMES, convert, join_names, select
 from .shipped import weights_path
 from .weight_files import check_file, is_safetensors, read_weights
 
-__all__ = ["load_weights", "read_metadata", "save_weights", "state_dict_sha256"]
+__all__ = ["load_weights", "read_metadata", "read_tensors", "save_tensors", "save_weights", "state_dict_sha256"]
 
 HEADER, CHECKSUM = "dfkd_fast", "sha256"
 
@@ -36,7 +36,12 @@ def save_weights(network: nn.Module, path: Path, metadata: Mapping[str, str]) ->
         path: the file, replaced if it exists.
         metadata: returned by :func:`read_metadata`.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_tensors(network.state_dict(), path, metadata)
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes tensors to a file as :func:`save_weights` does."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with replacing(path) as part:
         part.write_bytes(save(_clone_shared(tensors), metadata={HEADER: json.dumps({**metadata, CHECKSUM: state_dict_sha256(tensors)})}))
 
@@ -61,9 +66,7 @@ def load_weights(network: nn.Module, path: Path | str, *, key: str = "", log: Ca
     path = weights_path(path)
     expected = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     where = f"weights {path}"
-    content = read_weights(path)
-    if (checksum := _read_header(path).get(CHECKSUM)) and checksum != state_dict_sha256(content):
-        raise DfkdError(f"{where} are damaged: the content does not match the checksum in the header")
+    content = read_tensors(path)
     selection = select(content, expected, where, key=key)
     if selection.problems:
         under = f" under {selection.label!r}" if selection.label else ""
@@ -83,6 +86,18 @@ def load_weights(network: nn.Module, path: Path | str, *, key: str = "", log: Ca
         loaded = f"{selection.label!r} ({count})" if selection.label else count
         ignored = f", ignored {join_names(map(repr, selection.left_out), 2 * MAX_NAMES)}" if selection.left_out else ""
         log(f"{where}: loaded {loaded}{ignored}")
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Returns the content of a weights file, see :func:`~dfkd_fast.models.weight_files.read_weights`.
+
+    Raises:
+        DfkdError: as there, or the file does not match its checksum.
+    """
+    content = read_weights(path)
+    if (checksum := _read_header(path).get(CHECKSUM)) and checksum != state_dict_sha256(content):
+        raise DfkdError(f"weights {path} are damaged: the content does not match the checksum in the header")
+    return dict(content)
 
 
 def _check_tied(where: str, expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:

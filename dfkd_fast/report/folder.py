@@ -21,6 +21,9 @@ the folder, ``.lock``        the operating system releases the lock with the pro
 ``curves.png``
 ``student.safetensors``      replaced atomically, after the last checkpoint, from which it is written again
 ``student-best-on-test``     replaced atomically, before the epoch's checkpoint: written again when the epoch is repeated and not worse
+``calibration.json``         replaced atomically, before the first iteration: written again when that is repeated
+``quantized.safetensors``,   replaced atomically, after ``student.safetensors``, from the same weights
+``quantized.py``
 ``summary.json``             replaced atomically, after all of the above; removed when a run resumes that has epochs left: it exists only
                              for a finished run
 ``samples.png``,             replaced atomically, after ``summary.json``, from the files above; ``report.html`` is removed before
@@ -74,6 +77,9 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.student = path / "student.safetensors"
         self.best_student = path / "student-best-on-test.safetensors"
+        self.calibration = path / "calibration.json"
+        self.quantized = path / "quantized.safetensors"
+        self.rebuild = path / "quantized.py"
         self.teacher = path / "teacher.safetensors"
         self.teacher_metrics = path / "teacher-metrics.jsonl"
         self.teacher_curves = path / "teacher-curves.png"

@@ -55,7 +55,7 @@ def write_report(folder: RunFolder) -> None:
         return
     try:
         recipe = load_recipe(str(folder.recipe))
-        folder.plot_samples_over_time(recipe.data.image_size, _is_segmentation(recipe), _latents(recipe))
+        folder.plot_samples_over_time(recipe.generated_size, _is_segmentation(recipe), _latents(recipe))
         folder.write_text(folder.report, render_report(folder))
     except Exception as error:  # whatever a library raises for a file that was damaged or removed meanwhile
         LOGGER.warning("%s was not written: %s: %s", folder.report, type(error).__name__, first_line(error))
@@ -75,7 +75,7 @@ def render_report(folder: RunFolder) -> str:
     epochs = list(_epochs(folder))
     shipped = load_recipe(recipe.name) if recipe.name in shipped_recipes() else None
     changes = _changes(shipped, recipe) if shipped else []
-    images = folder.read_samples_over_time(recipe.data.image_size, _is_segmentation(recipe), _latents(recipe))
+    images = folder.read_samples_over_time(recipe.generated_size, _is_segmentation(recipe), _latents(recipe))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((resources.files("dfkd_fast.report") / "report.html.jinja").read_text("utf-8"))
     return template.render(
@@ -91,7 +91,7 @@ def render_report(folder: RunFolder) -> str:
         panels=curves_as_svg(epochs, summary["teacher_accuracy"], metric),
         samples=[(epoch, _data_uri(column)) for epoch, column in images],
         latents=_latents(recipe),
-        pixelated=recipe.data.image_size <= PIXELATED,
+        pixelated=recipe.generated_size <= PIXELATED,
         segmentation=_is_segmentation(recipe),
         phases=_phases(summary["seconds"]),
         total=_duration(summary["seconds"]["total"]),

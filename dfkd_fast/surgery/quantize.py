@@ -1,6 +1,6 @@
 """Fake quantization: layers that round their weights and inputs to few bits, and are trained through the rounding."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from dfkd_fast.errors import DfkdError
 from .fold import has_running_statistics
 from .modes import dry_run, eval_mode
 
-__all__ = ["FLOAT", "FakeQuantized", "FixedStatistics", "quantize", "quantized_layers"]
+__all__ = ["FLOAT", "FakeQuantized", "FixedStatistics", "left_in_float", "quantize", "quantize_layers", "quantized_layers"]
 
 FLOAT = 32
 """Number of bits that means "not quantized"."""
@@ -53,6 +53,11 @@ class FakeQuantized(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input if self.activation_bits == FLOAT else round_to_range(input, self.input_range, self.activation_bits))
+
+    @torch.no_grad()
+    def integer_weight(self) -> Tensor:
+        """Returns the rounded weights divided by their scales: signed integers of ``weight_bits`` bits, as float32."""
+        return (self.weight.float() / self.weight_scale.view(-1, *[1] * (self.weight.ndim - 1))).round()
 
     @torch.no_grad()
     def fit_weight_scale(self) -> None:
@@ -113,13 +118,25 @@ def quantize(network: nn.Module, images: Tensor, *, weight_bits: int = 8, activa
     names = _called_layers(network, images)
     if not names:
         raise DfkdError(f"the network {type(network).__name__} has no convolution or linear layer that can be quantized")
-    for name in names:
-        is_end = name in (names[0], names[-1])
+
+    def bits_of(name: str, bits: int) -> int:
+        return end_bits if name in (names[0], names[-1]) and bits != FLOAT else bits
+
+    quantize_layers(network, {name: (bits_of(name, weight_bits), bits_of(name, activation_bits)) for name in names})
+    return left_in_float(network)
+
+
+def quantize_layers(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
+    """Quantizes layers of a network in place as :func:`quantize` does.
+
+    Args:
+        network: Network; its batch norms get fixed statistics.
+        bits: Bits of the weights and of the inputs of each layer, by name.
+    """
+    for name, (weight_bits, activation_bits) in bits.items():
         layer: Any = network.get_submodule(name)
         layer.__class__ = _fake_quantized(type(layer))  # type: ignore[arg-type]  # mypy asks the class for its instances' hash
-        layer.weight_bits, layer.activation_bits = (
-            end_bits if is_end and bits != FLOAT else bits for bits in (weight_bits, activation_bits)
-        )
+        layer.weight_bits, layer.activation_bits = weight_bits, activation_bits
         weight = layer._parameters["weight"]
         layer.register_buffer("weight_scale", weight.new_ones(len(weight)))
         layer.register_buffer("input_range", weight.new_tensor([-1.0, 1.0]))
@@ -128,12 +145,23 @@ def quantize(network: nn.Module, images: Tensor, *, weight_bits: int = 8, activa
         if has_running_statistics(norm) and not isinstance(norm, FixedStatistics):
             norm.__class__ = _fixed_statistics(type(norm))  # type: ignore[arg-type]  # likewise
             norm.training = False
-    return _left_in_float(network)
 
 
 def quantized_layers(network: nn.Module) -> dict[str, FakeQuantized]:
     """Returns the layers that :func:`quantize` has quantized, by name."""
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, FakeQuantized)}
+
+
+def left_in_float(network: nn.Module) -> list[str]:
+    """Returns the names of the layers and parameters of a quantized network with weights that are in float."""
+    names = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, FakeQuantized) and layer.weight_bits != FLOAT:
+            continue
+        for key, parameter in layer.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                names.append(name if key == "weight" else f"{name}.{key}" if name else key)
+    return names
 
 
 def integer_range(bits: int) -> tuple[int, int]:
@@ -174,18 +202,6 @@ def _called_layers(network: nn.Module, images: Tensor) -> list[str]:
 def _is_quantizable(layer: nn.Module) -> bool:
     known = isinstance(layer, nn.Linear | _ConvNd) and not isinstance(layer, _ConvTransposeNd)
     return known and not parametrize.is_parametrized(layer) and isinstance(layer._parameters.get("weight"), nn.Parameter)
-
-
-def _left_in_float(network: nn.Module) -> list[str]:
-    def names() -> Iterator[str]:
-        for name, layer in network.named_modules():
-            if isinstance(layer, FakeQuantized):
-                continue
-            for key, parameter in layer.named_parameters(recurse=False):
-                if parameter.ndim > 1:
-                    yield name if key == "weight" else f"{name}.{key}" if name else key
-
-    return list(names())
 
 
 @cache  # compiled networks have guards on the classes of their layers: a new class in every call would recompile them

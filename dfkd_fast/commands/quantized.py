@@ -1,0 +1,107 @@
+"""What a run with a quantized student records and writes besides that of other runs."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dfkd_fast.engine import Trainer
+from dfkd_fast.engine.agreement import agreement
+from dfkd_fast.log import LOGGER
+from dfkd_fast.models import save_quantized
+from dfkd_fast.recipe import Recipe
+from dfkd_fast.report import RunFolder
+from dfkd_fast.run import Run
+from dfkd_fast.surgery import left_in_float
+
+__all__ = ["note_float_layers", "record_calibration", "rows_of", "write_quantized"]
+
+MAX_NAMES = 4
+"""Names of layers in a line."""
+REBUILD = '''"""Rebuilds {model} with {bits}, written by dfkd-fast: ``from {module} import build``."""
+
+from pathlib import Path
+
+from torch import nn
+
+from dfkd_fast.models import build_model, load_quantized
+
+
+def build() -> nn.Module:
+    """Returns the network in evaluation mode: images (B, {channels}, {size}, {size}), normalized with mean {mean} and
+    standard deviation {std} per channel of images in [0, 1], to logits of {classes} classes."""
+    network = build_model({model!r}, num_classes={classes}, channels={channels})
+    return load_quantized(network, Path(__file__).with_suffix(".safetensors"))
+
+
+if __name__ == "__main__":
+    print(build())
+'''
+
+
+def note_float_layers(run: Run, student: nn.Module) -> None:
+    """Log one line with the layers of a quantized student whose weights are in float, if they are to be quantized."""
+    config = run.recipe.student
+    if not config.is_quantized or config.weight_bits == 32 or not (names := left_in_float(student)):
+        return
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    run.note(f"student.weight_bits = {config.weight_bits}: left in float: {', '.join(names[:MAX_NAMES])}{more}")
+
+
+def record_calibration(run: Run, trainer: Trainer, evaluate: Callable[[nn.Module], float] | None) -> None:
+    """Write ``calibration.json``: the calibrated student's agreement with the teacher, and its accuracy, before any step."""
+    accuracy = None if evaluate is None else float(evaluate(trainer.result))
+    record = {"accuracy": accuracy, "agreement": agreement(trainer.state)}
+    run.folder.write_text(run.folder.calibration, json.dumps(record) + "\n")
+    of_images = "" if accuracy is None else f"{run.recipe.data.metric} {accuracy:.2f} %, "
+    LOGGER.info("calibrated: %sagreement with the teacher on generated samples %.2f %%", of_images, record["agreement"])
+
+
+def write_quantized(run: Run, teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
+    """Write the quantized student's weights as integers, and the Python file that rebuilds it.
+
+    Returns:
+        The entry ``quantized`` of ``summary.json``: bits, bytes, and the results after the calibration, if they are recorded.
+    """
+    recipe, folder = run.recipe, run.folder
+    if folder.writes:
+        save_quantized(student, folder.quantized)
+    folder.write_text(folder.rebuild, _source(recipe, folder))
+    calibrated: dict[str, Any] = json.loads(folder.calibration.read_text("utf-8")) if folder.calibration.is_file() else {}
+    return {
+        "bits": _bits(recipe),
+        "bytes": folder.quantized.stat().st_size,
+        "teacher_bytes": sum(tensor.numel() * tensor.element_size() for tensor in teacher.state_dict().values()),
+        "calibrated_accuracy": calibrated.get("accuracy"),
+        "calibrated_agreement": calibrated.get("agreement"),
+    }
+
+
+def rows_of(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns rows of a run's table for the entry of :func:`write_quantized`."""
+    before, after = entry["teacher_bytes"], entry["bytes"]
+    rows = [("size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {before / after:.1f} times smaller ({entry['bits']})")]
+    if (accuracy := entry["calibrated_accuracy"]) is not None:
+        rows.append(("student, calibrated only", f"{accuracy:.2f} %"))
+    if (agreement := entry["calibrated_agreement"]) is not None:
+        rows.append(("agreement, calibrated only", f"{agreement:.2f} %"))
+    return rows
+
+
+def _bits(recipe: Recipe) -> str:
+    return f"w{recipe.student.weight_bits}a{recipe.student.activation_bits}"
+
+
+def _source(recipe: Recipe, folder: RunFolder) -> str:
+    data, model = recipe.data, recipe.student.model
+    return REBUILD.format(
+        model=model,
+        bits=_bits(recipe),
+        module=folder.rebuild.stem,
+        channels=data.channels,
+        size=data.image_size,
+        classes=data.num_classes,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+    )
