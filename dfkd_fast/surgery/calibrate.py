@@ -60,7 +60,7 @@ def calibrate(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
         layer: Any = layers[name]
         channels = _channels_of_output(layer)
         shift = outputs[name].mean - _moments(y, channels).mean
-        layer.bias += shift.to(layer.bias.dtype)
+        layer.bias.add_(shift)
         return (y.movedim(channels, -1) + shift.to(y.dtype)).movedim(-1, channels)
 
     def correct_statistics(name: str, x: Tensor) -> None:
@@ -103,7 +103,7 @@ def _on_first_call(
     pending = {network.get_submodule(name): name for name in names}
 
     def before(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if layer in pending:
+        if layer in pending and inputs:
             function(pending.pop(layer), inputs[0])
 
     def after(layer: nn.Module, _: Any, output: Tensor) -> Tensor | None:

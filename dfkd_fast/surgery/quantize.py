@@ -103,7 +103,8 @@ def quantize(network: nn.Module, images: Tensor, *, weight_bits: int = 8, activa
 
     Args:
         network: Network, images → logits. Its parameters and their names do not change.
-        images: Example images (B, C, H, W); only the shape matters.
+        images: Example images (B, C, H, W), a few: noise, if there are no others. The ranges of the inputs are those for these images,
+            until :func:`~dfkd_fast.surgery.calibrate` sets them.
         weight_bits: Bits of the weights, at least 2; 32 leaves them in float.
         activation_bits: Bits of the layers' inputs; 32 leaves them in float.
         end_bits: Bits of the first and the last layer, in the order of their calls, for whichever of the two is quantized.
@@ -115,7 +116,8 @@ def quantize(network: nn.Module, images: Tensor, *, weight_bits: int = 8, activa
     Raises:
         DfkdError: The network has no layer that can be quantized.
     """
-    names = _called_layers(network, images)
+    inputs = _inputs_of_layers(network, images)
+    names = list(inputs)
     if not names:
         raise DfkdError(f"the network {type(network).__name__} has no convolution or linear layer that can be quantized")
 
@@ -123,6 +125,8 @@ def quantize(network: nn.Module, images: Tensor, *, weight_bits: int = 8, activa
         return end_bits if name in (names[0], names[-1]) and bits != FLOAT else bits
 
     quantize_layers(network, {name: (bits_of(name, weight_bits), bits_of(name, activation_bits)) for name in names})
+    for name, layer in quantized_layers(network).items():
+        layer.fit_input_range(inputs[name])
     return left_in_float(network)
 
 
@@ -132,9 +136,15 @@ def quantize_layers(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> 
     Args:
         network: Network; its batch norms get fixed statistics.
         bits: Bits of the weights and of the inputs of each layer, by name.
+
+    Raises:
+        AttributeError: The network has no layer of a name.
+        TypeError: A layer cannot be quantized.
     """
     for name, (weight_bits, activation_bits) in bits.items():
         layer: Any = network.get_submodule(name)
+        if not _is_quantizable(layer):
+            raise TypeError(f"{name} is a {type(layer).__name__}, which cannot be quantized")
         layer.__class__ = _fake_quantized(type(layer))  # type: ignore[arg-type]  # mypy asks the class for its instances' hash
         layer.weight_bits, layer.activation_bits = weight_bits, activation_bits
         weight = layer._parameters["weight"]
@@ -183,20 +193,21 @@ def round_to_range(values: Tensor, of_values: Tensor, bits: int) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(values, scale, (-low / scale).round().to(torch.int32), 0, largest)
 
 
-def _called_layers(network: nn.Module, images: Tensor) -> list[str]:
-    """Returns the names of the layers that can be quantized, in the order of their first calls."""
-    called: dict[str, None] = {}
+def _inputs_of_layers(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Returns the inputs of the layers that can be quantized, by name, in the order of their first calls."""
+    called: dict[str, Tensor] = {}
     with dry_run(network) as trial:
         names = {layer: name for name, layer in trial.named_modules() if _is_quantizable(layer)}
 
         def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            called[names[layer]] = None
+            if inputs:  # none for a call by keyword
+                called.setdefault(names[layer], inputs[0])
 
         for layer in names:
             layer.register_forward_pre_hook(record)
         with eval_mode(trial):
             trial(images.clone())  # the network may modify its input in place
-    return list(called)
+    return called
 
 
 def _is_quantizable(layer: nn.Module) -> bool:
