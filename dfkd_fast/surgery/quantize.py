@@ -190,7 +190,26 @@ def round_to_range(values: Tensor, of_values: Tensor, bits: int) -> Tensor:
     largest = 2**bits - 1
     low, high = of_values.unbind()
     scale = ((high - low) / largest).clamp(min=SMALLEST_SCALE)
-    return torch.fake_quantize_per_tensor_affine(values, scale, (-low / scale).round().to(torch.int32), 0, largest)
+    zero_point = (-low / scale).round().to(torch.int32)
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _RoundOnCpu.apply(values, scale, int(zero_point), largest)
+    return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, largest)
+
+
+class _RoundOnCpu(torch.autograd.Function):
+    """``fake_quantize_per_tensor_affine``, which is not vectorized on a CPU, as a sequence of operators that are, with equal results."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: int, largest: int) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.bounds = float((-0.5 - zero_point) * scale), float((largest + 0.5 - zero_point) * scale)
+        steps = values.float() * (1 / scale)
+        return steps.add_(zero_point).round_().clamp_(0, largest).sub_(zero_point).mul_(scale).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (values,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, values, *ctx.bounds), None, None, None
 
 
 def _inputs_of_layers(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
