@@ -82,14 +82,18 @@ def compression_overrides(request: CompressRequest) -> tuple[str, dict[str, Any]
     """
     network, options = request.network, dict(request.overrides)
     is_recipe = network.endswith(".toml") or network in shipped_recipes()
-    if is_recipe and load_recipe(network, options).student.is_quantized:  # of an earlier compression, or made for one
+    if is_recipe and load_recipe(network).student.is_quantized:  # of an earlier compression, or made for one
         return network, options | _chosen(request, defaults=False)
     of_method = {path: value for path, value in flat(read_recipe(BASE)) if path.partition(".")[0] in METHOD}
     del of_method["loop.epochs"]  # from the budget, or from the options
     of_method |= _chosen(request, defaults=True)
     if is_recipe:
-        name, teacher = network, load_recipe(network, options).teacher
-        of_method |= {"name": f"{load_recipe(network).name}-{request.bits or DEFAULT_BITS}", "student.model": teacher.model}
+        name, recipe = network, load_recipe(network)
+        of_method |= {
+            "name": f"{recipe.name}-{request.bits or DEFAULT_BITS}",
+            "student.model": options.get("teacher.model", recipe.teacher.model),
+            "student.encoder_weights": "",
+        }
     else:
         name = BASE
         of_method |= _of_model(request)
@@ -122,12 +126,14 @@ def compress(run: Run) -> dict[str, Any]:
 def _chosen(request: CompressRequest, *, defaults: bool) -> dict[str, Any]:
     """Returns the overrides of ``--bits`` and ``--budget``, of their defaults if they are not given."""
     bits = request.bits if request.bits is not None else DEFAULT_BITS if defaults else None
-    budget = request.budget if request.budget is not None else DEFAULT_BUDGET if defaults else None
+    budget = request.budget
+    if budget is None and defaults and "loop.epochs" not in request.overrides:
+        budget = DEFAULT_BUDGET
     chosen: dict[str, Any] = {}
     if bits is not None:
         weights, activations = parse_bits(bits)
         chosen = {"student.init": "teacher", "student.weight_bits": weights, "student.activation_bits": activations}
-    if budget is not None and "loop.epochs" not in request.overrides:
+    if budget is not None:
         chosen["loop.budget"] = budget
     return chosen
 

@@ -197,7 +197,7 @@ def round_to_range(values: Tensor, of_values: Tensor, bits: int) -> Tensor:
 
 
 class _RoundOnCpu(torch.autograd.Function):
-    """``fake_quantize_per_tensor_affine``, which is not vectorized on a CPU, as a sequence of operators that are, with equal results."""
+    """``fake_quantize_per_tensor_affine`` as operators that are vectorized on a CPU, where it is not; a few ties round the other way."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: int, largest: int) -> Tensor:
