@@ -1,20 +1,25 @@
 """``dfkd-fast compress``: from a network to a quantized copy in one command."""
 
 import importlib.util
+import io
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from dfkd_fast.cli import main
 from dfkd_fast.commands.compress import CompressRequest, compression_overrides, parse_bits
 from dfkd_fast.commands.networks import build_network
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import LeNet5, load_weights, save_weights
 from dfkd_fast.recipe import load_recipe
 from dfkd_fast.surgery import quantized_layers
-from tests.command_line import CommandResult, Run
+from tests.command_line import Run
 
 TINY = [
     *("--set", "loop.iterations_per_epoch=1", "--set", "loop.batch_size=8", "--set", "generator.width=2"),
@@ -61,9 +66,23 @@ OF_USER = [
 ]
 
 
-@pytest.fixture
-def compressed(run: Run, tmp_path: Path) -> CommandResult:
-    return run("compress", "digits", *TINY, *TWO_EPOCHS, "--out", str(tmp_path / "run"))
+class Compressed(NamedTuple):
+    """A finished compression of the digits' teacher."""
+
+    folder: Path
+    out: str
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    folder = tmp_path_factory.mktemp("compressed") / "run"
+    arguments = ["dfkd-fast", "compress", "digits", *TINY, *TWO_EPOCHS, "--out", str(folder)]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", arguments)
+        patch.setenv("COLUMNS", "200")
+        main()
+    assert not ended.value.code, out.getvalue()
+    return Compressed(folder, out.getvalue())
 
 
 @pytest.fixture
@@ -88,17 +107,16 @@ def weights_of(network: str, tmp_path: Path, image: int = 16) -> Path:
     return path
 
 
-def test_the_python_file_rebuilds_the_students_network(compressed: CommandResult, tmp_path: Path) -> None:
-    assert compressed.code == 0, compressed.err
-    folder = tmp_path / "run"
+def test_the_python_file_rebuilds_the_students_network(compressed: Compressed) -> None:
+    folder = compressed.folder
     student = build_network(load_recipe(str(folder / "recipe.toml")), "student")
     load_weights(student, folder / "student.safetensors")
     images = torch.randn(4, 1, 32, 32)
     assert torch.equal(imported(folder / "quantized.py").build()(images), student.eval()(images))
 
 
-def test_the_summary_and_the_table_have_size_and_results_before_and_after(compressed: CommandResult, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_the_summary_and_the_table_have_size_and_results_before_and_after(compressed: Compressed) -> None:
+    folder = compressed.folder
     summary = json.loads((folder / "summary.json").read_text())
     quantized = summary["quantized"]
     assert quantized["bytes"] == (folder / "quantized.safetensors").stat().st_size < quantized["teacher_bytes"] / 4
@@ -109,23 +127,23 @@ def test_the_summary_and_the_table_have_size_and_results_before_and_after(compre
         assert text in compressed.out
 
 
-def test_first_and_last_layer_have_8_bits_and_the_others_those_of_the_option(compressed: CommandResult, tmp_path: Path) -> None:
-    layers = quantized_layers(imported(tmp_path / "run" / "quantized.py").build())
+def test_first_and_last_layer_have_8_bits_and_the_others_those_of_the_option(compressed: Compressed) -> None:
+    layers = quantized_layers(imported(compressed.folder / "quantized.py").build())
     assert [layer.weight_bits for layer in layers.values()] == [8, 4, 4, 4, 8]
     assert {layer.activation_bits for layer in layers.values()} == {8}
 
 
-def test_a_finished_compression_is_resumed_by_its_own_command(compressed: CommandResult, run: Run, tmp_path: Path) -> None:
-    before = (tmp_path / "run" / "quantized.safetensors").read_bytes()
-    again = run("compress", str(tmp_path / "run" / "recipe.toml"), "--out", str(tmp_path / "run"), "--resume")
+def test_a_finished_compression_is_resumed_by_its_own_command(compressed: Compressed, run: Run) -> None:
+    before = (compressed.folder / "quantized.safetensors").read_bytes()
+    again = run("compress", str(compressed.folder / "recipe.toml"), "--out", str(compressed.folder), "--resume")
     assert again.code == 0, again.err
-    assert (tmp_path / "run" / "quantized.safetensors").read_bytes() == before
+    assert (compressed.folder / "quantized.safetensors").read_bytes() == before
 
 
-def test_evaluate_reads_the_student_of_a_compression(compressed: CommandResult, run: Run, tmp_path: Path) -> None:
-    result = run("evaluate", str(tmp_path / "run"))
+def test_evaluate_reads_the_student_of_a_compression(compressed: Compressed, run: Run) -> None:
+    result = run("evaluate", str(compressed.folder))
     assert result.code == 0, result.err
-    last = json.loads((tmp_path / "run" / "summary.json").read_text())["student_accuracy"]["last"]
+    last = json.loads((compressed.folder / "summary.json").read_text())["student_accuracy"]["last"]
     assert f"{last:.2f} %" in result.out
 
 
@@ -184,11 +202,11 @@ def test_a_network_without_convolution_or_linear_layer_is_one_line(run: Run, use
     assert result.code == 2 and "no convolution or linear layer" in result.err and result.err.count("\n") == 1
 
 
-def test_a_folder_with_another_run_is_not_overwritten(compressed: CommandResult, run: Run, tmp_path: Path) -> None:
-    before = (tmp_path / "run" / "recipe.toml").read_bytes()
-    result = run("compress", "digits", "--bits", "w8a8", *TINY, *TWO_EPOCHS, "--out", str(tmp_path / "run"))
-    assert result.code == 2 and str(tmp_path / "run") in result.err
-    assert (tmp_path / "run" / "recipe.toml").read_bytes() == before
+def test_a_folder_with_another_run_is_not_overwritten(compressed: Compressed, run: Run) -> None:
+    before = (compressed.folder / "recipe.toml").read_bytes()
+    result = run("compress", "digits", "--bits", "w8a8", *TINY, *TWO_EPOCHS, "--out", str(compressed.folder))
+    assert result.code == 2 and str(compressed.folder) in result.err
+    assert (compressed.folder / "recipe.toml").read_bytes() == before
 
 
 def test_terms_that_a_network_cannot_have_are_left_out() -> None:
