@@ -81,12 +81,12 @@ def write_quantized(run: Run, teacher: nn.Module, student: nn.Module) -> dict[st
 def rows_of(entry: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns rows of a run's table for the entry of :func:`write_quantized`."""
     before, after = entry["teacher_bytes"], entry["bytes"]
-    rows = [("size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {before / after:.1f} times smaller ({entry['bits']})")]
-    if (accuracy := entry["calibrated_accuracy"]) is not None:
-        rows.append(("student, calibrated only", f"{accuracy:.2f} %"))
-    if (agreement := entry["calibrated_agreement"]) is not None:
-        rows.append(("agreement, calibrated only", f"{agreement:.2f} %"))
-    return rows
+    results = ("calibrated_accuracy", ""), ("calibrated_agreement", " agreement")
+    calibrated = ", ".join(f"{entry[name]:.2f} %{what}" for name, what in results if entry[name] is not None)
+    return [
+        ("student, only calibrated", calibrated or "not recorded"),
+        ("size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {before / after:.1f} times smaller ({entry['bits']})"),
+    ]
 
 
 def _bits(recipe: Recipe) -> str:

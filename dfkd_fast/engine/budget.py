@@ -113,9 +113,10 @@ def epochs_within(budget: str, loop: Loop, durations: Durations) -> int:
     epochs = int((seconds_of(budget) - before - last) / per_epoch)
     if epochs < 1:
         pretraining = f" after {before:.3g} s of generator pretraining and start-up" if before else ""
+        adjustable = ["loop.iterations_per_epoch", *(["loop.generator_pretraining"] if loop.generator_pretraining else [])]
         raise DfkdError(
             f"loop.budget = {budget!r}: one epoch of {loop.iterations_per_epoch} iterations takes {per_epoch + last:.3g} s{pretraining};"
-            " increase the budget or decrease loop.iterations_per_epoch"
+            f" increase the budget or decrease {' or '.join(adjustable)}"
         )
     return min(epochs, MAX_COUNT)
 
