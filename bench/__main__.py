@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from dfkd_fast.choices import PrecisionSetting
+from dfkd_fast.commands.compress import CompressRequest, compression_overrides
 from dfkd_fast.console import print_table
 from dfkd_fast.engine.device import device_name, pick_device
 from dfkd_fast.engine.precision import resolve_precision
@@ -24,7 +25,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import check_output, replacing
 from dfkd_fast.recipe import load_recipe
 
-from . import end_to_end, evaluation, host, provenance, report, ship, table, with_data
+from . import calibration, end_to_end, evaluation, host, provenance, report, ship, table, with_data
 from . import methods as method_costs
 from . import micro as cases
 from . import plot as plots
@@ -309,6 +310,38 @@ def run_with_data(
     accuracies = (f"{row.teacher_accuracy:.2f} %", f"{row.student_accuracy:.2f} %")
     print_table(Console(), header, [(row.recipe, row.metric, *accuracies, f"{row.student_samples:,}", f"{row.seconds:.0f}")])
     table.replace(target, columns, [table.cells(row)], ("recipe", "seed", "augment", "metric"))
+    typer.echo(target)
+
+
+@app.command(name="calibration")
+def run_calibration(
+    data_root: Annotated[Path, typer.Option(help="The data, as data.root.")],
+    network: Annotated[str, typer.Option(help="Network or recipe, as for dfkd-fast compress.")] = "efficientnet_lite0",
+    bits: Annotated[Names, typer.Option(help="Bits such as w4a8; may be repeated. By default w8a8, w4, w4a8, w4a4 and w3.")] = None,
+    pretraining: Annotated[int | None, typer.Option(min=0, help="Steps of the generator; by default those of compress.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the generator.")] = 0,
+    device: Annotated[str, typer.Option(help="One of auto, cpu, cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch and numba; PyTorch's default if not set.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV to write; by default bench/results/calibration-DEVICE.csv.")] = None,
+) -> None:
+    """Accuracy of quantized copies of a network that are calibrated on generated images, noise or real images, and not trained."""
+    torch_device = pick_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    target = _csv("calibration", torch_device, out)
+    columns = table.names(calibration.Row)
+    if target.exists() and table.header(target) != columns:
+        raise DfkdError(f"--out {target}: has other columns than a table of this benchmark")
+    changes = {"data.root": os.path.realpath(data_root), "loop.epochs": 1, "seed": seed, "data.loader": "torchvision"}
+    if pretraining is not None:
+        changes["loop.generator_pretraining"] = pretraining
+    recipe, overrides = compression_overrides(CompressRequest(network, overrides=changes))
+    rows = calibration.measure(
+        load_recipe(recipe, overrides), bits or ["w8a8", "w4", "w4a8", "w4a4", "w3"], torch_device, _command(), _echo
+    )
+    for row in rows:
+        _echo(f"{row.bits}  {row.correction}, {row.images} images: {row.metric} {row.accuracy:.2f} %, agreement {row.agreement:.2f} %")
+        table.replace(target, columns, [table.cells(row)], ("network", "seed", "bits", "correction", "images", "pretraining"))
     typer.echo(target)
 
 
