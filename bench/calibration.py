@@ -59,10 +59,11 @@ def measure(recipe: Recipe, bits: Sequence[str], device: torch.device, command: 
         report: Called with lines on the weights and the data.
 
     Raises:
-        DfkdError: The recipe has no teacher weights or no data.
+        DfkdError: Bits are not allowed, or the recipe has no teacher weights or no data.
     """
     if not recipe.teacher.weights:
         raise DfkdError("teacher.weights: not set; only a trained network can be quantized")
+    parsed = {each: parse_bits(each) for each in bits}
     provenance = measured_on(device, command)
     evaluate = Evaluator(recipe.data, device, report)
     teacher, student, generator = build_networks(recipe, device)
@@ -75,8 +76,7 @@ def measure(recipe: Recipe, bits: Sequence[str], device: torch.device, command: 
         "noise": torch.randn(CALIBRATION_SAMPLES, *trainer.state.images.shape[1:], generator=torch.Generator().manual_seed(0)).to(device),
         "real": _first_images(evaluate.batches).to(device),
     }
-    for each in bits:
-        weight_bits, activation_bits = parse_bits(each)
+    for each, (weight_bits, activation_bits) in parsed.items():
         for source, images in sources.items():
             for correction, correct in CORRECTIONS.items():
                 if correction == "none" and source != "generated":
