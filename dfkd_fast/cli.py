@@ -149,7 +149,7 @@ def compress(
     from .run import open_run
 
     overrides = _overrides(changes, teacher=weights, weights_key=weights_key, data_root=data_root, seed=seed)
-    request = command.CompressRequest(network, bits, budget, data, overrides)
+    request = command.CompressRequest(network, bits, budget, data, overrides, resume)
     with device_context(device) as compute_device, _console(quiet, log_level) as console:
         _log_wait_policy(passive, compute_device.type)
         recipe, overrides = command.compression_overrides(request)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dfkd_fast.console import print_line, print_table
-from dfkd_fast.data.preprocessing import resolve_eval_transform
+from dfkd_fast.data import DATA_SETS, resolve_eval_transform
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError, short_repr
 from dfkd_fast.log import LOGGER
@@ -53,6 +53,8 @@ class CompressRequest:
     """Name of the labelled data set; None for the one of the recipe or weights, or a guess by the number of classes."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Recipe overrides of the other options, by dotted path."""
+    resume: bool = False
+    """Whether a compression is resumed, which keeps its number of epochs."""
 
 
 def parse_bits(text: str) -> tuple[int, int]:
@@ -93,6 +95,7 @@ def compression_overrides(request: CompressRequest) -> tuple[str, dict[str, Any]
             "name": f"{recipe.name}-{request.bits or DEFAULT_BITS}",
             "student.model": options.get("teacher.model", recipe.teacher.model),
             "student.encoder_weights": "",
+            **({"data.name": request.data} if request.data else {}),
         }
     else:
         name = BASE
@@ -127,7 +130,7 @@ def _chosen(request: CompressRequest, *, defaults: bool) -> dict[str, Any]:
     """Returns the overrides of ``--bits`` and ``--budget``, of their defaults if they are not given."""
     bits = request.bits if request.bits is not None else DEFAULT_BITS if defaults else None
     budget = request.budget
-    if budget is None and defaults and "loop.epochs" not in request.overrides:
+    if budget is None and defaults and not request.resume and "loop.epochs" not in request.overrides:
         budget = DEFAULT_BUDGET
     chosen: dict[str, Any] = {}
     if bits is not None:
@@ -151,8 +154,9 @@ def _of_model(request: CompressRequest) -> dict[str, Any]:
         found |= {f"data.{key}": value for key, value in recorded.items()}
     else:
         found |= _data_of_model(model, weights, options)
-    root = options.get("data.root", "")
-    found["data.name"] = request.data or found.get("data.name", "none") if root else "none"
+    data_set = request.data or found["data.name"]
+    needs_root = data_set not in DATA_SETS or DATA_SETS[data_set].needs_root
+    found["data.name"] = "none" if needs_root and not options.get("data.root") else data_set
     return found
 
 
@@ -167,7 +171,7 @@ def _recorded_data(weights: str) -> dict[str, Any]:
 def _data_of_model(model: str, weights: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings of ``[data]`` for a model: those that its library publishes, unless the options name them all."""
     classes = options.get("data.num_classes", IMAGENET_CLASSES)
-    data = {"data.num_classes": classes, "data.name": "imagenet" if classes == IMAGENET_CLASSES else "folder", "data.batch_size": 50}
+    data = {"data.num_classes": classes, "data.name": "imagenet" if classes == IMAGENET_CLASSES else "folder", "data.batch_size": 64}
     if all(f"data.{key}" in options for key in ("image_size", "mean", "std")):
         size, mean = options["data.image_size"], options["data.mean"]
         return data | {"data.channels": len(mean) if isinstance(mean, list) else 1, "data.resize": 0, "data.image_size": size}
