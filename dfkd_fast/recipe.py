@@ -84,9 +84,9 @@ class Student:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
             if getattr(self, name) != FLOAT and self.init != "teacher":
-                raise ValueError(f"student.{name} = {getattr(self, name)}: requires student.init = 'teacher', not {self.init!r}")
+                raise ValueError(f"{name} = {getattr(self, name)}: requires init = 'teacher', not {self.init!r}")
         if self.init == "teacher" and self.encoder_weights:
-            raise ValueError(f"student.encoder_weights = {self.encoder_weights!r}: must be empty for student.init = 'teacher'")
+            raise ValueError(f"encoder_weights = {self.encoder_weights!r}: must be empty for init = 'teacher'")
 
     @property
     def is_quantized(self) -> bool:
@@ -274,7 +274,10 @@ def _one_line(problem: ErrorDetails) -> str:
     value = short_repr(problem["input"])
     name = problem["input"] if isinstance(problem["input"], str) else value
     if problem["type"] == "literal_error":
-        return f"{path} = {value}: {unknown('choice', name, map(str, typing.get_args(annotation)))}"
+        choices = typing.get_args(annotation)
+        if not isinstance(choices[0], str):
+            return f"{path} = {value}: must be one of {', '.join(map(str, choices))}"
+        return f"{path} = {value}: {unknown('choice', name, choices)}"
     if problem["type"] == "choice":
         return f"{path} = {value}: {unknown('choice', name, problem['ctx']['allowed'])}"
     if problem["type"] == "missing":

@@ -5,7 +5,7 @@ from torch import nn
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import sample_batches
-from dfkd_fast.surgery import calibrate, quantized_layers
+from dfkd_fast.surgery import calibrate, has_running_statistics, quantized_layers
 
 from .precision import default_modes
 from .state import TrainState
@@ -33,8 +33,14 @@ def calibrate_student(state: TrainState, teacher: nn.Module) -> None:
 
 def check_quantized(student: nn.Module, teacher: nn.Module) -> None:
     """Raises a :class:`DfkdError` if a quantized student is not a copy of the teacher."""
+    layers: dict[str, nn.Module] = dict(quantized_layers(student))
+    if layers:
+        layers |= {name: norm for name, norm in student.named_modules() if has_running_statistics(norm)}
     modules = dict(teacher.named_modules())
-    for name, layer in quantized_layers(student).items():
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None or weight.shape != layer._parameters["weight"].shape:  # type: ignore[union-attr]
-            raise DfkdError(f"the student's layer {name!r} is quantized, and the teacher has no such layer: quantize a copy of the teacher")
+    for name, layer in layers.items():
+        if _shapes(layer) != _shapes(modules.get(name)):
+            raise DfkdError(f"the student is quantized, and its layer {name!r} differs from the teacher's: quantize a copy of the teacher")
+
+
+def _shapes(layer: nn.Module | None) -> list[torch.Size | None]:
+    return [getattr(getattr(layer, name, None), "shape", None) for name in ("weight", "bias", "running_mean")]

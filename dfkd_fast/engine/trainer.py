@@ -198,6 +198,7 @@ class Trainer:
         """
         try:
             checkpoint.load_state_dict(self.state, state)
+            self._calibrated = False  # the state may be from before the calibration
         finally:
             self.steps.reset()
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,9 @@ def load_quantized(network: nn.Module, path: Path | str) -> nn.Module:
     where = f"weights {path}"
     tensors = read_tensors(path)
     try:
-        bits = {name: (int(weight), int(activation)) for name, (weight, activation) in json.loads(read_metadata(path)[BITS]).items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        stored = json.loads(read_metadata(path)[BITS])
+        bits = {name: (_checked(weight), _checked(activation)) for name, (weight, activation) in stored.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DfkdError(f"{where} are not those of a quantized network") from error
     try:
         quantize_layers(network, bits)
@@ -67,10 +69,11 @@ def load_quantized(network: nn.Module, path: Path | str) -> nn.Module:
         shape = layer._parameters["weight"].shape  # type: ignore[union-attr]
         if layer.weight_bits == FLOAT or key not in tensors:
             continue
-        if tensors[key].numel() != -(-shape.numel() * layer.weight_bits // 8) or f"{key}_scale" not in tensors:
+        packed, scale = tensors[key], tensors.get(f"{key}_scale")
+        fits = packed.dtype == torch.uint8 and packed.shape == (-(-shape.numel() * layer.weight_bits // 8),)
+        if not fits or scale is None or scale.shape != shape[:1]:
             raise DfkdError(f"{where} do not fit the network {type(network).__name__}: size mismatch for {key}")
-        scale = tensors[f"{key}_scale"].view(-1, *[1] * (len(shape) - 1))
-        tensors[key] = _unpack(tensors[key], layer.weight_bits, shape) * scale
+        tensors[key] = _unpack(packed, layer.weight_bits, shape) * scale.view(-1, *[1] * (len(shape) - 1))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
@@ -80,10 +83,17 @@ def load_quantized(network: nn.Module, path: Path | str) -> nn.Module:
     return network
 
 
+def _checked(bits: Any) -> int:
+    """Returns a number of bits from a file, or raises a :class:`ValueError`."""
+    if type(bits) is not int or (bits not in range(2, 17) and bits != FLOAT):
+        raise ValueError(bits)
+    return bits
+
+
 def _pack(integers: Tensor, bits: int) -> Tensor:
     """Returns the bits of signed integers as bytes (ceil(numel · bits / 8),)."""
     smallest, _ = integer_range(bits)
-    values = (integers.flatten().to(torch.int16) - smallest).cpu().numpy()
+    values = (integers.flatten().to(torch.int32) - smallest).cpu().numpy()
     digits = (values[:, None] >> np.arange(bits)) & 1
     return torch.from_numpy(np.packbits(digits.astype(np.uint8).ravel(), bitorder="little"))
 

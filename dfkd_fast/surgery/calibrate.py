@@ -70,7 +70,8 @@ def calibrate(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
         ratio = (actual.variance / expected.variance).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
         ratio = torch.where(expected.variance > SMALLEST_VARIANCE, ratio, 1.0)
         norm.running_mean.copy_(actual.mean + (original.running_mean - expected.mean) * ratio.sqrt())
-        norm.running_var.copy_(((original.running_var + original.eps) * ratio - norm.eps).clamp(min=SMALLEST_VARIANCE))
+        eps = getattr(norm, "eps", 0.0)  # a user's batch norm may have none
+        norm.running_var.copy_(((original.running_var + eps) * ratio - eps).clamp(min=SMALLEST_VARIANCE))
 
     with eval_mode(teacher), _on_first_call(teacher, norms, record_input), _on_first_call(teacher, biased, record_output, outputs=True):
         teacher(images.clone())  # a copy: networks may modify their input in place

@@ -220,7 +220,7 @@ def _inputs_of_layers(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
         def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs:  # none for a call by keyword
-                called.setdefault(names[layer], inputs[0])
+                called.setdefault(names[layer], inputs[0].clone())  # the network may modify it in place
 
         for layer in names:
             layer.register_forward_pre_hook(record)
