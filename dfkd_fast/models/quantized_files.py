@@ -1,8 +1,6 @@
 """Files of quantized networks, whose weights take as many bits as they have."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,33 +8,32 @@ from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.surgery import FLOAT, quantize_layers, quantized_layers
-from dfkd_fast.surgery.quantize import integer_range
+from dfkd_fast.surgery.quantize import BIT_COUNTS, integer_range
 
-from .weights import read_metadata, read_tensors, save_tensors
+from .weights import read_tensors, save_tensors
 
 __all__ = ["load_quantized", "save_quantized"]
 
 BITS = "bits"
+"""Key of a quantized layer's bits: of its weights and of its inputs, (2,) uint8. As a tensor they are part of the file's checksum."""
 
 
 def save_quantized(network: nn.Module, path: Path) -> None:
     """Writes a quantized network to a safetensors file, replaced atomically.
 
     The weights of quantized layers are stored as integers, packed without gaps: the bits of one after the other, lowest first. All other
-    tensors keep their names, shapes and dtypes.
+    tensors keep their names, shapes and dtypes; ``NAME.bits`` of each quantized layer is added.
 
     Args:
         network: Network with layers of :func:`~dfkd_fast.surgery.quantize`.
         path: The file.
     """
     tensors = dict(network.state_dict())
-    bits = {}
     for name, layer in quantized_layers(network).items():
-        bits[name] = layer.weight_bits, layer.activation_bits
+        tensors[_key(name, BITS)] = torch.tensor([layer.weight_bits, layer.activation_bits], dtype=torch.uint8)
         if layer.weight_bits != FLOAT:
-            key = f"{name}.weight" if name else "weight"
-            tensors[key] = _pack(layer.integer_weight(), layer.weight_bits)
-    save_tensors(tensors, path, {BITS: json.dumps(bits)})
+            tensors[_key(name, "weight")] = _pack(layer.integer_weight(), layer.weight_bits)
+    save_tensors(tensors, path, {})
 
 
 def load_quantized(network: nn.Module, path: Path | str) -> nn.Module:
@@ -55,17 +52,16 @@ def load_quantized(network: nn.Module, path: Path | str) -> nn.Module:
     path = Path(path)
     where = f"weights {path}"
     tensors = read_tensors(path)
-    try:
-        stored = json.loads(read_metadata(path)[BITS])
-        bits = {name: (_checked(weight), _checked(activation)) for name, (weight, activation) in stored.items()}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise DfkdError(f"{where} are not those of a quantized network") from error
+    of_bits = {key: tensors.pop(key) for key in list(tensors) if key == BITS or key.endswith(f".{BITS}")}
+    if not of_bits or not all(map(_are_bits, of_bits.values())):
+        raise DfkdError(f"{where} are not those of a quantized network")
+    bits = {key.removesuffix(BITS).removesuffix("."): (int(tensor[0]), int(tensor[1])) for key, tensor in of_bits.items()}
     try:
         quantize_layers(network, bits)
     except (AttributeError, TypeError) as error:
         raise DfkdError(f"{where} do not fit the network {type(network).__name__}: its layers differ") from error
     for name, layer in quantized_layers(network).items():
-        key = f"{name}.weight" if name else "weight"
+        key = _key(name, "weight")
         shape = layer._parameters["weight"].shape  # type: ignore[union-attr]
         if layer.weight_bits == FLOAT or key not in tensors:
             continue
@@ -83,11 +79,13 @@ def load_quantized(network: nn.Module, path: Path | str) -> nn.Module:
     return network
 
 
-def _checked(bits: Any) -> int:
-    """Returns a number of bits from a file, or raises a :class:`ValueError`."""
-    if type(bits) is not int or (bits not in range(2, 17) and bits != FLOAT):
-        raise ValueError(bits)
-    return bits
+def _key(layer: str, tensor: str) -> str:
+    return f"{layer}.{tensor}" if layer else tensor
+
+
+def _are_bits(tensor: Tensor) -> bool:
+    """Whether a tensor of a file holds the bits of a layer's weights and inputs."""
+    return tensor.dtype == torch.uint8 and tensor.shape == (2,) and set(tensor.tolist()) <= set(BIT_COUNTS)
 
 
 def _pack(integers: Tensor, bits: int) -> Tensor:

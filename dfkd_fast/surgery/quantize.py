@@ -18,6 +18,8 @@ __all__ = ["FLOAT", "FakeQuantized", "FixedStatistics", "left_in_float", "quanti
 
 FLOAT = 32
 """Number of bits that means "not quantized"."""
+BIT_COUNTS = (*range(2, 17), FLOAT)
+"""Numbers of bits that weights and activations may have."""
 FRACTIONS = [fraction / 100 for fraction in range(20, 101)]
 """Parts of the full range of values among which the one with the smallest rounding error is chosen."""
 SIGNS = ((None, 0.0), (0.0, None))
@@ -33,14 +35,23 @@ class FakeQuantized(nn.Module):
     Weights are symmetric with a scale per output channel, inputs affine with one range per layer. Scales and ranges are not trained.
     Gradients pass the rounding unchanged and are 0 outside of the range (straight-through estimator), as PyTorch's operators define it.
 
-    The key of the weights in the state dict does not change; ``weight_scale`` (out_channels,) and ``input_range`` (2,) are added to it.
+    The key of the weights in the state dict does not change. Three buffers are added to it: ``weight_scale`` (out_channels,), and
+    ``input_scale`` and ``input_zero_point``, both 0-d.
     """
 
     weight_bits: int
     activation_bits: int
     weight_scale: Tensor
-    input_range: Tensor
-    """Range of the inputs; contains 0, so that padding is represented exactly."""
+    input_scale: Tensor
+    input_zero_point: Tensor
+    """Integer that stands for 0, which is represented exactly, as padding needs it."""
+
+    def _add_buffers(self) -> None:
+        weight: Any = self._parameters["weight"]
+        self.register_buffer("weight_scale", weight.new_ones(len(weight)))
+        self.register_buffer("input_scale", weight.new_ones(()))
+        self.register_buffer("input_zero_point", torch.zeros_like(self.input_scale, dtype=torch.int32))
+        self.register_buffer("_weight_zero_point", torch.zeros_like(self.weight_scale, dtype=torch.int32), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -48,11 +59,19 @@ class FakeQuantized(nn.Module):
         weight: Any = self._parameters["weight"]
         if self.weight_bits == FLOAT:
             return weight
-        zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(weight, self.weight_scale, zero_point, 0, *integer_range(self.weight_bits))
+        zero_points: Any = self._weight_zero_point
+        return torch.fake_quantize_per_channel_affine(weight, self.weight_scale, zero_points, 0, *integer_range(self.weight_bits))
+
+    @property
+    def input_range(self) -> Tensor:
+        """Smallest and largest input that is represented, (2,)."""
+        ends = torch.tensor([0, 2**self.activation_bits - 1], device=self.input_scale.device)
+        return (ends - self.input_zero_point) * self.input_scale
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input if self.activation_bits == FLOAT else round_to_range(input, self.input_range, self.activation_bits))
+        if self.activation_bits == FLOAT:
+            return super().forward(input)
+        return super().forward(round_inputs(input, self.input_scale, self.input_zero_point, self.activation_bits))
 
     @torch.no_grad()
     def integer_weight(self) -> Tensor:
@@ -82,11 +101,17 @@ class FakeQuantized(nn.Module):
         if self.activation_bits == FLOAT:
             return
         values = input.detach().float().flatten()
-        values = values[:: max(1, len(values) // RANGE_VALUES)]
+        values = values[:: max(1, len(values) // RANGE_VALUES) | 1]  # odd: an even step could meet the same columns of each image
         full = torch.stack([bound.clamp(*limits) for bound, limits in zip(torch.aminmax(input.detach().float()), SIGNS, strict=True)])
-        ranges = [fraction * full for fraction in FRACTIONS]
-        errors = [(round_to_range(values, each, self.activation_bits) - values).square().sum() for each in ranges]
-        self.input_range.copy_(torch.stack(ranges)[torch.stack(errors).argmin()])
+        scales = [(fraction * full.diff()[0] / (2**self.activation_bits - 1)).clamp(min=SMALLEST_SCALE) for fraction in FRACTIONS]
+        zero_points = [(-fraction * full[0] / scale).round().to(torch.int32) for fraction, scale in zip(FRACTIONS, scales, strict=True)]
+        errors = [
+            (round_inputs(values, scale, zero_point, self.activation_bits) - values).square().sum()
+            for scale, zero_point in zip(scales, zero_points, strict=True)
+        ]
+        best = torch.stack(errors).argmin()
+        self.input_scale.copy_(torch.stack(scales)[best])
+        self.input_zero_point.copy_(torch.stack(zero_points)[best])
 
 
 class FixedStatistics(nn.Module):
@@ -105,24 +130,34 @@ def quantize(network: nn.Module, images: Tensor, *, weight_bits: int = 8, activa
         network: Network, images → logits. Its parameters and their names do not change.
         images: Example images (B, C, H, W), a few: noise, if there are no others. The ranges of the inputs are those for these images,
             until :func:`~dfkd_fast.surgery.calibrate` sets them.
-        weight_bits: Bits of the weights, at least 2; 32 leaves them in float.
+        weight_bits: Bits of the weights, 2 to 16; 32 leaves them in float.
         activation_bits: Bits of the layers' inputs; 32 leaves them in float.
-        end_bits: Bits of the first and the last layer, in the order of their calls, for whichever of the two is quantized.
+        end_bits: Bits of the first and the last layer, in the order of their calls, for whichever of the two is quantized. A layer that
+            shares its weights with one of them has as many.
 
     Returns:
         Names of the layers and parameters with weights that stay in float: transposed convolutions, layers of other kinds, and
         those that are not called as modules.
 
     Raises:
-        DfkdError: The network has no layer that can be quantized.
+        DfkdError: The network has no layer that can be quantized, weights that are not float32, or the bits are not allowed.
     """
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits), ("end_bits", end_bits)):
+        if bits not in BIT_COUNTS:
+            raise DfkdError(f"quantize: {name} = {bits}: must be 2 to 16, or 32 for float")
     inputs = _inputs_of_layers(network, images)
     names = list(inputs)
     if not names:
         raise DfkdError(f"the network {type(network).__name__} has no convolution or linear layer that can be quantized")
 
+    weights = {name: network.get_submodule(name)._parameters["weight"] for name in names}
+    for name, weight in weights.items():
+        if weight is not None and weight.dtype != torch.float32:
+            raise DfkdError(f"quantize: the weights of {name} are {str(weight.dtype).removeprefix('torch.')}: must be float32")
+
     def bits_of(name: str, bits: int) -> int:
-        return end_bits if name in (names[0], names[-1]) and bits != FLOAT else bits
+        is_end = weights[name] is weights[names[0]] or weights[name] is weights[names[-1]]
+        return end_bits if is_end and bits != FLOAT else bits
 
     quantize_layers(network, {name: (bits_of(name, weight_bits), bits_of(name, activation_bits)) for name in names})
     for name, layer in quantized_layers(network).items():
@@ -147,9 +182,7 @@ def quantize_layers(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> 
             raise TypeError(f"{name} is a {type(layer).__name__}, which cannot be quantized")
         layer.__class__ = _fake_quantized(type(layer))  # type: ignore[arg-type]  # mypy asks the class for its instances' hash
         layer.weight_bits, layer.activation_bits = weight_bits, activation_bits
-        weight = layer._parameters["weight"]
-        layer.register_buffer("weight_scale", weight.new_ones(len(weight)))
-        layer.register_buffer("input_range", weight.new_tensor([-1.0, 1.0]))
+        layer._add_buffers()
         layer.fit_weight_scale()
     for norm in network.modules():
         if has_running_statistics(norm) and not isinstance(norm, FixedStatistics):
@@ -179,18 +212,16 @@ def integer_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def round_to_range(values: Tensor, of_values: Tensor, bits: int) -> Tensor:
-    """Returns values rounded to the unsigned integers of a number of bits, spread over a range.
+def round_inputs(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Returns values rounded to the unsigned integers of a number of bits, in float.
 
     Args:
         values: Floating-point tensor.
-        of_values: Lower and upper end of the range (2,), one at most 0 and one at least 0.
+        scale: Difference of the values that two successive integers stand for, 0-d.
+        zero_point: Integer that stands for 0, 0-d.
         bits: Number of bits.
     """
     largest = 2**bits - 1
-    low, high = of_values.unbind()
-    scale = ((high - low) / largest).clamp(min=SMALLEST_SCALE)
-    zero_point = (-low / scale).round().to(torch.int32)
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         return _RoundOnCpu.apply(values, scale, int(zero_point), largest)
     return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, largest)

@@ -133,7 +133,7 @@ def test_a_channel_of_zeros_stays_zero_and_finite(bits: int) -> None:
 def test_gradients_pass_the_rounding_within_the_range_and_are_zero_outside() -> None:
     _, layer, x = one_layer("convolution with groups", 4)
     layer.weight_scale.mul_(0.5)
-    layer.input_range.mul_(0.5)
+    layer.input_scale.mul_(0.5)
     x.requires_grad_()
     parameter = layer._parameters["weight"]
     ratio = trained_rows(layer) / layer.weight_scale.double().numpy()[:, None]
@@ -225,7 +225,9 @@ def test_a_network_without_a_layer_to_quantize_is_refused_in_one_line() -> None:
 def test_names_and_values_of_the_tensors_remain_and_scales_and_ranges_are_added() -> None:
     before, after = network().state_dict(), quantized().state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert after.keys() - before.keys() == {f"{name}.{key}" for name in "037" for key in ("weight_scale", "input_range")}
+    assert after.keys() - before.keys() == {
+        f"{name}.{key}" for name in "037" for key in ("weight_scale", "input_scale", "input_zero_point")
+    }
 
 
 def test_32_bits_leave_weights_and_inputs_exactly_as_they_are() -> None:
@@ -287,3 +289,25 @@ def test_a_functional_call_rounds_the_weights_that_it_is_given() -> None:
     logits = torch.func.functional_call(made, given, (images(),))
     assert torch.equal(logits, changed(images()))
     assert all(gradient.any() for gradient in torch.autograd.grad(logits.square().sum(), list(made.parameters())))
+
+
+@pytest.mark.parametrize("bits", [{"weight_bits": 1}, {"activation_bits": 33}, {"end_bits": 0}, {"weight_bits": 20}])
+def test_bits_that_are_not_allowed_are_one_line(bits: dict[str, int]) -> None:
+    ((name, value),) = bits.items()
+    with pytest.raises(DfkdError, match=f"^quantize: {name} = {value}: must be 2 to 16, or 32 for float$"):
+        quantize(network(), images(), **bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_another_dtype_are_one_line(dtype: torch.dtype) -> None:
+    with pytest.raises(DfkdError, match="must be float32"):
+        quantize(network().to(dtype), images().to(dtype), weight_bits=4)
+
+
+def test_layers_that_share_their_weights_have_the_same_bits() -> None:
+    torch.manual_seed(0)
+    made: Any = nn.Sequential(nn.Flatten(), nn.Linear(50, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    made[3].weight = made[2].weight
+    quantize(made, images(), weight_bits=3, end_bits=8)
+    assert [layer.weight_bits for layer in quantized_layers(made).values()] == [8, 8, 8]
+    assert torch.equal(made[2].weight, made[3].weight)
