@@ -37,6 +37,7 @@ def state_dict(state: TrainState) -> dict[str, Any]:
         "losses": state.losses.values,
         "drift": state.drift.state_dict(),
         "pretrained": state.pretrained,
+        "calibrated": state.calibrated,
         "iteration": state.iteration,
         "history": [asdict(epoch) for epoch in state.history],
         "seconds": state.clock.read(),
@@ -137,6 +138,7 @@ def _load(state: TrainState, saved: dict[str, Any]) -> None:
     state.losses.values = {name: values.to(state.device, copy=True) for name, values in saved["losses"].items()}
     state.drift.load_state_dict(saved["drift"], state.device)
     state.pretrained = saved["pretrained"]
+    state.calibrated = saved.get("calibrated", False)
     state.iteration = saved["iteration"]
     state.history = [Epoch(**epoch) for epoch in saved["history"]]
     state.clock.seconds.update(saved["seconds"])

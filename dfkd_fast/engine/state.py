@@ -88,6 +88,8 @@ class TrainState:
     """Number of completed iterations in the current epoch."""
     pretrained: int = 0
     """Number of completed pretraining steps of the generator."""
+    calibrated: bool = False
+    """Whether a quantized student has been calibrated."""
 
     @property
     def fresh_batch(self) -> Batch:

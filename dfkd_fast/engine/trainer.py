@@ -95,7 +95,7 @@ class Trainer:
         self.on_epoch, self.on_checkpoint = on_epoch, on_checkpoint
         self.state = prepare(teacher, student, generator, self.method, seed=seed, device=self.device)
         self.steps = Steps(self.state)
-        self._stopping = self._calibrated = False
+        self._stopping = False
 
     @property
     def history(self) -> list[Epoch]:
@@ -198,7 +198,6 @@ class Trainer:
         """
         try:
             checkpoint.load_state_dict(self.state, state)
-            self._calibrated = False  # the state may be from before the calibration
         finally:
             self.steps.reset()
 
@@ -213,11 +212,10 @@ class Trainer:
         check_pretraining(terms, state.pretrained)
         if terms and state.pretrained == steps and state.replay_source is not None:
             state.replay_source.start(state.generator)
-        if not self._calibrated and state.pretrained == steps:
-            self._calibrated = True
-            if self.iterations_done == 0 and quantized_layers(self.student):
-                calibrate_student(state, self.teacher)
-                self._call(self.on_calibration)
+        if state.pretrained == steps and not state.calibrated and quantized_layers(self.student):
+            calibrate_student(state, self.teacher)
+            state.calibrated = True
+            self._call(self.on_calibration)
 
     def _student_steps(self) -> None:
         with self.state.clock.phase("student", memory=self.state.iteration == 0):

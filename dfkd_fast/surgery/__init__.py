@@ -15,6 +15,7 @@ from .observe import Observation, Observer
 from .outputs import auxiliary_outputs, get_logits, logits_only
 from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
 from .quantize import FLOAT, FakeQuantized, FixedStatistics, left_in_float, quantize, quantize_layers, quantized_layers
+from .round_weights import round_weights
 from .sharing import frozen_copy, sharing_copy
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "quantize",
     "quantize_layers",
     "quantized_layers",
+    "round_weights",
     "sharing_copy",
     "use_cpu_convolutions",
     "weights_frozen",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .fold import has_running_statistics
 from .modes import eval_mode
 from .quantize import quantized_layers
+from .round_weights import round_weights
 
 __all__ = ["calibrate"]
 
@@ -26,11 +27,12 @@ class Moments(NamedTuple):
 
 
 def calibrate(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
-    """Sets the ranges of the inputs of a quantized copy, and corrects the shifts that the rounding of its weights causes.
+    """Rounds the weights of a quantized copy, sets the ranges of its inputs, and corrects the shifts that remain.
 
-    In the order of the forward pass, every layer's input range is set to the one with the smallest squared rounding error; every
-    quantized layer with a bias gets the bias with which its output has the same mean per channel as the teacher's; and every batch norm
-    the running statistics with which its output has the same mean and variance per channel as the teacher's. The correction of biases is
+    In the order of the forward pass, every layer's input range is set to the one with the smallest squared rounding error, and its
+    weights are rounded for a small error of its outputs (:func:`~dfkd_fast.surgery.round_weights`). Every quantized layer with a bias
+    gets the bias with which its output has the same mean per channel as the teacher's, and every batch norm the running statistics with
+    which its output has the same mean and variance per channel as the teacher's. The correction of biases is
     that of Nagel et al. 2019 (arXiv 1906.04721, sec. 4.2). Both networks see the same images, so that errors of images that are unlike
     the teacher's training data largely cancel: the student keeps the statistics of that data.
 
@@ -53,6 +55,7 @@ def calibrate(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
 
     def start_layer(name: str, x: Tensor) -> None:
         layers[name].fit_input_range(x)
+        round_weights(layers[name], layers[name].rounded_input(x))
         if name in biased:  # as it was, so that calibrating again gives the same
             biased[name].bias.copy_(teacher.get_submodule(name).bias)
 

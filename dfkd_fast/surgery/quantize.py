@@ -69,9 +69,13 @@ class FakeQuantized(nn.Module):
         return (ends - self.input_zero_point) * self.input_scale
 
     def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self.rounded_input(input))
+
+    def rounded_input(self, input: Tensor) -> Tensor:
+        """Returns inputs as the layer computes with them."""
         if self.activation_bits == FLOAT:
-            return super().forward(input)
-        return super().forward(round_inputs(input, self.input_scale, self.input_zero_point, self.activation_bits))
+            return input
+        return round_inputs(input, self.input_scale, self.input_zero_point, self.activation_bits)
 
     @torch.no_grad()
     def integer_weight(self) -> Tensor:

@@ -65,7 +65,7 @@ def test_a_quantized_student_is_calibrated_once_after_the_pretraining_and_before
     trainer.fit()
     assert events == [*2 * ["pretraining"], "calibration", *6 * ["iteration"]]
     assert not torch.equal(calibrated["1.running_mean"], uncalibrated["1.running_mean"])
-    assert torch.equal(calibrated["0.weight"], uncalibrated["0.weight"])
+    assert torch.equal(calibrated["1.weight"], uncalibrated["1.weight"])
     assert not torch.equal(trainer.student.state_dict()["0.weight"], calibrated["0.weight"])
 
 
@@ -94,7 +94,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer: Mak
     torch.manual_seed(99)
     resumed.load_state_dict(state)
     resumed.fit()
-    assert calls == ([] if stop_after in ("iteration 1", "epoch 1") else [0])
+    assert calls == ([0] if stop_after.startswith("pretraining") else [])
     assert_equal(without_times(resumed.state_dict()), without_times(whole.state_dict()))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.surgery import FLOAT, calibrate, fold, quantize, quantized_layers
+from dfkd_fast.surgery import FLOAT, FakeQuantized, calibrate, fold, quantize, quantized_layers
 from tests.surgery.test_fold import OwnNorm
 from tests.surgery.test_quantize import CANDIDATES, rounded_inputs
 
@@ -91,7 +91,7 @@ def test_calibrating_again_gives_the_same_bits_whatever_the_modes() -> None:
     assert any(not torch.equal(tensor, student.state_dict()[name]) for name, tensor in once.state_dict().items())
 
 
-def test_teacher_images_modes_and_weights_do_not_change() -> None:
+def test_teacher_images_and_modes_do_not_change_and_of_the_student_only_what_is_calibrated() -> None:
     original, x = nn.Sequential(nn.ReLU(inplace=True), *teacher()), images()
     original[2].eval()
     student = copied(original)
@@ -103,7 +103,11 @@ def test_teacher_images_modes_and_weights_do_not_change() -> None:
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in original.state_dict().items())
     for name, parameter in student.named_parameters():
         assert parameter.requires_grad and parameter.grad is None
-        assert name.endswith("bias") or torch.equal(parameter, before[1][name])
+        if torch.equal(parameter, before[1][name]):
+            continue
+        layer = student.get_submodule(name.rpartition(".")[0])
+        assert isinstance(layer, FakeQuantized)
+        assert name.endswith("bias") or torch.equal(layer.weight, parameter)
 
 
 def test_input_ranges_cut_outliers_off_where_that_makes_the_error_smaller() -> None:
