@@ -238,3 +238,9 @@ def test_a_saved_network_of_another_size_does_not_fit(run: Run, tmp_path: Path) 
     save_weights(LeNet5(widths=(3, 8, 60, 42)), tmp_path / "half.safetensors", {})
     result = run("compress", "digits", "--weights", str(tmp_path / "half.safetensors"), *TINY, *TWO_EPOCHS, "--out", str(tmp_path / "r"))
     assert result.code == 2 and "do not fit the network" in result.err and result.err.count("\n") == 1
+
+
+def test_the_report_has_the_sizes(compressed: Compressed) -> None:
+    page = (compressed.folder / "report.html").read_text()
+    quantized = json.loads((compressed.folder / "summary.json").read_text())["quantized"]
+    assert f"<span>Size, w4a8</span><b>{quantized['bytes'] / 1e6:.2f} MB</b>" in page

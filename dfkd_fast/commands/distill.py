@@ -33,7 +33,7 @@ from dfkd_fast.surgery import eval_mode
 
 from .budget import choose_epochs
 from .networks import build_networks
-from .quantized import note_float_layers, record_calibration, rows_of, write_quantized
+from .quantized import calibration_row, note_float_layers, record_calibration, size_row, write_quantized
 from .rehearsal import initialize_student, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
 from .teach import obtain_teacher, teacher_warning, weights_metadata
@@ -243,18 +243,22 @@ def _summarize(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
 
 def _print_summary(console: Console, summary: dict[str, Any], folder: RunFolder) -> None:
     student, seconds = summary["student_accuracy"], summary["seconds"]
+    quantized = summary.get("quantized")
     rows = [("metric", summary["metric"])] if "held-out" in summary["metric"] else []
     if student is not None:
+        rows.append(("teacher", f"{summary['teacher_accuracy']:.2f} %"))
+    if quantized is not None:
+        rows.append(calibration_row(quantized))
+    if student is not None:
         rows += [
-            ("teacher", f"{summary['teacher_accuracy']:.2f} %"),
             ("student, last epoch", f"{student['last']:.2f} %"),
             ("student, all epochs", f"best {student['best']:.2f} %, mean {student['mean']:.2f} %, variance {student['variance']:.2f}"),
             ("largest drop", f"{summary['retention']['largest_drop']:.2f} points"),
         ]
     if agreement := summary["agreement"]:
         rows.append(("agreement with the teacher", f"{agreement['last']:.2f} % of {agreement['samples']:,} generated samples"))
-    if quantized := summary.get("quantized"):
-        rows += rows_of(quantized)
+    if quantized is not None:
+        rows.append(size_row(quantized))
     rows += [("note", note) for note in summary["notes"]]
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     if budget := summary.get("budget"):

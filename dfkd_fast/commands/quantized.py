@@ -15,7 +15,7 @@ from dfkd_fast.report import RunFolder
 from dfkd_fast.run import Run
 from dfkd_fast.surgery import left_in_float
 
-__all__ = ["note_float_layers", "record_calibration", "rows_of", "write_quantized"]
+__all__ = ["calibration_row", "note_float_layers", "record_calibration", "size_row", "write_quantized"]
 
 MAX_NAMES = 4
 """Names of layers in a line."""
@@ -78,15 +78,17 @@ def write_quantized(run: Run, teacher: nn.Module, student: nn.Module) -> dict[st
     }
 
 
-def rows_of(entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns rows of a run's table for the entry of :func:`write_quantized`."""
-    before, after = entry["teacher_bytes"], entry["bytes"]
+def calibration_row(entry: dict[str, Any]) -> tuple[str, str]:
+    """Returns the row of a run's table with the results before any training, for the entry of :func:`write_quantized`."""
     results = ("calibrated_accuracy", ""), ("calibrated_agreement", " agreement")
-    calibrated = ", ".join(f"{entry[name]:.2f} %{what}" for name, what in results if entry[name] is not None)
-    return [
-        ("student, only calibrated", calibrated or "not recorded"),
-        ("size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {before / after:.1f} times smaller ({entry['bits']})"),
-    ]
+    texts = [f"{entry[name]:.2f} %{what}" for name, what in results if entry[name] is not None]
+    return "student, only calibrated", ", ".join(texts) or "not recorded"
+
+
+def size_row(entry: dict[str, Any]) -> tuple[str, str]:
+    """Returns the row with the sizes of both networks, likewise."""
+    before, after = entry["teacher_bytes"], entry["bytes"]
+    return "size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {before / after:.1f} times smaller ({entry['bits']})"
 
 
 def _bits(recipe: Recipe) -> str:
