@@ -33,7 +33,7 @@ from dfkd_fast.surgery import eval_mode
 
 from .budget import choose_epochs
 from .networks import build_networks
-from .quantized import calibration_row, note_float_layers, record_calibration, size_row, write_quantized
+from .quantized import calibration_row, float_layers, record_calibration, size_row, write_quantized
 from .rehearsal import initialize_student, rehearse, step_sizes
 from .segmentation import label_maps, print_iou
 from .teach import obtain_teacher, teacher_warning, weights_metadata
@@ -73,8 +73,7 @@ def distill(run: Run) -> dict[str, Any]:
     )
     trainer.on_calibration = lambda trainer: record_calibration(run, trainer, evaluate)
     run.resume(trainer, folder.checkpoints)
-    note_float_layers(run, student)
-    for note in trainer.notes:
+    for note in filter(None, (float_layers(recipe, student), *trainer.notes)):
         run.note(note)
     before = run.seconds - sum(trainer.state.clock.read().values())
     _train_student(run, trainer, teacher_accuracy)

@@ -10,12 +10,13 @@ from dfkd_fast.engine import Trainer
 from dfkd_fast.engine.agreement import agreement
 from dfkd_fast.log import LOGGER
 from dfkd_fast.models import save_quantized
+from dfkd_fast.models.selection import join_names
 from dfkd_fast.recipe import Recipe
 from dfkd_fast.report import RunFolder
 from dfkd_fast.run import Run
-from dfkd_fast.surgery import left_in_float
+from dfkd_fast.surgery import FLOAT, left_in_float
 
-__all__ = ["calibration_row", "note_float_layers", "record_calibration", "size_row", "write_quantized"]
+__all__ = ["calibration_row", "float_layers", "record_calibration", "size_row", "write_quantized"]
 
 MAX_NAMES = 4
 """Names of layers in a line."""
@@ -40,13 +41,12 @@ if __name__ == "__main__":
 '''
 
 
-def note_float_layers(run: Run, student: nn.Module) -> None:
-    """Log one line with the layers of a quantized student whose weights are in float, if they are to be quantized."""
-    config = run.recipe.student
-    if not config.is_quantized or config.weight_bits == 32 or not (names := left_in_float(student)):
-        return
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    run.note(f"student.weight_bits = {config.weight_bits}: left in float: {', '.join(names[:MAX_NAMES])}{more}")
+def float_layers(recipe: Recipe, student: nn.Module) -> str | None:
+    """Returns one line with the layers of a quantized student whose weights are in float although they are to be quantized, or None."""
+    bits = recipe.student.weight_bits
+    if bits == FLOAT or not (names := left_in_float(student)):
+        return None
+    return f"student.weight_bits = {bits}: left in float: {join_names(names, MAX_NAMES)}"
 
 
 def record_calibration(run: Run, trainer: Trainer, evaluate: Callable[[nn.Module], float] | None) -> None:

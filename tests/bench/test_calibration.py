@@ -26,19 +26,17 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return load_recipe("digits", changes | {"generator.width": 4, "data.subset": 40, "teacher.weights": str(path)})
 
 
-def test_rows_name_correction_and_images_and_have_both_percentages(recipe: Recipe) -> None:
-    rows = list(calibration.measure(recipe, ["w4a8"], CPU, "a command", lambda line: None))
-    sources = [(row.correction, row.images) for row in rows]
+def test_rows_name_correction_and_images_and_have_both_percentages(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "CALIBRATION_SAMPLES", 24)
+    rows = list(calibration.measure(recipe, ["w4a8", "w8"], CPU, "a command", lambda line: None))
     corrected = [(correction, images) for images in ("generated", "noise", "real") for correction in ("batch norms", "calibrate")]
-    assert sources == [("none", "generated"), *corrected]
+    assert [(row.bits, row.correction, row.images) for row in rows] == [
+        (bits, *source) for bits in ("w4a8", "w8") for source in (("none", "generated"), *corrected)
+    ]
     for row in rows:
         assert 0 <= row.accuracy <= 100 and 0 <= row.agreement <= 100 and row.evaluated == 40
-        assert (row.network, row.bits, row.pretraining, row.provenance.commit) == ("wrn10_1", "w4a8", 2, commit())
-
-
-def test_a_copy_of_8_bits_agrees_with_its_network(recipe: Recipe) -> None:
-    rows = {(row.correction, row.images): row for row in calibration.measure(recipe, ["w8"], CPU, "a command", lambda line: None)}
-    assert rows["calibrate", "real"].agreement >= 90
+        assert (row.network, row.samples, row.pretraining, row.provenance.commit) == ("wrn10_1", 24, 2, commit())
+    assert rows[-1].agreement >= 90  # 8 bits, calibrated on real images
 
 
 def test_statistics_that_are_estimated_again_are_those_of_the_images(recipe: Recipe) -> None:
