@@ -15,7 +15,7 @@ from dfkd_fast.models import load_encoder, sample
 from dfkd_fast.out_of_memory import memory_for, sizes_of
 from dfkd_fast.recipe import Recipe
 from dfkd_fast.run import Run
-from dfkd_fast.surgery import calibrate, quantized_layers
+from dfkd_fast.surgery import restore_weights
 
 from .networks import NETWORK_SIZES, check_storable, check_teacher, noise_images
 
@@ -77,11 +77,9 @@ def check_trainable(recipe: Recipe, teacher: nn.Module, device: torch.device) ->
 
 def initialize_student(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
     """Load the initial weights that the recipe names: the teacher's, or ``student.encoder_weights`` into the encoder of a segmenter."""
-    if recipe.student.init == "teacher":
-        student.load_state_dict(teacher.state_dict(), strict=False)  # a quantized student has scales and ranges, too
-        for layer in quantized_layers(student).values():
-            layer.fit_weight_scale()
-        if recipe.student.is_quantized:
-            calibrate(student, teacher, noise_images(recipe, 4, next(student.parameters()).device))  # until there are generated ones
+    if recipe.student.is_quantized:
+        restore_weights(student, teacher, noise_images(recipe, 2, next(student.parameters()).device))
+    elif recipe.student.init == "teacher":
+        student.load_state_dict(teacher.state_dict())
     if initial := recipe.student.encoder_weights:
         load_encoder(student, teacher if initial == "teacher" else initial)

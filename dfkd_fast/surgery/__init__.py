@@ -14,7 +14,7 @@ from .modes import deep_copy, dry_run, eval_mode, freeze, weights_frozen
 from .observe import Observation, Observer
 from .outputs import auxiliary_outputs, get_logits, logits_only
 from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
-from .quantize import FLOAT, FakeQuantized, FixedStatistics, left_in_float, quantize, quantize_layers, quantized_layers
+from .quantize import FLOAT, FakeQuantized, FixedStatistics, left_in_float, quantize, quantize_layers, quantized_layers, restore_weights
 from .round_weights import round_weights
 from .sharing import frozen_copy, sharing_copy
 
@@ -52,6 +52,7 @@ __all__ = [
     "quantize",
     "quantize_layers",
     "quantized_layers",
+    "restore_weights",
     "round_weights",
     "sharing_copy",
     "use_cpu_convolutions",

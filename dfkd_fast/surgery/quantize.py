@@ -14,7 +14,16 @@ from dfkd_fast.errors import DfkdError
 from .fold import has_running_statistics
 from .modes import dry_run, eval_mode
 
-__all__ = ["FLOAT", "FakeQuantized", "FixedStatistics", "left_in_float", "quantize", "quantize_layers", "quantized_layers"]
+__all__ = [
+    "FLOAT",
+    "FakeQuantized",
+    "FixedStatistics",
+    "left_in_float",
+    "quantize",
+    "quantize_layers",
+    "quantized_layers",
+    "restore_weights",
+]
 
 FLOAT = 32
 """Number of bits that means "not quantized"."""
@@ -167,6 +176,21 @@ def quantize(network: nn.Module, images: Tensor, *, weight_bits: int = 8, activa
     for name, layer in quantized_layers(network).items():
         layer.fit_input_range(inputs[name])
     return left_in_float(network)
+
+
+def restore_weights(network: nn.Module, original: nn.Module, images: Tensor) -> None:
+    """Gives a quantized network the weights of the original again, and the scales and ranges that :func:`quantize` gives it.
+
+    Args:
+        network: Network quantized by :func:`quantize`, changed in place.
+        original: Network of the same architecture that is not quantized.
+        images: Example images, as for :func:`quantize`.
+    """
+    network.load_state_dict(original.state_dict(), strict=False)  # which has no scales
+    inputs = _inputs_of_layers(original, images)
+    for name, layer in quantized_layers(network).items():
+        layer.fit_weight_scale()
+        layer.fit_input_range(inputs[name])
 
 
 def quantize_layers(network: nn.Module, bits: Mapping[str, tuple[int, int]]) -> None:
