@@ -157,7 +157,7 @@ def test_a_shipped_teacher_brings_its_input_and_needs_no_data(run: Run, tmp_path
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["recipe"] == "lenet5-w8a8" and summary["student_accuracy"] is None
     assert summary["quantized"]["calibrated_accuracy"] is None and summary["agreement"] is not None
-    assert "no batch norm" in result.out + result.err  # and one line says what is missing
+    assert "without batch norm statistics" in result.out + result.err  # one line says what is missing
     assert "check of the network" in result.out
 
 
@@ -184,7 +184,11 @@ def test_bits_of_weights_and_activations(text: str, bits: tuple[int, int]) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lenet6"], "lenet6: name its weights with --weights FILE"),
+        (["lenet6"], "model 'lenet6'"),
+        (["lenet5"], "lenet5: name its weights with --weights FILE"),
+        (["lenet5", "--weights", "absent.pth"], "absent.pth not found"),
+        (["lenet5", "--weights", "shipped:mnist-lenet5", "--data", "nosuch"], "data set 'nosuch'"),
+        (["lenet5", "--weights", "shipped:mnist-lenet5", "--data", "mnist"], "--data mnist: requires --data-root"),
         (["lenet6", "--weights", "shipped:mnist-lenet5"], "model 'lenet6'"),
         (["wrn16_1", "--weights", "shipped:mnist-lenet5"], "teacher.model = 'wrn16_1'"),
         (["efficientnet_lite0", "--weights", "missing.pth"], "missing.pth"),
@@ -222,10 +226,11 @@ def test_terms_that_a_network_cannot_have_are_left_out() -> None:
     assert recipe.student.is_quantized and recipe.student.model == recipe.teacher.model
 
 
-def test_images_are_generated_smaller_where_the_network_accepts_them() -> None:
+def test_images_are_generated_smaller_where_the_network_accepts_them(tmp_path: Path) -> None:
     _, of_convolutions = compression_overrides(CompressRequest("efficientnet_lite0"))
     assert of_convolutions["generator.image_size"] == 128 and of_convolutions["data.image_size"] == 224
-    weights = {"teacher.weights": "vit.pth"}
+    (tmp_path / "vit.pth").touch()
+    weights = {"teacher.weights": str(tmp_path / "vit.pth")}
     _, of_vit = compression_overrides(CompressRequest("timm:vit_tiny_patch16_224", overrides=weights))
     assert of_vit["generator.image_size"] == 0
 

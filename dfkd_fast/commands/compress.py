@@ -12,9 +12,10 @@ from torch import nn
 from dfkd_fast.console import print_line, print_table
 from dfkd_fast.data import DATA_SETS, resolve_eval_transform
 from dfkd_fast.engine.compatibility import check_classifier
-from dfkd_fast.errors import DfkdError, short_repr
+from dfkd_fast.errors import DfkdError, short_repr, unknown
 from dfkd_fast.log import LOGGER
-from dfkd_fast.models import PRETRAINED, read_metadata, weights_path
+from dfkd_fast.models import PRETRAINED, build_model, read_metadata, weights_path
+from dfkd_fast.models.weight_files import check_file
 from dfkd_fast.recipe import Recipe, load_recipe, recipe_from_toml, recipe_to_dict
 from dfkd_fast.recipe_files import flat, read_recipe, shipped_recipes
 from dfkd_fast.run import Run
@@ -67,8 +68,8 @@ def parse_bits(text: str) -> tuple[int, int]:
     weights, activations = (int(matched[1]), int(matched[2] or 32)) if matched else (32, 32)
     if weights == activations == 32:
         raise DfkdError(
-            f"--bits {short_repr(text)}: must be wXaY, with X = 3, 4, 8 or 32 bits of the weights and Y = 4, 8 or 32 of the activations,"
-            " where 32 is float and one is not"
+            f"--bits {short_repr(text)}: must be wXaY, with X = 3, 4, 8 or 32 bits of the weights and Y = 4, 8 or 32 of the activations;"
+            " 32 is float, and at most one of them may be 32"
         )
     return weights, activations
 
@@ -121,6 +122,10 @@ def compress(run: Run) -> dict[str, Any]:
         print_table(run.console, ("check of the network", "result", "verdict"), checks)
         if wrong := [check.name for check in checks if check.verdict == "wrong"]:
             raise DfkdError(f"the network {recipe.teacher.model} fails checks: {', '.join(wrong)}")
+    if not recipe.objective.bn_moments:
+        run.note(
+            f"{recipe.teacher.model}: images are generated without batch norm statistics, and are worse for it (objective.bn_moments = 0)"
+        )
     summary = distill(run)
     print_line(run.console, f"{folder.quantized} holds the quantized network, {folder.rebuild} rebuilds it")
     return summary
@@ -144,9 +149,12 @@ def _chosen(request: CompressRequest, *, defaults: bool) -> dict[str, Any]:
 def _of_model(request: CompressRequest) -> dict[str, Any]:
     """Returns overrides with a network of the catalogue or of the user, its weights and its input."""
     model, options = request.network, request.overrides
+    build_model(model, 2, 3)  # raises now if there is no such network
     weights = options.get("teacher.weights") or ("package" if model in PRETRAINED else "")
     if not weights:
         raise DfkdError(f"{model}: name its weights with --weights FILE; nothing is downloaded")
+    if weights != "package":
+        check_file(weights_path(weights))
     name = f"{re.sub(r'[^0-9A-Za-z_]+', '-', model)}-{request.bits or DEFAULT_BITS}"
     found = {"name": name, "teacher.model": model, "teacher.weights": weights, "student.model": model}
     found["description"] = f"{model} compressed by dfkd-fast compress"
@@ -155,8 +163,13 @@ def _of_model(request: CompressRequest) -> dict[str, Any]:
     else:
         found |= _data_of_model(model, weights, options)
     data_set = request.data or found["data.name"]
-    needs_root = data_set not in DATA_SETS or DATA_SETS[data_set].needs_root
-    found["data.name"] = "none" if needs_root and not options.get("data.root") else data_set
+    if data_set not in DATA_SETS:
+        raise unknown("data set", data_set, DATA_SETS)
+    if DATA_SETS[data_set].needs_root and not options.get("data.root"):
+        if request.data:
+            raise DfkdError(f"--data {request.data}: requires --data-root")
+        data_set = "none"
+    found["data.name"] = data_set
     return found
 
 
@@ -198,9 +211,6 @@ def _adapted(recipe: Recipe) -> dict[str, Any]:
         changes["objective.bn_moments"] = 0.0
         if recipe.data.task == "segmentation":
             changes |= {"objective.adversarial": 1.0, "loop.generator_pretraining": 0}
-        LOGGER.warning(
-            "%s has no batch norm with running statistics: images are generated without them, and recover less", recipe.teacher.model
-        )
     return changes
 
 

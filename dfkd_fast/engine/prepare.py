@@ -17,6 +17,7 @@ from dfkd_fast.surgery import (
     FoldingError,
     Observer,
     auxiliary_outputs,
+    check_copy,
     deep_copy,
     eval_mode,
     fold_and_verify,
@@ -33,7 +34,6 @@ from dfkd_fast.surgery import (
     use_cpu_convolutions,
 )
 
-from .calibration import check_quantized
 from .clock import Clock
 from .compatibility import check_initialized, check_networks, check_objective, check_smallest_batches
 from .device import reuse_freed_memory
@@ -239,7 +239,7 @@ def prepare(
         frozen, student, generator, device, teacher_trained=teacher_trained, adversarial=objective.adversarial > 0
     )
     check_objective(objective, generator, logits_shape)
-    check_quantized(student, teacher)
+    check_copy(student, teacher)
     if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
         context.notes.append(
             "engine.micro_batches: batch norms in training use the statistics of a micro-batch, so gradients differ from the whole batch's"

@@ -203,7 +203,7 @@ def _as_svg(figure: Figure) -> str:
 
 def _plot_accuracy(axes: Axes, epochs: Sequence[Epoch], teacher_accuracy: float | None, metric: str, role: str = "student") -> None:
     accuracies = _evaluated(epochs)
-    if any(epoch.agreement is not None for epoch in epochs):
+    if any(epoch.agreement is not None for epoch in epochs) and all(epoch.student_accuracy is None for epoch in epochs):
         metric = AGREEMENT
     if accuracies:
         label = f"{role} (last {accuracies[-1][1]:.2f} %)"

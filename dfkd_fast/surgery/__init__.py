@@ -5,7 +5,7 @@
 switch modes and extract logits.
 """
 
-from .calibrate import calibrate
+from .calibrate import calibrate, check_copy
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
 from .feature_vectors import FeatureVectors, matched_layers
 from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
@@ -31,6 +31,7 @@ __all__ = [
     "SpectralNorm",
     "auxiliary_outputs",
     "calibrate",
+    "check_copy",
     "compute_in_float32",
     "deep_copy",
     "dry_run",

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.errors import DfkdError
+
 from .fold import has_running_statistics
 from .modes import eval_mode
 from .quantize import quantized_layers
 from .round_weights import round_weights
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "check_copy"]
 
 LARGEST_RATIO = 4.0
 """Largest factor of a variance's correction; channels that hardly vary on the images would have larger ones."""
@@ -40,7 +42,11 @@ def calibrate(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
         student: Copy of the teacher, quantized by :func:`~dfkd_fast.surgery.quantize`; changed in place.
         teacher: Network, images → logits.
         images: Images (N, C, H, W), for one forward pass of each network in evaluation mode.
+
+    Raises:
+        DfkdError: The student is not a copy of the teacher.
     """
+    check_copy(student, teacher)
     layers = quantized_layers(student)
     norms = {name: norm for name, norm in student.named_modules() if has_running_statistics(norm)}
     biased: dict[str, Any] = {name: layer for name, layer in layers.items() if isinstance(layer.bias, Tensor)}
@@ -84,6 +90,21 @@ def calibrate(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
         hooks.enter_context(_on_first_call(student, norms, correct_statistics))
         hooks.enter_context(_on_first_call(student, biased, correct_bias, outputs=True))
         student(images.clone())
+
+
+def check_copy(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises a :class:`DfkdError` if a quantized student is not a copy of the teacher."""
+    layers: dict[str, nn.Module] = dict(quantized_layers(student))
+    if layers:
+        layers |= {name: norm for name, norm in student.named_modules() if has_running_statistics(norm)}
+    modules = dict(teacher.named_modules())
+    for name, layer in layers.items():
+        if _shapes(layer) != _shapes(modules.get(name)):
+            raise DfkdError(f"the student is quantized, and its layer {name!r} differs from the teacher's: quantize a copy of the teacher")
+
+
+def _shapes(layer: nn.Module | None) -> list[torch.Size | None]:
+    return [getattr(getattr(layer, name, None), "shape", None) for name in ("weight", "bias", "running_mean")]
 
 
 def _moments(x: Tensor, channels: int) -> Moments:
