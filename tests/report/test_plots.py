@@ -104,3 +104,10 @@ def test_samples_over_time_have_a_dark_background(tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(tmp_path / "strip.png").convert("L"))
     assert pixels[0, 0] < 40
     assert (pixels > 250).mean() > 0.5
+
+
+def test_the_axis_names_the_accuracy_where_the_agreement_is_measured_too() -> None:
+    accuracy = curves_as_svg([Epoch(1, 1.0, {}, 98.0, agreement=70.0)], 99.0, "top-1 accuracy")[0]
+    assert "accuracy" in accuracy.lower() and "98.00" in accuracy and "generated samples" not in accuracy
+    agreement = curves_as_svg([Epoch(1, 1.0, {}, None, agreement=70.0)], None, "top-1 accuracy")[0]
+    assert "generated samples" in agreement and "70.00" in agreement
