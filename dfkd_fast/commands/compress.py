@@ -38,7 +38,6 @@ SMALLEST_FOR_D = 64
 """Image size from which generator D is used; C is for smaller images."""
 GENERATED_SIZE = 128
 """Size of generated images for networks with larger inputs."""
-MAX_NAMES = 4
 BITS = re.compile(r"w(3|4|8|32)(?:a(4|8|32))?")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from dfkd_fast import distributed
 from dfkd_fast.engine import Trainer
 from dfkd_fast.engine.agreement import agreement
 from dfkd_fast.log import LOGGER
@@ -68,6 +69,7 @@ def write_quantized(run: Run, teacher: nn.Module, student: nn.Module) -> dict[st
     if folder.writes:
         save_quantized(student, folder.quantized)
     folder.write_text(folder.rebuild, _source(recipe, folder))
+    distributed.barrier()  # the other processes read the file's size
     calibrated: dict[str, Any] = json.loads(folder.calibration.read_text("utf-8")) if folder.calibration.is_file() else {}
     return {
         "bits": _bits(recipe),

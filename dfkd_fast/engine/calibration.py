@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from dfkd_fast import distributed
 from dfkd_fast.models import sample_batches
 from dfkd_fast.surgery import calibrate
 
@@ -26,5 +27,6 @@ def calibrate_student(state: TrainState, teacher: nn.Module) -> None:
     batches = sample_batches(state.generator, CALIBRATION_SAMPLES, len(state.latents), state.device)
     with default_modes(state.device):
         calibrate(student, teacher, torch.cat(list(batches)))
+    distributed.broadcast_(list(student.state_dict().values()))  # rounding may amplify differences between devices
     if state.average is not None:
         state.average.module.load_state_dict(student.state_dict())
