@@ -11,6 +11,7 @@ from torch import nn
 from bench import calibration
 from bench.baselines import pt2e
 from bench.provenance import commit
+from bench.report.calibration import calibration_table, peer_table
 from dfkd_fast import DfkdError, Recipe, load_recipe
 from dfkd_fast.commands.networks import build_network
 from dfkd_fast.models import save_weights
@@ -75,6 +76,16 @@ def test_pytorchs_quantization_has_the_bits_of_each_layer_and_the_ranges_of_its_
         error, of_brighter = ((quantized(scale * evaluated) - network(scale * evaluated)).abs().max() for scale in (1, 3))
     assert 0 < error < 0.05 * expected.abs().max() and of_brighter > 4 * error  # which are cut off
     assert torch.equal(network(evaluated), expected)
+
+
+def test_the_peer_has_a_table_of_its_own_beside_the_same_images() -> None:
+    common = {"network": "lenet5", "teacher_accuracy": "98.0", "pretraining": "300", "seed": "0", "device": "a CPU", "agreement": "99.0"}
+    rows = [
+        common | {"bits": bits, "correction": correction, "images": "real", "accuracy": accuracy, "torchao": "1.0"}
+        for bits, correction, accuracy in (("w8a8", "calibrate", "97.0"), ("w8a8", "PT2E", "96.0"), ("w4", "calibrate", "95.0"))
+    ]
+    assert peer_table(rows).splitlines()[2:] == ["| `lenet5` | 98.0 | w8a8 | real | 96.0 (99.0) | 97.0 (99.0) | 300 | 0 | 1.0 | a CPU |"]
+    assert "96.0" not in calibration_table(rows) and len(calibration_table(rows).splitlines()) == 4
 
 
 def test_statistics_that_are_estimated_again_are_those_of_the_images(recipe: Recipe) -> None:
