@@ -318,6 +318,9 @@ def run_calibration(
     data_root: Annotated[Path, typer.Option(help="The data, as data.root.")],
     network: Annotated[str, typer.Option(help="Network or recipe, as for dfkd-fast compress.")] = "efficientnet_lite0",
     bits: Annotated[Names, typer.Option(help="Bits such as w4a8; may be repeated. By default w8a8, w4, w4a8, w4a4 and w3.")] = None,
+    correction: Annotated[
+        Names, typer.Option(help=f"One of {', '.join(calibration.CORRECTIONS)}; may be repeated. All by default.")
+    ] = None,
     pretraining: Annotated[int | None, typer.Option(min=0, help="Steps of the generator; by default those of compress.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the generator.")] = 0,
     device: Annotated[str, typer.Option(help="One of auto, cpu, cuda.")] = "auto",
@@ -325,6 +328,7 @@ def run_calibration(
     out: Annotated[Path | None, typer.Option(help="CSV to write; by default bench/results/calibration-DEVICE.csv.")] = None,
 ) -> None:
     """Accuracy of quantized copies of a network that are calibrated on generated images, noise or real images, and not trained."""
+    corrections = _known("--correction", correction, calibration.CORRECTIONS)
     torch_device = pick_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -337,7 +341,12 @@ def run_calibration(
         changes["loop.generator_pretraining"] = pretraining
     recipe, overrides = compression_overrides(CompressRequest(network, overrides=changes))
     rows = calibration.measure(
-        load_recipe(recipe, overrides), bits or ["w8a8", "w4", "w4a8", "w4a4", "w3"], torch_device, _command(), _echo
+        load_recipe(recipe, overrides),
+        bits or ["w8a8", "w4", "w4a8", "w4a4", "w3"],
+        torch_device,
+        _command(),
+        _echo,
+        corrections,
     )
     for row in rows:
         _echo(f"{row.bits}  {row.correction}, {row.images} images: {row.metric} {row.accuracy:.2f} %, agreement {row.agreement:.2f} %")

@@ -17,11 +17,15 @@ from dfkd_fast.engine.precision import default_modes
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.evaluation import Evaluator
 from dfkd_fast.models import sample_batches
-from dfkd_fast.surgery import calibrate, eval_mode, get_logits, has_running_statistics, quantize
+from dfkd_fast.surgery import calibrate, eval_mode, get_logits, has_running_statistics, quantize, quantized_layers
 
-from .provenance import LOOPS, Provenance, measured_on
+from .baselines import pt2e
+from .provenance import QUANTIZERS, Provenance, measured_on, version
 
-__all__ = ["Row", "measure"]
+__all__ = ["CORRECTIONS", "PEER", "Row", "measure"]
+
+PEER = "PT2E"
+"""The correction that is PyTorch's own quantization, :mod:`bench.baselines.pt2e`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Row:
     network: str
     bits: str
     correction: str
-    """``none``; ``batch norms``: their statistics are estimated again on the images; ``calibrate``: :func:`dfkd_fast.surgery.calibrate`."""
+    """``none``; ``batch norms``: their statistics are estimated again on the images; ``calibrate``: :func:`dfkd_fast.surgery.calibrate`;
+    ``PT2E``: PyTorch's own quantization, with the ranges that its observers choose for the images."""
     images: str
     """``generated``, after ``pretraining`` steps; ``noise``, standard normal; ``real``, the first of the evaluation, without labels."""
     samples: int
@@ -45,10 +50,17 @@ class Row:
     evaluated: int
     """Number of images of the evaluation."""
     seed: int
-    provenance: Provenance = field(kw_only=True, metadata={"columns": LOOPS})
+    provenance: Provenance = field(kw_only=True, metadata={"columns": QUANTIZERS})
 
 
-def measure(recipe: Recipe, bits: Sequence[str], device: torch.device, command: str, report: Callable[[str], None]) -> Iterator[Row]:
+def measure(
+    recipe: Recipe,
+    bits: Sequence[str],
+    device: torch.device,
+    command: str,
+    report: Callable[[str], None],
+    corrections: Sequence[str] = (),
+) -> Iterator[Row]:
     """Quantize copies of a recipe's teacher, and yield the accuracy of each for every correction and source of images.
 
     Args:
@@ -56,7 +68,8 @@ def measure(recipe: Recipe, bits: Sequence[str], device: torch.device, command: 
         bits: Such as ``w4a8``.
         device: Device of the networks.
         command: Command line, for the provenance.
-        report: Called with lines on the weights and the data.
+        report: Called with lines on the weights and the data, and on a peer that is not installed.
+        corrections: Names in :data:`CORRECTIONS`; by default all.
 
     Raises:
         DfkdError: Bits are not allowed, or the recipe has no teacher weights or no data.
@@ -64,6 +77,10 @@ def measure(recipe: Recipe, bits: Sequence[str], device: torch.device, command: 
     if not recipe.teacher.weights:
         raise DfkdError("teacher.weights: not set; only a trained network can be quantized")
     parsed = {each: parse_bits(each) for each in bits}
+    chosen = [name for name in CORRECTIONS if name in (corrections or CORRECTIONS)]
+    if PEER in chosen and not version("torchao"):
+        report(f"{PEER}: left out, because torchao is not installed: pip install torchao")
+        chosen.remove(PEER)
     provenance = measured_on(device, command)
     evaluate = Evaluator(recipe.data, device, report)
     teacher, student, generator = build_networks(recipe, device)
@@ -78,16 +95,17 @@ def measure(recipe: Recipe, bits: Sequence[str], device: torch.device, command: 
     }
     for each, (weight_bits, activation_bits) in parsed.items():
         for source, images in sources.items():
-            for correction, correct in CORRECTIONS.items():
+            for correction in chosen:
                 if correction == "none" and source != "generated":
+                    continue
+                if correction == PEER and not pt2e.supports(weight_bits, activation_bits):
                     continue
                 copied = copy.deepcopy(teacher)
                 quantize(
                     copied, images[:8], weight_bits=weight_bits, activation_bits=activation_bits, end_bits=recipe.student.first_last_bits
                 )
-                with torch.no_grad():
-                    correct(copied, teacher, images)
-                _, predicted = _predictions(copied, evaluate.batches, device)
+                corrected = _corrected(correction, copied, teacher, images, sources["real"])
+                _, predicted = _predictions(corrected, evaluate.batches, device)
                 yield Row(
                     network=recipe.teacher.model,
                     bits=each,
@@ -103,6 +121,15 @@ def measure(recipe: Recipe, bits: Sequence[str], device: torch.device, command: 
                     seed=recipe.seed,
                     provenance=provenance,
                 )
+
+
+def _corrected(correction: str, student: nn.Module, teacher: nn.Module, images: Tensor, evaluated: Tensor) -> nn.Module:
+    """Returns the quantized copy, corrected in place; for the peer, the copy that PyTorch makes with as many bits in each layer."""
+    if correction == PEER:
+        return pt2e.quantized(teacher, images, evaluated, {name: layer.weight_bits for name, layer in quantized_layers(student).items()})
+    with torch.no_grad():
+        IN_PLACE[correction](student, teacher, images)
+    return student
 
 
 def _leave(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
@@ -124,11 +151,12 @@ def _estimate_again(student: nn.Module, teacher: nn.Module, images: Tensor) -> N
         hook.remove()
 
 
-CORRECTIONS: dict[str, Callable[[nn.Module, nn.Module, Tensor], None]] = {
+IN_PLACE: dict[str, Callable[[nn.Module, nn.Module, Tensor], None]] = {
     "none": _leave,
     "batch norms": _estimate_again,
     "calibrate": calibrate,
 }
+CORRECTIONS = (*IN_PLACE, PEER)
 
 
 def _pretrained_samples(trainer: Trainer, recipe: Recipe) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from dfkd_fast.engine.device import device_name
 
-__all__ = ["KERNELS", "LOADERS", "LOOPS", "ROOT", "Provenance", "commit", "file_name", "measured_on", "version"]
+__all__ = ["KERNELS", "LOADERS", "LOOPS", "QUANTIZERS", "ROOT", "Provenance", "commit", "file_name", "measured_on", "version"]
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("device", "threads", "load", "torch", "triton", "numba", "commit", "command")
@@ -22,6 +22,8 @@ LOOPS = ("device", "load", "torch", "commit", "command")
 """Columns of a provenance in tables of whole iterations."""
 LOADERS = ("device", "load", "torch", "dali", "commit", "command")
 """Columns of a provenance in tables of loaders."""
+QUANTIZERS = ("device", "load", "torch", "torchao", "commit", "command")
+"""Columns of a provenance in tables of quantized networks."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class Provenance:
     """Load average of the minute before the run; timings on a busy machine are unreliable."""
     torch: str
     triton: str
-    """Version, empty if not installed; likewise numba and dali."""
+    """Version, empty if not installed; likewise numba, dali and torchao."""
     numba: str
     dali: str
+    torchao: str
     commit: str
     command: str
 
@@ -62,6 +65,7 @@ def measured_on(device: torch.device | str, command: str, known_commit: str | No
         triton=version("triton"),
         numba=version("numba"),
         dali=version("nvidia-dali-cuda130"),
+        torchao=version("torchao"),
         commit=known_commit or commit(),
         command=command,
     )

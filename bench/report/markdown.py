@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dfkd_fast.errors import DfkdError
 
-__all__ = ["END", "Cell", "by_device", "code", "fill", "marker", "one_line", "table"]
+__all__ = ["EMPTY", "END", "Cell", "by_device", "code", "fill", "marker", "one_line", "table"]
 
 END = "<!-- end of the table -->"
 EMPTY = "–"
