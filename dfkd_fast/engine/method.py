@@ -37,8 +37,8 @@ class Loop:
     steps_per_batch: PositiveInt = 1
     """Number of consecutive student steps of an iteration on the same fresh samples (1 in DFAD). Replayed samples are drawn in every
     step."""
-    generator_steps: PositiveInt = 1
-    """Number of generator steps per iteration."""
+    generator_steps: Count = 1
+    """Number of generator steps per iteration. With 0, the generator is trained in its pretraining only."""
     generator_first: Flag = False
     """Run the generator steps before the student steps of an iteration (PRE-DFKD) instead of after them (DFAD)."""
     generator_pretraining: Count = 0
@@ -142,6 +142,8 @@ class Method:
             )
         if policy is not None:
             policy.check(self.replay.rows, batch_size)
+        if not loop.generator_steps and not loop.generator_pretraining:
+            raise ValueError("loop.generator_steps = 0: the generator would never be trained; set loop.generator_pretraining")
         if self.loop.generator_pretraining and not self.objective.has_non_adversarial_terms:
             raise ValueError(f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a non-adversarial term in [objective]")
 

@@ -13,6 +13,7 @@ from dfkd_fast.kernels import FusedEMA
 from dfkd_fast.methods import Objective, build_replay_source
 from dfkd_fast.models import sample, state_dict_sha256
 from dfkd_fast.surgery import (
+    Call,
     FeatureVectors,
     FoldingError,
     Observer,
@@ -30,6 +31,7 @@ from dfkd_fast.surgery import (
     lower_precision,
     matched_layers,
     quantized_layers,
+    shared_layers,
     sharing_copy,
     use_cpu_convolutions,
 )
@@ -340,14 +342,18 @@ def _features(teacher: nn.Module, student: nn.Module, objective: Objective, rows
     """Builds the feature vectors of teacher and student, with a buffer for a batch of ``rows`` samples."""
     projection = None
     with context.precision.autocast():
-        teacher_calls, student_calls = matched_layers(teacher, student, context.images)
+        teacher_calls: list[Call] = []
+        student_calls: list[Call] = []
+        if objective.attention or objective.hint:
+            teacher_calls, student_calls = matched_layers(teacher, student, context.images)
+        layers = shared_layers(teacher, student, context.images) if objective.features else []
         if objective.hint:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # initial weights depend on the seed only
                 projection = nn.Conv2d(student_calls[-1].channels, teacher_calls[-1].channels, kernel_size=1).to(context.device)
         weights = objective.attention, objective.hint
-        of_teacher = FeatureVectors(teacher, teacher_calls, *weights)
-        of_student = FeatureVectors(student, student_calls, *weights, projection)
+        of_teacher = FeatureVectors(teacher, teacher_calls, *weights, layers=layers, features=objective.features)
+        of_student = FeatureVectors(student, student_calls, *weights, projection, layers=layers, features=objective.features)
         with torch.no_grad():
             dimension = of_teacher(context.images)[1].shape[1]
     return Features(of_teacher, of_student, torch.zeros(rows, dimension, device=context.device))

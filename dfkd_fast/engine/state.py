@@ -24,7 +24,7 @@ __all__ = ["Features", "TrainState", "isolated_callback", "preserved"]
 
 @dataclass
 class Features:
-    """Feature vectors that student steps compare (``objective.attention`` and ``objective.hint``)."""
+    """Feature vectors that student steps compare (``objective.attention``, ``hint`` and ``features``)."""
 
     teacher: FeatureVectors
     student: FeatureVectors

@@ -56,6 +56,10 @@ class Objective:
     hint: NonNegative = 0.0
     """Weight of the hint of FitNets (arXiv 1412.6550) in the student's loss, for the samples of ``attention``: the smallest feature map
     of the teacher is compared with that of the student after a learned projection, see :class:`~dfkd_fast.surgery.FeatureVectors`."""
+    features: NonNegative = 0.0
+    """Weight of the mean squared distance between the inputs of all layers that teacher and student share, each divided by its norm, in
+    the loss of a student that is a copy of the teacher, such as a quantized one; for the samples of ``attention``. See
+    :class:`~dfkd_fast.surgery.FeatureVectors`."""
     class_nll: NonNegative = 0.0
     """Weight of :func:`class_nll`; requires a conditional generator."""
     embedding_norm: NonNegative = 0.0
@@ -73,7 +77,7 @@ class Objective:
     @property
     def compares_features(self) -> bool:
         """Whether the student's loss compares feature maps, not only logits."""
-        return bool(self.attention or self.hint)
+        return bool(self.attention or self.hint or self.features)
 
     @property
     def conditional(self) -> bool:
@@ -143,7 +147,7 @@ class Objective:
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Returns the mean squared distance between feature vectors of student and teacher, 0-d.
 
-    With the vectors of :class:`~dfkd_fast.surgery.FeatureVectors` it is the weighted sum of attention transfer and hint.
+    With the vectors of :class:`~dfkd_fast.surgery.FeatureVectors` it is the weighted sum of the terms that compare features.
 
     Args:
         student: Feature vectors (B, D).

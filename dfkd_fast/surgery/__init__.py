@@ -7,7 +7,7 @@ switch modes and extract logits.
 
 from .calibrate import calibrate, check_copy
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
-from .feature_vectors import FeatureVectors, matched_layers
+from .feature_vectors import Call, FeatureVectors, matched_layers, shared_layers
 from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
 from .modes import deep_copy, dry_run, eval_mode, freeze, weights_frozen
@@ -21,6 +21,7 @@ from .sharing import frozen_copy, sharing_copy
 __all__ = [
     "FLOAT",
     "BatchNormLeakyReLU2d",
+    "Call",
     "CpuConv2d",
     "FakeQuantized",
     "FeatureVectors",
@@ -55,6 +56,7 @@ __all__ = [
     "quantized_layers",
     "restore_weights",
     "round_weights",
+    "shared_layers",
     "sharing_copy",
     "use_cpu_convolutions",
     "weights_frozen",

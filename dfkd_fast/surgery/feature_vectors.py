@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from dfkd_fast.errors import DfkdError
 
@@ -15,7 +16,7 @@ from .observe import RecordsCalls
 from .outputs import get_logits
 from .sharing import sharing_copy
 
-__all__ = ["Call", "FeatureVectors", "matched_layers"]
+__all__ = ["Call", "FeatureVectors", "matched_layers", "shared_layers"]
 
 
 class Call(NamedTuple):
@@ -55,16 +56,41 @@ def matched_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tu
     return [of_teacher[size] for size in sizes], [of_student[size] for size in sizes]
 
 
+def shared_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> list[str]:
+    """Returns the names of the convolutions and linear layers that both networks call once, with inputs of one shape, in their order.
+
+    In a copy of a network these are all layers. Those whose input are the images are left out.
+
+    Args:
+        teacher: Network, images → logits, in the mode in which it is to be called.
+        student: Network, images → logits, in the mode in which it is to be called.
+        images: Example images (B, C, H, W).
+
+    Raises:
+        DfkdError: The networks share no layer.
+    """
+    of_teacher, of_student = (_input_shapes(network, images) for network in (teacher, student))
+    names = [name for name, shapes in of_student.items() if len(shapes) == 1 and shapes == of_teacher.get(name) != [images.shape]]
+    if not names:
+        raise DfkdError(
+            "objective.features: teacher and student have no convolution or linear layer of the same name and input size in common;"
+            " the term is for students that are copies of the teacher"
+        )
+    return names
+
+
 class FeatureVectors(nn.Module):
     """Module that returns a network's logits together with a vector of its feature maps per image, which is differentiable.
 
-    The squared distance of a student's vector and its teacher's is the weighted sum of two terms:
+    The squared distance of a student's vector and its teacher's is the weighted sum of three terms:
 
     - attention transfer (Zagoruyko and Komodakis 2017, arXiv 1612.03928), in the form of the public code of ZSKT (arXiv 1905.09768):
       the attention map of a layer's features f is q = Σ_c f_c² over the channels, divided by ‖q‖₂; the term is the sum over layers of
       the mean squared difference over positions;
     - the hint of FitNets (Romero et al. 2015, arXiv 1412.6550): the mean squared difference over channels and positions of the last
-      call's features, after a projection of the student's to the teacher's channels.
+      call's features, after a projection of the student's to the teacher's channels;
+    - the mean over ``layers`` of ‖x/‖x‖₂ − y/‖y‖₂‖₂², where x and y are the layer's inputs in student and teacher (ours). The norms make
+      the layers equally important, whatever the size of their inputs.
 
     It calls a copy of the network that shares every parameter and buffer; the network itself is not changed. Its parameters are those of
     the network and of the projection.
@@ -75,16 +101,27 @@ class FeatureVectors(nn.Module):
         attention: Weight of attention transfer; 0 omits it.
         hint: Weight of the hint; 0 omits it.
         projection: Maps a student's features of the last call to the teacher's channels, for the hint; None for a teacher.
+        layers: Names of the layers whose inputs are compared.
+        features: Weight of the term that compares them.
     """
 
     def __init__(
-        self, network: nn.Module, calls: Sequence[Call], attention: float, hint: float, projection: nn.Module | None = None
+        self,
+        network: nn.Module,
+        calls: Sequence[Call] = (),
+        attention: float = 0.0,
+        hint: float = 0.0,
+        projection: nn.Module | None = None,
+        *,
+        layers: Sequence[str] = (),
+        features: float = 0.0,
     ) -> None:
         super().__init__()
         self.network = sharing_copy(network)
-        self.attention, self.hint, self.projection = attention, hint, projection
-        self._calls = calls
-        self._layers: dict[str, Any] = {call.layer: self.network.get_submodule(call.layer) for call in calls}
+        self.attention, self.hint, self.projection, self.features = attention, hint, projection, features
+        self._calls, self._compared = calls, layers
+        names = dict.fromkeys([*(call.layer for call in calls), *layers])
+        self._layers: dict[str, Any] = {name: self.network.get_submodule(name) for name in names}
         for layer in self._layers.values():
             layer.__class__ = type(type(layer).__name__, (RecordsCalls, type(layer)), {})
 
@@ -93,28 +130,35 @@ class FeatureVectors(nn.Module):
         for layer in self._layers.values():
             layer.calls = []
         logits = get_logits(self.network(images))
-        features = [self._feature_map(call) for call in self._calls]
+        features = [self._recorded(call.layer, call.number)[1] for call in self._calls]
+        inputs = [self._recorded(name, 0)[0] for name in self._compared]
         for layer in self._layers.values():
             layer.calls = []
         vectors = [_scaled(_attention_map(each), self.attention) for each in features] if self.attention else []
         if self.hint:
             last = features[-1] if self.projection is None else self.projection(features[-1])
             vectors.append(_scaled(last.float().flatten(1), self.hint))
+        vectors += [(self.features / len(inputs)) ** 0.5 * _normalized(each) for each in inputs]
         return logits, torch.cat(vectors, dim=1)
 
-    def _feature_map(self, call: Call) -> Tensor:
-        calls = self._layers[call.layer].calls
-        if call.number >= len(calls):
+    def _recorded(self, layer: str, number: int) -> tuple[Tensor, Tensor]:
+        """Returns input and output of a call of a layer in this forward pass."""
+        calls: list[tuple[Tensor, Tensor]] = self._layers[layer].calls
+        if number >= len(calls):
             raise DfkdError(
-                f"objective.attention, objective.hint: layer {call.layer!r} was called {len(calls)} times, and {call.number + 1} times "
+                f"objective.attention, hint and features: layer {layer!r} was called {len(calls)} times, and {number + 1} times "
                 "before: networks that skip layers at random are not supported"
             )
-        features: Tensor = calls[call.number][1]
-        return features
+        return calls[number]
 
 
 def _attention_map(features: Tensor) -> Tensor:
     return nn.functional.normalize(features.float().square().sum(1).flatten(1), dim=1)
+
+
+def _normalized(inputs: Tensor) -> Tensor:
+    """Returns inputs (B, C, ...) as vectors (B, D) of norm 1. Channels last, as they are in memory."""
+    return nn.functional.normalize(inputs.float().movedim(1, -1).flatten(1), dim=1)
 
 
 def _scaled(vectors: Tensor, weight: float) -> Tensor:
@@ -142,3 +186,19 @@ def _last_calls(network: nn.Module, images: Tensor) -> dict[tuple[int, int], Cal
                 layer.register_forward_hook(record)
         trial(images)
     return last
+
+
+def _input_shapes(network: nn.Module, images: Tensor) -> dict[str, list[torch.Size]]:
+    """Returns the shapes of the inputs of every call of each convolution and linear layer, in the order of the first calls."""
+    shapes: dict[str, list[torch.Size]] = {}
+    with dry_run(network) as trial:
+        names: dict[nn.Module, str] = {layer: name for name, layer in trial.named_modules() if isinstance(layer, nn.Linear | _ConvNd)}
+
+        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if len(inputs) == 1:
+                shapes.setdefault(names[layer], []).append(inputs[0].shape)
+
+        for layer in names:
+            layer.register_forward_pre_hook(record)
+        trial(images.clone())  # the network may modify its input in place
+    return shapes

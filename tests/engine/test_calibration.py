@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from dfkd_fast import DfkdError, GeneratorA, Method, Objective, Replay, Trainer, Update, within_budget
+from dfkd_fast import DfkdError, GeneratorA, Loop, Method, Objective, Replay, Trainer, Update, within_budget
 from dfkd_fast.engine import budget
 from dfkd_fast.engine.calibration import calibrate_student
 from dfkd_fast.surgery import FLOAT, fold, quantize
@@ -35,7 +36,7 @@ def networks(*, weight_bits: int = 4, activation_bits: int = 8) -> Networks:
 
 
 def pretraining_method(**settings: Any) -> Method:
-    method = replace(small_method(**settings), objective=Objective(bn_moments=1.0))
+    method = replace(small_method(**settings), objective=Objective(bn_moments=1.0, features=10.0))
     return replace(method, loop=replace(method.loop, generator_pretraining=2, student_ema_decay=0.5))
 
 
@@ -166,10 +167,11 @@ def test_running_statistics_and_ranges_do_not_change_in_training(make_trainer: M
     [
         {"update": Update(kind="second-order", inner_lr=0.01), "replay": Replay(kind="ema_generator")},
         {"objective": Objective(attention=10.0, hint=1.0)},
+        {"objective": Objective(features=10.0)},
     ],
-    ids=["second-order", "feature terms"],
+    ids=["second-order", "feature maps", "features"],
 )
-def test_second_order_updates_and_feature_terms_train_a_quantized_student(
+def test_second_order_updates_and_features_train_a_quantized_student(
     make_trainer: MakeTrainer, changes: dict[str, Any], weight_bits: int, activation_bits: int
 ) -> None:
     made = networks(weight_bits=weight_bits, activation_bits=activation_bits)
@@ -181,3 +183,21 @@ def test_second_order_updates_and_feature_terms_train_a_quantized_student(
         assert parameter.isfinite().all()
         assert not torch.equal(parameter, made[1].state_dict()[name])
     assert_equal(running_statistics(trainer.student), statistics)
+
+
+def test_without_generator_steps_the_generator_stays_as_it_was_pretrained(make_trainer: MakeTrainer) -> None:
+    method = pretraining_method()
+    trainer = make_trainer(replace(method, loop=replace(method.loop, generator_steps=0)), networks=networks())
+    pretrained: dict[str, Any] = {}
+    trainer.on_calibration = lambda trainer: pretrained.update(copy.deepcopy(trainer.generator.state_dict()))
+    student = copy.deepcopy(dict(trainer.student.state_dict()))
+    trainer.fit()
+    assert [set(epoch.losses) for epoch in trainer.history] == 2 * [{"student"}]
+    parameters = {name for name, _ in trainer.generator.named_parameters()}
+    assert_equal({name: trainer.generator.state_dict()[name] for name in parameters}, {name: pretrained[name] for name in parameters})
+    assert not torch.equal(trainer.student.state_dict()["0.weight"], student["0.weight"])
+
+
+def test_a_generator_that_would_never_be_trained_is_refused() -> None:
+    with pytest.raises(ValidationError, match="generator_steps = 0: the generator would never be trained"):
+        Method(loop=Loop(generator_steps=0))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import DfkdError
 from dfkd_fast.models import build_model
-from dfkd_fast.surgery import FeatureVectors, fold_and_verify, matched_layers
+from dfkd_fast.surgery import FeatureVectors, fold_and_verify, matched_layers, quantize, shared_layers
 
 
 class OneReLU(nn.Module):
@@ -202,3 +202,65 @@ def test_networks_without_feature_maps_of_one_size_are_rejected_with_their_sizes
         matched_layers(whole, halved, images)
     with pytest.raises(DfkdError, match="the student of no size"):
         matched_layers(whole, linear, images)
+
+
+class Residual(nn.Module):
+    """Network with a layer that is called twice, a residual sum and a linear layer over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.twice, self.wide, self.head = nn.Conv2d(4, 4, 1), nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def inputs(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.norm(self.stem(x))
+        tokens = (x + self.twice(F.relu(self.twice(x)))).flatten(2).movedim(1, -1)
+        return {"wide": tokens, "head": F.relu(self.wide(tokens)).mean(1)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inputs(x)["head"])
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_squared_distance_of_shared_layers_is_the_mean_of_those_of_their_normalized_inputs(
+    height: int, width: int, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    teacher, images = Residual().eval(), torch.randn(3, 3, height, width).to(memory_format=layout)
+    student = copy.deepcopy(teacher)
+    quantize(student, images, weight_bits=3, activation_bits=4)
+    assert shared_layers(teacher, student, images) == ["wide", "head"]
+    expected_logits = student(images)
+    _, theirs = FeatureVectors(teacher, layers=["wide", "head"], features=10.0)(images)
+    logits, ours = FeatureVectors(student, layers=["wide", "head"], features=10.0)(images)
+    assert torch.equal(logits, expected_logits)
+    pairs = zip(student.inputs(images).values(), teacher.inputs(images).values(), strict=True)
+    distances = [F.normalize(one.double().flatten(1)) - F.normalize(other.double().flatten(1)) for one, other in pairs]
+    expected = 10.0 / 2 * sum(distance.square().sum(1).mean() for distance in distances)
+    assert expected.item() > 1e-3
+    actual = (ours - theirs).square().sum(1).mean()
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-7)
+    parameters = [student.norm.weight, student.wide._parameters["weight"]]
+    for gradient, exact in zip(torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-7)
+
+
+def test_every_layer_of_a_folded_teacher_but_the_first_is_shared_with_a_copy_and_has_its_inputs() -> None:
+    torch.manual_seed(0)
+    teacher = build_model("wrn10_1", 10, 3)
+    teacher(torch.randn(8, 3, 16, 16))  # moves the running statistics
+    teacher.eval()
+    images = torch.randn(4, 3, 16, 16)
+    names = shared_layers(folded := fold_and_verify(teacher, images), copy.deepcopy(teacher), images)
+    layers = [name for name, layer in teacher.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert sorted(names) == sorted(layers[1:])
+    vectors = [FeatureVectors(network, layers=names, features=1.0)(images)[1] for network in (folded, teacher)]
+    torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-6)
+
+
+def test_networks_that_share_no_layer_are_rejected() -> None:
+    whole = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    other = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5))
+    with pytest.raises(DfkdError, match=r"^objective.features: teacher and student have no convolution or linear layer of the same name"):
+        shared_layers(whole, other, torch.randn(2, 3, 8, 8))
