@@ -237,11 +237,11 @@ def test_the_squared_distance_of_shared_layers_is_the_mean_of_those_of_their_nor
     assert torch.equal(logits, expected_logits)
     pairs = zip(student.inputs(images).values(), teacher.inputs(images).values(), strict=True)
     distances = [F.normalize(one.double().flatten(1)) - F.normalize(other.double().flatten(1)) for one, other in pairs]
-    expected = 10.0 / 2 * sum(distance.square().sum(1).mean() for distance in distances)
+    expected = 10.0 / 2 * torch.stack([distance.square().sum(1).mean() for distance in distances]).sum()
     assert expected.item() > 1e-3
     actual = (ours - theirs).square().sum(1).mean()
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-7)
-    parameters = [student.norm.weight, student.wide._parameters["weight"]]
+    parameters = [student.norm.weight, dict(student.named_parameters())["wide.weight"]]
     for gradient, exact in zip(torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-7)
 
