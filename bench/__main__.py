@@ -338,7 +338,7 @@ def run_calibration(
         raise DfkdError(f"--out {target}: has other columns than a table of this benchmark")
     changes = {"data.root": os.path.realpath(data_root), "loop.epochs": 1, "seed": seed, "data.loader": "torchvision"}
     if pretraining is not None:
-        changes["loop.generator_pretraining"] = pretraining
+        changes |= {"loop.generator_pretraining": pretraining, "loop.generator_steps": 1}  # no iteration follows
     recipe, overrides = compression_overrides(CompressRequest(network, overrides=changes))
     rows = calibration.measure(
         load_recipe(recipe, overrides),

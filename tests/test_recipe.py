@@ -169,6 +169,7 @@ def test_the_networks_of_a_shipped_recipe_run_an_iteration(name: str) -> None:
             "loop.epochs": 1,
             "loop.iterations_per_epoch": 1,
             "loop.student_steps": 1,
+            "loop.generator_steps": 1,
             "loop.generator_pretraining": 0,
             "generator.width": 4,
             "replay.rows": 2,

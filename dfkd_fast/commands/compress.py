@@ -38,6 +38,9 @@ SMALLEST_FOR_D = 64
 """Image size from which generator D is used; C is for smaller images."""
 GENERATED_SIZE = 128
 """Size of generated images for networks with larger inputs."""
+LEARNING_RATES = {3: 1e-3, 4: 5e-4, 8: 3e-5}
+"""Learning rate of the student by the smaller number of bits of weights and activations. Steps of Adam are as large as the rate, and should
+be a part of the step of the rounding."""
 BITS = re.compile(r"w(3|4|8|32)(?:a(4|8|32))?")
 
 
@@ -140,6 +143,7 @@ def _chosen(request: CompressRequest, *, defaults: bool) -> dict[str, Any]:
     if bits is not None:
         weights, activations = parse_bits(bits)
         chosen = {"student.init": "teacher", "student.weight_bits": weights, "student.activation_bits": activations}
+        chosen["student_optimizer.lr"] = LEARNING_RATES[min(weights, activations)]
     if budget is not None:
         chosen["loop.budget"] = budget
     return chosen
@@ -209,7 +213,7 @@ def _adapted(recipe: Recipe) -> dict[str, Any]:
     if not any(has_running_statistics(layer) for layer in network.modules()):
         changes["objective.bn_moments"] = 0.0
         if recipe.data.task == "segmentation":
-            changes |= {"objective.adversarial": 1.0, "loop.generator_pretraining": 0}
+            changes |= {"objective.adversarial": 1.0, "loop.generator_pretraining": 0, "loop.generator_steps": 1}
     return changes
 
 

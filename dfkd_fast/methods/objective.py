@@ -57,9 +57,9 @@ class Objective:
     """Weight of the hint of FitNets (arXiv 1412.6550) in the student's loss, for the samples of ``attention``: the smallest feature map
     of the teacher is compared with that of the student after a learned projection, see :class:`~dfkd_fast.surgery.FeatureVectors`."""
     features: NonNegative = 0.0
-    """Weight of the mean squared distance between the inputs of all layers that teacher and student share, each divided by its norm, in
-    the loss of a student that is a copy of the teacher, such as a quantized one; for the samples of ``attention``. See
-    :class:`~dfkd_fast.surgery.FeatureVectors`."""
+    """Weight of the mean squared distance between the inputs of layers that teacher and student share, each divided by its norm, in the
+    loss of a student that is a copy of the teacher, such as a quantized one; for the samples of ``attention``. See
+    :class:`~dfkd_fast.surgery.FeatureVectors` and :func:`~dfkd_fast.surgery.shared_layers`."""
     class_nll: NonNegative = 0.0
     """Weight of :func:`class_nll`; requires a conditional generator."""
     embedding_norm: NonNegative = 0.0
@@ -153,7 +153,7 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: Feature vectors (B, D).
         teacher: Feature vectors of the same shape.
     """
-    return (student - teacher).square().sum(1).mean()
+    return F.mse_loss(student, teacher, reduction="sum") / len(student)
 
 
 def one_hot(logits: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from .sharing import sharing_copy
 __all__ = ["Call", "FeatureVectors", "matched_layers", "shared_layers"]
 
 
+SMALLEST_NORM = 1e-12
+
+
 class Call(NamedTuple):
     """A call of a layer in a network's forward pass."""
 
@@ -59,7 +62,8 @@ def matched_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tu
 def shared_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> list[str]:
     """Returns the names of the convolutions and linear layers that both networks call once, with inputs of one shape, in their order.
 
-    In a copy of a network these are all layers. Those whose input are the images are left out.
+    In a copy of a network these are all layers. For speed, layers whose inputs are the images are left out, and those whose inputs have
+    at least twice as many elements as the inputs of an earlier one, such as the wide layers of inverted residuals.
 
     Args:
         teacher: Network, images → logits, in the mode in which it is to be called.
@@ -70,7 +74,12 @@ def shared_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> lis
         DfkdError: The networks share no layer.
     """
     of_teacher, of_student = (_input_shapes(network, images) for network in (teacher, student))
-    names = [name for name, shapes in of_student.items() if len(shapes) == 1 and shapes == of_teacher.get(name) != [images.shape]]
+    names, smallest = [], math.inf
+    for name, shapes in of_student.items():
+        size = shapes[0].numel()
+        if len(shapes) == 1 and shapes == of_teacher.get(name) != [images.shape] and size < 2 * smallest:
+            names.append(name)
+            smallest = min(smallest, size)
     if not names:
         raise DfkdError(
             "objective.features: teacher and student have no convolution or linear layer of the same name and input size in common;"
@@ -138,7 +147,7 @@ class FeatureVectors(nn.Module):
         if self.hint:
             last = features[-1] if self.projection is None else self.projection(features[-1])
             vectors.append(_scaled(last.float().flatten(1), self.hint))
-        vectors += [(self.features / len(inputs)) ** 0.5 * _normalized(each) for each in inputs]
+        vectors += [_of_norm((self.features / len(inputs)) ** 0.5, each) for each in inputs]
         return logits, torch.cat(vectors, dim=1)
 
     def _recorded(self, layer: str, number: int) -> tuple[Tensor, Tensor]:
@@ -156,9 +165,10 @@ def _attention_map(features: Tensor) -> Tensor:
     return nn.functional.normalize(features.float().square().sum(1).flatten(1), dim=1)
 
 
-def _normalized(inputs: Tensor) -> Tensor:
-    """Returns inputs (B, C, ...) as vectors (B, D) of norm 1. Channels last, as they are in memory."""
-    return nn.functional.normalize(inputs.float().movedim(1, -1).flatten(1), dim=1)
+def _of_norm(norm: float, inputs: Tensor) -> Tensor:
+    """Returns inputs (B, C, ...) as vectors (B, D) of a norm, channels last, as they are in memory."""
+    vectors = inputs.float().movedim(1, -1).flatten(1)
+    return vectors * (norm / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=SMALLEST_NORM))
 
 
 def _scaled(vectors: Tensor, weight: float) -> Tensor:

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -257,6 +258,12 @@ def test_every_layer_of_a_folded_teacher_but_the_first_is_shared_with_a_copy_and
     assert sorted(names) == sorted(layers[1:])
     vectors = [FeatureVectors(network, layers=names, features=1.0)(images)[1] for network in (folded, teacher)]
     torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_with_inputs_of_twice_the_size_of_an_earlier_one_are_not_compared() -> None:
+    channels = [3, 4, 7, 8, 2, 4, 2]
+    network = nn.Sequential(*(nn.Conv2d(*pair, kernel_size=1) for pair in itertools.pairwise(channels)))
+    assert shared_layers(network, copy.deepcopy(network), torch.randn(2, 3, 8, 8)) == ["1", "2", "4"]
 
 
 def test_networks_that_share_no_layer_are_rejected() -> None:
