@@ -226,6 +226,21 @@ def test_terms_that_a_network_cannot_have_are_left_out() -> None:
     assert recipe.student.is_quantized and recipe.student.model == recipe.teacher.model
 
 
+def test_a_segmenter_without_batch_norms_has_an_adversary_to_train_its_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfkd_fast.commands.compress.has_running_statistics", lambda layer: False)
+    recipe = load_recipe(*compression_overrides(CompressRequest("camvid-cpu")))
+    assert (recipe.loop.generator_pretraining, recipe.loop.generator_steps) == (0, 1)
+    assert recipe.objective.adversarial == 1
+
+
+@pytest.mark.parametrize(("bits", "rate"), [("w3", 1e-3), ("w3a8", 1e-3), ("w4a8", 5e-4), ("w8a4", 5e-4), ("w8a8", 3e-5), ("w32a8", 3e-5)])
+def test_the_rate_fits_the_smaller_number_of_bits_unless_it_is_given(bits: str, rate: float) -> None:
+    _, overrides = compression_overrides(CompressRequest("digits", bits))
+    assert overrides["student_optimizer.lr"] == rate
+    _, overrides = compression_overrides(CompressRequest("digits", bits, overrides={"student_optimizer.lr": 0.5}))
+    assert overrides["student_optimizer.lr"] == 0.5
+
+
 def test_images_are_generated_smaller_where_the_network_accepts_them(tmp_path: Path) -> None:
     _, of_convolutions = compression_overrides(CompressRequest("efficientnet_lite0"))
     assert of_convolutions["generator.image_size"] == 128 and of_convolutions["data.image_size"] == 224
