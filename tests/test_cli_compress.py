@@ -237,8 +237,9 @@ def test_a_segmenter_without_batch_norms_has_an_adversary_to_train_its_generator
 def test_the_rate_fits_the_smaller_number_of_bits_unless_it_is_given(bits: str, rate: float) -> None:
     _, overrides = compression_overrides(CompressRequest("digits", bits))
     assert overrides["student_optimizer.lr"] == rate
-    _, overrides = compression_overrides(CompressRequest("digits", bits, overrides={"student_optimizer.lr": 0.5}))
-    assert overrides["student_optimizer.lr"] == 0.5
+    for network in ("digits", "imagenet-lite-w4a8"):
+        _, overrides = compression_overrides(CompressRequest(network, bits, overrides={"student_optimizer.lr": 0.5}))
+        assert overrides["student_optimizer.lr"] == 0.5
 
 
 def test_images_are_generated_smaller_where_the_network_accepts_them(tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def compression_overrides(request: CompressRequest) -> tuple[str, dict[str, Any]
     network, options = request.network, dict(request.overrides)
     is_recipe = network.endswith(".toml") or network in shipped_recipes()
     if is_recipe and load_recipe(network).student.is_quantized:  # of an earlier compression, or made for one
-        return network, options | _chosen(request, defaults=False)
+        rate = {path: value for path, value in options.items() if path == "student_optimizer.lr"}
+        return network, options | _chosen(request, defaults=False) | rate
     of_method = {path: value for path, value in flat(read_recipe(BASE)) if path.partition(".")[0] in METHOD}
     del of_method["loop.epochs"]  # from the budget, or from the options
     of_method |= _chosen(request, defaults=True)

@@ -19,7 +19,7 @@ from .sharing import sharing_copy
 __all__ = ["Call", "FeatureVectors", "matched_layers", "shared_layers"]
 
 
-SMALLEST_NORM = 1e-12
+SMALLEST_NORM = 1e-6
 
 
 class Call(NamedTuple):
@@ -62,8 +62,9 @@ def matched_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> tu
 def shared_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> list[str]:
     """Returns the names of the convolutions and linear layers that both networks call once, with inputs of one shape, in their order.
 
-    In a copy of a network these are all layers. For speed, layers whose inputs are the images are left out, and those whose inputs have
-    at least twice as many elements as the inputs of an earlier one, such as the wide layers of inverted residuals.
+    Left out are layers whose inputs are of the shape of the images; those that are called with keyword arguments or with an input whose
+    first dimension is not the batch; and for speed those with at least twice as many input channels as an earlier layer with inputs of
+    the same height and width, such as the wide layers of inverted residuals.
 
     Args:
         teacher: Network, images → logits, in the mode in which it is to be called.
@@ -73,17 +74,21 @@ def shared_layers(teacher: nn.Module, student: nn.Module, images: Tensor) -> lis
     Raises:
         DfkdError: The networks share no layer.
     """
-    of_teacher, of_student = (_input_shapes(network, images) for network in (teacher, student))
-    names, smallest = [], math.inf
-    for name, shapes in of_student.items():
-        size = shapes[0].numel()
-        if len(shapes) == 1 and shapes == of_teacher.get(name) != [images.shape] and size < 2 * smallest:
+    of_teacher, of_student = (_inputs(network, images) for network in (teacher, student))
+    names: list[str] = []
+    smallest: dict[torch.Size, float] = {}
+    for name, shape in of_student.items():
+        if shape is None or shape != of_teacher.get(name):
+            continue
+        is_linear = isinstance(student.get_submodule(name), nn.Linear)
+        channels, positions = (shape[-1], shape[1:-1]) if is_linear else (shape[1], shape[2:])
+        if channels < 2 * smallest.get(positions, math.inf):
             names.append(name)
-            smallest = min(smallest, size)
+            smallest[positions] = min(channels, smallest.get(positions, math.inf))
     if not names:
         raise DfkdError(
             "objective.features: teacher and student have no convolution or linear layer of the same name and input size in common;"
-            " the term is for students that are copies of the teacher"
+            " the term is for students that are copies of the teacher; set it to 0"
         )
     return names
 
@@ -198,17 +203,22 @@ def _last_calls(network: nn.Module, images: Tensor) -> dict[tuple[int, int], Cal
     return last
 
 
-def _input_shapes(network: nn.Module, images: Tensor) -> dict[str, list[torch.Size]]:
-    """Returns the shapes of the inputs of every call of each convolution and linear layer, in the order of the first calls."""
-    shapes: dict[str, list[torch.Size]] = {}
+def _inputs(network: nn.Module, images: Tensor) -> dict[str, torch.Size | None]:
+    """Returns the shape of the input of each convolution and linear layer, in the order of the first calls; None if it is not compared."""
+    shapes: dict[str, torch.Size | None] = {}
     with dry_run(network) as trial:
-        names: dict[nn.Module, str] = {layer: name for name, layer in trial.named_modules() if isinstance(layer, nn.Linear | _ConvNd)}
+        # PyTorch's fast path does not call these layers.
+        hidden = {id(layer) for block in trial.modules() if isinstance(block, nn.TransformerEncoderLayer) for layer in block.modules()}
+        names: dict[nn.Module, str] = {
+            layer: name for name, layer in trial.named_modules() if isinstance(layer, nn.Linear | _ConvNd) and id(layer) not in hidden
+        }
 
-        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if len(inputs) == 1:
-                shapes.setdefault(names[layer], []).append(inputs[0].shape)
+        def record(layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            first_call, shape = names[layer] not in shapes, inputs[0].shape if len(inputs) == 1 and not keywords else None
+            is_compared = first_call and shape is not None and shape != images.shape and len(shape) > 1 and shape[0] == len(images)
+            shapes[names[layer]] = shape if is_compared else None
 
         for layer in names:
-            layer.register_forward_pre_hook(record)
+            layer.register_forward_pre_hook(record, with_kwargs=True)
         trial(images.clone())  # the network may modify its input in place
     return shapes

@@ -266,6 +266,37 @@ def test_layers_with_inputs_of_twice_the_size_of_an_earlier_one_are_not_compared
     assert shared_layers(network, copy.deepcopy(network), torch.randn(2, 3, 8, 8)) == ["1", "2", "4"]
 
 
+class Unusual(nn.Module):
+    """Network with a squeezed input, merged and reordered batches, keyword arguments and an encoder with a fast path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.squeeze, self.after = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.up, self.merged, self.reordered = nn.ConvTranspose2d(4, 4, 2, stride=2), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.encoder, self.head = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.stem(x))
+        x = self.after(x * self.squeeze(x.mean((2, 3), keepdim=True)).sigmoid())
+        x = F.avg_pool2d(self.up(x, output_size=[16, 16]), 4)
+        tokens = self.merged(x.movedim(1, -1).reshape(-1, 4)).view(len(x), -1, 4)
+        tokens = self.reordered(tokens.transpose(0, 1)).transpose(0, 1)
+        return self.head(self.encoder(tokens).mean(1))
+
+
+def test_layers_that_cannot_be_compared_are_left_out_and_small_inputs_do_not_exclude_later_layers() -> None:
+    torch.manual_seed(0)
+    teacher, images = Unusual().eval(), torch.randn(3, 3, 8, 8)
+    student = copy.deepcopy(teacher).train()
+    names = shared_layers(teacher, student, images)
+    assert names == ["body", "squeeze", "after", "head"]
+    with torch.no_grad():  # the teacher takes the encoder's fast path
+        _, theirs = FeatureVectors(teacher, layers=names, features=1.0)(images)
+    _, ours = FeatureVectors(student, layers=names, features=1.0)(images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_networks_that_share_no_layer_are_rejected() -> None:
     whole = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     other = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5))
