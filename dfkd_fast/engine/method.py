@@ -143,7 +143,9 @@ class Method:
         if policy is not None:
             policy.check(self.replay.rows, batch_size)
         if not loop.generator_steps and not loop.generator_pretraining:
-            raise ValueError("loop.generator_steps = 0: the generator would never be trained; set it or loop.generator_pretraining")
+            raise ValueError(
+                "loop.generator_steps = 0: the generator would never be trained; it or loop.generator_pretraining must be positive"
+            )
         if self.loop.generator_pretraining and not self.objective.has_non_adversarial_terms:
             raise ValueError(f"loop.generator_pretraining = {self.loop.generator_pretraining}: needs a non-adversarial term in [objective]")
 

@@ -237,11 +237,14 @@ def prepare(
         to_device(network, context)
     distributed.broadcast_([tensor for network in networks.values() for tensor in network.state_dict().values()])
     frozen = frozen_copy(teacher, torch.get_default_dtype())
+    is_adversarial = objective.adversarial > 0 and loop.generator_steps > 0
     image_shape, logits_shape = check_networks(
-        frozen, student, generator, device, teacher_trained=teacher_trained, adversarial=objective.adversarial > 0
+        frozen, student, generator, device, teacher_trained=teacher_trained, adversarial=is_adversarial
     )
     check_objective(objective, generator, logits_shape)
     check_copy(student, teacher)
+    if objective.adversarial and not loop.generator_steps:
+        context.notes.append(f"objective.adversarial = {objective.adversarial:g} has no effect, because loop.generator_steps is 0")
     if engine.micro_batches > 1 and any(isinstance(layer, _BatchNorm) for layer in [*student.modules(), *generator.modules()]):
         context.notes.append(
             "engine.micro_batches: batch norms in training use the statistics of a micro-batch, so gradients differ from the whole batch's"

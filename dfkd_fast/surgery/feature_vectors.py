@@ -18,8 +18,8 @@ from .sharing import sharing_copy
 
 __all__ = ["Call", "FeatureVectors", "matched_layers", "shared_layers"]
 
-
 SMALLEST_NORM = 1e-6
+"""Norm below which inputs are not scaled up: their gradient would be too large."""
 
 
 class Call(NamedTuple):
@@ -214,9 +214,9 @@ def _inputs(network: nn.Module, images: Tensor) -> dict[str, torch.Size | None]:
         }
 
         def record(layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            first_call, shape = names[layer] not in shapes, inputs[0].shape if len(inputs) == 1 and not keywords else None
-            is_compared = first_call and shape is not None and shape != images.shape and len(shape) > 1 and shape[0] == len(images)
-            shapes[names[layer]] = shape if is_compared else None
+            shape = inputs[0].shape if len(inputs) == 1 and not keywords else images.shape
+            is_batch = len(shape) > 1 and shape[0] == len(images) and shape != images.shape
+            shapes[names[layer]] = shape if is_batch and names[layer] not in shapes else None
 
         for layer in names:
             layer.register_forward_pre_hook(record, with_kwargs=True)

@@ -185,6 +185,17 @@ def test_second_order_updates_and_features_train_a_quantized_student(
     assert_equal(running_statistics(trainer.student), statistics)
 
 
+def test_the_students_loss_grows_by_the_weight_of_the_features(make_trainer: MakeTrainer) -> None:
+    losses = []
+    for weight in (0.0, 10.0, 20.0):
+        method = pretraining_method()
+        trainer = make_trainer(replace(method, objective=replace(method.objective, features=weight)), networks=networks(weight_bits=3))
+        trainer.on_calibration = lambda trainer: losses.append(float(trainer.steps.student(0)["student"]))
+        trainer._pretrain()
+    assert losses[1] - losses[0] > 1e-3
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
+
+
 def test_without_generator_steps_the_generator_stays_as_it_was_pretrained(make_trainer: MakeTrainer) -> None:
     method = pretraining_method()
     trainer = make_trainer(replace(method, loop=replace(method.loop, generator_steps=0)), networks=networks())
@@ -193,6 +204,7 @@ def test_without_generator_steps_the_generator_stays_as_it_was_pretrained(make_t
     student = copy.deepcopy(dict(trainer.student.state_dict()))
     trainer.fit()
     assert [set(epoch.losses) for epoch in trainer.history] == 2 * [{"student"}]
+    assert trainer.notes == ["objective.adversarial = 1 has no effect, because loop.generator_steps is 0"]
     parameters = {name for name, _ in trainer.generator.named_parameters()}
     assert_equal({name: trainer.generator.state_dict()[name] for name in parameters}, {name: pretrained[name] for name in parameters})
     assert not torch.equal(trainer.student.state_dict()["0.weight"], student["0.weight"])
