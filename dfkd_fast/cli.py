@@ -241,11 +241,12 @@ def evaluate(
 def compare(
     runs: Annotated[list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Folders of finished runs.")],
     plot: Annotated[Path, typer.Option("--out", parser=_path, metavar="PATH", help="File of the plot.")] = Path("compare.png"),
+    minutes: Annotated[bool, typer.Option("--minutes", help="Plot the accuracy over minutes instead of epochs.")] = False,
 ) -> None:
     """Compare finished runs: accuracy and retention in one table and one plot."""
     from .commands.compare import compare_runs
 
-    compare_runs(runs, plot, Console())
+    compare_runs(runs, plot, Console(), over_minutes=minutes)
 
 
 @app.command()

@@ -124,6 +124,10 @@ def test_the_summary_and_the_table_have_size_and_results_before_and_after(compre
     assert quantized["bits"] == "w4a8"
     assert 0 <= quantized["calibrated_accuracy"] <= 100 and 0 <= quantized["calibrated_agreement"] <= 100
     assert summary["agreement"]["samples"] == 1000 and summary["student_accuracy"] is not None
+    calibration = json.loads((folder / "calibration.json").read_text())
+    assert 0 < summary["seconds"]["calibration"] < calibration["seconds"]  # with the generator's pretraining
+    report = (folder / "report.html").read_text()
+    assert "Student, calibrated, before the first step" in report and "Calibration of the quantized student" in report
     for text in ("digits-w4a8", "times smaller (w4a8)", "student, only calibrated", "quantized.py"):
         assert text in compressed.out
 

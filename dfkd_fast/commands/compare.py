@@ -18,8 +18,14 @@ LEGEND = (
 )
 
 
-def compare_runs(runs: Sequence[Path], plot: Path, console: Console) -> None:
+def compare_runs(runs: Sequence[Path], plot: Path, console: Console, *, over_minutes: bool = False) -> None:
     """Print the accuracies and retention statistics of finished runs as a table, and plot them.
+
+    Args:
+        runs: folders of finished runs.
+        plot: file of the plot.
+        console: for the table.
+        over_minutes: whether accuracy is plotted over minutes instead of epochs.
 
     Raises:
         DfkdError: a folder has no finished run, a run is given twice, or the plot cannot be written.
@@ -32,7 +38,7 @@ def compare_runs(runs: Sequence[Path], plot: Path, console: Console) -> None:
     print_table(console, ("run", "teacher", *COLUMNS.values()), table_rows(finished), figures=True)
     for line in (*_metrics(finished), *LEGEND):
         print_line(console, line)
-    plot_comparison(finished, plot)
+    plot_comparison(finished, plot, over_minutes=over_minutes)
     print_line(console, str(plot))
 
 

@@ -232,6 +232,7 @@ def _summarize(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
             "total": run.seconds,
             "teacher": teacher_seconds,
             "generator": phases.get("generator", 0.0),
+            **({"calibration": phases["calibration"]} if "calibration" in phases else {}),
             "student": phases.get("student", 0.0),
             "evaluation": phases.get("evaluation", 0.0),
         },

@@ -1,6 +1,7 @@
 """What a run with a quantized student records and writes besides that of other runs."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,11 @@ def float_layers(recipe: Recipe, student: nn.Module) -> str | None:
 
 
 def record_calibration(run: Run, trainer: Trainer, evaluate: Callable[[nn.Module], float] | None) -> None:
-    """Write ``calibration.json``: the calibrated student's agreement with the teacher, and its accuracy, before any step."""
+    """Write ``calibration.json``: the calibrated student's agreement with the teacher, and its accuracy, before any step, and the seconds
+    of pretraining and calibration."""
+    seconds = math.fsum(trainer.state.clock.read().values())
     accuracy = None if evaluate is None else float(evaluate(trainer.result))
-    record = {"accuracy": accuracy, "agreement": agreement(trainer.state)}
+    record = {"accuracy": accuracy, "agreement": agreement(trainer.state), "seconds": seconds}
     run.folder.write_text(run.folder.calibration, json.dumps(record) + "\n")
     of_images = "" if accuracy is None else f"{run.recipe.data.metric} {accuracy:.2f} %, "
     LOGGER.info("calibrated: %sagreement with the teacher on generated samples %.2f %%", of_images, record["agreement"])
@@ -70,7 +73,7 @@ def write_quantized(run: Run, teacher: nn.Module, student: nn.Module) -> dict[st
         save_quantized(student, folder.quantized)
     folder.write_text(folder.rebuild, _source(recipe, folder))
     distributed.barrier()  # the other processes read the file's size
-    calibrated: dict[str, Any] = json.loads(folder.calibration.read_text("utf-8")) if folder.calibration.is_file() else {}
+    calibrated = folder.read_calibration()
     return {
         "bits": _bits(recipe),
         "bytes": folder.quantized.stat().st_size,

@@ -12,7 +12,8 @@ class Epoch:
     number: int
     """Number of the epoch, from 1."""
     seconds: float
-    """Duration of the student steps, the generator steps and the evaluation in seconds."""
+    """Duration of the student steps, the generator steps and the evaluation in seconds; in the first epoch, also of what comes before
+    its steps, the generator's pretraining and the calibration of a quantized student."""
     losses: dict[str, float]
     """Mean over the epoch of each loss by name: the student's loss and the terms of the generator's loss."""
     student_accuracy: float | None

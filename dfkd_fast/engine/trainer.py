@@ -213,7 +213,8 @@ class Trainer:
         if terms and state.pretrained == steps and state.replay_source is not None:
             state.replay_source.start(state.generator)
         if state.pretrained == steps and not state.calibrated and quantized_layers(self.student):
-            calibrate_student(state, self.teacher)
+            with state.clock.phase("calibration"):
+                calibrate_student(state, self.teacher)
             state.calibrated = True
             self._call(self.on_calibration)
 

@@ -4,6 +4,7 @@ import json
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -51,8 +52,10 @@ class FinishedRun:
     metric: str
     """Name of the metric that the accuracies are, such as "mIoU"."""
     retention: dict[str, Statistic]
-    curve: Annotated[list[tuple[Annotated[int, Field(ge=1, le=2**31)], Percent]], Field(min_length=1)]
-    """Pairs of epoch and student accuracy in percent."""
+    curve: Annotated[list[tuple[Annotated[int, Field(ge=0, le=2**31)], Percent]], Field(min_length=1)]
+    """Pairs of epoch and student accuracy in percent; epoch 0 is a quantized student before its first step."""
+    minutes: list[Annotated[float, Field(ge=0)]]
+    """Duration of the training in minutes up to each point of the curve, without a teacher's training."""
     settings: str = ""
     """The part of the recipe that is equal in repetitions of a run, as JSON; empty if the folder has no recipe."""
 
@@ -75,10 +78,16 @@ def read_run(path: Path) -> FinishedRun:
         of_run = {name: summary[name] for name in ("recipe", "seed", "teacher_accuracy")}
         metric = summary.get("metric", "top-1 accuracy")
         file = folder.metrics
-        curve = [(epoch["epoch"], epoch["student_accuracy"]) for epoch in read_metrics(file) if epoch["student_accuracy"] is not None]
+        epochs = read_metrics(file)
+        elapsed = accumulate(epoch.get("seconds", 0.0) for epoch in epochs)
+        points = [(epoch["epoch"], epoch["student_accuracy"], seconds / 60) for epoch, seconds in zip(epochs, elapsed, strict=True)]
+        calibration = folder.read_calibration()
+        points.insert(0, (0, calibration.get("accuracy"), (calibration.get("seconds") or 0.0) / 60))
+        points = [point for point in points if point[1] is not None]
+        curve, minutes = [point[:2] for point in points], [point[2] for point in points]
         file = folder.recipe
         settings = _settings(file.read_text("utf-8")) if file.is_file() else ""
-        return FinishedRun(path, metric=metric, retention=statistics, curve=curve, settings=settings, **of_run)
+        return FinishedRun(path, metric=metric, retention=statistics, curve=curve, minutes=minutes, settings=settings, **of_run)
     except DfkdError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -130,7 +139,7 @@ def check_plot(option: str, path: Path) -> None:
         raise DfkdError(f"{option} {path}: the suffix must be one of {', '.join(PLOT_SUFFIXES)}")
 
 
-def plot_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
+def plot_comparison(runs: Sequence[FinishedRun], path: Path, *, over_minutes: bool = False) -> None:
     """Plot the accuracy curves of runs, one colour per recipe, and below them bar charts of the retention statistics.
 
     A bar is the mean over the runs of a recipe; each run is a dot.
@@ -138,6 +147,7 @@ def plot_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
     Args:
         runs: in the order of the legend.
         path: of the image file.
+        over_minutes: whether accuracy is plotted over minutes instead of epochs.
     """
     repetitions = _repetitions(runs)
     groups = [alike for _, alike in repetitions]
@@ -146,14 +156,17 @@ def plot_comparison(runs: Sequence[FinishedRun], path: Path) -> None:
     axes = figure.subplot_mosaic([["curves"] * 3, ["settled_variance", "largest_drop", "last"]], height_ratios=[3, 2])
     names, handles = [literal_label(name) for name, _ in repetitions], []
     for index, alike in enumerate(groups):
-        lines = [axes["curves"].plot(*zip(*run.curve, strict=True), color=f"C{index}", alpha=0.8, linewidth=1)[0] for run in alike]
+        lines = []
+        for run in alike:
+            epochs, accuracies = zip(*run.curve, strict=True)
+            lines += axes["curves"].plot(run.minutes if over_minutes else epochs, accuracies, color=f"C{index}", alpha=0.8, linewidth=1)
         handles.append(lines[0])
         for name, title in (("settled_variance", "Variance"), ("largest_drop", "Largest drop"), ("last", "Last epoch")):
             values = [run.retention[name] for run in alike]
             axes[name].barh(index, fmean(values), color=f"C{index}", alpha=0.4)
             axes[name].plot(values, [index] * len(values), "o", color=f"C{index}", markersize=3)
             axes[name].set(title=title, yticks=[])
-    axes["curves"].set(xlabel="Epoch", ylabel=_metric_label(runs))
+    axes["curves"].set(xlabel="Minutes" if over_minutes else "Epoch", ylabel=_metric_label(runs))
     axes["curves"].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 3), frameon=False)
     axes["settled_variance"].set(xlabel="percent², last 75 % of the epochs", yticks=range(len(groups)))

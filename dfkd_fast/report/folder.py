@@ -229,7 +229,23 @@ class RunFolder:
     def plot_curves(self, epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, metric: str) -> None:
         """Write ``curves.png``, see :func:`~dfkd_fast.report.plots.plot_curves`."""
         if self.writes:
-            plot_curves(epochs, teacher_accuracy, title, self.curves, metric)
+            plot_curves(epochs, teacher_accuracy, title, self.curves, metric, calibrated=self.calibrated)
+
+    def read_calibration(self) -> dict[str, float | None]:
+        """Returns the content of ``calibration.json``; empty if the file does not exist or is damaged, since a run goes on without it."""
+        with suppress(OSError, ValueError):
+            record = json.loads(self.calibration.read_text("utf-8"))
+            if isinstance(record, dict) and all(isinstance(value, float | int | None) for value in record.values()):
+                return record
+        return {}
+
+    @property
+    def calibrated(self) -> float | None:
+        """Accuracy of the calibrated student in percent before the first step, or its agreement where there is no accuracy; None if it was
+        not recorded."""
+        record = self.read_calibration()
+        accuracy = record.get("accuracy")
+        return record.get("agreement") if accuracy is None else accuracy
 
     def plot_teacher_curves(self, epochs: Sequence[Epoch], title: str, metric: str) -> None:
         """Write ``teacher-curves.png``: loss and accuracy of the teacher's training."""

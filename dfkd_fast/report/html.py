@@ -40,7 +40,13 @@ STATISTICS = (
     ("largest_drop", "Student, largest drop from a previous peak", "points"),
 )
 """Fields of ``evaluation.Retention``, their names and units."""
-PHASES = {"teacher": "Teacher training", "generator": "Generator steps", "student": "Student steps", "evaluation": "Evaluation"}
+PHASES = {
+    "teacher": "Teacher training",
+    "generator": "Generator, pretraining and steps",
+    "calibration": "Calibration of the quantized student",
+    "student": "Student steps",
+    "evaluation": "Evaluation",
+}
 """Keys of a summary's ``seconds`` and their names."""
 PACKAGES = {"dfkd_fast": "dfkd-fast", "python": "Python", "torch": "PyTorch", "torchvision": "torchvision", "cuda": "CUDA (PyTorch build)"}
 """Keys of a summary's ``versions`` and their names."""
@@ -88,7 +94,7 @@ def render_report(folder: RunFolder) -> str:
         date=time.strftime("%Y-%m-%d"),
         last=epochs[-1].number if epochs else 0,
         statistics=STATISTICS,
-        panels=curves_as_svg(epochs, summary["teacher_accuracy"], metric),
+        panels=curves_as_svg(epochs, summary["teacher_accuracy"], metric, folder.calibrated),
         samples=[(epoch, _data_uri(column)) for epoch, column in images],
         latents=_latents(recipe),
         pixelated=recipe.generated_size <= PIXELATED,

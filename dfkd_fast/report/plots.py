@@ -148,6 +148,7 @@ def plot_curves(
     path: Path,
     metric: str = "top-1 accuracy",
     role: str = "student",
+    calibrated: float | None = None,
 ) -> None:
     """Plot accuracy and losses over the epochs, each loss term on axes of its own.
 
@@ -158,6 +159,7 @@ def plot_curves(
         path: of the image file.
         metric: what the accuracies are.
         role: of the trained network.
+        calibrated: accuracy or agreement in percent of a quantized student before the first step, drawn as epoch 0.
     """
     evaluated = teacher_accuracy is not None or bool(_evaluated(epochs))
     terms = list(epochs[-1].losses) if epochs else []
@@ -169,14 +171,14 @@ def plot_curves(
     figure.suptitle(literal_label(title))
     grid = figure.add_gridspec(max(1, len(heights)), columns, height_ratios=heights or [1])
     if evaluated:
-        _plot_accuracy(figure.add_subplot(grid[0, :]), epochs, teacher_accuracy, metric, role)
+        _plot_accuracy(figure.add_subplot(grid[0, :]), epochs, teacher_accuracy, metric, role, calibrated)
     for index, row in enumerate(rows, start=int(evaluated)):
         for column, term in enumerate(row):
             _plot_loss(figure.add_subplot(grid[index, column]), epochs, term)
     save_figure(figure, path)
 
 
-def curves_as_svg(epochs: Sequence[Epoch], teacher_accuracy: float | None, metric: str) -> list[str]:
+def curves_as_svg(epochs: Sequence[Epoch], teacher_accuracy: float | None, metric: str, calibrated: float | None = None) -> list[str]:
     """Returns the panels of :func:`plot_curves` as inline SVG elements in the text colour of the page, the same for the same values."""
     panels = []
     style: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
@@ -184,7 +186,7 @@ def curves_as_svg(epochs: Sequence[Epoch], teacher_accuracy: float | None, metri
     with matplotlib.rc_context(style):
         if teacher_accuracy is not None or _evaluated(epochs):
             panels.append(figure := Figure(figsize=(4.2, 2.8), layout="constrained"))
-            _plot_accuracy(figure.add_subplot(), epochs, teacher_accuracy, metric)
+            _plot_accuracy(figure.add_subplot(), epochs, teacher_accuracy, metric, calibrated=calibrated)
         for term in epochs[-1].losses if epochs else ():
             panels.append(figure := Figure(figsize=(4.2, 2.8), layout="constrained"))
             _plot_loss(figure.add_subplot(), epochs, term)
@@ -201,8 +203,17 @@ def _as_svg(figure: Figure) -> str:
     return re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
 
 
-def _plot_accuracy(axes: Axes, epochs: Sequence[Epoch], teacher_accuracy: float | None, metric: str, role: str = "student") -> None:
+def _plot_accuracy(
+    axes: Axes,
+    epochs: Sequence[Epoch],
+    teacher_accuracy: float | None,
+    metric: str,
+    role: str = "student",
+    calibrated: float | None = None,
+) -> None:
     accuracies = _evaluated(epochs)
+    if accuracies and calibrated is not None:
+        accuracies.insert(0, (0, calibrated))
     if any(epoch.agreement is not None for epoch in epochs) and all(epoch.student_accuracy is None for epoch in epochs):
         metric = AGREEMENT
     if accuracies:

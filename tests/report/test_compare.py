@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -65,6 +66,42 @@ def test_epochs_without_evaluation_are_left_out_of_the_curve(tmp_path: Path) -> 
     lines = ['{"epoch": 1, "student_accuracy": null}', '{"epoch": 2, "student_accuracy": 50.0}', '{"epoch": 3, "student_accuracy": 90.0}']
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     assert read_run(folder).curve == [(2, 50.0), (3, 90.0)]
+
+
+def test_a_calibrated_student_is_epoch_0_and_minutes_are_those_of_all_epochs_so_far(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "a", "a", 0, [70.0, 80.0])
+    lines = [
+        '{"epoch": 1, "seconds": 90.0, "student_accuracy": null}',
+        '{"epoch": 2, "seconds": 30.0, "student_accuracy": 70.0}',
+        '{"epoch": 3, "seconds": 60.0, "student_accuracy": 80.0}',
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    (folder / "calibration.json").write_text('{"accuracy": 60.0, "agreement": 50.0, "seconds": 45.0}')
+    run = read_run(folder)
+    assert run.curve == [(0, 60.0), (2, 70.0), (3, 80.0)]
+    assert run.minutes == pytest.approx([0.75, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("content", ['{"accuracy": null, "agreement": 50.0}', "{", "[]", '{"accuracy": "high"}'])
+def test_a_calibration_without_accuracy_or_a_damaged_one_has_no_point(tmp_path: Path, content: str) -> None:
+    folder = finished_run(tmp_path / "a", "a", 0, [70.0, 80.0])
+    (folder / "calibration.json").write_text(content)
+    assert read_run(folder).curve == [(1, 70.0), (2, 80.0)]
+
+
+@pytest.mark.parametrize(("over_minutes", "label", "right"), [(False, "Epoch", 2.0), (True, "Minutes", 10.0)])
+def test_curves_are_plotted_over_epochs_or_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over_minutes: bool, label: str, right: float
+) -> None:
+    folder = finished_run(tmp_path / "a", "a", 0, [70.0, 80.0])
+    lines = [f'{{"epoch": {number}, "seconds": 300.0, "student_accuracy": 70.0}}' for number in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    figures: list[Figure] = []
+    monkeypatch.setattr("dfkd_fast.report.compare.save_figure", lambda figure, path: figures.append(figure))
+    plot_comparison([read_run(folder)], tmp_path / "plot.png", over_minutes=over_minutes)
+    axes = figures[0].axes[0]
+    assert axes.get_xlabel() == label
+    assert np.asarray(axes.lines[0].get_xdata()).max() == right
 
 
 def colours_of(plot: Path) -> set[tuple[int, ...]]:

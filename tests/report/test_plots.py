@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dfkd_fast import Epoch
@@ -54,6 +55,14 @@ def test_a_long_title_at_the_right_is_not_cut_off(tmp_path: Path, terms: list[st
     plot_curves(epochs, 98.0, "title", tmp_path / "curves.png")
     margin = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))[:, -1]
     assert (margin == margin[0]).all()
+
+
+def test_a_quantized_student_before_its_first_step_is_drawn_as_epoch_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("dfkd_fast.report.plots.save_figure", lambda figure, path: figures.append(figure))
+    epochs = [Epoch(1, 1.0, {}, None), Epoch(2, 1.0, {}, 80.0)]
+    plot_curves(epochs, 90.0, "quantized", tmp_path / "curves.png", calibrated=60.0)
+    assert np.array_equal(figures[0].axes[0].lines[0].get_xydata(), [(0, 60.0), (2, 80.0)])
 
 
 def test_the_only_epoch_of_a_short_run_is_the_only_tick() -> None:
