@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dfkd_fast import DfkdError, Loop, Trainer, load_recipe
 from dfkd_fast.models import build_generator, build_model
 from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml
 from dfkd_fast.recipe_files import shipped_recipes
+from dfkd_fast.surgery import get_logits
 from tests.small import small_method, small_networks
 
 
@@ -160,6 +162,14 @@ def test_the_replays_on_cifar10_cpu_differ_from_it_in_nothing_else(name: str) ->
     assert replace(other, loop=loop, replay=base.replay, update=base.update, **texts) == base
 
 
+SHALLOWER = {
+    **dict.fromkeys(("cifar_resnet34", "cifar_resnet18", "wrn40_2"), "wrn10_1"),
+    "torchvision:resnet50": "torchvision:resnet18",
+    "deeplabv3_resnet50": "deeplabv3_mobilenet_v2",
+}
+"""Networks as deep as a test can wait for, by the name of a deeper one."""
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_the_networks_of_a_shipped_recipe_run_an_iteration(name: str) -> None:
     recipe = load_recipe(
@@ -179,9 +189,12 @@ def test_the_networks_of_a_shipped_recipe_run_an_iteration(name: str) -> None:
         },
     )
     data = recipe.data
-    names = {"cifar_resnet34": "wrn10_1", "cifar_resnet18": "wrn10_1", "wrn40_2": "wrn10_1"}  # as deep as a test can wait for
+    images = torch.empty(2, data.channels, data.image_size, data.image_size, device="meta")
+    with torch.device("meta"):
+        for model in (recipe.teacher.model, recipe.student.model):
+            assert get_logits(build_model(model, data.num_classes, data.channels)(images)).shape[:2] == (2, data.num_classes)
     teacher, student = (
-        build_model(names.get(model, model), data.num_classes, data.channels) for model in (recipe.teacher.model, recipe.student.model)
+        build_model(SHALLOWER.get(model, model), data.num_classes, data.channels) for model in (recipe.teacher.model, recipe.student.model)
     )
     generator = build_generator(
         recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
