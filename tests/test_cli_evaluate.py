@@ -41,8 +41,8 @@ LOADERS = ["torchvision", pytest.param("dali", marks=needs_dali)]
 
 
 def save(path: Path, role: str, seed: int = 0, **data: Any) -> None:
-    """Weights of a LeNet for two classes, as a run leaves them."""
-    changes = {f"data.{name}": value for name, value in (COLOUR | {"num_classes": 2} | data).items()}
+    """Weights of a LeNet for two classes, as a run leaves them, with changes of ``[data]`` or by dotted path."""
+    changes = {name if "." in name else f"data.{name}": value for name, value in (COLOUR | {"num_classes": 2} | data).items()}
     recipe = load_recipe("digits", changes)
     torch.manual_seed(seed)
     model = recipe.teacher.model if role == "teacher" else recipe.student.model
@@ -66,6 +66,26 @@ def test_a_run_is_evaluated_on_image_files_in_one_pass_and_compared_with_its_tea
     assert teacher["agreement"] is None
     assert "mean KL" in result.out
     assert f"{len(PLAIN | ODD)} images in" in result.out
+
+
+def test_a_run_with_given_weights_is_compared_with_its_teacher_from_where_they_are(run: Run, tmp_path: Path) -> None:
+    given = tmp_path / "elsewhere.safetensors"
+    save(given, "teacher", 1)
+    (tmp_path / "r").mkdir()
+    save(tmp_path / "r/student.safetensors", "student", **{"teacher.weights": str(given)})
+    write_folder(tmp_path, PLAIN)
+    arguments = ["evaluate", "r", "--data", "folder", "--data-root", ".", "--loader", "torchvision", "--json", "f.json", "--workers", "0"]
+    result = run(*arguments)
+    assert result.code == 0, result.err
+    student, teacher = json.loads(Path("f.json").read_text())
+    assert teacher["role"] == "teacher" and student["agreement"]["reference"] == teacher["weights"] == str(given)
+    given.unlink()
+    alone = run(*arguments)
+    assert alone.code == 0 and json.loads(Path("f.json").read_text())["agreement"] is None
+    said = " ".join((alone.out + alone.err).split())
+    assert (
+        "r/student.safetensors: is evaluated without its teacher, and no agreement: " in said and "elsewhere.safetensors not found" in said
+    )
 
 
 def test_networks_that_nearly_agree_diverge_in_bf16_as_in_float32(tmp_path: Path) -> None:

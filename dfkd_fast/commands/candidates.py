@@ -17,7 +17,7 @@ from dfkd_fast.models import is_user_function, load_pretrained, load_weights, re
 from dfkd_fast.recipe import Recipe, recipe_from_toml
 from dfkd_fast.report import RunFolder
 
-from .networks import build_network, model_of, noise_images, note_holdout
+from .networks import build_network, load_given_teacher, model_of, noise_images, note_holdout
 
 __all__ = ["Candidate", "EvaluationRequest", "candidates"]
 
@@ -64,7 +64,7 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
         names[name] = names.get(name, 0) + 1
         return name if names[name] == 1 else f"{name} ({names[name]})"
 
-    for path in _files(request.targets):
+    for path, needs_teacher in _files(request.targets):
         role, recipe, key = _described(path, request, models, log)
         network = build_network(recipe, role)
         load_weights(network, path, key=key, log=log)
@@ -72,6 +72,8 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
         check_classifier(role, network, noise_images(recipe, 2, torch.device("cpu")), "data.image_size's")
         keyed |= key != ""
         yield Candidate(unique(str(path)), role, model_of(recipe, role), recipe.data, network)
+        if needs_teacher and (teacher := _given_teacher(path, recipe, request, models, log)) is not None:
+            yield Candidate(unique(recipe.teacher.weights), "teacher", recipe.teacher.model, recipe.data, teacher)
     for model in models:
         recipe = _pretrained(model, None, request, log)
         network = build_network(recipe, "student")
@@ -85,16 +87,33 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
         )
 
 
-def _files(targets: Sequence[Path]) -> Iterator[Path]:
+def _files(targets: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
+    """Yields weight files, each with whether it is the student of a folder without its teacher."""
     for target in map(weights_path, targets):
         if target.is_dir():
             folder = RunFolder(target)
             files = [file for file in (folder.student, folder.teacher) if file.is_file()]
             if not files:
                 raise DfkdError(f"{target} holds neither student.safetensors nor teacher.safetensors")
-            yield from files
+            yield from ((file, file == folder.student and not folder.teacher.is_file()) for file in files)
         else:
-            yield target
+            yield target, False
+
+
+def _given_teacher(
+    student: Path, recipe: Recipe, request: EvaluationRequest, models: list[str], log: Callable[[str], None]
+) -> nn.Module | None:
+    """Returns the teacher of a run that was given its weights, loaded from the same place; None, with one line, if that fails."""
+    try:
+        if not recipe.teacher.weights:
+            raise DfkdError("the folder holds no teacher.safetensors")
+        _confirm_code(student, "teacher", recipe, request, models)
+        teacher = build_network(recipe, "teacher")
+        load_given_teacher(recipe, teacher, log)
+    except DfkdError as error:
+        log(f"{student}: is evaluated without its teacher, and no agreement: {error}")
+        return None
+    return teacher
 
 
 def _described(path: Path, request: EvaluationRequest, models: list[str], log: Callable[[str], None]) -> tuple[str, Recipe, str]:
