@@ -14,7 +14,7 @@ __all__ = ["COMPRESSED", "FOLDER", "compressed_table"]
 FOLDER = ROOT / "bench" / "results" / "compress"
 COMPRESSED = marker("compressed networks", "bench/results/compress")
 TITLES = (
-    *("network", "bits", "seed", "its accuracy", "calibrated", "**trained, last epoch**", "best epoch", "agreement, real"),
+    *("network", "metric", "bits", "seed", "its own", "calibrated", "**trained, last epoch**", "best epoch", "agreement, real"),
     *("agreement, generated", "student steps", "time (min)", "size (MB)", "device"),
 )
 
@@ -53,7 +53,12 @@ def _row(run: CompressedRun) -> tuple[str, ...]:
     recipe, summary, quantized = run.recipe, run.summary, run.summary["quantized"]
     agreements = quantized["calibrated_agreement"], summary["agreement"]["last"]
     return (
-        *(code(recipe.teacher.model), quantized["bits"].removesuffix("a32"), str(recipe.seed)),
+        *(
+            code(recipe.teacher.model),
+            f"{summary['metric']} on {recipe.data.name}",
+            quantized["bits"].removesuffix("a32"),
+            str(recipe.seed),
+        ),
         *(f"{value:.1f}" for value in (summary["teacher_accuracy"], quantized["calibrated_accuracy"])),
         f"**{summary['student_accuracy']['last']:.1f}**",
         f"{summary['student_accuracy']['best']:.1f}",

@@ -82,7 +82,8 @@ def read_run(path: Path) -> FinishedRun:
         elapsed = accumulate(epoch.get("seconds", 0.0) for epoch in epochs)
         points = [(epoch["epoch"], epoch["student_accuracy"], seconds / 60) for epoch, seconds in zip(epochs, elapsed, strict=True)]
         calibration = folder.read_calibration()
-        points.insert(0, (0, calibration.get("accuracy"), (calibration.get("seconds") or 0.0) / 60))
+        if (seconds := calibration.get("seconds")) is not None:
+            points.insert(0, (0, calibration.get("accuracy"), seconds / 60))
         points = [point for point in points if point[1] is not None]
         curve, minutes = [point[:2] for point in points], [point[2] for point in points]
         file = folder.recipe

@@ -7,7 +7,7 @@ import pytest
 from bench import report
 from bench.micro import KERNELS
 from bench.provenance import ROOT
-from bench.report import cpu, methods, readme
+from bench.report import compressed, cpu, methods, readme
 from bench.report.markdown import END, fill
 from bench.report.replays import FOLDER, replay_table
 from bench.report.results import Results, is_gpu
@@ -130,6 +130,21 @@ def test_the_time_of_a_run_includes_a_teacher_that_was_trained_before_it() -> No
     assert cpu.duration({"seconds": {"total": 95.0, **phases}}) == 95
     assert cpu.duration({"seconds": {"total": 45.0, **phases}}) == 91
     assert cpu.duration({"seconds": {"total": 45.0}}) == 45
+
+
+def test_the_table_of_compressed_networks_states_the_results_of_each_run() -> None:
+    folder = compressed.FOLDER / "efficientnet_lite0-w4a8-0"
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = cells(compressed.compressed_table())
+    assert len(rows) == len(list(compressed.FOLDER.glob("*/summary.json")))
+    (row,) = [row for row in rows if row[:4] == ["`efficientnet_lite0`", "top-1 accuracy on imagenet", "w4a8", "0"]]
+    values = summary["teacher_accuracy"], summary["quantized"]["calibrated_accuracy"]
+    assert row[4:7] == [*(f"{value:.1f}" for value in values), f"**{summary['student_accuracy']['last']:.1f}**"]
+    epochs = (folder / "metrics.jsonl").read_text().splitlines()
+    assert row[10] == f"{len(epochs) * 25:,}"  # 5 iterations of 5 steps each
+    assert row[12] == "18.78 → 3.42"
+    bits = [row[2] for row in rows if row[0] == "`efficientnet_lite0`"]
+    assert bits == sorted(bits, key=["w8a8", "w4", "w4a8", "w4a4", "w3"].index)
 
 
 def test_a_replays_row_states_the_samples_and_metrics_of_its_run() -> None:

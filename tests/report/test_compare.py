@@ -82,8 +82,8 @@ def test_a_calibrated_student_is_epoch_0_and_minutes_are_those_of_all_epochs_so_
     assert run.minutes == pytest.approx([0.75, 2.0, 3.0])
 
 
-@pytest.mark.parametrize("content", ['{"accuracy": null, "agreement": 50.0}', "{", "[]", '{"accuracy": "high"}'])
-def test_a_calibration_without_accuracy_or_a_damaged_one_has_no_point(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ['{"accuracy": null, "agreement": 50.0}', "{", "[]", '{"accuracy": "high"}', '{"accuracy": 60.0}'])
+def test_a_calibration_without_accuracy_or_seconds_or_a_damaged_one_has_no_point(tmp_path: Path, content: str) -> None:
     folder = finished_run(tmp_path / "a", "a", 0, [70.0, 80.0])
     (folder / "calibration.json").write_text(content)
     assert read_run(folder).curve == [(1, 70.0), (2, 80.0)]
