@@ -72,7 +72,8 @@ def test_a_run_with_given_weights_is_compared_with_its_teacher_from_where_they_a
     given = tmp_path / "elsewhere.safetensors"
     save(given, "teacher", 1)
     (tmp_path / "r").mkdir()
-    save(tmp_path / "r/student.safetensors", "student", **{"teacher.weights": str(given)})
+    changes: dict[str, Any] = {"teacher.weights": str(given)}
+    save(tmp_path / "r/student.safetensors", "student", **changes)
     write_folder(tmp_path, PLAIN)
     arguments = ["evaluate", "r", "--data", "folder", "--data-root", ".", "--loader", "torchvision", "--json", "f.json", "--workers", "0"]
     result = run(*arguments)

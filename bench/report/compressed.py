@@ -53,12 +53,10 @@ def _row(run: CompressedRun) -> tuple[str, ...]:
     recipe, summary, quantized = run.recipe, run.summary, run.summary["quantized"]
     agreements = quantized["calibrated_agreement"], summary["agreement"]["last"]
     return (
-        *(
-            code(recipe.teacher.model),
-            f"{summary['metric']} on {recipe.data.name}",
-            quantized["bits"].removesuffix("a32"),
-            str(recipe.seed),
-        ),
+        code(recipe.teacher.model),
+        f"{summary['metric']} on {recipe.data.name}",
+        quantized["bits"].removesuffix("a32"),
+        str(recipe.seed),
         *(f"{value:.1f}" for value in (summary["teacher_accuracy"], quantized["calibrated_accuracy"])),
         f"**{summary['student_accuracy']['last']:.1f}**",
         f"{summary['student_accuracy']['best']:.1f}",
