@@ -255,6 +255,8 @@ class RunFolder:
     def read_samples_over_time(self, image_size: int, segmentation: bool, count: int) -> list[tuple[int, list[Image.Image]]]:
         """Returns the samples of the same latent vectors after up to ``MAX_EPOCHS`` evenly spaced epochs, from the grids in ``samples/``.
 
+        Of epochs with equal grids, as those of a generator that is not trained any more, only the first counts.
+
         Args:
             image_size: height and width of an image in pixels.
             segmentation: whether the teacher's and the student's label maps follow each image.
@@ -263,9 +265,14 @@ class RunFolder:
         Raises:
             OSError: a file cannot be read.
         """
-        grids = {int(path.stem.removeprefix("epoch-")): path for path in self.samples.glob("epoch-*.png")}
+        grids: dict[int, Path] = {}
+        previous = b""
+        for path in sorted(self.samples.glob("epoch-*.png"), key=_epoch_of):
+            if (content := path.read_bytes()) != previous:
+                grids[_epoch_of(path)] = path
+            previous = content
         columns = []
-        for epoch in spread(sorted(grids), MAX_EPOCHS):
+        for epoch in spread(list(grids), MAX_EPOCHS):
             samples = read_samples(grids[epoch], image_size, 2 if segmentation else 0, count)
             columns.append((epoch, [image for sample in samples for image in sample]))
         fewest = min((len(images) for _, images in columns), default=0)
@@ -338,6 +345,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     with suppress(ValueError):
         epochs += [json.loads(last)] if last else []
     return epochs
+
+
+def _epoch_of(grid: Path) -> int:
+    return int(grid.stem.removeprefix("epoch-"))
 
 
 def _line(epoch: Epoch) -> str:

@@ -185,6 +185,16 @@ def test_segmenters_have_label_maps_below_each_image_and_the_iou_per_class(tmp_p
     assert [len(images) for _, images in folder.read_samples_over_time(32, True, 2)] == [6, 6, 6]
 
 
+def test_samples_of_a_generator_that_is_not_trained_any_more_are_shown_once(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "r")
+    shutil.copyfile(folder.samples / "epoch-0001.png", folder.samples / "epoch-0002.png")
+    assert [epoch for epoch, _ in folder.read_samples_over_time(32, False, 2)] == [1, 4]
+    shutil.copyfile(folder.samples / "epoch-0001.png", folder.samples / "epoch-0004.png")
+    assert [epoch for epoch, _ in folder.read_samples_over_time(32, False, 2)] == [1]
+    report = render_report(folder)
+    assert "Each column shows" not in report and "Samples of 6 latent vectors." in report
+
+
 def test_a_run_without_test_images_has_a_report(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", teacher_accuracy=None, student_accuracy=None, retention=None)
     folder.begin_log([Epoch(1, 1.0, {"student": 1.0}, None)])
