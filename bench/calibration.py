@@ -81,6 +81,8 @@ def measure(
     if PEER in chosen and not version("torchao"):
         report(f"{PEER}: left out, because torchao is not installed: pip install torchao")
         chosen.remove(PEER)
+    if set(chosen) <= {PEER} and not (chosen and any(pt2e.supports(*each) for each in parsed.values())):
+        raise DfkdError(f"nothing to measure: {PEER} needs torchao, and activations of 8 bits, not {', '.join(parsed)}")
     provenance = measured_on(device, command)
     evaluate = Evaluator(recipe.data, device, report)
     teacher, student, generator = build_networks(recipe, device)

@@ -153,6 +153,13 @@ def test_evaluate_reads_the_student_of_a_compression(compressed: Compressed, run
     assert f"{last:.2f} %" in result.out
 
 
+def test_evaluate_names_the_folder_instead_of_the_file_with_integers(compressed: Compressed, run: Run) -> None:
+    result = run("evaluate", str(compressed.folder / "quantized.safetensors"))
+    assert result.code == 2
+    (line,) = result.err.splitlines()
+    assert "quantized.safetensors holds the integers of a quantized network: evaluate its run's folder" in line
+
+
 def test_a_shipped_teacher_brings_its_input_and_needs_no_data(run: Run, tmp_path: Path) -> None:
     result = run(
         "compress", "lenet5", "--weights", "shipped:mnist-lenet5", "--bits", "w8a8", *TINY, *TWO_EPOCHS, "--out", str(tmp_path / "r")
@@ -200,6 +207,11 @@ def test_bits_of_weights_and_activations(text: str, bits: tuple[int, int]) -> No
         (["digits", "--budget", "soon"], "soon"),
         (["digits", "--budget", "1min", "--set", "loop.epochs=2"], "loop.epochs"),
         (["digits", "--set", "student.model=lenet5_half"], "student.model = 'lenet5_half'"),
+        (["digits", "--set", "student.weight_bits=3"], "--set student.weight_bits=3: must be named by --bits wXaY"),
+        (
+            ["imagenet-lite-w4a8", "--bits", "w8a8", "--set", "student.activation_bits=4"],
+            "--set student.activation_bits=4: must be named by",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_folder(arguments: list[str], message: str, run: Run, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dfkd_fast.data import DATA_SETS, DataSettings, list_test_images, resolve_ev
 from dfkd_fast.engine.compatibility import check_classifier
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.models import is_user_function, load_pretrained, load_weights, read_metadata, weights_path
+from dfkd_fast.models.quantized_files import is_quantized_file
 from dfkd_fast.recipe import Recipe, recipe_from_toml
 from dfkd_fast.report import RunFolder
 
@@ -127,6 +128,8 @@ def _described(path: Path, request: EvaluationRequest, models: list[str], log: C
         recipe = recipe_from_toml(metadata["recipe"], f"recipe in {path}", _data_of(request))
         _confirm_code(path, role, recipe, request, models)
         return role, recipe, ""
+    if path.is_file() and is_quantized_file(path):
+        raise DfkdError(f"{path} holds the integers of a quantized network: evaluate its run's folder, or rebuild it by quantized.py")
     if models:
         return request.role or "student", _pretrained(models.pop(0), path, request, log), request.weights_key
     if request.recipe is None or request.role is None:

@@ -142,6 +142,9 @@ def _chosen(request: CompressRequest, *, defaults: bool) -> dict[str, Any]:
         budget = DEFAULT_BUDGET
     chosen: dict[str, Any] = {}
     if bits is not None:
+        for path in ("student.weight_bits", "student.activation_bits"):
+            if path in request.overrides:
+                raise DfkdError(f"--set {path}={request.overrides[path]}: must be named by --bits wXaY, on which the learning rate depends")
         weights, activations = parse_bits(bits)
         chosen = {"student.init": "teacher", "student.weight_bits": weights, "student.activation_bits": activations}
         chosen["student_optimizer.lr"] = LEARNING_RATES[min(weights, activations)]

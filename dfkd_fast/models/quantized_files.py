@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
@@ -12,7 +13,7 @@ from dfkd_fast.surgery.quantize import BIT_COUNTS, integer_range
 
 from .weights import read_tensors, save_tensors
 
-__all__ = ["load_quantized", "save_quantized"]
+__all__ = ["is_quantized_file", "load_quantized", "save_quantized"]
 
 BITS = "bits"
 """Key of a quantized layer's bits: of its weights and of its inputs, (2,) uint8. As a tensor they are part of the file's checksum."""
@@ -77,6 +78,14 @@ def load_quantized(network: nn.Module, path: Path | str) -> nn.Module:
         raise DfkdError(f"{where} do not fit the network {type(network).__name__}: {problem[0].strip()[:300]}") from error
     network.eval()
     return network
+
+
+def is_quantized_file(path: Path) -> bool:
+    """Whether :func:`save_quantized` wrote a file; only the names of its tensors are read."""
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, "pt") as file:
+        return any(key == BITS or key.endswith(f".{BITS}") for key in file.keys())  # noqa: SIM118, the file is not iterable
 
 
 def _key(layer: str, tensor: str) -> str:

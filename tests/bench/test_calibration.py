@@ -50,6 +50,11 @@ def test_rows_name_correction_and_images_and_have_both_percentages(recipe: Recip
     assert rows[-1].agreement >= 90  # 8 bits, calibrated on real images
 
 
+def test_a_peer_that_cannot_quantize_any_of_the_bits_is_one_line(recipe: Recipe) -> None:
+    with pytest.raises(DfkdError, match=r"^nothing to measure: PT2E needs torchao, and activations of 8 bits, not w4, w8a4$"):
+        list(calibration.measure(recipe, ["w4", "w8a4"], CPU, "a command", lambda line: None, ["PT2E"]))
+
+
 def test_pytorchs_quantization_has_rows_for_activations_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
     monkeypatch.setattr(calibration, "CALIBRATION_SAMPLES", 24)
