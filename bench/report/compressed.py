@@ -25,7 +25,7 @@ class CompressedRun(NamedTuple):
     recipe: Recipe
     summary: dict[str, Any]
     evaluation: dict[str, Any]
-    """Written by ``dfkd-fast evaluate --json``; empty if it did not run."""
+    """Of the student, written by ``dfkd-fast evaluate --json``; empty if it did not run."""
 
 
 def compressed_table() -> str:
@@ -37,7 +37,7 @@ def compressed_table() -> str:
             CompressedRun(
                 recipe_from_toml(path.with_name("recipe.toml").read_text(), str(path.with_name("recipe.toml"))),
                 json.loads(path.read_text()),
-                json.loads(evaluation.read_text()) if evaluation.is_file() else {},
+                json.loads(evaluation.read_text())[0] if evaluation.is_file() else {},
             )
         )
     runs.sort(key=_order)

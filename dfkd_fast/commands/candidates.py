@@ -74,7 +74,8 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
         keyed |= key != ""
         yield Candidate(unique(str(path)), role, model_of(recipe, role), recipe.data, network)
         if needs_teacher and (teacher := _given_teacher(path, recipe, request, models, log)) is not None:
-            yield Candidate(unique(recipe.teacher.weights), "teacher", recipe.teacher.model, recipe.data, teacher)
+            given = recipe.teacher.model if recipe.teacher.weights == "package" else recipe.teacher.weights
+            yield Candidate(unique(given), "teacher", recipe.teacher.model, recipe.data, teacher)
     for model in models:
         recipe = _pretrained(model, None, request, log)
         network = build_network(recipe, "student")

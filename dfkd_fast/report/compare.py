@@ -36,6 +36,10 @@ COLUMNS = {
 }
 """Fields of ``evaluation.Retention`` and their column titles."""
 PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
+LEGEND_CHARACTERS = 96
+"""In a row of the legend."""
+LEGEND_HANDLE = 8
+"""Width of a line's sample in the legend, in characters."""
 Percent = Annotated[float, Field(ge=0, le=100)]
 Statistic = Annotated[float, Field(ge=0, le=10000)]
 """A percentage, or a difference or variance of percentages."""
@@ -143,7 +147,7 @@ def check_plot(option: str, path: Path) -> None:
 def plot_comparison(runs: Sequence[FinishedRun], path: Path, *, over_minutes: bool = False) -> None:
     """Plot the accuracy curves of runs, one colour per recipe, and below them bar charts of the retention statistics.
 
-    A bar is the mean over the runs of a recipe; each run is a dot.
+    A bar is the mean over the runs of a recipe, in the colour and the order of the legend; each run is a dot.
 
     Args:
         runs: in the order of the legend.
@@ -169,9 +173,11 @@ def plot_comparison(runs: Sequence[FinishedRun], path: Path, *, over_minutes: bo
             axes[name].set(title=title, yticks=[])
     axes["curves"].set(xlabel="Minutes" if over_minutes else "Epoch", ylabel=_metric_label(runs))
     axes["curves"].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 3), frameon=False)
-    axes["settled_variance"].set(xlabel="percent², last 75 % of the epochs", yticks=range(len(groups)))
-    axes["settled_variance"].set_yticklabels(names)
+    if over_minutes:
+        axes["curves"].set_xlim(left=0)  # what comes before the first evaluation takes time, too
+    columns = LEGEND_CHARACTERS // (max(map(len, names)) + LEGEND_HANDLE)
+    figure.legend(handles, names, loc="outside upper left", ncols=max(1, min(len(names), 3, columns)), frameon=False)
+    axes["settled_variance"].set(xlabel="percent², last 75 % of the epochs")
     axes["largest_drop"].set(xlabel="percentage points")
     lowest = min(run.retention["last"] for run in runs)
     axes["last"].set(xlabel="%", xlim=(max(0.0, lowest - 5), None))
@@ -188,7 +194,12 @@ def _repetitions(runs: Sequence[FinishedRun]) -> list[tuple[str, list[FinishedRu
     for run in runs:
         groups.setdefault((run.recipe, run.settings), []).append(run)
     named = Counter(recipe for recipe, _ in groups)
-    return [(recipe if named[recipe] == 1 else f"{recipe} in {alike[0].path}", alike) for (recipe, _), alike in groups.items()]
+    folders = Counter(alike[0].path.name for alike in groups.values())
+
+    def place(path: Path) -> str:
+        return path.name if folders[path.name] == 1 else str(path)
+
+    return [(recipe if named[recipe] == 1 else f"{recipe} in {place(alike[0].path)}", alike) for (recipe, _), alike in groups.items()]
 
 
 def _metric_label(runs: Sequence[FinishedRun]) -> str:
