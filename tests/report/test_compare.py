@@ -120,7 +120,7 @@ def test_curves_are_plotted_over_epochs_or_minutes(
     plot_comparison([read_run(folder)], tmp_path / "plot.png", over_minutes=over_minutes)
     axes = figures[0].axes[0]
     assert axes.get_xlabel() == label
-    assert (axes.get_xlim()[0] == 0) is over_minutes
+    assert bool(axes.get_xlim()[0] == 0) is over_minutes
     assert np.asarray(axes.lines[0].get_xdata()).max() == right
 
 
