@@ -71,7 +71,6 @@ def distill(run: Run) -> dict[str, Any]:
     trainer = Trainer(
         *(teacher, student, generator, recipe), evaluate=evaluate, measure_agreement=measure_agreement, seed=recipe.seed, device=device
     )
-    trainer.on_calibration = lambda trainer: record_calibration(run, trainer, evaluate)
     run.resume(trainer, folder.checkpoints)
     for note in filter(None, (float_layers(recipe, student), *trainer.notes)):
         run.note(note)
@@ -138,6 +137,10 @@ def _evaluator(run: Run) -> Evaluator | None:
 def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -> None:
     recipe, folder = run.recipe, run.folder
 
+    def calibrated(trainer: Trainer) -> None:
+        record_calibration(run, trainer, trainer.evaluate)
+        progress.begin_training()
+
     def report(epoch: Epoch) -> None:
         progress.epoch(epoch)
         if epoch is _first_quarter_epoch(recipe, trainer.history):
@@ -158,6 +161,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
             trainer.on_pretraining = lambda trainer, losses: progress.pretraining(
                 trainer.state.pretrained, loop.generator_pretraining, losses
             )
+            trainer.on_calibration = calibrated
             trainer.on_iteration = lambda trainer: progress.iteration(trainer.iterations_done)
             run.train(trainer, folder.checkpoints, report, (*step_sizes(recipe), "data.batch_size", "report.samples"))
     finally:

@@ -51,16 +51,21 @@ class _Stage:
         self.per_part = per_part
         self.clock = clock
         self.task = bar.add_task(name, total=total, completed=done, metrics="")
-        self._start = done
-        self.last_line = done, clock()
+        self.restart(done, clock())
+
+    def restart(self, done: int, now: float) -> None:
+        """Measure the pace from here on: what came before is not a part of this stage."""
+        self.start = done, now
+        """Units done in earlier processes, and the time at which this one began with the next."""
+        self.last_line = done, now
         """Units done at the last line, and its time."""
 
     def is_due(self, done: int) -> bool:
         """Whether a line is due after this number of units."""
         silence = self.clock() - self.last_line[1]
         if done % self.per_part == 0 or done == self.total:
-            return silence >= MIN_INTERVAL or done - self._start <= self.per_part or done == self.total
-        return silence >= MAX_INTERVAL or (done - self._start == FIRST and self._pace(done) * self.per_part > LONG)
+            return silence >= MIN_INTERVAL or done - self.start[0] <= self.per_part or done == self.total
+        return silence >= MAX_INTERVAL or (done - self.start[0] == FIRST and self._pace(done, self.last_line) * self.per_part > LONG)
 
     def show(self, done: int, position: str, metrics: str = "", seconds: float | None = None) -> None:
         """Log a line, unless the bar shows the same.
@@ -71,7 +76,8 @@ class _Stage:
             metrics: losses and accuracy, as text.
             seconds: of the epoch that is complete; None within one.
         """
-        now, pace = self.clock(), self._pace(done)
+        now, pace = self.clock(), self._pace(done, self.last_line)
+        overall = self._pace(done, self.start)  # an epoch with an evaluation is not like the next one
         self.last_line = done, now
         parts = (
             time.strftime("%H:%M:%S", time.localtime(now)),
@@ -79,14 +85,14 @@ class _Stage:
             metrics,
             "" if seconds is None else f"{_number(seconds)} s/epoch",
             f"{_number(pace)} s/{self.unit}",
-            f"{timedelta(seconds=round(pace * (self.total - done)))} left",
+            f"{timedelta(seconds=round(overall * (self.total - done)))} left",
         )
         if not self.bar.console.is_terminal:
             LOGGER.info("%s", "  ".join(filter(None, parts)))
 
-    def _pace(self, done: int) -> float:
-        """Mean seconds per unit since the last line."""
-        return (self.clock() - self.last_line[1]) / max(1, done - self.last_line[0])
+    def _pace(self, done: int, since: tuple[int, float]) -> float:
+        """Mean seconds per unit since a number of units and its time."""
+        return (self.clock() - since[1]) / max(1, done - since[0])
 
 
 class Progress:
@@ -149,7 +155,7 @@ class Progress:
         """
         if self._pretraining is None:
             self._pretraining = _Stage(self.bar, "generator pretraining", "step", total, math.ceil(total / PARTS), done - 1, self.clock)
-            self._pretraining.last_line = done - 1, self._training.last_line[1]  # the first step has been timed, too
+            self._pretraining.restart(done - 1, self._training.last_line[1])  # the first step has been timed, too
         stage = self._pretraining
         self.bar.update(stage.task, completed=done)
         if stage.is_due(done):
@@ -158,8 +164,12 @@ class Progress:
             stage.show(done, f"{done}/{total}", metrics)
         if done == total:
             self.bar.update(stage.task, visible=False)
-            self._epoch_start = self.clock()
-            self._training.last_line = self._training.last_line[0], self._epoch_start
+            self.begin_training()
+
+    def begin_training(self) -> None:
+        """Report that all that comes before the first epoch is done, such as the generator's pretraining."""
+        self._epoch_start = self.clock()
+        self._training.restart(self._training.start[0], self._epoch_start)
 
     def iteration(self, done: int) -> None:
         """Report the number of iterations done since the start of the training."""

@@ -168,6 +168,26 @@ def test_times_of_epoch_and_iterations_exclude_pretraining() -> None:
     assert out.getvalue().splitlines()[-1].endswith("  student 1/10  20 s/epoch  2 s/iteration  0:03:00 left")
 
 
+def test_times_exclude_what_comes_between_pretraining_and_the_first_epoch() -> None:
+    out, clock = io.StringIO(), Clock()
+    with logged(out, 10, 10, clock) as progress:
+        pretrain(progress, clock, range(1, 21), 20, seconds=1)
+        clock.now += 500  # such as a calibration
+        progress.begin_training()
+        clock.now += 20
+        progress.epoch(Epoch(1, 540.0, {}, None))
+    assert out.getvalue().splitlines()[-1].endswith("  student 1/10  20 s/epoch  2 s/iteration  0:03:00 left")
+
+
+def test_the_time_left_after_an_evaluation_does_not_expect_one_in_every_epoch() -> None:
+    out, clock = io.StringIO(), Clock()
+    with logged(out, 20, 10, clock) as progress:
+        for number in range(1, 11):
+            clock.now += 110 if number % 5 == 0 else 10
+            progress.epoch(Epoch(number, 10.0, {}, None))
+    assert out.getvalue().splitlines()[-1].endswith("  student 10/20  110 s/epoch  11 s/iteration  0:05:00 left")
+
+
 def test_the_bar_shows_the_pretraining_and_then_the_student() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
