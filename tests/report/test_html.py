@@ -195,6 +195,18 @@ def test_samples_of_a_generator_that_is_not_trained_any_more_are_shown_once(tmp_
     assert "Each column shows" not in report and "Samples of 6 latent vectors." in report
 
 
+@pytest.mark.parametrize(
+    ("adversarial", "sentence"), [(1.0, "The generator seeks samples on which they differ"), (0.0, "On real images they may")]
+)
+def test_agreement_is_explained_by_what_the_generator_is_trained_for(tmp_path: Path, adversarial: float, sentence: str) -> None:
+    changes = {"objective.adversarial": adversarial, "objective.one_hot": 1.0}
+    agreement = {"last": 50.0, "best": 60.0, "samples": 1000}
+    folder = finished_run(
+        tmp_path / "r", "digits", changes, teacher_accuracy=None, student_accuracy=None, retention=None, agreement=agreement
+    )
+    assert sentence in Page(render_report(folder)).text
+
+
 def test_a_run_without_test_images_has_a_report(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", teacher_accuracy=None, student_accuracy=None, retention=None)
     folder.begin_log([Epoch(1, 1.0, {"student": 1.0}, None)])
