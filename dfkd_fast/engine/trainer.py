@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.methods import bn_moments_norm
 from dfkd_fast.models import sample
-from dfkd_fast.surgery import quantized_layers
+from dfkd_fast.surgery import keep_running_statistics, quantized_layers
 
 from . import checkpoint
 from .agreement import agreement
@@ -219,7 +220,10 @@ class Trainer:
             self._call(self.on_calibration)
 
     def _student_steps(self) -> None:
-        with self.state.clock.phase("student", memory=self.state.iteration == 0):
+        # Samples for plots, calibration and agreement are drawn with running statistics.
+        trained = self.method.loop.generator_steps > 0
+        statistics = nullcontext() if trained else keep_running_statistics(self.state.generator)
+        with self.state.clock.phase("student", memory=self.state.iteration == 0), statistics:
             for step in range(self.method.loop.student_steps):
                 self.state.losses.record(self.steps.student(step), self.state.iteration, step)
 

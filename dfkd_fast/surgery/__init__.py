@@ -10,7 +10,7 @@ from .cpu_conv import CpuConv2d, use_cpu_convolutions
 from .feature_vectors import Call, FeatureVectors, matched_layers, shared_layers
 from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
-from .modes import deep_copy, dry_run, eval_mode, freeze, weights_frozen
+from .modes import deep_copy, dry_run, eval_mode, freeze, keep_running_statistics, weights_frozen
 from .observe import Observation, Observer
 from .outputs import auxiliary_outputs, get_logits, logits_only
 from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
@@ -46,6 +46,7 @@ __all__ = [
     "get_logits",
     "has_running_statistics",
     "in_float32",
+    "keep_running_statistics",
     "keep_spectral_norms_in_float32",
     "left_in_float",
     "logits_only",

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError, describe_exception
 from dfkd_fast.out_of_memory import is_out_of_memory
 
-__all__ = ["deep_copy", "dry_run", "eval_mode", "freeze", "weights_frozen"]
+__all__ = ["deep_copy", "dry_run", "eval_mode", "freeze", "keep_running_statistics", "weights_frozen"]
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -94,3 +95,16 @@ def dry_run(network: nn.Module) -> Iterator[nn.Module]:
         for copied, parameter in zip(trial.parameters(), network.parameters(), strict=True):
             copied.requires_grad_(parameter.requires_grad)
         yield trial
+
+
+@contextmanager
+def keep_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Context manager in which batch norms leave their running statistics unchanged; in training mode they still normalize by the batch."""
+    norms = [(norm, norm.momentum) for norm in network.modules() if isinstance(norm, _BatchNorm)]
+    for norm, _ in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in norms:
+            norm.momentum = momentum
