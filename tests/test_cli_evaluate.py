@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -80,6 +81,10 @@ def test_a_run_with_given_weights_is_compared_with_its_teacher_from_where_they_a
     assert result.code == 0, result.err
     student, teacher = json.loads(Path("f.json").read_text())
     assert teacher["role"] == "teacher" and student["agreement"]["reference"] == teacher["weights"] == str(given)
+    shutil.copytree("r", "again")
+    both = run("evaluate", "again", *arguments[1:])
+    assert both.code == 0, both.err
+    assert [one["role"] for one in json.loads(Path("f.json").read_text())] == ["student", "teacher", "student"]  # which both runs share
     given.unlink()
     alone = run(*arguments)
     assert alone.code == 0 and json.loads(Path("f.json").read_text())["agreement"] is None

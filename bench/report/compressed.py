@@ -14,7 +14,7 @@ __all__ = ["COMPRESSED", "FOLDER", "compressed_table"]
 FOLDER = ROOT / "bench" / "results" / "compress"
 COMPRESSED = marker("compressed networks", "bench/results/compress")
 TITLES = (
-    *("network", "metric", "bits", "seed", "its own", "calibrated", "**trained, last epoch**", "best epoch", "agreement, real"),
+    *("network", "metric", "bits", "seed", "network's own", "calibrated", "**trained, last epoch**", "best epoch", "agreement, real"),
     *("agreement, generated", "student steps", "time (min)", "size (MB)", "device"),
 )
 
@@ -37,7 +37,7 @@ def compressed_table() -> str:
             CompressedRun(
                 recipe_from_toml(path.with_name("recipe.toml").read_text(), str(path.with_name("recipe.toml"))),
                 json.loads(path.read_text()),
-                json.loads(evaluation.read_text())[0] if evaluation.is_file() else {},
+                next(one for one in json.loads(evaluation.read_text()) if one["role"] == "student") if evaluation.is_file() else {},
             )
         )
     runs.sort(key=_order)

@@ -59,6 +59,7 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
     """Yields the networks with their weights, under unique names."""
     models = list(request.models)
     names: dict[str, int] = {}
+    teachers: set[tuple[str, str, DataSettings]] = set()
     keyed = False
 
     def unique(name: str) -> str:
@@ -73,8 +74,10 @@ def candidates(request: EvaluationRequest, log: Callable[[str], None]) -> Iterat
         check_classifier(role, network, noise_images(recipe, 2, torch.device("cpu")), "data.image_size's")
         keyed |= key != ""
         yield Candidate(unique(str(path)), role, model_of(recipe, role), recipe.data, network)
-        if needs_teacher and (teacher := _given_teacher(path, recipe, request, models, log)) is not None:
-            given = recipe.teacher.model if recipe.teacher.weights == "package" else recipe.teacher.weights
+        given = recipe.teacher.model if recipe.teacher.weights == "package" else recipe.teacher.weights
+        which = given, recipe.teacher.weights_key, recipe.data
+        if needs_teacher and which not in teachers and (teacher := _given_teacher(path, recipe, request, log)) is not None:
+            teachers.add(which)  # runs with the same teacher share it
             yield Candidate(unique(given), "teacher", recipe.teacher.model, recipe.data, teacher)
     for model in models:
         recipe = _pretrained(model, None, request, log)
@@ -102,14 +105,12 @@ def _files(targets: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
             yield target, False
 
 
-def _given_teacher(
-    student: Path, recipe: Recipe, request: EvaluationRequest, models: list[str], log: Callable[[str], None]
-) -> nn.Module | None:
+def _given_teacher(student: Path, recipe: Recipe, request: EvaluationRequest, log: Callable[[str], None]) -> nn.Module | None:
     """Returns the teacher of a run that was given its weights, loaded from the same place; None, with one line, if that fails."""
     try:
         if not recipe.teacher.weights:
             raise DfkdError("the folder holds no teacher.safetensors")
-        _confirm_code(student, "teacher", recipe, request, models)
+        _confirm_code(student, "teacher", recipe, request, [])  # the name may stand for another file, too
         teacher = build_network(recipe, "teacher")
         load_given_teacher(recipe, teacher, log)
     except DfkdError as error:

@@ -86,6 +86,9 @@ def compression_overrides(request: CompressRequest) -> tuple[str, dict[str, Any]
         DfkdError: the network is unknown or cannot be built, or its weights or data are missing.
     """
     network, options = request.network, dict(request.overrides)
+    for path in ("student.weight_bits", "student.activation_bits"):
+        if path in options:
+            raise DfkdError(f"--set {path}={options[path]}: must be named by --bits wXaY, on which the learning rate depends")
     is_recipe = network.endswith(".toml") or network in shipped_recipes()
     if is_recipe and load_recipe(network).student.is_quantized:  # of an earlier compression, or made for one
         rate = {path: value for path, value in options.items() if path == "student_optimizer.lr"}
@@ -142,9 +145,6 @@ def _chosen(request: CompressRequest, *, defaults: bool) -> dict[str, Any]:
         budget = DEFAULT_BUDGET
     chosen: dict[str, Any] = {}
     if bits is not None:
-        for path in ("student.weight_bits", "student.activation_bits"):
-            if path in request.overrides:
-                raise DfkdError(f"--set {path}={request.overrides[path]}: must be named by --bits wXaY, on which the learning rate depends")
         weights, activations = parse_bits(bits)
         chosen = {"student.init": "teacher", "student.weight_bits": weights, "student.activation_bits": activations}
         chosen["student_optimizer.lr"] = LEARNING_RATES[min(weights, activations)]

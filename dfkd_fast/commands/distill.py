@@ -138,7 +138,7 @@ def _train_student(run: Run, trainer: Trainer, teacher_accuracy: float | None) -
     recipe, folder = run.recipe, run.folder
 
     def calibrated(trainer: Trainer) -> None:
-        record_calibration(run, trainer, trainer.evaluate)
+        record_calibration(run, trainer)
         progress.begin_training()
 
     def report(epoch: Epoch) -> None:

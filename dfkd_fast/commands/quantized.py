@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -51,11 +50,11 @@ def float_layers(recipe: Recipe, student: nn.Module) -> str | None:
     return f"student.weight_bits = {bits}: left in float: {join_names(names, MAX_NAMES)}"
 
 
-def record_calibration(run: Run, trainer: Trainer, evaluate: Callable[[nn.Module], float] | None) -> None:
+def record_calibration(run: Run, trainer: Trainer) -> None:
     """Write ``calibration.json``: the calibrated student's agreement with the teacher, and its accuracy, before any step, and the seconds
     of pretraining and calibration."""
     seconds = math.fsum(trainer.state.clock.read().values())
-    accuracy = None if evaluate is None else float(evaluate(trainer.result))
+    accuracy = None if trainer.evaluate is None else float(trainer.evaluate(trainer.result))
     record = {"accuracy": accuracy, "agreement": agreement(trainer.state), "seconds": seconds}
     run.folder.write_text(run.folder.calibration, json.dumps(record) + "\n")
     of_images = "" if accuracy is None else f"{run.recipe.data.metric} {accuracy:.2f} %, "

@@ -81,11 +81,12 @@ def load_quantized(network: nn.Module, path: Path | str) -> nn.Module:
 
 
 def is_quantized_file(path: Path) -> bool:
-    """Whether :func:`save_quantized` wrote a file; only the names of its tensors are read."""
+    """Whether :func:`save_quantized` wrote a file; its weights are not read."""
     if path.suffix != ".safetensors":
         return False
     with safe_open(path, "pt") as file:
-        return any(key == BITS or key.endswith(f".{BITS}") for key in file.keys())  # noqa: SIM118, the file is not iterable
+        keys = [key for key in file.keys() if key == BITS or key.endswith(f".{BITS}")]  # noqa: SIM118, the file is not iterable
+        return bool(keys) and all(_are_bits(file.get_tensor(key)) for key in keys)
 
 
 def _key(layer: str, tensor: str) -> str:

@@ -1,10 +1,10 @@
 """Comparison of finished runs: a table and a plot."""
 
 import json
+import math
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from dfkd_fast.files import check_output
 from dfkd_fast.settings import FileName, Seed
 
 from .folder import RunFolder, read_metrics
-from .plots import axis_name, literal_label, save_figure
+from .plots import MAX_MARKERS, axis_name, literal_label, save_figure
 
 __all__ = ["COLUMNS", "FinishedRun", "check_plot", "plot_comparison", "read_run", "table_rows"]
 
@@ -58,8 +58,8 @@ class FinishedRun:
     retention: dict[str, Statistic]
     curve: Annotated[list[tuple[Annotated[int, Field(ge=0, le=2**31)], Percent]], Field(min_length=1)]
     """Pairs of epoch and student accuracy in percent; epoch 0 is a quantized student before its first step."""
-    minutes: list[Annotated[float, Field(ge=0)]]
-    """Duration of the training in minutes up to each point of the curve, without a teacher's training."""
+    minutes: list[Annotated[float, Field(ge=0)] | None]
+    """Duration of the training in minutes up to each point of the curve, without a teacher's training; None where it is not recorded."""
     settings: str = ""
     """The part of the recipe that is equal in repetitions of a run, as JSON; empty if the folder has no recipe."""
 
@@ -82,20 +82,21 @@ def read_run(path: Path) -> FinishedRun:
         of_run = {name: summary[name] for name in ("recipe", "seed", "teacher_accuracy")}
         metric = summary.get("metric", "top-1 accuracy")
         file = folder.metrics
-        epochs = read_metrics(file)
-        elapsed = accumulate(epoch.get("seconds", 0.0) for epoch in epochs)
-        points = [(epoch["epoch"], epoch["student_accuracy"], seconds / 60) for epoch, seconds in zip(epochs, elapsed, strict=True)]
         calibration = folder.read_calibration()
-        if (seconds := calibration.get("seconds")) is not None:
-            points.insert(0, (0, calibration.get("accuracy"), seconds / 60))
+        points: list[tuple[int, Any, float | None]] = [(0, calibration.get("accuracy"), calibration.get("seconds"))]
+        elapsed = 0.0
+        for epoch in read_metrics(file):
+            elapsed += epoch.get("seconds", math.nan)
+            points.append((epoch["epoch"], epoch["student_accuracy"], None if math.isnan(elapsed) else elapsed))
         points = [point for point in points if point[1] is not None]
-        curve, minutes = [point[:2] for point in points], [point[2] for point in points]
+        curve = [(number, accuracy) for number, accuracy, _ in points]
+        minutes = [None if seconds is None else seconds / 60 for _, _, seconds in points]
         file = folder.recipe
         settings = _settings(file.read_text("utf-8")) if file.is_file() else ""
         return FinishedRun(path, metric=metric, retention=statistics, curve=curve, minutes=minutes, settings=settings, **of_run)
     except DfkdError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DfkdError(f"{path} cannot be read as a run: {_damage(file, error)}") from error
 
 
@@ -152,7 +153,10 @@ def plot_comparison(runs: Sequence[FinishedRun], path: Path, *, over_minutes: bo
     Args:
         runs: in the order of the legend.
         path: of the image file.
-        over_minutes: whether accuracy is plotted over minutes instead of epochs.
+        over_minutes: whether accuracy is plotted over minutes instead of epochs; points whose time is not recorded are left out.
+
+    Raises:
+        DfkdError: a run has no point whose time is recorded.
     """
     repetitions = _repetitions(runs)
     groups = [alike for _, alike in repetitions]
@@ -163,8 +167,9 @@ def plot_comparison(runs: Sequence[FinishedRun], path: Path, *, over_minutes: bo
     for index, alike in enumerate(groups):
         lines = []
         for run in alike:
-            epochs, accuracies = zip(*run.curve, strict=True)
-            lines += axes["curves"].plot(run.minutes if over_minutes else epochs, accuracies, color=f"C{index}", alpha=0.8, linewidth=1)
+            points = _over_minutes(run) if over_minutes else run.curve
+            marker = "." if len(points) <= MAX_MARKERS else ""
+            lines += axes["curves"].plot(*zip(*points, strict=True), color=f"C{index}", alpha=0.8, linewidth=1, marker=marker, markersize=4)
         handles.append(lines[0])
         for name, title in (("settled_variance", "Variance"), ("largest_drop", "Largest drop"), ("last", "Last epoch")):
             values = [run.retention[name] for run in alike]
@@ -186,6 +191,14 @@ def plot_comparison(runs: Sequence[FinishedRun], path: Path, *, over_minutes: bo
         if name != "curves":
             axis.invert_yaxis()  # the order of the legend
     save_figure(figure, path)
+
+
+def _over_minutes(run: FinishedRun) -> list[tuple[float, float]]:
+    """Returns pairs of minutes and accuracy."""
+    points = [(minutes, accuracy) for minutes, (_, accuracy) in zip(run.minutes, run.curve, strict=True) if minutes is not None]
+    if not points:
+        raise DfkdError(f"--minutes: {run.path} has no seconds in {RunFolder(run.path).metrics.name}")
+    return points
 
 
 def _repetitions(runs: Sequence[FinishedRun]) -> list[tuple[str, list[FinishedRun]]]:

@@ -33,6 +33,7 @@ temporary files              have names of their own pattern, and are deleted wh
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -229,23 +230,21 @@ class RunFolder:
     def plot_curves(self, epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, metric: str) -> None:
         """Write ``curves.png``, see :func:`~dfkd_fast.report.plots.plot_curves`."""
         if self.writes:
-            plot_curves(epochs, teacher_accuracy, title, self.curves, metric, calibrated=self.calibrated)
+            plot_curves(epochs, teacher_accuracy, title, self.curves, metric, calibrated=self.calibrated(epochs))
 
     def read_calibration(self) -> dict[str, float | None]:
         """Returns the content of ``calibration.json``; empty if the file does not exist or is damaged, since a run goes on without it."""
         with suppress(OSError, ValueError):
             record = json.loads(self.calibration.read_text("utf-8"))
-            if isinstance(record, dict) and all(isinstance(value, float | int | None) for value in record.values()):
+            if isinstance(record, dict) and all(map(_is_measured, record, record.values())):
                 return record
         return {}
 
-    @property
-    def calibrated(self) -> float | None:
-        """Accuracy of the calibrated student in percent before the first step, or its agreement where there is no accuracy; None if it was
-        not recorded."""
-        record = self.read_calibration()
-        accuracy = record.get("accuracy")
-        return record.get("agreement") if accuracy is None else accuracy
+    def calibrated(self, epochs: Sequence[Epoch]) -> float | None:
+        """Returns the accuracy in percent of the calibrated student before the first step, or its agreement if no epoch has an accuracy;
+        None if it was not recorded."""
+        has_accuracy = any(epoch.student_accuracy is not None for epoch in epochs)
+        return self.read_calibration().get("accuracy" if has_accuracy else "agreement")
 
     def plot_teacher_curves(self, epochs: Sequence[Epoch], title: str, metric: str) -> None:
         """Write ``teacher-curves.png``: loss and accuracy of the teacher's training."""
@@ -345,6 +344,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     with suppress(ValueError):
         epochs += [json.loads(last)] if last else []
     return epochs
+
+
+def _is_measured(name: str, value: object) -> bool:
+    """Whether a value of ``calibration.json`` is one that a run writes."""
+    if value is None:
+        return True
+    largest = math.inf if name == "seconds" else 100.0
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value <= largest and math.isfinite(value)
 
 
 def _epoch_of(grid: Path) -> int:

@@ -94,7 +94,7 @@ def render_report(folder: RunFolder) -> str:
         date=time.strftime("%Y-%m-%d"),
         last=epochs[-1].number if epochs else 0,
         statistics=STATISTICS,
-        panels=curves_as_svg(epochs, summary["teacher_accuracy"], metric, folder.calibrated),
+        panels=curves_as_svg(epochs, summary["teacher_accuracy"], metric, folder.calibrated(epochs)),
         samples=[(epoch, _data_uri(column)) for epoch, column in images],
         latents=_latents(recipe),
         pixelated=recipe.generated_size <= PIXELATED,

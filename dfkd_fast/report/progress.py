@@ -59,6 +59,8 @@ class _Stage:
         """Units done in earlier processes, and the time at which this one began with the next."""
         self.last_line = done, now
         """Units done at the last line, and its time."""
+        self.first_line: tuple[int, float] | None = None
+        """The same of the first line: units before it may be slower, since they compile and warm up."""
 
     def is_due(self, done: int) -> bool:
         """Whether a line is due after this number of units."""
@@ -77,8 +79,9 @@ class _Stage:
             seconds: of the epoch that is complete; None within one.
         """
         now, pace = self.clock(), self._pace(done, self.last_line)
-        overall = self._pace(done, self.start)  # an epoch with an evaluation is not like the next one
+        overall = self._pace(done, self.first_line or self.start)  # an epoch with an evaluation is not like the next one
         self.last_line = done, now
+        self.first_line = self.first_line or self.last_line
         parts = (
             time.strftime("%H:%M:%S", time.localtime(now)),
             f"{self.name} {position}",

@@ -99,10 +99,32 @@ def test_a_calibrated_student_is_epoch_0_and_minutes_are_those_of_all_epochs_so_
     run = read_run(folder)
     assert run.curve == [(0, 60.0), (2, 70.0), (3, 80.0)]
     assert run.minutes == pytest.approx([0.75, 2.0, 3.0])
+    (folder / "calibration.json").write_text('{"accuracy": 60.0, "agreement": 50.0}')  # of an earlier version
+    assert read_run(folder).curve == run.curve
+    assert read_run(folder).minutes == [None, *run.minutes[1:]]
 
 
-@pytest.mark.parametrize("content", ['{"accuracy": null, "agreement": 50.0}', "{", "[]", '{"accuracy": "high"}', '{"accuracy": 60.0}'])
-def test_a_calibration_without_accuracy_or_seconds_or_a_damaged_one_has_no_point(tmp_path: Path, content: str) -> None:
+def test_points_without_a_time_are_left_out_of_a_plot_over_minutes(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "a", "a", 0, [70.0, 80.0])  # its epochs have no seconds
+    plot_comparison([read_run(folder)], tmp_path / "epochs.png")
+    with pytest.raises(DfkdError, match=r"^--minutes: .*a has no seconds in metrics.jsonl$"):
+        plot_comparison([read_run(folder)], tmp_path / "minutes.png", over_minutes=True)
+    assert not (tmp_path / "minutes.png").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"accuracy": null, "agreement": 50.0}',
+        "{",
+        "[]",
+        '{"accuracy": "high"}',
+        '{"accuracy": NaN}',
+        '{"accuracy": 500}',
+        '{"accuracy": true}',
+    ],
+)
+def test_a_calibration_without_accuracy_or_a_damaged_one_has_no_point(tmp_path: Path, content: str) -> None:
     folder = finished_run(tmp_path / "a", "a", 0, [70.0, 80.0])
     (folder / "calibration.json").write_text(content)
     assert read_run(folder).curve == [(1, 70.0), (2, 80.0)]
@@ -171,9 +193,10 @@ def test_recipe_names_are_printed_and_plotted_literally(
         (lambda folder: (folder / "summary.json").write_text("{"), "cannot be read as a run"),
         (lambda folder: (folder / "summary.json").write_text("[]"), "cannot be read as a run"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "cannot be read as a run"),
+        (lambda folder: (folder / "metrics.jsonl").write_text("[]\n"), "cannot be read as a run"),
         (lambda folder: (folder / "summary.json").write_text('{"retention": null}'), "never evaluated"),
     ],
-    ids=["unfinished", "not JSON", "unexpected JSON", "no log", "not evaluated"],
+    ids=["unfinished", "not JSON", "unexpected JSON", "no log", "unexpected log", "not evaluated"],
 )
 def test_an_error_names_the_folder_that_cannot_be_compared(tmp_path: Path, break_it: object, message: str) -> None:
     folder = finished_run(tmp_path / "broken", "a", 0, [50.0])

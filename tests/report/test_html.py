@@ -207,6 +207,17 @@ def test_agreement_is_explained_by_what_the_generator_is_trained_for(tmp_path: P
     assert sentence in Page(render_report(folder)).text
 
 
+def test_an_agreement_is_not_drawn_as_epoch_0_of_an_accuracy(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "r")
+    folder.write_text(folder.calibration, '{"accuracy": null, "agreement": 99.0}')
+    accuracies = [Epoch(1, 1.0, {}, 90.0)]
+    agreements = [Epoch(1, 1.0, {}, None, agreement=90.0)]
+    assert folder.calibrated(accuracies) is None
+    assert folder.calibrated(agreements) == 99.0
+    folder.write_text(folder.calibration, '{"accuracy": 80.0, "agreement": 99.0}')
+    assert folder.calibrated(accuracies) == 80.0
+
+
 def test_a_run_without_test_images_has_a_report(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run", teacher_accuracy=None, student_accuracy=None, retention=None)
     folder.begin_log([Epoch(1, 1.0, {"student": 1.0}, None)])

@@ -185,7 +185,18 @@ def test_the_time_left_after_an_evaluation_does_not_expect_one_in_every_epoch() 
         for number in range(1, 11):
             clock.now += 110 if number % 5 == 0 else 10
             progress.epoch(Epoch(number, 10.0, {}, None))
-    assert out.getvalue().splitlines()[-1].endswith("  student 10/20  110 s/epoch  11 s/iteration  0:05:00 left")
+        clock.now += 10
+        progress.epoch(Epoch(11, 10.0, {}, None))
+    assert out.getvalue().splitlines()[-1].endswith("  student 11/20  10 s/epoch  1 s/iteration  0:04:30 left")
+
+
+def test_the_time_left_forgets_a_slow_first_epoch() -> None:
+    out, clock = io.StringIO(), Clock()
+    with logged(out, 10, 10, clock) as progress:
+        for number, seconds in ((1, 1000), (2, 10)):
+            clock.now += seconds
+            progress.epoch(Epoch(number, seconds, {}, None))
+    assert out.getvalue().splitlines()[-1].endswith("  student 2/10  10 s/epoch  1 s/iteration  0:01:20 left")
 
 
 def test_the_bar_shows_the_pretraining_and_then_the_student() -> None:
