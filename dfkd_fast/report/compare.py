@@ -86,8 +86,9 @@ def read_run(path: Path) -> FinishedRun:
         points: list[tuple[int, Any, float | None]] = [(0, calibration.get("accuracy"), calibration.get("seconds"))]
         elapsed = 0.0
         for epoch in read_metrics(file):
+            number, accuracy = epoch["epoch"], epoch["student_accuracy"]
             elapsed += epoch.get("seconds", math.nan)
-            points.append((epoch["epoch"], epoch["student_accuracy"], None if math.isnan(elapsed) else elapsed))
+            points.append((number, accuracy, None if math.isnan(elapsed) else elapsed))
         points = [point for point in points if point[1] is not None]
         curve = [(number, accuracy) for number, accuracy, _ in points]
         minutes = [None if seconds is None else seconds / 60 for _, _, seconds in points]
@@ -96,7 +97,7 @@ def read_run(path: Path) -> FinishedRun:
         return FinishedRun(path, metric=metric, retention=statistics, curve=curve, minutes=minutes, settings=settings, **of_run)
     except DfkdError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DfkdError(f"{path} cannot be read as a run: {_damage(file, error)}") from error
 
 
