@@ -62,16 +62,20 @@ def test_weights_are_those_of_optimal_brain_quantization_in_their_order(bits: in
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_error_of_the_outputs_is_smaller_than_with_the_nearest_integers(kind: str) -> None:
-    torch.manual_seed(0)
     (original, shape), bits = LAYERS[kind], 3
     original, x = copy.deepcopy(original), correlated(*shape)
-    layer = quantized(original, x, bits)
-    with torch.no_grad():
-        expected = original(x)
-        before = float((layer(x) - expected).square().mean())
-        round_weights(layer, x)
-        assert float((layer(x) - expected).square().mean()) < 0.9 * before
-    assert torch.equal(layer.weight, layer._parameters["weight"])  # rounded already
+    before = after = 0.0
+    for seed in range(8):  # a single small layer may be rounded to a larger error
+        torch.manual_seed(seed)
+        original.reset_parameters()  # type: ignore[operator]
+        layer = quantized(original, x, bits)
+        with torch.no_grad():
+            expected = original(x)
+            before += float((layer(x) - expected).square().mean())
+            round_weights(layer, x)
+            after += float((layer(x) - expected).square().mean())
+        assert torch.equal(layer.weight, layer._parameters["weight"])  # rounded already
+    assert after < 0.9 * before
 
 
 def test_inputs_without_correlation_leave_the_nearest_integers() -> None:
