@@ -24,8 +24,9 @@ from dfkd_fast.engine.precision import resolve_precision
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.files import check_output, replacing
 from dfkd_fast.recipe import load_recipe
+from dfkd_fast.recipe_files import parse_overrides
 
-from . import calibration, end_to_end, evaluation, host, provenance, report, ship, table, with_data
+from . import calibration, end_to_end, evaluation, host, model, provenance, report, ship, table, with_data
 from . import methods as method_costs
 from . import micro as cases
 from . import plot as plots
@@ -263,6 +264,38 @@ def run_end_to_end(
     typer.echo(target)
     if failures:
         _fail("; ".join(failures), 1)
+
+
+@app.command(name="model")
+def run_model(
+    recipe: Annotated[list[str], typer.Option(help="A shipped recipe or a TOML file; may be repeated.")],
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(model.DEVICES)}.")] = "h200",
+    changes: Annotated[Names, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a recipe value; repeatable.")] = None,
+    layers: Annotated[int, typer.Option(min=0, help="Print as many of the layers that take longest.")] = 0,
+    by_layer: Annotated[Path | None, typer.Option(help="Also write this CSV, with the kernels of every layer of the last recipe.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV to add to, plotted as a PNG; by default bench/results/model-DEVICE.csv.")] = None,
+) -> None:
+    """Predict the kernels of an iteration on a GPU, and their time at the device's rates; needs no GPU."""
+    chosen = _known("--device", [device], list(model.DEVICES))[0]
+    for option, path in (("--by-layer", by_layer), ("--out", out)):
+        if path is not None:
+            check_output(option, path)
+    target = out or RESULTS / f"model-{chosen}.csv"
+    columns = table.names(model.Row)
+    if target.exists() and table.header(target) != columns:
+        raise DfkdError(f"--out {target}: has other columns than a table of this benchmark")
+    settings = parse_overrides(changes or [])
+    for name in recipe:
+        rows = model.predict_recipe(name, settings, chosen, _command())
+        console = Console()
+        print_table(console, *model.total_table(rows), figures=True, title=f"{name}, batch size {rows[0].batch_size}, {chosen}")
+        print_table(console, *model.kind_table(rows), title="\nby kind of kernel and network", figures=True)
+        if layers:
+            print_table(console, *model.layer_table(rows, layers), title="\nthe layers that take longest in an iteration", figures=True)
+        picture = model.write(target, rows)
+        if by_layer is not None:
+            model.write_layers(by_layer, rows)
+    typer.echo(f"{target}\n{picture}")
 
 
 @app.command(name="evaluation")

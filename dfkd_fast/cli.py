@@ -4,7 +4,6 @@ import io
 import os
 import re
 import sys
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from rich.console import Console
 from .choices import DeviceName, Loader, LogLevel, PrecisionName
 from .console import Terminal
 from .environment import check_environment, set_wait_policy
-from .errors import DfkdError, describe_os_error, first_line, short_repr
+from .errors import DfkdError, describe_os_error, first_line
 from .files import expanded
 from .interrupt import Interrupted, discard, interrupting_on_signals
 from .out_of_memory import is_out_of_memory, one_line_message
@@ -461,21 +460,10 @@ def _overrides(
     data_root: Path | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Recipe overrides of the options, by dotted path; values of ``--set`` are parsed as TOML, else taken as text."""
-    overrides: dict[str, Any] = {}
-    for change in changes or []:
-        path, equals, text = change.partition("=")
-        if not equals or not all(path.split(".")):
-            raise DfkdError(f"--set {short_repr(change)}: must be key.path=value, such as loop.epochs=3")
-        try:
-            read = tomllib.loads(f"value = {text}")
-        except RecursionError as error:
-            raise DfkdError(f"--set {path}: the value is nested too deeply") from error
-        except ValueError:
-            read = {"value": text}
-        if read.keys() != {"value"}:
-            raise DfkdError(f"--set {short_repr(change)}: must be one value; repeat --set for another key")
-        overrides[path] = read["value"]
+    """Recipe overrides of the options, by dotted path."""
+    from .recipe_files import parse_overrides
+
+    overrides = parse_overrides(changes or [])
     for path, value in (("teacher.weights", teacher), ("data.root", data_root)):
         if value is not None:
             is_name = str(value) == "package" or str(value).startswith("shipped:")

@@ -3,7 +3,7 @@
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ __all__ = [
     "changed_from",
     "flat",
     "merged",
+    "parse_overrides",
     "parse_recipe",
     "read_levels",
     "read_recipe",
@@ -41,6 +42,32 @@ LONGEST_VALUE = 40
 def shipped_recipes() -> list[str]:
     """Returns the names of the recipes in the package."""
     return sorted(entry.name.removesuffix(".toml") for entry in SHIPPED.iterdir() if entry.name.endswith(".toml"))
+
+
+def parse_overrides(changes: Iterable[str]) -> dict[str, Any]:
+    """Parse the values of ``--set``, such as ``loop.epochs=3``: TOML, or text if they are not TOML.
+
+    Returns:
+        Values by dotted path.
+
+    Raises:
+        DfkdError: a change is not one ``key.path=value``.
+    """
+    overrides: dict[str, Any] = {}
+    for change in changes:
+        path, equals, text = change.partition("=")
+        if not equals or not all(path.split(".")):
+            raise DfkdError(f"--set {short_repr(change)}: must be key.path=value, such as loop.epochs=3")
+        try:
+            read = tomllib.loads(f"value = {text}")
+        except RecursionError as error:
+            raise DfkdError(f"--set {path}: the value is nested too deeply") from error
+        except ValueError:
+            read = {"value": text}
+        if read.keys() != {"value"}:
+            raise DfkdError(f"--set {short_repr(change)}: must be one value; repeat --set for another key")
+        overrides[path] = read["value"]
+    return overrides
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:

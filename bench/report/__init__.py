@@ -7,8 +7,8 @@
 ``importing.py`` reads the sources, ``checks.py`` validates them, and ``summaries.py`` writes what a GPU reported beside its rows;
 ``results.py`` loads the files. ``readme.py`` makes the README's table, ``methods.py`` those of the methods' pages, ``cpu.py`` the tables
 measured on CPUs, ``gpu.py`` those measured on GPUs, ``replays.py`` that of the replays on CIFAR-10, ``calibration.py`` those of calibrated
-copies, ``compressed.py`` that of compressed networks, and ``teachers.py`` that of the shipped teachers; ``markdown.py`` formats a table and
-replaces it in a document.
+copies, ``compressed.py`` that of compressed networks, ``predictions.py`` that of predicted steps, and ``teachers.py`` that of the shipped
+teachers; ``markdown.py`` formats a table and replaces it in a document.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.files import replacing
 
 from ..provenance import ROOT
-from . import calibration, compressed, cpu, gpu, methods, readme, replays, teachers
+from . import calibration, compressed, cpu, gpu, methods, predictions, readme, replays, teachers
 from .cpu import end_to_end_table
 from .importing import Importer
 from .markdown import fill
@@ -76,7 +76,7 @@ def documents(results: Results) -> dict[str, dict[str, str]]:
         "docs/evaluation.md": {cpu.EVALUATION: tables[cpu.EVALUATION]},
         "docs/cifar10.md": {replays.REPLAYS: replays.replay_table()},
         "docs/compress.md": {compressed.COMPRESSED: compressed.compressed_table(), **calibration.sections(results)},
-        "docs/gpu.md": gpu.sections(results),
+        "docs/gpu.md": gpu.sections(results) | {predictions.PREDICTIONS: predictions.prediction_table(results)},
         "docs/weights.md": {teachers.TEACHERS: teachers.teacher_table()},
         **methods.sections(results),
     }

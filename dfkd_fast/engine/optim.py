@@ -47,11 +47,19 @@ class Optimizer:
             raise ValueError("nesterov = true: needs kind 'sgd' and a momentum above 0")
 
 
-def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device, *, on_gpu: bool | None = None
+) -> torch.optim.Optimizer:
     """Returns the configured optimizer over parameters.
 
     Adam is fused, which is several times faster also on a CPU; SGD is fused on a GPU. On a GPU the learning rate is a tensor, so that a
     captured step follows the schedule.
+
+    Args:
+        config: Configuration.
+        parameters: Parameters to optimize.
+        device: Device of the parameters.
+        on_gpu: Whether the options for GPUs are used; by default if ``device`` is one.
 
     Raises:
         DfkdError: An apex optimizer is configured, but apex is not installed or the device is not a GPU.
@@ -62,7 +70,7 @@ def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter], devic
     if config.kind.startswith("apex"):
         apex = _apex(config.kind, device)
         return apex.FusedSGD(parameters, **options) if sgd else apex.FusedAdam(parameters, adam_w_mode=False, capturable=True, **options)
-    if device.type == "cuda":
+    if device.type == "cuda" if on_gpu is None else on_gpu:
         options |= {"lr": torch.tensor(config.lr, device=device), "fused": True} | ({} if sgd else {"capturable": True})
     if not sgd:
         return torch.optim.Adam(parameters, **options | {"fused": True})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,8 @@ class Context:
     """Passes append a line for each optimization that they could not apply."""
     second_order: bool = False
     """Whether the student is differentiated twice."""
+    on_gpu: bool = False
+    """Whether the optimizations for GPUs are applied, those for CPUs otherwise."""
 
 
 def note_emulation(context: Context) -> None:
@@ -115,7 +118,7 @@ def spectral_norms_in_float32(network: nn.Module, context: Context) -> nn.Module
 
 def cpu_convolutions(network: nn.Module, context: Context) -> nn.Module:
     """Selects the algorithm of each convolution on a CPU."""
-    return use_cpu_convolutions(network) if context.engine.cpu_convolutions and context.device.type == "cpu" else network
+    return use_cpu_convolutions(network) if context.engine.cpu_convolutions and not context.on_gpu else network
 
 
 def sync_batch_norm(network: nn.Module, context: Context) -> nn.Module:
@@ -135,12 +138,11 @@ def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
     In generators on a GPU also batch norms without activation. Student and trained teacher on a CPU only, unless the student is
     differentiated twice or the logits change, as where a network uses a batch norm's output besides its ReLU.
     """
-    on_gpu = context.device.type == "cuda"
     if not context.engine.fuse_norm_act:
         return network
     if context.role == "generator":
-        return fuse_leaky_relus(network, every_norm=on_gpu)
-    if on_gpu or context.second_order:
+        return fuse_leaky_relus(network, every_norm=context.on_gpu)
+    if context.on_gpu or context.second_order:
         return network
     fused = fuse_leaky_relus(sharing_copy(network))
     if _have_equal_logits(network, fused, context.images):
@@ -208,6 +210,7 @@ def prepare(
     seed: int,
     device: torch.device,
     teacher_trained: bool = True,
+    optimize_for: Literal["cpu", "cuda"] | None = None,
 ) -> TrainState:
     """Returns the state of a training before its first step.
 
@@ -219,6 +222,8 @@ def prepare(
         seed: Seed of the latents.
         device: Device of the training.
         teacher_trained: False if the teacher's weights are not trained yet, for checks before its training.
+        optimize_for: Type of device whose optimizations are applied, by default that of ``device``. With "cuda" on a CPU the steps call
+            the operations of a GPU, which can be counted there.
 
     Raises:
         DfkdError: The networks are incompatible with each other, the method or its batch sizes, or cannot be copied.
@@ -231,7 +236,16 @@ def prepare(
         check_initialized(role, network)
 
     second_order = method.update.kind == "second-order"
-    context = Context("teacher", engine, Precision(engine.precision, device), device, torch.empty(0, device=device), [], second_order)
+    context = Context(
+        "teacher",
+        engine,
+        Precision(engine.precision, device),
+        device,
+        torch.empty(0, device=device),
+        [],
+        second_order,
+        on_gpu=(optimize_for or device.type) == "cuda",
+    )
     note_emulation(context)
     for network in networks.values():
         to_device(network, context)
@@ -267,8 +281,8 @@ def prepare(
     projection = None if features is None else features.student.projection
     average = FusedEMA(student, loop.student_ema_decay) if loop.student_ema_decay else None
     trained = [*student.parameters(), *([] if projection is None else projection.parameters())]
-    student_optimizer = build_optimizer(method.student_optimizer, trained, device)
-    generator_optimizer = build_optimizer(method.generator_optimizer, generator.parameters(), device)
+    student_optimizer = build_optimizer(method.student_optimizer, trained, device, on_gpu=context.on_gpu)
+    generator_optimizer = build_optimizer(method.generator_optimizer, generator.parameters(), device, on_gpu=context.on_gpu)
     return TrainState(
         device=device,
         method=method,
@@ -320,7 +334,7 @@ def prepare_teacher_training(
     """
     if engine.malloc_reuse and device.type == "cpu":
         reuse_freed_memory()
-    context = Context("teacher", engine, precision, device, images, [])
+    context = Context("teacher", engine, precision, device, images, [], on_gpu=device.type == "cuda")
     note_emulation(context)
     network = to_device(teacher, context)
     for apply in TEACHER_TRAINING_PASSES:

@@ -1,0 +1,58 @@
+"""The table of predicted steps in docs/gpu.md."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..end_to_end.contenders import is_engine
+from ..model import CASE, TENSOR_CORE_KINDS
+from .markdown import EMPTY, code, marker, table
+from .results import Results
+
+__all__ = ["PREDICTIONS", "prediction_table"]
+
+PREDICTIONS = marker("predicted steps", "bench/results/model-*.csv")
+Row = Mapping[str, str]
+
+
+def prediction_table(results: Results) -> str:
+    """One row for each kind of step of each case, with the time of a whole iteration and, if there is one, the measured one."""
+    titles = (
+        *("recipe", "settings", "batch", "device", "step", "kernels", "convolutions (ms)", "rest (ms)", "rest ÷ convolutions", "step (ms)"),
+        *("iteration (ms)", "measured kernels of an iteration"),
+    )
+    measured = [row for row in results.rows("end-to-end", "gpu") if is_engine(row["contender"]) and row["kernel_seconds"]]
+    lines = []
+    for case, alike in _by(results.rows("model", "gpu"), CASE).items():
+        recipe, settings, batch_size, _, device = case
+        iteration = sum(float(row["ms"]) for row in alike)
+        for index, ((phase,), rows) in enumerate(_by(alike, ("phase",)).items()):
+            steps = int(rows[0]["steps"])
+            ms = sum(float(row["ms"]) for row in rows) / steps
+            convolutions = sum(float(row["ms"]) for row in rows if row["kind"] in TENSOR_CORE_KINDS) / steps
+            of_case = (code(recipe), settings or EMPTY, batch_size, device.removesuffix(" (model)")) if not index else ("", "", "", "")
+            of_iteration = (f"{iteration:.2f}", EMPTY if settings else _measured(case, measured)) if not index else ("", "")
+            lines.append(
+                (
+                    *(*of_case, f"{phase} × {steps}", f"{sum(int(row['kernels']) for row in rows) / steps:.0f}"),
+                    *(f"{convolutions:.3f}", f"{ms - convolutions:.3f}", f"{100 * (ms - convolutions) / convolutions:.0f} %", f"{ms:.3f}"),
+                    *of_iteration,
+                )
+            )
+    return table(titles, lines) if lines else "Nothing was predicted yet."
+
+
+def _measured(case: Sequence[str], rows: Iterable[Row]) -> str:
+    recipe, _, batch_size, precision, device = case
+    found = [
+        f"{float(row['kernels_per_iteration']):.0f} in {1e3 * float(row['kernel_seconds']):.2f} ms ({code(row['commit'])})"
+        for row in rows
+        if (row["recipe"], row["batch_size"], row["precision"]) == (recipe, batch_size, precision)
+        and row["device"].endswith(device.removesuffix(" (model)"))
+    ]
+    return ", ".join(found) or EMPTY
+
+
+def _by(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
