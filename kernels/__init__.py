@@ -10,6 +10,7 @@ The package depends on PyTorch only, not on the rest of dfkd_fast.
 
 from typing import TYPE_CHECKING, Any
 
+from .bias_act import bias_act
 from .concat import concat_generated
 from .conv import winograd_conv2d, winograd_is_faster
 from .discrepancy import js_discrepancy, kl_discrepancy, l1_discrepancy
@@ -25,6 +26,7 @@ __all__ = [
     "BackendError",
     "FusedEMA",
     "batch_norm_leaky_relu",
+    "bias_act",
     "channel_moments",
     "channel_sums",
     "concat_generated",

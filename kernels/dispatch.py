@@ -49,6 +49,7 @@ MIN_NUMEL = {
     "js_discrepancy": 1 << 11,
     "concat_generated": 1 << 17,
     "channel_moments": 1 << 14,
+    "bias_act": 1 << 16,
     "batch_norm_leaky_relu": 1 << 20,
     "winograd_conv2d": 1 << 15,
 }

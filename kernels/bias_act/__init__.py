@@ -1,0 +1,203 @@
+"""What follows a convolution into which a batch norm was folded: bias, residual, activation and statistics in one pass."""
+
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor
+
+from .. import operators
+from ..checks import differentiable_once
+from ..dispatch import Backend, choose
+from . import reference
+
+__all__ = ["Activation", "bias_act"]
+
+Activation = Literal["none", "relu", "relu6", "silu", "hardswish"]
+
+
+@overload
+def bias_act(
+    x: Tensor, bias: Tensor, residual: Tensor | None = None, *, activation: Activation, moments: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def bias_act(
+    x: Tensor, bias: Tensor, residual: Tensor | None = None, *, activation: Activation, moments: Literal[True]
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def bias_act(
+    x: Tensor, bias: Tensor, residual: Tensor | None = None, *, activation: Activation, moments: bool = False
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Compute ``activation(x + bias + residual)``, and optionally the per-channel moments of ``x + bias``, in one pass.
+
+    Replaces what follows a frozen convolution whose batch normalization was folded into its weights: ``x`` is the output of the
+    convolution without its bias. The moments are those that the BN statistics loss of DeepInversion (arXiv 1912.08795, eq. 4)
+    compares, up to the scale and shift of the folded layer. Computed in float32 (float64 for float64 inputs) and rounded once.
+
+    Args:
+        x: activations (N, C, H, W) of a floating-point dtype and any strides; fastest if dense and channels-last.
+        bias: per-channel bias (C,) of a floating-point dtype. Not differentiable.
+        residual: tensor (N, C, H, W) of the shape and dtype of ``x``, or None for 0.
+        activation: "none", "relu", "relu6", "silu" or "hardswish", as in ``torch.nn.functional``.
+        moments: whether to return the moments as well.
+
+    Returns:
+        y: activations of the shape, strides and dtype of ``x``.
+        mean: if ``moments``, the mean (C,) of ``x + bias`` over N, H and W, before residual and activation; float32 (float64 for
+            float64 inputs); NaN if ``x`` is empty.
+        variance: if ``moments``, the biased variance (C,) likewise. All are differentiable with respect to ``x`` and
+            ``residual``; double backward requires the reference backend.
+
+    Raises:
+        ValueError: invalid shapes, dtypes, layouts or devices, an unknown activation, or ``bias`` requires grad.
+        RuntimeError: double backward through a fused kernel.
+        BackendError: a forced backend does not support the device or dtype.
+
+    Examples:
+        >>> import torch
+        >>> from dfkd_fast.kernels import bias_act
+        >>> x = torch.tensor([-2.0, 0.0, 1.0, 3.0]).view(1, 1, 2, 2)
+        >>> y, mean, variance = bias_act(x, torch.ones(1), activation="relu", moments=True)
+        >>> y.flatten(), mean, variance
+        (tensor([0., 1., 2., 4.]), tensor([1.5000]), tensor([3.2500]))
+    """
+    _check(x, bias, residual, activation)
+    backend = choose("bias_act", x.device, (x.dtype,), x.numel())
+    if backend == "reference":
+        return (reference.bias_act_moments if moments else reference.bias_act)(x, bias, residual, activation)
+    # Kernels read memory directly and ignore the negative bit.
+    x, bias = x.resolve_neg(), bias.detach().float().resolve_neg().contiguous()
+    residual = None if residual is None else residual.resolve_neg()
+    return (_WithMoments if moments else _Fused).apply(x, bias, residual, activation, backend)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, residual: Tensor | None, activation: Activation, backend: Backend) -> Tensor:
+        ctx.save_for_backward(x, bias, residual)
+        ctx.activation, ctx.backend = activation, backend
+        ctx.linear = activation == "none"
+        return operators.operator("bias_act_forward", backend, x)(x, bias, residual, activation)
+
+    @staticmethod
+    @differentiable_once("bias_act")
+    def backward(ctx: Any, saved: tuple[Any, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, gradient, *saved)
+
+
+class _WithMoments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor, residual: Tensor | None, activation: Activation, backend: Backend
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, variance = operators.operator("bias_act_moments_forward", backend, x)(x, bias, residual, activation)
+        ctx.save_for_backward(x, bias, residual, mean)
+        ctx.activation, ctx.backend = activation, backend
+        ctx.set_materialize_grads(False)
+        return y, mean, variance
+
+    @staticmethod
+    @differentiable_once("bias_act")
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], gradient: Tensor | None, grad_mean: Tensor | None, grad_variance: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, bias, residual, mean = saved
+        if grad_mean is None and grad_variance is None:
+            return (None,) * 5 if gradient is None else _gradients(ctx, gradient, x, bias, residual)
+        count = max(len(x) * x.shape[2] * x.shape[3], 1)
+        upstream = [torch.zeros_like(mean) if grad is None else grad for grad in (grad_mean, grad_variance)]
+        # One launch for both divisions.
+        offset, slope = torch._foreach_div(upstream, [count, count / 2])
+        if gradient is None:
+            return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, mean - bias), None, None, None, None
+        return _gradients(ctx, gradient, x, bias, residual, (offset, slope, mean))
+
+
+def _gradients(
+    ctx: Any,
+    gradient: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    moments: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the arguments of ``forward``.
+
+    ``moments`` are the offset, slope and center of the moments' gradient. Without them, x and residual have the same gradient, and one
+    tensor is returned for both, as by the backward pass of an addition in PyTorch.
+    """
+    of_x, _, of_residual, *_ = ctx.needs_input_grad
+    gradient = gradient.resolve_neg()
+    linear = ctx.activation == "none"
+    if not of_x:
+        moments = None, None, None
+    if linear and moments[0] is None:
+        return gradient if of_x else None, None, gradient if of_residual else None, None, None
+    separate = of_residual and not linear and moments[0] is not None
+    arguments = gradient, x, bias, residual, ctx.activation, *moments, separate
+    grad_x, other = operators.operator("bias_act_backward", ctx.backend, gradient)(*arguments)
+    grad_residual = other if separate else gradient if linear else grad_x
+    return grad_x if of_x else None, None, grad_residual if of_residual else None, None, None
+
+
+def _check(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> None:
+    # Kernels do not check shapes, devices or dtypes.
+    if x.ndim != 4:
+        raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must have a floating-point dtype, not {tensor.dtype}")
+    if bias.shape != x.shape[1:2]:
+        raise ValueError(f"bias must be {tuple(x.shape[1:2])}, not {tuple(bias.shape)}")
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("bias requires grad, but the result is differentiable with respect to x and residual only: pass bias.detach()")
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"residual must be {x.dtype} {tuple(x.shape)}, as x, not {residual.dtype} {tuple(residual.shape)}")
+    tensors = {"x": x, "bias": bias} | ({} if residual is None else {"residual": residual})
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must have the layout torch.strided, not {tensor.layout}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, not on {tensor.device}")
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, not {activation!r}")
+
+
+def _fake_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_moments_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(bias), torch.empty_like(bias)
+
+
+def _fake_backward(
+    gradient: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    offset: Tensor | None,
+    slope: Tensor | None,
+    center: Tensor | None,
+    separate: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x) if separate else x.new_empty(0)
+
+
+operators.define(__name__, "bias_act_forward", "(Tensor x, Tensor bias, Tensor? residual, str activation) -> Tensor", _fake_forward)
+operators.define(
+    __name__,
+    "bias_act_moments_forward",
+    "(Tensor x, Tensor bias, Tensor? residual, str activation) -> (Tensor, Tensor, Tensor)",
+    _fake_moments_forward,
+)
+operators.define(
+    __name__,
+    "bias_act_backward",
+    "(Tensor gradient, Tensor x, Tensor bias, Tensor? residual, str activation, "
+    "Tensor? offset, Tensor? slope, Tensor? center, bool separate) -> (Tensor, Tensor)",
+    _fake_backward,
+)

@@ -1,0 +1,282 @@
+"""Bias, residual, activation and moments in numba.
+
+Elements are processed in rows of about 512, which are float32 arrays in the cache: some pixels of a channels-last tensor, or part of a
+plane of a contiguous one. Consecutive rows with the same per-channel constants are a group.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .. import simd
+from ..simd import HALF, ONE, ZERO, TypedPointer
+
+__all__ = ["bias_act_backward", "bias_act_forward", "bias_act_moments_forward"]
+
+ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+THREE, SIX = np.float32(3), np.float32(6)
+ROW = 512
+
+
+class Grid(NamedTuple):
+    """Division of a tensor into tasks, groups and rows, in elements."""
+
+    size: int
+    channels: int
+    task: int
+    group: int
+    row: int
+    channels_of_group: int
+    """All, in turn, in channels-last; 1 in a plane."""
+
+
+def bias_act_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    return _run_forward(x, bias, residual, activation, bias, bias, has_moments=False)
+
+
+def bias_act_moments_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    mean, variance = torch.empty_like(bias), torch.empty_like(bias)
+    return _run_forward(x, bias, residual, activation, mean, variance, has_moments=True), mean, variance
+
+
+def bias_act_backward(
+    gradient: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    offset: Tensor | None,
+    slope: Tensor | None,
+    center: Tensor | None,
+    separate: bool,
+) -> tuple[Tensor, Tensor]:
+    source, other, grid = _prepared(x, residual)
+    gradient = gradient.contiguous(memory_format=_memory_format(x))
+    grad_x = torch.empty_like(source)
+    grad_residual = torch.empty_like(source) if separate else grad_x
+    constants = [bias if constant is None else constant for constant in (offset, slope, center)]
+    tensors = gradient, source, other, grad_x, grad_residual, bias, *constants
+    flags = residual is not None, offset is not None, separate
+    with simd.threads:
+        _backward(*map(simd.typed_pointer, tensors), *flags, ACTIVATIONS[activation], grid)
+    return simd.restride_like(grad_x, x), simd.restride_like(grad_residual, x) if separate else x.new_empty(0)
+
+
+def _run_forward(
+    x: Tensor, bias: Tensor, residual: Tensor | None, activation: str, mean: Tensor, variance: Tensor, has_moments: bool
+) -> Tensor:
+    source, other, grid = _prepared(x, residual)
+    y = torch.empty_like(source)
+    tensors = source, other, y, bias, mean, variance
+    with simd.threads:
+        _forward(*map(simd.typed_pointer, tensors), residual is not None, has_moments, ACTIVATIONS[activation], grid)
+    return simd.restride_like(y, x)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+def _prepared(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Grid]:
+    """Return x and residual (x if there is none) as dense tensors of the same strides, and their grid."""
+    memory_format, channels, pixels = _memory_format(x), x.shape[1], max(x.shape[2] * x.shape[3], 1)
+    if memory_format == torch.channels_last:
+        row = -(-ROW // max(channels, 1)) * max(channels, 1)
+        grid = Grid(x.numel(), channels, 16 * row, 16 * row, row, channels)
+    else:
+        grid = Grid(x.numel(), channels, -(-16 * ROW // pixels) * pixels, pixels, min(pixels, ROW), 1)
+    x = x.contiguous(memory_format=memory_format)
+    return x, x if residual is None else residual.contiguous(memory_format=memory_format), grid
+
+
+@simd.parallel
+def _forward(
+    x: TypedPointer,
+    residual: TypedPointer,
+    y: TypedPointer,
+    bias: TypedPointer,
+    mean: TypedPointer,
+    variance: TypedPointer,
+    has_residual: bool,
+    has_moments: bool,
+    activation: int,
+    grid: Grid,
+) -> None:
+    partial = np.empty((2, -(-grid.size // grid.group) * grid.channels_of_group if has_moments else 0))
+    for task in prange(-(-grid.size // grid.task)):
+        b, row = np.empty(grid.row, np.float32), np.empty(grid.row, np.float32)
+        total, square = np.empty(grid.row), np.empty(grid.row)
+        for first in range(task * grid.task, min((task + 1) * grid.task, grid.size), grid.group):
+            _read_constants(bias, first, grid, b)
+            total[:], square[:] = 0.0, 0.0
+            end = min(first + grid.group, grid.size)
+            for start in range(first, end, grid.row):
+                u = row[: min(grid.row, end - start)]
+                _read_sum(x, start, b, u)
+                if has_moments:
+                    _accumulate(u, total, square)
+                if has_residual:
+                    _read_sum(residual, start, u, u)
+                _write_activated(u, activation, y, start)
+            if has_moments:
+                index = first // grid.group * grid.channels_of_group
+                _sum_pixels(total, partial[0, index : index + grid.channels_of_group])
+                _sum_pixels(square, partial[1, index : index + grid.channels_of_group])
+    if has_moments:
+        _finish(mean, variance, partial, grid)
+
+
+@simd.parallel
+def _backward(
+    gradient: TypedPointer,
+    x: TypedPointer,
+    residual: TypedPointer,
+    grad_x: TypedPointer,
+    grad_residual: TypedPointer,
+    bias: TypedPointer,
+    offset: TypedPointer,
+    slope: TypedPointer,
+    center: TypedPointer,
+    has_residual: bool,
+    has_moments: bool,
+    separate: bool,
+    activation: int,
+    grid: Grid,
+) -> None:
+    for task in prange(-(-grid.size // grid.task)):
+        constants, rows = np.empty((4, grid.row), np.float32), np.empty((3, grid.row), np.float32)
+        for first in range(task * grid.task, min((task + 1) * grid.task, grid.size), grid.group):
+            _read_constants(bias, first, grid, constants[0])
+            if has_moments:
+                _read_constants(offset, first, grid, constants[1])
+                _read_constants(slope, first, grid, constants[2])
+                _read_constants(center, first, grid, constants[3])
+            end = min(first + grid.group, grid.size)
+            for start in range(first, end, grid.row):
+                count = min(grid.row, end - start)
+                u, v, g = rows[0, :count], rows[1 if has_residual else 0, :count], rows[2, :count]
+                _read_sum(x, start, constants[0], v)
+                if has_residual:
+                    _read_sum(residual, start, v, u)
+                _read_gradient(gradient, start, u, activation, g)
+                if separate:
+                    _write(g, grad_residual, start)
+                if has_moments:
+                    _add_gradient_of_moments(g, v, constants)
+                _write(g, grad_x, start)
+
+
+@simd.helper
+def _read_constants(values: TypedPointer, first: int, grid: Grid, row: Any) -> None:
+    """Read the per-channel constants of the group that begins at an element."""
+    source = simd.pointer(values)
+    channel = first // grid.group * grid.channels_of_group % grid.channels
+    c = 0
+    for i in range(len(row)):
+        row[i] = source[channel + c]
+        c = c + 1 if c + 1 < grid.channels_of_group else 0
+
+
+@simd.helper
+def _read_sum(x: TypedPointer, start: int, other: Any, row: Any) -> None:
+    source = simd.pointer(x)
+    for i in range(len(row)):
+        row[i] = other[i] + simd.widen(source[start + i])
+
+
+@simd.helper
+def _write_activated(row: Any, activation: int, y: TypedPointer, start: int) -> None:
+    out = simd.pointer(y)
+    if activation == 0:
+        _write(row, y, start)
+    elif activation == 1:
+        for i in range(len(row)):
+            out[start + i] = simd.narrow(ZERO if row[i] < ZERO else row[i], y)
+    elif activation == 2:
+        for i in range(len(row)):
+            out[start + i] = simd.narrow(_clamp_to_6(row[i]), y)
+    elif activation == 3:
+        for i in range(len(row)):
+            out[start + i] = simd.narrow(row[i] / (ONE + simd.exp(-row[i])), y)
+    else:
+        for i in range(len(row)):
+            out[start + i] = simd.narrow(row[i] * _clamp_to_6(row[i] + THREE) / SIX, y)
+
+
+@simd.inline
+def _clamp_to_6(x: Any) -> Any:
+    return ZERO if x < ZERO else SIX if x > SIX else x
+
+
+@simd.helper
+def _write(row: Any, y: TypedPointer, start: int) -> None:
+    out = simd.pointer(y)
+    for i in range(len(row)):
+        out[start + i] = simd.narrow(row[i], y)
+
+
+@simd.helper
+def _accumulate(row: Any, total: Any, square: Any) -> None:
+    for i in range(len(row)):
+        value = np.float64(row[i])
+        total[i] += value
+        square[i] += value * value
+
+
+@simd.helper
+def _sum_pixels(row: Any, sums: Any) -> None:
+    """Sum the elements of each channel."""
+    if len(sums) == 1:
+        sums[0] = simd.total(row)
+        return
+    sums[:] = 0.0
+    c = 0
+    for i in range(len(row)):
+        sums[c] += row[i]
+        c = c + 1 if c + 1 < len(sums) else 0
+
+
+@simd.helper
+def _finish(mean: TypedPointer, variance: TypedPointer, partial: Any, grid: Grid) -> None:
+    means, variances = simd.pointer(mean), simd.pointer(variance)
+    sums = np.zeros((2, grid.channels))
+    for i in range(partial.shape[1]):
+        sums[0, i % grid.channels] += partial[0, i]
+        sums[1, i % grid.channels] += partial[1, i]
+    elements = grid.size // max(grid.channels, 1)
+    for c in range(grid.channels):
+        center = sums[0, c] / elements
+        spread = sums[1, c] / elements - center * center
+        means[c], variances[c] = np.float32(center), np.float32(0.0 if spread < 0 else spread)
+
+
+@simd.helper
+def _read_gradient(gradient: TypedPointer, start: int, row: Any, activation: int, product: Any) -> None:
+    """Multiply a gradient by the derivative of the activation, which at its kinks is that of PyTorch."""
+    upstream = simd.pointer(gradient)
+    if activation == 0:
+        for i in range(len(row)):
+            product[i] = simd.widen(upstream[start + i])
+    elif activation == 1:
+        for i in range(len(row)):
+            product[i] = ZERO if row[i] <= ZERO else simd.widen(upstream[start + i])
+    elif activation == 2:
+        for i in range(len(row)):
+            product[i] = ZERO if row[i] <= ZERO or row[i] >= SIX else simd.widen(upstream[start + i])
+    elif activation == 3:
+        for i in range(len(row)):
+            s = simd.sigmoid(row[i])
+            product[i] = simd.widen(upstream[start + i]) * (s * (ONE + row[i] * (ONE - s)))
+    else:
+        for i in range(len(row)):
+            g = simd.widen(upstream[start + i])
+            product[i] = ZERO if row[i] <= -THREE else g * (row[i] / THREE + HALF) if row[i] < THREE else g
+
+
+@simd.helper
+def _add_gradient_of_moments(gradient: Any, row: Any, constants: Any) -> None:
+    for i in range(len(row)):
+        gradient[i] += constants[1, i] + constants[2, i] * (row[i] - constants[3, i])
