@@ -2,8 +2,8 @@
 
 Each subpackage is one operation: ``__init__.py`` has the public function, which checks its arguments and registers the
 operators; ``reference.py`` is the implementation in plain PyTorch; ``cpu.py`` (numba) and ``gpu.py`` (Triton) are the kernels,
-and csrc/ has them in CUDA C++. ``dispatch.py`` chooses the backend of a call. ``norm`` has no CUDA kernel and ``conv`` no GPU
-kernel; calls that their kernels do not support run on PyTorch's own operators.
+and csrc/ has them in CUDA C++. ``dispatch.py`` chooses the backend of a call. ``norm`` has no CUDA kernel, and ``conv`` calls
+cuDNN on a GPU; calls that their kernels do not support run on PyTorch's own operators.
 
 The package depends on PyTorch only, not on the rest of dfkd_fast.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bias_act import bias_act
 from .concat import concat_generated
-from .conv import winograd_conv2d, winograd_is_faster
+from .conv import conv2d_relu, winograd_conv2d, winograd_is_faster
 from .discrepancy import js_discrepancy, kl_discrepancy, l1_discrepancy
 from .dispatch import Backend, BackendError, use_backend
 from .ema import ema_multi_avg_fn, ema_update_
@@ -30,6 +30,7 @@ __all__ = [
     "channel_moments",
     "channel_sums",
     "concat_generated",
+    "conv2d_relu",
     "ema_multi_avg_fn",
     "ema_update_",
     "js_discrepancy",

@@ -160,7 +160,7 @@ def contenders(
             builders[name] = partial(
                 _plain, recipe, device, precision if compiled else "fp32", compiled=compiled, malloc_reuse=reused and malloc_reuse
             )
-    switches = ("channels_last", "cpu_convolutions", "malloc_reuse", "fold_teacher", "capture")
+    switches = ("channels_last", "cpu_convolutions", "malloc_reuse", "fold_teacher", "fuse_teacher", "capture")
     textbook = {"textbook": True, "kernels": False, "engine.precision": "fp32"} | {f"engine.{name}": False for name in switches}
     features: list[tuple[str, dict[str, Any]]] = [
         ("+ no redundant gradients", textbook),
@@ -172,6 +172,8 @@ def contenders(
     features.append(("+ transposed convolution", {"textbook": False}))
     features.append(("+ fused kernels", {"kernels": True}))
     features.append(("+ folded teacher", {"engine.fold_teacher": True}))
+    if not on_cpu:
+        features.append(("+ fused teacher", {"engine.fuse_teacher": True}))
     if precision != "fp32":
         features.append((f"+ {precision} autocast", {"engine.precision": precision}))
     if graphs or (graphs is None and not on_cpu):

@@ -86,6 +86,7 @@ KIND_OF = {
                 "gelu",
                 "gelu_backward",
             ),
+            *("bias_act_forward", "bias_act_moments_forward", "bias_act_backward", "elu", "elu_", "prelu"),
             *("sigmoid", "sigmoid_", "sigmoid_backward", "hardsigmoid", "hardsigmoid_", "hardsigmoid_backward", "tanh", "tanh_backward"),
         ),
         "pooling": (
@@ -102,7 +103,7 @@ KIND_OF = {
     }.items()
     for name in names
 }
-TWO_KERNELS = {"moments_forward", "concat_gradient_moments", "slice_backward", "select_backward"}
+TWO_KERNELS = {"moments_forward", "bias_act_moments_forward", "concat_gradient_moments", "slice_backward", "select_backward"}
 """Partial sums and their sum; zeros and the slice."""
 CHUNK, MAX_CHUNKS = 1 << 16, 320  # of ATen's multi_tensor_apply: elements per block, blocks per launch
 MAX_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # tensors per launch, by the number of lists
@@ -141,12 +142,19 @@ def _convolution(call: Call) -> list[Kernel]:
     return launched if bias is None else [*launched, Kernel("bias", 0, 2 * _bytes(result))]
 
 
+def _convolution_relu(call: Call) -> list[Kernel]:
+    images, weight, _, residual = call.arguments[:4]
+    flops = conv_flop_count([*images.shape], [*weight.shape], [*call.result.shape])
+    return [Kernel("convolution", flops, sum(map(_bytes, _tensors((images, weight, residual, call.result)))))]
+
+
 def _convolution_backward(call: Call) -> list[Kernel]:
     gradient, images, weight = call.arguments[:3]
     transposed, mask = call.arguments[7], call.arguments[10]
     flops = conv_flop_count([*images.shape], [*weight.shape], [*gradient.shape], transposed=transposed)
     of_images, of_weight, of_bias = mask
-    traffic = sum(map(_bytes, (gradient, images, weight)))  # two of them are read, the gradient of the third is written
+    # Two of them are read, the gradient of the third is written. The images may be an expanded stand-in if they are not read.
+    traffic = sum(map(_bytes, (gradient, weight))) + images.numel() * images.itemsize
     return [Kernel("convolution", flops, traffic)] * (of_images + of_weight) + [Kernel("bias", 0, _bytes(gradient))] * of_bias
 
 
@@ -201,6 +209,7 @@ def _average(call: Call) -> list[Kernel]:
 RULES: dict[str, Callable[[Call], list[Kernel]]] = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
+    "conv2d_relu": _convolution_relu,
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _matrix_product),
     "native_batch_norm": _batch_norm,
     "native_batch_norm_backward": _batch_norm_backward,

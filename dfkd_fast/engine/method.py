@@ -71,6 +71,9 @@ class Engine:
     """Fuse batch norm and leaky ReLU of the generators into one kernel; on a CPU, also batch norm and ReLU of the student."""
     fold_teacher: Flag = True
     """Fold the teacher's batch norms into its convolutions."""
+    fuse_teacher: Flag = True
+    """On a GPU, compute each convolution of the teacher together with the bias, residual and activation that follow it; with
+    ``objective.bn_moments`` also its batch statistics. Not with ``objective.attention``, ``hint`` or ``features``."""
     sync_batch_norm: Flag = False
     """With several GPUs, compute batch statistics over all processes (:class:`torch.nn.SyncBatchNorm`)."""
     micro_batches: PositiveInt = 1

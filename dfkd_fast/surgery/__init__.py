@@ -1,14 +1,15 @@
 """Model surgery: optimized copies of networks that share the originals' parameters.
 
-``sharing`` makes the copies; ``fold``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute; ``quantize`` and
-``calibrate`` round to few bits; ``observe`` and ``feature_vectors`` record the inputs and outputs of layers; ``modes`` and ``outputs``
-switch modes and extract logits.
+``sharing`` makes the copies; ``fold``, ``fuse_conv_act``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute;
+``quantize`` and ``calibrate`` round to few bits; ``observe`` and ``feature_vectors`` record the inputs and outputs of layers; ``modes`` and
+``outputs`` switch modes and extract logits.
 """
 
 from .calibrate import calibrate, check_copy
 from .cpu_conv import CpuConv2d, use_cpu_convolutions
 from .feature_vectors import Call, FeatureVectors, matched_layers, shared_layers
 from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
+from .fuse_conv_act import ConvAct2d, fuse_conv_acts
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
 from .modes import deep_copy, dry_run, eval_mode, freeze, keep_running_statistics, weights_frozen
 from .observe import Observation, Observer
@@ -22,6 +23,7 @@ __all__ = [
     "FLOAT",
     "BatchNormLeakyReLU2d",
     "Call",
+    "ConvAct2d",
     "CpuConv2d",
     "FakeQuantized",
     "FeatureVectors",
@@ -42,6 +44,7 @@ __all__ = [
     "fold_and_verify",
     "freeze",
     "frozen_copy",
+    "fuse_conv_acts",
     "fuse_leaky_relus",
     "get_logits",
     "has_running_statistics",

@@ -13,8 +13,9 @@ from dfkd_fast.out_of_memory import is_out_of_memory
 
 from .cpu_conv import CpuConv2d
 from .modes import deep_copy, freeze
+from .precision import Float32Layer
 
-__all__ = ["FoldingError", "fold", "fold_and_verify", "has_running_statistics"]
+__all__ = ["FoldingError", "fold", "fold_and_verify", "has_running_statistics", "trace"]
 
 FOLD_TOLERANCE = 1e-3
 """Largest difference between the logits of a folded and the original network, relative to the largest logit.
@@ -52,9 +53,9 @@ def fold(network: nn.Module) -> nn.Module:
     """
     try:
         copied = _split_batch_norm_act(deep_copy(network))
-        traced = fx.GraphModule(copied, _Tracer().trace(copied))
-    except Exception as error:  # tracing runs the user's code
+    except Exception as error:  # attributes of a user's network
         raise FoldingError(f"{type(network).__name__} cannot be traced: {first_line(error)}") from error
+    traced = trace(copied)
     layers = dict(traced.named_modules())
     uses = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     folded = 0
@@ -91,11 +92,26 @@ def fold(network: nn.Module) -> nn.Module:
     return freeze(traced)
 
 
+def trace(network: nn.Module) -> fx.GraphModule:
+    """Returns a module with the layers of a network and a traced forward pass.
+
+    Raises:
+        FoldingError: the forward pass cannot be traced by torch.fx.
+    """
+    try:
+        return fx.GraphModule(network, _Tracer().trace(network))
+    except Exception as error:  # tracing runs the user's code
+        raise FoldingError(f"{type(network).__name__} cannot be traced: {first_line(error)}") from error
+
+
 class _Tracer(fx.Tracer):
-    """Does not trace into convolutions, pooling and frozen batch norms: timm's layers with TensorFlow padding depend on the input size."""
+    """Does not trace into convolutions, pooling and frozen batch norms: timm's layers with TensorFlow padding depend on the input size.
+
+    Nor into layers in float32, which disable autocast.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        is_leaf = isinstance(m, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d) or _is_batch_norm(m)
+        is_leaf = isinstance(m, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d | Float32Layer) or _is_batch_norm(m)
         return is_leaf or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -12,6 +12,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import channel_moments
 
 from .fold import has_running_statistics
+from .fuse_conv_act import ConvAct2d
 from .modes import deep_copy
 from .outputs import get_logits
 
@@ -51,6 +52,7 @@ class Observer:
         self.network = teacher
         self._norms: list[Any] = []
         self._folded: list[Any] = []
+        self._fused: list[Any] = []
         self._classifier: Any = None
         self._constants: dict[tuple[nn.Module, ...], _Constants] = {}
         self.running: Tensor | None = None
@@ -60,10 +62,12 @@ class Observer:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(teacher.parameters(), teacher.buffers())}
         self.network = deep_copy(teacher, shared)
         if statistics:
-            self._folded = [layer for layer in self.network.modules() if hasattr(layer, "folded_norm")]
-            folded_norms = {id(layer.folded_norm) for layer in self._folded}
+            folded = [layer for layer in self.network.modules() if hasattr(layer, "folded_norm")]
+            self._fused = [layer for layer in folded if isinstance(layer, ConvAct2d)]
+            self._folded = [layer for layer in folded if not isinstance(layer, ConvAct2d)]
+            folded_norms = {id(layer.folded_norm) for layer in folded}
             self._norms = [layer for layer in self.network.modules() if has_running_statistics(layer) and id(layer) not in folded_norms]
-            if not self._norms and not self._folded:
+            if not self._norms and not folded:
                 raise DfkdError(f"objective.bn_moments: the teacher {type(teacher).__name__} has no batch norm with running statistics")
         if features:
             layers = [module for module in self.network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -81,16 +85,21 @@ class Observer:
         """
         for layer in self._recording_layers():
             layer.calls = []
+        for layer in self._fused:
+            layer.moments = []
         logits = get_logits(self.network(images))
         # A layer has several calls if the network calls it repeatedly.
-        tensors = [(norm, _as_images(x)) for norm in self._norms for x, _ in norm.calls]
-        tensors += [(layer, y) for layer in self._folded for _, y in layer.calls]
+        moments = [(norm, channel_moments(_as_images(x))) for norm in self._norms for x, _ in norm.calls]
+        moments += [(layer, channel_moments(y)) for layer in self._folded for _, y in layer.calls]
+        moments += [(layer, each) for layer in self._fused for each in layer.moments]
         if self._classifier is not None and not self._classifier.calls:
             raise DfkdError(f"objective.activation: the teacher {type(self.network).__name__} does not call its last layer as a module")
         features = None if self._classifier is None else self._classifier.calls[-1][0]
         for layer in self._recording_layers():
             layer.calls = []
-        return Observation(logits, features, *(self._statistics(tensors) if self._norms or self._folded else ()))
+        for layer in self._fused:
+            layer.moments = []
+        return Observation(logits, features, *(self._statistics(moments) if self._norms or self._folded or self._fused else ()))
 
     def _recording_layers(self) -> Iterator[Any]:
         yield from self._norms
@@ -98,18 +107,16 @@ class Observer:
         if self._classifier is not None and self._classifier not in self._folded:
             yield self._classifier
 
-    def _statistics(self, tensors: list[tuple[nn.Module, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Returns ``statistics`` and ``running`` of :class:`Observation`.
-
-        Apart from the moments, the number of operations does not depend on the number of layers.
+    def _statistics(self, recorded: list[tuple[nn.Module, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+        """Returns ``statistics`` and ``running`` of :class:`Observation`; the number of operations does not depend on that of layers.
 
         Args:
-            tensors: for every call, the layer and the input of a batch norm or the output of a folded convolution, (B, C, H, W).
+            recorded: for every call, the layer and the moments of a batch norm's input or of a folded convolution's output, (C,) each.
         """
-        if not tensors:
+        if not recorded:
             raise DfkdError(f"objective.bn_moments: the teacher {type(self.network).__name__} calls none of its batch norms")
-        layers = tuple(layer for layer, _ in tensors)
-        moments = [channel_moments(x) for _, x in tensors]
+        layers = tuple(layer for layer, _ in recorded)
+        moments = [each for _, each in recorded]
         if layers not in self._constants:
             self._constants[layers] = _constants(layers, moments[0][0])
         scale, shift, running, paddings = self._constants[layers]
@@ -123,8 +130,8 @@ class RecordsCalls(nn.Module):
 
     calls: list[tuple[Tensor, Tensor]]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        y = super().forward(x, *others)
         self.calls.append((x, y))
         return y
 
@@ -169,5 +176,6 @@ def _input_moments_map(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
     # Where the gain is tiny, rounding hides the input in the output; the running statistics are used instead.
     recoverable = gain.abs() > 1e-3 * gain.abs().amax().clamp(min=1e-12)
     factor = torch.where(recoverable, deviation / gain, 0.0)
+    offset = offset + getattr(layer, "mean_shift", 0.0)
     shift = torch.stack([norm.running_mean - offset * factor, torch.where(recoverable, 0.0, norm.running_var)])
     return torch.stack([factor, factor.square()]), shift, running

@@ -18,7 +18,15 @@ from torch.utils._pytree import tree_map_only
 from .modes import eval_mode
 from .outputs import get_logits
 
-__all__ = ["SpectralNorm", "compute_in_float32", "find_heads", "in_float32", "keep_spectral_norms_in_float32", "lower_precision"]
+__all__ = [
+    "Float32Layer",
+    "SpectralNorm",
+    "compute_in_float32",
+    "find_heads",
+    "in_float32",
+    "keep_spectral_norms_in_float32",
+    "lower_precision",
+]
 
 
 def find_heads(network: nn.Module, images: Tensor) -> list[nn.Module]:
@@ -122,7 +130,9 @@ def keep_spectral_norms_in_float32(network: nn.Module) -> nn.Module:
     return network
 
 
-class _Float32(nn.Module):
+class Float32Layer(nn.Module):
+    """Mixin of :func:`compute_in_float32`."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
@@ -135,7 +145,7 @@ def _to_float32(tensor: Tensor) -> Tensor:
 
 @cache  # compiled networks have guards on the classes of their layers: a new class in every call would recompile them
 def _in_float32(layer: type[nn.Module]) -> type[nn.Module]:
-    return layer if issubclass(layer, _Float32) else type(layer.__name__, (_Float32, layer), {})
+    return layer if issubclass(layer, Float32Layer) else type(layer.__name__, (Float32Layer, layer), {})
 
 
 def _has_matrix(layer: nn.Module) -> bool:

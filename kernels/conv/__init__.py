@@ -1,4 +1,4 @@
-"""Convolution algorithms that are faster than PyTorch's on a CPU for some shapes."""
+"""Convolutions of frozen networks with what follows them, and algorithms that are faster than PyTorch's on a CPU for some shapes."""
 
 import math
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..renamed import renamed_argument
-from .matmul import Col2im, Im2col, Pair, output_size
+from .matmul import Col2im, Im2col, Pair, is_pair, output_size
+from .relu import conv2d_relu
 
-__all__ = ["col2im_conv2d", "im2col_conv2d", "output_size", "winograd_conv2d", "winograd_is_faster"]
+__all__ = ["col2im_conv2d", "conv2d_relu", "im2col_conv2d", "output_size", "winograd_conv2d", "winograd_is_faster"]
 
 MIN_CHANNELS = 64  # with fewer, the Winograd transforms take longer than the matrix product saves
 MIN_OUTPUT_PIXELS = 512  # with fewer per batch, the weight transform takes longer than the product saves, unless it is cached
@@ -75,7 +76,7 @@ def winograd_is_faster(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1,
     Returns:
         False if the kernels do not support the tensors, if another backend than numba is forced, or if the filters are not 3×3.
     """
-    if x.ndim != 4 or weight.ndim != 4 or not _is_pair(padding, 0):
+    if x.ndim != 4 or weight.ndim != 4 or not is_pair(padding, 0):
         return False
     pixels = len(x) * math.prod(max(size, 0) for size in output_size(x, weight, (1, 1), padding, (1, 1)))
     return (
@@ -139,7 +140,7 @@ def col2im_conv2d(x: Tensor, weight: Tensor, padding: Pair = (0, 0)) -> Tensor:
 
 def _check_shapes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
     for name, pair, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if not _is_pair(pair, minimum):
+        if not is_pair(pair, minimum):
             raise ValueError(f"{name} must be two integers of at least {minimum}, not {pair!r}")
     if x.dtype != weight.dtype:
         raise ValueError(f"weight must have the dtype of x, {x.dtype}, not {weight.dtype}")
@@ -164,14 +165,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, .
         # Autocast converts all three to its own dtype.
         if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
             raise ValueError(f"{name} must have the dtype of x, {dtype}, not {tensor.dtype}")
-    if not _is_pair(padding, 0) or min(output_size(x, weight, (1, 1), padding, (1, 1))) < 1:
+    if not is_pair(padding, 0) or min(output_size(x, weight, (1, 1), padding, (1, 1))) < 1:
         raise ValueError(f"padding must be two integers ≥ 0 with a non-empty output for input {tuple(x.shape[2:])}, not {padding}")
-
-
-def _is_pair(numbers: tuple[int, ...], minimum: int) -> bool:
-    """Return whether ``numbers`` are two integers ≥ ``minimum``; the padding of a layer can also be a string or one number."""
-    pair = isinstance(numbers, tuple | list) and len(numbers) == 2
-    return pair and all(isinstance(number, int) and number >= minimum for number in numbers)
 
 
 def _supports(x: Tensor, weight: Tensor) -> bool:

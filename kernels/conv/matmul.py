@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Col2im", "Im2col", "Pair", "output_size"]
+__all__ = ["Col2im", "Im2col", "Pair", "is_pair", "output_size"]
 
 Pair = tuple[int, ...]
 
@@ -123,3 +123,10 @@ def _shifts(weight: Tensor, size: tuple[int, ...], stride: Pair, dilation: Pair)
 def _backward_shifts(x: Tensor, weight: Tensor) -> list[tuple[slice, slice]]:
     """Return the slices of the padded output to which each kernel element contributes."""
     return _shifts(weight, x.shape[2:], (1, 1), (1, 1))[::-1]
+
+
+def is_pair(numbers: object, minimum: int) -> bool:
+    """Return whether ``numbers`` are two integers ≥ ``minimum``; the padding of a layer can also be a string or one number."""
+    return (
+        isinstance(numbers, tuple | list) and len(numbers) == 2 and all(isinstance(number, int) and number >= minimum for number in numbers)
+    )

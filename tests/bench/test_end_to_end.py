@@ -79,6 +79,7 @@ def test_on_a_gpu_no_contender_has_malloc_reuse_and_cuda_graphs_come_last() -> N
         "+ transposed convolution",
         "+ fused kernels",
         "+ folded teacher",
+        "+ fused teacher",
         "+ bf16 autocast",
         "engine (+ CUDA graphs)",
         "+ torch.compile",
@@ -88,7 +89,8 @@ def test_on_a_gpu_no_contender_has_malloc_reuse_and_cuda_graphs_come_last() -> N
 def test_each_rung_enables_the_feature_in_its_name_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     rungs: dict[str, dict[str, object]] = {}
     monkeypatch.setattr(contenders, "_engine", lambda recipe, device, changes: changes)
-    builders: dict[str, Callable[[], Any]] = dict(contenders.contenders(tiny(), CPU, "bf16", compiled_engine=True, graphs=True))
+    on_cpu, on_gpu = (contenders.contenders(tiny(), device, "bf16", compiled_engine=True, graphs=True) for device in (CPU, ON_GPU))
+    builders: dict[str, Callable[[], Any]] = dict(on_cpu)
     for name, build in builders.items():
         if name not in PEERS:
             rungs[name] = build()
@@ -99,6 +101,8 @@ def test_each_rung_enables_the_feature_in_its_name_and_nothing_else(monkeypatch:
     for name, changes in rungs.items():
         enabled[name] = {key: value for key, value in changes.items() if before.get(key) != value}
         before = changes
+    fused, folded = (on_gpu[name]() for name in ("+ fused teacher", "+ folded teacher"))
+    assert fused == folded | {"engine.fuse_teacher": True}  # type: ignore[operator]
     assert enabled == {
         "+ channels-last": {"engine.channels_last": True},
         "+ CPU convolution selection": {"engine.cpu_convolutions": True},

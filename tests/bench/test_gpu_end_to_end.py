@@ -255,6 +255,13 @@ def test_the_plan_puts_the_engine_and_its_peers_of_every_recipe_before_single_fe
     recipes = ["mnist-dfad", "cifar10-dfad", "cifar10-mad", "imagenet-mad, unconditional"]
     assert [one.name for one in first] == [f"{recipe} / {name}" for recipe in recipes for name in ("plain", ENGINE, "plain compiled")]
     assert [one.name for one in eager] == [f"{recipe} / + {precision} autocast" for recipe in recipes]
-    names = ["+ no redundant gradients", "+ channels-last", "+ transposed convolution", "+ fused kernels", "+ folded teacher"]
+    names = [
+        "+ no redundant gradients",
+        "+ channels-last",
+        "+ transposed convolution",
+        "+ fused kernels",
+        "+ folded teacher",
+        "+ fused teacher",
+    ]
     assert [one.name for one in features] == [f"{recipe} / {name}" for recipe in recipes for name in names]
     assert [one.recipe.loop.batch_size for one in first[::3]] == [512, 256, 256, 128]

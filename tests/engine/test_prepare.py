@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_fast import Engine, Method, Replay, Trainer, Update
+from dfkd_fast import Engine, Method, Objective, Replay, Trainer, Update
 from dfkd_fast.engine.prepare import PASSES, prepare
+from dfkd_fast.engine.state import TrainState
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.surgery import BatchNormLeakyReLU2d, CpuConv2d
+from dfkd_fast.kernels import conv2d_relu
+from dfkd_fast.surgery import BatchNormLeakyReLU2d, ConvAct2d, CpuConv2d
 from tests.small import small_method, small_networks
 
 PLAIN = Engine(precision="fp32", channels_last=False, cpu_convolutions=False, fuse_norm_act=False, fold_teacher=False, malloc_reuse=False)
@@ -75,6 +77,56 @@ def test_a_students_batch_norms_are_fused_unless_it_is_differentiated_twice(upda
     state = prepare(*networks, method, seed=0, device=torch.device("cpu"))
     assert (BatchNormLeakyReLU2d in kinds(state.student)) == (update != "second-order")
     assert BatchNormLeakyReLU2d not in kinds(state.teacher)
+
+
+def state_for_a_gpu(teacher: nn.Module, *, compares: bool = False, **engine: Any) -> TrainState:
+    _, student, generator = small_networks(student="wrn10_1", channels=3)
+    method = replace(small_method(), engine=replace(Engine(precision="bf16"), **engine), objective=Objective(attention=float(compares)))
+    return prepare(teacher, student, generator, method, seed=0, device=torch.device("cpu"), optimize_for="cuda")
+
+
+def test_on_a_gpu_the_teachers_convolutions_are_fused_and_the_networks_of_the_user_are_not() -> None:
+    teacher = small_networks(teacher="wrn10_1", channels=3)[0]
+    state = state_for_a_gpu(teacher)
+    assert ConvAct2d in kinds(state.teacher) and ConvAct2d not in kinds(teacher) and not state.notes
+    plain = state_for_a_gpu(teacher, fuse_teacher=False)
+    assert ConvAct2d not in kinds(plain.teacher)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with state.precision.autocast():
+        ours, theirs = state.teacher(images), plain.teacher(images)
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
+    assert ConvAct2d not in kinds(trainer(Engine()).state.teacher)  # on a CPU
+
+
+def test_the_teacher_is_not_fused_where_its_feature_maps_are_compared() -> None:
+    assert ConvAct2d not in kinds(state_for_a_gpu(small_networks(teacher="wrn10_1", channels=3)[0], compares=True).teacher)
+
+
+@pytest.mark.parametrize("failure", ["untraceable", "no kernel", "wrong"])
+def test_a_teacher_that_cannot_be_fused_runs_as_before_with_one_note(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Branching(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x) if len(x) else x
+
+    def broken(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        if failure == "no kernel":
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return 3 * conv2d_relu(*arguments, **keywords)
+
+    teacher = small_networks(teacher="wrn10_1", channels=3)[0]
+    if failure == "untraceable":
+        teacher = Branching(teacher)
+    else:
+        monkeypatch.setattr("dfkd_fast.surgery.fuse_conv_act.conv2d_relu", broken)
+    state = state_for_a_gpu(teacher)
+    assert ConvAct2d not in kinds(state.teacher)
+    notes = [note for note in state.notes if "engine.fuse_teacher" in note]
+    expected = {"untraceable": "Branching cannot be traced", "no kernel": "unable to find an engine", "wrong": "its logits would change"}
+    assert len(notes) == 1 and expected[failure] in notes[0]
 
 
 def test_a_student_that_uses_a_batch_norm_without_its_relu_is_not_fused() -> None:
