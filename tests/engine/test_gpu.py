@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import Engine, Loop, Method, Optimizer, Trainer
-from dfkd_fast.surgery import BatchNormLeakyReLU2d
+from dfkd_fast.surgery import BatchNormLeakyReLU2d, ConvAct2d
 from tests.small import small_networks
 
 pytestmark = pytest.mark.gpu
@@ -86,6 +86,20 @@ def test_a_compiled_captured_run_equals_the_eager_run(make_trainer: MakeTrainer)
     assert ours.notes == theirs.notes == []
     for one, other in zip(ours.history, theirs.history, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=2e-2)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("bn_moments", [0.0, 1.0])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_with_a_fused_teacher_equals_one_without(make_trainer: MakeTrainer, precision: str, bn_moments: float) -> None:
+    base = method({"kind": "ema_generator"}, "plain", capture=True, precision=precision)
+    base = replace(base, objective=replace(base.objective, attention=0.0, hint=0.0, bn_moments=bn_moments))
+    fused, plain = (run(make_trainer, replace(base, engine=replace(base.engine, fuse_teacher=on))) for on in (True, False))
+    assert any(isinstance(layer, ConvAct2d) for layer in fused.state.teacher.modules()) and not fused.notes
+    assert not any(isinstance(layer, ConvAct2d) for layer in plain.state.teacher.modules())
+    tolerance = 1e-3 if precision == "fp32" else 5e-2
+    for one, other in zip(fused.history, plain.history, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=tolerance)
 
 
 def test_batch_norms_are_fused_in_the_optimized_generator_only(make_trainer: MakeTrainer) -> None:

@@ -64,6 +64,44 @@ def test_values_and_gradients_match_float64(name: str, dtype: torch.dtype, chann
         torch.testing.assert_close(ours.double(), theirs, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_on_a_gpu_cudnn_computes_the_same_in_a_captured_graph(
+    dtype: torch.dtype, with_residual: bool, kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    stream = torch.Generator().manual_seed(0)
+    shapes = [(4, 64, 9, 7), (32, 64, kernel, kernel), (32,), *([(4, 32, 9, 7)] if with_residual else [])]
+    inputs = [torch.randn(shape, generator=stream) / (8 if len(shape) == 4 else 1) for shape in shapes]
+    x, weight, bias, *residual = (layout(tensor, channels_last=True).to("cuda", dtype) for tensor in inputs)
+    differentiable = [x.requires_grad_(), *(tensor.requires_grad_() for tensor in residual)]
+    padding = (kernel // 2, kernel // 2)
+
+    def step() -> tuple[Tensor, ...]:
+        y = conv2d_relu(x, weight, bias, *residual, padding=padding)
+        return y, *torch.autograd.grad(y.float().square().sum(), differentiable)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    wide = [tensor.detach().cpu().double() for tensor in (x, weight, bias, *residual)]
+    for tensor in (wide[0], *wide[3:]):
+        tensor.requires_grad_()
+    expected = conv2d_relu(*wide, padding=padding)
+    gradients = torch.autograd.grad(expected.square().sum(), [wide[0], *wide[3:]])
+    for ours, theirs in zip(results, (expected, *gradients), strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=4 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+
+
 def test_strides_and_gradients_follow_the_channels_last_format_also_for_1x1_filters() -> None:
     inputs, _, geometry = case(kernel=1, residual=False)
     x, weight, bias = inputs
