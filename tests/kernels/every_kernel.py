@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dfkd_fast.kernels import (
     batch_norm_leaky_relu,
+    bias_act,
     channel_moments,
     concat_generated,
     ema_update_,
@@ -91,6 +92,16 @@ def moments(dtype: torch.dtype) -> Results:
             yield f"moments {layout} {part}", tensor
 
 
+def bias_acts(dtype: torch.dtype) -> Results:
+    for layout in LAYOUTS:
+        x, residual = (sign * normal(9, 20, 17, 19, dtype=dtype, layout=layout) for sign in (1, -0.7))
+        leaves = x.requires_grad_(), residual.requires_grad_()
+        outputs = bias_act(x, normal(20), residual, activation="silu", moments=True)
+        gradients = torch.autograd.grad([output.sin().sum() for output in outputs], leaves)
+        for index, tensor in enumerate((*outputs, *gradients)):
+            yield f"bias_act {layout} {index}", tensor
+
+
 def norms(dtype: torch.dtype) -> Results:
     x = normal(9, 20, 17, 19, dtype=dtype, layout="channels_last").requires_grad_()
     weight, bias, mean, variance = normal(20).requires_grad_(), normal(20).detach().requires_grad_(), torch.zeros(20), torch.ones(20)
@@ -113,7 +124,7 @@ def tiles() -> Results:
 def results(dtypes: list[str]) -> Results:
     yield from tiles()
     for name in dtypes:
-        for kernels in (discrepancies, emas, images, moments, norms):
+        for kernels in (bias_acts, discrepancies, emas, images, moments, norms):
             for key, tensor in kernels(getattr(torch, name)):
                 yield f"{key} {name}", tensor
 

@@ -21,6 +21,7 @@ SHARED = {
         *("test_ema.py", "test_ema_arguments.py", "test_fused_ema.py", "test_fused_ema_changes.py"),
     ),
     "images": (
+        *("test_bias_act.py", "test_bias_act_arguments.py"),
         *("test_concat.py", "test_concat_arguments.py", "test_moments.py", "test_moments_arguments.py"),
         *("test_norm.py", "test_norm_arguments.py"),
         *("test_offsets.py", "test_operators.py"),

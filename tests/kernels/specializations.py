@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 from tests.kernels.on_cpu import SHARED, run_on_cpu, run_pytest
 
 TARGET = GPUTarget("cuda", 90, 32)
-OPERATIONS = ("concat", "discrepancy", "ema", "moments", "norm")
+OPERATIONS = ("bias_act", "concat", "discrepancy", "ema", "moments", "norm")
 
 
 class Specialization(NamedTuple):

@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SHAPES = [
     *[(2, 1, 3, 5), (5, 1, 1, 1), (7, 10, 1, 1), (3, 3, 5, 7), (2, 64, 3, 5), (1, 2048, 2, 1)],
-    *[(5, 3, 61, 59), (9, 1000, 4, 1)],  # several blocks, the last one incomplete
+    *[(5, 3, 33, 31), (5, 1000, 4, 1)],  # several blocks, the last one incomplete
 ]
 
 
@@ -76,7 +76,7 @@ def compare(x: Tensor, residual: Tensor | None, activation: str, moments: bool =
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_and_gradients_match_float64(backend: Backend, device: torch.device, layout: str, shape: tuple[int, ...]) -> None:
-    compare(random(*shape, layout=layout, device=device), random(*shape, layout=layout, device=device), "relu")
+    compare(random(*shape, layout=layout, device=device), random(*shape, layout=layout, device=device), "silu")
 
 
 @pytest.mark.parametrize("moments", [False, True])
@@ -105,11 +105,11 @@ def test_vectorized_accesses_match_scalar_accesses(
     backend: Backend, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
 ) -> None:
     x, residual = (random(*shape, dtype=dtype, layout=layout, device=device) for _ in range(2))
-    compare(x, residual, "hardswish")
-    compare(x, None, "relu6", moments=False)
+    compare(x, residual, "silu")
+    compare(x, None, "silu", moments=False)
 
 
-@settings(PROPERTY, max_examples=min(PROPERTY.max_examples, 25))
+@settings(PROPERTY, max_examples=PROPERTY.max_examples // 4)
 @given(data=st.data(), dtype=st.sampled_from(KERNEL_DTYPES), activation=st.sampled_from([*ACTIVATIONS]), moments=st.booleans())
 def test_any_shape_and_strides(
     fused: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, activation: str, moments: bool
@@ -238,7 +238,7 @@ def test_empty_inputs_have_moments_nan(backend: Backend, device: torch.device, d
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
-    x, residual = (random(3, 7, 61, 59, layout=layout, device=device) for _ in range(2))
+    x, residual = (random(3, 7, 33, 31, layout=layout, device=device) for _ in range(2))
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -19,6 +19,7 @@ from dfkd_fast.doctor import Choice, choices
 from dfkd_fast.kernels import (
     BackendError,
     batch_norm_leaky_relu,
+    bias_act,
     channel_moments,
     channel_sums,
     concat_generated,
@@ -59,6 +60,8 @@ FUNCTIONS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
     "kl_discrepancy": ("kl_discrepancy", lambda x: kl_discrepancy(*x, **SOFT)),
     "js_discrepancy": ("js_discrepancy", lambda x: js_discrepancy(*x, **SOFT)),
     "concat_generated": ("concat_generated", lambda x: concat_generated([*x[:, :, None, None]], activation="tanh", normalize="none")),
+    "bias_act": ("bias_act", lambda x: bias_act(x[:, :, None], x.new_ones(8), activation="relu")),
+    "bias_act, moments": ("bias_act", lambda x: bias_act(x[:, :, None], x.new_ones(8), activation="relu", moments=True)),
     "channel_moments": ("channel_moments", lambda x: channel_moments(x[:, :, None])),
     "channel_sums": ("channel_moments", lambda x: channel_sums(x[:, :, None])),
 }
@@ -295,6 +298,8 @@ BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "kl_discrepancy": lambda x: kl_discrepancy(x, x.detach().cos(), **SOFT),
     "l1_discrepancy": lambda x: l1_discrepancy(x, x.detach().cos(), reduction="sum"),
     "concat_generated": lambda x: concat_generated([x], activation="tanh", normalize="none").sum(),
+    "bias_act": lambda x: bias_act(x, torch.ones(3), activation="relu").sum(),
+    "bias_act, moments": lambda x: bias_act(x, torch.ones(3), activation="relu", moments=True)[2].sum(),
     "channel_moments": lambda x: channel_moments(x)[1].sum(),
     "channel_sums": lambda x: channel_sums(x)[1].sum(),
 }

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from dfkd_fast.kernels import (
     Backend,
+    bias_act,
     channel_moments,
     channel_sums,
     concat_generated,
@@ -55,6 +56,10 @@ def arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
             return first, "tanh"
         case "moments_backward":
             return first, *constants[:3]
+        case "bias_act_forward" | "bias_act_moments_forward":
+            return first, constants[0], second, "hardswish"
+        case "bias_act_backward":
+            return dense, first, constants[0], second, "silu", *constants[1:], True
     raise ValueError(name)
 
 
@@ -81,6 +86,10 @@ def lean_arguments(name: str, layout: str, device: torch.device) -> tuple[Any, .
             return full[0][:1], full[1][:1], "tanh", *full[3:]
         case "moments_forward":
             return full[0][:1], "none"
+        case "bias_act_forward" | "bias_act_moments_forward":
+            return full[0][:1], full[1], None, "relu"
+        case "bias_act_backward":
+            return full[0][:1], full[1][:1], full[2], None, "relu6", None, None, None, False
     return (full[0][:1], *full[1:])
 
 
@@ -137,6 +146,10 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "agreement": lambda s, t: torch.stack(list(l1_discrepancy(s, t, reduction="sum", agreement=True))).sum(),
     "moments": lambda s, t: torch.stack(channel_moments(s * t)).square().sum(),
     "sums": lambda s, t: torch.stack(channel_sums(s * t)[:2]).sum(),
+    "bias_act": lambda s, t: bias_act(s, torch.ones(5).to(s), t, activation="silu").square().sum(),
+    "bias_act and moments": lambda s, t: torch.stack(
+        [result.square().sum() for result in bias_act(s, torch.ones(5).to(s), t, activation="relu", moments=True)]
+    ).sum(),
     "concat": lambda s, t: (
         concat_generated([s, t], activation="tanh", normalize="dataset", mean=torch.zeros(5).to(s), std=torch.full((5,), 0.5).to(s))
         .square()

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from dfkd_fast.kernels import (
     BackendError,
+    bias_act,
     channel_moments,
     channel_sums,
     concat_generated,
@@ -23,6 +25,13 @@ from tests.kernels import oracles
 pytestmark = pytest.mark.skipif(dispatch.unavailable_reason("numba") is not None, reason="numba is not installed")
 
 TEMPERATURE, MEAN, STD = 2.0, torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.5, 1.5, 0.7])
+
+
+def _bias_act(x: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    shifted = x + bias[:, None, None]
+    return F.silu(shifted + residual), *oracles.moments(shifted)
+
+
 # Each function with its float64 oracle, from a tensor (2, 3, 4, 5) to a scalar; the second argument is constant.
 Function = Callable[[Tensor, Tensor], Tensor]
 FUNCTIONS: dict[str, tuple[Function, Function]] = {
@@ -38,6 +47,10 @@ FUNCTIONS: dict[str, tuple[Function, Function]] = {
     "concat": (
         lambda x, y: concat_generated([x, y], activation="tanh", normalize="dataset", mean=MEAN, std=STD).pow(3).sum(),
         lambda x, y: ((torch.cat([x, y]).tanh() - MEAN[:, None, None].double()) / STD[:, None, None].double()).pow(3).sum(),
+    ),
+    "bias_act": (
+        lambda x, y: torch.stack([part.sin().sum() for part in bias_act(x, MEAN, y, activation="silu", moments=True)]).sum(),
+        lambda x, y: torch.stack([part.sin().sum() for part in _bias_act(x, MEAN.double(), y)]).sum(),
     ),
     "moments": (
         lambda x, y: torch.stack(channel_moments(x * y)).square().sum(),

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from dfkd_fast.kernels.bias_act import gpu as bias_act
 from dfkd_fast.kernels.concat import gpu as concat
 from dfkd_fast.kernels.discrepancy import gpu as discrepancy
 from dfkd_fast.kernels.dispatch import interpreting
@@ -67,6 +68,7 @@ def half(*shape: int, memory_format: torch.memory_format = torch.contiguous_form
 
 
 CONSTANTS, VECTOR, HIDDEN = torch.ones(2, 3), empty(64), half(64, 64, 32, 32, memory_format=CL)
+PLANES = empty(64, 64, 32, 32)
 # A call, and the minimum numbers of 16-byte loads and stores of its first kernel.
 CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     "l1 of pixels": (lambda: discrepancy.l1_forward(half(8, 11, 64, 64), half(8, 11, 64, 64), 1.0, True, False), 4, 1),
@@ -83,6 +85,14 @@ CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     "moments": (lambda: moments.moments_forward(half(64, 64, 56, 56), "none"), 2, 0),
     "moments, channels-last": (lambda: moments.moments_forward(empty(64, 64, 56, 56, memory_format=CL), "none"), 4, 0),
     "backward of the moments": (lambda: moments.moments_backward(half(64, 64, 56, 56, memory_format=CL), *[empty(64)] * 3), 2, 2),
+    "bias and activation": (lambda: bias_act.bias_act_forward(HIDDEN, VECTOR, None, "relu"), 2, 2),
+    "bias, residual and activation": (lambda: bias_act.bias_act_forward(PLANES, VECTOR, PLANES, "silu"), 8, 4),
+    "bias, activation and moments": (lambda: bias_act.bias_act_moments_forward(HIDDEN, VECTOR, HIDDEN, "relu6"), 4, 2),
+    "gradient of bias, activation and moments": (
+        lambda: bias_act.bias_act_backward(HIDDEN, HIDDEN, VECTOR, HIDDEN, "hardswish", VECTOR, VECTOR, VECTOR, True),
+        6,
+        4,
+    ),
     "norm": (lambda: norm.forward(empty(64, 64, 32, 32), VECTOR, VECTOR, 0.2), 4, 4),
     "norm, channels-last": (lambda: norm.forward(half(64, 64, 32, 32, memory_format=CL), VECTOR, VECTOR, 0.2), 2, 2),
     "constants of the norm": (lambda: norm.constants(VECTOR, VECTOR, VECTOR, VECTOR, 1e-5), 0, 0),

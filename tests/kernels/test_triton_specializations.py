@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from dfkd_fast.kernels.bias_act import gpu as bias_act
 from dfkd_fast.kernels.concat import gpu as concat
 from dfkd_fast.kernels.discrepancy import gpu as discrepancy
 from dfkd_fast.kernels.dispatch import interpreting, unavailable_reason
@@ -21,7 +22,7 @@ from tests.kernels.specializations import Recorder, collect
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter runs in this process")
 
-MAX_KERNELS, MAX_KERNELS_OF_SAMPLE = 830, 380
+MAX_KERNELS, MAX_KERNELS_OF_SAMPLE = 1010, 460
 
 
 def images(batch: int, channels: int, size: int) -> Tensor:
@@ -52,6 +53,13 @@ def moments_of(batch: int, channels: int, size: int) -> None:
     moments.moments_forward(images(batch, channels, size), "none")
 
 
+def bias_act_of(batch: int, channels: int, size: int) -> None:
+    x, constant = images(batch, channels, size), torch.ones(channels)
+    bias_act.bias_act_forward(x, constant, x, "relu")
+    bias_act.bias_act_moments_forward(x, constant, x, "relu")
+    bias_act.bias_act_backward(x, x, constant, x, "relu", constant, constant, constant, True)
+
+
 def norm_of(batch: int, channels: int, size: int) -> None:
     x, constant = images(batch, channels, size), torch.ones(channels)
     norm.constants(constant, constant, constant, constant, 1e-5)
@@ -72,6 +80,7 @@ CALLS: list[tuple[Callable[..., None], Sequence[tuple[int, ...]], int]] = [
     (gradients, [(1,), (16,), (1000,)], 1),
     (batch_of, [(1, 1, 17), (2, 3, 28), (2, 16, 32), (3, 5, 224)], 1),
     (moments_of, [(1, 64, 8), (6, 128, 4), (2, 512, 1), (16, 256, 14)], 2),
+    (bias_act_of, [(2, 64, 8), (6, 128, 4), (128, 256, 7), (16, 256, 14)], 4),
     (norm_of, [(2, 64, 8), (6, 128, 4), (128, 256, 7), (16, 256, 14)], 5),
     (average, [(2, 0), (7, 0), (32, 0), (70, 0), (5, 1)], 1),
 ]
