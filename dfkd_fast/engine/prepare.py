@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd_fast import distributed
 from dfkd_fast.errors import DfkdError, first_line
 from dfkd_fast.kernels import FusedEMA
+from dfkd_fast.kernels.conv import cases_without_kernel
 from dfkd_fast.methods import Objective, build_replay_source
 from dfkd_fast.models import sample, state_dict_sha256
 from dfkd_fast.out_of_memory import is_out_of_memory
@@ -189,18 +190,24 @@ def fuse_teacher(network: nn.Module, context: Context) -> nn.Module:
     """Fuses the teacher's convolutions with what follows them, if the logits remain equal up to rounding."""
     if not context.engine.fuse_teacher or not context.on_gpu or context.compares_features:
         return network
-    problem = "its logits would change"
+    before = len(cases_without_kernel)
     try:
         with context.precision.autocast():
             fused, count = fuse_conv_acts(network, context.images)
-            if not count or _have_equal_logits(network, fused, context.images, tolerance=FUSION_TOLERANCE):
-                return fused if count else network
-    except (FoldingError, RuntimeError) as error:  # cuDNN may have no kernel for a layer
+            equal = not count or _have_equal_logits(network, fused, context.images, tolerance=FUSION_TOLERANCE)
+        problem = "" if equal else "its logits would change"
+    except (FoldingError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         problem = first_line(error)
-    context.notes.append(f"engine.fuse_teacher: the teacher's convolutions are not fused with what follows them: {problem}")
-    return network
+    if problem:
+        context.notes.append(f"engine.fuse_teacher: the teacher's convolutions are not fused with what follows them: {problem}")
+        return network
+    if missing := list(cases_without_kernel.items())[before:]:
+        context.notes.append(
+            f"engine.fuse_teacher: cuDNN has no fused kernel for {len(missing)} of {count} convolutions, such as {': '.join(missing[0])}"
+        )
+    return fused if count else network
 
 
 def logits_in_float32(network: nn.Module, context: Context) -> nn.Module:

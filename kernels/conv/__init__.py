@@ -9,9 +9,9 @@ from torch import Tensor
 from .. import dispatch
 from ..renamed import renamed_argument
 from .matmul import Col2im, Im2col, Pair, is_pair, output_size
-from .relu import conv2d_relu
+from .relu import cases_without_kernel, conv2d_relu
 
-__all__ = ["col2im_conv2d", "conv2d_relu", "im2col_conv2d", "output_size", "winograd_conv2d", "winograd_is_faster"]
+__all__ = ["cases_without_kernel", "col2im_conv2d", "conv2d_relu", "im2col_conv2d", "output_size", "winograd_conv2d", "winograd_is_faster"]
 
 MIN_CHANNELS = 64  # with fewer, the Winograd transforms take longer than the matrix product saves
 MIN_OUTPUT_PIXELS = 512  # with fewer per batch, the weight transform takes longer than the product saves, unless it is cached

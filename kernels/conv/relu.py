@@ -12,7 +12,10 @@ from ..checks import differentiable_once
 from ..operators import LIBRARY
 from .matmul import Pair, is_pair, output_size
 
-__all__ = ["conv2d_relu"]
+__all__ = ["cases_without_kernel", "conv2d_relu"]
+
+cases_without_kernel: dict[str, str] = {}
+"""Calls for which cuDNN had no kernel, and its error; they are computed by PyTorch's separate operations."""
 
 
 def conv2d_relu(
@@ -29,7 +32,8 @@ def conv2d_relu(
     """Compute ``relu(conv2d(x, weight, bias) + residual)`` of a frozen layer, on a GPU as one kernel of cuDNN.
 
     PyTorch adds the bias of a convolution, the residual and the ReLU in one kernel each, all of which read and write the whole output.
-    The backward pass masks the gradient and computes that of the input; it keeps the output only, not the input.
+    The backward pass masks the gradient and computes that of the input; it keeps the output only, not the input. If cuDNN has no such
+    kernel for the tensors, PyTorch's operations are used.
 
     Args:
         x: input (N, C_in, H, W).
@@ -47,7 +51,7 @@ def conv2d_relu(
 
     Raises:
         ValueError: ``weight`` or ``bias`` requires a gradient, or shapes, dtypes or numbers are invalid.
-        RuntimeError: double backward; or cuDNN has no kernel for the tensors.
+        RuntimeError: double backward.
 
     Examples:
         >>> import torch
@@ -94,16 +98,25 @@ def _strided_like(weight: Tensor, y: Tensor) -> Tensor:
     return weight
 
 
-def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any) -> Tensor:
+def _separately(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(x, weight, bias, *geometry)
     # In place, since nothing else has seen the result.
-    y = F.conv2d(x, weight, bias, *geometry)
     return (y if residual is None else y.add_(residual)).relu_()
 
 
 def _on_gpu(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any) -> Tensor:
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+    case = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} * {tuple(weight.shape)}, {geometry}"
+    if case not in cases_without_kernel:
+        try:
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cases_without_kernel[case] = str(error).partition("\n")[0]
+    return _separately(x, weight, bias, residual, *geometry)
 
 
 def _fake(
@@ -151,6 +164,6 @@ LIBRARY.define(
     "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-LIBRARY.impl("conv2d_relu", _on_cpu, "CPU")
+LIBRARY.impl("conv2d_relu", _separately, "CPU")
 LIBRARY.impl("conv2d_relu", _on_gpu, "CUDA")
 torch.library.register_fake("dfkd_fast::conv2d_relu", _fake, lib=LIBRARY)

@@ -13,6 +13,7 @@ from dfkd_fast.engine.prepare import PASSES, prepare
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import conv2d_relu
+from dfkd_fast.kernels.conv import relu
 from dfkd_fast.surgery import BatchNormLeakyReLU2d, ConvAct2d, CpuConv2d
 from tests.small import small_method, small_networks
 
@@ -100,6 +101,21 @@ def test_on_a_gpu_the_teachers_convolutions_are_fused_and_the_networks_of_the_us
 
 def test_the_teacher_is_not_fused_where_its_feature_maps_are_compared() -> None:
     assert ConvAct2d not in kinds(state_for_a_gpu(small_networks(teacher="wrn10_1", channels=3)[0], compares=True).teacher)
+
+
+def test_convolutions_for_which_cudnn_has_no_kernel_run_separately_with_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any) -> torch.Tensor:
+        raise RuntimeError("GET was unable to find an engine to execute this computation\nand more")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", unsupported)
+    monkeypatch.setattr(relu, "cases_without_kernel", missing := dict[str, str]())
+    monkeypatch.setattr("dfkd_fast.engine.prepare.cases_without_kernel", missing)
+    with torch.library._scoped_library("dfkd_fast", "IMPL") as library:
+        library.impl("conv2d_relu", relu._on_gpu, "CPU", allow_override=True)
+        state = state_for_a_gpu(small_networks(teacher="wrn10_1", channels=3)[0])
+    assert ConvAct2d in kinds(state.teacher)
+    (note,) = [note for note in state.notes if "engine.fuse_teacher" in note]
+    assert "cuDNN has no fused kernel for 3 of 6 convolutions, such as bfloat16 (4, 16, 32, 32)" in note and "unable to find" in note
 
 
 @pytest.mark.parametrize("failure", ["untraceable", "no kernel", "wrong"])
