@@ -23,6 +23,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfkd_fast, library) {
   library.def("moments_forward.cuda(Tensor x, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("moments_backward.cuda(Tensor x, Tensor offset, Tensor slope, Tensor center) -> Tensor");
 
+  library.def("bias_act_forward.cuda(Tensor x, Tensor bias, Tensor? residual, str activation) -> Tensor");
+  library.def("bias_act_moments_forward.cuda(Tensor x, Tensor bias, Tensor? residual, str activation) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "bias_act_backward.cuda(Tensor gradient, Tensor x, Tensor bias, Tensor? residual, str activation, "
+      "Tensor? offset, Tensor? slope, Tensor? center, bool separate) -> (Tensor, Tensor)");
+
   library.def(
       "concat_forward.cuda(Tensor[] raws, str activation, Tensor? mean, Tensor? std, ScalarType dtype, bool channels_last) -> Tensor");
   library.def("concat_forward_out.cuda(Tensor(a!) out, Tensor[] raws, str activation, Tensor? mean, Tensor? std) -> ()");
@@ -43,6 +49,10 @@ STABLE_TORCH_LIBRARY_IMPL(dfkd_fast, CUDA, library) {
 
   library.impl("moments_forward.cuda", TORCH_BOX(&dfkd_fast::moments_forward));
   library.impl("moments_backward.cuda", TORCH_BOX(&dfkd_fast::moments_backward));
+
+  library.impl("bias_act_forward.cuda", TORCH_BOX(&dfkd_fast::bias_act_forward));
+  library.impl("bias_act_moments_forward.cuda", TORCH_BOX(&dfkd_fast::bias_act_moments_forward));
+  library.impl("bias_act_backward.cuda", TORCH_BOX(&dfkd_fast::bias_act_backward));
 
   library.impl("concat_forward.cuda", TORCH_BOX(&dfkd_fast::concat_forward));
   library.impl("concat_forward_out.cuda", TORCH_BOX(&dfkd_fast::concat_forward_out));

@@ -51,6 +51,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moments_forward(const Tensor& x, cons
 
 Tensor moments_backward(const Tensor& x, const Tensor& offset, const Tensor& slope, const Tensor& center);
 
+// bias_act.cu
+Tensor bias_act_forward(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation);
+
+std::tuple<Tensor, Tensor, Tensor> bias_act_moments_forward(
+    const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation);
+
+std::tuple<Tensor, Tensor> bias_act_backward(
+    const Tensor& gradient,
+    const Tensor& x,
+    const Tensor& bias,
+    const std::optional<Tensor>& residual,
+    const std::string& activation,
+    const std::optional<Tensor>& offset,
+    const std::optional<Tensor>& slope,
+    const std::optional<Tensor>& center,
+    bool separate);
+
 // concat.cu
 Tensor concat_forward(
     const std::vector<Tensor>& raws,

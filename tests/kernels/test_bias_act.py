@@ -33,10 +33,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "hardswish": F.hardswish,
 }
-SHAPES = [
-    *[(2, 1, 3, 5), (5, 1, 1, 1), (7, 10, 1, 1), (3, 3, 5, 7), (2, 64, 3, 5), (1, 2048, 2, 1)],
-    *[(5, 3, 33, 31), (5, 1000, 4, 1)],  # several blocks, the last one incomplete
-]
+# The last one is several blocks, the last of them incomplete.
+SHAPES = [(2, 1, 3, 5), (5, 1, 1, 1), (7, 10, 1, 1), (3, 3, 5, 7), (2, 64, 3, 5), (2, 2048, 1, 1), (3, 3, 33, 31)]
 
 
 def oracle(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +112,8 @@ def test_vectorized_accesses_match_scalar_accesses(
 def test_any_shape_and_strides(
     fused: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, activation: str, moments: bool
 ) -> None:
-    channels = data.draw(st.one_of(st.integers(1, 20), st.integers(60, 140)))
-    shape = (data.draw(st.integers(1, 4)), channels, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))
+    channels = data.draw(st.one_of(st.integers(1, 20), st.integers(60, 80)))
+    shape = (data.draw(st.integers(1, 3)), channels, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6)))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     x, residual = (data.draw(layouts(4))(torch.randn(shape).to(device, dtype)).detach().requires_grad_() for _ in range(2))
     compare(x, residual if data.draw(st.booleans()) else None, activation, moments)
@@ -135,7 +133,7 @@ def test_results_and_gradients_have_the_strides_of_empty_like(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("mean", "std"), [(100.0, 0.1), (-1e4, 1.0)])
 def test_the_variance_is_accurate_for_a_large_mean(backend: Backend, device: torch.device, mean: float, std: float, layout: str) -> None:
-    x, bias = with_layout((mean + std * torch.randn(8, 5, 33, 31)).to(device), layout), torch.full((5,), 0.3 * mean, device=device)
+    x, bias = with_layout((mean + std * torch.randn(4, 5, 17, 15)).to(device), layout), torch.full((5,), 0.3 * mean, device=device)
     exact_mean, exact_variance = oracles.moments(x.double() + bias.double()[:, None, None])
     _, actual_mean, actual_variance = bias_act(x, bias, activation="relu", moments=True)
     torch.testing.assert_close(actual_mean.double(), exact_mean, rtol=1e-6, atol=0)
@@ -238,11 +236,11 @@ def test_empty_inputs_have_moments_nan(backend: Backend, device: torch.device, d
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
-    x, residual = (random(3, 7, 33, 31, layout=layout, device=device) for _ in range(2))
+    x, residual = (random(2, 5, 33, 31, layout=layout, device=device) for _ in range(2))
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(differentiated(call(x, torch.ones(7, device=device), residual, "silu"), [x, residual]))
+        results.append(differentiated(call(x, torch.ones(5, device=device), residual, "silu"), [x, residual]))
     assert all(map(torch.equal, *results))
 
 

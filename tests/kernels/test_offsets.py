@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd_fast.kernels import Backend, channel_sums, concat_generated, js_discrepancy, kl_discrepancy, l1_discrepancy, use_backend
+from dfkd_fast.kernels import Backend, bias_act, channel_sums, concat_generated, js_discrepancy, kl_discrepancy, l1_discrepancy, use_backend
 from dfkd_fast.kernels.dispatch import unavailable_reason
 from tests.kernels.oracles import assert_as_accurate_as_pytorch
 
@@ -20,7 +20,7 @@ DISCREPANCIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": lambda s, t: kl_discrepancy(s, t, **SUM),
     "js": lambda s, t: js_discrepancy(s, t, **SUM),
 }
-NAMES = [*DISCREPANCIES, "moments", "concat"]
+NAMES = [*DISCREPANCIES, "moments", "bias_act", "concat"]
 
 
 def alone_with_numba(test: Callable[[], None]) -> Callable[[], None]:
@@ -93,6 +93,13 @@ def check_the_last_image(name: str, images: int, device: torch.device | str) -> 
                 assert_as_accurate_as_pytorch(sums[index], plain.double(), exact, magnitude=size)
             (gradient,) = torch.autograd.grad(channel_sums(student.requires_grad_())[1].sum(), student)
             torch.testing.assert_close(gradient[-1:], 2 * x)
+        case "bias_act":
+            bias, sides, gradients = torch.ones(256, device=device), ((student.requires_grad_(), teacher), last), []
+            for x, residual in sides:
+                y, mean, _ = bias_act(x, bias, residual.detach(), activation="silu", moments=True)
+                gradients += [y[-1:], *(part[-1:] for part in torch.autograd.grad((y, mean), x, (residual, torch.zeros_like(mean))))]
+            assert torch.equal(gradients[0], gradients[2])
+            assert torch.equal(gradients[1], gradients[3])
         case _:
             loss, alone = (DISCREPANCIES[name](*sides) for sides in ((student.requires_grad_(), teacher.requires_grad_()), last))
             torch.testing.assert_close(loss, alone, rtol=1e-4, atol=0)

@@ -1,0 +1,346 @@
+// Bias, residual and activation after a convolution in one pass, optionally with the moments of x + bias, and the backward pass.
+
+#include "operators.h"
+
+#include "channel_sums.cuh"
+#include "images.cuh"
+
+namespace dfkd_fast {
+namespace {
+
+enum class Nonlinearity : int8_t { kNone, kRelu, kRelu6, kSilu, kHardswish };
+
+Nonlinearity nonlinearity_of(const std::string& name) {
+  constexpr const char* kNames[] = {"none", "relu", "relu6", "silu", "hardswish"};
+  for (int i = 0; i < 5; ++i) {
+    if (name == kNames[i]) {
+      return static_cast<Nonlinearity>(i);
+    }
+  }
+  STD_TORCH_CHECK(false, "activation must be none, relu, relu6, silu or hardswish, not ", name);
+}
+
+// NaN remains NaN.
+__device__ __forceinline__ float clamp_to_6(float value) { return value < 0.0f ? 0.0f : value > 6.0f ? 6.0f : value; }
+
+template <int kCount>
+__device__ __forceinline__ void apply_nonlinearity(Nonlinearity nonlinearity, float (&values)[kCount]) {
+  const auto transform = [&](auto function) {
+#pragma unroll
+    for (float& value : values) {
+      value = function(value);
+    }
+  };
+  switch (nonlinearity) {
+    case Nonlinearity::kNone:
+      return;
+    case Nonlinearity::kRelu:
+      return transform([](float u) { return u < 0.0f ? 0.0f : u; });
+    case Nonlinearity::kRelu6:
+      return transform([](float u) { return clamp_to_6(u); });
+    case Nonlinearity::kSilu:
+      return transform([](float u) { return u / (1.0f + expf(-u)); });
+    case Nonlinearity::kHardswish:
+      return transform([](float u) { return u * clamp_to_6(u + 3.0f) / 6.0f; });
+  }
+}
+
+// Multiplies gradients by the derivative at `inputs`, which at its kinks is that of PyTorch.
+template <int kCount>
+__device__ __forceinline__ void multiply_by_derivative(
+    Nonlinearity nonlinearity, const float (&inputs)[kCount], float (&gradients)[kCount]) {
+  const auto transform = [&](auto function) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      gradients[i] = function(inputs[i], gradients[i]);
+    }
+  };
+  switch (nonlinearity) {
+    case Nonlinearity::kNone:
+      return;
+    case Nonlinearity::kRelu:
+      return transform([](float u, float g) { return u <= 0.0f ? 0.0f : g; });
+    case Nonlinearity::kRelu6:
+      return transform([](float u, float g) { return u <= 0.0f || u >= 6.0f ? 0.0f : g; });
+    case Nonlinearity::kSilu:
+      return transform([](float u, float g) {
+        const float sigmoid = 1.0f / (1.0f + expf(-u));
+        return g * (sigmoid * (1.0f + u * (1.0f - sigmoid)));
+      });
+    case Nonlinearity::kHardswish:
+      return transform([](float u, float g) { return u <= -3.0f ? 0.0f : u < 3.0f ? g * (u / 3.0f + 0.5f) : g; });
+  }
+}
+
+// Adds per-channel values to a tile.
+template <typename TileT>
+__device__ __forceinline__ void add_channels(const float (&channels)[TileT::kChannels], float (&values)[TileT::kCount]) {
+#pragma unroll
+  for (int i = 0; i < TileT::kCount; ++i) {
+    values[i] += channels[i % TileT::kChannels];
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void add(const float (&addends)[kCount], float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] += addends[i];
+  }
+}
+
+struct Inputs {
+  View x;
+  View residual;  // data is null if there is none
+  const float* bias;
+  Nonlinearity nonlinearity;
+};
+
+struct Forward {
+  Inputs inputs;
+  View y;
+
+  template <typename TileT>
+  __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
+    float values[TileT::kCount];
+    float biases[TileT::kChannels];
+    load_tile<TileT>(inputs.x, n, c, p, values);
+    load(inputs.bias + c, biases);
+    add_channels<TileT>(biases, values);
+    if (inputs.residual.data != nullptr) {
+      float residuals[TileT::kCount];
+      load_tile<TileT>(inputs.residual, n, c, p, residuals);
+      add(residuals, values);
+    }
+    apply_nonlinearity(inputs.nonlinearity, values);
+    store_tile<TileT>(y, n, c, p, values);
+  }
+};
+
+// Shifted sums of x + bias, as in moments.cu; the same pass writes the result.
+struct Moments {
+  static constexpr int kTensors = 2;
+
+  Inputs inputs;
+  View y;
+  double count;  // elements per channel
+  float* mean;
+  float* variance;
+
+  template <typename TileT>
+  struct Loaded {
+    int64_t offset;  // of the tile in y
+    float values[TileT::kCount];
+    float residuals[TileT::kCount];
+  };
+
+  template <typename TileT>
+  struct Constants {
+    int64_t c;
+    float pivots[TileT::kChannels];
+  };
+
+  // Rounded to 12 bits, so that differences from the pivot are exact; see moments.cu.
+  __device__ float pivot(int64_t c) const {
+    float value[1];
+    load_tile<Tile<1, 1>>(inputs.x, 0, c, 0, value);
+    const float rounded = __uint_as_float((__float_as_uint(value[0] + inputs.bias[c]) + 0x800u) & ~0xfffu);
+    return isfinite(rounded) ? rounded : 0.0f;
+  }
+
+  template <typename TileT>
+  __device__ Constants<TileT> constants(int64_t c) const {
+    Constants<TileT> constants;
+    constants.c = c;
+#pragma unroll
+    for (int k = 0; k < TileT::kChannels; ++k) {
+      constants.pivots[k] = pivot(c + k);
+    }
+    return constants;
+  }
+
+  template <typename TileT>
+  __device__ __forceinline__ void load(int64_t n, int64_t c, int64_t p, Loaded<TileT>& loaded) const {
+    loaded.offset = TileT::offset(y, n, c, p);
+    load_tile<TileT>(inputs.x, n, c, p, loaded.values);
+    if (inputs.residual.data != nullptr) {
+      load_tile<TileT>(inputs.residual, n, c, p, loaded.residuals);
+    }
+  }
+
+  template <typename TileT, typename Sum>
+  __device__ __forceinline__ void add(
+      const Constants<TileT>& constants,
+      Loaded<TileT>& loaded,
+      Sum (&first)[TileT::kChannels],
+      Sum (&second)[TileT::kChannels]) const {
+    float biases[TileT::kChannels];  // loaded again for every tile, because registers are scarce
+#pragma unroll
+    for (int k = 0; k < TileT::kChannels; ++k) {
+      biases[k] = inputs.bias[constants.c + k];
+    }
+    add_channels<TileT>(biases, loaded.values);
+#pragma unroll
+    for (int i = 0; i < TileT::kCount; ++i) {
+      constexpr int kChannels = TileT::kChannels;
+      const Sum difference = loaded.values[i] - constants.pivots[i % kChannels];
+      first[i % kChannels] += difference;
+      second[i % kChannels] += difference * difference;
+    }
+    if (inputs.residual.data != nullptr) {
+      dfkd_fast::add(loaded.residuals, loaded.values);
+    }
+    apply_nonlinearity(inputs.nonlinearity, loaded.values);
+    View tile = y;
+    tile.data = static_cast<char*>(y.data) + loaded.offset * element_size(y.dtype);
+    store_tile<TileT>(tile, 0, 0, 0, loaded.values);
+  }
+
+  __device__ void finish(int64_t c, double first, double second) const {
+    const double center = count > 0 ? pivot(c) : 0;
+    const double mean_difference = first / count;
+    const double spread = second / count - mean_difference * mean_difference;
+    mean[c] = static_cast<float>(center + mean_difference);
+    variance[c] = static_cast<float>(spread < 0 ? 0 : spread);
+  }
+};
+
+struct Backward {
+  Inputs inputs;
+  View gradient;
+  View x_gradient;
+  View residual_gradient;  // data is null if it is not needed or equals x_gradient
+  const float* offset;     // null without moments
+  const float* slope;
+  const float* center;
+
+  template <typename TileT>
+  __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
+    constexpr int kCount = TileT::kCount;
+    constexpr int kChannels = TileT::kChannels;
+    float values[kCount];
+    float gradients[kCount];
+    float biases[kChannels];
+    load_tile<TileT>(inputs.x, n, c, p, values);
+    load_tile<TileT>(gradient, n, c, p, gradients);
+    load(inputs.bias + c, biases);
+    add_channels<TileT>(biases, values);
+    float corrections[kCount] = {};  // gradient of the moments
+    if (offset != nullptr) {
+      float offsets[kChannels];
+      float slopes[kChannels];
+      float centers[kChannels];
+      load(offset + c, offsets);
+      load(slope + c, slopes);
+      load(center + c, centers);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        corrections[i] = offsets[i % kChannels] + slopes[i % kChannels] * (values[i] - centers[i % kChannels]);
+      }
+    }
+    if (inputs.residual.data != nullptr) {
+      float residuals[kCount];
+      load_tile<TileT>(inputs.residual, n, c, p, residuals);
+      add(residuals, values);
+    }
+    multiply_by_derivative(inputs.nonlinearity, values, gradients);
+    if (residual_gradient.data != nullptr) {
+      store_tile<TileT>(residual_gradient, n, c, p, gradients);
+    }
+    add(corrections, gradients);
+    store_tile<TileT>(x_gradient, n, c, p, gradients);
+  }
+};
+
+const float* channels_data(const Tensor& tensor, const Shape& shape, const char* name) {
+  STD_TORCH_CHECK(tensor.numel() == shape.channels && tensor.is_contiguous(), name, " must be contiguous (C,)");
+  return float_data(tensor, name);
+}
+
+const float* channels_data(const std::optional<Tensor>& tensor, const Shape& shape, const char* name) {
+  return tensor.has_value() ? channels_data(*tensor, shape, name) : nullptr;
+}
+
+// View of a tensor that must have the shape of x.
+View view_like_x(const Tensor& tensor, const Shape& shape, const char* name) {
+  const Shape own = shape_of(tensor);
+  STD_TORCH_CHECK(
+      own.images == shape.images && own.channels == shape.channels && own.pixels == shape.pixels, name, " and x differ in shape");
+  return view_of(tensor, name);
+}
+
+Inputs inputs_of(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation) {
+  const Shape shape = shape_of(x);
+  return {
+      view_of(x, "x"),
+      residual.has_value() ? view_like_x(*residual, shape, "residual") : View{},
+      channels_data(bias, shape, "bias"),
+      nonlinearity_of(activation)};
+}
+
+// The views of tensors that exist.
+std::vector<View> existing(std::initializer_list<View> views) {
+  std::vector<View> result;
+  std::copy_if(views.begin(), views.end(), std::back_inserter(result), [](const View& view) { return view.data != nullptr; });
+  return result;
+}
+
+}  // namespace
+
+Tensor bias_act_forward(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation) {
+  const Shape shape = shape_of(x);
+  const Tensor y = torch::stable::empty_like(x);
+  const Forward forward{inputs_of(x, bias, residual, activation), view_of(y, "x")};
+  const Tiling tiling = tiling_of(shape, existing({forward.inputs.x, forward.inputs.residual, forward.y}), {forward.inputs.bias});
+  for_each_tile(Launcher(x), tiling, shape, forward.y, forward);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bias_act_moments_forward(
+    const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation) {
+  const Shape shape = shape_of(x);
+  const Tensor y = torch::stable::empty_like(x);
+  const Tensor mean = torch::stable::empty_like(bias);
+  const Tensor variance = torch::stable::empty_like(bias);
+  const Moments moments{
+      inputs_of(x, bias, residual, activation),
+      view_of(y, "x"),
+      static_cast<double>(shape.images * shape.pixels),
+      static_cast<float*>(mean.mutable_data_ptr()),
+      static_cast<float*>(variance.mutable_data_ptr())};
+  sum_channels(Launcher(x), shape, existing({moments.inputs.x, moments.inputs.residual, moments.y}), moments, x);
+  return {y, mean, variance};
+}
+
+std::tuple<Tensor, Tensor> bias_act_backward(
+    const Tensor& gradient,
+    const Tensor& x,
+    const Tensor& bias,
+    const std::optional<Tensor>& residual,
+    const std::string& activation,
+    const std::optional<Tensor>& offset,
+    const std::optional<Tensor>& slope,
+    const std::optional<Tensor>& center,
+    bool separate) {
+  const Shape shape = shape_of(x);
+  STD_TORCH_CHECK(
+      offset.has_value() == slope.has_value() && offset.has_value() == center.has_value(),
+      "offset, slope and center must be given together");
+  const Tensor x_gradient = torch::stable::empty_like(x);
+  const Tensor residual_gradient = separate ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  const Backward backward{
+      inputs_of(x, bias, residual, activation),
+      view_like_x(gradient, shape, "gradient"),
+      view_of(x_gradient, "x"),
+      separate ? view_of(residual_gradient, "x") : View{},
+      channels_data(offset, shape, "offset"),
+      channels_data(slope, shape, "slope"),
+      channels_data(center, shape, "center")};
+  const auto views =
+      existing({backward.inputs.x, backward.inputs.residual, backward.gradient, backward.x_gradient, backward.residual_gradient});
+  const Tiling tiling = tiling_of(shape, views, {backward.inputs.bias, backward.offset, backward.slope, backward.center});
+  for_each_tile(Launcher(x), tiling, shape, backward.x_gradient, backward);
+  return {x_gradient, residual_gradient};
+}
+
+}  // namespace dfkd_fast
