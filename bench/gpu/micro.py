@@ -85,6 +85,7 @@ COMPILED = [
     *_cases("concat", "dataset batch", "2x256x3x32x32 2x128x3x224x224", [HALF]),
     *_cases("moments", "", "128x256x56x56 256x512x4x4", [HALF], ["channels_last"]),
     *_cases("norm", "", "128x64x32x32", [HALF, FLOAT], ["channels_last"]),
+    *_cases("bias_act", "relu residual moments", "128x256x28x28", [HALF], ["channels_last"]),
     *_cases("kl l1 js", "student", "256x1000 256x10", [FLOAT]),
     *_cases("kl l1 js", "both", f"512x10 {discrepancy.SEGMENTATION}", [FLOAT]),
     *_cases("moments", "", "128x256x56x56 256x512x4x4", [FLOAT], ["channels_last"]),
@@ -105,6 +106,7 @@ IN_REHEARSAL = [
     *_cases("concat", "dataset batch", "2x2x3x4x4", [FLOAT]),
     *_cases("moments", "", "3x4x5x5", [FLOAT], LAYOUTS),
     *_cases("norm", "", "3x4x5x5", [FLOAT], ["channels_last"]),
+    *_cases("bias_act", "relu residual moments", "3x4x5x5", [FLOAT], ["channels_last"]),
     *_cases("kl l1 js", "student", "2x3x4x5", [HALF]),
 ]
 GPU_PLAN = Plan(ON_GPU, [*_AVERAGES, *_LOGITS[:3], *_IMAGES, *_MAPS], COMPILED, seconds=0.15)

@@ -13,6 +13,7 @@ from dfkd_fast import Trainer
 from dfkd_fast.kernels import (
     Backend,
     batch_norm_leaky_relu,
+    bias_act,
     channel_moments,
     channel_sums,
     concat_generated,
@@ -80,6 +81,10 @@ def _norm(x: Tensor, _: Tensor) -> Tensors:
     return [y, mean, variance]
 
 
+def _bias(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).cos()
+
+
 def _sums(x: Tensor, _: Tensor) -> Tensors:
     return [result.float() for result in channel_sums(x)[:2]]
 
@@ -93,6 +98,8 @@ OPERATIONS = {
     "concat_generated": Operation(partial(_concat, "none")),
     "concat_generated, batch norm": Operation(partial(_concat, "batch")),
     "batch_norm_leaky_relu": Operation(_norm, differentiable=1),
+    "bias_act": Operation(lambda x, residual: [bias_act(x, _bias(x), residual, activation="relu6")]),
+    "bias_act, moments": Operation(lambda x, residual: bias_act(x, _bias(x), residual, activation="silu", moments=True)),
     "channel_moments": Operation(lambda a, _: channel_moments(a), differentiable=1),
     "channel_sums": Operation(_sums, differentiable=1),
 }

@@ -21,7 +21,7 @@ from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import dispatch
 
 TINY = {"ema": "generator-a", "l1": "4x5", "kl": "4x5", "js": "2x3x4x5", "concat": "2x4x3x4x4"}
-TINY |= dict.fromkeys(("moments", "conv", "norm"), "3x4x5x5")
+TINY |= dict.fromkeys(("moments", "bias_act", "conv", "norm"), "3x4x5x5")
 PLAIN = ["--provider", "eager", "--provider", "reference"]  # numba compiles for seconds and is tested elsewhere
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
@@ -176,7 +176,7 @@ def test_the_last_of_several_rows_of_a_case_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "l2"], "--kernel 'l2': must be one of ema, l1, kl, js, concat, moments, conv, norm"),
+        (["--kernel", "l2"], "--kernel 'l2': must be one of ema, l1, kl, js, concat, moments, bias_act, conv, norm"),
         (["--mode", "both"], "--mode 'both': must be one of forward, backward, full, update"),
         (["--provider", "jax"], "--provider 'jax': must be one of eager, compile, reference, numba"),
         (["--kernel", "kl", "--size", "4x5x6"], "--size '4x5x6': must be a size of a chosen kernel (kl: NxC or NxCxHxW"),
