@@ -210,9 +210,10 @@ struct Backward {
   View gradient;
   View x_gradient;
   View residual_gradient;  // data is null if it is not needed or equals x_gradient
-  const float* offset;     // null without moments
-  const float* slope;
+  const float* mean_gradient;  // null without moments
+  const float* variance_gradient;
   const float* center;
+  float scale;
 
   template <typename TileT>
   __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
@@ -226,13 +227,18 @@ struct Backward {
     load(inputs.bias + c, biases);
     add_channels<TileT>(biases, values);
     float corrections[kCount] = {};  // gradient of the moments
-    if (offset != nullptr) {
+    if (mean_gradient != nullptr) {
       float offsets[kChannels];
       float slopes[kChannels];
       float centers[kChannels];
-      load(offset + c, offsets);
-      load(slope + c, slopes);
+      load(mean_gradient + c, offsets);
+      load(variance_gradient + c, slopes);
       load(center + c, centers);
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        offsets[i] *= scale;
+        slopes[i] *= 2 * scale;
+      }
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         corrections[i] = offsets[i % kChannels] + slopes[i % kChannels] * (values[i] - centers[i % kChannels]);
@@ -318,14 +324,15 @@ std::tuple<Tensor, Tensor> bias_act_backward(
     const Tensor& bias,
     const std::optional<Tensor>& residual,
     const std::string& activation,
-    const std::optional<Tensor>& offset,
-    const std::optional<Tensor>& slope,
+    const std::optional<Tensor>& grad_mean,
+    const std::optional<Tensor>& grad_variance,
     const std::optional<Tensor>& center,
+    double scale,
     bool separate) {
   const Shape shape = shape_of(x);
   STD_TORCH_CHECK(
-      offset.has_value() == slope.has_value() && offset.has_value() == center.has_value(),
-      "offset, slope and center must be given together");
+      grad_mean.has_value() == grad_variance.has_value() && grad_mean.has_value() == center.has_value(),
+      "grad_mean, grad_variance and center must be given together");
   const Tensor x_gradient = torch::stable::empty_like(x);
   const Tensor residual_gradient = separate ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   const Backward backward{
@@ -333,12 +340,13 @@ std::tuple<Tensor, Tensor> bias_act_backward(
       view_like_x(gradient, shape, "gradient"),
       view_of(x_gradient, "x"),
       separate ? view_of(residual_gradient, "x") : View{},
-      channels_data(offset, shape, "offset"),
-      channels_data(slope, shape, "slope"),
-      channels_data(center, shape, "center")};
+      channels_data(grad_mean, shape, "grad_mean"),
+      channels_data(grad_variance, shape, "grad_variance"),
+      channels_data(center, shape, "center"),
+      static_cast<float>(scale)};
   const auto views =
       existing({backward.inputs.x, backward.inputs.residual, backward.gradient, backward.x_gradient, backward.residual_gradient});
-  const Tiling tiling = tiling_of(shape, views, {backward.inputs.bias, backward.offset, backward.slope, backward.center});
+  const Tiling tiling = tiling_of(shape, views, {backward.inputs.bias, backward.mean_gradient, backward.variance_gradient, backward.center});
   for_each_tile(Launcher(x), tiling, shape, backward.x_gradient, backward);
   return {x_gradient, residual_gradient};
 }

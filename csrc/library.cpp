@@ -21,13 +21,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfkd_fast, library) {
       "float teacher_scale, ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)");
 
   library.def("moments_forward.cuda(Tensor x, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("moments_backward.cuda(Tensor x, Tensor offset, Tensor slope, Tensor center) -> Tensor");
+  library.def("moments_backward.cuda(Tensor x, Tensor grad_mean, Tensor grad_variance, Tensor center, float scale) -> Tensor");
 
   library.def("bias_act_forward.cuda(Tensor x, Tensor bias, Tensor? residual, str activation) -> Tensor");
   library.def("bias_act_moments_forward.cuda(Tensor x, Tensor bias, Tensor? residual, str activation) -> (Tensor, Tensor, Tensor)");
   library.def(
       "bias_act_backward.cuda(Tensor gradient, Tensor x, Tensor bias, Tensor? residual, str activation, "
-      "Tensor? offset, Tensor? slope, Tensor? center, bool separate) -> (Tensor, Tensor)");
+      "Tensor? grad_mean, Tensor? grad_variance, Tensor? center, float scale, bool separate) -> (Tensor, Tensor)");
 
   library.def(
       "concat_forward.cuda(Tensor[] raws, str activation, Tensor? mean, Tensor? std, ScalarType dtype, bool channels_last) -> Tensor");

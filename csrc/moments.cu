@@ -87,9 +87,10 @@ struct Moments {
 struct Backward {
   View x;
   View gradient;
-  const float* offset;
-  const float* slope;
+  const float* mean_gradient;
+  const float* variance_gradient;
   const float* center;
+  float scale;
 
   template <typename TileT>
   __device__ __forceinline__ void apply(int64_t n, int64_t c, int64_t p) const {
@@ -99,9 +100,14 @@ struct Backward {
     float slopes[kChannels];
     float centers[kChannels];
     load_tile<TileT>(x, n, c, p, values);
-    load(offset + c, offsets);
-    load(slope + c, slopes);
+    load(mean_gradient + c, offsets);
+    load(variance_gradient + c, slopes);
     load(center + c, centers);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      offsets[i] *= scale;
+      slopes[i] *= 2 * scale;
+    }
 #pragma unroll
     for (int i = 0; i < TileT::kCount; ++i) {
       values[i] = offsets[i % kChannels] + slopes[i % kChannels] * (values[i] - centers[i % kChannels]);
@@ -132,15 +138,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moments_forward(const Tensor& x, cons
   return {sum, square_sum, mean, variance};
 }
 
-Tensor moments_backward(const Tensor& x, const Tensor& offset, const Tensor& slope, const Tensor& center) {
+Tensor moments_backward(
+    const Tensor& x, const Tensor& grad_mean, const Tensor& grad_variance, const Tensor& center, double scale) {
   const Shape shape = shape_of(x);
-  for (const Tensor* array : {&offset, &slope, &center}) {
-    STD_TORCH_CHECK(array->numel() == shape.channels && array->is_contiguous(), "offset, slope and center must be contiguous (C,)");
+  for (const Tensor* array : {&grad_mean, &grad_variance, &center}) {
+    STD_TORCH_CHECK(
+        array->numel() == shape.channels && array->is_contiguous(), "grad_mean, grad_variance and center must be contiguous (C,)");
   }
   const Tensor gradient = torch::stable::empty_like(x);
   const Backward backward{
-      view_of(x, "x"), view_of(gradient, "x"), float_data(offset, "offset"), float_data(slope, "slope"), float_data(center, "center")};
-  const Tiling tiling = tiling_of(shape, {backward.x, backward.gradient}, {backward.offset, backward.slope, backward.center});
+      view_of(x, "x"),
+      view_of(gradient, "x"),
+      float_data(grad_mean, "grad_mean"),
+      float_data(grad_variance, "grad_variance"),
+      float_data(center, "center"),
+      static_cast<float>(scale)};
+  const Tiling tiling =
+      tiling_of(shape, {backward.x, backward.gradient}, {backward.mean_gradient, backward.variance_gradient, backward.center});
   for_each_tile(Launcher(x), tiling, shape, backward.gradient, backward);
   return gradient;
 }

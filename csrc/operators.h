@@ -49,7 +49,8 @@ std::tuple<Tensor, Tensor> scale_gradients(
 // moments.cu
 std::tuple<Tensor, Tensor, Tensor, Tensor> moments_forward(const Tensor& x, const std::string& activation);
 
-Tensor moments_backward(const Tensor& x, const Tensor& offset, const Tensor& slope, const Tensor& center);
+Tensor moments_backward(
+    const Tensor& x, const Tensor& grad_mean, const Tensor& grad_variance, const Tensor& center, double scale);
 
 // bias_act.cu
 Tensor bias_act_forward(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation);
@@ -63,9 +64,10 @@ std::tuple<Tensor, Tensor> bias_act_backward(
     const Tensor& bias,
     const std::optional<Tensor>& residual,
     const std::string& activation,
-    const std::optional<Tensor>& offset,
-    const std::optional<Tensor>& slope,
+    const std::optional<Tensor>& grad_mean,
+    const std::optional<Tensor>& grad_variance,
     const std::optional<Tensor>& center,
+    double scale,
     bool separate);
 
 // concat.cu

@@ -106,13 +106,12 @@ class _WithMoments(torch.autograd.Function):
         x, bias, residual, mean = saved
         if grad_mean is None and grad_variance is None:
             return (None,) * 5 if gradient is None else _gradients(ctx, gradient, x, bias, residual)
-        count = max(len(x) * x.shape[2] * x.shape[3], 1)
-        upstream = [torch.zeros_like(mean) if grad is None else grad for grad in (grad_mean, grad_variance)]
-        # One launch for both divisions.
-        offset, slope = torch._foreach_div(upstream, [count, count / 2])
+        scale = 1 / max(len(x) * x.shape[2] * x.shape[3], 1)
+        grad_mean, grad_variance = (torch.zeros_like(mean) if grad is None else grad.contiguous() for grad in (grad_mean, grad_variance))
         if gradient is None:
-            return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, mean - bias), None, None, None, None
-        return _gradients(ctx, gradient, x, bias, residual, (offset, slope, mean))
+            moments_backward = operators.operator("moments_backward", ctx.backend, x)
+            return moments_backward(x, grad_mean, grad_variance, mean - bias, scale), None, None, None, None
+        return _gradients(ctx, gradient, x, bias, residual, (grad_mean, grad_variance, mean, scale))
 
 
 def _gradients(
@@ -121,18 +120,18 @@ def _gradients(
     x: Tensor,
     bias: Tensor,
     residual: Tensor | None,
-    moments: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
+    moments: tuple[Tensor, Tensor, Tensor, float] | tuple[None, None, None, float] = (None, None, None, 0.0),
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the arguments of ``forward``.
 
-    ``moments`` are the offset, slope and center of the moments' gradient. Without them, x and residual have the same gradient, and one
-    tensor is returned for both, as by the backward pass of an addition in PyTorch.
+    ``moments`` are the upstream gradients of mean and variance, the mean, and one over the number of elements per channel. Without them,
+    x and residual have the same gradient, and one tensor is returned for both, as by the backward pass of an addition in PyTorch.
     """
     of_x, _, of_residual, *_ = ctx.needs_input_grad
     gradient = gradient.resolve_neg()
     linear = ctx.activation == "none"
     if not of_x:
-        moments = None, None, None
+        moments = None, None, None, 0.0
     if linear and moments[0] is None:
         return gradient if of_x else None, None, gradient if of_residual else None, None, None
     separate = of_residual and not linear and moments[0] is not None
@@ -179,9 +178,10 @@ def _fake_backward(
     bias: Tensor,
     residual: Tensor | None,
     activation: str,
-    offset: Tensor | None,
-    slope: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_variance: Tensor | None,
     center: Tensor | None,
+    scale: float,
     separate: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x) if separate else x.new_empty(0)
@@ -198,6 +198,6 @@ operators.define(
     __name__,
     "bias_act_backward",
     "(Tensor gradient, Tensor x, Tensor bias, Tensor? residual, str activation, "
-    "Tensor? offset, Tensor? slope, Tensor? center, bool separate) -> (Tensor, Tensor)",
+    "Tensor? grad_mean, Tensor? grad_variance, Tensor? center, float scale, bool separate) -> (Tensor, Tensor)",
     _fake_backward,
 )

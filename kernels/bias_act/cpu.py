@@ -48,20 +48,21 @@ def bias_act_backward(
     bias: Tensor,
     residual: Tensor | None,
     activation: str,
-    offset: Tensor | None,
-    slope: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_variance: Tensor | None,
     center: Tensor | None,
+    scale: float,
     separate: bool,
 ) -> tuple[Tensor, Tensor]:
     source, other, grid = _prepared(x, residual)
     gradient = gradient.contiguous(memory_format=_memory_format(x))
     grad_x = torch.empty_like(source)
     grad_residual = torch.empty_like(source) if separate else grad_x
-    constants = [bias if constant is None else constant for constant in (offset, slope, center)]
+    constants = [bias if constant is None else constant for constant in (grad_mean, grad_variance, center)]
     tensors = gradient, source, other, grad_x, grad_residual, bias, *constants
-    flags = residual is not None, offset is not None, separate
+    flags = residual is not None, grad_mean is not None, separate
     with simd.threads:
-        _backward(*map(simd.typed_pointer, tensors), *flags, ACTIVATIONS[activation], grid)
+        _backward(*map(simd.typed_pointer, tensors), np.float32(scale), *flags, ACTIVATIONS[activation], grid)
     return simd.restride_like(grad_x, x), simd.restride_like(grad_residual, x) if separate else x.new_empty(0)
 
 
@@ -137,9 +138,10 @@ def _backward(
     grad_x: TypedPointer,
     grad_residual: TypedPointer,
     bias: TypedPointer,
-    offset: TypedPointer,
-    slope: TypedPointer,
+    grad_mean: TypedPointer,
+    grad_variance: TypedPointer,
     center: TypedPointer,
+    scale: np.float32,
     has_residual: bool,
     has_moments: bool,
     separate: bool,
@@ -151,8 +153,8 @@ def _backward(
         for first in range(task * grid.task, min((task + 1) * grid.task, grid.size), grid.group):
             _read_constants(bias, first, grid, constants[0])
             if has_moments:
-                _read_constants(offset, first, grid, constants[1])
-                _read_constants(slope, first, grid, constants[2])
+                _read_constants(grad_mean, first, grid, constants[1])
+                _read_constants(grad_variance, first, grid, constants[2])
                 _read_constants(center, first, grid, constants[3])
             end = min(first + grid.group, grid.size)
             for start in range(first, end, grid.row):
@@ -165,7 +167,7 @@ def _backward(
                 if separate:
                     _write(g, grad_residual, start)
                 if has_moments:
-                    _add_gradient_of_moments(g, v, constants)
+                    _add_gradient_of_moments(g, v, constants, scale)
                 _write(g, grad_x, start)
 
 
@@ -277,6 +279,6 @@ def _read_gradient(gradient: TypedPointer, start: int, row: Any, activation: int
 
 
 @simd.helper
-def _add_gradient_of_moments(gradient: Any, row: Any, constants: Any) -> None:
+def _add_gradient_of_moments(gradient: Any, row: Any, constants: Any, scale: Any) -> None:
     for i in range(len(row)):
-        gradient[i] += constants[1, i] + constants[2, i] * (row[i] - constants[3, i])
+        gradient[i] += scale * constants[1, i] + (scale + scale) * constants[2, i] * (row[i] - constants[3, i])

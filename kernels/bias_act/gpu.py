@@ -52,16 +52,19 @@ def bias_act_backward(
     bias: Tensor,
     residual: Tensor | None,
     activation: str,
-    offset: Tensor | None,
-    slope: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_variance: Tensor | None,
     center: Tensor | None,
+    scale: float,
     separate: bool,
 ) -> tuple[Tensor, Tensor]:
     """See kernels/bias_act."""
     grad_x = torch.empty_like(x)
     grad_residual = torch.empty_like(x) if separate else grad_x
     tensors = x, x if residual is None else residual, gradient, grad_x, grad_residual
-    launch_tiles(_backward_kernel, tensors, bias, offset, slope, center, residual is not None, separate, activation)
+    launch_tiles(
+        _backward_kernel, tensors, bias, grad_mean, grad_variance, center, float(scale), residual is not None, separate, activation
+    )
     return grad_x, grad_residual if separate else x.new_empty(0)
 
 
@@ -213,9 +216,10 @@ def _backward_kernel(
     grad_x: tl.tensor,
     grad_residual: tl.tensor,
     bias: tl.tensor,
-    offset: tl.tensor,
-    slope: tl.tensor,
+    grad_mean: tl.tensor,
+    grad_variance: tl.tensor,
     center: tl.tensor,
+    scale: float,
     has_residual: tl.constexpr,
     separate: tl.constexpr,
     activation: tl.constexpr,
@@ -233,9 +237,10 @@ def _backward_kernel(
     channel_mask = channels < sizes[3]
     u = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask) + _constant(bias, channels, channel_mask)
     correction = tl.zeros((block_rows, block_channels), tl.float32)
-    if offset is not None:
+    if grad_mean is not None:
         centered = u - _constant(center, channels, channel_mask)
-        correction = _constant(offset, channels, channel_mask) + _constant(slope, channels, channel_mask) * centered
+        offset, slope = _constant(grad_mean, channels, channel_mask), _constant(grad_variance, channels, channel_mask)
+        correction = scale * offset + (2 * scale * slope) * centered
     if has_residual:
         u += load(pointers(residual, group, rows, channels, sizes, residual_strides, accesses, 1), mask)
     g = load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 2), mask)

@@ -90,10 +90,8 @@ class _Moments(torch.autograd.Function):
     @differentiable_once("channel_moments")
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = saved
-        count = max(_elements(x), 1)
-        # One launch for both divisions.
-        offset, slope = torch._foreach_div([grad_mean, grad_variance], [count, count / 2])
-        return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, mean), None
+        moments_backward = operators.operator("moments_backward", ctx.backend, x)
+        return moments_backward(x, grad_mean.contiguous(), grad_variance.contiguous(), mean, 1 / max(_elements(x), 1)), None
 
 
 class _Sums(torch.autograd.Function):
@@ -108,8 +106,9 @@ class _Sums(torch.autograd.Function):
     @differentiable_once("channel_sums")
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad_sum: Tensor, grad_square_sum: Tensor) -> tuple[Tensor, None]:
         (x,) = saved
-        offset, slope = grad_sum.float(), grad_square_sum.float() * 2
-        return operators.operator("moments_backward", ctx.backend, x)(x, offset, slope, torch.zeros_like(offset)), None
+        grad_sum, grad_square_sum = grad_sum.float().contiguous(), grad_square_sum.float().contiguous()
+        moments_backward = operators.operator("moments_backward", ctx.backend, x)
+        return moments_backward(x, grad_sum, grad_square_sum, torch.zeros_like(grad_sum), 1.0), None
 
 
 def _elements(x: Tensor) -> int:
@@ -131,9 +130,14 @@ def _fake_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, T
     return total, square_total, mean, variance
 
 
-def _fake_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -> Tensor:
+def _fake_backward(x: Tensor, grad_mean: Tensor, grad_variance: Tensor, center: Tensor, scale: float) -> Tensor:
     return torch.empty_like(x)
 
 
 operators.define(__name__, "moments_forward", "(Tensor x, str activation) -> (Tensor, Tensor, Tensor, Tensor)", _fake_forward)
-operators.define(__name__, "moments_backward", "(Tensor x, Tensor offset, Tensor slope, Tensor center) -> Tensor", _fake_backward)
+operators.define(
+    __name__,
+    "moments_backward",
+    "(Tensor x, Tensor grad_mean, Tensor grad_variance, Tensor center, float scale) -> Tensor",
+    _fake_backward,
+)

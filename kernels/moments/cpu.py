@@ -28,13 +28,15 @@ def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor,
     return results[0], results[1], results[2], results[3]
 
 
-def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -> Tensor:
+def moments_backward(x: Tensor, grad_mean: Tensor, grad_variance: Tensor, center: Tensor, scale: float) -> Tensor:
+    """Return scale · (grad_mean + 2 · grad_variance · (x − center)) with per-channel constants."""
     dense, channels_last = _dense(x)
     count, channels, height, width = x.shape
     gradient = torch.empty_like(dense)
-    kernel = _slope_rows if channels_last else _slope_planes
+    kernel = _gradient_rows if channels_last else _gradient_planes
+    tensors = map(simd.typed_pointer, (dense, gradient, grad_mean, grad_variance, center))
     with simd.threads:
-        kernel(*map(simd.typed_pointer, (dense, gradient, offset, slope, center)), count, channels, height * width)
+        kernel(*tensors, np.float32(scale), count, channels, height * width)
     return simd.restride_like(gradient, x)
 
 
@@ -109,41 +111,43 @@ def _period(channels: int) -> int:
 
 
 @simd.parallel
-def _slope_planes(
+def _gradient_planes(
     x: TypedPointer,
     gradient: TypedPointer,
-    offset: TypedPointer,
-    slope: TypedPointer,
+    grad_mean: TypedPointer,
+    grad_variance: TypedPointer,
     center: TypedPointer,
+    scale: np.float32,
     count: int,
     channels: int,
     pixels: int,
 ) -> None:
     source, out = simd.pointer(x), simd.pointer(gradient)
-    offsets, slopes, centers = simd.pointer(offset), simd.pointer(slope), simd.pointer(center)
+    offsets, slopes, centers = simd.pointer(grad_mean), simd.pointer(grad_variance), simd.pointer(center)
     for plane in prange(count * channels):
-        a, b, c = offsets[plane % channels], slopes[plane % channels], centers[plane % channels]
+        a, b, c = scale * offsets[plane % channels], (scale + scale) * slopes[plane % channels], centers[plane % channels]
         for i in range(plane * pixels, (plane + 1) * pixels):
             out[i] = simd.narrow(a + b * (simd.widen(source[i]) - c), gradient)
 
 
 @simd.parallel
-def _slope_rows(
+def _gradient_rows(
     x: TypedPointer,
     gradient: TypedPointer,
-    offset: TypedPointer,
-    slope: TypedPointer,
+    grad_mean: TypedPointer,
+    grad_variance: TypedPointer,
     center: TypedPointer,
+    scale: np.float32,
     count: int,
     channels: int,
     pixels: int,
 ) -> None:
     source, out = simd.pointer(x), simd.pointer(gradient)
-    offsets, slopes, centers = simd.pointer(offset), simd.pointer(slope), simd.pointer(center)
+    offsets, slopes, centers = simd.pointer(grad_mean), simd.pointer(grad_variance), simd.pointer(center)
     size, period = count * pixels * channels, _period(channels)
     a, b, c = np.empty(period, np.float32), np.empty(period, np.float32), np.empty(period, np.float32)
     for i in range(period):
-        a[i], b[i], c[i] = offsets[i % channels], slopes[i % channels], centers[i % channels]
+        a[i], b[i], c[i] = scale * offsets[i % channels], (scale + scale) * slopes[i % channels], centers[i % channels]
     for group in prange(-(-size // period)):
         start = group * period
         for i in range(min(period, size - start)):

@@ -42,10 +42,10 @@ def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor,
     return results
 
 
-def moments_backward(x: Tensor, offset: Tensor, slope: Tensor, center: Tensor) -> Tensor:
+def moments_backward(x: Tensor, grad_mean: Tensor, grad_variance: Tensor, center: Tensor, scale: float) -> Tensor:
     """See kernels/moments."""
     gradient = torch.empty_like(x)
-    launch_tiles(_backward_kernel, (x, gradient), offset, slope, center)
+    launch_tiles(_backward_kernel, (x, gradient), grad_mean, grad_variance, center, float(scale))
     return gradient
 
 
@@ -124,9 +124,10 @@ def _combine_kernel(
 def _backward_kernel(
     x: tl.tensor,
     gradient: tl.tensor,
-    offset: tl.tensor,
-    slope: tl.tensor,
+    grad_mean: tl.tensor,
+    grad_variance: tl.tensor,
     center: tl.tensor,
+    scale: float,
     sizes: tl.tuple,
     strides: tl.tuple,
     gradient_strides: tl.tuple,
@@ -138,5 +139,6 @@ def _backward_kernel(
     channel_mask = channels < sizes[3]
     values = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask)
     centered = values - tl.load(center + channels, mask=channel_mask)[None, :]
-    result = tl.load(offset + channels, mask=channel_mask)[None, :] + tl.load(slope + channels, mask=channel_mask)[None, :] * centered
+    offset, slope = tl.load(grad_mean + channels, mask=channel_mask), tl.load(grad_variance + channels, mask=channel_mask)
+    result = (scale * offset)[None, :] + (2 * scale * slope)[None, :] * centered
     store(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 1), result, mask)

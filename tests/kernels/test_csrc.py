@@ -178,7 +178,7 @@ def _calls(device: str) -> Calls:
         "js_forward": (logits, teacher, 2.0, 1.0, True, False, False),
         "scale_gradients": (logits, teacher.contiguous(), scalar, 1.0, -1.0, torch.float16, torch.float32),
         "moments_forward": (logits, "none"),
-        "moments_backward": (teacher, *vectors),
+        "moments_backward": (teacher, *vectors, 0.5),
         "concat_forward": (raws, "tanh", mean, std, torch.bfloat16, True),
         "concat_forward_out": (torch.empty(5, 3, 8, 8, device=device), raws, "sigmoid", None, None),
         "concat_backward": (raws[1], raws[1], "tanh", mean[0], std[0], None, None),

@@ -55,11 +55,11 @@ def arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
         case "moments_forward":
             return first, "tanh"
         case "moments_backward":
-            return first, *constants[:3]
+            return first, *constants[:3], 0.25
         case "bias_act_forward" | "bias_act_moments_forward":
             return first, constants[0], second, "hardswish"
         case "bias_act_backward":
-            return dense, first, constants[0], second, "silu", *constants[1:], True
+            return dense, first, constants[0], second, "silu", *constants[1:], 0.25, True
     raise ValueError(name)
 
 
@@ -89,7 +89,7 @@ def lean_arguments(name: str, layout: str, device: torch.device) -> tuple[Any, .
         case "bias_act_forward" | "bias_act_moments_forward":
             return full[0][:1], full[1], None, "relu"
         case "bias_act_backward":
-            return full[0][:1], full[1][:1], full[2], None, "relu6", None, None, None, False
+            return full[0][:1], full[1][:1], full[2], None, "relu6", None, None, None, 0.0, False
     return (full[0][:1], *full[1:])
 
 

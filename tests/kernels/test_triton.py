@@ -303,18 +303,19 @@ def test_moments_of_nonfinite_and_empty_inputs() -> None:
         assert total.tolist() == square.tolist() == [0.0] * shape[1]
         assert mean.isnan().all()
         assert variance.isnan().all()
-        assert moments.moments_backward(random(*shape), total.float(), mean, mean).shape == shape
+        assert moments.moments_backward(random(*shape), total.float(), mean, mean, 1.0).shape == shape
 
 
 @pytest.mark.parametrize(("shape", "layout"), ANY_IMAGES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_of_the_moments(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     x = random(*shape, dtype=dtype, layout=layout)
-    offset, slope, center = (random(shape[1]) for _ in range(3))
-    result = moments.moments_backward(x, offset, slope, center)
+    grad_mean, grad_variance, center = (random(shape[1]) for _ in range(3))
+    result = moments.moments_backward(x, grad_mean, grad_variance, center, 0.3)
     assert (result.dtype, result.stride()) == (dtype, torch.empty_like(x).stride())
     exact, plain = (
-        per_channel(offset).to(precision) + per_channel(slope).to(precision) * (x.to(precision) - per_channel(center))
+        0.3
+        * (per_channel(grad_mean).to(precision) + 2 * per_channel(grad_variance).to(precision) * (x.to(precision) - per_channel(center)))
         for precision in (torch.float64, torch.float32)
     )
     assert_accurate(result, exact, plain)

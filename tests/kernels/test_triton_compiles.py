@@ -84,12 +84,16 @@ CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     ),
     "moments": (lambda: moments.moments_forward(half(64, 64, 56, 56), "none"), 2, 0),
     "moments, channels-last": (lambda: moments.moments_forward(empty(64, 64, 56, 56, memory_format=CL), "none"), 4, 0),
-    "backward of the moments": (lambda: moments.moments_backward(half(64, 64, 56, 56, memory_format=CL), *[empty(64)] * 3), 2, 2),
+    "backward of the moments": (
+        lambda: moments.moments_backward(half(64, 64, 56, 56, memory_format=CL), VECTOR, VECTOR, VECTOR, 0.5),
+        2,
+        2,
+    ),
     "bias and activation": (lambda: bias_act.bias_act_forward(HIDDEN, VECTOR, None, "relu"), 2, 2),
     "bias, residual and activation": (lambda: bias_act.bias_act_forward(PLANES, VECTOR, PLANES, "silu"), 8, 4),
     "bias, activation and moments": (lambda: bias_act.bias_act_moments_forward(HIDDEN, VECTOR, HIDDEN, "relu6"), 4, 2),
     "gradient of bias, activation and moments": (
-        lambda: bias_act.bias_act_backward(HIDDEN, HIDDEN, VECTOR, HIDDEN, "hardswish", VECTOR, VECTOR, VECTOR, True),
+        lambda: bias_act.bias_act_backward(HIDDEN, HIDDEN, VECTOR, HIDDEN, "hardswish", VECTOR, VECTOR, VECTOR, 0.5, True),
         6,
         4,
     ),

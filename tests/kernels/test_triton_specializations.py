@@ -57,7 +57,7 @@ def bias_act_of(batch: int, channels: int, size: int) -> None:
     x, constant = images(batch, channels, size), torch.ones(channels)
     bias_act.bias_act_forward(x, constant, x, "relu")
     bias_act.bias_act_moments_forward(x, constant, x, "relu")
-    bias_act.bias_act_backward(x, x, constant, x, "relu", constant, constant, constant, True)
+    bias_act.bias_act_backward(x, x, constant, x, "relu", constant, constant, constant, 0.5, True)
 
 
 def norm_of(batch: int, channels: int, size: int) -> None:
