@@ -6,7 +6,6 @@
 #include "dtype.cuh"
 
 #include <algorithm>
-#include <utility>
 
 namespace dfkd_fast {
 namespace {
@@ -14,75 +13,95 @@ namespace {
 constexpr int kScaleThreads = 256;
 constexpr int kScaleVector = 8;
 
-struct Scaling {
+// One side; gradient may be grad_unscaled, which is then scaled in place. Pointers are null if the side needs no gradient.
+struct Side {
   const void* grad_unscaled;
   void* gradient;
-  int64_t count;
   float scale;
   Dtype grad_unscaled_dtype;
   Dtype gradient_dtype;
+};
+
+struct Scaling {
+  Side sides[2];
+  const float* upstream;
+  int64_t count;  // elements of each side
   bool vectors;
 };
 
-struct Scalings {
-  Scaling sides[2];
-  const float* upstream;
-};
-
-__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_constant__ Scalings scalings) {
-  const Scaling& side = scalings.sides[blockIdx.y];
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const __grid_constant__ Scaling scaling) {
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * kScaleVector;
-  const auto factor = *scalings.upstream * side.scale;
-  const bool vectorized = side.vectors && first + kScaleVector <= side.count;
-  if (first >= side.count) {
+  const bool vectorized = scaling.vectors && first + kScaleVector <= scaling.count;
+  if (first >= scaling.count) {
     return;
   }
-  float values[kScaleVector];
-  dispatch_floating_or_int8(side.grad_unscaled_dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const T* const source = static_cast<const T*>(side.grad_unscaled) + first;
-    if (vectorized) {
-      load(source, values);
-      return;
-    }
+  const float upstream = *scaling.upstream;
+  float values[2][kScaleVector];
 #pragma unroll
-    for (int i = 0; i < kScaleVector; ++i) {
-      if (first + i < side.count) {
-        values[i] = widen(source[i]);
+  for (int k = 0; k < 2; ++k) {  // loads of both sides are in flight together
+    const Side& side = scaling.sides[k];
+    if (side.grad_unscaled == nullptr) {
+      continue;
+    }
+    dispatch_floating_or_int8(side.grad_unscaled_dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      const T* const source = static_cast<const T*>(side.grad_unscaled) + first;
+      if (vectorized) {
+        load(source, values[k]);
+        return;
       }
-    }
-  });
 #pragma unroll
-  for (float& value : values) {
-    value *= factor;
+      for (int i = 0; i < kScaleVector; ++i) {
+        if (first + i < scaling.count) {
+          values[k][i] = widen(source[i]);
+        }
+      }
+    });
   }
-  dispatch_floating(side.gradient_dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    T* const target = static_cast<T*>(side.gradient) + first;
-    if (vectorized) {
-      store(target, values);
-      return;
-    }
 #pragma unroll
-    for (int i = 0; i < kScaleVector; ++i) {
-      if (first + i < side.count) {
-        narrow(values[i], target[i]);
-      }
+  for (int k = 0; k < 2; ++k) {
+    const Side& side = scaling.sides[k];
+    if (side.grad_unscaled == nullptr) {
+      continue;
     }
-  });
+    const float factor = upstream * side.scale;
+#pragma unroll
+    for (float& value : values[k]) {
+      value *= factor;
+    }
+    dispatch_floating(side.gradient_dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      T* const target = static_cast<T*>(side.gradient) + first;
+      if (vectorized) {
+        store(target, values[k]);
+        return;
+      }
+#pragma unroll
+      for (int i = 0; i < kScaleVector; ++i) {
+        if (first + i < scaling.count) {
+          narrow(values[k][i], target[i]);
+        }
+      }
+    });
+  }
 }
 
-Scaling scaling_of(const Tensor& grad_unscaled, const Tensor& gradient, double scale) {
+Side side_of(const Tensor& grad_unscaled, const Tensor& gradient, double scale) {
   const ScalarType dtype = grad_unscaled.scalar_type();
-  Scaling scaling{};
-  scaling.grad_unscaled = grad_unscaled.const_data_ptr();
-  scaling.gradient = gradient.mutable_data_ptr();
-  scaling.count = grad_unscaled.numel();
-  scaling.scale = static_cast<float>(scale);
-  scaling.grad_unscaled_dtype = dtype == ScalarType::Char ? Dtype::kInt8 : dtype_of(dtype, "gradients before scaling");
-  scaling.gradient_dtype = dtype_of(gradient.scalar_type(), "gradients");
-  scaling.vectors = is_aligned(scaling.grad_unscaled, 16) && is_aligned(scaling.gradient, 16);
-  return scaling;
+  return {
+      grad_unscaled.numel() == 0 ? nullptr : grad_unscaled.const_data_ptr(),
+      gradient.numel() == 0 ? nullptr : gradient.mutable_data_ptr(),
+      static_cast<float>(scale),
+      dtype == ScalarType::Char ? Dtype::kInt8 : dtype_of(dtype, "gradients before scaling"),
+      dtype_of(gradient.scalar_type(), "gradients")};
+}
+
+void scale_sides(const Tensor& upstream, int64_t count, const Side& student, const Side& teacher) {
+  const auto aligned = [](const Side& side) { return is_aligned(side.grad_unscaled, 16) && is_aligned(side.gradient, 16); };
+  const Scaling scaling{{student, teacher}, float_data(upstream, "upstream"), count, aligned(student) && aligned(teacher)};
+  constexpr int64_t kPerBlock = kScaleThreads * kScaleVector;
+  const Launcher launcher(upstream);
+  launcher(scale_kernel, (count + kPerBlock - 1) / kPerBlock, kScaleThreads, scaling);
 }
 
 }  // namespace
@@ -97,18 +116,21 @@ std::tuple<Tensor, Tensor> scale_gradients(
     ScalarType teacher_dtype) {
   const Tensor student_grad = empty_like(student_grad_unscaled, student_dtype);
   const Tensor teacher_grad = empty_like(teacher_grad_unscaled, teacher_dtype);
-  const int64_t largest = std::max(student_grad_unscaled.numel(), teacher_grad_unscaled.numel());
-  Scalings scalings{};
-  scalings.upstream = float_data(upstream, "upstream");
-  scalings.sides[0] = scaling_of(student_grad_unscaled, student_grad, student_scale);
-  scalings.sides[1] = scaling_of(teacher_grad_unscaled, teacher_grad, teacher_scale);
-  if (scalings.sides[0].count == 0) {
-    std::swap(scalings.sides[0], scalings.sides[1]);
-  }
-  constexpr int64_t kPerBlock = kScaleThreads * kScaleVector;
-  const Launcher launcher(upstream);
-  launcher(scale_kernel, (largest + kPerBlock - 1) / kPerBlock, scalings.sides[1].count == 0 ? 1 : 2, kScaleThreads, scalings);
+  scale_sides(
+      upstream,
+      std::max(student_grad.numel(), teacher_grad.numel()),
+      side_of(student_grad_unscaled, student_grad, student_scale),
+      side_of(teacher_grad_unscaled, teacher_grad, teacher_scale));
   return {student_grad, teacher_grad};
+}
+
+void scale_gradients_(
+    const Tensor& student_grad, const Tensor& teacher_grad, const Tensor& upstream, double student_scale, double teacher_scale) {
+  scale_sides(
+      upstream,
+      std::max(student_grad.numel(), teacher_grad.numel()),
+      side_of(student_grad, student_grad, student_scale),
+      side_of(teacher_grad, teacher_grad, teacher_scale));
 }
 
 }  // namespace dfkd_fast

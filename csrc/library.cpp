@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfkd_fast, library) {
   library.def(
       "scale_gradients.cuda(Tensor student_grad_unscaled, Tensor teacher_grad_unscaled, Tensor upstream, float student_scale, "
       "float teacher_scale, ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)");
+  library.def(
+      "scale_gradients_.cuda(Tensor(a!) student_grad, Tensor(b!) teacher_grad, Tensor upstream, float student_scale, "
+      "float teacher_scale) -> ()");
 
   library.def("moments_forward.cuda(Tensor x, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def("moments_backward.cuda(Tensor x, Tensor grad_mean, Tensor grad_variance, Tensor center, float scale) -> Tensor");
@@ -46,6 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(dfkd_fast, CUDA, library) {
   library.impl("kl_forward.cuda", TORCH_BOX(&dfkd_fast::kl_forward));
   library.impl("js_forward.cuda", TORCH_BOX(&dfkd_fast::js_forward));
   library.impl("scale_gradients.cuda", TORCH_BOX(&dfkd_fast::scale_gradients));
+  library.impl("scale_gradients_.cuda", TORCH_BOX(&dfkd_fast::scale_gradients_));
 
   library.impl("moments_forward.cuda", TORCH_BOX(&dfkd_fast::moments_forward));
   library.impl("moments_backward.cuda", TORCH_BOX(&dfkd_fast::moments_backward));

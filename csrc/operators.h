@@ -46,6 +46,9 @@ std::tuple<Tensor, Tensor> scale_gradients(
     ScalarType student_dtype,
     ScalarType teacher_dtype);
 
+void scale_gradients_(
+    const Tensor& student_grad, const Tensor& teacher_grad, const Tensor& upstream, double student_scale, double teacher_scale);
+
 // moments.cu
 std::tuple<Tensor, Tensor, Tensor, Tensor> moments_forward(const Tensor& x, const std::string& activation);
 

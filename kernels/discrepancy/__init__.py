@@ -246,14 +246,15 @@ class _Fused(torch.autograd.Function):
             )
         if upstream is None:
             return 7 * (None,)
-        grads_unscaled, needs_grad = ctx.saved_tensors, ctx.needs_input_grad[:2]
-        if _last_use() and all(grad.dtype == dtype == torch.float32 for grad, dtype in zip(grads_unscaled, ctx.dtypes, strict=True)):
-            # The saved gradients are not used again, so they are scaled in place. Not in half precision, where PyTorch would
-            # round the factor.
-            factor = upstream * ctx.scales[0]
-            return *(grad.mul_(factor) if needed else None for grad, needed in zip(grads_unscaled, needs_grad, strict=True)), *5 * [None]
-        scale_gradients = operators.operator("scale_gradients", ctx.backend, upstream)
-        gradients = scale_gradients(*grads_unscaled, upstream, *ctx.scales, *ctx.dtypes)
+        gradients, needs_grad = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        same_dtypes = tuple(gradient.dtype for gradient in gradients) == ctx.dtypes
+        # On a CPU, new half-precision gradients take less time.
+        if same_dtypes and _last_use() and (ctx.backend != "numba" or set(ctx.dtypes) == {torch.float32}):
+            # The saved gradients are not used again, so they are scaled in place.
+            operators.operator("scale_gradients_", ctx.backend, upstream)(*gradients, upstream, *ctx.scales)
+        else:
+            scale_gradients = operators.operator("scale_gradients", ctx.backend, upstream)
+            gradients = scale_gradients(*gradients, upstream, *ctx.scales, *ctx.dtypes)
         return *(gradient if needed else None for gradient, needed in zip(gradients, needs_grad, strict=True)), *5 * [None]
 
 
@@ -344,6 +345,12 @@ def _fake_scale_gradients(
     return torch.empty_like(student_grad_unscaled, dtype=student_dtype), torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype)
 
 
+def _fake_scale_gradients_(
+    student_grad: Tensor, teacher_grad: Tensor, upstream: Tensor, student_scale: float, teacher_scale: float
+) -> None:
+    return None
+
+
 operators.define(
     __name__,
     "l1_forward",
@@ -364,4 +371,10 @@ operators.define(
     "(Tensor student_grad_unscaled, Tensor teacher_grad_unscaled, Tensor upstream, float student_scale, float teacher_scale,"
     " ScalarType student_dtype, ScalarType teacher_dtype) -> (Tensor, Tensor)",
     _fake_scale_gradients,
+)
+operators.define(
+    __name__,
+    "scale_gradients_",
+    "(Tensor(a!) student_grad, Tensor(b!) teacher_grad, Tensor upstream, float student_scale, float teacher_scale) -> ()",
+    _fake_scale_gradients_,
 )

@@ -57,13 +57,22 @@ def scale_gradients(
     """See kernels/discrepancy."""
     student_grad = torch.empty_like(student_grad_unscaled, dtype=student_dtype)
     teacher_grad = torch.empty_like(teacher_grad_unscaled, dtype=teacher_dtype)
-    sides = (student_grad_unscaled, student_grad, student_scale), (teacher_grad_unscaled, teacher_grad, teacher_scale)
+    _scale_sides(upstream, (student_grad_unscaled, student_grad, student_scale), (teacher_grad_unscaled, teacher_grad, teacher_scale))
+    return student_grad, teacher_grad
+
+
+def scale_gradients_(student_grad: Tensor, teacher_grad: Tensor, upstream: Tensor, student_scale: float, teacher_scale: float) -> None:
+    """See kernels/discrepancy."""
+    _scale_sides(upstream, (student_grad, student_grad, student_scale), (teacher_grad, teacher_grad, teacher_scale))
+
+
+def _scale_sides(upstream: Tensor, *sides: tuple[Tensor, Tensor, float]) -> None:
+    """Scale both sides, each a gradient, the tensor to write, which may be the same, and a factor, in one launch."""
     nonempty = [side for side in sides if side[0].numel()]
     if nonempty:  # a single side comes first, so that one kernel is enough
         numel = nonempty[0][0].numel()
         other = nonempty[1] if len(nonempty) > 1 else (None, None, 0.0)
         launch(upstream, _scale_kernel, (triton.cdiv(numel, BLOCK),), *nonempty[0], *other, upstream, numel, BLOCK)
-    return student_grad, teacher_grad
 
 
 def _forward(

@@ -57,7 +57,7 @@ assert kernels.extension.load_error() is None, kernels.extension.load_error()
 print(json.dumps({name: str(getattr(torch.ops.dfkd_fast, name).cuda._schema) for name in SCHEMAS}))
 """
     registered = json.loads(python(code, folder))
-    assert len(registered) == 14
+    assert len(registered) == 15
     for name, schema in SCHEMAS.items():
         assert torch._C.parse_schema(registered[name]) == torch._C.parse_schema(f"dfkd_fast::{name}.cuda{schema}"), name
 
@@ -177,6 +177,7 @@ def _calls(device: str) -> Calls:
         "kl_forward": (logits, teacher, 2.0, 1.0, True, True, True),
         "js_forward": (logits, teacher, 2.0, 1.0, True, False, False),
         "scale_gradients": (logits, teacher.contiguous(), scalar, 1.0, -1.0, torch.float16, torch.float32),
+        "scale_gradients_": (logits.clone(), teacher.contiguous(), scalar, 1.0, -1.0),
         "moments_forward": (logits, "none"),
         "moments_backward": (teacher, *vectors, 0.5),
         "concat_forward": (raws, "tanh", mean, std, torch.bfloat16, True),

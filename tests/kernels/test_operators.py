@@ -44,6 +44,8 @@ def arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
             return first, second, 2.0, 0.5, True, True, True
         case "scale_gradients":
             return dense, dense.half(), torch.tensor(3.0, device=device), 0.5, -0.5, torch.float32, torch.float16
+        case "scale_gradients_":
+            return dense.clone(), dense.half(), torch.tensor(3.0, device=device), 0.5, -0.5
         case "concat_forward":
             return raws, "tanh", table, table, torch.bfloat16, True
         case "concat_forward_out":
@@ -76,6 +78,8 @@ def lean_arguments(name: str, layout: str, device: torch.device) -> tuple[Any, .
         case "scale_gradients":
             sign = full[0].sign().to(torch.int8)
             return sign, sign.new_empty(0), *full[2:5], torch.bfloat16, torch.float32
+        case "scale_gradients_":
+            return full[0].new_empty(0), *full[1:]
         case "concat_forward":
             return full[0], "none", None, None, torch.float32, False
         case "concat_forward_out":
