@@ -1,55 +1,26 @@
 // L1, Kullback-Leibler and Jensen-Shannon discrepancies of logits, with their gradients and the top-1 agreement.
 //
 // A row is the C logits of one sample or pixel. A team of adjacent threads processes it: one thread where pixels are
-// contiguous in memory, up to a warp where classes are, a block for long rows. Rows that fit are held in registers, so
-// that logits are read once; longer rows are read once per pass. Losses are accumulated in float64: one partial sum per
-// block and a second kernel that adds them in order, so that results are bitwise reproducible.
+// contiguous in memory, up to a warp where classes are, a block for long rows; dense rows of few classes are read through shared
+// memory (dense_rows.cuh). Rows that fit are held in registers, so that logits are read once; longer rows are read once per
+// pass. Losses are accumulated in float64: one partial sum per block and a second kernel that adds them in order, so that results
+// are bitwise reproducible.
 
 #include "operators.h"
 
+#include "dense_rows.cuh"
+#include "discrepancy.cuh"
 #include "images.cuh"
 #include "launch.cuh"
-#include "losses.cuh"
-#include "rows.cuh"
-#include "dtype.cuh"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cfloat>
 
 namespace dfkd_fast {
 namespace {
 
-constexpr int kMaxBlocks = 2048;
 constexpr int kBatch = 8;  // classes that a thread loads at once from a row that does not fit into registers
-
-struct Results {
-  double scale;
-  float* loss;
-  int64_t* agreement;  // null if not requested
-
-  __device__ void write(double loss_sum, double agreed) const {
-    *loss = static_cast<float>(scale * loss_sum);
-    if (agreement != nullptr) {
-      *agreement = static_cast<int64_t>(agreed);
-    }
-  }
-};
-
-struct Problem {
-  View student;
-  View teacher;
-  View student_grad_unscaled;  // data is null if the gradient is not required
-  View teacher_grad_unscaled;
-  int64_t rows;
-  int64_t pixels;
-  int32_t classes;
-  int32_t team;  // threads per row: a power of two up to a warp, or a block
-  float inverse_temperature;
-  Results results;
-  double2* partials;  // (loss, agreement) per block
-};
 
 __device__ __forceinline__ Row row_of(const Problem& problem, int64_t row) {
   const int lane = threadIdx.x % problem.team;
@@ -68,19 +39,6 @@ __device__ __forceinline__ void store_gradients(
   }
   if (problem.teacher_grad_unscaled.data != nullptr) {
     store_share(problem.teacher_grad_unscaled, row, begin, teacher);
-  }
-}
-
-__device__ __forceinline__ void write_results(const Problem& problem, float loss, int agreements) {
-  const double loss_sum = reduce(static_cast<double>(loss), kThreads, Sum());
-  const double agreed_sum = reduce(static_cast<double>(agreements), kThreads, Sum());
-  if (threadIdx.x != 0) {
-    return;
-  }
-  if (gridDim.x == 1) {
-    problem.results.write(loss_sum, agreed_sum);
-  } else {
-    problem.partials[blockIdx.x] = make_double2(loss_sum, agreed_sum);
   }
 }
 
@@ -113,76 +71,21 @@ __device__ __forceinline__ void for_each_row(const Problem& problem, Body&& body
 
 template <typename Loss, int kPerThread>
 __global__ void __launch_bounds__(kThreads, kPerThread <= 16 ? 4 : 2) register_kernel(const __grid_constant__ Problem problem) {
-  float loss = 0.0f;
+  double loss = 0;
   int agreements = 0;
   for_each_row(problem, [&](const Row& row) {
     float student[kPerThread];
     float teacher[kPerThread];
     load_share(problem.student, row, 0, student);
     load_share(problem.teacher, row, 0, teacher);
-    if (problem.results.agreement != nullptr) {
-      Rank best_student = 0;
-      Rank best_teacher = 0;
-      update_top(best_student, row, 0, student);
-      update_top(best_teacher, row, 0, teacher);
-      agreements += top_classes_agree(best_student, best_teacher, row);
-    }
-    if constexpr (std::is_same_v<Loss, L1>) {
-      for_each_class<kPerThread>(row, 0, [&](int i) {
-        loss += L1::loss(student[i], teacher[i]);
-        student[i] = L1::gradient(student[i], teacher[i]);
-      });
-      if (problem.student_grad_unscaled.data != nullptr) {
-        store_share_as<int8_t>(problem.student_grad_unscaled, row, 0, student);
-      }
-    } else {
-      // Lowest finite number instead of -inf, so that leading logits may be -inf.
-      float student_max = -FLT_MAX;
-      float teacher_max = -FLT_MAX;
-      for_each_class<kPerThread>(row, 0, [&](int i) {
-        student_max = fmaxf(student_max, student[i]);
-        teacher_max = fmaxf(teacher_max, teacher[i]);
-      });
-      student_max = reduce(student_max, row.team, Max());
-      teacher_max = reduce(teacher_max, row.team, Max());
-      float log_ratio[kPerThread];
-      float student_sum = 0.0f;
-      float teacher_sum = 0.0f;
-      for_each_class<kPerThread>(row, 0, [&](int i) {
-        const float student_logit = (student[i] - student_max) * problem.inverse_temperature;
-        const float teacher_logit = (teacher[i] - teacher_max) * problem.inverse_temperature;
-        student_sum += student[i] = expf(student_logit);
-        teacher_sum += teacher[i] = expf(teacher_logit);
-        log_ratio[i] = teacher_logit - student_logit;
-      });
-      student_sum = reduce(student_sum, row.team, Sum());
-      teacher_sum = reduce(teacher_sum, row.team, Sum());
-      const float student_factor = 1.0f / student_sum;
-      const float teacher_factor = 1.0f / teacher_sum;
-      const float shift = logf(student_sum) - logf(teacher_sum);
-      Pair divergence[kPerThread];
-      Pair mean{0.0f, 0.0f};
-      for_each_class<kPerThread>(row, 0, [&](int i) {
-        student[i] *= student_factor;
-        teacher[i] *= teacher_factor;
-        divergence[i] = Loss::divergence(student[i], teacher[i], log_ratio[i] + shift);
-        loss += Loss::loss(student[i], teacher[i], divergence[i]);
-        mean.student += student[i] * divergence[i].student;
-        mean.teacher += teacher[i] * divergence[i].teacher;
-      });
-      if (problem.student_grad_unscaled.data != nullptr || problem.teacher_grad_unscaled.data != nullptr) {
-        mean.student = reduce(mean.student, row.team, Sum());
-        mean.teacher = reduce(mean.teacher, row.team, Sum());
-        for_each_class<kPerThread>(row, 0, [&](int i) {
-          const Pair gradient = Loss::gradient(student[i], teacher[i], divergence[i], mean);
-          student[i] = gradient.student * problem.inverse_temperature;
-          teacher[i] = gradient.teacher * problem.inverse_temperature;
-        });
-        store_gradients(problem, row, 0, student, teacher);
-      }
+    loss += compare_row<Loss>(problem, row, student, teacher, agreements);
+    if constexpr (!std::is_same_v<Loss, L1>) {
+      store_gradients(problem, row, 0, student, teacher);
+    } else if (problem.student_grad_unscaled.data != nullptr) {
+      store_share_as<int8_t>(problem.student_grad_unscaled, row, 0, student);
     }
   });
-  write_results(problem, loss, agreements);
+  write_results<kThreads>(problem, loss, agreements);
 }
 
 // ---- Rows of any length, kBatch classes at a time
@@ -212,7 +115,7 @@ struct Softmax {
 template <typename Loss>
 __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_constant__ Problem problem) {
   const float inverse_temperature = problem.inverse_temperature;
-  float loss = 0.0f;
+  double loss = 0;
   int agreements = 0;
   for_each_row(problem, [&](const Row& row) {
     float student[kBatch];
@@ -236,10 +139,12 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
     if constexpr (std::is_same_v<Loss, L1>) {
       pass([&](int begin) {
         rank(begin);
+        float batch_loss = 0.0f;
         for_each_class<kBatch>(row, begin, [&](int i) {
-          loss += L1::loss(student[i], teacher[i]);
+          batch_loss += L1::loss(student[i], teacher[i]);
           student[i] = L1::gradient(student[i], teacher[i]);
         });
+        loss += batch_loss;
         if (problem.student_grad_unscaled.data != nullptr) {
           store_share_as<int8_t>(problem.student_grad_unscaled, row, begin, student);
         }
@@ -265,7 +170,6 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
         teacher_value = expf(teacher_logit) * teacher_factor;
         return Loss::divergence(student_value, teacher_value, teacher_logit - student_logit + shift);
       };
-      double loss_sum = 0.0;
       double student_sum = 0.0;
       double teacher_sum = 0.0;
       pass([&](int begin) {
@@ -277,11 +181,10 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
           sum.student += student[i] * divergence.student;
           sum.teacher += teacher[i] * divergence.teacher;
         });
-        loss_sum += batch_loss;
+        loss += batch_loss;
         student_sum += sum.student;
         teacher_sum += sum.teacher;
       });
-      loss += static_cast<float>(loss_sum);
       if (problem.student_grad_unscaled.data != nullptr || problem.teacher_grad_unscaled.data != nullptr) {
         const Pair mean{
             static_cast<float>(reduce(student_sum, row.team, Sum())), static_cast<float>(reduce(teacher_sum, row.team, Sum()))};
@@ -300,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 4) streamed_kernel(const __grid_cons
       agreements += top_classes_agree(best_student, best_teacher, row);
     }
   });
-  write_results(problem, loss, agreements);
+  write_results<kThreads>(problem, loss, agreements);
 }
 
 // ---- Host code
@@ -331,15 +234,57 @@ auto kernel_of(int classes, int team) -> void (*)(Problem) {
 }
 
 template <typename Loss>
-void launch(const Launcher& launcher, Problem& problem, const Tensor& like) {
-  const int64_t teams = kThreads / problem.team;
-  const int64_t blocks = std::clamp<int64_t>((problem.rows + teams - 1) / teams, 1, kMaxBlocks);
-  const Tensor partials = torch::stable::new_empty(like, {blocks, 2}, ScalarType::Double);
+auto dense_kernel_of(int classes) -> void (*)(Problem, DenseProblem) {
+  return classes <= 8    ? dense_kernel<Loss, 8>
+         : classes <= 12 ? dense_kernel<Loss, 12>
+         : classes <= 16 ? dense_kernel<Loss, 16>
+         : classes <= 24 ? dense_kernel<Loss, 24>
+                         : dense_kernel<Loss, 32>;
+}
+
+// Launches a kernel that processes `tiles` in a grid-stride loop, and adds its partial sums.
+template <typename... Parameters, typename... Arguments>
+void launch(
+    const Launcher& launcher,
+    void (*kernel)(Problem, Parameters...),
+    int64_t tiles,
+    int threads,
+    Problem& problem,
+    const Tensor& like,
+    const Arguments&... arguments) {
+  // A second tile takes a block about as long as the second kernel: one latency of memory and one of the computation, together
+  // about 2 us, against a launch, a latency of memory and a reduction.
+  const int64_t blocks = tiles <= 2 ? 1 : launcher.resident_blocks(kernel, tiles, threads);
+  const Tensor partials = torch::stable::new_empty(like, {blocks == 1 ? 0 : blocks, 2}, ScalarType::Double);
   problem.partials = static_cast<double2*>(partials.mutable_data_ptr());
-  launcher(kernel_of<Loss>(problem.classes, problem.team), blocks, kThreads, problem);
+  launcher(kernel, blocks, threads, problem, arguments...);
   if (blocks > 1) {
     launcher(total_kernel, 1, kThreads, problem.partials, static_cast<int>(blocks), problem.results);
   }
+}
+
+void launch_flat(const Launcher& launcher, int64_t count, Problem& problem, const Tensor& like) {
+  const bool aligned =
+      is_aligned(problem.student.data, 16) && is_aligned(problem.teacher.data, 16) && is_aligned(problem.student_grad_unscaled.data, 16);
+  constexpr int64_t kPerBlock = kFlatThreads * kFlatVector;
+  launch(launcher, flat_l1_kernel, (count + kPerBlock - 1) / kPerBlock, kFlatThreads, problem, like, count, aligned);
+}
+
+template <typename Loss>
+void launch_rows(const Launcher& launcher, const Shape& shape, Problem& problem, const Tensor& like) {
+  const auto dense = [&](const View& view) { return view.data == nullptr || has_dense_rows(view, shape); };
+  if (problem.classes > 0 && problem.classes <= kMaxDenseClasses && dense(problem.student) && dense(problem.teacher) &&
+      dense(problem.student_grad_unscaled) && dense(problem.teacher_grad_unscaled)) {
+    const auto rows_of = [&](const View& view) { return dense_rows_of(view, problem.classes); };
+    const DenseProblem sides{
+        rows_of(problem.student), rows_of(problem.teacher), rows_of(problem.student_grad_unscaled), rows_of(problem.teacher_grad_unscaled)};
+    const int rows = problem.classes <= 16 ? kTileRows<16> : kTileRows<32>;
+    launch(launcher, dense_kernel_of<Loss>(problem.classes), (problem.rows + rows - 1) / rows, rows, problem, like, sides);
+    return;
+  }
+  problem.team = team_of(shape, problem.student);
+  const int64_t teams = kThreads / problem.team;
+  launch(launcher, kernel_of<Loss>(problem.classes, problem.team), (problem.rows + teams - 1) / teams, kThreads, problem, like);
 }
 
 // Returns (loss, student gradient, teacher gradient, agreement); gradients are not scaled, outputs not requested are empty.
@@ -381,13 +326,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   problem.rows = shape.channels == 0 ? 0 : shape.images * shape.pixels;
   problem.pixels = shape.pixels;
   problem.classes = static_cast<int32_t>(shape.channels);
-  problem.team = team_of(shape, problem.student);
   problem.inverse_temperature = static_cast<float>(1.0 / temperature);
   problem.results = {
       scale,
       static_cast<float*>(loss.mutable_data_ptr()),
       agreement ? static_cast<int64_t*>(count.mutable_data_ptr()) : nullptr};
-  launch<Loss>(Launcher(student), problem, student);
+  const Launcher launcher(student);
+  const bool flat = std::is_same_v<Loss, L1> && !agreement && is_dense(student) && have_same_offsets(problem.student, problem.teacher) &&
+                    (!student_requires_grad || have_same_offsets(problem.student, problem.student_grad_unscaled));
+  if (flat) {
+    launch_flat(launcher, shape.count(), problem, student);
+  } else {
+    launch_rows<Loss>(launcher, shape, problem, student);
+  }
   return {loss, student_grad_unscaled, teacher_grad_unscaled, count};
 }
 

@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -18,9 +19,9 @@ using torch::stable::Tensor;
 // Device guard for the tensor's device that launches kernels on PyTorch's current stream.
 class Launcher {
  public:
-  explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -47,8 +48,19 @@ class Launcher {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
+  // Blocks for a grid-stride loop over `tiles`: no more than are resident on the GPU at once.
+  template <typename... Parameters>
+  int64_t resident_blocks(void (*kernel)(Parameters...), int64_t tiles, int threads) const {
+    int multiprocessors = 0;
+    int blocks = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));
+    return std::min(tiles, static_cast<int64_t>(multiprocessors) * blocks);
+  }
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  int32_t device_;
   cudaStream_t stream_ = nullptr;
 };
 

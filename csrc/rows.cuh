@@ -6,9 +6,9 @@
 
 namespace dfkd_fast {
 
-constexpr int kThreads = 128;  // threads per block, and the largest team
+constexpr int kThreads = 128;  // threads per block where teams process rows, and the largest team
 
-// ---- All-reduce over a team; must be called by all threads of the block.
+// ---- All-reduce over a team, up to a warp or the block; must be called by all threads of the block unless the team is 1.
 
 struct Sum {
   template <typename T>
@@ -22,20 +22,20 @@ struct Max {
   __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const { return a > b ? a : b; }
 };
 
-template <typename T, typename Combine>
+template <int kBlock = kThreads, typename T, typename Combine>
 __device__ T reduce(T value, int team, Combine combine) {
   for (int offset = min(team, 32) / 2; offset > 0; offset /= 2) {
     value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
   }
   if (team > 32) {
-    __shared__ T warps[kThreads / 32];
+    __shared__ T warps[kBlock / 32];
     __syncthreads();  // `warps` of the previous reduction has been read
     if (threadIdx.x % 32 == 0) {
       warps[threadIdx.x / 32] = value;
     }
     __syncthreads();
     value = warps[0];
-    for (int i = 1; i < kThreads / 32; ++i) {
+    for (int i = 1; i < kBlock / 32; ++i) {
       value = combine(value, warps[i]);
     }
   }

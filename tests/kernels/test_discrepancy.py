@@ -71,6 +71,30 @@ def test_half_precision_logits_are_computed_in_float32(
     compare(kind, student, teacher, temperature=2.5, reduction="mean", scaled=True)
 
 
+# CUDA threads read dense rows of up to 32 classes through shared memory, in tiles of 256 rows or 128: 3 tiles or 6 and a part.
+@pytest.mark.parametrize("classes", [1, 2, 8, 10, 11, 16, 19, 21, 24, 32, 33, 150])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_rows_of_few_classes(backend: Backend, device: torch.device, kind: str, classes: int) -> None:
+    for dtypes in (PAIRS_OF_DTYPES[0], PAIRS_OF_DTYPES[1 + classes % 2]):
+        student, teacher = (random(2, classes, 17, 23, dtype=dtype, layout="channels_last", device=device) for dtype in dtypes)
+        compare(kind, student, teacher, temperature=1.7)
+
+
+# Without agreement, L1 of two tensors with the same strides does not depend on the rows.
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "misaligned", "sliced"])
+@pytest.mark.parametrize("dtypes", PAIRS_OF_DTYPES[:3], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (5, 11, 17, 23)], ids=str)
+def test_l1_without_agreement(
+    backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], layout: str, shape: tuple[int, ...]
+) -> None:
+    student, teacher = (random(*shape, dtype=dtype, layout=layout, device=device) for dtype in dtypes)
+    loss, _ = call_with_agreement("l1", student, teacher, agreement=False)
+    difference = student.detach().double() - teacher.detach().double()
+    torch.testing.assert_close(loss.double(), difference.abs().sum(), rtol=1e-6, atol=0)
+    for gradient, sign in zip(torch.autograd.grad(3 * loss, (student, teacher)), (1, -1), strict=True):
+        assert torch.equal(gradient, (3 * sign * difference.sign()).to(gradient.dtype))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0, 1000.0])
 @pytest.mark.parametrize("scaled", [False, True])

@@ -98,6 +98,7 @@ struct Thread {
   Location location;
   unsigned exchanges = 0;
   uint64_t exchanged[2] = {};  // values of the last two exchanges; partners may not have read the older one yet
+  std::vector<std::function<void()>> copies;  // begun and not finished
 };
 
 std::deque<Thread> threads;  // reused for all blocks
@@ -234,6 +235,19 @@ uint64_t exchange(uint64_t value, unsigned partner, const Location& location) {
   current->exchanged[slot] = value;
   wait_for_group(kWarp, location);
   return threads[partner].exchanged[slot];
+}
+
+void copy_later(void* target, const void* source, size_t size, const Location& location) {
+  if ((reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(source)) % size != 0) {
+    fail("a misaligned copy", location);
+  }
+  current->copies.push_back([=] { std::memcpy(target, source, size); });
+}
+
+void finish_copies() {
+  for (const auto& copy : std::exchange(current->copies, {})) {
+    copy();
+  }
 }
 
 void fail(const char* fault, const Location& location) {

@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 #include <math.h>
 
+#define _CUDA_PIPELINE_PRIMITIVES_H_  // for nvcc only; the functions are below
+
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -38,6 +40,10 @@ void wait_for_group(unsigned size, const Location& location);
 
 // Exchanges values within the warp and returns the value of the thread `partner`.
 uint64_t exchange(uint64_t value, unsigned partner, const Location& location);
+
+// Copies memory when the current thread calls `finish_copies`.
+void copy_later(void* target, const void* source, size_t size, const Location& location);
+void finish_copies();
 
 // Reports a fault of the kernel and aborts.
 [[noreturn]] void fail(const char* fault, const Location& location);
@@ -77,3 +83,14 @@ void __stcg(T* target, T value, const device::Location& location = device::Locat
   }
   *target = value;
 }
+
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
+
+inline void __pipeline_memcpy_async(
+    void* target, const void* source, size_t size, const device::Location& location = device::Location::current()) {
+  device::copy_later(target, source, size, location);
+}
+
+inline void __pipeline_commit() {}
+
+inline void __pipeline_wait_prior(int) { device::finish_copies(); }
