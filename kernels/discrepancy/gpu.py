@@ -1,8 +1,9 @@
 """Discrepancies in Triton.
 
 A row is the logits of one sample or pixel. A program processes a tile of rows × classes. If whole rows do not fit into a tile, it
-loops over the classes, once for L1 and several times for the divergences. Each program writes a partial sum, and
-``_finish_kernel`` adds them in order.
+loops over the classes, once for L1 and several times for the divergences. A single program writes the results. Several write
+partial sums, and ``_finish_kernel`` adds them in order. Programs do not loop over tiles, because that would take up to twice as many
+registers.
 """
 
 from functools import partial
@@ -15,7 +16,10 @@ from torch import Tensor
 from ..tiles import Sizes, decode_sizes, launch, layout, layout_arguments, load, num_tiles, pointers, store, tile_rows
 
 BLOCK = 2048  # elements per tile
-MAX_REGISTER_TILE = 8192  # elements of the largest tile of whole rows that is kept in registers
+MAX_REGISTER_TILE = 8192  # elements of the largest tile of whole rows that is kept in registers; see also MAX_SINGLE_TILE
+# Elements that one program processes in less time than a second kernel takes, a launch and the latencies of memory and of a
+# reduction, about 2 µs: in that time, a multiprocessor issues 14,000 instructions of a warp, 50 for each element of 256 × 32.
+MAX_SINGLE_TILE = 8192
 
 
 def l1_forward(student: Tensor, teacher: Tensor, scale: float, requires_grad: bool, agreement: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,15 +102,18 @@ def _forward(
         block_rows, block_classes, warps = _tile(sizes, strides[0], BLOCK)
     if kind == "l1" and not agreement and _is_dense(student) and student.stride() == teacher.stride():  # elementwise
         sizes, strides = (1, 1, student.numel(), 1), [(0, 0, 1, 1)] * 4
-        block_rows, block_classes, warps = BLOCK, 1, 4
-    count = num_tiles(sizes, block_rows)
-    losses = student.new_empty(count, dtype=torch.float32)
-    agreements = student.new_empty(count, dtype=torch.int32) if agreement else None
-    arguments = *tensors, losses, agreements, *layout_arguments(sizes, tensors, strides), inverse_temperature, kind, single_tile
-    launch(student, _rows_kernel, (count,), *arguments, block_rows, block_classes, num_warps=warps, enable_fp_fusion=kind == "l1")
-    loss = losses.new_empty(())
+        single = BLOCK < student.numel() <= MAX_SINGLE_TILE
+        block_rows, block_classes, warps = (MAX_SINGLE_TILE, 1, 16) if single else (BLOCK, 1, 4)
+    loss = student.new_empty((), dtype=torch.float32)
     agree = student.new_empty((), dtype=torch.int64) if agreement else None
-    launch(student, _finish_kernel, (1,), losses, agreements, loss, agree, count, scale, 1024)
+    count = num_tiles(sizes, block_rows)
+    losses = loss if count == 1 else loss.new_empty(count)
+    agreements = agree if count == 1 or agree is None else agree.new_empty(count)
+    arguments = *tensors, losses, agreements, *layout_arguments(sizes, tensors, strides), inverse_temperature
+    constants = scale if count == 1 else 1.0, kind, single_tile, block_rows, block_classes
+    launch(student, _rows_kernel, (count,), *arguments, *constants, num_warps=warps, enable_fp_fusion=kind == "l1")
+    if count != 1:
+        launch(student, _finish_kernel, (1,), losses, agreements, loss, agree, count, scale, 4096, num_warps=16)
     return loss, _or_empty(agree, student, torch.int64)
 
 
@@ -117,12 +124,16 @@ def _is_dense(tensor: Tensor) -> bool:
 def _tile(sizes: Sizes, strides: Sizes, elements: int) -> tuple[int, int, int]:
     """Return the rows, classes and number of warps of a tile, with whole rows if they fit into ``elements``.
 
-    They depend only on the number of classes and on which dimension is contiguous, because a kernel is compiled for each case.
+    They depend only on the number of classes and on which dimension is contiguous, because a kernel is compiled for each case,
+    unless few rows of few classes fit into a single tile.
     """
     side_by_side = 32 if 0 < strides[2] <= strides[3] else 1  # rows for coalesced accesses of a warp
     classes = next((classes for classes in (16, 32, 128, 512) if classes >= sizes[3]), triton.next_power_of_2(sizes[3]))
     classes = min(classes, max(elements // side_by_side, 1))
     rows = max(side_by_side, 1024 // classes)
+    if classes == 16 and side_by_side == 1 and sizes[0] * sizes[1] == 1 and rows < sizes[2] <= elements // classes:
+        rows = triton.next_power_of_2(sizes[2])
+        return rows, classes, rows * classes // 256
     # If adjacent threads process adjacent rows, a warp processes all their classes and reductions need no shared memory.
     warps = rows * classes // (1024 if side_by_side > 1 else 256)
     return rows, classes, min(max(warps, 1), 8)
@@ -147,6 +158,7 @@ def _rows_kernel(
     teacher_grad_strides: tl.tuple,
     accesses: tl.constexpr,
     inverse_temperature: tl.tensor,
+    scale: tl.tensor,
     kind: tl.constexpr,
     single_tile: tl.constexpr,
     block_rows: tl.constexpr,
@@ -247,7 +259,7 @@ def _rows_kernel(
                         teacher_grad,
                         mask,
                     )
-    tl.store(losses + program, tl.sum(loss))
+    tl.store(losses + program, tl.sum(loss) * scale)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from dfkd_fast.kernels.discrepancy import gpu as discrepancy
 from dfkd_fast.kernels.dispatch import interpreting
 from dfkd_fast.kernels.ema import gpu as ema
 from dfkd_fast.kernels.moments import gpu as moments
+from dfkd_fast.kernels.tiles import launch
 
 DEVICE = "cpu" if interpreting() else "cuda"
 pytestmark: list[pytest.MarkDecorator] = [] if interpreting() else [pytest.mark.gpu]
@@ -207,6 +208,20 @@ def test_outputs_not_requested_are_empty_and_change_nothing(shape: tuple[int, ..
         assert (sign.dtype, agree.dtype) == (torch.int8, torch.int64)
         assert torch.equal(sign, (student - teacher.float()).sign().to(torch.int8)) if gradient else sign.shape == (0,)
         assert agree.shape == (() if agreement else (0,))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("l1", (512, 10)), ("kl", (512, 10)), ("js", (256, 10)), ("kl", (60, 16, 1, 1))])
+def test_small_logits_need_one_launch_per_pass(kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    monkeypatch.setattr(discrepancy, "launch", lambda *arguments, **options: launches.append(launch(*arguments, **options)))
+    student, teacher = random(*shape), random(*shape)
+    if kind == "l1":
+        discrepancy.l1_forward(student, teacher, 0.25, True, False)
+    else:
+        check_discrepancy(kind, student, teacher)
+    assert len(launches) == 1
+    discrepancy.scale_gradients_(student, teacher, torch.tensor(2.0, device=DEVICE), 0.5, 0.5)
+    assert len(launches) == 2
 
 
 @pytest.mark.parametrize("shape", [(0, 10), (0, 3, 4, 4), (2, 3, 0, 4)])

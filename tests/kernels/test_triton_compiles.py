@@ -73,6 +73,7 @@ PLANES = empty(64, 64, 32, 32)
 CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     "l1 of pixels": (lambda: discrepancy.l1_forward(half(8, 11, 64, 64), half(8, 11, 64, 64), 1.0, True, False), 4, 1),
     "l1 of pixels and agreement": (lambda: discrepancy.l1_forward(empty(8, 11, 64, 64), empty(8, 11, 64, 64), 1.0, True, True), 16, 2),
+    "kl of few rows": (lambda: discrepancy.kl_forward(empty(512, 10), empty(512, 10), 4.0, 1.0, True, True, True), 0, 0),
     "kl of rows": (lambda: discrepancy.kl_forward(empty(256, 1000), half(256, 1000), 4.0, 1.0, True, True, True), 0, 0),
     "kl of pixels": (lambda: discrepancy.kl_forward(empty(8, 11, 64, 64), empty(8, 11, 64, 64), 4.0, 1.0, True, True, False), 16, 16),
     "js of pixels": (lambda: discrepancy.js_forward(half(8, 21, 64, 64), half(8, 21, 64, 64), 4.0, 1.0, True, True, True), 8, 8),
