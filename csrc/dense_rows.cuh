@@ -1,4 +1,4 @@
-// Kernels that read logits in 16-byte vectors although rows have few classes or an odd number of them.
+// Kernels that read and write 16-byte vectors although rows have few classes or an odd number of them.
 //
 // L1 does not depend on the rows: dense logits are one array. For the divergences, a block copies a tile of rows to shared
 // memory, each thread compares one row, and the gradients replace the logits there before they are copied back.
@@ -10,6 +10,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <optional>
+#include <utility>
 #include <vector>
 
 namespace dfkd_fast {
@@ -68,22 +71,30 @@ static __global__ void __launch_bounds__(kFlatThreads, 4) flat_l1_kernel(const _
 
 // ---- Tiles of rows in shared memory
 
-// A tensor of dense rows. Its tile has the same bytes in shared memory, except that a vector of padding follows each row of an
-// even number of vectors. Threads that read the same class of adjacent rows then access each bank at most 4 times, which takes
-// less time than the computation; without padding, 32 times for rows of 128 bytes.
-struct DenseRows {
+// A tensor whose tiles are copied in vectors. Rows are interleaved, as in channels-last, or the planes of the classes are
+// contiguous. A tile of planes consists of kTileRows elements of each class. A tile of interleaved rows has the same bytes as in
+// global memory, except that a vector of padding follows each row of an even number of vectors. Threads that read the same class of
+// adjacent rows then access each bank at most 4 times, which takes less time than the computation; without padding, 32 times for
+// rows of 128 bytes.
+struct Side {
   char* data;  // null if not required
-  uint32_t row_bytes;
-  uint32_t pitch;             // row_bytes and padding
-  uint32_t inverse_vectors;   // 2³² / vectors per row, rounded up, of padded rows; else 0
+  int64_t image_bytes;
+  int64_t plane_bytes;
+  uint32_t row_bytes;        // from a row to the next; the size of an element in planes
+  uint32_t pitch;            // the same in shared memory
+  uint32_t inverse_vectors;  // 2³² / vectors per row, rounded up, of padded rows; else 0
+  bool planar;
   Dtype dtype;
 };
 
-struct DenseProblem {
-  DenseRows student;
-  DenseRows teacher;
-  DenseRows student_grad_unscaled;
-  DenseRows teacher_grad_unscaled;
+struct Sides {
+  Side student;
+  Side teacher;
+  Side student_grad_unscaled;
+  Side teacher_grad_unscaled;
+  int64_t pixels;  // per image; interleaved rows of all sides are those of one image
+  uint32_t tiles_per_image;
+  uint32_t tiles;
 };
 
 constexpr int kMaxDenseClasses = 32;
@@ -95,80 +106,111 @@ constexpr int kTileRows = kPerThread <= 16 ? 256 : 128;  // and threads
 template <int kPerThread>
 constexpr int kTileVectors = kTileRows<kPerThread> * (kPerThread * 4 + (kPerThread % 8 == 0 ? 16 : 0)) / 16;
 
+// The rows of an image that a block processes at once.
+struct RowTile {
+  int64_t image;
+  int64_t first;
+  uint32_t rows;
+};
+
 // Calls `copy_vector(shared, global)` for 16 bytes and `copy_byte` for what is left of the last tile.
 template <int kRows, typename CopyVector, typename CopyByte>
 __device__ __forceinline__ void for_each_vector(
-    const DenseRows& side, int64_t first_row, int rows, uint4* tile, CopyVector&& copy_vector, CopyByte&& copy_byte) {
-  char* const global = side.data + first_row * side.row_bytes;
-  const uint32_t bytes = rows * side.row_bytes;
+    const Side& side, int classes, const RowTile& tile, uint4* shared, CopyVector&& copy_vector, CopyByte&& copy_byte) {
+  char* const global = side.data + tile.image * side.image_bytes + tile.first * side.row_bytes;
+  const uint32_t bytes = tile.rows * side.row_bytes;
   const uint32_t vectors = bytes / 16;
+  if (side.planar) {
+    const uint32_t vectors_per_class = kRows / 16 * side.row_bytes;  // a power of two, at least 8
+#pragma unroll 1
+    for (uint32_t c = threadIdx.x / vectors_per_class; c < classes; c += kRows / vectors_per_class) {
+      if (const uint32_t i = threadIdx.x % vectors_per_class; i < vectors) {
+        copy_vector(shared + c * vectors_per_class + i, reinterpret_cast<uint4*>(global + c * side.plane_bytes) + i);
+      }
+    }
+    return;
+  }
+#pragma unroll 1  // a few iterations
   for (uint32_t i = threadIdx.x; i < vectors; i += kRows) {
-    copy_vector(tile + i + __umulhi(i, side.inverse_vectors), reinterpret_cast<uint4*>(global) + i);
+    copy_vector(shared + i + __umulhi(i, side.inverse_vectors), reinterpret_cast<uint4*>(global) + i);
   }
   if (const uint32_t i = vectors * 16 + threadIdx.x; i < bytes) {  // rows are not padded here: a padded one is whole vectors
-    copy_byte(reinterpret_cast<char*>(tile) + i, global + i);
+    copy_byte(reinterpret_cast<char*>(shared) + i, global + i);
   }
 }
 
 template <int kRows>
-__device__ __forceinline__ void copy_to_shared(const DenseRows& side, int64_t first_row, int rows, uint4* tile) {
+__device__ __forceinline__ void copy_to_shared(const Side& side, int classes, const RowTile& tile, uint4* shared) {
   for_each_vector<kRows>(
       side,
-      first_row,
-      rows,
+      classes,
       tile,
-      [](uint4* shared, const uint4* global) { __pipeline_memcpy_async(shared, global, 16); },
-      [](char* shared, const char* global) { *shared = *global; });
+      shared,
+      [](uint4* target, const uint4* source) { __pipeline_memcpy_async(target, source, 16); },
+      [](char* target, const char* source) { *target = *source; });
 }
 
 template <int kRows>
-__device__ __forceinline__ void copy_to_global(const DenseRows& side, int64_t first_row, int rows, uint4* tile) {
+__device__ __forceinline__ void copy_to_global(const Side& side, int classes, const RowTile& tile, uint4* shared) {
   if (side.data == nullptr) {
     return;
   }
   for_each_vector<kRows>(
       side,
-      first_row,
-      rows,
+      classes,
       tile,
-      [](const uint4* shared, uint4* global) { __stcg(global, *shared); },
-      [](const char* shared, char* global) { *global = *shared; });
+      shared,
+      [](const uint4* source, uint4* target) { __stcg(target, *source); },
+      [](const char* source, char* target) { *target = *source; });
 }
 
-// Loads the thread's row; classes beyond the last are masked, so that the softmax needs no conditions.
-template <int kPerThread>
-__device__ __forceinline__ void load_row(const DenseRows& side, int classes, const uint4* tile, float (&values)[kPerThread]) {
+// Calls `visit(i, element)` for the classes of the thread's row in shared memory, i < kPerThread; `element` is null for classes
+// beyond the last.
+template <typename T, int kPerThread, typename Visit>
+__device__ __forceinline__ void for_each_element(const Side& side, int classes, uint4* shared, Visit&& visit) {
   constexpr int kFewest = kPerThread == 8 ? 1 : kPerThread <= 16 ? kPerThread - 3 : kPerThread - 7;
-  dispatch_floating(side.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const T* const row = reinterpret_cast<const T*>(reinterpret_cast<const char*>(tile) + threadIdx.x * side.pitch);
+  T* const row = reinterpret_cast<T*>(reinterpret_cast<char*>(shared) + threadIdx.x * side.pitch);
+  const auto visit_all = [&](auto step) {  // a constant, so that offsets are part of the instructions
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      values[i] = i < kFewest || i < classes ? widen(row[i]) : -INFINITY;
+      visit(i, i < kFewest || i < classes ? row + i * decltype(step)::value : nullptr);
     }
+  };
+  if (side.planar) {
+    visit_all(std::integral_constant<int, kTileRows<kPerThread>>());
+  } else {
+    visit_all(std::integral_constant<int, 1>());
+  }
+}
+
+// Classes beyond the last are masked, so that the softmax needs no conditions.
+template <int kPerThread>
+__device__ __forceinline__ void load_row(const Side& side, int classes, uint4* shared, float (&values)[kPerThread]) {
+  dispatch_floating(side.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    for_each_element<T, kPerThread>(
+        side, classes, shared, [&](int i, const T* element) { values[i] = element == nullptr ? -INFINITY : widen(*element); });
   });
 }
 
 template <int kPerThread>
-__device__ __forceinline__ void store_row(const DenseRows& side, int classes, uint4* tile, const float (&values)[kPerThread]) {
+__device__ __forceinline__ void store_row(const Side& side, int classes, uint4* shared, const float (&values)[kPerThread]) {
   if (side.data == nullptr) {
     return;
   }
   dispatch_floating_or_int8(side.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    T* const row = reinterpret_cast<T*>(reinterpret_cast<char*>(tile) + threadIdx.x * side.pitch);
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (i < classes) {
-        narrow(values[i], row[i]);
+    for_each_element<T, kPerThread>(side, classes, shared, [&](int i, T* element) {
+      if (element != nullptr) {
+        narrow(values[i], *element);
       }
-    }
+    });
   });
 }
 
 template <typename Loss, int kPerThread>
-__global__ void __launch_bounds__(kTileRows<kPerThread>)
-    dense_kernel(const __grid_constant__ Problem problem, const __grid_constant__ DenseProblem dense) {
+__global__ void __launch_bounds__(kTileRows<kPerThread>, kPerThread <= 12 ? 4 : 3)
+    dense_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Sides sides) {
   constexpr int kRows = kTileRows<kPerThread>;
   constexpr bool kIsL1 = std::is_same_v<Loss, L1>;
   __shared__ uint4 student_tile[kTileVectors<kPerThread>];
@@ -176,31 +218,33 @@ __global__ void __launch_bounds__(kTileRows<kPerThread>)
   const int classes = problem.classes;
   double loss = 0;
   int agreements = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kRows; first < problem.rows; first += static_cast<int64_t>(gridDim.x) * kRows) {
-    const int rows = static_cast<int>(min(problem.rows - first, static_cast<int64_t>(kRows)));
-    copy_to_shared<kRows>(dense.student, first, rows, student_tile);
-    copy_to_shared<kRows>(dense.teacher, first, rows, teacher_tile);
+  for (uint32_t index = blockIdx.x; index < sides.tiles; index += gridDim.x) {
+    const uint32_t image = index / sides.tiles_per_image;
+    const int64_t first = static_cast<int64_t>(index - image * sides.tiles_per_image) * kRows;
+    const RowTile tile{image, first, static_cast<uint32_t>(min(sides.pixels - first, static_cast<int64_t>(kRows)))};
+    copy_to_shared<kRows>(sides.student, classes, tile, student_tile);
+    copy_to_shared<kRows>(sides.teacher, classes, tile, teacher_tile);
     __pipeline_commit();
     __pipeline_wait_prior(0);
     __syncthreads();
-    const bool active = static_cast<int>(threadIdx.x) < rows;
+    const bool active = threadIdx.x < tile.rows;
     float student[kPerThread];
     float teacher[kPerThread];
     if (active) {
-      load_row(dense.student, classes, student_tile, student);
-      load_row(dense.teacher, classes, teacher_tile, teacher);
+      load_row(sides.student, classes, student_tile, student);
+      load_row(sides.teacher, classes, teacher_tile, teacher);
       loss += compare_row<Loss>(problem, Row{0, 0, 0, kIsL1 ? classes : kPerThread, 1}, student, teacher, agreements);
     }
     if constexpr (kIsL1) {
       __syncthreads();  // signs are smaller than logits: they overwrite other rows
     }
     if (active) {
-      store_row(dense.student_grad_unscaled, classes, student_tile, student);
-      store_row(dense.teacher_grad_unscaled, classes, teacher_tile, teacher);
+      store_row(sides.student_grad_unscaled, classes, student_tile, student);
+      store_row(sides.teacher_grad_unscaled, classes, teacher_tile, teacher);
     }
     __syncthreads();
-    copy_to_global<kRows>(dense.student_grad_unscaled, first, rows, student_tile);
-    copy_to_global<kRows>(dense.teacher_grad_unscaled, first, rows, teacher_tile);
+    copy_to_global<kRows>(sides.student_grad_unscaled, classes, tile, student_tile);
+    copy_to_global<kRows>(sides.teacher_grad_unscaled, classes, tile, teacher_tile);
     __syncthreads();  // before the next tile
   }
   write_results<kRows>(problem, loss, agreements);
@@ -208,21 +252,64 @@ __global__ void __launch_bounds__(kTileRows<kPerThread>)
 
 // ---- Host code
 
+// Whether 16-byte accesses are possible to planes, and to the interleaved rows of each image.
+inline bool has_planes(const View& view, const Shape& shape) {
+  const auto aligned = [&](int64_t stride) { return stride * element_size(view.dtype) % 16 == 0; };
+  return view.pixel == 1 && view.gap == 0 && aligned(shape.pixels) && aligned(view.channel) && aligned(view.image) &&
+         is_aligned(view.data, 16);
+}
+
 inline bool has_dense_rows(const View& view, const Shape& shape) {
   return (shape.channels == 1 || view.channel == 1) && (shape.pixels == 1 || (view.gap == 0 && view.pixel == shape.channels)) &&
          (shape.images == 1 || view.image == shape.channels * shape.pixels) && is_aligned(view.data, 16);
 }
 
-inline DenseRows dense_rows_of(const View& view, int32_t classes) {
-  const auto row_bytes = static_cast<uint32_t>(classes * element_size(view.dtype));
+inline Side side_of(const View& view, const Shape& shape) {
+  const auto size = static_cast<uint32_t>(element_size(view.dtype));
+  const auto classes = static_cast<uint32_t>(shape.channels);
+  const bool planar = !has_dense_rows(view, shape);
+  const uint32_t row_bytes = planar ? size : classes * size;
   const bool padded = row_bytes % 32 == 0;
   const uint32_t vectors = row_bytes / 16;
   return {
       static_cast<char*>(view.data),
+      view.image * size,
+      view.channel * size,
       row_bytes,
       row_bytes + (padded ? 16 : 0),
       padded ? static_cast<uint32_t>(((1ull << 32) + vectors - 1) / vectors) : 0,
+      planar,
       view.dtype};
+}
+
+// The sides of few classes that can be copied in vectors, or nothing.
+inline std::optional<Sides> sides_of(const Problem& problem, const Shape& shape) {
+  const View* const views[] = {&problem.student, &problem.teacher, &problem.student_grad_unscaled, &problem.teacher_grad_unscaled};
+  const auto all = [&](auto permits) {
+    return std::all_of(std::begin(views), std::end(views), [&](const View* view) { return view->data == nullptr || permits(*view); });
+  };
+  const auto interleaved = [&](const View& view) { return has_dense_rows(view, shape); };
+  // Where planes and interleaved rows meet, each image starts with a whole vector, and its rows end with one.
+  const auto either = [&](const View& view) {
+    return has_planes(view, shape) || (interleaved(view) && shape.pixels * element_size(view.dtype) % 16 == 0);
+  };
+  if (shape.channels == 0 || shape.channels > kMaxDenseClasses || shape.count() == 0 || !(all(interleaved) || all(either))) {
+    return std::nullopt;
+  }
+  const int64_t images = all(interleaved) ? 1 : shape.images;
+  const int64_t pixels = shape.images * shape.pixels / images;
+  const int64_t rows = shape.channels <= 16 ? kTileRows<16> : kTileRows<32>;
+  const int64_t tiles_per_image = (pixels + rows - 1) / rows;
+  STD_TORCH_CHECK(images * tiles_per_image <= INT32_MAX, "too many logits");
+  const auto side = [&](const View& view) { return side_of(view, shape); };
+  return Sides{
+      side(problem.student),
+      side(problem.teacher),
+      side(problem.student_grad_unscaled),
+      side(problem.teacher_grad_unscaled),
+      pixels,
+      static_cast<uint32_t>(tiles_per_image),
+      static_cast<uint32_t>(images * tiles_per_image)};
 }
 
 // Whether the elements of a tensor fill its memory without gaps or overlaps, in any order of dimensions.

@@ -1,7 +1,7 @@
 // L1, Kullback-Leibler and Jensen-Shannon discrepancies of logits, with their gradients and the top-1 agreement.
 //
 // A row is the C logits of one sample or pixel. A team of adjacent threads processes it: one thread where pixels are
-// contiguous in memory, up to a warp where classes are, a block for long rows; dense rows of few classes are read through shared
+// contiguous in memory, up to a warp where classes are, a block for long rows; most rows of few classes are read through shared
 // memory (dense_rows.cuh). Rows that fit are held in registers, so that logits are read once; longer rows are read once per
 // pass. Losses are accumulated in float64: one partial sum per block and a second kernel that adds them in order, so that results
 // are bitwise reproducible.
@@ -234,7 +234,7 @@ auto kernel_of(int classes, int team) -> void (*)(Problem) {
 }
 
 template <typename Loss>
-auto dense_kernel_of(int classes) -> void (*)(Problem, DenseProblem) {
+auto dense_kernel_of(int classes) -> void (*)(Problem, Sides) {
   return classes <= 8    ? dense_kernel<Loss, 8>
          : classes <= 12 ? dense_kernel<Loss, 12>
          : classes <= 16 ? dense_kernel<Loss, 16>
@@ -272,14 +272,9 @@ void launch_flat(const Launcher& launcher, int64_t count, Problem& problem, cons
 
 template <typename Loss>
 void launch_rows(const Launcher& launcher, const Shape& shape, Problem& problem, const Tensor& like) {
-  const auto dense = [&](const View& view) { return view.data == nullptr || has_dense_rows(view, shape); };
-  if (problem.classes > 0 && problem.classes <= kMaxDenseClasses && dense(problem.student) && dense(problem.teacher) &&
-      dense(problem.student_grad_unscaled) && dense(problem.teacher_grad_unscaled)) {
-    const auto rows_of = [&](const View& view) { return dense_rows_of(view, problem.classes); };
-    const DenseProblem sides{
-        rows_of(problem.student), rows_of(problem.teacher), rows_of(problem.student_grad_unscaled), rows_of(problem.teacher_grad_unscaled)};
-    const int rows = problem.classes <= 16 ? kTileRows<16> : kTileRows<32>;
-    launch(launcher, dense_kernel_of<Loss>(problem.classes), (problem.rows + rows - 1) / rows, rows, problem, like, sides);
+  if (const std::optional<Sides> sides = sides_of(problem, shape)) {
+    const int threads = problem.classes <= 16 ? kTileRows<16> : kTileRows<32>;
+    launch(launcher, dense_kernel_of<Loss>(problem.classes), sides->tiles, threads, problem, like, *sides);
     return;
   }
   problem.team = team_of(shape, problem.student);

@@ -56,6 +56,10 @@ def test_a_missing_barrier_is_detected_in_every_thread_order(fault: str) -> None
     assert results[0] != results[1]
 
 
+def test_an_asynchronous_copy_is_made_only_when_it_is_waited_for() -> None:
+    assert all("nan" in number for number in written("no wait for a copy", "forward"))
+
+
 def test_shared_memory_is_poisoned_between_blocks() -> None:
     numbers = written("memory of another block", "forward")
     assert numbers[:64] == RIGHT[:64]

@@ -71,18 +71,24 @@ def test_half_precision_logits_are_computed_in_float32(
     compare(kind, student, teacher, temperature=2.5, reduction="mean", scaled=True)
 
 
-# CUDA threads read dense rows of up to 32 classes through shared memory, in tiles of 256 rows or 128: 3 tiles or 6 and a part.
+# CUDA threads read rows of up to 32 classes through shared memory, in tiles of 256 rows or 128; the last one is incomplete.
 @pytest.mark.parametrize("classes", [1, 2, 8, 10, 11, 16, 19, 21, 24, 32, 33, 150])
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_rows_of_few_classes(backend: Backend, device: torch.device, kind: str, classes: int) -> None:
-    for dtypes in (PAIRS_OF_DTYPES[0], PAIRS_OF_DTYPES[1 + classes % 2]):
-        student, teacher = (random(2, classes, 17, 23, dtype=dtype, layout="channels_last", device=device) for dtype in dtypes)
-        compare(kind, student, teacher, temperature=1.7)
+    last, planes = "channels_last", "contiguous"
+    for pair, pixels, dtypes in (
+        ((last, last), (17, 23), PAIRS_OF_DTYPES[0]),
+        ((last, last), (17, 23), PAIRS_OF_DTYPES[1]),
+        ((planes, planes), (13, 24), PAIRS_OF_DTYPES[1]),
+        ((planes, last), (20, 28), PAIRS_OF_DTYPES[2]),
+    ):
+        sides = [random(2, classes, *pixels, dtype=dtype, layout=each, device=device) for dtype, each in zip(dtypes, pair, strict=True)]
+        compare(kind, *sides, temperature=1.7)
 
 
 # Without agreement, L1 of two tensors with the same strides does not depend on the rows.
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "misaligned", "sliced"])
-@pytest.mark.parametrize("dtypes", PAIRS_OF_DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtypes", PAIRS_OF_DTYPES[1:3], ids=str)
 @pytest.mark.parametrize("shape", [(3, 7), (5, 11, 17, 23)], ids=str)
 def test_l1_without_agreement(
     backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], layout: str, shape: tuple[int, ...]

@@ -86,7 +86,7 @@ def test_averages_and_shadows_are_stored_vectorized_except_for_the_tail(tmp_path
 DENSE_ROWS = """
 #include "dense_rows.cuh"
 template __global__ void dfkd_fast::dense_kernel<dfkd_fast::KullbackLeibler, 12>(
-    const __grid_constant__ dfkd_fast::Problem, const __grid_constant__ dfkd_fast::DenseProblem);
+    const __grid_constant__ dfkd_fast::Problem, const __grid_constant__ dfkd_fast::Sides);
 auto flat = dfkd_fast::flat_l1_kernel;
 """
 

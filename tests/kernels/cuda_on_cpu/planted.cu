@@ -19,7 +19,10 @@ __global__ void reverse(std::string_view fault, const float* numbers, float* rev
   const unsigned thread = threadIdx.x;
   const unsigned first = blockIdx.x * kThreads;
   if (fault != "memory of another block" || blockIdx.x == 0) {
-    copies[thread] = numbers[first + thread + (fault == "out of bounds")];
+    __pipeline_memcpy_async(copies + thread, numbers + first + thread + (fault == "out of bounds"), sizeof(float));
+  }
+  if (fault != "no wait for a copy") {
+    __pipeline_wait_prior(0);
   }
   if (fault == "misaligned load") {
     const Pack pack = *reinterpret_cast<const Pack*>(numbers + first + thread / 4 * 4 + 1);
