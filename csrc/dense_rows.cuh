@@ -9,6 +9,7 @@
 #include <cuda_pipeline_primitives.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <iterator>
 #include <optional>
@@ -83,6 +84,7 @@ struct Side {
   uint32_t row_bytes;        // from a row to the next; the size of an element in planes
   uint32_t pitch;            // the same in shared memory
   uint32_t inverse_vectors;  // 2³² / vectors per row, rounded up, of padded rows; else 0
+  uint32_t plane_shift;      // logarithm to base 2 of a plane's vectors in shared memory
   bool planar;
   Dtype dtype;
 };
@@ -121,12 +123,10 @@ __device__ __forceinline__ void for_each_vector(
   const uint32_t bytes = tile.rows * side.row_bytes;
   const uint32_t vectors = bytes / 16;
   if (side.planar) {
-    const uint32_t vectors_per_class = kRows / 16 * side.row_bytes;  // a power of two, at least 8
+    const uint32_t i = threadIdx.x & ((1u << side.plane_shift) - 1);  // of the class's vectors
 #pragma unroll 1
-    for (uint32_t c = threadIdx.x / vectors_per_class; c < classes; c += kRows / vectors_per_class) {
-      if (const uint32_t i = threadIdx.x % vectors_per_class; i < vectors) {
-        copy_vector(shared + c * vectors_per_class + i, reinterpret_cast<uint4*>(global + c * side.plane_bytes) + i);
-      }
+    for (uint32_t c = threadIdx.x >> side.plane_shift; c < classes && i < vectors; c += kRows >> side.plane_shift) {
+      copy_vector(shared + (c << side.plane_shift) + i, reinterpret_cast<uint4*>(global + c * side.plane_bytes) + i);
     }
     return;
   }
@@ -164,8 +164,7 @@ __device__ __forceinline__ void copy_to_global(const Side& side, int classes, co
       [](const char* source, char* target) { *target = *source; });
 }
 
-// Calls `visit(i, element)` for the classes of the thread's row in shared memory, i < kPerThread; `element` is null for classes
-// beyond the last.
+// Calls `visit(i, exists, element)` for i < kPerThread, where `element` is that of class i in the thread's row in shared memory.
 template <typename T, int kPerThread, typename Visit>
 __device__ __forceinline__ void for_each_element(const Side& side, int classes, uint4* shared, Visit&& visit) {
   constexpr int kFewest = kPerThread == 8 ? 1 : kPerThread <= 16 ? kPerThread - 3 : kPerThread - 7;
@@ -173,7 +172,7 @@ __device__ __forceinline__ void for_each_element(const Side& side, int classes, 
   const auto visit_all = [&](auto step) {  // a constant, so that offsets are part of the instructions
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      visit(i, i < kFewest || i < classes ? row + i * decltype(step)::value : nullptr);
+      visit(i, i < kFewest || i < classes, row + i * decltype(step)::value);
     }
   };
   if (side.planar) {
@@ -189,7 +188,7 @@ __device__ __forceinline__ void load_row(const Side& side, int classes, uint4* s
   dispatch_floating(side.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     for_each_element<T, kPerThread>(
-        side, classes, shared, [&](int i, const T* element) { values[i] = element == nullptr ? -INFINITY : widen(*element); });
+        side, classes, shared, [&](int i, bool exists, const T* element) { values[i] = exists ? widen(*element) : -INFINITY; });
   });
 }
 
@@ -200,8 +199,8 @@ __device__ __forceinline__ void store_row(const Side& side, int classes, uint4* 
   }
   dispatch_floating_or_int8(side.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    for_each_element<T, kPerThread>(side, classes, shared, [&](int i, T* element) {
-      if (element != nullptr) {
+    for_each_element<T, kPerThread>(side, classes, shared, [&](int i, bool exists, T* element) {
+      if (exists) {
         narrow(values[i], *element);
       }
     });
@@ -209,7 +208,7 @@ __device__ __forceinline__ void store_row(const Side& side, int classes, uint4* 
 }
 
 template <typename Loss, int kPerThread>
-__global__ void __launch_bounds__(kTileRows<kPerThread>, kPerThread <= 12 ? 4 : 3)
+__global__ void __launch_bounds__(kTileRows<kPerThread>, kPerThread <= 12 ? 4 : kPerThread <= 24 ? 3 : 2)
     dense_kernel(const __grid_constant__ Problem problem, const __grid_constant__ Sides sides) {
   constexpr int kRows = kTileRows<kPerThread>;
   constexpr bool kIsL1 = std::is_same_v<Loss, L1>;
@@ -264,7 +263,7 @@ inline bool has_dense_rows(const View& view, const Shape& shape) {
          (shape.images == 1 || view.image == shape.channels * shape.pixels) && is_aligned(view.data, 16);
 }
 
-inline Side side_of(const View& view, const Shape& shape) {
+inline Side side_of(const View& view, const Shape& shape, int64_t tile_rows) {
   const auto size = static_cast<uint32_t>(element_size(view.dtype));
   const auto classes = static_cast<uint32_t>(shape.channels);
   const bool planar = !has_dense_rows(view, shape);
@@ -278,6 +277,7 @@ inline Side side_of(const View& view, const Shape& shape) {
       row_bytes,
       row_bytes + (padded ? 16 : 0),
       padded ? static_cast<uint32_t>(((1ull << 32) + vectors - 1) / vectors) : 0,
+      static_cast<uint32_t>(std::countr_zero(static_cast<uint64_t>(tile_rows * size / 16))),
       planar,
       view.dtype};
 }
@@ -301,7 +301,7 @@ inline std::optional<Sides> sides_of(const Problem& problem, const Shape& shape)
   const int64_t rows = shape.channels <= 16 ? kTileRows<16> : kTileRows<32>;
   const int64_t tiles_per_image = (pixels + rows - 1) / rows;
   STD_TORCH_CHECK(images * tiles_per_image <= INT32_MAX, "too many logits");
-  const auto side = [&](const View& view) { return side_of(view, shape); };
+  const auto side = [&](const View& view) { return side_of(view, shape, rows); };
   return Sides{
       side(problem.student),
       side(problem.teacher),

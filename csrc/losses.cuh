@@ -7,6 +7,17 @@ namespace dfkd_fast {
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
+// 2^x; results below 2^-126 are 0. exp2f, which does not flush them, takes four times as many instructions, expf eight times.
+__device__ __forceinline__ float exp2_flushed(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return exp2f(x);
+#endif
+}
+
 struct Pair {
   float student;
   float teacher;
@@ -51,7 +62,7 @@ struct JensenShannon {
     const float distance = fabsf(log_ratio);
     const float square = distance * distance;
     const float near = 0.5f * distance - square * (1.0f / 8 - square * (1.0f / 192 - square * (1.0f / 2880)));
-    const float greater = distance < 0.25f ? near : -logf(0.5f + 0.5f * exp2f(-kLog2E * distance));
+    const float greater = distance < 0.25f ? near : -logf(0.5f + 0.5f * exp2_flushed(-kLog2E * distance));
     const float lesser = greater - distance;
     return log_ratio > 0.0f ? Pair{lesser, greater} : Pair{greater, lesser};
   }

@@ -59,6 +59,7 @@ using std::max;
 using std::min;
 
 inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 
 inline void __syncthreads(const device::Location& location = device::Location::current()) { device::wait_for_group(blockDim.x, location); }
