@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -212,8 +213,13 @@ def test_outputs_not_requested_are_empty_and_change_nothing(shape: tuple[int, ..
 
 @pytest.mark.parametrize(("kind", "shape"), [("l1", (512, 10)), ("kl", (512, 10)), ("js", (256, 10)), ("kl", (60, 16, 1, 1))])
 def test_small_logits_need_one_launch_per_pass(kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = []
-    monkeypatch.setattr(discrepancy, "launch", lambda *arguments, **options: launches.append(launch(*arguments, **options)))
+    launches: list[Any] = []
+
+    def counted(on: Tensor, kernel: Any, *arguments: Any, **options: Any) -> None:
+        launches.append(kernel)
+        launch(on, kernel, *arguments, **options)
+
+    monkeypatch.setattr(discrepancy, "launch", counted)
     student, teacher = random(*shape), random(*shape)
     if kind == "l1":
         discrepancy.l1_forward(student, teacher, 0.25, True, False)
