@@ -1,4 +1,7 @@
-"""The context of a stage: its device, the remaining time, and where to send its records."""
+"""The context of a stage: its device, the remaining time, and where to send its records.
+
+PyTorch, which takes seconds to import, is imported only by the stages that use it.
+"""
 
 import time
 import traceback
@@ -6,11 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .records import Record, Status
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["CaptureError", "Context", "GpuLostError"]
 
@@ -32,7 +36,7 @@ class Context:
 
     Args:
         stage: name of the stage.
-        device: device to run on; a CPU in a rehearsal.
+        device_type: type of the device to run on, "cuda"; "cpu" in a rehearsal.
         rehearse: whether to run at toy size, on a CPU.
         deadline: time of ``time.monotonic()`` shortly after which the process is killed.
         send: called with each record; returns after the record has left the process.
@@ -43,7 +47,7 @@ class Context:
     """
 
     stage: str
-    device: torch.device
+    device_type: str
     rehearse: bool
     deadline: float
     send: Callable[[Record], None]
@@ -53,6 +57,13 @@ class Context:
     origin: Mapping[str, Any] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     """Cases that did not run because no time was left."""
+
+    @property
+    def device(self) -> "torch.device":
+        """Device to run on."""
+        import torch
+
+        return torch.device(self.device_type)
 
     def seconds_left(self) -> float:
         """Return the seconds until the deadline."""
@@ -116,7 +127,9 @@ class Context:
             self.record(case, "failed", text, detail=traceback.format_exc(), seconds=round(time.monotonic() - begin, 2))
             if isinstance(error, CaptureError):
                 raise GpuLostError(str(error)) from None
-            if self.device.type == "cuda":
+            if self.device_type == "cuda":
+                import torch
+
                 try:
                     torch.cuda.synchronize(self.device)
                 except RuntimeError as lost:

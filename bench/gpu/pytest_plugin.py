@@ -1,11 +1,11 @@
 """pytest plugin of the tests stage, also loaded by the workers of xdist: ``-p bench.gpu.pytest_plugin``."""
 
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-import torch
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_protocol"]
 
@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Exit a worker whose test lost the GPU, before its other tests fail for that reason; xdist starts a new worker."""
     result = yield
-    if hasattr(item.config, "workerinput") and torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # not imported here, since it takes seconds and not every test uses it
+    if torch is not None and hasattr(item.config, "workerinput") and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:

@@ -58,8 +58,6 @@ def _exit_with(parent: int) -> None:
 
 
 def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> None:
-    import torch
-
     from .context import Context, GpuLostError
 
     if os.environ.get(REHEARSAL):
@@ -68,7 +66,7 @@ def _run(job: dict[str, Any], deadline: float, write: Callable[[str], None]) -> 
         rehearsal.prepare()
     context = Context(
         stage=job["stage"],
-        device=torch.device("cpu" if job["rehearse"] else "cuda"),
+        device_type="cpu" if job["rehearse"] else "cuda",
         rehearse=job["rehearse"],
         deadline=deadline,
         send=lambda record: write(record.line()),

@@ -30,7 +30,7 @@ def campaign(folder: Path, *stages: Stage, **options: object) -> Campaign:
 
 def all_faults(folder: Path, **options: object) -> Campaign:
     """Every fault, between two sound stages."""
-    faults = [stage(name, function, limit=20.0 if name == "hang" else 60.0) for name, function in FAULTS.items()]
+    faults = [stage(name, function, limit=8.0 if name == "hang" else 60.0) for name, function in FAULTS.items()]
     return campaign(folder, stage("sound", "sound"), *faults, stage("sound at the end", "sound"), **options)
 
 

@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from bench.gpu.context import Context, GpuLostError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sound(context: Context) -> None:
@@ -88,7 +89,7 @@ def wrong_kernel(context: Context) -> None:
 
     right: Callable[..., tuple[Tensor, ...]] = gpu.moments_forward
 
-    def wrong(*arguments: Any) -> tuple[Tensor, ...]:
+    def wrong(*arguments: Any) -> "tuple[Tensor, ...]":
         results = right(*arguments)
         results[-1].mul_(1.001)
         return results
@@ -114,6 +115,7 @@ def without_time(context: Context) -> None:
 def recording_variables(context: Context) -> None:
     for name in ("DFKD_FAST_BACKEND", "PYTEST_ADDOPTS", "TRITON_INTERPRET", "GIVEN"):
         context.record(name, text=os.environ.get(name, "cleared"))
+    context.record("PyTorch", text="imported" if "torch" in sys.modules else "not imported")
 
 
 def flooding(context: Context) -> None:
@@ -127,5 +129,6 @@ def few_tests(context: Context) -> None:
 
     file = Path(os.environ["PLANTED_TESTS"])
     root = file if file.is_dir() else file.parent
-    tests.ON_CPU = (tests.Part((f"--rootdir={root}", str(file)), 1),)
+    # Hypothesis, which the planted tests do not use, takes a second to import in each of pytest's processes.
+    tests.ON_CPU = (tests.Part(("-p", "no:hypothesispytest", f"--rootdir={root}", str(file)), 1),)
     tests.run(context)

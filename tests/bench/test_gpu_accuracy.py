@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench.gpu import accuracy
 from bench.gpu.accuracy import PLAN, REHEARSAL, Plan
@@ -18,7 +17,7 @@ SEED_0 = [f"{settings.name} seed 0" for settings in REHEARSAL.recipes]
 
 def context_of(records: list[Record], *, rehearse: bool = True, data_root: Path | None = None, **changes: Any) -> Context:
     options: dict[str, Any] = {"origin": {"commit": "abc"}, "deadline": time.monotonic() + 1000} | changes
-    return Context("accuracy", torch.device("cpu"), rehearse, send=records.append, data_root=data_root, **options)
+    return Context("accuracy", "cpu", rehearse, send=records.append, data_root=data_root, **options)
 
 
 def two(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ OTHER = replace(RECIPE, name="other")
 
 def context_of(records: list[Record], *, seconds: float = 1000.0, done: set[str] | None = None) -> Context:
     origin = {"device": "a CPU", "commit": "abc", "command": "python -m bench gpu"}
-    return Context("end-to-end", CPU, True, time.monotonic() + seconds, records.append, done=done or set(), origin=origin)
+    return Context("end-to-end", "cpu", True, time.monotonic() + seconds, records.append, done=done or set(), origin=origin)
 
 
 def case(contender: str, build_it: Callable[[], Contender] | None = None, limit: float = 1000.0) -> Case:

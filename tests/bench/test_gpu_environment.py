@@ -25,7 +25,7 @@ def binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def context() -> Context:
     records: list[Record] = []
-    return Context("environment", torch.device("cuda"), False, time.monotonic() + 60, records.append)
+    return Context("environment", "cuda", False, time.monotonic() + 60, records.append)
 
 
 def test_a_missing_extension_is_compiled_for_the_gpu_and_loaded(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

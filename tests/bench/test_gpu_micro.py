@@ -67,7 +67,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
     def run(seconds: float = SOON, done: Sequence[str] = ()) -> list[Record]:
         records: list[Record] = []
-        micro.run(Context("micro", torch.device("cpu"), True, time.monotonic() + seconds, records.append, done=done))
+        micro.run(Context("micro", "cpu", True, time.monotonic() + seconds, records.append, done=done))
         return records
 
     return run
@@ -249,5 +249,5 @@ def test_a_failed_capture_ends_the_process_but_keeps_its_rows(monkeypatch: pytes
     cpu, records = torch.device("cpu"), list[Record]()
     run = runner.Run(device=cpu, modes=(), providers=(), repeats=None, timer=timing.timer_for(cpu), copy_bandwidth=1.0, provenance=here)
     with pytest.raises(GpuLostError, match=timing.CAPTURE_FAILED):
-        micro._measure(Context("micro", cpu, True, time.monotonic() + SOON, records.append), run, KL, False)
+        micro._measure(Context("micro", cpu.type, True, time.monotonic() + SOON, records.append), run, KL, False)
     assert [record.case for record in records] == [f"{KL} / cuda", str(KL)]

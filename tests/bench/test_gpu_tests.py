@@ -96,7 +96,7 @@ def test_a_part_without_tests_is_a_failure(tmp_path: Path) -> None:
 
 def test_tests_without_time_are_left_and_a_second_call_runs_them(tmp_path: Path) -> None:
     slow = "import time\n\ndef test_first(): pass\n\ndef test_slow(): time.sleep({seconds})\n\ndef test_last(): pass\n"
-    first = run(tmp_path, slow.format(seconds=300), limit=30.0)
+    first = run(tmp_path, slow.format(seconds=300), limit=12.0)
     assert first["test_first"].status == "ok"
     assert first["test_slow"].status == first["test_last"].status == "left"
     second = run(tmp_path, slow.format(seconds=0))
