@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import pickle
 import signal
+import sys
 import time
 import traceback
 from collections import deque
@@ -16,8 +17,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
-
-import torch
 
 from dfkd_fast.errors import first_line
 
@@ -52,6 +51,8 @@ class Worker:
 
     def __init__(self) -> None:
         # Neither fork nor forkserver: the imports query GPUs, after which CUDA cannot be used in a forked process.
+        import torch  # not at the top: every process imports this module, and seconds later PyTorch only if its functions need it
+
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self._idle = False
@@ -235,7 +236,7 @@ class Pool(Generic[Job, Result]):
 
 
 def _serve(pipe: Connection, threads: int) -> None:
-    torch.set_num_threads(threads)
+    configured = False
     while True:
         try:
             message = pipe.recv_bytes()
@@ -243,6 +244,9 @@ def _serve(pipe: Connection, threads: int) -> None:
             return
         try:
             function, arguments, until = pickle.loads(message)  # imports the function's module
+            if not configured and (torch := sys.modules.get("torch")) is not None:
+                torch.set_num_threads(threads)
+                configured = True
             if until is not None:
                 # If the call hangs, the log gets a traceback shortly before the kill. All processes share the monotonic clock.
                 faulthandler.dump_traceback_later(max(0.1, until - time.monotonic() - 0.5))

@@ -1,7 +1,6 @@
 """Functions that are called in other processes. Times are only limits: no test checks a duration."""
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,19 +11,9 @@ import pytest
 import torch
 
 from bench.processes import OutOfTime, Pool, Worker, WorkerError, Workers
+from tests.bench.jobs import FAIL, die, run
 
 SOON = 60.0
-FAIL = "raise ValueError('a reason\\nat length')"
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run(code: str) -> int:
-    """Execute a job; returns the id of the process that ran it."""
-    exec(code)
-    return os.getpid()
 
 
 def has_ended(process: int) -> bool:
@@ -50,6 +39,10 @@ def worker() -> Iterator[Worker]:
 
 def test_a_worker_has_the_number_of_threads_of_its_parent_process(worker: Worker) -> None:
     assert worker.call(torch.get_num_threads) == THREADS
+    # The process sets it when it first has PyTorch, once.
+    worker.call(torch.set_num_threads, THREADS + 1)
+    assert worker.call(torch.get_num_threads) == THREADS + 1
+    worker.call(torch.set_num_threads, THREADS)
 
 
 def test_after_an_error_in_a_function_the_process_can_be_called_again(worker: Worker) -> None:
