@@ -30,6 +30,7 @@ from . import calibration, end_to_end, evaluation, host, model, provenance, repo
 from . import methods as method_costs
 from . import micro as cases
 from . import plot as plots
+from .end_to_end import plots as end_to_end_plots
 from .end_to_end.rows import SPEEDUPS
 from .gpu import rehearsal, schedule
 from .gpu.folder import Folder, check_out
@@ -245,7 +246,7 @@ def run_end_to_end(
         end_to_end.write(target, rows)  # at each measurement, so that a later failure does not lose the earlier ones
     if not rows:
         _fail("; ".join(failures), 1)
-    end_to_end.plot(end_to_end.read(target), target.with_suffix(".png"))
+    end_to_end_plots.plot(end_to_end.read(target), target.with_suffix(".png"))
     if json_file is not None:
         with replacing(json_file) as part:
             part.write_text(json.dumps({row.contender: table.cells(row) for row in rows}, indent=2) + "\n")
@@ -456,11 +457,11 @@ def plot(
 
 def _plot_headline(csvs: Sequence[Path], target: Path) -> Path:
     rows = [row for path in csvs for row in end_to_end.read(path)]
-    if not end_to_end.headline_cases(rows):
+    if not end_to_end_plots.headline_cases(rows):
         names = ", ".join(map(str, csvs))
         raise DfkdError(f"{names}: must have the engine and its peers with malloc reuse; python -m bench end-to-end measures them")
     target.parent.mkdir(parents=True, exist_ok=True)
-    end_to_end.plot_headline(rows, target)
+    end_to_end_plots.plot_headline(rows, target)
     return target
 
 

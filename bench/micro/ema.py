@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models import resnet18, resnet34, resnet50
@@ -200,6 +199,8 @@ def _averaged_model(average: nn.Module, source: nn.Module) -> Step:
 
 
 def _model_ema_v3(average: nn.Module, source: nn.Module) -> Step:
+    from timm.utils.model_ema import ModelEmaV3  # most processes that import this module do not measure it
+
     ema = ModelEmaV3(average, decay=DECAY)
     return Step(lambda: ema.update(source), ema.module)
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bench import end_to_end, table
+from bench import table
 from bench.__main__ import main
 from bench.end_to_end import plots, rows
 from bench.provenance import measured_on
@@ -46,7 +46,7 @@ def panels(measured: list[dict[str, str]], path: Path, monkeypatch: pytest.Monke
         part.touch()
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    end_to_end.plot(measured, path)
+    plots.plot(measured, path)
     return figures[0].axes
 
 
@@ -81,8 +81,8 @@ def test_the_chart_compares_with_the_strongest_peer_that_was_measured(tmp_path: 
 
 
 def test_the_chart_is_a_png_with_a_panel_per_case(tmp_path: Path) -> None:
-    end_to_end.plot(case(), tmp_path / "one.png")
-    end_to_end.plot([*case(), *case("other")], tmp_path / "two.png")
+    plots.plot(case(), tmp_path / "one.png")
+    plots.plot([*case(), *case("other")], tmp_path / "two.png")
     assert Image.open(tmp_path / "two.png").height > Image.open(tmp_path / "one.png").height
 
 
