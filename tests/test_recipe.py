@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from dfkd_fast import DfkdError, Loop, Trainer, load_recipe
-from dfkd_fast.models import build_generator, build_model
+from dfkd_fast import DfkdError, Loop, Recipe, Trainer, load_recipe
+from dfkd_fast.models import build_generator, build_model, sample
 from dfkd_fast.recipe import recipe_from_toml, recipe_to_toml
 from dfkd_fast.recipe_files import shipped_recipes
 from dfkd_fast.surgery import get_logits
@@ -170,11 +171,28 @@ SHALLOWER = {
 """Networks as deep as a test can wait for, by the name of a deeper one."""
 
 
+SIZE = 64
+"""Largest images on which a test trains."""
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_the_networks_of_a_shipped_recipe_run_an_iteration(name: str) -> None:
+    shipped = load_recipe(name)
+    # At full depth and size, only shapes are computed.
+    data = shipped.data
+    with torch.device("meta"):
+        images = torch.empty(2, data.channels, data.image_size, data.image_size)
+        if data.image_size > SIZE:
+            assert sample(generator_of(shipped), 2, "meta").shape == images.shape
+        for model in (shipped.teacher.model, shipped.student.model):
+            logits = get_logits(build_model(model, data.num_classes, data.channels)(images))
+            assert logits.shape[:2] == (2, data.num_classes)
+            assert logits.shape[2:] in ((), images.shape[2:])
     recipe = load_recipe(
         name,
         {
+            "data.image_size": min(data.image_size, SIZE),
+            "generator.image_size": shipped.generator.image_size and SIZE // 2,
             "loop.batch_size": 2,
             "loop.epochs": 1,
             "loop.iterations_per_epoch": 1,
@@ -188,20 +206,17 @@ def test_the_networks_of_a_shipped_recipe_run_an_iteration(name: str) -> None:
             "generator_optimizer.milestones": [],
         },
     )
-    data = recipe.data
-    images = torch.empty(2, data.channels, data.image_size, data.image_size, device="meta")
-    with torch.device("meta"):
-        for model in (recipe.teacher.model, recipe.student.model):
-            assert get_logits(build_model(model, data.num_classes, data.channels)(images)).shape[:2] == (2, data.num_classes)
     teacher, student = (
         build_model(SHALLOWER.get(model, model), data.num_classes, data.channels) for model in (recipe.teacher.model, recipe.student.model)
     )
-    generator = build_generator(
-        recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes
-    )
-    trainer = Trainer(teacher, student, generator, recipe)
+    trainer = Trainer(teacher, student, generator_of(recipe), recipe)
     trainer.fit()
     assert all(math.isfinite(loss) for loss in trainer.history[0].losses.values())
+
+
+def generator_of(recipe: Recipe) -> nn.Module:
+    data = recipe.data
+    return build_generator(recipe.generator, data.channels, data.image_size, mean=data.mean, std=data.std, num_classes=data.num_classes)
 
 
 def test_mnist_dfad_is_the_papers_setting() -> None:
