@@ -16,14 +16,15 @@ from dfkd_fast.methods import Objective, build_replay_source
 from dfkd_fast.models import sample, state_dict_sha256
 from dfkd_fast.out_of_memory import is_out_of_memory
 from dfkd_fast.surgery import (
+    BatchNormLeakyReLU2d,
     Call,
     FeatureVectors,
     FoldingError,
     Observer,
-    auxiliary_outputs,
     check_copy,
     deep_copy,
     eval_mode,
+    extract_logits,
     fold_and_verify,
     frozen_copy,
     fuse_conv_acts,
@@ -31,7 +32,6 @@ from dfkd_fast.surgery import (
     get_logits,
     has_running_statistics,
     keep_spectral_norms_in_float32,
-    logits_only,
     lower_precision,
     matched_layers,
     quantized_layers,
@@ -54,7 +54,9 @@ from .streams import random_stream
 __all__ = ["prepare", "prepare_teacher_training"]
 
 SAMPLES = 4
-"""Batch size of the example images that passes run networks on."""
+"""Batch size of the example images that passes run networks on in training mode."""
+EVALUATED = 2
+"""Batch size in evaluation mode, where images do not affect each other."""
 FUSION_TOLERANCE = 0.05
 """Largest difference between the logits of a fused and the original teacher, relative to the largest logit.
 
@@ -81,6 +83,11 @@ class Context:
     compares_features: bool = False
     """Whether student steps compare feature maps."""
 
+    @property
+    def evaluated(self) -> Tensor:
+        """Example images for passes in evaluation mode."""
+        return self.images[:EVALUATED]
+
 
 def note_emulation(context: Context) -> None:
     """Adds a note if the device emulates the precision of the run."""
@@ -97,9 +104,10 @@ def share(network: nn.Module, context: Context) -> nn.Module:
 
 def take_logits(network: nn.Module, context: Context) -> nn.Module:
     """Reduces the network's output to logits if it returns auxiliary outputs."""
-    if (outputs := auxiliary_outputs(network, context.images)) is not None:
-        context.notes.append(f"the {context.role} {outputs}")
-    return logits_only(network, context.images)
+    logits_network, others = extract_logits(network, context.images)
+    if others is not None:
+        context.notes.append(f"the {context.role} {others}")
+    return logits_network
 
 
 def fold(network: nn.Module, context: Context) -> nn.Module:
@@ -107,7 +115,7 @@ def fold(network: nn.Module, context: Context) -> nn.Module:
     if not context.engine.fold_teacher or not any(map(has_running_statistics, network.modules())):
         return network
     try:
-        return fold_and_verify(network, context.images)
+        return fold_and_verify(network, context.evaluated)
     except FoldingError as error:
         context.notes.append(f"the teacher's batch norms are not folded: {error}")
         return network
@@ -154,7 +162,9 @@ def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
     if context.on_gpu or context.second_order:
         return network
     fused = fuse_leaky_relus(sharing_copy(network))
-    if _have_equal_logits(network, fused, context.images):
+    if not any(isinstance(layer, BatchNormLeakyReLU2d) for layer in fused.modules()):  # there is nothing to compare
+        return network
+    if _have_equal_logits(network, fused, context.evaluated):
         return fused
     context.notes.append(f"engine.fuse_norm_act: the {context.role}'s batch norms and ReLUs are not fused, because its logits would change")
     return network
@@ -183,7 +193,7 @@ def _have_equal_logits(network: nn.Module, other: nn.Module, like: Tensor, toler
 
 def cast_weights(network: nn.Module, context: Context) -> nn.Module:
     """Casts the teacher's weights to the precision of the run."""
-    return network if context.precision.dtype is None else lower_precision(deep_copy(network), context.precision.dtype, context.images)
+    return network if context.precision.dtype is None else lower_precision(deep_copy(network), context.precision.dtype, context.evaluated)
 
 
 def fuse_teacher(network: nn.Module, context: Context) -> nn.Module:
@@ -193,8 +203,8 @@ def fuse_teacher(network: nn.Module, context: Context) -> nn.Module:
     before = len(cases_without_kernel)
     try:
         with context.precision.autocast():
-            fused, count = fuse_conv_acts(network, context.images)
-            equal = not count or _have_equal_logits(network, fused, context.images, tolerance=FUSION_TOLERANCE)
+            fused, count = fuse_conv_acts(network, context.evaluated)
+            equal = not count or _have_equal_logits(network, fused, context.evaluated, tolerance=FUSION_TOLERANCE)
         problem = "" if equal else "its logits would change"
     except (FoldingError, RuntimeError) as error:
         if is_out_of_memory(error):
@@ -212,13 +222,13 @@ def fuse_teacher(network: nn.Module, context: Context) -> nn.Module:
 
 def logits_in_float32(network: nn.Module, context: Context) -> nn.Module:
     """Keeps the layers that compute logits in float32."""
-    context.precision.keep_logits_in_float32(network, context.images)
+    context.precision.keep_logits_in_float32(network, context.evaluated)
     return network
 
 
 def note_rounded_logits(network: nn.Module, context: Context) -> nn.Module:
     """Adds a note if logits are rounded to the precision of the run."""
-    if context.precision.rounds_logits(network, context.images):
+    if context.precision.rounds_logits(network, context.evaluated):
         context.notes.append(
             f"engine.precision: the {context.role}'s logits are rounded to {context.precision.name}: "
             "its forward computes them outside of a layer"
@@ -318,7 +328,7 @@ def prepare(
     check_smallest_batches(method, student, generator, device, fresh_only=fresh_only)
     observer = Observer(optimized["teacher"], statistics=objective.bn_moments > 0, features=objective.activation > 0)
     with torch.no_grad(), context.precision.autocast():
-        observer(context.images)  # raises now, not in the first step, if it cannot observe a layer
+        observer(context.evaluated)  # raises now, not in the first step, if it cannot observe a layer
     features = None
     if objective.compares_features:
         features = _features(optimized["teacher"], optimized["student"], objective, len(images), seed, context)
@@ -416,7 +426,7 @@ def _features(teacher: nn.Module, student: nn.Module, objective: Objective, rows
         of_teacher = FeatureVectors(teacher, teacher_calls, *weights, layers=layers, features=objective.features)
         of_student = FeatureVectors(student, student_calls, *weights, projection, layers=layers, features=objective.features)
         with torch.no_grad():
-            dimension = of_teacher(context.images)[1].shape[1]
+            dimension = of_teacher(context.evaluated)[1].shape[1]
     return Features(of_teacher, of_student, torch.zeros(rows, dimension, device=context.device))
 
 

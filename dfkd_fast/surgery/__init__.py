@@ -13,7 +13,7 @@ from .fuse_conv_act import ConvAct2d, fuse_conv_acts
 from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
 from .modes import deep_copy, dry_run, eval_mode, freeze, keep_running_statistics, weights_frozen
 from .observe import Observation, Observer
-from .outputs import auxiliary_outputs, get_logits, logits_only
+from .outputs import extract_logits, get_logits, logits_only
 from .precision import SpectralNorm, compute_in_float32, find_heads, in_float32, keep_spectral_norms_in_float32, lower_precision
 from .quantize import FLOAT, FakeQuantized, FixedStatistics, left_in_float, quantize, quantize_layers, quantized_layers, restore_weights
 from .round_weights import round_weights
@@ -32,13 +32,13 @@ __all__ = [
     "Observation",
     "Observer",
     "SpectralNorm",
-    "auxiliary_outputs",
     "calibrate",
     "check_copy",
     "compute_in_float32",
     "deep_copy",
     "dry_run",
     "eval_mode",
+    "extract_logits",
     "find_heads",
     "fold",
     "fold_and_verify",

@@ -11,8 +11,10 @@ from dfkd_fast.errors import DfkdError
 
 from .modes import dry_run, eval_mode
 
-__all__ = ["auxiliary_outputs", "get_logits", "logits_only"]
+__all__ = ["extract_logits", "get_logits", "logits_only"]
 
+EVALUATED = 2
+"""Largest batch size of a pass in evaluation mode, where images do not affect each other."""
 LOGITS_KEYS = ("out", "logits")
 """Keys of the logits in a dict: torchvision's segmentation networks use the first, transformers' models the second."""
 
@@ -44,29 +46,50 @@ def get_logits(output: Any) -> Tensor:
     return logits
 
 
-def auxiliary_outputs(network: nn.Module, images: Tensor) -> str | None:
-    """Describes the outputs of a network other than its logits, in its current mode, for a log line.
+def extract_logits(network: nn.Module, images: Tensor) -> tuple[nn.Module, str | None]:
+    """Returns a module that shares a network's parameters and returns only its logits, and a description of its other outputs.
+
+    The module is the network itself if it returns a tensor and does not modify its input. Otherwise it is a wrapper that extracts the
+    logits and, if needed, clones the input. Since networks with auxiliary classifiers often return a tensor in evaluation mode only,
+    a network in training mode is tried in both modes.
 
     Args:
         network: images → logits, in any form that :func:`get_logits` accepts; unchanged.
         images: example images (B, C, H, W) on the network's device; at least two in training mode, for batch norms.
 
     Returns:
-        The end of a sentence about the network, "returns … in training mode: …", or None if there are no other outputs.
+        The module; and the end of a sentence about the network in its current mode for a log line, "returns … in training mode: …",
+        or None if there are no other outputs.
 
     Raises:
-        DfkdError: the output has no logits.
+        DfkdError: the output in the current mode has no logits.
     """
-    with dry_run(network) as trial, torch.no_grad():
-        output = trial(images.clone())  # cloned, since the network may modify its input in place
+    inputs = [images[:EVALUATED].clone(), images.clone()]  # cloned, since the network may modify its input in place
+    with eval_mode(network):
+        outputs = [network(inputs[0])]
+    if network.training:
+        with dry_run(network) as trial, torch.no_grad():
+            outputs.append(trial(inputs[1]))
+    description = _describe_auxiliary(outputs[-1], "training" if network.training else "evaluation")
+    modifies_input = not all(torch.equal(each, images[: len(each)]) for each in inputs)
+    if not modifies_input and all(isinstance(output, Tensor) for output in outputs):
+        return network, description
+    return _LogitsOnly(network, modifies_input), description
+
+
+def logits_only(network: nn.Module, images: Tensor) -> nn.Module:
+    """Returns the module of :func:`extract_logits`."""
+    return extract_logits(network, images)[0]
+
+
+def _describe_auxiliary(output: Any, mode: str) -> str | None:
     logits = get_logits(output)
     parts = {name: part for name, part in _parts(output).items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(part))}
     auxiliary = [name for name, part in parts.items() if part is not logits]
     if not auxiliary:
         return None
     used = next((name for name, part in parts.items() if part is logits), "logits")
-    mode = "training" if network.training else "evaluation"
-    untrained = "; layers used only for these are not trained" if network.training else ""
+    untrained = "; layers used only for these are not trained" if mode == "training" else ""
     return f"returns {type(output).__name__} in {mode} mode: {used} is used as logits, not {', '.join(auxiliary)}{untrained}"
 
 
@@ -80,29 +103,6 @@ def _parts(output: Any) -> dict[str, Any]:
         names = getattr(output, "_fields", [f"element {number}" for number in range(len(output))])
         return dict(zip(names, output, strict=True))
     return dict(getattr(output, "__dict__", {}))
-
-
-def logits_only(network: nn.Module, images: Tensor) -> nn.Module:
-    """Returns a module that shares a network's parameters and returns only its logits.
-
-    This is the network itself if it returns a tensor and does not modify its input. Otherwise it is a wrapper that extracts the
-    logits and, if needed, clones the input. Since networks with auxiliary classifiers often return a tensor in evaluation mode only,
-    a network in training mode is tried in both modes.
-
-    Args:
-        network: images → logits, in any form that :func:`get_logits` accepts; unchanged.
-        images: example images (B, C, H, W) on the network's device; at least two in training mode, for batch norms.
-    """
-    inputs = [images.clone(), images.clone()]
-    with eval_mode(network):
-        outputs = [network(inputs[0])]
-    if network.training:
-        with dry_run(network) as trial, torch.no_grad():
-            outputs.append(trial(inputs[1]))
-    modifies_input = not all(torch.equal(each, images) for each in inputs)
-    if not modifies_input and all(isinstance(output, Tensor) for output in outputs):
-        return network
-    return _LogitsOnly(network, modifies_input)
 
 
 class _LogitsOnly(nn.Module):

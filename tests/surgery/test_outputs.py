@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from dfkd_fast import DfkdError
-from dfkd_fast.surgery import auxiliary_outputs, dry_run, fold, freeze, get_logits, logits_only
+from dfkd_fast.surgery import dry_run, extract_logits, fold, freeze, get_logits, logits_only
 
 Outputs = namedtuple("Outputs", ["features", "logits"])
 
@@ -152,9 +152,9 @@ def test_logits_only_returns_a_network_with_tensor_outputs_unchanged() -> None:
 def test_auxiliary_outputs_are_described(kind: str, description: str) -> None:
     network = Wrapped(WRAPS[kind], always=False)
     before = copy.deepcopy(network.state_dict())
-    assert auxiliary_outputs(network, images()) == f"{description}; layers used only for these are not trained"
+    assert extract_logits(network, images())[1] == f"{description}; layers used only for these are not trained"
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert auxiliary_outputs(network.eval(), images()) is None
+    assert extract_logits(network.eval(), images())[1] is None
 
 
 @pytest.mark.parametrize(
@@ -169,16 +169,15 @@ def test_auxiliary_outputs_are_described(kind: str, description: str) -> None:
     ],
 )
 def test_an_output_of_logits_only_has_no_description(wrap: Callable[[Tensor, Tensor], Any]) -> None:
-    assert auxiliary_outputs(Wrapped(wrap), images()) is None
+    assert extract_logits(Wrapped(wrap), images())[1] is None
 
 
 def test_torchvisions_auxiliary_classifiers_are_described() -> None:
     torch.manual_seed(0)
     network = torchvision.models.googlenet(weights=None, init_weights=False, num_classes=5, aux_logits=True)
     x = torch.randn(2, 3, 32, 32)
-    description = auxiliary_outputs(network, x)
+    wrapper, description = extract_logits(network, x)
     assert description is not None and "logits is used as logits, not aux_logits2, aux_logits1" in description
-    wrapper = logits_only(network, x)
     assert wrapper(x).shape == (2, 5) and wrapper.eval()(x).shape == (2, 5)
 
 
