@@ -3,7 +3,7 @@
 import gc
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -107,7 +107,7 @@ class _OutOfTime(Exception):  # noqa: N818  # not an error
 
 
 class _WatchedFolder(RunFolder):
-    """A run folder that calls a function with every logged epoch."""
+    """A run folder that calls a function with every logged epoch. It is deleted after the stage, so nothing is plotted."""
 
     def __init__(self, path: Path, watch: Callable[[Epoch], None]) -> None:
         super().__init__(path)
@@ -117,6 +117,18 @@ class _WatchedFolder(RunFolder):
     def log(self, epoch: Epoch) -> None:
         super().log(epoch)
         self._watch(epoch)
+
+    @override
+    def plot_curves(self, epochs: Sequence[Epoch], teacher_accuracy: float | None, title: str, metric: str) -> None:
+        pass
+
+    @override
+    def plot_teacher_curves(self, epochs: Sequence[Epoch], title: str, metric: str) -> None:
+        pass
+
+    @override
+    def plot_samples_over_time(self, image_size: int, segmentation: bool, count: int) -> None:
+        pass
 
 
 def run(context: Context) -> None:

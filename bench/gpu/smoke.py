@@ -1,7 +1,7 @@
 """Stage 2: captured steps of the smallest recipes, and the correctness of every operation of every backend, called and replayed."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -41,6 +41,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 SHAPE, TOY_SHAPE = (16, 100, 28, 28), (3, 10, 7, 5)
 RECIPES: Sequence[str] = ("digits", "digits-dfad", "digits-mad", "digits-bank", "digits-vae", "digits-retain-first-order", "digits-retain")
 ITERATIONS, TOY_ITERATIONS = 10, 2
+TOY = {"loop.batch_size": 16, "loop.student_steps": 1, "generator.width": 4, "replay.rows": 8}
 
 
 class Operation(NamedTuple):
@@ -121,8 +122,8 @@ def run(context: Context) -> None:
     """Run iterations of the recipes; then check values and gradients against float64, in a call and in a replay with other inputs."""
     for name in context.cases(RECIPES, needs=1.0):
         with context.attempt(name):
-            iterations = TOY_ITERATIONS if context.rehearse else ITERATIONS
-            notes, seconds = _steps(name, iterations, context.device)
+            iterations, changes = (TOY_ITERATIONS, TOY) if context.rehearse else (ITERATIONS, {})
+            notes, seconds = _steps(name, iterations, changes, context.device)
             text = "; ".join(notes) or f"{iterations} iterations without notes"
             context.record(name, text=text, seconds=seconds, highlight=bool(notes))
     for case in context.cases([Case(*parts) for parts in product(OPERATIONS, BACKENDS, DTYPES, LAYOUTS)]):
@@ -191,13 +192,14 @@ def _named(results: Tensors) -> Results:
     return {f"result {index}": result.detach() for index, result in enumerate(results)}
 
 
-def _steps(name: str, iterations: int, device: torch.device) -> tuple[list[str], float]:
-    """Run a recipe's first iterations with untrained networks; returns the trainer's notes and the seconds of its steps.
+def _steps(name: str, iterations: int, changes: Mapping[str, object], device: torch.device) -> tuple[list[str], float]:
+    """Run the first iterations of a recipe with overrides and untrained networks; returns the trainer's notes and the seconds of its steps.
 
     Raises:
         ArithmeticError: A loss is not finite.
     """
-    recipe = load_recipe(name, {"loop.epochs": 1, "loop.iterations_per_epoch": iterations, "loop.generator_pretraining": 0})
+    short = {"loop.epochs": 1, "loop.iterations_per_epoch": iterations, "loop.generator_pretraining": 0}
+    recipe = load_recipe(name, {**short, **changes})
     trainer = Trainer(*networks(recipe), recipe, device=device)
     trainer.fit()
     losses = trainer.history[-1].losses
