@@ -49,7 +49,8 @@ MIN_NUMEL = {
     "js_discrepancy": 1 << 11,
     "concat_generated": 1 << 17,
     "channel_moments": 1 << 14,
-    "bias_act": 1 << 16,
+    "bias_act": 1 << 23,
+    "bias_act with moments": 1 << 14,
     "batch_norm_leaky_relu": 1 << 20,
     "winograd_conv2d": 1 << 15,
 }

@@ -64,7 +64,7 @@ def bias_act(
         (tensor([0., 1., 2., 4.]), tensor([1.5000]), tensor([3.2500]))
     """
     _check(x, bias, residual, activation)
-    backend = choose("bias_act", x.device, (x.dtype,), x.numel())
+    backend = choose("bias_act with moments" if moments else "bias_act", x.device, (x.dtype,), x.numel())
     if backend == "reference":
         return (reference.bias_act_moments if moments else reference.bias_act)(x, bias, residual, activation)
     # Kernels read memory directly and ignore the negative bit.

@@ -61,7 +61,7 @@ FUNCTIONS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
     "js_discrepancy": ("js_discrepancy", lambda x: js_discrepancy(*x, **SOFT)),
     "concat_generated": ("concat_generated", lambda x: concat_generated([*x[:, :, None, None]], activation="tanh", normalize="none")),
     "bias_act": ("bias_act", lambda x: bias_act(x[:, :, None], x.new_ones(8), activation="relu")),
-    "bias_act, moments": ("bias_act", lambda x: bias_act(x[:, :, None], x.new_ones(8), activation="relu", moments=True)),
+    "bias_act with moments": ("bias_act with moments", lambda x: bias_act(x[:, :, None], x.new_ones(8), activation="relu", moments=True)),
     "channel_moments": ("channel_moments", lambda x: channel_moments(x[:, :, None])),
     "channel_sums": ("channel_moments", lambda x: channel_sums(x[:, :, None])),
 }
@@ -299,7 +299,7 @@ BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "l1_discrepancy": lambda x: l1_discrepancy(x, x.detach().cos(), reduction="sum"),
     "concat_generated": lambda x: concat_generated([x], activation="tanh", normalize="none").sum(),
     "bias_act": lambda x: bias_act(x, torch.ones(3), activation="relu").sum(),
-    "bias_act, moments": lambda x: bias_act(x, torch.ones(3), activation="relu", moments=True)[2].sum(),
+    "bias_act with moments": lambda x: bias_act(x, torch.ones(3), activation="relu", moments=True)[2].sum(),
     "channel_moments": lambda x: channel_moments(x)[1].sum(),
     "channel_sums": lambda x: channel_sums(x)[1].sum(),
 }
