@@ -97,7 +97,7 @@ KIND_OF = {
         "cast and copy": ("_to_copy", "copy_", "clone", "cat", "stack", "flip", "constant_pad_nd", "slice_backward", "select_backward"),
         "images": ("concat_forward", "concat_forward_out", "concat_backward", "concat_gradient_moments"),
         "moments": ("moments_forward", "moments_backward"),
-        "loss": ("l1_forward", "kl_forward", "js_forward", "scale_gradients"),
+        "loss": ("l1_forward", "kl_forward", "js_forward", "scale_gradients", "scale_gradients_"),
         "optimizer": ("_fused_adam_", "_fused_adamw_", "_fused_sgd_"),
         "average": ("ema_update_",),
     }.items()
@@ -105,6 +105,8 @@ KIND_OF = {
 }
 TWO_KERNELS = {"moments_forward", "bias_act_moments_forward", "concat_gradient_moments", "slice_backward", "select_backward"}
 """Partial sums and their sum; zeros and the slice."""
+ONE_LAUNCH = 8192
+"""Logits up to which the discrepancies add their partial sums in the same launch."""
 CHUNK, MAX_CHUNKS = 1 << 16, 320  # of ATen's multi_tensor_apply: elements per block, blocks per launch
 MAX_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # tensors per launch, by the number of lists
 
@@ -201,6 +203,11 @@ def _multi_tensor(call: Call) -> list[Kernel]:
     return [Kernel(kind, 0, traffic // launches)] * launches
 
 
+def _discrepancy(call: Call) -> list[Kernel]:
+    one_launch = call.arguments[0].numel() <= ONE_LAUNCH
+    return [Kernel("loss", 0, _traffic(call)), *([] if one_launch else [Kernel("loss", 0, 0)])]
+
+
 def _average(call: Call) -> list[Kernel]:
     averages, sources, shadows = call.arguments[:3]
     return [Kernel("average", 0, sum(map(_bytes, (*averages, *averages, *sources, *shadows))))]
@@ -215,6 +222,7 @@ RULES: dict[str, Callable[[Call], list[Kernel]]] = {
     "native_batch_norm_backward": _batch_norm_backward,
     **dict.fromkeys(("leaky_relu", "leaky_relu_", "leaky_relu_backward"), _leaky_relu),
     **dict.fromkeys(("_foreach_add_", "_foreach_mul_", "_foreach_copy_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"), _multi_tensor),
+    **dict.fromkeys(("l1_forward", "kl_forward", "js_forward"), _discrepancy),
     "ema_update_": _average,
 }
 

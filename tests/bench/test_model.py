@@ -23,7 +23,7 @@ from dfkd_fast import load_recipe
 from dfkd_fast.engine.prepare import prepare
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.engine.steps import generator_step, student_step
-from dfkd_fast.kernels import dispatch, ema_update_
+from dfkd_fast.kernels import dispatch, ema_update_, l1_discrepancy, use_backend
 from dfkd_fast.surgery import BatchNormLeakyReLU2d, CpuConv2d
 from tests.command_line import CommandResult
 
@@ -144,9 +144,18 @@ def test_an_average_reads_both_lists_and_writes_one_and_its_copies(monkeypatch: 
     assert traffic(recorder) == [("average", 3 * 400 + 200)]
 
 
-def test_flops_of_a_step_are_those_that_pytorch_counts() -> None:
-    recipe = load_recipe("digits-mad", CHANGES)
-    phases = trace(recipe)
+@pytest.mark.parametrize(("rows", "launches"), [(256, 1), (2560, 2)])
+def test_a_discrepancy_of_many_logits_adds_its_partial_sums_in_a_second_launch(rows: int, launches: int) -> None:
+    student, teacher = torch.zeros(rows, 10, requires_grad=True), torch.zeros(rows, 10)
+    with use_backend("numba"), Recorder() as recorder:
+        l1_discrepancy(student, teacher, reduction="mean")
+    moved = 2 * FLOAT * student.numel() + student.numel() + FLOAT  # both logits, the signs and the loss
+    assert traffic(recorder) == [("loss", moved), *[("loss", 0)] * (launches - 1)]
+
+
+def test_flops_of_a_step_are_those_that_pytorch_counts_without_fusion() -> None:
+    phases = trace(load_recipe("digits-mad", CHANGES))
+    recipe = load_recipe("digits-mad", CHANGES | {"engine.fuse_teacher": False})
     state = prepare(*networks(recipe), recipe, seed=0, device=torch.device("cpu"), optimize_for="cuda")
     steps: list[Callable[[TrainState], object]] = [student_step, generator_step]
     for phase, step in zip(phases, steps, strict=True):
