@@ -146,7 +146,7 @@ def test_convolutions_for_which_cudnn_has_no_kernel_run_separately_with_one_note
     assert "cuDNN has no fused kernel for 3 of 6 convolutions, such as bfloat16 (2, 16, 32, 32)" in note and "unable to find" in note
 
 
-@pytest.mark.parametrize("failure", ["untraceable", "no kernel", "wrong"])
+@pytest.mark.parametrize("failure", ["untraceable", "no kernel", "wrong", "wrong gradient"])
 def test_a_teacher_that_cannot_be_fused_runs_as_before_with_one_note(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Branching(nn.Module):
         def __init__(self, network: nn.Module) -> None:
@@ -159,7 +159,8 @@ def test_a_teacher_that_cannot_be_fused_runs_as_before_with_one_note(failure: st
     def broken(*arguments: Any, **keywords: Any) -> torch.Tensor:
         if failure == "no kernel":
             raise RuntimeError("GET was unable to find an engine to execute this computation")
-        return 3 * conv2d_relu(*arguments, **keywords)
+        y = conv2d_relu(*arguments, **keywords)
+        return y.detach() + 3 * (y - y.detach()) if failure == "wrong gradient" else 3 * y
 
     teacher = small_networks(teacher="wrn10_1", channels=3)[0]
     if failure == "untraceable":
@@ -169,7 +170,12 @@ def test_a_teacher_that_cannot_be_fused_runs_as_before_with_one_note(failure: st
     state = state_for_a_gpu(teacher)
     assert ConvAct2d not in kinds(state.teacher)
     notes = [note for note in state.notes if "engine.fuse_teacher" in note]
-    expected = {"untraceable": "Branching cannot be traced", "no kernel": "unable to find an engine", "wrong": "its logits would change"}
+    expected = {
+        "untraceable": "Branching cannot be traced",
+        "no kernel": "unable to find an engine",
+        "wrong": "its logits would change",
+        "wrong gradient": "its input gradient would change",
+    }
     assert len(notes) == 1 and expected[failure] in notes[0]
 
 
