@@ -282,10 +282,16 @@ def run_model(
         if path is not None:
             check_output(option, path)
     target = out or RESULTS / f"model-{chosen}.csv"
+    if target.suffix == ".png":
+        raise DfkdError(f"--out {target}: must not end in .png, which is the name of the plot beside it")
+    if by_layer is not None and by_layer.resolve() == target.resolve():
+        raise DfkdError(f"--by-layer {by_layer}: must be another file than --out")
     columns = table.names(model.Row)
     if target.exists() and table.header(target) != columns:
         raise DfkdError(f"--out {target}: has other columns than a table of this benchmark")
     settings = parse_overrides(changes or [])
+    for name in recipe:
+        model.load(name, settings)  # so that a mistake in the last one fails before the first is predicted
     for name in recipe:
         rows = model.predict_recipe(name, settings, chosen, _command())
         console = Console()

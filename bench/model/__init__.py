@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfkd_fast import load_recipe
+from dfkd_fast import Recipe, load_recipe
 from dfkd_fast.errors import DfkdError
+from dfkd_fast.recipe import recipe_to_dict
+from dfkd_fast.recipe_files import flat, shipped_recipes
 
 from .. import table
 from ..provenance import measured_on
@@ -27,11 +29,36 @@ __all__ = [
     "Row",
     "kind_table",
     "layer_table",
+    "load",
     "predict_recipe",
     "total_table",
     "write",
     "write_layers",
 ]
+
+
+def load(name: str, settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
+    """Return a recipe, and the columns of its rows that identify it.
+
+    Args:
+        name: shipped recipe or TOML file.
+        settings: overrides by dotted path.
+
+    Raises:
+        DfkdError: the recipe does not exist or a setting is invalid, or the model does not know its kernels: in another precision than
+            bf16, or compiled.
+    """
+    recipe, original = load_recipe(name, settings), dict(flat(recipe_to_dict(load_recipe(name))))
+    if recipe.engine.precision not in ("auto", "bf16"):
+        raise DfkdError(f"engine.precision = {recipe.engine.precision!r}: must be 'auto' or 'bf16', whose rates the model has")
+    if recipe.engine.compile:
+        raise DfkdError("engine.compile = true: the model does not know which kernels torch.compile makes")
+    changed = {path: value for path, value in sorted(settings.items()) if original.get(path) != value}
+    columns = {
+        "recipe": name if name in shipped_recipes() else str(Path(name).resolve()),
+        "settings": ", ".join(f"{path} = {_text(value)}" for path, value in changed.items()),
+    }
+    return load_recipe(name, {**settings, "engine.precision": "bf16"}), columns
 
 
 def predict_recipe(name: str, settings: Mapping[str, Any], device: str, command: str) -> list[Row]:
@@ -44,18 +71,11 @@ def predict_recipe(name: str, settings: Mapping[str, Any], device: str, command:
         command: command line, for the provenance.
 
     Raises:
-        DfkdError: the recipe does not exist, a setting is invalid, or the precision is not bf16, whose rates the model has.
+        DfkdError: see :func:`load`.
     """
-    recipe = load_recipe(name, {"engine.precision": "bf16"} | dict(settings))
-    if recipe.engine.precision != "bf16":
-        raise DfkdError(f"--set engine.precision={recipe.engine.precision}: must be bf16, whose rates the model has")
+    recipe, columns = load(name, settings)
     rates = DEVICES[device]
-    case = {
-        "recipe": recipe.name,
-        "settings": ", ".join(f"{path} = {_text(value)}" for path, value in settings.items()),
-        "batch_size": recipe.loop.batch_size,
-        "precision": recipe.engine.precision,
-    }
+    case = {**columns, "batch_size": recipe.loop.batch_size, "precision": recipe.engine.precision}
     return predict(trace(recipe), rates, case, measured_on(f"{rates.name} (model)", command))
 
 

@@ -26,13 +26,14 @@ def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     for row in rows:
         bar = bars.setdefault((*(row[name] for name in CASE), row["phase"]), dict.fromkeys(KINDS, 0.0))
         bar[row["kind"]] += float(row["ms"]) / int(row["steps"])
-    shown = [kind for kind in KINDS if any(bar[kind] for bar in bars.values())]
     figure = Figure(figsize=(10, 1.4 + 0.32 * len(bars)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     left = [0.0] * len(bars)
-    for kind, color in zip(shown, mpl.colormaps["tab20"].colors, strict=False):  # type: ignore[attr-defined]
+    for kind, color in zip(KINDS, mpl.colormaps["tab20"].colors, strict=False):  # type: ignore[attr-defined]
         widths = [bar[kind] for bar in bars.values()]
+        if not any(widths):
+            continue
         axes.barh(range(len(bars)), widths, left=left, color=color, label=kind)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for position, end in enumerate(left):

@@ -24,6 +24,7 @@ ACTIVATIONS: dict[Any, str] = {
 }
 """Names of activations for ``bias_act``, by class of module, function, and name of method."""
 ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
+OPERATORS_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "imod", "ifloordiv", "imatmul")
 ADDITIONS = {operator.add, torch.add, "add", *ADDITIONS_IN_PLACE}
 
 
@@ -42,12 +43,12 @@ class ConvAct2d(nn.Conv2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         x = input.to(self.weight.dtype)
-        residual = None if residual is None else residual.to(self.weight.dtype)
         geometry: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
         if self.activation == "relu" and self.moments is None:
             assert self.bias is not None
-            return conv2d_relu(x, self.weight, self.bias, residual, **geometry)
+            return conv2d_relu(x, self.weight, self.bias, None if residual is None else residual.to(x.dtype), **geometry)
         output = F.conv2d(x, self.weight, None, **geometry)
+        residual = None if residual is None else residual.to(output.dtype)
         activation: Any = self.activation
         if self.moments is None:
             return bias_act(output, self.wide_bias, residual, activation=activation)
@@ -76,16 +77,23 @@ def fuse_conv_acts(network: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
     layers = dict(traced.named_modules())
     for node in traced.graph.nodes:
         if node.op == "call_module" and type(layers[node.target]) is nn.Identity:  # timm's blocks are full of them
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
     traced.recompile()
     with torch.no_grad():
         ShapeProp(traced).propagate(images)
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    nodes = list(traced.graph.nodes)
+    # A layer that is called twice, or whose parameters are read elsewhere, must keep its bias.
+    uses = Counter(node.target for node in nodes if node.op == "call_module")
+    uses.update(str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr")
+    order = {node: index for index, node in enumerate(nodes)}
+    changes = [order[node] for node in nodes if _is_in_place(node, layers)]
     fused = 0
-    for node in list(traced.graph.nodes):
-        if _is_convolution(node, layers) and calls[node.target] == 1 and len(node.users) == 1:
-            fused += _fuse(traced.graph, node, layers, calls)
+    for node in nodes:
+        if _is_convolution(node, layers) and uses[node.target] == 1 and len(node.users) == 1:
+            end = order[next(iter(node.users))]
+            moves_past_change = any(order[node] < change < end for change in changes)
+            fused += _fuse(traced.graph, node, layers, uses, with_residual=not moves_past_change)
     traced.delete_all_unused_submodules()
     traced.graph.lint()
     traced.recompile()
@@ -98,14 +106,23 @@ def _is_convolution(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
     return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and not _has_hooks(layer)
 
 
+def _is_in_place(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
+    """Whether a node may change a tensor that other nodes read."""
+    if node.op == "call_module":
+        return bool(getattr(layers[str(node.target)], "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    assigns = name.endswith("_") or name in OPERATORS_IN_PLACE or bool(node.kwargs.get("inplace"))
+    return node.op in ("call_function", "call_method") and assigns
+
+
 def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def _fuse(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module], calls: Counter[Any]) -> bool:
+def _fuse(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module], uses: Counter[Any], *, with_residual: bool) -> bool:
     """Fuses the convolution of a node with what consumes its output; returns whether there was something to fuse."""
     layer: Any = layers[str(node.target)]
-    last, residual = node, _residual(node)
+    last, residual = node, _residual(node) if with_residual else None
     if residual is not None:
         (last,) = node.users
     activation = None
@@ -117,7 +134,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module], calls: C
     consumed = [last, *last.all_input_nodes]
     bias = layer.weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
     if residual is not None:
-        if _is_convolution(residual, layers) and calls[residual.target] == 1 and len(residual.users) == 1:
+        if _is_convolution(residual, layers) and uses[residual.target] == 1 and len(residual.users) == 1:
             bias = bias + _without_bias(layers[str(residual.target)], layer)
         node.args = (*node.args, residual)
         last.prepend(node)

@@ -76,9 +76,9 @@ def bias_act(
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, residual: Tensor | None, activation: Activation, backend: Backend) -> Tensor:
-        ctx.save_for_backward(x, bias, residual)
-        ctx.activation, ctx.backend = activation, backend
         ctx.linear = activation == "none"
+        ctx.save_for_backward(*((None,) * 3 if ctx.linear else (x, bias, residual)))
+        ctx.activation, ctx.backend = activation, backend
         return operators.operator("bias_act_forward", backend, x)(x, bias, residual, activation)
 
     @staticmethod

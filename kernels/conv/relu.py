@@ -33,7 +33,7 @@ def conv2d_relu(
 
     PyTorch adds the bias of a convolution, the residual and the ReLU in one kernel each, all of which read and write the whole output.
     The backward pass masks the gradient and computes that of the input; it keeps the output only, not the input. If cuDNN has no such
-    kernel for the tensors, PyTorch's operations are used.
+    kernel for the tensors, PyTorch's operations are used. Autocast does not apply: the output has the dtype of ``x``.
 
     Args:
         x: input (N, C_in, H, W).
@@ -63,7 +63,8 @@ def conv2d_relu(
     _check(x, weight, bias, residual, stride, padding, dilation, groups)
     geometry = [*stride], [*padding], [*dilation], groups
     if dispatch.forced() == "reference" or dispatch.transforming() or x.dtype not in dispatch.KERNEL_DTYPES:
-        y = F.conv2d(x, weight, bias, *geometry)
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.conv2d(x, weight, bias, *geometry)
         return F.relu(y if residual is None else y + residual)
     return _ConvRelu.apply(x, weight, bias, residual, *geometry)
 
@@ -139,6 +140,11 @@ def _check(
     dilation: Pair,
     groups: int,
 ) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be an integer of at least 1, not {groups!r}")
     for name, pair, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if not is_pair(pair, minimum):
             raise ValueError(f"{name} must be two integers of at least {minimum}, not {pair!r}")
@@ -154,8 +160,9 @@ def _check(
         raise ValueError(f"the output is empty: input {tuple(x.shape[2:])}, kernel {tuple(weight.shape[2:])}, padding {tuple(padding)}")
     if residual is not None and residual.shape != (len(x), len(weight), *size):
         raise ValueError(f"residual must have the shape of the output, {(len(x), len(weight), *size)}, not {tuple(residual.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
+    others = {"weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    for name, tensor in others.items():
+        if (tensor.dtype, tensor.device) != (x.dtype, x.device):
             raise ValueError(f"{name} must have dtype and device of x, {x.dtype} on {x.device}, not {tensor.dtype} on {tensor.device}")
 
 

@@ -14,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.__main__ import main
 from bench.end_to_end import networks
+from bench.model import load
 from bench.model.cost import Call, Kernel, kernels
 from bench.model.rates import Rates
 from bench.model.rows import over_layers, predict, total
 from bench.model.trace import Launch, Layer, Phase, trace
 from bench.provenance import measured_on
-from dfkd_fast import load_recipe
+from dfkd_fast import DfkdError, load_recipe
 from dfkd_fast.engine.prepare import prepare
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.engine.steps import generator_step, student_step
@@ -226,7 +227,7 @@ def test_the_command_writes_a_table_and_a_plot_and_replaces_the_rows_of_the_same
     run(*arguments, "--set", "engine.fold_teacher=false")
     rows = read(table)
     assert [row["settings"] for row in rows].count("loop.batch_size = 8") == len(first)
-    assert {row["settings"] for row in rows} == {"loop.batch_size = 8", "loop.batch_size = 8, engine.fold_teacher = false"}
+    assert {row["settings"] for row in rows} == {"loop.batch_size = 8", "engine.fold_teacher = false, loop.batch_size = 8"}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -238,7 +239,9 @@ def read(path: Path) -> list[dict[str, str]]:
     ("arguments", "message"),
     [
         (["--recipe", "digits", "--device", "v100"], "--device 'v100': must be one of h200, h100"),
-        (["--recipe", "digits", "--set", "engine.precision=fp32"], "--set engine.precision=fp32: must be bf16"),
+        (["--recipe", "digits", "--set", "engine.precision=fp32"], "engine.precision = 'fp32': must be 'auto' or 'bf16'"),
+        (["--recipe", "digits", "--set", "engine.compile=true"], "engine.compile = true: the model does not know"),
+        (["--recipe", "digits", "--recipe", "nothing"], "recipe 'nothing'"),
         (["--recipe", "nothing"], "recipe 'nothing'"),
         (["--recipe", "digits", "--set", "loop"], "--set 'loop': must be key.path=value"),
         (["--recipe", "digits", "--by-layer", "/nonexistent/layers.csv"], "--by-layer /nonexistent/layers.csv"),
@@ -247,6 +250,26 @@ def read(path: Path) -> list[dict[str, str]]:
 def test_bad_arguments_are_one_line(run: Callable[..., CommandResult], arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run(*arguments, "--out", str(tmp_path / "model.csv"))
     assert result.code == 2 and message in result.err and len(result.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("option", "name"), [("--out", "model.png"), ("--by-layer", "model.csv")])
+def test_the_table_is_not_overwritten_by_the_plot_or_the_table_of_layers(
+    run: Callable[..., CommandResult], option: str, name: str, tmp_path: Path
+) -> None:
+    result = run("--recipe", "digits", "--out", str(tmp_path / "model.csv"), option, str(tmp_path / name))
+    assert result.code == 2 and f"{option} {tmp_path / name}: must" in result.err and not list(tmp_path.iterdir())
+
+
+def test_a_case_is_named_by_what_differs_from_its_recipe_in_any_order_and_a_file_by_its_path(tmp_path: Path) -> None:
+    settings = {"loop.batch_size": 8, "engine.capture": True, "loop.student_steps": 2}
+    names = [load("digits", dict(order))[1] for order in (settings.items(), reversed(settings.items()))]
+    assert names == 2 * [{"recipe": "digits", "settings": "loop.batch_size = 8, loop.student_steps = 2"}]
+    own = tmp_path / "digits.toml"
+    own.write_text('extends = "digits"\n[engine]\nprecision = "fp32"\n')
+    with pytest.raises(DfkdError, match=r"engine\.precision = 'fp32'"):
+        load(str(own), {})
+    own.write_text('extends = "digits"\n')
+    assert load(str(own), {})[1] == {"recipe": str(own), "settings": ""}
 
 
 def test_a_table_of_another_benchmark_is_not_overwritten(run: Callable[..., CommandResult], tmp_path: Path) -> None:

@@ -263,3 +263,13 @@ def test_double_backward_through_a_kernel_raises(fused: Backend, device: torch.d
     (gradient,) = torch.autograd.grad(results[-1].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r'no second derivative.*use_backend\("reference"\)'):
         gradient.sum().backward()
+
+
+def test_without_activation_and_moments_nothing_is_kept_for_the_backward_pass(fused: Backend, device: torch.device) -> None:
+    x, residual = (torch.randn(2, 3, 4, 4, device=device, requires_grad=True) for _ in range(2))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
+        y = bias_act(x, torch.ones(3, device=device), residual, activation="none")
+    assert kept == []
+    for gradient in torch.autograd.grad(y, (x, residual), torch.full_like(y, 2.0)):
+        assert (gradient == 2.0).all()

@@ -120,6 +120,13 @@ def test_only_the_output_is_kept_for_the_backward_pass() -> None:
     assert {tensor.data_ptr() for tensor in kept} == {y.data_ptr(), inputs[1].data_ptr()}
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_autocast_does_not_apply(backend: Any) -> None:
+    (x, weight, bias), _, _ = case(residual=False)
+    with torch.autocast("cpu", torch.bfloat16), use_backend(backend):
+        assert conv2d_relu(x, weight, bias).dtype == torch.float32
+
+
 def test_nan_passes_through_and_infinities_are_kept() -> None:
     x, weight, bias = (
         torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0]).view(4, 1, 1, 1),
@@ -174,6 +181,8 @@ def test_it_compiles_without_graph_breaks() -> None:
         ({"weight": torch.zeros(4, 6, 3, 3, dtype=torch.bfloat16)}, "weight must have dtype and device of x, torch.float32 on cpu"),
         ({"bias": torch.zeros(5)}, r"bias must be \(4,\), not \(5,\)"),
         ({"residual": torch.zeros(3, 4, 1, 1)}, r"residual must have the shape of the output, \(3, 4, 5, 7\), not \(3, 4, 1, 1\)"),
+        ({"bias": None}, "bias must be a tensor, not NoneType"),
+        ({"groups": 1.0}, "groups must be an integer of at least 1, not 1.0"),
         ({"stride": (0, 1)}, r"stride must be two integers of at least 1, not \(0, 1\)"),
         ({"padding": 1}, "padding must be two integers of at least 0, not 1"),
         ({"dilation": (9, 9)}, r"the output is empty: input \(7, 9\), kernel \(3, 3\), padding \(0, 0\)"),
