@@ -8,7 +8,7 @@ from ..end_to_end.contenders import is_engine
 from ..end_to_end.rows import SPEEDUPS
 from .cpu import USUAL_VARIANTS, command
 from .markdown import EMPTY, Cell, by_device, code, marker, one_line, table
-from .results import Results, is_gpu
+from .results import Results, grouped, is_gpu
 
 __all__ = ["EXTRACT_NOT_MEASURED", "NOT_MEASURED", "extracts", "sections"]
 
@@ -105,7 +105,7 @@ def kernels(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> str:
         titles = ("variant", "size", "dtype", "layout", "mode")
         cells = [
             Cell(tuple(case[0][title] for title in titles), case[0]["device"], _kernel_cell(case, newest))
-            for case in _grouped(of_kernel, (*titles, "device"))
+            for case in grouped(of_kernel, (*titles, "device"))
         ]
         parts.append(_section(f"### {one_line(kernel)}\n\n{by_device(titles, cells)}", of_kernel))
     return "\n\n".join(parts) or NOT_MEASURED
@@ -129,7 +129,7 @@ def accuracy(entries: Sequence[dict[str, Any]], newest: Mapping[str, str]) -> st
     """A row for each command: means over the seeds."""
     entries = [{**entry, "device": entry["device_name"]} for entry in entries]
     cells = []
-    for alike in _grouped([{**entry, "line": command(entry)} for entry in entries], ("recipe", "line", "device_name")):
+    for alike in grouped([{**entry, "line": command(entry)} for entry in entries], ("recipe", "line", "device_name")):
         last, best, teacher = (fmean(values) for values in zip(*map(_accuracies, alike), strict=True))
         seeds = ", ".join(f"seed {entry['seed']}: {entry['retention']['last']:.2f}{_mark(entry, newest)}" for entry in alike)
         drop, seconds = max(entry["retention"]["largest_drop"] for entry in alike), fmean(entry["seconds"]["total"] for entry in alike)
@@ -148,7 +148,7 @@ def profile(summaries: Sequence[dict[str, Any]]) -> str:
         stage = _stage(summary, "end-to-end")
         shown = [
             kernel
-            for case in _grouped(stage["tables"].get("kernels", ()), ("recipe", "batch_size"))
+            for case in grouped(stage["tables"].get("kernels", ()), ("recipe", "batch_size"))
             for kernel in _of_engine(case)[:SHOWN_KERNELS]
         ]
         cells = [
@@ -221,7 +221,7 @@ def _stage_cell(stage: dict[str, Any]) -> str:
 
 def _kernel_cell(case: Sequence[dict[str, str]], newest: Mapping[str, str]) -> str:
     """Each commit's results of a case, the newest first; times of two commits are not compared."""
-    commits = sorted(_grouped(case, ("commit",)), key=lambda rows: bool(_mark(rows[0], newest)))
+    commits = sorted(grouped(case, ("commit",)), key=lambda rows: bool(_mark(rows[0], newest)))
     return "; ".join(text + _mark(rows[0], newest) for rows in commits if (text := _compared(rows))) or EMPTY
 
 
@@ -252,7 +252,7 @@ def _fastest(timed: Mapping[str, dict[str, str]], names: Iterable[str]) -> dict[
 def _family_cells(rows: Sequence[dict[str, str]], newest: Mapping[str, str]) -> Iterator[Cell]:
     """Of each kernel the first whole call, which is the most important one."""
     first: dict[str, tuple[str, ...]] = {}
-    for case in _grouped(rows, ("kernel", "variant", "size", "dtype", "layout", "mode", "device")):
+    for case in grouped(rows, ("kernel", "variant", "size", "dtype", "layout", "mode", "device")):
         row = case[0]
         kernel = row["kernel"] if row["variant"] in USUAL_VARIANTS else f"{row['kernel']} {row['variant']}"
         labels = (kernel, row["size"], row["dtype"])
@@ -325,7 +325,7 @@ def _row_origins(device: str, stage: Mapping[str, Any], rows: Iterable[Mapping[s
 
 def _section(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """A table, and the commit, versions and commands of each device's values."""
-    groups = _grouped(rows, ("device", "commit", "torch", "triton", "numba"))
+    groups = grouped(rows, ("device", "commit", "torch", "triton", "numba"))
     lines = []
     for group in sorted(groups, key=lambda group: str(group[0]["device"])):
         first = group[0]
@@ -335,13 +335,6 @@ def _section(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
         part = f" ({len(group)} of its rows)" if sum(other[0]["device"] == first["device"] for other in groups) > 1 else ""
         lines.append(one_line(f"- {first['device']}{part}: {', '.join([commit, *versions, *commands])}"))
     return "\n".join([text, "", *lines])
-
-
-def _grouped(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    return list(groups.values())
 
 
 def _accuracies(entry: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..end_to_end.contenders import is_engine
 from ..model import CASE, TENSOR_CORE_KINDS
 from .markdown import EMPTY, code, marker, table
-from .results import Results
+from .results import Results, grouped
 
 __all__ = ["PREDICTIONS", "prediction_table"]
 
@@ -21,11 +21,11 @@ def prediction_table(results: Results) -> str:
     )
     measured = [row for row in results.rows("end-to-end", "gpu") if is_engine(row["contender"]) and row["kernel_seconds"]]
     lines = []
-    for case, alike in _by(results.rows("model", "gpu"), CASE).items():
-        recipe, settings, batch_size, _, device = case
+    for alike in grouped(results.rows("model", "gpu"), CASE):
+        recipe, settings, batch_size, _, device = case = [alike[0][name] for name in CASE]
         iteration = sum(float(row["ms"]) for row in alike)
-        for index, ((phase,), rows) in enumerate(_by(alike, ("phase",)).items()):
-            steps = int(rows[0]["steps"])
+        for index, rows in enumerate(grouped(alike, ("phase",))):
+            phase, steps = rows[0]["phase"], int(rows[0]["steps"])
             ms = sum(float(row["ms"]) for row in rows) / steps
             convolutions = sum(float(row["ms"]) for row in rows if row["kind"] in TENSOR_CORE_KINDS) / steps
             of_case = (code(recipe), settings or EMPTY, batch_size, device.removesuffix(" (model)")) if not index else ("", "", "", "")
@@ -49,10 +49,3 @@ def _measured(case: Sequence[str], rows: Iterable[Row]) -> str:
         and row["device"].endswith(device.removesuffix(" (model)"))
     ]
     return ", ".join(found) or EMPTY
-
-
-def _by(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups

@@ -2,14 +2,17 @@
 
 import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .. import table
 
-__all__ = ["Results", "is_gpu"]
+__all__ = ["Results", "grouped", "is_gpu"]
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,11 @@ class Results:
 def is_gpu(device: str) -> bool:
     """Whether a device name is a GPU's: a CPU's ends with its number of threads (``engine.device.device_name``)."""
     return re.search(r", \d+ threads$", device) is None
+
+
+def grouped(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
+    """Rows with equal values in the given columns together, in the order of their first one."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return list(groups.values())

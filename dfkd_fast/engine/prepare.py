@@ -194,10 +194,10 @@ def cast_weights(network: nn.Module, context: Context) -> nn.Module:
 
 
 def fuse_teacher(network: nn.Module, context: Context) -> nn.Module:
-    """Fuses the teacher's convolutions with what follows them, if the logits remain equal up to rounding."""
+    """Fuses the teacher's convolutions with what follows them, if logits and input gradients remain equal up to rounding."""
     if not context.engine.fuse_teacher or not context.on_gpu or context.compares_features:
         return network
-    before = len(cases_without_kernel)
+    cases_without_kernel.clear()  # those of earlier trainers, which this one would not note
     try:
         with context.precision.autocast():
             fused, count = fuse_conv_acts(network, context.evaluated)
@@ -209,7 +209,7 @@ def fuse_teacher(network: nn.Module, context: Context) -> nn.Module:
     if problem is not None:
         context.notes.append(f"engine.fuse_teacher: the teacher's convolutions are not fused with what follows them: {problem}")
         return network
-    if missing := list(cases_without_kernel.items())[before:]:
+    if missing := list(cases_without_kernel.items()):
         context.notes.append(
             f"engine.fuse_teacher: cuDNN has no fused kernel for {len(missing)} of {count} convolutions, such as {': '.join(missing[0])}"
         )

@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from dfkd_fast.kernels import bias_act, conv2d_relu
 
 from .fold import trace
+from .fuse_norm_act import has_hooks
 from .modes import deep_copy, freeze
 
 __all__ = ["ConvAct2d", "fuse_conv_acts"]
@@ -103,7 +104,7 @@ def fuse_conv_acts(network: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
 def _is_convolution(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
     """Whether a node calls a plain ``Conv2d`` whose padding is zeros and given as numbers."""
     layer = layers[str(node.target)] if node.op == "call_module" else None
-    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and not _has_hooks(layer)
+    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and not has_hooks(layer)
 
 
 def _is_in_place(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
@@ -113,10 +114,6 @@ def _is_in_place(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     assigns = name.endswith("_") or name in OPERATORS_IN_PLACE or bool(node.kwargs.get("inplace"))
     return node.op in ("call_function", "call_method") and assigns
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _fuse(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module], uses: Counter[Any], *, with_residual: bool) -> bool:
@@ -171,7 +168,7 @@ def _activation(node: fx.Node, layers: dict[str, nn.Module]) -> str | None:
         return None
     if node.op == "call_module":
         layer = layers[str(node.target)]
-        return None if _has_hooks(layer) else ACTIVATIONS.get(type(layer))
+        return None if has_hooks(layer) else ACTIVATIONS.get(type(layer))
     return ACTIVATIONS.get(node.target)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.kernels import batch_norm_leaky_relu, dispatch
 
-__all__ = ["BatchNormLeakyReLU2d", "fuse_leaky_relus"]
+__all__ = ["BatchNormLeakyReLU2d", "fuse_leaky_relus", "has_hooks"]
 
 
 class BatchNormLeakyReLU2d(nn.BatchNorm2d):
@@ -59,7 +59,7 @@ def fuse_leaky_relus(network: nn.Module, *, every_norm: bool = False) -> nn.Modu
     occurrences = Counter(id(child) for parent in network.modules() for child in parent._modules.values())
     for sequence in [module for module in network.modules() if type(module) is nn.Sequential]:
         for norm, activation in itertools.pairwise(list(sequence)):
-            unshared = occurrences[id(norm)] == occurrences[id(activation)] == 1 and not _has_hooks(activation)
+            unshared = occurrences[id(norm)] == occurrences[id(activation)] == 1 and not has_hooks(activation)
             slope = _negative_slope(activation)
             if _is_fusible(norm) and unshared and slope >= 0:
                 _fuse(norm, slope)
@@ -79,10 +79,11 @@ def _negative_slope(activation: nn.Module) -> float:
 
 
 def _is_fusible(layer: nn.Module) -> bool:
-    return type(layer) is nn.BatchNorm2d and layer.running_mean is not None and layer.momentum is not None and not _has_hooks(layer)
+    return type(layer) is nn.BatchNorm2d and layer.running_mean is not None and layer.momentum is not None and not has_hooks(layer)
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
+    """Returns True if a layer has hooks of its forward or backward pass, which a fused layer would not call."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 

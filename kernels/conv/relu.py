@@ -55,7 +55,7 @@ def conv2d_relu(
 
     Examples:
         >>> import torch
-        >>> from dfkd_fast.kernels.conv import conv2d_relu
+        >>> from dfkd_fast.kernels import conv2d_relu
         >>> x, weight, bias = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 3, 3), torch.zeros(5)
         >>> conv2d_relu(x, weight, bias, padding=(1, 1)).shape
         torch.Size([2, 5, 8, 8])
