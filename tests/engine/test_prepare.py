@@ -140,8 +140,8 @@ def test_convolutions_for_which_cudnn_has_no_kernel_run_separately_with_one_note
     monkeypatch.setattr("dfkd_fast.engine.prepare.cases_without_kernel", missing)
     with torch.library._scoped_library("dfkd_fast", "IMPL") as library:
         library.impl("conv2d_relu", relu._on_gpu, "CPU", allow_override=True)
-        state_for_a_gpu(small_networks(teacher="wrn10_1", channels=3)[0])
-        state = state_for_a_gpu(small_networks(teacher="wrn10_1", channels=3)[0])  # also a later trainer has the note
+        state_for_a_gpu(small_networks(teacher="lenet5", channels=3)[0])
+        state = state_for_a_gpu(small_networks(teacher="wrn10_1", channels=3)[0])  # notes its own convolutions only
     assert ConvAct2d in kinds(state.teacher)
     (note,) = [note for note in state.notes if "engine.fuse_teacher" in note]
     assert "cuDNN has no fused kernel for 3 of 6 convolutions, such as bfloat16 (2, 16, 32, 32)" in note and "unable to find" in note
