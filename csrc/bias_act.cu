@@ -2,8 +2,8 @@
 
 #include "operators.h"
 
-#include "channel_sums.cuh"
 #include "images.cuh"
+#include "moments.cuh"
 
 namespace dfkd_fast {
 namespace {
@@ -117,15 +117,13 @@ struct Forward {
   }
 };
 
-// Shifted sums of x + bias, as in moments.cu; the same pass writes the result.
+// Partial moments of x + bias; the same pass writes the result.
 struct Moments {
   static constexpr int kTensors = 2;
 
   Inputs inputs;
   View y;
-  double count;  // elements per channel
-  float* mean;
-  float* variance;
+  PartialMoments moments;
 
   template <typename TileT>
   struct Loaded {
@@ -140,12 +138,10 @@ struct Moments {
     float pivots[TileT::kChannels];
   };
 
-  // Rounded to 12 bits, so that differences from the pivot are exact; see moments.cu.
   __device__ float pivot(int64_t c) const {
     float value[1];
     load_tile<Tile<1, 1>>(inputs.x, 0, c, 0, value);
-    const float rounded = __uint_as_float((__float_as_uint(value[0] + inputs.bias[c]) + 0x800u) & ~0xfffu);
-    return isfinite(rounded) ? rounded : 0.0f;
+    return rounded_pivot(value[0] + inputs.bias[c]);
   }
 
   template <typename TileT>
@@ -180,13 +176,7 @@ struct Moments {
       biases[k] = inputs.bias[constants.c + k];
     }
     add_channels<TileT>(biases, loaded.values);
-#pragma unroll
-    for (int i = 0; i < TileT::kCount; ++i) {
-      constexpr int kChannels = TileT::kChannels;
-      const Sum difference = loaded.values[i] - constants.pivots[i % kChannels];
-      first[i % kChannels] += difference;
-      second[i % kChannels] += difference * difference;
-    }
+    add_differences<TileT>(loaded.values, constants.pivots, first, second);
     if (inputs.residual.data != nullptr) {
       dfkd_fast::add(loaded.residuals, loaded.values);
     }
@@ -196,13 +186,7 @@ struct Moments {
     store_tile<TileT>(tile, 0, 0, 0, loaded.values);
   }
 
-  __device__ void finish(int64_t c, double first, double second) const {
-    const double center = count > 0 ? pivot(c) : 0;
-    const double mean_difference = first / count;
-    const double spread = second / count - mean_difference * mean_difference;
-    mean[c] = static_cast<float>(center + mean_difference);
-    variance[c] = static_cast<float>(spread < 0 ? 0 : spread);
-  }
+  __device__ void store(int64_t c, int64_t block, int64_t blocks, double2 sums) const { moments.store(c, block, blocks, sums, pivot(c)); }
 };
 
 struct Backward {
@@ -303,19 +287,12 @@ Tensor bias_act_forward(const Tensor& x, const Tensor& bias, const std::optional
 }
 
 std::tuple<Tensor, Tensor, Tensor> bias_act_moments_forward(
-    const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation) {
-  const Shape shape = shape_of(x);
+    const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation, int64_t blocks) {
   const Tensor y = torch::stable::empty_like(x);
-  const Tensor mean = torch::stable::empty_like(bias);
-  const Tensor variance = torch::stable::empty_like(bias);
-  const Moments moments{
-      inputs_of(x, bias, residual, activation),
-      view_of(y, "x"),
-      static_cast<double>(shape.images * shape.pixels),
-      static_cast<float*>(mean.mutable_data_ptr()),
-      static_cast<float*>(variance.mutable_data_ptr())};
-  sum_channels(Launcher(x), shape, existing({moments.inputs.x, moments.inputs.residual, moments.y}), moments, x);
-  return {y, mean, variance};
+  const Moments moments{inputs_of(x, bias, residual, activation), view_of(y, "x"), {}};
+  const auto views = existing({moments.inputs.x, moments.inputs.residual, moments.y});
+  const auto [sums, center] = partial_moments_of(x, shape_of(x), views, moments, blocks);
+  return {y, sums, center};
 }
 
 std::tuple<Tensor, Tensor> bias_act_backward(

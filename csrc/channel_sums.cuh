@@ -1,6 +1,6 @@
 // Deterministic reduction of (N, C, H, W) to two sums per channel.
 //
-// The first kernel writes one partial sum per block, the second reduces the partial sums of each channel. Accumulators are
+// This kernel stores one partial sum per block; a second kernel of the operation adds the partial sums of each channel. Accumulators are
 // float64, except for the tiles that one thread has in flight. The number of blocks and the order of the additions do not
 // depend on the device, so the result is bitwise reproducible.
 #pragma once
@@ -21,16 +21,15 @@ struct SumGrid {
   int32_t width;            // groups per block; threads of the same group have stride `width`
 };
 
-constexpr int kSumBlocks = 1024;  // about the number of blocks resident on a large GPU
-
 template <typename TileT, typename Terms>
 constexpr int kTilesInFlight = TileT::kCount > 8 ? 1 : 4 / Terms::kTensors;
 
 // `Terms` defines kTensors (the number of tensors it reads), constants<Tile>(c) (per-channel constants of a tile),
-// load<Tile>(n, c, p) and add(constants, loaded, first, second), which accumulates two sums per channel of the tile.
+// load<Tile>(n, c, p), add(constants, loaded, first, second), which accumulates two sums per channel of the tile, and
+// store(c, block, blocks, sums), which stores the partial sums of a channel.
 template <typename TileT, typename Terms>
 __global__ void __launch_bounds__(kTileThreads, 2) partial_sums_kernel(
-    const __grid_constant__ SumGrid grid, const __grid_constant__ Terms terms, double2* __restrict__ partials) {
+    const __grid_constant__ SumGrid grid, const __grid_constant__ Terms terms) {
   constexpr int kChannels = TileT::kChannels;
   constexpr int kInFlight = kTilesInFlight<TileT, Terms>;
   // For one-element tiles, float64 additions are not the bottleneck.
@@ -98,34 +97,17 @@ __global__ void __launch_bounds__(kTileThreads, 2) partial_sums_kernel(
   if (row == 0 && group < grid.groups) {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
-      partials[(c + k) * gridDim.y + blockIdx.y] = sums[k][threadIdx.x];
+      terms.store(c + k, blockIdx.y, gridDim.y, sums[k][threadIdx.x]);
     }
   }
 }
 
-// One warp per channel; calls terms.finish(c, first, second).
-template <typename Terms>
-__global__ void __launch_bounds__(kTileThreads) total_sums_kernel(
-    const __grid_constant__ Terms terms, const double2* __restrict__ partials, int64_t splits, int64_t channels) {
-  const int lane = threadIdx.x % 32;
-  const int64_t c = (static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x) / 32;
-  if (c >= channels) {
-    return;
-  }
-  double first = 0;
-  double second = 0;
-  for (int64_t i = lane; i < splits; i += 32) {
-    const double2 partial = partials[c * splits + i];
-    first += partial.x;
-    second += partial.y;
-  }
+// The sum over a warp.
+__device__ __forceinline__ double warp_sum(double value) {
   for (int offset = 16; offset > 0; offset /= 2) {
-    first += __shfl_xor_sync(0xffffffffu, first, offset);
-    second += __shfl_xor_sync(0xffffffffu, second, offset);
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
   }
-  if (lane == 0) {
-    terms.finish(c, first, second);
-  }
+  return value;
 }
 
 // Adjacent threads process adjacent channels where the channel stride is smaller than the pixel stride.
@@ -143,8 +125,9 @@ inline SumGrid sum_grid_of(const Shape& shape, Tiling tiling, int kPixels, int k
   return grid;
 }
 
-template <typename Terms>
-void sum_channels(const Launcher& launcher, const Shape& shape, const std::vector<View>& views, const Terms& terms, const Tensor& like) {
+// Calls launch(tile, grid, columns) with the tile for the given views and the number of blocks along the channels.
+template <typename Launch>
+void with_sum_grid(const Shape& shape, const std::vector<View>& views, const Launch& launch) {
   if (shape.channels == 0) {
     return;
   }
@@ -152,14 +135,7 @@ void sum_channels(const Launcher& launcher, const Shape& shape, const std::vecto
   dispatch_tile(tiling, [&](auto tile) {
     using TileT = decltype(tile);
     const SumGrid grid = sum_grid_of(shape, tiling, TileT::kPixels, TileT::kChannels, views);
-    const int64_t columns = (grid.groups + grid.width - 1) / grid.width;
-    const int64_t tiles_at_once = kTileThreads / grid.width * kTilesInFlight<TileT, Terms>;
-    const int64_t splits = std::min(std::max<int64_t>(kSumBlocks / columns, 1), (grid.tiles + tiles_at_once - 1) / tiles_at_once);
-    const Tensor partials = torch::stable::new_empty(like, {shape.channels * splits, 2}, ScalarType::Double);
-    auto* const data = static_cast<double2*>(partials.mutable_data_ptr());
-    launcher(partial_sums_kernel<TileT, Terms>, columns, splits, kTileThreads, grid, terms, data);
-    constexpr int64_t kWarps = kTileThreads / 32;
-    launcher(total_sums_kernel<Terms>, (shape.channels + kWarps - 1) / kWarps, kTileThreads, terms, data, splits, shape.channels);
+    launch(tile, grid, (grid.groups + grid.width - 1) / grid.width);
   });
 }
 

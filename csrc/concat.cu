@@ -149,9 +149,7 @@ struct GradientMoments {
   Constants mean;
   Constants std;
   Activation activation;
-  double count;  // elements per channel
-  float* gradient_mean;
-  float* gradient_dot;
+  double2* partials;  // (C, blocks)
 
   template <typename TileT>
   struct Loaded {
@@ -185,11 +183,36 @@ struct GradientMoments {
     }
   }
 
-  __device__ void finish(int64_t c, double first, double second) const {
+  __device__ void store(int64_t c, int64_t block, int64_t blocks, double2 sums) const { partials[c * blocks + block] = sums; }
+};
+
+// One warp per channel.
+__global__ void __launch_bounds__(kTileThreads) gradient_moments_kernel(
+    const double2* __restrict__ partials,
+    int64_t blocks,
+    int64_t channels,
+    double count,  // elements per channel
+    float* __restrict__ gradient_mean,
+    float* __restrict__ gradient_dot) {
+  const int lane = threadIdx.x % 32;
+  const int64_t c = (static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x) / 32;
+  if (c >= channels) {
+    return;
+  }
+  double first = 0;
+  double second = 0;
+  for (int64_t i = lane; i < blocks; i += 32) {
+    const double2 partial = partials[c * blocks + i];
+    first += partial.x;
+    second += partial.y;
+  }
+  first = warp_sum(first);
+  second = warp_sum(second);
+  if (lane == 0) {
     gradient_mean[c] = static_cast<float>(first / count);
     gradient_dot[c] = static_cast<float>(second / count);
   }
-};
+}
 
 // Shared by concat_forward, which allocates the output, and concat_forward_out.
 void concat_into(
@@ -306,16 +329,33 @@ std::tuple<Tensor, Tensor> concat_gradient_moments(
       "gradient and raw differ in shape");
   const Tensor gradient_mean = torch::stable::new_empty(raw, {shape.channels}, ScalarType::Float);
   const Tensor gradient_dot = torch::stable::new_empty(raw, {shape.channels}, ScalarType::Float);
-  const GradientMoments moments{
+  GradientMoments moments{
       view_of(gradient, "gradient"),
       view_of(raw, "raw"),
       constants_of(mean, "mean", 1, shape.channels),
       constants_of(std, "std", 1, shape.channels),
       activation_of(activation),
-      static_cast<double>(shape.images * shape.pixels),
-      static_cast<float*>(gradient_mean.mutable_data_ptr()),
-      static_cast<float*>(gradient_dot.mutable_data_ptr())};
-  sum_channels(Launcher(raw), shape, {moments.gradient, moments.raw}, moments, raw);
+      nullptr};
+  const Launcher launcher(raw);
+  with_sum_grid(shape, {moments.gradient, moments.raw}, [&](auto tile, const SumGrid& grid, int64_t columns) {
+    constexpr int64_t kBlocks = 1024;  // about the number of blocks resident on a large GPU
+    const int64_t tiles_at_once = kTileThreads / grid.width * kTilesInFlight<decltype(tile), GradientMoments>;
+    const int64_t blocks = std::min(std::max<int64_t>(kBlocks / columns, 1), (grid.tiles + tiles_at_once - 1) / tiles_at_once);
+    const Tensor partials = torch::stable::new_empty(raw, {shape.channels * blocks, 2}, ScalarType::Double);
+    moments.partials = static_cast<double2*>(partials.mutable_data_ptr());
+    launcher(partial_sums_kernel<decltype(tile), GradientMoments>, columns, blocks, kTileThreads, grid, moments);
+    constexpr int64_t kWarps = kTileThreads / 32;
+    launcher(
+        gradient_moments_kernel,
+        (shape.channels + kWarps - 1) / kWarps,
+        kTileThreads,
+        moments.partials,
+        blocks,
+        shape.channels,
+        static_cast<double>(shape.images * shape.pixels),
+        static_cast<float*>(gradient_mean.mutable_data_ptr()),
+        static_cast<float*>(gradient_dot.mutable_data_ptr()));
+  });
   return {gradient_mean, gradient_dot};
 }
 

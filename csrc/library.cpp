@@ -23,11 +23,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfkd_fast, library) {
       "scale_gradients_.cuda(Tensor(a!) student_grad, Tensor(b!) teacher_grad, Tensor upstream, float student_scale, "
       "float teacher_scale) -> ()");
 
-  library.def("moments_forward.cuda(Tensor x, str activation) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("partial_moments.cuda(Tensor x, str activation, int blocks) -> (Tensor, Tensor)");
+  library.def(
+      "combine_moments.cuda(Tensor[] parts, Tensor[] centers, Tensor? scale, Tensor? shift, bool raw) -> (Tensor, Tensor)");
   library.def("moments_backward.cuda(Tensor x, Tensor grad_mean, Tensor grad_variance, Tensor center, float scale) -> Tensor");
 
   library.def("bias_act_forward.cuda(Tensor x, Tensor bias, Tensor? residual, str activation) -> Tensor");
-  library.def("bias_act_moments_forward.cuda(Tensor x, Tensor bias, Tensor? residual, str activation) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "bias_act_moments_forward.cuda(Tensor x, Tensor bias, Tensor? residual, str activation, int blocks) -> (Tensor, Tensor, Tensor)");
   library.def(
       "bias_act_backward.cuda(Tensor gradient, Tensor x, Tensor bias, Tensor? residual, str activation, "
       "Tensor? grad_mean, Tensor? grad_variance, Tensor? center, float scale, bool separate) -> (Tensor, Tensor)");
@@ -51,7 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(dfkd_fast, CUDA, library) {
   library.impl("scale_gradients.cuda", TORCH_BOX(&dfkd_fast::scale_gradients));
   library.impl("scale_gradients_.cuda", TORCH_BOX(&dfkd_fast::scale_gradients_));
 
-  library.impl("moments_forward.cuda", TORCH_BOX(&dfkd_fast::moments_forward));
+  library.impl("partial_moments.cuda", TORCH_BOX(&dfkd_fast::partial_moments));
+  library.impl("combine_moments.cuda", TORCH_BOX(&dfkd_fast::combine_moments));
   library.impl("moments_backward.cuda", TORCH_BOX(&dfkd_fast::moments_backward));
 
   library.impl("bias_act_forward.cuda", TORCH_BOX(&dfkd_fast::bias_act_forward));

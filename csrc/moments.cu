@@ -1,25 +1,19 @@
-// Per-channel mean and variance in one pass, and the backward pass.
+// Per-channel mean and variance: partial moments in one pass, their combination for many tensors, and the backward pass.
 
 #include "operators.h"
 
-#include "channel_sums.cuh"
 #include "images.cuh"
+#include "moments.cuh"
 
 namespace dfkd_fast {
 namespace {
 
-// Shifted sums: each channel is shifted by one of its own values (the pivot). Unshifted sums would cancel where the mean is
-// large compared with the standard deviation.
-struct Moments {
+struct Partial {
   static constexpr int kTensors = 1;
 
   View x;
   Activation activation;
-  double count;  // elements per channel
-  double* sum;
-  double* square_sum;
-  float* mean;
-  float* variance;
+  PartialMoments moments;
 
   template <typename TileT>
   struct Loaded {
@@ -31,14 +25,11 @@ struct Moments {
     float values[TileT::kChannels];
   };
 
-  // Rounded to 12 bits, so that differences from the pivot are exact in float32. Otherwise each difference would be rounded
-  // in the same direction, and the error would grow with the count.
   __device__ float pivot(int64_t c) const {
     float value[1];
     load_tile<Tile<1, 1>>(x, 0, c, 0, value);
     activate(activation, value);
-    const float rounded = __uint_as_float((__float_as_uint(value[0]) + 0x800u) & ~0xfffu);
-    return isfinite(rounded) ? rounded : 0.0f;
+    return rounded_pivot(value[0]);
   }
 
   template <typename TileT>
@@ -63,26 +54,88 @@ struct Moments {
       Sum (&first)[TileT::kChannels],
       Sum (&second)[TileT::kChannels]) const {
     activate(activation, loaded.values);
-#pragma unroll
-    for (int i = 0; i < TileT::kCount; ++i) {
-      constexpr int kChannels = TileT::kChannels;
-      const Sum difference = loaded.values[i] - pivots.values[i % kChannels];
-      first[i % kChannels] += difference;
-      second[i % kChannels] += difference * difference;
-    }
+    add_differences<TileT>(loaded.values, pivots.values, first, second);
   }
 
-  __device__ void finish(int64_t c, double first, double second) const {
-    const double center = count > 0 ? pivot(c) : 0;
-    const double mean_difference = first / count;
-    const double spread = second / count - mean_difference * mean_difference;
-    sum[c] = first + count * center;
-    // With infinite values the correction terms would give inf - inf.
-    square_sum[c] = isinf(second) ? second : second + 2 * center * first + count * center * center;
-    mean[c] = static_cast<float>(center + mean_difference);
-    variance[c] = static_cast<float>(spread < 0 ? 0 : spread);
-  }
+  __device__ void store(int64_t c, int64_t block, int64_t blocks, double2 sums) const { moments.store(c, block, blocks, sums, pivot(c)); }
 };
+
+// Partial moments of one tensor.
+struct Layer {
+  const float* parts;  // (2, C, count)
+  const float* center;
+  int32_t channels;
+  int32_t count;
+};
+
+constexpr int kMaxLayers = 160;
+
+// Passed as a kernel argument, so that a captured CUDA graph contains it. Arguments up to 4 KB have no extra cost.
+struct Layers {
+  Layer layers[kMaxLayers];
+};
+
+// (L, width) per plane: first means, then variances.
+struct Table {
+  float* moments;
+  double* raw_moments;  // E[x] and E[x²]; null unless they are required instead of the moments
+  float* offsets;       // means minus centers, one plane
+  const float* scale;   // may be null, like shift
+  const float* shift;
+  int64_t first;  // row of the first layer
+  int64_t width;
+  int64_t plane;  // elements of a plane
+};
+
+// One warp per channel and layer.
+__global__ void __launch_bounds__(kTileThreads) combine_kernel(const __grid_constant__ Layers layers, const __grid_constant__ Table table) {
+  const int lane = threadIdx.x % 32;
+  const int64_t c = (static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x) / 32;
+  if (c >= table.width) {
+    return;
+  }
+  const Layer& layer = layers.layers[blockIdx.y];
+  const bool exists = c < layer.channels;
+  double offset = 0;
+  double square = 0;
+  if (exists) {
+    const float* const first = layer.parts + c * layer.count;
+    const float* const second = first + int64_t{layer.channels} * layer.count;
+#pragma unroll 16
+    for (int i = lane; i < layer.count; i += 32) {
+      offset += first[i];
+      square += second[i];
+    }
+  }
+  offset = warp_sum(offset);
+  square = warp_sum(square);
+  if (lane != 0) {
+    return;
+  }
+  const int64_t at = (table.first + blockIdx.y) * table.width + c;
+  table.offsets[at] = static_cast<float>(offset);
+  const bool empty = exists && layer.count == 0;
+  const double center = exists && !empty ? layer.center[c] : 0;
+  double mean = empty ? NAN : center + offset;
+  if (table.raw_moments != nullptr) {
+    // With infinite values the correction terms would give inf - inf.
+    table.raw_moments[at] = mean;
+    table.raw_moments[table.plane + at] = empty ? NAN : isinf(square) ? square : square + center * (2 * offset + center);
+    return;
+  }
+  double variance = square - offset * offset;
+  variance = empty ? NAN : variance < 0 ? 0 : variance;
+  if (table.scale != nullptr) {
+    mean *= table.scale[at];
+    variance *= table.scale[table.plane + at];
+  }
+  if (table.shift != nullptr) {
+    mean += table.shift[at];
+    variance += table.shift[table.plane + at];
+  }
+  table.moments[at] = static_cast<float>(mean);
+  table.moments[table.plane + at] = static_cast<float>(variance);
+}
 
 struct Backward {
   View x;
@@ -118,24 +171,58 @@ struct Backward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moments_forward(const Tensor& x, const std::string& activation) {
-  const Shape shape = shape_of(x);
-  const View view = view_of(x, "x");
-  const auto per_channel = [&](ScalarType dtype) { return torch::stable::new_empty(x, {shape.channels}, dtype); };
-  const Tensor sum = per_channel(ScalarType::Double);
-  const Tensor square_sum = per_channel(ScalarType::Double);
-  const Tensor mean = per_channel(ScalarType::Float);
-  const Tensor variance = per_channel(ScalarType::Float);
-  const Moments moments{
-      view,
-      activation_of(activation),
-      static_cast<double>(shape.images * shape.pixels),
-      static_cast<double*>(sum.mutable_data_ptr()),
-      static_cast<double*>(square_sum.mutable_data_ptr()),
-      static_cast<float*>(mean.mutable_data_ptr()),
-      static_cast<float*>(variance.mutable_data_ptr())};
-  sum_channels(Launcher(x), shape, {view}, moments, x);
-  return {sum, square_sum, mean, variance};
+std::tuple<Tensor, Tensor> partial_moments(const Tensor& x, const std::string& activation, int64_t blocks) {
+  const Partial partial{view_of(x, "x"), activation_of(activation), {}};
+  return partial_moments_of(x, shape_of(x), {partial.x}, partial, blocks);
+}
+
+std::tuple<Tensor, Tensor> combine_moments(
+    const std::vector<Tensor>& parts,
+    const std::vector<Tensor>& centers,
+    const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift,
+    bool raw) {
+  STD_TORCH_CHECK(!parts.empty() && parts.size() == centers.size(), "parts and centers must be lists of the same length, at least 1");
+  const auto count = static_cast<int64_t>(parts.size());
+  int64_t width = 0;
+  for (const Tensor& center : centers) {
+    width = std::max(width, center.numel());
+  }
+  const Tensor& like = centers[0];
+  const Tensor moments = torch::stable::new_empty(like, {2, count, width}, raw ? ScalarType::Double : ScalarType::Float);
+  const Tensor offsets = torch::stable::new_empty(like, {count, width});
+  Table table{};
+  (raw ? reinterpret_cast<void*&>(table.raw_moments) : reinterpret_cast<void*&>(table.moments)) = moments.mutable_data_ptr();
+  table.offsets = static_cast<float*>(offsets.mutable_data_ptr());
+  table.width = width;
+  table.plane = count * width;
+  const auto constant = [&](const std::optional<Tensor>& tensor, const char* name) -> const float* {
+    if (!tensor.has_value()) {
+      return nullptr;
+    }
+    STD_TORCH_CHECK(tensor->numel() == 2 * table.plane && tensor->is_contiguous(), name, " must be contiguous (2, L, C)");
+    return float_data(*tensor, name);
+  };
+  table.scale = constant(scale, "scale");
+  table.shift = constant(shift, "shift");
+  const Launcher launcher(like);
+  constexpr int64_t kWarps = kTileThreads / 32;
+  for (; table.first < count; table.first += kMaxLayers) {
+    const int64_t rows = std::min<int64_t>(kMaxLayers, count - table.first);
+    Layers layers{};
+    for (int64_t row = 0; row < rows; ++row) {
+      const Tensor& part = parts[table.first + row];
+      const Tensor& center = centers[table.first + row];
+      const auto sizes = part.sizes();
+      STD_TORCH_CHECK(
+          sizes.size() == 3 && sizes[0] == 2 && sizes[1] == center.numel() && part.is_contiguous() && center.is_contiguous(),
+          "parts and centers must be contiguous (2, C, parts) and (C,)");
+      layers.layers[row] = {
+          float_data(part, "parts"), float_data(center, "centers"), static_cast<int32_t>(sizes[1]), static_cast<int32_t>(sizes[2])};
+    }
+    launcher(combine_kernel, (width + kWarps - 1) / kWarps, rows, kTileThreads, layers, table);
+  }
+  return {moments, offsets};
 }
 
 Tensor moments_backward(

@@ -50,7 +50,14 @@ void scale_gradients_(
     const Tensor& student_grad, const Tensor& teacher_grad, const Tensor& upstream, double student_scale, double teacher_scale);
 
 // moments.cu
-std::tuple<Tensor, Tensor, Tensor, Tensor> moments_forward(const Tensor& x, const std::string& activation);
+std::tuple<Tensor, Tensor> partial_moments(const Tensor& x, const std::string& activation, int64_t blocks);
+
+std::tuple<Tensor, Tensor> combine_moments(
+    const std::vector<Tensor>& parts,
+    const std::vector<Tensor>& centers,
+    const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift,
+    bool raw);
 
 Tensor moments_backward(
     const Tensor& x, const Tensor& grad_mean, const Tensor& grad_variance, const Tensor& center, double scale);
@@ -59,7 +66,7 @@ Tensor moments_backward(
 Tensor bias_act_forward(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation);
 
 std::tuple<Tensor, Tensor, Tensor> bias_act_moments_forward(
-    const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation);
+    const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation, int64_t blocks);
 
 std::tuple<Tensor, Tensor> bias_act_backward(
     const Tensor& gradient,

@@ -17,7 +17,7 @@ from .discrepancy import js_discrepancy, kl_discrepancy, l1_discrepancy
 from .dispatch import Backend, BackendError, use_backend
 from .ema import ema_multi_avg_fn, ema_update_
 from .ema.fused import FusedEMA
-from .moments import channel_moments, channel_sums
+from .moments import PartialMoments, channel_moments, channel_sums, combine_moments, partial_moments
 from .norm import batch_norm_leaky_relu
 from .renamed import current_name
 
@@ -25,10 +25,12 @@ __all__ = [
     "Backend",
     "BackendError",
     "FusedEMA",
+    "PartialMoments",
     "batch_norm_leaky_relu",
     "bias_act",
     "channel_moments",
     "channel_sums",
+    "combine_moments",
     "concat_generated",
     "conv2d_relu",
     "ema_multi_avg_fn",
@@ -36,6 +38,7 @@ __all__ = [
     "js_discrepancy",
     "kl_discrepancy",
     "l1_discrepancy",
+    "partial_moments",
     "use_backend",
     "winograd_conv2d",
     "winograd_is_faster",

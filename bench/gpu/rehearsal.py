@@ -39,7 +39,7 @@ def unavailable_reason(backend: Backend) -> str | None:
         return str(reason)
     if (reason := dispatch.unavailable_reason(backend)) is not None:
         return reason
-    if backend == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("dfkd_fast::moments_forward.cuda", "CPU"):
+    if backend == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("dfkd_fast::partial_moments.cuda", "CPU"):
         return "the CUDA kernels were not compiled for this CPU"
     if backend == "triton" and not dispatch.interpreting():
         return "TRITON_INTERPRET is not 1"

@@ -16,6 +16,7 @@ from dfkd_fast.kernels import (
     bias_act,
     channel_moments,
     channel_sums,
+    combine_moments,
     concat_generated,
     ema_update_,
     js_discrepancy,
@@ -86,6 +87,11 @@ def _bias(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).cos()
 
 
+def _bias_act_moments(x: Tensor, residual: Tensor) -> Tensors:
+    y, moments = bias_act(x, _bias(x), residual, activation="silu", moments=True)
+    return [y, *combine_moments([moments])]
+
+
 def _sums(x: Tensor, _: Tensor) -> Tensors:
     return [result.float() for result in channel_sums(x)[:2]]
 
@@ -100,7 +106,7 @@ OPERATIONS = {
     "concat_generated, batch norm": Operation(partial(_concat, "batch")),
     "batch_norm_leaky_relu": Operation(_norm, differentiable=1),
     "bias_act": Operation(lambda x, residual: [bias_act(x, _bias(x), residual, activation="relu6")]),
-    "bias_act, moments": Operation(lambda x, residual: bias_act(x, _bias(x), residual, activation="silu", moments=True)),
+    "bias_act, moments": Operation(_bias_act_moments),
     "channel_moments": Operation(lambda a, _: channel_moments(a), differentiable=1),
     "channel_sums": Operation(_sums, differentiable=1),
 }

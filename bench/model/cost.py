@@ -87,14 +87,14 @@ KIND_OF = {
         ),
         "cast and copy": ("_to_copy", "copy_", "clone", "cat", "stack", "flip", "constant_pad_nd", "slice_backward", "select_backward"),
         "images": ("concat_forward", "concat_forward_out", "concat_backward", "concat_gradient_moments"),
-        "moments": ("moments_forward", "moments_backward"),
+        "moments": ("partial_moments", "combine_moments", "moments_backward"),
         "loss": ("l1_forward", "kl_forward", "js_forward", "scale_gradients", "scale_gradients_"),
         "optimizer": ("_fused_adam_", "_fused_adamw_", "_fused_sgd_"),
         "average": ("ema_update_",),
     }.items()
     for name in names
 }
-TWO_KERNELS = {"moments_forward", "bias_act_moments_forward", "concat_gradient_moments", "slice_backward", "select_backward"}
+TWO_KERNELS = {"concat_gradient_moments", "slice_backward", "select_backward"}
 """Partial sums and their sum; zeros and the slice."""
 ONE_LAUNCH = 8192
 """Logits up to which the discrepancies add their partial sums in the same launch."""

@@ -16,7 +16,7 @@ from dfkd_fast import Recipe
 from dfkd_fast.engine.prepare import prepare
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.engine.steps import generator_step, student_step
-from dfkd_fast.kernels import dispatch
+from dfkd_fast.kernels import dispatch, moments
 
 from ..end_to_end import networks
 from .cost import Call, Kernel, kernels
@@ -90,13 +90,15 @@ def trace(recipe: Recipe) -> list[Phase]:
 
 @contextmanager
 def _gpu_kernels() -> Iterator[None]:
-    """Context manager in which CPU tensors of any size use the fused kernels, as GPU tensors do."""
-    sizes = dict(dispatch.MIN_NUMEL)
+    """Context manager in which CPU tensors of any size use the fused kernels, with as many blocks, as GPU tensors do."""
+    sizes, blocks = dict(dispatch.MIN_NUMEL), dict(moments.BLOCKS)
     dispatch.MIN_NUMEL.update(dict.fromkeys(sizes, 0))
+    moments.BLOCKS["numba"] = blocks["cuda"]
     try:
         yield
     finally:
         dispatch.MIN_NUMEL.update(sizes)
+        moments.BLOCKS.update(blocks)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from dfkd_fast.kernels import bias_act, conv2d_relu
+from dfkd_fast.kernels import PartialMoments, bias_act, conv2d_relu
 
 from .fold import trace
 from .fuse_norm_act import has_hooks
@@ -39,8 +39,8 @@ class ConvAct2d(nn.Conv2d):
     activation: str
     wide_bias: Tensor
     """The bias in float32."""
-    moments: list[tuple[Tensor, Tensor]] | None
-    """If it is a list, each call appends the mean and variance (C,) of ``conv(x) + bias``."""
+    moments: list[PartialMoments] | None
+    """If it is a list, each call appends the partial moments of ``conv(x) + bias``."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         x = input.to(self.weight.dtype)
@@ -53,8 +53,8 @@ class ConvAct2d(nn.Conv2d):
         activation: Any = self.activation
         if self.moments is None:
             return bias_act(output, self.wide_bias, residual, activation=activation)
-        y, mean, variance = bias_act(output, self.wide_bias, residual, activation=activation, moments=True)
-        self.moments.append((mean, variance))
+        y, moments = bias_act(output, self.wide_bias, residual, activation=activation, moments=True)
+        self.moments.append(moments)
         return y
 
 

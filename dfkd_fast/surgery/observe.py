@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.kernels import channel_moments
+from dfkd_fast.kernels import PartialMoments, combine_moments, partial_moments
 
 from .fold import has_running_statistics
 from .fuse_conv_act import ConvAct2d
@@ -89,8 +89,8 @@ class Observer:
             layer.moments = []
         logits = get_logits(self.network(images))
         # A layer has several calls if the network calls it repeatedly.
-        moments = [(norm, channel_moments(_as_images(x))) for norm in self._norms for x, _ in norm.calls]
-        moments += [(layer, channel_moments(y)) for layer in self._folded for _, y in layer.calls]
+        moments = [(norm, partial_moments(_as_images(x))) for norm in self._norms for x, _ in norm.calls]
+        moments += [(layer, partial_moments(y)) for layer in self._folded for _, y in layer.calls]
         moments += [(layer, each) for layer in self._fused for each in layer.moments]
         if self._classifier is not None and not self._classifier.calls:
             raise DfkdError(f"objective.activation: the teacher {type(self.network).__name__} does not call its last layer as a module")
@@ -107,22 +107,20 @@ class Observer:
         if self._classifier is not None and self._classifier not in self._folded:
             yield self._classifier
 
-    def _statistics(self, recorded: list[tuple[nn.Module, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-        """Returns ``statistics`` and ``running`` of :class:`Observation`; the number of operations does not depend on that of layers.
+    def _statistics(self, recorded: list[tuple[nn.Module, PartialMoments]]) -> tuple[Tensor, Tensor]:
+        """Returns ``statistics`` and ``running`` of :class:`Observation`.
 
         Args:
-            recorded: for every call, the layer and the moments of a batch norm's input or of a folded convolution's output, (C,) each.
+            recorded: for every call, the layer and the partial moments of a batch norm's input or of a folded convolution's output.
         """
         if not recorded:
             raise DfkdError(f"objective.bn_moments: the teacher {type(self.network).__name__} calls none of its batch norms")
         layers = tuple(layer for layer, _ in recorded)
         moments = [each for _, each in recorded]
         if layers not in self._constants:
-            self._constants[layers] = _constants(layers, moments[0][0])
-        scale, shift, running, paddings = self._constants[layers]
-        self.running = running
-        parts = [part for each in zip(*moments, strict=True) for pair in zip(each, paddings, strict=True) for part in pair if len(part)]
-        return torch.addcmul(shift, torch.cat(parts).view_as(scale), scale), running
+            self._constants[layers] = _constants(layers, moments[0].center)
+        scale, shift, self.running = self._constants[layers]
+        return combine_moments(moments, scale, shift), self.running
 
 
 class RecordsCalls(nn.Module):
@@ -150,18 +148,14 @@ class _Constants(NamedTuple):
     scale: Tensor
     shift: Tensor
     running: Tensor
-    paddings: list[Tensor]
-    """Zeros that pad the channels of each call to C."""
 
 
 @torch.no_grad()
 def _constants(layers: Sequence[nn.Module], like: Tensor) -> _Constants:
     each = [[tensor.to(like.dtype) for tensor in _input_moments_map(layer)] for layer in layers]
-    channels = [running.shape[1] for _, _, running in each]
-    paddings = [like.new_zeros(max(channels) - count) for count in channels]
-    padded = [[F.pad(tensor, (0, len(padding))) for tensor in tensors] for tensors, padding in zip(each, paddings, strict=True)]
-    scale, shift, running = (torch.stack(tensors, dim=1) for tensors in zip(*padded, strict=True))
-    return _Constants(scale, shift, running, paddings)
+    width = max(running.shape[1] for _, _, running in each)
+    padded = [[F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors] for tensors in each]
+    return _Constants(*(torch.stack(tensors, dim=1) for tensors in zip(*padded, strict=True)))
 
 
 def _input_moments_map(layer: Any) -> tuple[Tensor, Tensor, Tensor]:

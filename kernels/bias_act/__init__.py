@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import operators
 from ..checks import differentiable_once
 from ..dispatch import Backend, choose
+from ..moments import PartialMoments, gradients_of_sums, moments_gradient, num_blocks
 from . import reference
 
 __all__ = ["Activation", "bias_act"]
@@ -24,13 +25,13 @@ def bias_act(
 @overload
 def bias_act(
     x: Tensor, bias: Tensor, residual: Tensor | None = None, *, activation: Activation, moments: Literal[True]
-) -> tuple[Tensor, Tensor, Tensor]: ...
+) -> tuple[Tensor, PartialMoments]: ...
 
 
 def bias_act(
     x: Tensor, bias: Tensor, residual: Tensor | None = None, *, activation: Activation, moments: bool = False
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Compute ``activation(x + bias + residual)``, and optionally the per-channel moments of ``x + bias``, in one pass.
+) -> Tensor | tuple[Tensor, PartialMoments]:
+    """Compute ``activation(x + bias + residual)``, and optionally the partial moments of ``x + bias``, in one pass.
 
     Replaces what follows a frozen convolution whose batch normalization was folded into its weights: ``x`` is the output of the
     convolution without its bias. The moments are those that the BN statistics loss of DeepInversion (arXiv 1912.08795, eq. 4)
@@ -41,14 +42,12 @@ def bias_act(
         bias: per-channel bias (C,) of a floating-point dtype. Not differentiable.
         residual: tensor (N, C, H, W) of the shape and dtype of ``x``, or None for 0.
         activation: "none", "relu", "relu6", "silu" or "hardswish", as in ``torch.nn.functional``.
-        moments: whether to return the moments as well.
+        moments: whether to return the moments as well, for :func:`combine_moments`.
 
     Returns:
-        y: activations of the shape, strides and dtype of ``x``.
-        mean: if ``moments``, the mean (C,) of ``x + bias`` over N, H and W, before residual and activation; float32 (float64 for
-            float64 inputs); NaN if ``x`` is empty.
-        variance: if ``moments``, the biased variance (C,) likewise. All are differentiable with respect to ``x`` and
-            ``residual``; double backward requires the reference backend.
+        y: activations of the shape, strides and dtype of ``x``, differentiable with respect to ``x`` and ``residual``; double backward
+            requires the reference backend.
+        moments: if ``moments``, the per-channel partial moments of ``x + bias`` over N, H and W, before residual and activation.
 
     Raises:
         ValueError: invalid shapes, dtypes, layouts or devices, an unknown activation, or ``bias`` requires grad.
@@ -57,20 +56,23 @@ def bias_act(
 
     Examples:
         >>> import torch
-        >>> from dfkd_fast.kernels import bias_act
+        >>> from dfkd_fast.kernels import bias_act, combine_moments
         >>> x = torch.tensor([-2.0, 0.0, 1.0, 3.0]).view(1, 1, 2, 2)
-        >>> y, mean, variance = bias_act(x, torch.ones(1), activation="relu", moments=True)
+        >>> y, moments = bias_act(x, torch.ones(1), activation="relu", moments=True)
+        >>> mean, variance = combine_moments([moments])
         >>> y.flatten(), mean, variance
-        (tensor([0., 1., 2., 4.]), tensor([1.5000]), tensor([3.2500]))
+        (tensor([0., 1., 2., 4.]), tensor([[1.5000]]), tensor([[3.2500]]))
     """
     _check(x, bias, residual, activation)
     backend = choose("bias_act with moments" if moments else "bias_act", x.device, (x.dtype,), x.numel())
     if backend == "reference":
-        return (reference.bias_act_moments if moments else reference.bias_act)(x, bias, residual, activation)
-    # Kernels read memory directly and ignore the negative bit.
-    x, bias = x.resolve_neg(), bias.detach().float().resolve_neg().contiguous()
-    residual = None if residual is None else residual.resolve_neg()
-    return (_WithMoments if moments else _Fused).apply(x, bias, residual, activation, backend)
+        result: Any = (reference.bias_act_moments if moments else reference.bias_act)(x, bias, residual, activation)
+    else:
+        # Kernels read memory directly and ignore the negative bit.
+        x, bias = x.resolve_neg(), bias.detach().float().resolve_neg().contiguous()
+        residual = None if residual is None else residual.resolve_neg()
+        result = (_WithMoments if moments else _Fused).apply(x, bias, residual, activation, backend)
+    return (result[0], PartialMoments(*result[1:])) if moments else result
 
 
 class _Fused(torch.autograd.Function):
@@ -92,26 +94,27 @@ class _WithMoments(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor, residual: Tensor | None, activation: Activation, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, variance = operators.operator("bias_act_moments_forward", backend, x)(x, bias, residual, activation)
-        ctx.save_for_backward(x, bias, residual, mean)
+        bias_act_moments = operators.operator("bias_act_moments_forward", backend, x)
+        y, parts, center = bias_act_moments(x, bias, residual, activation, num_blocks(x, backend))
+        ctx.save_for_backward(x, bias, residual, center)
         ctx.activation, ctx.backend = activation, backend
+        ctx.mark_non_differentiable(center)
         ctx.set_materialize_grads(False)
-        return y, mean, variance
+        return y, parts, center
 
     @staticmethod
     @differentiable_once("bias_act")
     def backward(
-        ctx: Any, saved: tuple[Any, ...], gradient: Tensor | None, grad_mean: Tensor | None, grad_variance: Tensor | None
+        ctx: Any, saved: tuple[Any, ...], gradient: Tensor | None, grad_parts: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        x, bias, residual, mean = saved
-        if grad_mean is None and grad_variance is None:
+        x, bias, residual, center = saved
+        if grad_parts is None:
             return (None,) * 5 if gradient is None else _gradients(ctx, gradient, x, bias, residual)
         scale = 1 / max(len(x) * x.shape[2] * x.shape[3], 1)
-        grad_mean, grad_variance = (torch.zeros_like(mean) if grad is None else grad.contiguous() for grad in (grad_mean, grad_variance))
+        sums = gradients_of_sums(grad_parts)
         if gradient is None:
-            moments_backward = operators.operator("moments_backward", ctx.backend, x)
-            return moments_backward(x, grad_mean, grad_variance, mean - bias, scale), None, None, None, None
-        return _gradients(ctx, gradient, x, bias, residual, (grad_mean, grad_variance, mean, scale))
+            return moments_gradient(x, *sums, center - bias, scale, ctx.backend), None, None, None, None
+        return _gradients(ctx, gradient, x, bias, residual, (*sums, center, scale))
 
 
 def _gradients(
@@ -124,7 +127,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the arguments of ``forward``.
 
-    ``moments`` are the upstream gradients of mean and variance, the mean, and one over the number of elements per channel. Without them,
+    ``moments`` are the upstream gradients of both moments, their center, and one over the number of elements per channel. Without them,
     x and residual have the same gradient, and one tensor is returned for both, as by the backward pass of an addition in PyTorch.
     """
     of_x, _, of_residual, *_ = ctx.needs_input_grad
@@ -168,8 +171,8 @@ def _fake_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: 
     return torch.empty_like(x)
 
 
-def _fake_moments_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(bias), torch.empty_like(bias)
+def _fake_moments_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2, x.shape[1], 2 * blocks), dtype=torch.float32), torch.empty_like(bias)
 
 
 def _fake_backward(
@@ -191,7 +194,7 @@ operators.define(__name__, "bias_act_forward", "(Tensor x, Tensor bias, Tensor? 
 operators.define(
     __name__,
     "bias_act_moments_forward",
-    "(Tensor x, Tensor bias, Tensor? residual, str activation) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor bias, Tensor? residual, str activation, int blocks) -> (Tensor, Tensor, Tensor)",
     _fake_moments_forward,
 )
 operators.define(

@@ -12,6 +12,7 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
+from ..moments.cpu import finish_moments
 from ..simd import HALF, ONE, ZERO, TypedPointer
 
 __all__ = ["bias_act_backward", "bias_act_forward", "bias_act_moments_forward"]
@@ -34,12 +35,14 @@ class Grid(NamedTuple):
 
 
 def bias_act_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    return _run_forward(x, bias, residual, activation, bias, bias, has_moments=False)
+    return _run_forward(x, bias, residual, activation, bias, bias, blocks=0)
 
 
-def bias_act_moments_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    mean, variance = torch.empty_like(bias), torch.empty_like(bias)
-    return _run_forward(x, bias, residual, activation, mean, variance, has_moments=True), mean, variance
+def bias_act_moments_forward(
+    x: Tensor, bias: Tensor, residual: Tensor | None, activation: str, blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    moments, center = x.new_zeros((2, x.shape[1], 2 * blocks), dtype=torch.float32), torch.empty_like(bias)
+    return _run_forward(x, bias, residual, activation, moments, center, blocks), moments, center
 
 
 def bias_act_backward(
@@ -66,14 +69,12 @@ def bias_act_backward(
     return simd.restride_like(grad_x, x), simd.restride_like(grad_residual, x) if separate else x.new_empty(0)
 
 
-def _run_forward(
-    x: Tensor, bias: Tensor, residual: Tensor | None, activation: str, mean: Tensor, variance: Tensor, has_moments: bool
-) -> Tensor:
+def _run_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str, moments: Tensor, center: Tensor, blocks: int) -> Tensor:
     source, other, grid = _prepared(x, residual)
     y = torch.empty_like(source)
-    tensors = source, other, y, bias, mean, variance
+    tensors = source, other, y, bias, moments, center
     with simd.threads:
-        _forward(*map(simd.typed_pointer, tensors), residual is not None, has_moments, ACTIVATIONS[activation], grid)
+        _forward(*map(simd.typed_pointer, tensors), residual is not None, blocks, ACTIVATIONS[activation], grid)
     return simd.restride_like(y, x)
 
 
@@ -99,14 +100,14 @@ def _forward(
     residual: TypedPointer,
     y: TypedPointer,
     bias: TypedPointer,
-    mean: TypedPointer,
-    variance: TypedPointer,
+    moments: TypedPointer,
+    center: TypedPointer,
     has_residual: bool,
-    has_moments: bool,
+    blocks: int,
     activation: int,
     grid: Grid,
 ) -> None:
-    partial = np.empty((2, -(-grid.size // grid.group) * grid.channels_of_group if has_moments else 0))
+    partial = np.empty((2, -(-grid.size // grid.group) * grid.channels_of_group if blocks else 0))
     for task in prange(-(-grid.size // grid.task)):
         b, row = np.empty(grid.row, np.float32), np.empty(grid.row, np.float32)
         total, square = np.empty(grid.row), np.empty(grid.row)
@@ -117,17 +118,17 @@ def _forward(
             for start in range(first, end, grid.row):
                 u = row[: min(grid.row, end - start)]
                 _read_sum(x, start, b, u)
-                if has_moments:
+                if blocks:
                     _accumulate(u, total, square)
                 if has_residual:
                     _read_sum(residual, start, u, u)
                 _write_activated(u, activation, y, start)
-            if has_moments:
+            if blocks:
                 index = first // grid.group * grid.channels_of_group
                 _sum_pixels(total, partial[0, index : index + grid.channels_of_group])
                 _sum_pixels(square, partial[1, index : index + grid.channels_of_group])
-    if has_moments:
-        _finish(mean, variance, partial, grid)
+    if blocks:
+        finish_moments(moments, center, blocks, _total(partial, grid), grid.size // max(grid.channels, 1))
 
 
 @simd.parallel
@@ -242,17 +243,13 @@ def _sum_pixels(row: Any, sums: Any) -> None:
 
 
 @simd.helper
-def _finish(mean: TypedPointer, variance: TypedPointer, partial: Any, grid: Grid) -> None:
-    means, variances = simd.pointer(mean), simd.pointer(variance)
-    sums = np.zeros((2, grid.channels))
+def _total(partial: Any, grid: Grid) -> Any:
+    """Add the sums of all groups to sums (2, C)."""
+    totals = np.zeros((2, grid.channels))
     for i in range(partial.shape[1]):
-        sums[0, i % grid.channels] += partial[0, i]
-        sums[1, i % grid.channels] += partial[1, i]
-    elements = grid.size // max(grid.channels, 1)
-    for c in range(grid.channels):
-        center = sums[0, c] / elements
-        spread = sums[1, c] / elements - center * center
-        means[c], variances[c] = np.float32(center), np.float32(0.0 if spread < 0 else spread)
+        totals[0, i % grid.channels] += partial[0, i]
+        totals[1, i % grid.channels] += partial[1, i]
+    return totals
 
 
 @simd.helper

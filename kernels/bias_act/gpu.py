@@ -1,25 +1,12 @@
-"""Bias, residual, activation and moments in Triton; a second kernel adds the partial sums of the moments in order."""
+"""Bias, residual, activation and partial moments in Triton."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import (
-    combine_partials,
-    decode_sizes,
-    launch,
-    launch_tiles,
-    layout,
-    layout_arguments,
-    load,
-    num_splits,
-    pointers,
-    program_tile,
-    store,
-    tile_rows,
-    tile_shape,
-)
+from ..moments.gpu import store_parts
+from ..tiles import decode_sizes, launch, launch_tiles, layout, layout_arguments, load, pointers, program_tile, store, tile_rows, tile_shape
 
 
 def bias_act_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -29,21 +16,19 @@ def bias_act_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activatio
     return y
 
 
-def bias_act_moments_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def bias_act_moments_forward(
+    x: Tensor, bias: Tensor, residual: Tensor | None, activation: str, blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """See kernels/bias_act."""
     channels = x.shape[1]
-    y, mean, variance = torch.empty_like(x), torch.empty_like(bias), torch.empty_like(bias)
+    y, center = torch.empty_like(x), torch.empty_like(bias)
+    sums = x.new_empty((2, channels, 2 * blocks), dtype=torch.float32)
     tensors = x, x if residual is None else residual, y
     sizes, strides = layout(*tensors)
     block_rows, block_channels = tile_shape(sizes, strides[0])
-    parts = num_splits(sizes, block_rows, block_channels)
-    partials = x.new_empty((2, parts, channels), dtype=torch.float64)
-    arguments = *tensors, bias, partials, residual is not None, activation, *layout_arguments(sizes, tensors, strides)
-    launch(x, _moments_kernel, (parts, triton.cdiv(channels, block_channels)), *arguments, block_rows, block_channels)
-    count = x.numel() // max(channels, 1)
-    combined = x if parts else None, bias, partials, mean, variance, parts, count, channels, strides[0][3], 64, 16
-    launch(x, _combine_kernel, (triton.cdiv(channels, 16),), *combined)
-    return y, mean, variance
+    arguments = *tensors, bias, sums, center, residual is not None, activation, *layout_arguments(sizes, tensors, strides)
+    launch(x, _moments_kernel, (blocks, triton.cdiv(channels, block_channels)), *arguments, block_rows, block_channels)
+    return y, sums, center
 
 
 def bias_act_backward(
@@ -146,7 +131,8 @@ def _moments_kernel(
     residual: tl.tensor,
     y: tl.tensor,
     bias: tl.tensor,
-    partials: tl.tensor,
+    sums: tl.tensor,
+    center: tl.tensor,
     has_residual: tl.constexpr,
     activation: tl.constexpr,
     sizes: tl.tuple,
@@ -158,15 +144,13 @@ def _moments_kernel(
     block_channels: tl.constexpr,
 ) -> None:
     sizes = decode_sizes(sizes, accesses)
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     channel_mask = channels < sizes[3]
     pivot = _pivot(x, bias, channels, channel_mask, strides[3] // -2)
     b = _constant(bias, channels, channel_mask)
     total = tl.zeros((block_rows, block_channels), tl.float32)
     square = total
-    for index in range(part, sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), parts):
+    for index in range(tl.program_id(0), sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), tl.num_programs(0)):
         group, rows = tile_rows(index, sizes, block_rows)
         mask = (rows < sizes[2])[:, None] & channel_mask[None, :]
         u = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask) + b
@@ -176,36 +160,7 @@ def _moments_kernel(
         if has_residual:
             u += load(pointers(residual, group, rows, channels, sizes, residual_strides, accesses, 1), mask)
         store(pointers(y, group, rows, channels, sizes, y_strides, accesses, 2), _activate(u, activation), mask)
-    destination = partials + part * sizes[3] + channels
-    tl.store(destination, tl.sum(total.to(tl.float64), axis=0), mask=channel_mask)
-    tl.store(destination + parts * sizes[3], tl.sum(square.to(tl.float64), axis=0), mask=channel_mask)
-
-
-@triton.jit(do_not_specialize=["x", "parts", "count", "channel_count", "stride"])
-def _combine_kernel(
-    x: tl.tensor,
-    bias: tl.tensor,
-    partials: tl.tensor,
-    means: tl.tensor,
-    variances: tl.tensor,
-    parts: tl.tensor,
-    count: tl.tensor,
-    channel_count: tl.tensor,
-    stride: tl.tensor,
-    block_parts: tl.constexpr,
-    block_channels: tl.constexpr,
-) -> None:
-    channels = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    channel_mask = channels < channel_count
-    total, square = combine_partials(partials, parts, channels, channel_count, block_parts)
-    n = count.to(tl.float64)
-    pivot = tl.zeros((block_channels,), tl.float64)
-    if x is not None:
-        pivot = _pivot(x, bias, channels, channel_mask, stride).to(tl.float64)
-    mean = total / n
-    variance = square / n - mean * mean
-    tl.store(means + channels, (pivot + mean).to(tl.float32), mask=channel_mask)
-    tl.store(variances + channels, tl.where(variance < 0, 0, variance).to(tl.float32), mask=channel_mask)
+    store_parts(sums, center, pivot, total, square, channels, sizes)
 
 
 @triton.jit(do_not_specialize=["x", "residual", "gradient", "grad_x", "grad_residual"])

@@ -23,7 +23,7 @@ def bias_act(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) 
 
 
 def bias_act_moments(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    return bias_act(x, bias, residual, activation), *moments.channel_moments(_shifted(x, bias))
+    return bias_act(x, bias, residual, activation), *moments.partial_moments(_shifted(x, bias))
 
 
 def _shifted(x: Tensor, bias: Tensor) -> Tensor:

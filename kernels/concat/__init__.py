@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import operators
 from ..checks import differentiable_once, overlaps_itself, share_memory
 from ..dispatch import Backend, choose, transforming
+from ..moments import mean_and_variance
 from . import reference
 
 __all__ = ["Activation", "Normalize", "concat_generated"]
@@ -160,7 +161,7 @@ def _statistics(raws: Sequence[Tensor], backend: Backend, activation: Activation
     means, variances = [], []
     for raw, running_mean, running_var, training in zip(raws, *batch_norm[:3], strict=True):
         if training:
-            _, _, mean, variance = operators.operator("moments_forward", backend, raw)(raw, activation)
+            mean, variance = mean_and_variance(raw, activation, backend)
             count = raw.numel() // raw.shape[1]
             running_mean.lerp_(mean.to(running_mean.dtype), batch_norm.momentum)
             running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), batch_norm.momentum)

@@ -12,20 +12,23 @@ from torch import Tensor
 
 from .. import simd
 from ..simd import TypedPointer
+from .reference import combine_moments
 
-__all__ = ["moments_backward", "moments_forward"]
+__all__ = ["combine_moments", "finish_moments", "moments_backward", "partial_moments"]
 
 ACTIVATIONS = {"none": 0, "tanh": 1, "sigmoid": 2}
 
 
-def moments_forward(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def partial_moments(x: Tensor, activation: str, blocks: int) -> tuple[Tensor, Tensor]:
+    """See kernels/moments: the first two parts are about the mean, the others are 0."""
     x, channels_last = _dense(x)
     count, channels, height, width = x.shape
-    results = [torch.empty(channels, dtype=dtype) for dtype in (torch.float64, torch.float64, torch.float32, torch.float32)]
+    sums, center = torch.zeros((2, channels, 2 * blocks)), torch.empty(channels)
     kernel = _sum_rows if channels_last else _sum_planes
+    tensors = map(simd.typed_pointer, (x, sums, center))
     with simd.threads:
-        kernel(simd.typed_pointer(x), tuple(map(simd.typed_pointer, results)), count, channels, height * width, ACTIVATIONS[activation])
-    return results[0], results[1], results[2], results[3]
+        kernel(*tensors, blocks, count, channels, height * width, ACTIVATIONS[activation])
+    return sums, center
 
 
 def moments_backward(x: Tensor, grad_mean: Tensor, grad_variance: Tensor, center: Tensor, scale: float) -> Tensor:
@@ -56,7 +59,9 @@ def _activated(x: Any, activation: int) -> Any:
 
 
 @simd.parallel
-def _sum_planes(x: TypedPointer, results: tuple[TypedPointer, ...], count: int, channels: int, pixels: int, activation: int) -> None:
+def _sum_planes(
+    x: TypedPointer, sums: TypedPointer, center: TypedPointer, blocks: int, count: int, channels: int, pixels: int, activation: int
+) -> None:
     source = simd.pointer(x)
     partial = np.empty((count, 2, channels))
     for plane in prange(count * channels):
@@ -66,11 +71,13 @@ def _sum_planes(x: TypedPointer, results: tuple[TypedPointer, ...], count: int, 
             a += value
             b += value * value
         partial[plane // channels, 0, plane % channels], partial[plane // channels, 1, plane % channels] = a, b
-    _finish(results, partial, count * pixels)
+    finish_moments(sums, center, blocks, _total(partial), count * pixels)
 
 
 @simd.parallel
-def _sum_rows(x: TypedPointer, results: tuple[TypedPointer, ...], count: int, channels: int, pixels: int, activation: int) -> None:
+def _sum_rows(
+    x: TypedPointer, sums: TypedPointer, center: TypedPointer, blocks: int, count: int, channels: int, pixels: int, activation: int
+) -> None:
     source = simd.pointer(x)
     rows, period = count * pixels, _period(channels)
     rows_per_block = max(1, simd.BLOCK // period) * (period // channels)
@@ -86,22 +93,35 @@ def _sum_rows(x: TypedPointer, results: tuple[TypedPointer, ...], count: int, ch
         for i in range(period):
             partial[block, 0, i % channels] += a[i]
             partial[block, 1, i % channels] += b[i]
-    _finish(results, partial, rows)
+    finish_moments(sums, center, blocks, _total(partial), rows)
 
 
 @simd.helper
-def _finish(results: tuple[TypedPointer, ...], partial: Any, elements: int) -> None:
-    sums, square_sums = simd.pointer(results[0]), simd.pointer(results[1])
-    means, variances = simd.pointer(results[2]), simd.pointer(results[3])
-    for channel in range(partial.shape[2]):
-        total, square_total = 0.0, 0.0
-        for block in range(len(partial)):
-            total += partial[block, 0, channel]
-            square_total += partial[block, 1, channel]
-        mean = total / elements
-        variance = square_total / elements - mean * mean
-        sums[channel], square_sums[channel] = total, square_total
-        means[channel], variances[channel] = np.float32(mean), np.float32(0.0 if variance < 0 else variance)
+def _total(partial: Any) -> Any:
+    """Add sums (blocks, 2, C) in order."""
+    totals = np.zeros(partial.shape[1:])
+    for block in range(len(partial)):
+        totals += partial[block]
+    return totals
+
+
+@simd.helper
+def finish_moments(sums: TypedPointer, center: TypedPointer, blocks: int, totals: Any, elements: int) -> None:
+    """Write the mean in float32, and the moments about it as the first two parts, from float64 sums of x and x²."""
+    out, centers, channels = simd.pointer(sums), simd.pointer(center), totals.shape[1]
+    for c in range(channels if blocks else 0):
+        first, second = totals[0, c] / elements, totals[1, c] / elements
+        mean = np.float32(first)
+        if np.isfinite(mean):
+            variance, first = second - first * first, first - np.float64(mean)
+            second = (0.0 if variance < 0 else variance) + first * first
+        else:
+            mean = np.float32(0)
+        centers[c] = mean
+        for row, moment in ((c, first), (channels + c, second)):
+            high = np.float32(moment)
+            out[2 * blocks * row] = high
+            out[2 * blocks * row + 1] = np.float32(moment - high) if np.isfinite(high) else np.float32(0)
 
 
 @simd.inline

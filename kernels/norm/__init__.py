@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, operators
+from .. import dispatch
 from ..checks import differentiable_once
 from ..dispatch import Backend
+from ..moments import mean_and_variance
 
 __all__ = ["batch_norm_leaky_relu"]
 
@@ -135,7 +136,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = _kernels(backend)
         moments_backend = dispatch.forced() or dispatch.backends(x.device)[0]  # also available in CUDA
-        _, _, mean, variance = operators.operator("moments_forward", moments_backend, x)(x, "none")
+        mean, variance = mean_and_variance(x, "none", moments_backend)
         inverse, scale, shift = kernels.constants(mean, variance, weight, bias, eps)
         ctx.save_for_backward(x, mean, inverse, scale, shift, weight)  # weight: so that double backward with respect to it raises an error
         ctx.slope, ctx.backend = slope, backend

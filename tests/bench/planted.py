@@ -87,15 +87,15 @@ def wrong_kernel(context: Context) -> None:
     from bench.gpu import rehearsal, smoke
     from dfkd_fast.kernels.moments import gpu
 
-    right: Callable[..., tuple[Tensor, ...]] = gpu.moments_forward
+    right: Callable[..., tuple[Tensor, ...]] = gpu.combine_moments
 
     def wrong(*arguments: Any) -> "tuple[Tensor, ...]":
-        results = right(*arguments)
-        results[-1].mul_(1.001)
-        return results
+        moments, offsets = right(*arguments)
+        moments[1].mul_(1.001)
+        return moments, offsets
 
     rehearsal.prepare()
-    gpu.moments_forward = wrong  # type: ignore[assignment]
+    gpu.combine_moments = wrong  # type: ignore[assignment]
     for name in set(smoke.OPERATIONS) - {"channel_moments", "l1_discrepancy"}:
         del smoke.OPERATIONS[name]
     smoke.RECIPES = ()

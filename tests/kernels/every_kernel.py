@@ -16,6 +16,7 @@ from dfkd_fast.kernels import (
     batch_norm_leaky_relu,
     bias_act,
     channel_moments,
+    combine_moments,
     concat_generated,
     ema_update_,
     js_discrepancy,
@@ -96,7 +97,8 @@ def bias_acts(dtype: torch.dtype) -> Results:
     for layout in LAYOUTS:
         x, residual = (sign * normal(9, 20, 17, 19, dtype=dtype, layout=layout) for sign in (1, -0.7))
         leaves = x.requires_grad_(), residual.requires_grad_()
-        outputs = bias_act(x, normal(20), residual, activation="silu", moments=True)
+        y, moments = bias_act(x, normal(20), residual, activation="silu", moments=True)
+        outputs = y, combine_moments([moments])
         gradients = torch.autograd.grad([output.sin().sum() for output in outputs], leaves)
         for index, tensor in enumerate((*outputs, *gradients)):
             yield f"bias_act {layout} {index}", tensor

@@ -1,7 +1,7 @@
 """Shared code of the kernel tests: layouts, float64 references built from PyTorch functions, and tolerances."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from dfkd_fast.kernels import bias_act, combine_moments
 
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded", "misaligned"]
 HALVES = [torch.bfloat16, torch.float16]
@@ -118,6 +120,13 @@ def activated(raw: Tensor, activation: str) -> Tensor:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and biased variance."""
     return x.mean(dim=(0, 2, 3)), torch.var(x, dim=(0, 2, 3), correction=0)
+
+
+def bias_act_moments(x: Tensor, bias: Tensor, residual: Tensor | None, activation: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output of bias_act, and the mean and variance (C,) that its moments combine to."""
+    y, partial = bias_act(x, bias, residual, activation=activation, moments=True)
+    table = combine_moments([partial])
+    return y, table[0, 0], table[1, 0]
 
 
 def lerp(average: Tensor, source: Tensor, decay: float) -> Tensor:

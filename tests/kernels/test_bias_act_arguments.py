@@ -52,7 +52,7 @@ def test_the_bias_may_have_another_dtype_and_any_stride(backend: Backend, device
 
 def test_float64_is_computed_in_float64() -> None:
     x, bias = torch.randn(200, 3, 40, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    y, mean, variance = bias_act(x, bias, x, activation="none", moments=True)
+    y, mean, variance = oracles.bias_act_moments(x, bias, x, "none")
     torch.testing.assert_close(y, 2 * x + bias[:, None, None], rtol=1e-14, atol=1e-14)
     torch.testing.assert_close((mean, variance), oracles.moments(x + bias[:, None, None]), rtol=1e-12, atol=1e-12)
 
@@ -60,7 +60,7 @@ def test_float64_is_computed_in_float64() -> None:
 def test_negative_bits_are_resolved(backend: Backend, device: torch.device) -> None:
     x, bias, residual = torch.randn(2, 3, 4, 5).to(device), torch.randn(3).to(device), torch.randn(2, 3, 4, 5).to(device)
     negative_x, negative_residual = (torch._neg_view(tensor).detach().requires_grad_() for tensor in (x, residual))
-    y, mean, _ = bias_act(negative_x, torch._neg_view(bias), negative_residual, activation="relu", moments=True)
+    y, mean, _ = oracles.bias_act_moments(negative_x, torch._neg_view(bias), negative_residual, "relu")
     torch.testing.assert_close(y, (-x - bias[:, None, None] - residual).relu())
     torch.testing.assert_close(mean, oracles.moments(-x - bias[:, None, None])[0])
     for gradient in torch.autograd.grad(y, (negative_x, negative_residual), torch._neg_view(torch.ones_like(y))):

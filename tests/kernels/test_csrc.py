@@ -57,7 +57,7 @@ assert kernels.extension.load_error() is None, kernels.extension.load_error()
 print(json.dumps({name: str(getattr(torch.ops.dfkd_fast, name).cuda._schema) for name in SCHEMAS}))
 """
     registered = json.loads(python(code, folder))
-    assert len(registered) == 15
+    assert len(registered) == 16
     for name, schema in SCHEMAS.items():
         assert torch._C.parse_schema(registered[name]) == torch._C.parse_schema(f"dfkd_fast::{name}.cuda{schema}"), name
 
@@ -74,7 +74,9 @@ with FakeTensorMode():
     assert (student.stride(), student.dtype, teacher.shape, count.dtype) == (logits.stride(), torch.bfloat16, (0,), torch.int64)
     batch = operators.concat_forward.cuda([torch.empty(2, 3, 8, 8, device="cuda")] * 2, "tanh", None, None, torch.float16, True)
     assert (batch.shape, batch.dtype) == ((4, 3, 8, 8), torch.float16) and batch.is_contiguous(memory_format=torch.channels_last)
-    assert [t.dtype for t in operators.moments_forward.cuda(logits, "none")] == 2 * [torch.float64] + 2 * [torch.float32]
+    parts, center = operators.partial_moments.cuda(logits, "none", 7)
+    assert (parts.shape, center.shape, parts.dtype, center.dtype) == ((2, 11, 14), (11,), torch.float32, torch.float32)
+    assert [t.dtype for t in operators.combine_moments.cuda([parts], [center], None, None, True)] == [torch.float64, torch.float32]
     operators.ema_update_.cuda([torch.empty(3, device="cuda")], [torch.empty(3, device="cuda")], [], 0.9, None)
 """
     python(code, folder)
@@ -178,7 +180,8 @@ def _calls(device: str) -> Calls:
         "js_forward": (logits, teacher, 2.0, 1.0, True, False, False),
         "scale_gradients": (logits, teacher.contiguous(), scalar, 1.0, -1.0, torch.float16, torch.float32),
         "scale_gradients_": (logits.clone(), teacher.contiguous(), scalar, 1.0, -1.0),
-        "moments_forward": (logits, "none"),
+        "partial_moments": (logits, "none", 3),
+        "combine_moments": ([torch.randn(2, 11, 3, device=device)], vectors[:1], None, None, False),
         "moments_backward": (teacher, *vectors, 0.5),
         "concat_forward": (raws, "tanh", mean, std, torch.bfloat16, True),
         "concat_forward_out": (torch.empty(5, 3, 8, 8, device=device), raws, "sigmoid", None, None),

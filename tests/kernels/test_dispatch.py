@@ -22,6 +22,7 @@ from dfkd_fast.kernels import (
     bias_act,
     channel_moments,
     channel_sums,
+    combine_moments,
     concat_generated,
     dispatch,
     ema_update_,
@@ -29,6 +30,7 @@ from dfkd_fast.kernels import (
     kl_discrepancy,
     l1_discrepancy,
     operators,
+    partial_moments,
     use_backend,
     winograd_conv2d,
     winograd_is_faster,
@@ -64,6 +66,7 @@ FUNCTIONS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
     "bias_act with moments": ("bias_act with moments", lambda x: bias_act(x[:, :, None], x.new_ones(8), activation="relu", moments=True)),
     "channel_moments": ("channel_moments", lambda x: channel_moments(x[:, :, None])),
     "channel_sums": ("channel_moments", lambda x: channel_sums(x[:, :, None])),
+    "partial_moments": ("channel_moments", lambda x: partial_moments(x[:, :, None])),
 }
 
 
@@ -299,9 +302,10 @@ BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "l1_discrepancy": lambda x: l1_discrepancy(x, x.detach().cos(), reduction="sum"),
     "concat_generated": lambda x: concat_generated([x], activation="tanh", normalize="none").sum(),
     "bias_act": lambda x: bias_act(x, torch.ones(3), activation="relu").sum(),
-    "bias_act with moments": lambda x: bias_act(x, torch.ones(3), activation="relu", moments=True)[2].sum(),
+    "bias_act with moments": lambda x: bias_act(x, torch.ones(3), activation="relu", moments=True)[1].parts.sum(),
     "channel_moments": lambda x: channel_moments(x)[1].sum(),
     "channel_sums": lambda x: channel_sums(x)[1].sum(),
+    "combine_moments": lambda x: combine_moments([partial_moments(x)]).sum(),
 }
 
 

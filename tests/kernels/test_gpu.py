@@ -11,16 +11,17 @@ from dfkd_fast.kernels import (
     Backend,
     FusedEMA,
     batch_norm_leaky_relu,
-    bias_act,
     channel_moments,
     channel_sums,
+    combine_moments,
     concat_generated,
     ema_update_,
     js_discrepancy,
     kl_discrepancy,
     l1_discrepancy,
+    partial_moments,
 )
-from tests.kernels.oracles import lerp, with_layout
+from tests.kernels.oracles import bias_act_moments, lerp, with_layout
 
 pytestmark = pytest.mark.gpu
 
@@ -29,9 +30,10 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Sequence[Tensor]]] = {
     "l1": lambda a, b: l1_discrepancy(a, b, reduction="mean", agreement=True),
     "kl": lambda a, b: kl_discrepancy(a, b, **SOFT, agreement=True),
     "js": lambda a, b: js_discrepancy(a, b, **SOFT, agreement=True),
-    "bias_act": lambda a, b: bias_act(a, b.detach()[0, :, 0, 0], b, activation="silu", moments=True),
+    "bias_act": lambda a, b: bias_act_moments(a, b.detach()[0, :, 0, 0], b, "silu"),
     "moments": lambda a, b: channel_moments(a * b),
     "sums": lambda a, b: channel_sums(a * b)[:2],
+    "combined moments": lambda a, b: [combine_moments([partial_moments(a), partial_moments(b)])],
     "concat": lambda a, b: [concat_generated([a, b], activation="tanh", normalize="none")],
 }
 

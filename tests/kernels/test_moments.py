@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dfkd_fast.kernels import Backend, channel_moments, channel_sums
+from dfkd_fast.kernels import Backend, channel_moments, channel_sums, combine_moments, partial_moments, use_backend
 from tests.kernels import oracles
 from tests.kernels.oracles import (
     INF,
@@ -217,6 +217,109 @@ def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backe
         results.append((mean, variance, *channel_sums(x)[:2], *torch.autograd.grad((mean * variance).sum(), x)))
     for again in results[1:]:
         assert all(map(torch.equal, results[0], again))
+
+
+def layers(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Activations of layers of different sizes and layouts, with means far from 0."""
+    shapes = {"contiguous": (3, 5, 33, 31), "channels_last": (2, 70, 9, 8), "sliced": (4, 3, 5, 2), "transposed": (1, 130, 1, 1)}
+    tensors = [random(*shape, layout=layout, device=device, dtype=dtype).detach() + i for i, (layout, shape) in enumerate(shapes.items())]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def combined_oracle(xs: list[Tensor], scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Means and variances (2, L, C) in the precision of the tensors, padded with zeros."""
+    width = max(x.shape[1] for x in xs)
+    table = torch.stack([torch.nn.functional.pad(torch.stack(oracles.moments(x)), (0, width - x.shape[1])) for x in xs], dim=1)
+    scaled = table if scale is None else table * scale
+    return scaled if shift is None else scaled + shift
+
+
+@pytest.mark.parametrize("affine", [(), ("scale",), ("scale", "shift")], ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_moments_of_many_tensors_and_their_gradients_match_float64(
+    backend: Backend, device: torch.device, dtype: torch.dtype, affine: tuple[str, ...]
+) -> None:
+    xs = layers(device, dtype)
+    constants = torch.randn(2, 2, len(xs), 130, device=device)
+    scale, shift = (constant if name in affine else None for name, constant in zip(("scale", "shift"), constants, strict=True))
+    results = [(combine_moments([partial_moments(x) for x in xs], scale, shift), xs)]
+    for wide in (torch.float32, torch.float64):
+        leaves = [x.detach().to(wide if wide == torch.float64 else dtype, copy=True).requires_grad_() for x in xs]
+        affine_map = [None if constant is None else constant.to(wide) for constant in (scale, shift)]
+        results.append((combined_oracle([leaf.to(wide) for leaf in leaves], *affine_map), leaves))
+    weights = torch.randn(2, len(xs), 130, dtype=torch.float64, device=device)
+    gradients = [torch.autograd.grad(table.sin(), leaves, weights.to(table)) for table, leaves in results]
+    actual, plain, exact = (table.detach() for table, _ in results)
+    assert actual.dtype == torch.float32
+    assert_as_accurate_as_pytorch(actual, plain, exact, magnitude=4)
+    for actual, plain, exact in zip(*gradients, strict=True):
+        assert_as_accurate_as_pytorch(actual, plain, exact)
+
+
+def test_more_tensors_than_one_launch_supports(backend: Backend, device: torch.device) -> None:
+    xs = [torch.randn(3, 1 + i % 3, 5, 2).to(device).requires_grad_() for i in range(170)]
+    table = combine_moments([partial_moments(x) for x in xs])
+    exact = combined_oracle([x.double() for x in xs], None, None)
+    torch.testing.assert_close(table.double(), exact, rtol=1e-5, atol=1e-5)
+    weights = torch.arange(1.0, table.numel() + 1, device=device).view_as(table).cos()
+    for actual, expected in zip(torch.autograd.grad(table, xs, weights), torch.autograd.grad(exact, xs, weights.double()), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_gradient_is_accurate_for_a_large_mean(backend: Backend, device: torch.device, layout: str) -> None:
+    x = with_layout((1000 + torch.randn(8, 5, 33, 31)).to(device), layout).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(combine_moments([partial_moments(x)])[1].sum(), x)
+    (expected,) = torch.autograd.grad(oracles.moments(exact)[1].sum(), exact)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_an_empty_tensor_has_moments_nan_beside_others(backend: Backend, device: torch.device) -> None:
+    x, empty = torch.ones(2, 3, 4, 5, device=device), torch.ones(0, 2, 4, 5, device=device)
+    mean, variance = combine_moments([partial_moments(x), partial_moments(empty)])
+    expected = torch.tensor([[1.0, 1.0, 1.0], [NAN, NAN, 0.0]], device=device)
+    torch.testing.assert_close(mean, expected, equal_nan=True)
+    torch.testing.assert_close(variance, expected - expected.nan_to_num(), equal_nan=True)
+
+
+def test_tensors_without_a_gradient_have_none(backend: Backend, device: torch.device) -> None:
+    xs = layers(device)
+    table = combine_moments([partial_moments(x.detach() if i % 2 else x) for i, x in enumerate(xs)])
+    gradients = torch.autograd.grad(table.square().sum(), xs, allow_unused=True)
+    assert [gradient is None for gradient in gradients] == [False, True] * 2
+    assert not combine_moments([partial_moments(x.detach()) for x in xs]).requires_grad
+
+
+def test_parts_of_the_reference_and_of_a_kernel_combine(fused: Backend, device: torch.device) -> None:
+    first, second = layers(device)[:2]
+    with use_backend("reference"):
+        of_reference = partial_moments(first)
+    table = combine_moments([of_reference, partial_moments(second)])
+    torch.testing.assert_close(table.double(), combined_oracle([first.double(), second.double()], None, None), rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(table.sin().sum(), (first, second))
+    for gradient, x in zip(gradients, (first, second), strict=True):
+        (expected,) = torch.autograd.grad(torch.stack(oracles.moments(x.double())).sin().sum(), x)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_double_backward_through_combined_parts_raises(fused: Backend, device: torch.device) -> None:
+    x = random(3, 4, 5, 3, device=device)
+    with use_backend("reference"):  # which alone would have a second derivative
+        parts = partial_moments(x)
+    (gradient,) = torch.autograd.grad(combine_moments([parts])[1].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'combine_moments: .*no second derivative.*use_backend\("reference"\)'):
+        gradient.sum().backward()
+
+
+def test_the_reference_of_combined_moments_has_first_and_second_derivatives() -> None:
+    xs = random(3, 2, 2, 3, dtype=torch.float64), random(2, 3, 1, 2, dtype=torch.float64)
+
+    def function(*xs: Tensor) -> Tensor:
+        return combine_moments([partial_moments(x) for x in xs])
+
+    assert torch.autograd.gradcheck(function, xs)
+    assert torch.autograd.gradgradcheck(function, xs)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4), (2, 3, 4, 5, 6)], ids=str)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd_fast.kernels import Backend, channel_moments, channel_sums
+from dfkd_fast.kernels import Backend, PartialMoments, channel_moments, channel_sums, combine_moments, partial_moments
 from tests.kernels import oracles
 
-FUNCTIONS = pytest.mark.parametrize("function", [channel_moments, channel_sums])
+FUNCTIONS = pytest.mark.parametrize("function", [channel_moments, channel_sums, partial_moments])
 SIZES = pytest.mark.parametrize("rows", [2, 2000])  # below and above the threshold of the CPU kernels
 
 
@@ -44,9 +44,41 @@ def test_the_negative_bit_is_resolved(backend: Backend, device: torch.device, la
     torch.testing.assert_close(gradient, (-values - mean.detach()[:, None, None]) * 2 / (4 * 6 * 3), rtol=1e-4, atol=1e-5)
 
 
-@FUNCTIONS
+@pytest.mark.parametrize("function", [channel_moments, channel_sums])
 def test_double_backward_that_would_lack_a_term_raises(fused: Backend, device: torch.device, function: Callable[[Tensor], Any]) -> None:
     x = oracles.random(3, 4, 5, 3, device=device)
     (gradient,) = torch.autograd.grad(function(x)[1].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{function.__name__}: its kernels have no second derivative"):
         torch.autograd.grad((gradient + x).sum(), x)
+
+
+PARTS, CENTER = torch.zeros(2, 3, 4), torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": []}, "layers must be a non-empty sequence of PartialMoments"),
+        ({"layers": [PartialMoments(PARTS[0], CENTER)]}, r"layers must have parts \(2, C, parts\) .*, not \(3, 4\) and \(3,\)"),
+        ({"layers": [PartialMoments(PARTS, CENTER[:2])]}, r"layers must have parts .*, not \(2, 3, 4\) and \(2,\)"),
+        (
+            {"layers": [PartialMoments(PARTS, CENTER), PartialMoments(PARTS.double(), CENTER)]},
+            "layers must all have .*32 on cpu",
+        ),
+        ({"layers": [PartialMoments(PARTS.to("meta"), CENTER)]}, "layers must all have the dtype and device .*"),
+        ({"scale": torch.ones(2, 3)}, r"scale must be torch\.float32 \(2, 1, 3\) on cpu, not torch\.float32 \(2, 3\) on cpu"),
+        ({"shift": torch.ones(2, 1, 3).double()}, r"shift must be torch\.float32 .*, not torch\.float64 \(2, 1, 3\) on cpu"),
+        ({"shift": torch.ones(2, 1, 3, device="meta")}, r"shift must be torch\.float32 .* on cpu, not torch\.float32 \(2, 1, 3\) on meta"),
+    ],
+)
+def test_invalid_partial_moments_are_named(changes: dict[str, Any], message: str) -> None:
+    arguments: Any = {"layers": [PartialMoments(PARTS, CENTER)]} | changes
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        combine_moments(**arguments)
+
+
+def test_scale_and_shift_may_have_any_strides(backend: Backend, device: torch.device) -> None:
+    x = oracles.random(3, 4, 5, 3, device=device)
+    scale, shift = torch.randn(2, 4, 1, 2, device=device).permute(3, 0, 2, 1)
+    table = combine_moments([partial_moments(x)], scale, shift)
+    torch.testing.assert_close(table[:, 0], torch.stack(oracles.moments(x)) * scale[:, 0] + shift[:, 0], rtol=1e-5, atol=1e-5)

@@ -15,15 +15,17 @@ from dfkd_fast.kernels import (
     bias_act,
     channel_moments,
     channel_sums,
+    combine_moments,
     concat_generated,
     ema_update_,
     js_discrepancy,
     kl_discrepancy,
     l1_discrepancy,
+    partial_moments,
     use_backend,
 )
 from dfkd_fast.kernels.operators import SCHEMAS
-from tests.kernels.oracles import with_layout
+from tests.kernels.oracles import bias_act_moments, with_layout
 
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 
@@ -54,12 +56,19 @@ def arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
             return first, second, "tanh", *constants
         case "concat_gradient_moments":
             return first, second, "none", *constants[:2]
-        case "moments_forward":
-            return first, "tanh"
+        case "partial_moments":
+            return first, "tanh", 3
+        case "combine_moments":
+            wide, narrow = torch.randn(2, 7, 3, device=device), torch.randn(2, 5, 1, device=device)
+            centers = [torch.randn(7, device=device), torch.randn(5, device=device)]
+            scale, shift = torch.randn(2, 2, 2, 7, device=device)
+            return [wide, narrow], centers, scale, shift, False
         case "moments_backward":
             return first, *constants[:3], 0.25
-        case "bias_act_forward" | "bias_act_moments_forward":
+        case "bias_act_forward":
             return first, constants[0], second, "hardswish"
+        case "bias_act_moments_forward":
+            return first, constants[0], second, "hardswish", 3
         case "bias_act_backward":
             return dense, first, constants[0], second, "silu", *constants[1:], 0.25, True
     raise ValueError(name)
@@ -88,10 +97,14 @@ def lean_arguments(name: str, layout: str, device: torch.device) -> tuple[Any, .
             return full[0][:1], full[1][:1], "sigmoid", None, None, None, None
         case "concat_gradient_moments":
             return full[0][:1], full[1][:1], "tanh", *full[3:]
-        case "moments_forward":
-            return full[0][:1], "none"
-        case "bias_act_forward" | "bias_act_moments_forward":
+        case "partial_moments":
+            return full[0][:1], "none", 1
+        case "combine_moments":
+            return full[0][:1], full[1][:1], None, None, True
+        case "bias_act_forward":
             return full[0][:1], full[1], None, "relu"
+        case "bias_act_moments_forward":
+            return full[0][:1], full[1], None, "relu", 1
         case "bias_act_backward":
             return full[0][:1], full[1][:1], full[2], None, "relu6", None, None, None, 0.0, False
     return (full[0][:1], *full[1:])
@@ -150,9 +163,10 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "agreement": lambda s, t: torch.stack(list(l1_discrepancy(s, t, reduction="sum", agreement=True))).sum(),
     "moments": lambda s, t: torch.stack(channel_moments(s * t)).square().sum(),
     "sums": lambda s, t: torch.stack(channel_sums(s * t)[:2]).sum(),
+    "combined moments": lambda s, t: combine_moments([partial_moments(s), partial_moments(t)]).square().sum(),
     "bias_act": lambda s, t: bias_act(s, torch.ones(5).to(s), t, activation="silu").square().sum(),
     "bias_act and moments": lambda s, t: torch.stack(
-        [result.square().sum() for result in bias_act(s, torch.ones(5).to(s), t, activation="relu", moments=True)]
+        [result.square().sum() for result in bias_act_moments(s, torch.ones(5).to(s), t, "relu")]
     ).sum(),
     "concat": lambda s, t: (
         concat_generated([s, t], activation="tanh", normalize="dataset", mean=torch.zeros(5).to(s), std=torch.full((5,), 0.5).to(s))

@@ -10,14 +10,15 @@ from torch.autograd import forward_ad
 
 from dfkd_fast.kernels import (
     BackendError,
-    bias_act,
     channel_moments,
     channel_sums,
+    combine_moments,
     concat_generated,
     dispatch,
     js_discrepancy,
     kl_discrepancy,
     l1_discrepancy,
+    partial_moments,
     use_backend,
 )
 from tests.kernels import oracles
@@ -49,12 +50,16 @@ FUNCTIONS: dict[str, tuple[Function, Function]] = {
         lambda x, y: ((torch.cat([x, y]).tanh() - MEAN[:, None, None].double()) / STD[:, None, None].double()).pow(3).sum(),
     ),
     "bias_act": (
-        lambda x, y: torch.stack([part.sin().sum() for part in bias_act(x, MEAN, y, activation="silu", moments=True)]).sum(),
+        lambda x, y: torch.stack([part.sin().sum() for part in oracles.bias_act_moments(x, MEAN, y, "silu")]).sum(),
         lambda x, y: torch.stack([part.sin().sum() for part in _bias_act(x, MEAN.double(), y)]).sum(),
     ),
     "moments": (
         lambda x, y: torch.stack(channel_moments(x * y)).square().sum(),
         lambda x, y: torch.stack(oracles.moments(x * y)).square().sum(),
+    ),
+    "combined moments": (
+        lambda x, y: combine_moments([partial_moments(x), partial_moments(y * x)]).square().sum(),
+        lambda x, y: torch.stack([torch.stack(oracles.moments(each)) for each in (x, y * x)]).square().sum(),
     ),
     "sums": (
         lambda x, y: torch.stack(channel_sums(x * y)[:2]).sin().sum(),

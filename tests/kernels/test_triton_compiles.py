@@ -83,8 +83,9 @@ CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
         4,
         4,
     ),
-    "moments": (lambda: moments.moments_forward(half(64, 64, 56, 56), "none"), 2, 0),
-    "moments, channels-last": (lambda: moments.moments_forward(empty(64, 64, 56, 56, memory_format=CL), "none"), 4, 0),
+    "moments": (lambda: moments.partial_moments(half(64, 64, 56, 56), "none", 16), 2, 0),
+    "moments, channels-last": (lambda: moments.partial_moments(empty(64, 64, 56, 56, memory_format=CL), "none", 1024), 4, 0),
+    "moments of many layers": (lambda: moments.combine_moments([empty(2, 64, 1024)] * 36, [VECTOR] * 36, None, None, False), 0, 0),
     "backward of the moments": (
         lambda: moments.moments_backward(half(64, 64, 56, 56, memory_format=CL), VECTOR, VECTOR, VECTOR, 0.5),
         2,
@@ -92,7 +93,7 @@ CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     ),
     "bias and activation": (lambda: bias_act.bias_act_forward(HIDDEN, VECTOR, None, "relu"), 2, 2),
     "bias, residual and activation": (lambda: bias_act.bias_act_forward(PLANES, VECTOR, PLANES, "silu"), 8, 4),
-    "bias, activation and moments": (lambda: bias_act.bias_act_moments_forward(HIDDEN, VECTOR, HIDDEN, "relu6"), 4, 2),
+    "bias, activation and moments": (lambda: bias_act.bias_act_moments_forward(HIDDEN, VECTOR, HIDDEN, "relu6", 1024), 4, 2),
     "gradient of bias, activation and moments": (
         lambda: bias_act.bias_act_backward(HIDDEN, HIDDEN, VECTOR, HIDDEN, "hardswish", VECTOR, VECTOR, VECTOR, 0.5, True),
         6,

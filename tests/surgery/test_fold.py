@@ -318,8 +318,10 @@ def test_the_statistics_term_adds_few_kernel_launches_apart_from_the_moments(fol
         teacher = fold(teacher)
     added = launches(teacher, True) - launches(teacher, False)
     moments = [name for name in added if "moments" in name]
-    assert [added.pop(name) for name in moments] == [36, 36]
-    assert added.total() <= 100, added
+    assert sorted(added.pop(name) for name in moments) == [1, 36, 36]
+    additions = added.pop("aten.add.Tensor")  # of the gradients of each layer's output
+    assert additions <= 37
+    assert added.total() <= 12, added
 
 
 @pytest.mark.parametrize(
