@@ -3,6 +3,7 @@
 Sums are accumulated in float64, so that the variance does not lose precision if the mean is large; the kernels are memory-bound.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,7 @@ from numba import prange
 from torch import Tensor
 
 from .. import simd
-from ..simd import TypedPointer
-from .reference import combine_moments
+from ..simd import ONE, TypedPointer
 
 __all__ = ["combine_moments", "finish_moments", "moments_backward", "partial_moments"]
 
@@ -29,6 +29,20 @@ def partial_moments(x: Tensor, activation: str, blocks: int) -> tuple[Tensor, Te
     with simd.threads:
         kernel(*tensors, blocks, count, channels, height * width, ACTIVATIONS[activation])
     return sums, center
+
+
+def combine_moments(
+    parts: Sequence[Tensor], centers: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, raw: bool
+) -> tuple[Tensor, Tensor]:
+    width = max(map(len, centers))
+    parts, centers = [part.contiguous() for part in parts], [center.contiguous() for center in centers]
+    table = np.array([(part.data_ptr(), center.data_ptr(), *part.shape[1:]) for part, center in zip(parts, centers, strict=True)])
+    moments, offsets = torch.empty((2, len(parts), width), dtype=torch.float64), torch.empty((len(parts), width))
+    constants = [offsets if constant is None else constant for constant in (scale, shift)]
+    flags = scale is not None, shift is not None, raw
+    with simd.threads:
+        _combine(table, *map(simd.typed_pointer, (moments, offsets, *constants)), *flags, width)
+    return moments if raw else moments.float(), offsets
 
 
 def moments_backward(x: Tensor, grad_mean: Tensor, grad_variance: Tensor, center: Tensor, scale: float) -> Tensor:
@@ -122,6 +136,45 @@ def finish_moments(sums: TypedPointer, center: TypedPointer, blocks: int, totals
             high = np.float32(moment)
             out[2 * blocks * row] = high
             out[2 * blocks * row + 1] = np.float32(moment - high) if np.isfinite(high) else np.float32(0)
+
+
+@simd.parallel
+def _combine(
+    table: Any,
+    moments: TypedPointer,
+    offsets: TypedPointer,
+    scale: TypedPointer,
+    shift: TypedPointer,
+    has_scale: bool,
+    has_shift: bool,
+    raw: bool,
+    width: int,
+) -> None:
+    out, out_offsets, scales, shifts = simd.pointer(moments), simd.pointer(offsets), simd.pointer(scale), simd.pointer(shift)
+    plane = len(table) * width
+    for row in prange(len(table)):
+        parts_at, center_at, channels, count = table[row]
+        parts, centers = simd.pointer((parts_at, ONE)), simd.pointer((center_at, ONE))
+        for c in range(width):
+            index, center, offset, square = row * width + c, 0.0, 0.0, 0.0
+            if c < channels:
+                center = np.float64(centers[c])
+                for part in range(c * count, (c + 1) * count):
+                    offset += np.float64(parts[part])
+                    square += np.float64(parts[channels * count + part])
+                if not count:  # the tensor is empty
+                    offset = np.nan
+            out_offsets[index] = np.float32(offset)
+            mean, spread = center + offset, square - offset * offset
+            if raw:
+                spread = square if np.isinf(square) else square + center * (2 * offset + center)
+            elif spread < 0:
+                spread = 0.0
+            if has_scale:
+                mean, spread = mean * scales[index], spread * scales[plane + index]
+            if has_shift:
+                mean, spread = mean + shifts[index], spread + shifts[plane + index]
+            out[index], out[plane + index] = mean, spread if count or c >= channels else np.nan
 
 
 @simd.inline
