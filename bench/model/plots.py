@@ -26,6 +26,7 @@ def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     for row in rows:
         bar = bars.setdefault((*(row[name] for name in CASE), row["phase"]), dict.fromkeys(KINDS, 0.0))
         bar[row["kind"]] += float(row["ms"]) / int(row["steps"])
+    everywhere = {row["precision"] + ", " + _device(row["device"]) for row in rows}
     figure = Figure(figsize=(10, 1.4 + 0.32 * len(bars)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -38,10 +39,10 @@ def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for position, end in enumerate(left):
         axes.text(end, position, f" {end:.3g}", va="center", fontsize=8)
-    axes.set_yticks(range(len(bars)), [_label(*bar) for bar in bars], fontsize=8)
+    axes.set_yticks(range(len(bars)), [_label(*bar, full=len(everywhere) > 1) for bar in bars], fontsize=8)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * max(left))
-    axes.set_xlabel("predicted ms per step")
+    axes.set_xlabel("predicted ms per step" + (f", {everywhere.pop()}" if len(everywhere) == 1 else ""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -50,6 +51,11 @@ def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
         figure.savefig(part, dpi=120)
 
 
-def _label(recipe: str, settings: str, batch_size: str, precision: str, device: str, phase: str) -> str:
+def _label(recipe: str, settings: str, batch_size: str, precision: str, device: str, phase: str, *, full: bool) -> str:
     case = f"{recipe} ({settings})" if settings else recipe
-    return f"{case}, batch size {batch_size}, {precision}, {device.removesuffix(' (model)')}: {phase}"
+    where = f", {precision}, {_device(device)}" if full else ""
+    return f"{case}, batch size {batch_size}{where}: {phase}"
+
+
+def _device(name: str) -> str:
+    return name.removesuffix(" (model)")
