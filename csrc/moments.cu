@@ -70,7 +70,7 @@ struct Layer {
 
 constexpr int kMaxLayers = 160;
 
-// Passed as a kernel argument, so that a captured CUDA graph contains it. Arguments up to 4 KB have no extra cost.
+// Passed as a kernel argument, so that a captured CUDA graph contains it.
 struct Layers {
   Layer layers[kMaxLayers];
 };
@@ -86,6 +86,7 @@ struct Table {
   int64_t width;
   int64_t plane;  // elements of a plane
 };
+static_assert(sizeof(Layers) + sizeof(Table) <= 4096);  // up to which arguments have no extra cost
 
 // One warp per channel and layer.
 __global__ void __launch_bounds__(kTileThreads) combine_kernel(const __grid_constant__ Layers layers, const __grid_constant__ Table table) {
@@ -192,7 +193,11 @@ std::tuple<Tensor, Tensor> combine_moments(
   const Tensor moments = torch::stable::new_empty(like, {2, count, width}, raw ? ScalarType::Double : ScalarType::Float);
   const Tensor offsets = torch::stable::new_empty(like, {count, width});
   Table table{};
-  (raw ? reinterpret_cast<void*&>(table.raw_moments) : reinterpret_cast<void*&>(table.moments)) = moments.mutable_data_ptr();
+  if (raw) {
+    table.raw_moments = static_cast<double*>(moments.mutable_data_ptr());
+  } else {
+    table.moments = static_cast<float*>(moments.mutable_data_ptr());
+  }
   table.offsets = static_cast<float*>(offsets.mutable_data_ptr());
   table.width = width;
   table.plane = count * width;
