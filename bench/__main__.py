@@ -21,7 +21,7 @@ from dfkd_fast.commands.compress import CompressRequest, compression_overrides
 from dfkd_fast.console import print_table
 from dfkd_fast.engine.device import device_name, pick_device
 from dfkd_fast.engine.precision import resolve_precision
-from dfkd_fast.errors import DfkdError
+from dfkd_fast.errors import DfkdError, describe_usage_error
 from dfkd_fast.files import check_output, replacing
 from dfkd_fast.recipe import load_recipe
 from dfkd_fast.recipe_files import parse_overrides
@@ -509,7 +509,7 @@ def main() -> NoReturn:
         # typer's usage errors, whose class differs between its versions
         if not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message(), 2)
+        _fail(describe_usage_error(error), 2)
 
 
 def _known(option: str, names: Names, known: Sequence[str] | dict[str, cases.Kernel]) -> list[str]:

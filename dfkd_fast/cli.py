@@ -17,7 +17,7 @@ from rich.console import Console
 from .choices import DeviceName, Loader, LogLevel, PrecisionName
 from .console import Terminal
 from .environment import check_environment, set_wait_policy
-from .errors import DfkdError, describe_os_error, first_line
+from .errors import DfkdError, describe_os_error, describe_usage_error, first_line
 from .files import expanded
 from .interrupt import Interrupted, discard, interrupting_on_signals
 from .out_of_memory import is_out_of_memory, one_line_message
@@ -335,7 +335,7 @@ def main() -> NoReturn:
             if _is_one_of_several() and _failed_elsewhere():
                 sys.exit(1)
             raise
-        _fail(error.format_message(), 2)
+        _fail(describe_usage_error(error), 2)
 
 
 def _prepare_terminal() -> None:

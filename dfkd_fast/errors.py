@@ -6,6 +6,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 USER_CODE_ERRORS = (Exception, SystemExit)
 """Exceptions to catch around a user's code; its ``sys.exit`` must not end a command as if it had succeeded."""
@@ -35,6 +36,13 @@ def first_line(error: BaseException) -> str:
 def describe_os_error(error: OSError) -> str:
     """Returns an OSError's message; a full disk without a file name is that of the standard output."""
     return f"the output: {error}" if error.errno == errno.ENOSPC and error.filename is None else str(error)
+
+
+def describe_usage_error(error: Any) -> str:
+    """Returns the message of a usage error of typer; if it is about a value, with the value, which pydantic's messages lack."""
+    message, cause = error.format_message(), error.__cause__ or error.__context__
+    values = [repr(detail["input"]) for detail in cause.errors()] if hasattr(cause, "errors") else []
+    return f"{message}, not {values[0]}" if values and values[0] not in message else message
 
 
 def describe_exception(error: BaseException) -> str:

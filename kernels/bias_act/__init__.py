@@ -45,8 +45,8 @@ def bias_act(
         moments: whether to return the moments as well, for :func:`combine_moments`.
 
     Returns:
-        y: activations of the shape, strides and dtype of ``x``, differentiable with respect to ``x`` and ``residual``; double backward
-            requires the reference backend.
+        y: activations of the shape and dtype of ``x`` and the strides of ``torch.empty_like(x)``, differentiable with respect to ``x``
+            and ``residual``; double backward requires the reference backend.
         moments: if ``moments``, the per-channel partial moments of ``x + bias`` over N, H and W, before residual and activation.
 
     Raises:

@@ -87,7 +87,8 @@ def channel_sums(x: Tensor) -> tuple[Tensor, Tensor, int]:
     """Compute the per-channel sum and sum of squares over N, H and W.
 
     After an all-reduce they give the moments of the global batch: ``mean = sum / count`` and
-    ``variance = square_sum / count − mean²``. They are float64, in which the cancellation of this difference is harmless.
+    ``variance = square_sum / count − mean²``. They are float64, in which the cancellation of this difference is harmless: the kernels
+    compute moments about a value near the mean, and are as accurate as float32 in these. Their squares overflow where float32's do.
 
     Args:
         x: activations (N, C, H, W) of any strides and real dtype.
@@ -156,7 +157,7 @@ def combine_moments(layers: Sequence[PartialMoments], scale: Tensor | None = Non
         channels. Differentiable with respect to the parts; double backward requires the reference backend.
 
     Raises:
-        ValueError: there are no layers, or the shapes, dtypes or devices are invalid.
+        ValueError: there are no layers, their shapes, dtypes or devices are invalid, or a center, ``scale`` or ``shift`` requires grad.
         RuntimeError: double backward through a fused kernel.
 
     Examples:
@@ -171,25 +172,14 @@ def combine_moments(layers: Sequence[PartialMoments], scale: Tensor | None = Non
         tensor([[0.0000, 0.0000],
                 [4.2500, 4.2500]])
     """
-    if not layers:
-        raise ValueError("layers must be a non-empty sequence of PartialMoments")
-    parts, centers = [layer.parts for layer in layers], [layer.center for layer in layers]
+    parts, centers = _checked(layers, scale, shift)
     like = centers[0]
-    for part, center in zip(parts, centers, strict=True):
-        if part.ndim != 3 or part.shape[:2] != (2, *center.shape):
-            raise ValueError(f"layers must have parts (2, C, parts) and centers (C,), not {tuple(part.shape)} and {tuple(center.shape)}")
-        if {(part.dtype, part.device), (center.dtype, center.device)} != {(like.dtype, like.device)}:
-            raise ValueError(f"layers must all have the dtype and device of the first center, {like.dtype} on {like.device}")
-    shape = 2, len(layers), max(map(len, centers))
-    for name, constant in (("scale", scale), ("shift", shift)):
-        if constant is not None and (constant.shape, constant.dtype, constant.device) != (shape, like.dtype, like.device):
-            given = f"{constant.dtype} {tuple(constant.shape)} on {constant.device}"
-            raise ValueError(f"{name} must be {like.dtype} {shape} on {like.device}, not {given}")
-    backend = choose("channel_moments", like.device, (like.dtype,), MIN_NUMEL["channel_moments"])
+    backend = choose("channel_moments", like.device, (like.dtype,), MIN_NUMEL["channel_moments"])  # many small tensors are not small
     if backend == "reference":
         return reference.combine_moments(parts, centers, scale, shift)[0]
-    scale, shift = (None if constant is None else constant.detach().contiguous() for constant in (scale, shift))
-    return _Combined.apply(backend, centers, scale, shift, *parts)
+    # Kernels read memory directly and ignore the negative bit.
+    scale, shift = (None if constant is None else constant.detach().resolve_neg().contiguous() for constant in (scale, shift))
+    return _Combined.apply(backend, [center.resolve_neg() for center in centers], scale, shift, *(part.resolve_neg() for part in parts))
 
 
 def mean_and_variance(x: Tensor, activation: str, backend: Backend) -> tuple[Tensor, Tensor]:
@@ -311,6 +301,34 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"x must be real, not {x.dtype}")
     if x.layout != torch.strided:
         raise ValueError(f"x must have the layout torch.strided, not {x.layout}")
+
+
+def _checked(layers: Sequence[PartialMoments], scale: Tensor | None, shift: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parts and the centers of the arguments of ``combine_moments``."""
+    if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, PartialMoments) for layer in layers):
+        types = [type(layer).__name__ for layer in layers[:3]] if isinstance(layers, Sequence) else type(layers).__name__
+        raise ValueError(f"layers must be a non-empty list or tuple of PartialMoments, not {types}")
+    like = layers[0].center
+    if like.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"layers must have the dtype torch.float32 or torch.float64, not {like.dtype}")
+    for index, (part, center) in enumerate(layers):
+        if part.ndim != 3 or part.shape[:2] != (2, *center.shape):
+            shapes = f"{tuple(part.shape)} and {tuple(center.shape)}"
+            raise ValueError(f"layers[{index}] must have parts (2, C, parts) and a center (C,), not {shapes}")
+        for name, tensor in (("parts", part), ("center", center)):
+            if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+                given = f"{tensor.dtype} on {tensor.device}"
+                raise ValueError(f"layers[{index}].{name} must be {like.dtype} on {like.device}, as layers[0].center, not {given}")
+    shape = 2, len(layers), max(len(layer.center) for layer in layers)
+    for name, constant in (("scale", scale), ("shift", shift)):
+        if constant is not None and (constant.shape, constant.dtype, constant.device) != (shape, like.dtype, like.device):
+            given = f"{constant.dtype} {tuple(constant.shape)} on {constant.device}"
+            raise ValueError(f"{name} must be {like.dtype} {shape} on {like.device}, not {given}")
+    constants = {"scale": scale, "shift": shift} | {f"layers[{index}].center": layer.center for index, layer in enumerate(layers)}
+    for name, constant in constants.items():
+        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but the moments are differentiable with respect to parts only: pass a detached tensor")
+    return [layer.parts for layer in layers], [layer.center for layer in layers]
 
 
 def _fake_partial_moments(x: Tensor, activation: str, blocks: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,12 @@ DIMENSIONS = (0, 2, 3)
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide.mean(dim=DIMENSIONS), wide.var(dim=DIMENSIONS, correction=0)  # var_mean returns NaN for the mean of infinite values
+    if not x.numel():
+        nan = wide.sum(dim=DIMENSIONS) / 0
+        return nan, nan.clone()
+    # mean and var alone are inaccurate for some strides, but var_mean returns NaN for the mean of infinite values.
+    variance, mean = torch.var_mean(wide, dim=DIMENSIONS, correction=0)
+    return torch.where(mean.isfinite(), mean, wide.mean(dim=DIMENSIONS)), variance
 
 
 def channel_sums(x: Tensor) -> tuple[Tensor, Tensor]:

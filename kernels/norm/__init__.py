@@ -47,8 +47,8 @@ def batch_norm_leaky_relu(
         negative_slope: slope of the leaky ReLU for negative inputs, ≥ 0; 1 for batch normalization alone.
 
     Returns:
-        A tensor of the shape, strides and dtype of ``x``, differentiable with respect to ``x``, ``weight`` and ``bias``; double
-        backward requires the reference backend.
+        A tensor of the shape and dtype of ``x``, contiguous or channels-last as ``x`` is, differentiable with respect to ``x``, ``weight``
+        and ``bias``; double backward requires the reference backend.
 
     Raises:
         ValueError: invalid shapes, dtypes or devices, or a number outside its range.

@@ -244,6 +244,7 @@ def read(path: Path) -> list[dict[str, str]]:
         (["--recipe", "digits", "--recipe", "nothing"], "recipe 'nothing'"),
         (["--recipe", "nothing"], "recipe 'nothing'"),
         (["--recipe", "digits", "--set", "loop"], "--set 'loop': must be key.path=value"),
+        (["--recipe", "digits", "--layers", "-1"], "not '-1'"),
         (["--recipe", "digits", "--by-layer", "/nonexistent/layers.csv"], "--by-layer /nonexistent/layers.csv"),
     ],
 )

@@ -109,6 +109,14 @@ def test_the_variance_is_accurate_for_a_large_mean(backend: Backend, device: tor
     torch.testing.assert_close(square_total / count - (total / count).square(), exact_variance, rtol=1e-4, atol=0)
 
 
+def test_moments_of_a_slice_with_a_mean_of_a_million_deviations(backend: Backend, device: torch.device) -> None:
+    x = (torch.randn(8, 4, 60, 61) + 1e6).to(device)[:, 2:3, 1:, 1:60]
+    exact_mean, exact_variance = oracles.moments(x.double())
+    mean, variance = channel_moments(x)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), exact_variance, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("value", [0.0, 3.3e4, -0.1])
 def test_the_variance_of_a_constant_is_0_and_not_negative(backend: Backend, device: torch.device, value: float) -> None:
     mean, variance = channel_moments(torch.full((4, 3, 17, 13), value, device=device))

@@ -58,14 +58,21 @@ PARTS, CENTER = torch.zeros(2, 3, 4), torch.zeros(3)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": []}, "layers must be a non-empty sequence of PartialMoments"),
-        ({"layers": [PartialMoments(PARTS[0], CENTER)]}, r"layers must have parts \(2, C, parts\) .*, not \(3, 4\) and \(3,\)"),
-        ({"layers": [PartialMoments(PARTS, CENTER[:2])]}, r"layers must have parts .*, not \(2, 3, 4\) and \(2,\)"),
+        ({"layers": []}, r"layers must be a non-empty list or tuple of PartialMoments, not \[\]"),
+        ({"layers": PARTS}, "layers must be a non-empty list or tuple of PartialMoments, not Tensor"),
+        ({"layers": PartialMoments(PARTS, CENTER)}, r"layers must be a .* of PartialMoments, not \['Tensor', 'Tensor'\]"),
+        ({"layers": (each for each in [PartialMoments(PARTS, CENTER)])}, "layers must be a .* of PartialMoments, not generator"),
+        ({"layers": [PartialMoments(PARTS[0], CENTER)]}, r"layers\[0\] must have parts \(2, C, parts\) .*, not \(3, 4\) and \(3,\)"),
+        ({"layers": [PartialMoments(PARTS, CENTER[:2])]}, r"layers\[0\] must have parts .*, not \(2, 3, 4\) and \(2,\)"),
+        ({"layers": [PartialMoments(PARTS.half(), CENTER.half())]}, r"layers must have the dtype .*float64, not torch\.float16"),
+        ({"layers": [PartialMoments(PARTS.int(), CENTER.int())]}, r"layers must have the dtype .*float64, not torch\.int32"),
         (
             {"layers": [PartialMoments(PARTS, CENTER), PartialMoments(PARTS.double(), CENTER)]},
-            "layers must all have .*32 on cpu",
+            r"layers\[1\]\.parts must be torch\.float32 on cpu, .*, not torch\.float64 on cpu",
         ),
-        ({"layers": [PartialMoments(PARTS.to("meta"), CENTER)]}, "layers must all have the dtype and device .*"),
+        ({"layers": [PartialMoments(PARTS.to("meta"), CENTER)]}, r"layers\[0\]\.parts must be .*, not torch\.float32 on meta"),
+        ({"layers": [PartialMoments(PARTS, CENTER.clone().requires_grad_())]}, r"layers\[0\]\.center requires grad, .*"),
+        ({"scale": torch.ones(2, 1, 3, requires_grad=True)}, "scale requires grad, .*: pass a detached tensor"),
         ({"scale": torch.ones(2, 3)}, r"scale must be torch\.float32 \(2, 1, 3\) on cpu, not torch\.float32 \(2, 3\) on cpu"),
         ({"shift": torch.ones(2, 1, 3).double()}, r"shift must be torch\.float32 .*, not torch\.float64 \(2, 1, 3\) on cpu"),
         ({"shift": torch.ones(2, 1, 3, device="meta")}, r"shift must be torch\.float32 .* on cpu, not torch\.float32 \(2, 1, 3\) on meta"),
@@ -75,6 +82,13 @@ def test_invalid_partial_moments_are_named(changes: dict[str, Any], message: str
     arguments: Any = {"layers": [PartialMoments(PARTS, CENTER)]} | changes
     with pytest.raises(ValueError, match=f"^{message}$"):
         combine_moments(**arguments)
+
+
+def test_negative_bits_of_partial_moments_are_resolved(backend: Backend, device: torch.device) -> None:
+    parts, center, scale = torch.rand(2, 3, 4).to(device), torch.randn(3).to(device), torch.randn(2, 1, 3).to(device)
+    negative = [torch._neg_view(-tensor) for tensor in (parts, center, scale)]
+    expected = combine_moments([PartialMoments(parts, center)], scale)
+    torch.testing.assert_close(combine_moments([PartialMoments(negative[0], negative[1])], negative[2]), expected)
 
 
 def test_scale_and_shift_may_have_any_strides(backend: Backend, device: torch.device) -> None:
