@@ -176,7 +176,7 @@ def combine_moments(layers: Sequence[PartialMoments], scale: Tensor | None = Non
     like = centers[0]
     backend = choose("channel_moments", like.device, (like.dtype,), MIN_NUMEL["channel_moments"])  # many small tensors are not small
     if backend == "reference":
-        return reference.combine_moments(parts, centers, scale, shift)[0]
+        return reference.combine_moments(parts, centers, scale, shift)
     # Kernels read memory directly and ignore the negative bit.
     scale, shift = (None if constant is None else constant.detach().resolve_neg().contiguous() for constant in (scale, shift))
     return _Combined.apply(backend, [center.resolve_neg() for center in centers], scale, shift, *(part.resolve_neg() for part in parts))

@@ -31,10 +31,7 @@ def partial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([mean - center, square]).unsqueeze(2), center
 
 
-def combine_moments(
-    parts: Sequence[Tensor], centers: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, raw: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return moments (2, L, C) and offsets E[x − center] (L, C); if ``raw``, the moments are E[x] and E[x²] in float64."""
+def combine_moments(parts: Sequence[Tensor], centers: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None) -> Tensor:
     width = max(map(len, centers))
     paddings = [center.new_zeros(width - len(center)) for center in centers]
 
@@ -44,11 +41,7 @@ def combine_moments(
 
     sums = [part.sum(2) if part.shape[2] else part.new_full(part.shape[:2], torch.nan) for part in parts]
     center, offset, square = table(centers), table([each[0] for each in sums]), table([each[1] for each in sums])
-    if raw:
-        wide_center, wide_offset = center.double(), offset.double()
-        spread = square.double() + wide_center * (2 * wide_offset + wide_center)
-        return torch.stack([wide_center + wide_offset, torch.where(square.isinf(), square, spread)]), offset
     variance = square - offset.square()
     moments = torch.stack([center + offset, torch.where(variance < 0, 0, variance)])
     scaled = moments if scale is None else moments * scale
-    return scaled if shift is None else scaled + shift, offset
+    return scaled if shift is None else scaled + shift
