@@ -24,7 +24,8 @@ class Device:
 
     def __init__(self, name: str, slowness: float, commit: str = "abc1234", rehearsal: bool = False) -> None:
         self.slowness = slowness
-        versions = {"torch": "2.11.0", "triton": "3.6.0", "numba": ""}
+        # The load is given, as this machine's changes while a test runs.
+        versions = {"load": 0.25, "torch": "2.11.0", "triton": "3.6.0", "numba": ""}
         self.origin: dict[str, Any] = {"device": name, **versions, "commit": commit, "command": COMMAND, "rehearsal": rehearsal}
 
     def record(
