@@ -1,4 +1,5 @@
 import copy
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in absent.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: item.get_closest_marker("alone") is None)  # first, before a test of minutes may be waited for
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of test cases and imported modules, which every garbage collection would visit, also those before a capture.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

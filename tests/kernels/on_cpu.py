@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 
 HERE = Path(__file__).parent
+SKIPPED = ("gpu", "parallel")  # markers
 # Tests shared by all backends, split into two processes of similar duration.
 SHARED = {
     "logits and averages": (
@@ -75,7 +76,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     backend = config.getoption("on_cpu")
-    cases = [item for item in items if backend in _parameters(item).values() and not item.get_closest_marker("gpu")]
+    cases = [item for item in items if backend in _parameters(item).values() and not any(map(item.get_closest_marker, SKIPPED))]
     chosen = _sample(cases) if config.getoption("sample") else cases
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen

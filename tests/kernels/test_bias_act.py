@@ -234,6 +234,7 @@ def test_empty_inputs_have_moments_nan(backend: Backend, device: torch.device, d
     assert bias_act(x, bias.to(device), activation="relu").shape == shape
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
     x, residual = (random(2, 5, 33, 31, layout=layout, device=device) for _ in range(2))

@@ -366,6 +366,7 @@ def test_double_backward_through_a_kernel_raises(fused: Backend, device: torch.d
         gradient.sum().backward()
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
     inputs = [random(rows, CHANNELS, 65, 63, layout=layout, device=device) for rows in ROWS]

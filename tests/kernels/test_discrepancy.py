@@ -262,6 +262,7 @@ def test_a_loss_without_upstream_gradient_has_no_gradient(backend: Backend, devi
     assert student.grad is None or not student.grad.any()
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(300, 101), (3, 11, 65, 63)], ids=str)
 def test_results_are_bitwise_reproducible_for_any_number_of_threads(

@@ -212,6 +212,7 @@ def test_strides_of_dimensions_of_size_1_are_ignored(backend: Backend, device: t
     assert torch.equal(average, source)
 
 
+@pytest.mark.parallel
 def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device) -> None:
     starts, sources = ([values(shape, torch.float32, device) for shape in SHAPES] for _ in range(2))
     results = []

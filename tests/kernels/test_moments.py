@@ -215,6 +215,7 @@ def test_double_backward_through_a_kernel_raises(fused: Backend, device: torch.d
             gradient.sum().backward()
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_are_bitwise_reproducible_for_any_number_of_threads(fused: Backend, device: torch.device, layout: str) -> None:
     x = random(5, 7, 61, 59, layout=layout, device=device)

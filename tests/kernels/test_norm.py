@@ -158,6 +158,7 @@ def test_results_are_accurate_for_a_large_mean(norm_backend: Backend, device: to
         torch.testing.assert_close(actual.double(), expected_gradient, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_are_bitwise_reproducible_for_any_number_of_threads(norm_backend: Backend, device: torch.device, layout: str) -> None:
     results = []
