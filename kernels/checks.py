@@ -1,4 +1,4 @@
-"""Checks shared by the operations: memory overlap of arguments, and unsupported second derivatives."""
+"""Checks shared by the operations: types and memory overlap of arguments, and unsupported second derivatives."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,11 +11,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["differentiable_once", "disjoint", "overlaps_itself", "share_memory", "span"]
+__all__ = ["differentiable_once", "disjoint", "overlaps_itself", "require_tensor_lists", "require_tensors", "share_memory", "span"]
 
 MAX_WORK = 100_000
 """Limit of ``numpy.shares_memory`` (some milliseconds), beyond which interleaved tensors are assumed to overlap."""
 _nbytes = attrgetter("nbytes")
+
+
+def require_tensors(**arguments: object) -> None:
+    """Check the types of arguments.
+
+    Raises:
+        TypeError: an argument is not a tensor; the message names it.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
+def require_tensor_lists(**arguments: Any) -> None:
+    """Check the types of arguments that are lists or other sequences of tensors.
+
+    Raises:
+        TypeError: an argument is not a sequence of tensors; the message names it, or its first element that is not a tensor.
+    """
+    for name, values in arguments.items():
+        if isinstance(values, Tensor) or not (hasattr(values, "__getitem__") and hasattr(values, "__len__")):
+            raise TypeError(f"{name} must be a list or tuple of tensors, not {type(values).__name__}")
+        for index, value in enumerate(values):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}[{index}] must be a tensor, not {type(value).__name__}")
 
 
 def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

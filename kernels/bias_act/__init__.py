@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..checks import differentiable_once
+from ..checks import differentiable_once, require_tensors
 from ..dispatch import Backend, choose
 from ..moments import PartialMoments, gradients_of_sums, moments_gradient, num_blocks
 from . import reference
@@ -51,6 +51,7 @@ def bias_act(
 
     Raises:
         ValueError: invalid shapes, dtypes, layouts or devices, an unknown activation, or ``bias`` requires grad.
+        TypeError: an argument is not a tensor.
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtype.
 
@@ -146,6 +147,8 @@ def _gradients(
 
 def _check(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> None:
     # Kernels do not check shapes, devices or dtypes.
+    tensors = {"x": x, "bias": bias} | ({} if residual is None else {"residual": residual})
+    require_tensors(**tensors)
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
     for name, tensor in (("x", x), ("bias", bias)):
@@ -157,7 +160,6 @@ def _check(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) ->
         raise ValueError("bias requires grad, but the result is differentiable with respect to x and residual only: pass bias.detach()")
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(f"residual must be {x.dtype} {tuple(x.shape)}, as x, not {residual.dtype} {tuple(residual.shape)}")
-    tensors = {"x": x, "bias": bias} | ({} if residual is None else {"residual": residual})
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must have the layout torch.strided, not {tensor.layout}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..checks import differentiable_once, overlaps_itself, share_memory
+from ..checks import differentiable_once, overlaps_itself, require_tensor_lists, require_tensors, share_memory
 from ..dispatch import Backend, choose, transforming
 from ..moments import mean_and_variance
 from . import reference
@@ -65,6 +65,7 @@ def concat_generated(
         ValueError: ``raws`` is empty or its tensors differ in C, H, W or device; a dtype is not floating-point; an argument of
             the chosen normalization is missing, superfluous, of the wrong shape or requires grad; batch statistics of one value
             per channel; or ``out`` is invalid.
+        TypeError: an argument is not a tensor, or not a list or tuple of tensors.
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtypes.
 
@@ -181,8 +182,7 @@ def _check(
     training: Sequence[bool] | None,
     momentum: float,
 ) -> None:
-    if hasattr(raws, "ndim"):
-        raise ValueError(f"raws must be a sequence of tensors (B, C, H, W), not one {type(raws).__name__}")
+    require_tensor_lists(raws=raws)
     if not raws:
         raise ValueError("raws is empty: at least one generator's output is needed")
     if raws[0].ndim != 4:
@@ -203,6 +203,7 @@ def _check(
         if (constant is not None) != (normalize == "dataset"):
             raise ValueError(f"{name} must be given if and only if normalize is 'dataset', and normalize is {normalize!r}")
         if constant is not None:
+            require_tensors(**{name: constant})
             _check_constant(name, None, constant, shape, device)
     for name, sequence in (("running_means", running_means), ("running_vars", running_vars), ("training", training)):
         if (sequence is not None) != (normalize == "batch"):
@@ -210,7 +211,10 @@ def _check(
         if sequence is not None and len(sequence) != len(raws):
             raise ValueError(f"{name} has {len(sequence)} entries for {len(raws)} generators")
     for name, statistics in (("running_means", running_means), ("running_vars", running_vars)):
-        for index, constant in enumerate(statistics or ()):
+        if statistics is None:
+            continue
+        require_tensor_lists(**{name: statistics})
+        for index, constant in enumerate(statistics):
             _check_constant(name, index, constant, shape, device)
             if not constant.is_floating_point():  # updated in place
                 raise ValueError(f"{name}[{index}] must have a floating-point dtype, not {constant.dtype}")
@@ -237,6 +241,7 @@ def _check_constant(name: str, index: int | None, constant: Tensor, shape: torch
 
 
 def _check_out(out: Tensor, raws: Sequence[Tensor], out_dtype: torch.dtype | None) -> None:
+    require_tensors(out=out)
     shape = sum([len(raw) for raw in raws]), *raws[0].shape[1:]
     if out.shape != shape:
         raise ValueError(f"out must be {shape}, not {tuple(out.shape)}")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..checks import require_tensors
 from ..renamed import renamed_argument
 from .matmul import Col2im, Im2col, Pair, is_pair, output_size
 from .relu import cases_without_kernel, conv2d_relu
@@ -42,6 +43,7 @@ def winograd_conv2d(
 
     Raises:
         ValueError: invalid shapes, dtypes, devices or padding.
+        TypeError: an argument is not a tensor.
         BackendError: the backend triton or cuda is forced, which have no kernel for this operation.
 
     Examples:
@@ -51,8 +53,8 @@ def winograd_conv2d(
         >>> winograd_conv2d(x, torch.randn(128, 64, 3, 3)).shape
         torch.Size([2, 128, 16, 16])
     """
-    dispatch.check_forced("winograd_conv2d", x.device)
     _check(x, weight, bias, padding)
+    dispatch.check_forced("winograd_conv2d", x.device)
     if not _supports(x, weight):
         return F.conv2d(x, weight, bias, padding=padding)
     from . import winograd  # importing it compiles kernels
@@ -75,7 +77,11 @@ def winograd_is_faster(x: Tensor, weight: Tensor, padding: tuple[int, ...] = (1,
 
     Returns:
         False if the kernels do not support the tensors, if another backend than numba is forced, or if the filters are not 3×3.
+
+    Raises:
+        TypeError: an argument is not a tensor.
     """
+    require_tensors(x=x, weight=weight)
     if x.ndim != 4 or weight.ndim != 4 or not is_pair(padding, 0):
         return False
     pixels = len(x) * math.prod(max(size, 0) for size in output_size(x, weight, (1, 1), padding, (1, 1)))
@@ -106,6 +112,7 @@ def im2col_conv2d(x: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pai
 
     Raises:
         ValueError: invalid shapes, dtypes or numbers, or an empty output.
+        TypeError: an argument is not a tensor.
     """
     _check_shapes(x, weight, stride, padding, dilation)
     if dispatch.transforming():
@@ -129,6 +136,7 @@ def col2im_conv2d(x: Tensor, weight: Tensor, padding: Pair = (0, 0)) -> Tensor:
 
     Raises:
         ValueError: invalid shapes, dtypes or numbers, or an empty output.
+        TypeError: an argument is not a tensor.
     """
     _check_shapes(x, weight, (1, 1), padding, (1, 1))
     if any(pad >= size for pad, size in zip(padding, weight.shape[2:], strict=True)):
@@ -139,6 +147,7 @@ def col2im_conv2d(x: Tensor, weight: Tensor, padding: Pair = (0, 0)) -> Tensor:
 
 
 def _check_shapes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    require_tensors(x=x, weight=weight)
     for name, pair, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if not is_pair(pair, minimum):
             raise ValueError(f"{name} must be two integers of at least {minimum}, not {pair!r}")
@@ -152,6 +161,7 @@ def _check_shapes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilati
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> None:
     # Kernels do not check shapes, devices or dtypes.
+    require_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"x must be (N, C_in, H, W) and weight (C_out, C_in, 3, 3), not {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from .. import dispatch
-from ..checks import differentiable_once
+from ..checks import differentiable_once, require_tensors
 from ..operators import LIBRARY
 from .matmul import Pair, is_pair, output_size
 
@@ -51,6 +51,7 @@ def conv2d_relu(
 
     Raises:
         ValueError: ``weight`` or ``bias`` requires a gradient, or shapes, dtypes or numbers are invalid.
+        TypeError: an argument is not a tensor.
         RuntimeError: double backward.
 
     Examples:
@@ -140,9 +141,8 @@ def _check(
     dilation: Pair,
     groups: int,
 ) -> None:
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    others = {"weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    require_tensors(x=x, **others)
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be an integer of at least 1, not {groups!r}")
     for name, pair, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
@@ -160,7 +160,6 @@ def _check(
         raise ValueError(f"the output is empty: input {tuple(x.shape[2:])}, kernel {tuple(weight.shape[2:])}, padding {tuple(padding)}")
     if residual is not None and residual.shape != (len(x), len(weight), *size):
         raise ValueError(f"residual must have the shape of the output, {(len(x), len(weight), *size)}, not {tuple(residual.shape)}")
-    others = {"weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
     for name, tensor in others.items():
         if (tensor.dtype, tensor.device) != (x.dtype, x.device):
             raise ValueError(f"{name} must have dtype and device of x, {x.dtype} on {x.device}, not {tensor.dtype} on {tensor.device}")

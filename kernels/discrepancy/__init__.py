@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
+from ..checks import require_tensors
 from ..dispatch import Backend, choose
 from . import reference
 
@@ -265,10 +266,8 @@ def _last_use() -> bool:
 
 
 def _check(student: Tensor, teacher: Tensor, reduction: object, agreement: object) -> None:
-    sides: tuple[tuple[str, object], ...] = ("student", student), ("teacher", teacher)
-    for side, logits in sides:
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{side} must be a tensor of logits, not a {type(logits).__name__}")
+    require_tensors(student=student, teacher=teacher)
+    for side, logits in (("student", student), ("teacher", teacher)):
         if not logits.is_floating_point():
             raise ValueError(f"{side} logits must have a floating-point dtype, not {logits.dtype}")
         if logits.layout != torch.strided:

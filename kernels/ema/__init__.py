@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
+from ..checks import require_tensor_lists
 from ..dispatch import Backend, BackendError, choose, forced
 from . import reference
 from .sharing import deduplicate
@@ -41,6 +42,7 @@ def ema_update_(
     Raises:
         ValueError: the lists differ in length; the tensors of a pair differ in shape, strides, device or kind of dtype, or
             overlap those of another pair (the message contains the index); or ``decay`` is not a number in [0, 1].
+        TypeError: the lists are not lists or tuples of tensors.
         BackendError: a forced backend does not support the device, dtypes or strides.
 
     Examples:
@@ -114,6 +116,9 @@ def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Seque
     Returns:
         A function to be passed as ``multi_avg_fn``.
 
+    Raises:
+        ValueError: ``decay`` is not a number in [0, 1].
+
     Examples:
         >>> import torch
         >>> from dfkd_fast.kernels import ema_multi_avg_fn
@@ -121,6 +126,7 @@ def ema_multi_avg_fn(decay: float | Tensor) -> Callable[[Sequence[Tensor], Seque
         >>> averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.999))
         >>> averaged.update_parameters(model)
     """
+    _check_decay(decay, ())
 
     def update(averages: Sequence[Tensor], sources: Sequence[Tensor], _: Tensor | int) -> None:
         ema_update_(averages, sources, decay)
@@ -144,6 +150,7 @@ def _check_decay(decay: float | Tensor, averages: Sequence[Tensor]) -> None:
 
 
 def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor] | None) -> None:
+    require_tensor_lists(averages=averages, sources=sources, shadows=() if shadows is None else shadows)
     if len(averages) != len(sources):
         raise ValueError(f"averages and sources differ in length: {len(averages)} and {len(sources)}")
     if shadows is not None and len(shadows) != len(averages):

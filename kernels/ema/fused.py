@@ -52,7 +52,8 @@ class FusedEMA(nn.Module):
         updates: number of updates, a 0-d int64 buffer.
 
     Raises:
-        ValueError: ``decay`` is not in [0, 1], or the module cannot be copied.
+        ValueError: ``decay`` is not in [0, 1], ``shadow_dtype`` is not floating-point, or the module cannot be copied.
+        TypeError: ``model`` is not a module, or ``decay`` is not a number.
 
     Examples:
         >>> import torch
@@ -68,8 +69,13 @@ class FusedEMA(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float, *, warm_up: bool = False, shadow_dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        _require_module(model)
+        if not isinstance(decay, int | float):
+            raise TypeError(f"decay must be a float, not {type(decay).__name__}")
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], not {decay}")
+        if shadow_dtype is not None and not (isinstance(shadow_dtype, torch.dtype) and shadow_dtype.is_floating_point):
+            raise ValueError(f"shadow_dtype must be a floating-point dtype, not {shadow_dtype!r}")
         self.decay, self.warm_up = decay, warm_up
         self.module = _frozen_copy(model, None)
         self.shadow = None if shadow_dtype is None else _frozen_copy(model, shadow_dtype)
@@ -88,7 +94,9 @@ class FusedEMA(nn.Module):
 
         Raises:
             ValueError: the module's tensors differ from the average's in number, shape or device.
+            TypeError: ``model`` is not a module.
         """
+        _require_module(model)
         decay: float | Tensor = self.decay
         if self.warm_up:
             decay = ((1.0 + self.updates) / (10.0 + self.updates)).clamp_(max=self.decay)
@@ -118,6 +126,11 @@ class FusedEMA(nn.Module):
     def train(self, mode: bool = True) -> "FusedEMA":
         """Do nothing; the average stays in evaluation mode."""
         return self
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, not {type(model).__name__}")
 
 
 @torch.no_grad()  # without it, the parameters of a copied script module would be non-leaf clones

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..checks import differentiable_once
+from ..checks import differentiable_once, require_tensors
 from ..dispatch import MIN_NUMEL, Backend, choose
 from . import reference
 
@@ -66,6 +66,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: ``x`` is not a dense real tensor (N, C, H, W).
+        TypeError: ``x`` is not a tensor.
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtype.
 
@@ -101,6 +102,7 @@ def channel_sums(x: Tensor) -> tuple[Tensor, Tensor, int]:
 
     Raises:
         ValueError: ``x`` is not a dense real tensor (N, C, H, W).
+        TypeError: ``x`` is not a tensor.
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtype.
 
@@ -127,6 +129,7 @@ def partial_moments(x: Tensor) -> PartialMoments:
 
     Raises:
         ValueError: ``x`` is not a dense real tensor (N, C, H, W).
+        TypeError: ``x`` is not a tensor.
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtype.
 
@@ -158,6 +161,7 @@ def combine_moments(layers: Sequence[PartialMoments], scale: Tensor | None = Non
 
     Raises:
         ValueError: there are no layers, their shapes, dtypes or devices are invalid, or a center, ``scale`` or ``shift`` requires grad.
+        TypeError: a part, a center, ``scale`` or ``shift`` is not a tensor.
         RuntimeError: double backward through a fused kernel.
 
     Examples:
@@ -295,6 +299,7 @@ def _elements(x: Tensor) -> int:
 
 
 def _check(x: Tensor) -> None:
+    require_tensors(x=x)
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
     if x.is_complex():
@@ -308,6 +313,9 @@ def _checked(layers: Sequence[PartialMoments], scale: Tensor | None, shift: Tens
     if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, PartialMoments) for layer in layers):
         types = [type(layer).__name__ for layer in layers[:3]] if isinstance(layers, Sequence) else type(layers).__name__
         raise ValueError(f"layers must be a non-empty list or tuple of PartialMoments, not {types}")
+    for index, layer in enumerate(layers):
+        require_tensors(**{f"layers[{index}].parts": layer.parts, f"layers[{index}].center": layer.center})
+    require_tensors(**{name: constant for name, constant in (("scale", scale), ("shift", shift)) if constant is not None})
     like = layers[0].center
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"layers must have the dtype torch.float32 or torch.float64, not {like.dtype}")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import differentiable_once
+from ..checks import differentiable_once, require_tensors
 from ..dispatch import Backend
 from ..moments import mean_and_variance
 
@@ -52,6 +52,7 @@ def batch_norm_leaky_relu(
 
     Raises:
         ValueError: invalid shapes, dtypes or devices, or a number outside its range.
+        TypeError: an argument is not a tensor.
         RuntimeError: double backward through a fused kernel.
         BackendError: the backend cuda is forced, which has no kernel for this operation, or triton for tensors on a CPU.
 
@@ -63,9 +64,9 @@ def batch_norm_leaky_relu(
         >>> y.shape
         torch.Size([4, 3, 8, 8])
     """
-    dispatch.check_forced("batch_norm_leaky_relu", x.device)
     parameters = (running_mean, running_var, weight, bias)
     _check(x, parameters, training, momentum, eps, negative_slope)
+    dispatch.check_forced("batch_norm_leaky_relu", x.device)
     # Kernels support float32 parameters only.
     wide = all(tensor is None or tensor.dtype == torch.float32 for tensor in parameters)
     backend = _backend(x, training) if wide else "reference"
@@ -89,6 +90,8 @@ def batch_norm_leaky_relu(
 
 def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, momentum: float, eps: float, negative_slope: float) -> None:
     # Kernels do not check shapes, devices or dtypes.
+    given = {name: tensor for name, tensor in zip(_PARAMETERS, parameters, strict=True) if tensor is not None}
+    require_tensors(x=x, **given)
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
     if not x.is_floating_point():

@@ -77,10 +77,6 @@ def test_out_that_requires_grad_is_written_under_no_grad_only() -> None:
             torch.testing.assert_close(batch(raws=[raw], out=out), raw.tanh())
 
 
-def test_a_single_tensor_instead_of_a_sequence_raises() -> None:
-    assert_rejected(r"raws must be a sequence of tensors \(B, C, H, W\), not one Tensor", raws=torch.zeros(4, 3, 6, 8))
-
-
 def test_other_memory_formats_raise() -> None:
     assert_rejected(
         "memory_format must be torch.channels_last or torch.contiguous_format, not torch.preserve", memory_format=torch.preserve_format

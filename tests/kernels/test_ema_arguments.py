@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.kernels import Backend, BackendError, FusedEMA, ema_update_
+from dfkd_fast.kernels import Backend, BackendError, FusedEMA, ema_multi_avg_fn, ema_update_
 
 LISTS = Callable[[], tuple[list[Tensor], list[Tensor], list[Tensor] | None]]
 
@@ -157,6 +157,12 @@ def test_the_range_of_a_decay_tensor_on_the_cpu_is_checked(decay: float) -> None
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], not "):
         ema_update_([average], [torch.ones(3)], torch.tensor(decay))
     assert not average.any()
+
+
+@pytest.mark.parametrize("decay", ["0.5", None, [0.5], 1.5, torch.tensor(-1.0)], ids=repr)
+def test_an_averaging_function_checks_its_decay_when_it_is_made(decay: Any) -> None:
+    with pytest.raises(ValueError, match="decay must be "):
+        ema_multi_avg_fn(decay)
 
 
 @pytest.mark.parametrize("decay", ["0.5", None, [0.5]], ids=repr)

@@ -2,6 +2,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,20 @@ def test_a_model_without_tensors_has_an_average(backend: Backend) -> None:
 def test_a_decay_outside_0_to_1_raises(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must be in"):
         FusedEMA(nn.Linear(2, 2), decay)
+
+
+def test_arguments_of_the_wrong_type_are_named() -> None:
+    arguments: dict[str, Any] = {"model": nn.Linear(2, 2), "decay": 0.5}
+    with pytest.raises(TypeError, match=r"^model must be a module, not list$"):
+        FusedEMA(**arguments | {"model": [nn.Linear(2, 2)]})
+    with pytest.raises(TypeError, match=r"^decay must be a float, not str$"):
+        FusedEMA(**arguments | {"decay": "0.5"})
+    dtypes: list[Any] = [torch.int8, "bfloat16"]
+    for dtype in dtypes:
+        with pytest.raises(ValueError, match=f"^shadow_dtype must be a floating-point dtype, not {dtype!r}$"):
+            FusedEMA(**arguments, shadow_dtype=dtype)
+    with pytest.raises(TypeError, match=r"^model must be a module, not Parameter$"):
+        FusedEMA(**arguments).update(arguments["model"].weight)
 
 
 def test_another_model_raises_and_is_not_counted() -> None:

@@ -5,6 +5,7 @@ import inspect
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,65 @@ def test_docstrings_document_every_argument_and_the_result(name: str) -> None:
     if isinstance(function, type) or name in ("ema_update_", "use_backend"):
         return
     assert "\nReturns:\n" in docstring
+
+
+X, CHANNEL, LOGITS, FILTERS = torch.rand(2, 3, 4, 4), torch.rand(3), torch.rand(2, 3), torch.rand(3, 3, 3, 3)
+DIVERGENCE = {"student": LOGITS, "teacher": LOGITS, "temperature": 1.0, "reduction": "sum", "scale_by_temperature_squared": False}
+BATCH_NORM = dict.fromkeys(("running_mean", "running_var", "weight", "bias"), CHANNEL)
+# Arguments of which each tensor, and each list of tensors, is replaced by something else.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "l1_discrepancy": {"student": LOGITS, "teacher": LOGITS, "reduction": "sum"},
+    "kl_discrepancy": DIVERGENCE,
+    "js_discrepancy": DIVERGENCE,
+    "ema_update_": {"averages": [X], "sources": [X], "shadows": [X], "decay": 0.5},
+    "channel_moments": {"x": X},
+    "channel_sums": {"x": X},
+    "partial_moments": {"x": X},
+    "combine_moments": {"layers": [kernels.partial_moments(X)], "scale": torch.ones(2, 1, 3), "shift": torch.ones(2, 1, 3)},
+    "bias_act": {"x": X, "bias": CHANNEL, "residual": X, "activation": "relu"},
+    "batch_norm_leaky_relu": {"x": X, **BATCH_NORM, "training": True, "momentum": 0.1, "eps": 1e-5, "negative_slope": 0.2},
+    "concat_generated": {"raws": [X], "activation": "tanh", "normalize": "dataset", "mean": CHANNEL, "std": CHANNEL, "out": X.clone()},
+    "conv2d_relu": {"x": X, "weight": FILTERS, "bias": CHANNEL, "residual": X, "padding": (1, 1)},
+    "winograd_conv2d": {"x": X, "weight": FILTERS, "bias": CHANNEL},
+    "winograd_is_faster": {"x": X, "weight": FILTERS},
+}
+WITHOUT_TENSORS = {"FusedEMA", "PartialMoments", "ema_multi_avg_fn", "use_backend"}
+
+
+def test_every_function_of_tensors_is_listed() -> None:
+    assert ARGUMENTS.keys() | WITHOUT_TENSORS == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("wrong", [3.0, np.zeros((2, 3, 4, 4), np.float32), "x"], ids=["float", "array", "str"])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_is_not_a_tensor_is_named(name: str, wrong: Any) -> None:
+    arguments, kind = ARGUMENTS[name], type(wrong).__name__
+    function: Any = getattr(kernels, name)
+    for argument, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(TypeError, match=f"^{argument} must be a tensor, not {kind}$"):
+                function(**arguments | {argument: wrong})
+
+
+@pytest.mark.parametrize(("name", "argument"), [("ema_update_", "averages"), ("ema_update_", "shadows"), ("concat_generated", "raws")])
+def test_what_is_not_a_list_of_tensors_is_named(name: str, argument: str) -> None:
+    function: Any = getattr(kernels, name)
+    for wrong, message in (
+        (X, f"{argument} must be a list or tuple of tensors, not Tensor"),
+        ((x for x in [X]), f"{argument} must be a list or tuple of tensors, not generator"),
+        (3, f"{argument} must be a list or tuple of tensors, not int"),
+        ([X, None], rf"{argument}\[1\] must be a tensor, not NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}$"):
+            function(**ARGUMENTS[name] | {argument: wrong})
+
+
+def test_what_is_not_a_tensor_within_a_list_is_named() -> None:
+    batch = ARGUMENTS["concat_generated"] | {"normalize": "batch", "mean": None, "std": None, "training": [True]}
+    with pytest.raises(TypeError, match=r"^running_means must be a list or tuple of tensors, not Tensor$"):
+        kernels.concat_generated(**batch, running_means=CHANNEL[None], running_vars=[CHANNEL])
+    with pytest.raises(TypeError, match=r"^layers\[0\]\.center must be a tensor, not NoneType$"):
+        kernels.combine_moments([kernels.PartialMoments(torch.zeros(2, 3, 4), None)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("old", "new"), renamed.RENAMED.items())
