@@ -88,9 +88,9 @@ def test_what_is_not_a_list_of_tensors_is_named(name: str, argument: str) -> Non
 
 
 def test_what_is_not_a_tensor_within_a_list_is_named() -> None:
-    batch = ARGUMENTS["concat_generated"] | {"normalize": "batch", "mean": None, "std": None, "training": [True]}
+    batch = ARGUMENTS["concat_generated"] | {"normalize": "batch", "mean": None, "std": None, "training": [True], "running_vars": [CHANNEL]}
     with pytest.raises(TypeError, match=r"^running_means must be a list or tuple of tensors, not Tensor$"):
-        kernels.concat_generated(**batch, running_means=CHANNEL[None], running_vars=[CHANNEL])
+        kernels.concat_generated(**batch | {"running_means": CHANNEL[None]})
     with pytest.raises(TypeError, match=r"^layers\[0\]\.center must be a tensor, not NoneType$"):
         kernels.combine_moments([kernels.PartialMoments(torch.zeros(2, 3, 4), None)])  # type: ignore[arg-type]
 
