@@ -161,7 +161,9 @@ def _check_shapes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilati
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> None:
     # Kernels do not check shapes, devices or dtypes.
-    require_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    require_tensors(x=x, weight=weight)
+    if bias is not None:
+        require_tensors(bias=bias)
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"x must be (N, C_in, H, W) and weight (C_out, C_in, 3, 3), not {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

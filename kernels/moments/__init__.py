@@ -315,7 +315,6 @@ def _checked(layers: Sequence[PartialMoments], scale: Tensor | None, shift: Tens
         raise ValueError(f"layers must be a non-empty list or tuple of PartialMoments, not {types}")
     for index, layer in enumerate(layers):
         require_tensors(**{f"layers[{index}].parts": layer.parts, f"layers[{index}].center": layer.center})
-    require_tensors(**{name: constant for name, constant in (("scale", scale), ("shift", shift)) if constant is not None})
     like = layers[0].center
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"layers must have the dtype torch.float32 or torch.float64, not {like.dtype}")
@@ -329,7 +328,10 @@ def _checked(layers: Sequence[PartialMoments], scale: Tensor | None, shift: Tens
                 raise ValueError(f"layers[{index}].{name} must be {like.dtype} on {like.device}, as layers[0].center, not {given}")
     shape = 2, len(layers), max(len(layer.center) for layer in layers)
     for name, constant in (("scale", scale), ("shift", shift)):
-        if constant is not None and (constant.shape, constant.dtype, constant.device) != (shape, like.dtype, like.device):
+        if constant is None:
+            continue
+        require_tensors(**{name: constant})
+        if (constant.shape, constant.dtype, constant.device) != (shape, like.dtype, like.device):
             given = f"{constant.dtype} {tuple(constant.shape)} on {constant.device}"
             raise ValueError(f"{name} must be {like.dtype} {shape} on {like.device}, not {given}")
     constants = {"scale": scale, "shift": shift} | {f"layers[{index}].center": layer.center for index, layer in enumerate(layers)}

@@ -90,8 +90,7 @@ def batch_norm_leaky_relu(
 
 def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, momentum: float, eps: float, negative_slope: float) -> None:
     # Kernels do not check shapes, devices or dtypes.
-    given = {name: tensor for name, tensor in zip(_PARAMETERS, parameters, strict=True) if tensor is not None}
-    require_tensors(x=x, **given)
+    require_tensors(x=x, running_mean=parameters[0], running_var=parameters[1])
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -99,13 +98,13 @@ def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, mom
     shape, device, dtype = x.shape[1:2], x.device, x.dtype
     for name, tensor in zip(_PARAMETERS, parameters, strict=True):
         if tensor is None:
-            if name in ("running_mean", "running_var"):
-                raise ValueError(f"{name} must be a tensor {tuple(shape)}, not None")
-        elif tensor.shape != shape:
+            continue
+        require_tensors(**{name: tensor})
+        if tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(tensor.shape)}")
-        elif tensor.device != device:
+        if tensor.device != device:
             raise ValueError(f"{name} must be on the device of x, {device}, not on {tensor.device}")
-        elif tensor.dtype not in (torch.float32, dtype):
+        if tensor.dtype not in (torch.float32, dtype):
             raise ValueError(f"{name} must be torch.float32 or have the dtype of x, {dtype}, not {tensor.dtype}")
     if not isinstance(momentum, int | float):
         raise ValueError(f"momentum must be a number, not {momentum!r}")

@@ -39,7 +39,7 @@ def test_docstrings_document_every_argument_and_the_result(name: str) -> None:
 X, CHANNEL, LOGITS, FILTERS = torch.rand(2, 3, 4, 4), torch.rand(3), torch.rand(2, 3), torch.rand(3, 3, 3, 3)
 DIVERGENCE = {"student": LOGITS, "teacher": LOGITS, "temperature": 1.0, "reduction": "sum", "scale_by_temperature_squared": False}
 BATCH_NORM = dict.fromkeys(("running_mean", "running_var", "weight", "bias"), CHANNEL)
-# Arguments of which each tensor, and each list of tensors, is replaced by something else.
+# Of which each tensor, and each list of tensors, is replaced by something else.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "l1_discrepancy": {"student": LOGITS, "teacher": LOGITS, "reduction": "sum"},
     "kl_discrepancy": DIVERGENCE,
@@ -59,22 +59,23 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 WITHOUT_TENSORS = {"FusedEMA", "PartialMoments", "ema_multi_avg_fn", "use_backend"}
 
 
+def arguments_of_type(kind: type) -> list[tuple[str, str]]:
+    return [(name, argument) for name, arguments in ARGUMENTS.items() for argument, value in arguments.items() if isinstance(value, kind)]
+
+
 def test_every_function_of_tensors_is_listed() -> None:
     assert ARGUMENTS.keys() | WITHOUT_TENSORS == set(FUNCTIONS)
 
 
 @pytest.mark.parametrize("wrong", [3.0, np.zeros((2, 3, 4, 4), np.float32), "x"], ids=["float", "array", "str"])
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_what_is_not_a_tensor_is_named(name: str, wrong: Any) -> None:
-    arguments, kind = ARGUMENTS[name], type(wrong).__name__
+@pytest.mark.parametrize(("name", "argument"), arguments_of_type(torch.Tensor))
+def test_what_is_not_a_tensor_is_named(name: str, argument: str, wrong: Any) -> None:
     function: Any = getattr(kernels, name)
-    for argument, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            with pytest.raises(TypeError, match=f"^{argument} must be a tensor, not {kind}$"):
-                function(**arguments | {argument: wrong})
+    with pytest.raises(TypeError, match=f"^{argument} must be a tensor, not {type(wrong).__name__}$"):
+        function(**ARGUMENTS[name] | {argument: wrong})
 
 
-@pytest.mark.parametrize(("name", "argument"), [("ema_update_", "averages"), ("ema_update_", "shadows"), ("concat_generated", "raws")])
+@pytest.mark.parametrize(("name", "argument"), [each for each in arguments_of_type(list) if each[0] != "combine_moments"])
 def test_what_is_not_a_list_of_tensors_is_named(name: str, argument: str) -> None:
     function: Any = getattr(kernels, name)
     for wrong, message in (
