@@ -1,6 +1,7 @@
-"""Checks shared by the operations: types and memory overlap of arguments, and unsupported second derivatives."""
+"""Checks shared by the operations: types, ranges and memory overlap of arguments, and unsupported second derivatives."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 from operator import add, attrgetter, le
@@ -11,7 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["differentiable_once", "disjoint", "overlaps_itself", "require_tensor_lists", "require_tensors", "share_memory", "span"]
+__all__ = [
+    "differentiable_once",
+    "disjoint",
+    "overlaps_itself",
+    "require_bools",
+    "require_eps",
+    "require_list",
+    "require_number",
+    "require_tensor_lists",
+    "require_tensors",
+    "share_memory",
+    "shown",
+    "span",
+]
 
 MAX_WORK = 100_000
 """Limit of ``numpy.shares_memory`` (some milliseconds), beyond which interleaved tensors are assumed to overlap."""
@@ -36,11 +50,58 @@ def require_tensor_lists(**arguments: Any) -> None:
         TypeError: an argument is not a sequence of tensors; the message names it, or its first element that is not a tensor.
     """
     for name, values in arguments.items():
-        if isinstance(values, Tensor) or not (hasattr(values, "__getitem__") and hasattr(values, "__len__")):
-            raise TypeError(f"{name} must be a list or tuple of tensors, not {type(values).__name__}")
+        require_list(name, values, "tensors")
         for index, value in enumerate(values):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}[{index}] must be a tensor, not {type(value).__name__}")
+
+
+def require_list(name: str, values: object, elements: str) -> None:
+    """Check that an argument is a list, tuple or other sequence, but not a tensor.
+
+    Raises:
+        TypeError: it is not; the message says of what ``elements`` it must be a list.
+    """
+    if isinstance(values, Tensor) or not (hasattr(values, "__getitem__") and hasattr(values, "__len__")):
+        raise TypeError(f"{name} must be a list or tuple of {elements}, not {type(values).__name__}")
+
+
+def require_bools(**arguments: object) -> None:
+    """Check the types of flags.
+
+    Raises:
+        TypeError: an argument is not True or False; the message names it.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {shown(value)}")
+
+
+def require_number(name: str, value: object, lowest: float, highest: float) -> None:
+    """Check a number and its range.
+
+    Raises:
+        ValueError: ``value`` is not a number from ``lowest`` to ``highest``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        allowed = f"from {lowest:g} to {highest:g}" if highest < math.inf else f"of at least {lowest:g}"
+        raise ValueError(f"{name} must be a number {allowed}, not {shown(value)}")
+
+
+def require_eps(eps: float, training: bool) -> None:
+    """Check the value that a batch normalization adds to the variance.
+
+    Raises:
+        ValueError: ``eps`` is not a number, negative, or 0 in training.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not (eps > 0 or (eps == 0 and not training)):
+        raise ValueError(f"eps must be greater than 0 in training and at least 0 in evaluation, not {shown(eps)}")
+
+
+def shown(value: object) -> str:
+    """Return a value for a message of one line: its ``repr``, or its type if that is long."""
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text else f"an object of the type {type(value).__name__}"
 
 
 def differentiable_once(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..checks import differentiable_once, require_tensors
+from ..checks import differentiable_once, require_bools, require_tensors, shown
 from ..dispatch import Backend, choose
 from ..moments import PartialMoments, gradients_of_sums, moments_gradient, num_blocks
 from . import reference
@@ -65,6 +65,7 @@ def bias_act(
         (tensor([0., 1., 2., 4.]), tensor([[1.5000]]), tensor([[3.2500]]))
     """
     _check(x, bias, residual, activation)
+    require_bools(moments=moments)
     backend = choose("bias_act with moments" if moments else "bias_act", x.device, (x.dtype,), x.numel())
     if backend == "reference":
         result: Any = (reference.bias_act_moments if moments else reference.bias_act)(x, bias, residual, activation)
@@ -165,8 +166,8 @@ def _check(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) ->
             raise ValueError(f"{name} must have the layout torch.strided, not {tensor.layout}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, not on {tensor.device}")
-    if activation not in get_args(Activation):
-        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, not {activation!r}")
+    if not isinstance(activation, str) or activation not in get_args(Activation):
+        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, not {shown(activation)}")
 
 
 def _fake_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> Tensor:

@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..checks import differentiable_once, overlaps_itself, require_tensor_lists, require_tensors, share_memory
+from ..checks import (
+    differentiable_once,
+    overlaps_itself,
+    require_bools,
+    require_eps,
+    require_list,
+    require_number,
+    require_tensor_lists,
+    require_tensors,
+    share_memory,
+    shown,
+)
 from ..dispatch import Backend, choose, transforming
 from ..moments import mean_and_variance
 from . import reference
@@ -51,8 +62,8 @@ def concat_generated(
         running_vars: running variance (C,) of each generator, for "batch".
         training: for "batch", whether each generator is normalized by its batch statistics, which also update the running
             statistics in place as in ``torch.nn.BatchNorm2d``, or by its running statistics.
-        momentum: momentum of the running statistics.
-        eps: value added to the variance.
+        momentum: weight of the batch in the running statistics, in [0, 1].
+        eps: value added to the variance; must be > 0 in training mode.
         out_dtype: floating-point dtype of the batch. Default: the dtype of ``out`` or of the first input.
         out: preallocated output (ΣB_i, C, H, W) of a floating-point dtype, which must not overlap an input; only without autograd.
         memory_format: layout of the batch if ``out`` is None, ``torch.channels_last`` or ``torch.contiguous_format``.
@@ -65,7 +76,7 @@ def concat_generated(
         ValueError: ``raws`` is empty or its tensors differ in C, H, W or device; a dtype is not floating-point; an argument of
             the chosen normalization is missing, superfluous, of the wrong shape or requires grad; batch statistics of one value
             per channel; or ``out`` is invalid.
-        TypeError: an argument is not a tensor, or not a list or tuple of tensors.
+        TypeError: an argument is not a tensor, a list or tuple of tensors, or a bool, where it must be one.
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device or dtypes.
 
@@ -79,11 +90,11 @@ def concat_generated(
         >>> batch.is_contiguous(memory_format=torch.channels_last)
         True
     """
-    _check(raws, activation, normalize, mean, std, running_means, running_vars, training, momentum)
-    if memory_format not in (torch.channels_last, torch.contiguous_format):
-        raise ValueError(f"memory_format must be torch.channels_last or torch.contiguous_format, not {memory_format}")
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise ValueError(f"out_dtype must be a floating-point dtype, not {out_dtype}")
+    _check(raws, activation, normalize, mean, std, running_means, running_vars, training, momentum, eps)
+    if not isinstance(memory_format, torch.memory_format) or memory_format not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(f"memory_format must be torch.channels_last or torch.contiguous_format, not {shown(memory_format)}")
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise ValueError(f"out_dtype must be a floating-point dtype, not {shown(out_dtype)}")
     if out is not None:
         _check_out(out, raws, out_dtype)
     dtype = raws[0].dtype if out_dtype is None else out_dtype
@@ -111,18 +122,9 @@ class _BatchNorm(NamedTuple):
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: Backend,
-        activation: Activation,
-        mean: Tensor | None,
-        std: Tensor | None,
-        batch_norm: _BatchNorm | None,
-        dtype: torch.dtype,
-        channels_last: bool,
-        out: Tensor | None,
-        *raws: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        # Not as parameters: Dynamo loses ctx if there are as many arguments as parameters, as for two tensors in a parameter *raws.
+        backend, activation, mean, std, batch_norm, dtype, channels_last, out, *raws = arguments
         if mean is not None and std is not None:
             mean, std = (constant.float().resolve_neg().expand(len(raws), -1) for constant in (mean, std))
         elif batch_norm is not None:
@@ -181,6 +183,7 @@ def _check(
     running_vars: Sequence[Tensor] | None,
     training: Sequence[bool] | None,
     momentum: float,
+    eps: float,
 ) -> None:
     require_tensor_lists(raws=raws)
     if not raws:
@@ -194,10 +197,10 @@ def _check(
             raise ValueError(f"raws[{index}] is on {raw.device}, the first on {raws[0].device}")
         if not raw.is_floating_point():
             raise ValueError(f"raws[{index}] must have a floating-point dtype, not {raw.dtype}")
-    if activation not in ("tanh", "sigmoid", "none"):
-        raise ValueError(f"activation must be 'tanh', 'sigmoid' or 'none', not {activation!r}")
-    if normalize not in ("dataset", "batch", "none"):
-        raise ValueError(f"normalize must be 'dataset', 'batch' or 'none', not {normalize!r}")
+    if not isinstance(activation, str) or activation not in ("tanh", "sigmoid", "none"):
+        raise ValueError(f"activation must be 'tanh', 'sigmoid' or 'none', not {shown(activation)}")
+    if not isinstance(normalize, str) or normalize not in ("dataset", "batch", "none"):
+        raise ValueError(f"normalize must be 'dataset', 'batch' or 'none', not {shown(normalize)}")
     channels, shape, device = raws[0].shape[1], raws[0].shape[1:2], raws[0].device
     for name, constant in (("mean", mean), ("std", std)):
         if (constant is not None) != (normalize == "dataset"):
@@ -208,7 +211,10 @@ def _check(
     for name, sequence in (("running_means", running_means), ("running_vars", running_vars), ("training", training)):
         if (sequence is not None) != (normalize == "batch"):
             raise ValueError(f"{name} must be given if and only if normalize is 'batch', and normalize is {normalize!r}")
-        if sequence is not None and len(sequence) != len(raws):
+        if sequence is None:
+            continue
+        require_list(name, sequence, "bools" if name == "training" else "tensors")
+        if len(sequence) != len(raws):
             raise ValueError(f"{name} has {len(sequence)} entries for {len(raws)} generators")
     for name, statistics in (("running_means", running_means), ("running_vars", running_vars)):
         if statistics is None:
@@ -218,8 +224,12 @@ def _check(
             _check_constant(name, index, constant, shape, device)
             if not constant.is_floating_point():  # updated in place
                 raise ValueError(f"{name}[{index}] must have a floating-point dtype, not {constant.dtype}")
-    if normalize == "batch" and not isinstance(momentum, int | float):
-        raise ValueError(f"momentum must be a number, not {momentum!r}")
+            if not constant.is_contiguous() and not torch.compiler.is_compiling() and overlaps_itself(constant):
+                raise ValueError(f"{name}[{index}] must not overlap itself: strides {constant.stride()} of shape {tuple(constant.shape)}")
+    if training is not None:
+        require_bools(**{f"training[{index}]": batch_statistics for index, batch_statistics in enumerate(training)})
+        require_number("momentum", momentum, 0, 1)
+        require_eps(eps, any(training))
     for index, (raw, batch_statistics) in enumerate(zip(raws, training or (), strict=False)):
         if batch_statistics and raw.numel() <= channels:
             raise ValueError(f"raws[{index}] is {tuple(raw.shape)}: batch statistics need more than one value per channel")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import require_tensors
+from ..checks import require_bools, require_tensors, shown
 from ..renamed import renamed_argument
 from .matmul import Col2im, Im2col, Pair, is_pair, output_size
 from .relu import cases_without_kernel, conv2d_relu
@@ -54,6 +54,7 @@ def winograd_conv2d(
         torch.Size([2, 128, 16, 16])
     """
     _check(x, weight, bias, padding)
+    require_bools(cache_weight=cache_weight)
     dispatch.check_forced("winograd_conv2d", x.device)
     if not _supports(x, weight):
         return F.conv2d(x, weight, bias, padding=padding)
@@ -150,7 +151,7 @@ def _check_shapes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilati
     require_tensors(x=x, weight=weight)
     for name, pair, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if not is_pair(pair, minimum):
-            raise ValueError(f"{name} must be two integers of at least {minimum}, not {pair!r}")
+            raise ValueError(f"{name} must be two integers of at least {minimum}, not {shown(pair)}")
     if x.dtype != weight.dtype:
         raise ValueError(f"weight must have the dtype of x, {x.dtype}, not {weight.dtype}")
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
@@ -178,7 +179,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, .
         if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
             raise ValueError(f"{name} must have the dtype of x, {dtype}, not {tensor.dtype}")
     if not is_pair(padding, 0) or min(output_size(x, weight, (1, 1), padding, (1, 1))) < 1:
-        raise ValueError(f"padding must be two integers ≥ 0 with a non-empty output for input {tuple(x.shape[2:])}, not {padding}")
+        raise ValueError(f"padding must be two integers ≥ 0 with a non-empty output for input {tuple(x.shape[2:])}, not {shown(padding)}")
 
 
 def _supports(x: Tensor, weight: Tensor) -> bool:

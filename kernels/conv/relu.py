@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from .. import dispatch
-from ..checks import differentiable_once, require_tensors
+from ..checks import differentiable_once, require_tensors, shown
 from ..operators import LIBRARY
 from .matmul import Pair, is_pair, output_size
 
@@ -144,10 +144,10 @@ def _check(
     others = {"weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
     require_tensors(x=x, **others)
     if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be an integer of at least 1, not {groups!r}")
+        raise ValueError(f"groups must be an integer of at least 1, not {shown(groups)}")
     for name, pair, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if not is_pair(pair, minimum):
-            raise ValueError(f"{name} must be two integers of at least {minimum}, not {pair!r}")
+            raise ValueError(f"{name} must be two integers of at least {minimum}, not {shown(pair)}")
     if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
         raise ValueError("weight and bias must be frozen: the output is differentiable with respect to x and residual only")
     if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != groups * weight.shape[1] or len(weight) % groups:

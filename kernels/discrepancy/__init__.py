@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..checks import require_tensors
+from ..checks import require_bools, require_tensors, shown
 from ..dispatch import Backend, choose
 from . import reference
 
@@ -205,7 +205,7 @@ def _discrepancy(
     factor = 1.0
     if kind != "l1":
         temperature = _temperature(temperature)
-        _check_bool("scale_by_temperature_squared", scale_by_temperature_squared)
+        require_bools(scale_by_temperature_squared=scale_by_temperature_squared)
         factor = temperature**2 if scale_by_temperature_squared else 1.0
     backend = choose(f"{kind}_discrepancy", student.device, (student.dtype, teacher.dtype), 2 * student.numel())
     if backend == "reference":
@@ -281,23 +281,18 @@ def _check(student: Tensor, teacher: Tensor, reduction: object, agreement: objec
     if student.shape[1] == 0:
         raise ValueError(f"logits have no classes: {tuple(student.shape)}")
     if not isinstance(reduction, str) or reduction not in ("batchmean", "mean", "sum"):
-        raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', not {reduction!r}")
-    _check_bool("agreement", agreement)
+        raise ValueError(f"reduction must be 'batchmean', 'mean' or 'sum', not {shown(reduction)}")
+    require_bools(agreement=agreement)
 
 
 def _temperature(temperature: object) -> float:
     # Reading a tensor would synchronize with the device, and a captured CUDA graph would contain the value of the capture.
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a float, not {temperature!r}")
+        raise TypeError(f"temperature must be a float, not {shown(temperature)}")
     lowest, highest = TEMPERATURES
     if not lowest <= (number := float(temperature)) <= highest:
         raise ValueError(f"temperature must be > 0, from {lowest:g} to {highest:g}, not {temperature}")
     return number
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def _scale(logits: Tensor, reduction: Reduction) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..checks import require_tensor_lists
+from ..checks import require_tensor_lists, shown
 from ..dispatch import Backend, BackendError, choose, forced
 from . import reference
 from .sharing import deduplicate
@@ -144,7 +144,7 @@ def _check_decay(decay: float | Tensor, averages: Sequence[Tensor]) -> None:
             return
         decay = decay.item()
     if not isinstance(decay, int | float):
-        raise ValueError(f"decay must be a float or a 0-d float32 or float64 tensor, not {decay!r}")
+        raise ValueError(f"decay must be a float or a 0-d float32 or float64 tensor, not {shown(decay)}")
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must be in [0, 1], not {decay}")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ..checks import require_bools, shown
 from ..dispatch import Backend, forced
 from . import Pairs, pairs
 from .guard import ModuleGuard
@@ -70,12 +71,13 @@ class FusedEMA(nn.Module):
     def __init__(self, model: nn.Module, decay: float, *, warm_up: bool = False, shadow_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         _require_module(model)
+        require_bools(warm_up=warm_up)
         if not isinstance(decay, int | float):
             raise TypeError(f"decay must be a float, not {type(decay).__name__}")
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], not {decay}")
         if shadow_dtype is not None and not (isinstance(shadow_dtype, torch.dtype) and shadow_dtype.is_floating_point):
-            raise ValueError(f"shadow_dtype must be a floating-point dtype, not {shadow_dtype!r}")
+            raise ValueError(f"shadow_dtype must be a floating-point dtype, not {shown(shadow_dtype)}")
         self.decay, self.warm_up = decay, warm_up
         self.module = _frozen_copy(model, None)
         self.shadow = None if shadow_dtype is None else _frozen_copy(model, shadow_dtype)

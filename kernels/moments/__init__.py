@@ -277,9 +277,9 @@ class _PartialMoments(torch.autograd.Function):
 
 class _Combined(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, backend: Backend, centers: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, *parts: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        # Not as parameters: Dynamo loses ctx if there are as many arguments as parameters, as for two tensors in a parameter *parts.
+        backend, centers, scale, shift, *parts = arguments
         table, offsets = operators.operator("combine_moments", backend, centers[0])(parts, centers, scale, shift, False)
         ctx.save_for_backward(offsets, scale, *parts)  # parts: so that double backward raises an error
         return table

@@ -1,5 +1,6 @@
 """Fused batch normalization and leaky ReLU."""
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import differentiable_once, require_tensors
+from ..checks import differentiable_once, overlaps_itself, require_bools, require_eps, require_number, require_tensors
 from ..dispatch import Backend
 from ..moments import mean_and_variance
+from . import reference
 
 __all__ = ["batch_norm_leaky_relu"]
 
@@ -42,7 +44,7 @@ def batch_norm_leaky_relu(
         weight: scale (C,), float32 or of the dtype of ``x``; None for 1.
         bias: shift (C,), likewise; None for 0.
         training: normalize by the batch statistics (True) or by the running statistics (False).
-        momentum: momentum of the running statistics.
+        momentum: weight of the batch in the running statistics, in [0, 1].
         eps: value added to the variance; must be > 0 in training mode.
         negative_slope: slope of the leaky ReLU for negative inputs, ≥ 0; 1 for batch normalization alone.
 
@@ -52,7 +54,7 @@ def batch_norm_leaky_relu(
 
     Raises:
         ValueError: invalid shapes, dtypes or devices, or a number outside its range.
-        TypeError: an argument is not a tensor.
+        TypeError: an argument is not a tensor, or ``training`` is not a bool.
         RuntimeError: double backward through a fused kernel.
         BackendError: the backend cuda is forced, which has no kernel for this operation, or triton for tensors on a CPU.
 
@@ -71,7 +73,7 @@ def batch_norm_leaky_relu(
     wide = all(tensor is None or tensor.dtype == torch.float32 for tensor in parameters)
     backend = _backend(x, training) if wide else "reference"
     if backend == "reference":
-        normalised = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        normalised = reference.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return normalised if negative_slope == 1 else F.leaky_relu(normalised, negative_slope, inplace=True)
     x = x.resolve_neg()  # kernels read memory directly and ignore the negative bit
     weight = torch.ones_like(running_mean) if weight is None else weight
@@ -91,6 +93,7 @@ def batch_norm_leaky_relu(
 def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, momentum: float, eps: float, negative_slope: float) -> None:
     # Kernels do not check shapes, devices or dtypes.
     require_tensors(x=x, running_mean=parameters[0], running_var=parameters[1])
+    require_bools(training=training)
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -106,12 +109,15 @@ def _check(x: Tensor, parameters: tuple[Tensor | None, ...], training: bool, mom
             raise ValueError(f"{name} must be on the device of x, {device}, not on {tensor.device}")
         if tensor.dtype not in (torch.float32, dtype):
             raise ValueError(f"{name} must be torch.float32 or have the dtype of x, {dtype}, not {tensor.dtype}")
-    if not isinstance(momentum, int | float):
-        raise ValueError(f"momentum must be a number, not {momentum!r}")
-    if eps < 0 or (training and eps == 0):
-        raise ValueError(f"eps must be greater than 0 in training and at least 0 in evaluation, not {eps}")
-    if negative_slope < 0:
-        raise ValueError(f"negative_slope must be at least 0, not {negative_slope}")
+        if name not in ("running_mean", "running_var"):
+            continue
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but the result is not differentiable with respect to it: pass {name}.detach()")
+        if training and not tensor.is_contiguous() and not torch.compiler.is_compiling() and overlaps_itself(tensor):
+            raise ValueError(f"{name} must not overlap itself: strides {tensor.stride()} of shape {tuple(tensor.shape)}")
+    require_number("momentum", momentum, 0, 1)
+    require_eps(eps, training)
+    require_number("negative_slope", negative_slope, 0, math.inf)
 
 
 def _backend(x: Tensor, training: bool) -> Backend:

@@ -112,8 +112,52 @@ def test_invalid_constants_are_named(name: str) -> None:
     )
 
 
-def test_an_invalid_momentum_is_named() -> None:
-    assert_rejected("momentum must be a number, not None", **running(True, momentum=None))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"momentum": None}, "momentum must be a number from 0 to 1, not None"),
+        ({"momentum": float("nan")}, "momentum must be a number from 0 to 1, not nan"),
+        ({"eps": None}, "eps must be greater than 0 in training and at least 0 in evaluation, not None"),
+        ({"eps": -1.0}, "eps must be greater than 0 .*, not -1.0"),
+        ({"eps": 1j}, "eps must be greater than 0 .*, not 1j"),
+        ({"running_vars": [torch.ones(1).expand(3)]}, r"running_vars\[0\] must not overlap itself: strides \(0,\) of shape \(3,\)"),
+    ],
+    ids=str,
+)
+def test_invalid_values_of_batch_norms_are_named_and_nothing_is_changed(changed: dict[str, Any], message: str) -> None:
+    arguments = running(True, **changed)
+    assert_rejected(message, **arguments)
+    assert torch.equal(arguments["running_means"][0], MEAN)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"training": ["no"]}, r"training\[0\] must be True or False, not 'no'"),
+        ({"training": True}, "training must be a list or tuple of bools, not bool"),
+        ({"running_means": 3}, "running_means must be a list or tuple of tensors, not int"),
+    ],
+    ids=str,
+)
+def test_invalid_lists_of_batch_norms_are_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        batch(raws=[torch.zeros(2, 3, 4, 4)], **running(True) | changed)
+
+
+@pytest.mark.parametrize("wrong", ["float16", torch.int8, 1, torch.ones(2, 3)], ids=str)
+def test_an_invalid_out_dtype_is_named(wrong: Any) -> None:
+    assert_rejected("out_dtype must be a floating-point dtype, not ", out_dtype=wrong)
+
+
+def test_a_single_image_of_any_strides_has_the_right_gradient(backend: Backend, device: torch.device) -> None:
+    x = torch.randn(9, 7, 3, device=device).permute(2, 0, 1)[None].requires_grad_()  # the batch stride is 3
+    exact = x.detach().double().contiguous().requires_grad_()
+    variance, mean = torch.var_mean(exact, dim=(0, 2, 3), correction=0, keepdim=True)
+    upstream = torch.randn(x.shape, device=device)
+    statistics = {"running_means": [MEAN.to(device)], "running_vars": [STD.to(device)]}
+    result = batch(raws=[x], activation="none", **running(True, **statistics))
+    (expected,) = torch.autograd.grad((exact - mean) / (variance + 1e-5).sqrt(), exact, upstream.double())
+    torch.testing.assert_close(torch.autograd.grad(result, x, upstream)[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -1,5 +1,6 @@
 """``batch_norm_leaky_relu`` with unusual tensors and numbers: correct, or an error that names them."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dfkd_fast.kernels import Backend, batch_norm_leaky_relu, dispatch, norm
+from dfkd_fast.kernels import Backend, batch_norm_leaky_relu, dispatch, norm, use_backend
 
 CPU = torch.device("cpu")
 PARAMETERS = ["running_mean", "running_var", "weight", "bias"]
@@ -72,16 +73,73 @@ def test_running_statistics_are_required(name: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"momentum": None}, "momentum must be a number, not None"),
+        ({"momentum": None}, "momentum must be a number from 0 to 1, not None"),
         ({"eps": 0.0}, "eps must be greater than 0 in training and at least 0 in evaluation, not 0.0"),
         ({"eps": -1e-5, "training": False}, "eps must be greater than 0 .*, not -1e-05"),
-        ({"negative_slope": -0.1}, "negative_slope must be at least 0, not -0.1"),
+        ({"negative_slope": -0.1}, "negative_slope must be a number of at least 0, not -0.1"),
+        ({"momentum": float("nan")}, "momentum must be a number from 0 to 1, not nan"),
+        ({"momentum": 7}, "momentum must be a number from 0 to 1, not 7"),
+        ({"eps": float("nan")}, "eps must be greater than 0 .*, not nan"),
+        ({"eps": None}, "eps must be greater than 0 .*, not None"),
+        ({"negative_slope": Fraction(1, 2)}, r"negative_slope must be a number of at least 0, not Fraction\(1, 2\)"),
+        ({"negative_slope": torch.ones(9, 9)}, "negative_slope must be a number of at least 0, not an object of the type Tensor$"),
+        ({"running_mean": torch.zeros(6, requires_grad=True)}, r"running_mean requires grad, .*: pass running_mean.detach\(\)"),
+        ({"running_var": torch.ones(1).expand(6)}, r"running_var must not overlap itself: strides \(0,\) of shape \(6,\)"),
     ],
     ids=str,
 )
-def test_invalid_numbers_are_named(changed: dict[str, Any], message: str) -> None:
-    with torch.no_grad(), pytest.raises(ValueError, match=message):
-        batch_norm_leaky_relu(images(), **{**arguments(), **changed})
+def test_invalid_values_are_named_and_nothing_is_changed(changed: dict[str, Any], message: str) -> None:
+    kwargs = {**arguments(), **changed}
+    before = {name: kwargs[name].clone() for name in PARAMETERS}
+    with pytest.raises(ValueError, match=message):
+        batch_norm_leaky_relu(images(), **kwargs)
+    assert all(torch.equal(kwargs[name], before[name]) for name in PARAMETERS)
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, None], ids=repr)
+def test_training_must_be_a_bool(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=f"^training must be True or False, not {wrong!r}$"):
+        batch_norm_leaky_relu(images(), **{**arguments(), "training": wrong})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("odd", ["x", *PARAMETERS])
+def test_gradients_of_the_reference_are_right_where_those_of_pytorch_are_not(odd: str, training: bool) -> None:
+    x = images()[:1].to(memory_format=torch.channels_last)
+    x = (x[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None] if odd == "x" else x).requires_grad_()
+    kwargs = {**arguments(), "training": training}
+    if odd != "x":
+        kwargs[odd] = torch.stack([kwargs[odd], torch.full((6,), 9.0)], 1)[:, 0]
+    kwargs["weight"].requires_grad_()
+    exact = {name: value.detach().double() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+    leaves = x.detach().double().contiguous().requires_grad_(), exact["weight"].contiguous().requires_grad_()
+    mean, variance = exact["running_mean"], exact["running_var"]
+    if training:
+        variance, mean = torch.var_mean(leaves[0], dim=(0, 2, 3), correction=0)
+    scale, bias = leaves[1] / (variance + kwargs["eps"]).sqrt(), exact["bias"]
+    expected = F.leaky_relu((leaves[0] - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None], kwargs["negative_slope"])
+    with use_backend("reference"):
+        y = batch_norm_leaky_relu(x, **kwargs)
+    upstream = torch.randn_like(expected)
+    actual = y, *torch.autograd.grad(y, (x, kwargs["weight"]), upstream.float())
+    for ours, right in zip(actual, (expected, *torch.autograd.grad(expected, leaves, upstream)), strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_float64_images_may_have_float32_parameters(training: bool) -> None:
+    ours, theirs = {**arguments(), "training": training}, {**arguments(torch.float64), "training": training}
+    theirs |= {name: ours[name].double() for name in PARAMETERS}
+    x = images(torch.float64)
+    torch.testing.assert_close(batch_norm_leaky_relu(x, **ours), pytorch(x, theirs))
+    for name in PARAMETERS:
+        torch.testing.assert_close(ours[name].double(), theirs[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_images_without_channels_are_returned(training: bool) -> None:
+    kwargs = {**arguments(), "training": training} | {name: torch.zeros(0) for name in PARAMETERS}
+    assert batch_norm_leaky_relu(torch.zeros(2, 0, 4, 4), **kwargs).shape == (2, 0, 4, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)

@@ -191,6 +191,18 @@ def test_functions_compile_with_fullgraph_including_gradients(backend: Backend, 
     compiled_as_eager(FUNCTIONS[name], "aot_eager", device)
 
 
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+def test_functions_of_lists_compile_with_fullgraph_without_gradients(backend: Backend, device: torch.device, inputs: int) -> None:
+    xs = [torch.randn(2, 5, 4, 6, device=device) for _ in range(inputs)]
+    functions: list[Callable[..., Tensor]] = [
+        lambda *xs: combine_moments([partial_moments(x) for x in xs]),
+        lambda *xs: concat_generated(xs, activation="tanh", normalize="none"),
+    ]
+    for function in functions:
+        torch.compiler.reset()
+        torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(*xs), function(*xs))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_an_operator() -> None:
     with use_backend("numba"):

@@ -88,6 +88,23 @@ def test_what_is_not_a_list_of_tensors_is_named(name: str, argument: str) -> Non
             function(**ARGUMENTS[name] | {argument: wrong})
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *((name, "agreement") for name in ("l1_discrepancy", "kl_discrepancy", "js_discrepancy")),
+        *((name, "scale_by_temperature_squared") for name in ("kl_discrepancy", "js_discrepancy")),
+        *(("bias_act", "moments"), ("winograd_conv2d", "cache_weight"), ("batch_norm_leaky_relu", "training")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("wrong", "shown"), [("no", "'no'"), (1, "1"), (torch.ones(9, 9), "an object of the type Tensor")], ids=["str", "int", "tensor"]
+)
+def test_flags_must_be_bools(name: str, argument: str, wrong: Any, shown: str) -> None:
+    function: Any = getattr(kernels, name)
+    with pytest.raises(TypeError, match=f"^{argument} must be True or False, not {shown}$"):
+        function(**ARGUMENTS[name] | {argument: wrong})
+
+
 def test_what_is_not_a_tensor_within_a_list_is_named() -> None:
     batch = ARGUMENTS["concat_generated"] | {"normalize": "batch", "mean": None, "std": None, "training": [True], "running_vars": [CHANNEL]}
     with pytest.raises(TypeError, match=r"^running_means must be a list or tuple of tensors, not Tensor$"):
