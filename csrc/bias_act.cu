@@ -4,73 +4,10 @@
 
 #include "images.cuh"
 #include "moments.cuh"
+#include "nonlinearity.cuh"
 
 namespace dfkd_fast {
 namespace {
-
-enum class Nonlinearity : int8_t { kNone, kRelu, kRelu6, kSilu, kHardswish };
-
-Nonlinearity nonlinearity_of(const std::string& name) {
-  constexpr const char* kNames[] = {"none", "relu", "relu6", "silu", "hardswish"};
-  for (int i = 0; i < 5; ++i) {
-    if (name == kNames[i]) {
-      return static_cast<Nonlinearity>(i);
-    }
-  }
-  STD_TORCH_CHECK(false, "activation must be none, relu, relu6, silu or hardswish, not ", name);
-}
-
-// NaN remains NaN.
-__device__ __forceinline__ float clamp_to_6(float value) { return value < 0.0f ? 0.0f : value > 6.0f ? 6.0f : value; }
-
-template <int kCount>
-__device__ __forceinline__ void apply_nonlinearity(Nonlinearity nonlinearity, float (&values)[kCount]) {
-  const auto transform = [&](auto function) {
-#pragma unroll
-    for (float& value : values) {
-      value = function(value);
-    }
-  };
-  switch (nonlinearity) {
-    case Nonlinearity::kNone:
-      return;
-    case Nonlinearity::kRelu:
-      return transform([](float u) { return u < 0.0f ? 0.0f : u; });
-    case Nonlinearity::kRelu6:
-      return transform([](float u) { return clamp_to_6(u); });
-    case Nonlinearity::kSilu:
-      return transform([](float u) { return u / (1.0f + expf(-u)); });
-    case Nonlinearity::kHardswish:
-      return transform([](float u) { return u * clamp_to_6(u + 3.0f) / 6.0f; });
-  }
-}
-
-// Multiplies gradients by the derivative at `inputs`, which at its kinks is that of PyTorch.
-template <int kCount>
-__device__ __forceinline__ void multiply_by_derivative(
-    Nonlinearity nonlinearity, const float (&inputs)[kCount], float (&gradients)[kCount]) {
-  const auto transform = [&](auto function) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      gradients[i] = function(inputs[i], gradients[i]);
-    }
-  };
-  switch (nonlinearity) {
-    case Nonlinearity::kNone:
-      return;
-    case Nonlinearity::kRelu:
-      return transform([](float u, float g) { return u <= 0.0f ? 0.0f : g; });
-    case Nonlinearity::kRelu6:
-      return transform([](float u, float g) { return u <= 0.0f || u >= 6.0f ? 0.0f : g; });
-    case Nonlinearity::kSilu:
-      return transform([](float u, float g) {
-        const float sigmoid = 1.0f / (1.0f + expf(-u));
-        return g * (sigmoid * (1.0f + u * (1.0f - sigmoid)));
-      });
-    case Nonlinearity::kHardswish:
-      return transform([](float u, float g) { return u <= -3.0f ? 0.0f : u < 3.0f ? g * (u / 3.0f + 0.5f) : g; });
-  }
-}
 
 // Adds per-channel values to a tile.
 template <typename TileT>
@@ -78,14 +15,6 @@ __device__ __forceinline__ void add_channels(const float (&channels)[TileT::kCha
 #pragma unroll
   for (int i = 0; i < TileT::kCount; ++i) {
     values[i] += channels[i % TileT::kChannels];
-  }
-}
-
-template <int kCount>
-__device__ __forceinline__ void add(const float (&addends)[kCount], float (&values)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    values[i] += addends[i];
   }
 }
 
@@ -112,7 +41,7 @@ struct Forward {
       load_tile<TileT>(inputs.residual, n, c, p, residuals);
       add(residuals, values);
     }
-    apply_nonlinearity(inputs.nonlinearity, values);
+    apply_nonlinearity(inputs.nonlinearity, 0, values);
     store_tile<TileT>(y, n, c, p, values);
   }
 };
@@ -180,7 +109,7 @@ struct Moments {
     if (inputs.residual.data != nullptr) {
       dfkd_fast::add(loaded.residuals, loaded.values);
     }
-    apply_nonlinearity(inputs.nonlinearity, loaded.values);
+    apply_nonlinearity(inputs.nonlinearity, 0, loaded.values);
     View tile = y;
     tile.data = static_cast<char*>(y.data) + loaded.offset * element_size(y.dtype);
     store_tile<TileT>(tile, 0, 0, 0, loaded.values);
@@ -233,7 +162,7 @@ struct Backward {
       load_tile<TileT>(inputs.residual, n, c, p, residuals);
       add(residuals, values);
     }
-    multiply_by_derivative(inputs.nonlinearity, values, gradients);
+    multiply_by_derivative(inputs.nonlinearity, 0, values, gradients);
     if (residual_gradient.data != nullptr) {
       store_tile<TileT>(residual_gradient, n, c, p, gradients);
     }
@@ -242,23 +171,6 @@ struct Backward {
   }
 };
 
-const float* channels_data(const Tensor& tensor, const Shape& shape, const char* name) {
-  STD_TORCH_CHECK(tensor.numel() == shape.channels && tensor.is_contiguous(), name, " must be contiguous (C,)");
-  return float_data(tensor, name);
-}
-
-const float* channels_data(const std::optional<Tensor>& tensor, const Shape& shape, const char* name) {
-  return tensor.has_value() ? channels_data(*tensor, shape, name) : nullptr;
-}
-
-// View of a tensor that must have the shape of x.
-View view_like_x(const Tensor& tensor, const Shape& shape, const char* name) {
-  const Shape own = shape_of(tensor);
-  STD_TORCH_CHECK(
-      own.images == shape.images && own.channels == shape.channels && own.pixels == shape.pixels, name, " and x differ in shape");
-  return view_of(tensor, name);
-}
-
 Inputs inputs_of(const Tensor& x, const Tensor& bias, const std::optional<Tensor>& residual, const std::string& activation) {
   const Shape shape = shape_of(x);
   return {
@@ -266,13 +178,6 @@ Inputs inputs_of(const Tensor& x, const Tensor& bias, const std::optional<Tensor
       residual.has_value() ? view_like_x(*residual, shape, "residual") : View{},
       channels_data(bias, shape, "bias"),
       nonlinearity_of(activation)};
-}
-
-// The views of tensors that exist.
-std::vector<View> existing(std::initializer_list<View> views) {
-  std::vector<View> result;
-  std::copy_if(views.begin(), views.end(), std::back_inserter(result), [](const View& view) { return view.data != nullptr; });
-  return result;
 }
 
 }  // namespace

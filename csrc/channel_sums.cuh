@@ -125,13 +125,14 @@ inline SumGrid sum_grid_of(const Shape& shape, Tiling tiling, int kPixels, int k
   return grid;
 }
 
-// Calls launch(tile, grid, columns) with the tile for the given views and the number of blocks along the channels.
+// Calls launch(tile, grid, columns) with the tile for the given views and arrays and the number of blocks along the channels.
 template <typename Launch>
-void with_sum_grid(const Shape& shape, const std::vector<View>& views, const Launch& launch) {
+void with_sum_grid(
+    const Shape& shape, const std::vector<View>& views, const Launch& launch, std::initializer_list<const float*> arrays = {}) {
   if (shape.channels == 0) {
     return;
   }
-  const Tiling tiling = tiling_of(shape, views);
+  const Tiling tiling = tiling_of(shape, views, arrays);
   dispatch_tile(tiling, [&](auto tile) {
     using TileT = decltype(tile);
     const SumGrid grid = sum_grid_of(shape, tiling, TileT::kPixels, TileT::kChannels, views);

@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <iterator>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -67,6 +69,30 @@ inline View view_of(const Tensor& tensor, Dtype dtype) {
 }
 
 inline View view_of(const Tensor& tensor, const char* name) { return view_of(tensor, dtype_of(tensor.scalar_type(), name)); }
+
+inline const float* channels_data(const Tensor& tensor, const Shape& shape, const char* name) {
+  STD_TORCH_CHECK(tensor.numel() == shape.channels && tensor.is_contiguous(), name, " must be contiguous (C,)");
+  return float_data(tensor, name);
+}
+
+inline const float* channels_data(const std::optional<Tensor>& tensor, const Shape& shape, const char* name) {
+  return tensor.has_value() ? channels_data(*tensor, shape, name) : nullptr;
+}
+
+// View of a tensor that must have the shape of x.
+inline View view_like_x(const Tensor& tensor, const Shape& shape, const char* name) {
+  const Shape own = shape_of(tensor);
+  STD_TORCH_CHECK(
+      own.images == shape.images && own.channels == shape.channels && own.pixels == shape.pixels, name, " and x differ in shape");
+  return view_of(tensor, name);
+}
+
+// The views of tensors that exist.
+inline std::vector<View> existing(std::initializer_list<View> views) {
+  std::vector<View> result;
+  std::copy_if(views.begin(), views.end(), std::back_inserter(result), [](const View& view) { return view.data != nullptr; });
+  return result;
+}
 
 enum class Tiling { kPixels, kImage, kChannels, kElements };
 
@@ -170,6 +196,14 @@ __device__ __forceinline__ void store_tile(const View& view, int64_t n, int64_t 
     }
     store(target, values);
   });
+}
+
+template <int kCount>
+__device__ __forceinline__ void add(const float (&addends)[kCount], float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] += addends[i];
+  }
 }
 
 // Final activation of the generators.

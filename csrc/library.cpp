@@ -36,6 +36,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dfkd_fast, library) {
       "Tensor? grad_mean, Tensor? grad_variance, Tensor? center, float scale, bool separate) -> (Tensor, Tensor)");
 
   library.def(
+      "batch_norm_constants.cuda(Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? input_bias, float eps) "
+      "-> Tensor");
+  library.def(
+      "batch_norm_statistics.cuda(Tensor parts, Tensor center, Tensor? weight, Tensor? bias, Tensor? input_bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? count, float? momentum, float eps, "
+      "int elements) -> Tensor");
+  library.def("batch_norm_act_forward.cuda(Tensor x, Tensor constants, Tensor? residual, str activation, float slope) -> Tensor");
+  library.def(
+      "batch_norm_act_sums.cuda(Tensor gradient, Tensor x, Tensor constants, Tensor? output, str activation, float slope, int blocks) "
+      "-> Tensor");
+  library.def("batch_norm_gradients.cuda(Tensor sums, Tensor constants, Tensor? count, int elements, bool training) -> Tensor");
+  library.def(
+      "batch_norm_act_backward.cuda(Tensor gradient, Tensor x, Tensor constants, Tensor? coefficients, Tensor? output, str activation, "
+      "float slope, bool separate) -> (Tensor, Tensor)");
+
+  library.def(
       "concat_forward.cuda(Tensor[] raws, str activation, Tensor? mean, Tensor? std, ScalarType dtype, bool channels_last) -> Tensor");
   library.def("concat_forward_out.cuda(Tensor(a!) out, Tensor[] raws, str activation, Tensor? mean, Tensor? std) -> ()");
   library.def(
@@ -61,6 +77,13 @@ STABLE_TORCH_LIBRARY_IMPL(dfkd_fast, CUDA, library) {
   library.impl("bias_act_forward.cuda", TORCH_BOX(&dfkd_fast::bias_act_forward));
   library.impl("bias_act_moments_forward.cuda", TORCH_BOX(&dfkd_fast::bias_act_moments_forward));
   library.impl("bias_act_backward.cuda", TORCH_BOX(&dfkd_fast::bias_act_backward));
+
+  library.impl("batch_norm_constants.cuda", TORCH_BOX(&dfkd_fast::batch_norm_constants));
+  library.impl("batch_norm_statistics.cuda", TORCH_BOX(&dfkd_fast::batch_norm_statistics));
+  library.impl("batch_norm_act_forward.cuda", TORCH_BOX(&dfkd_fast::batch_norm_act_forward));
+  library.impl("batch_norm_act_sums.cuda", TORCH_BOX(&dfkd_fast::batch_norm_act_sums));
+  library.impl("batch_norm_gradients.cuda", TORCH_BOX(&dfkd_fast::batch_norm_gradients));
+  library.impl("batch_norm_act_backward.cuda", TORCH_BOX(&dfkd_fast::batch_norm_act_backward));
 
   library.impl("concat_forward.cuda", TORCH_BOX(&dfkd_fast::concat_forward));
   library.impl("concat_forward_out.cuda", TORCH_BOX(&dfkd_fast::concat_forward_out));

@@ -80,6 +80,54 @@ std::tuple<Tensor, Tensor> bias_act_backward(
     double scale,
     bool separate);
 
+// norm.cu
+Tensor batch_norm_constants(
+    const Tensor& running_mean,
+    const Tensor& running_var,
+    const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& input_bias,
+    double eps);
+
+Tensor batch_norm_statistics(
+    const Tensor& parts,
+    const Tensor& center,
+    const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& input_bias,
+    const std::optional<Tensor>& running_mean,
+    const std::optional<Tensor>& running_var,
+    const std::optional<Tensor>& num_batches_tracked,
+    const std::optional<Tensor>& count,
+    std::optional<double> momentum,
+    double eps,
+    int64_t elements);
+
+Tensor batch_norm_act_forward(
+    const Tensor& x, const Tensor& constants, const std::optional<Tensor>& residual, const std::string& activation, double slope);
+
+Tensor batch_norm_act_sums(
+    const Tensor& gradient,
+    const Tensor& x,
+    const Tensor& constants,
+    const std::optional<Tensor>& output,
+    const std::string& activation,
+    double slope,
+    int64_t blocks);
+
+Tensor batch_norm_gradients(
+    const Tensor& sums, const Tensor& constants, const std::optional<Tensor>& count, int64_t elements, bool training);
+
+std::tuple<Tensor, Tensor> batch_norm_act_backward(
+    const Tensor& gradient,
+    const Tensor& x,
+    const Tensor& constants,
+    const std::optional<Tensor>& coefficients,
+    const std::optional<Tensor>& output,
+    const std::string& activation,
+    double slope,
+    bool separate);
+
 // concat.cu
 Tensor concat_forward(
     const std::vector<Tensor>& raws,

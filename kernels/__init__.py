@@ -2,8 +2,8 @@
 
 Each subpackage is one operation: ``__init__.py`` has the public function, which checks its arguments and registers the
 operators; ``reference.py`` is the implementation in plain PyTorch; ``cpu.py`` (numba) and ``gpu.py`` (Triton) are the kernels,
-and csrc/ has them in CUDA C++. ``dispatch.py`` chooses the backend of a call. ``norm`` has no CUDA kernel, and ``conv`` calls
-cuDNN on a GPU; calls that their kernels do not support run on PyTorch's own operators.
+and csrc/ has them in CUDA C++. ``dispatch.py`` chooses the backend of a call. ``conv`` calls cuDNN on a GPU. Calls of ``norm`` and
+``conv`` that their kernels do not support run on PyTorch's own operators.
 
 The package depends on PyTorch only, not on the rest of dfkd_fast.
 """
@@ -18,7 +18,8 @@ from .dispatch import Backend, BackendError, use_backend
 from .ema import ema_multi_avg_fn, ema_update_
 from .ema.fused import FusedEMA
 from .moments import PartialMoments, channel_moments, channel_sums, combine_moments, partial_moments
-from .norm import batch_norm_leaky_relu
+from .norm import batch_norm_act
+from .norm import batch_norm_leaky_relu as batch_norm_leaky_relu  # an earlier name
 from .renamed import current_name
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
     "BackendError",
     "FusedEMA",
     "PartialMoments",
-    "batch_norm_leaky_relu",
+    "batch_norm_act",
     "bias_act",
     "channel_moments",
     "channel_sums",

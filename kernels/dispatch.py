@@ -51,11 +51,11 @@ MIN_NUMEL = {
     "channel_moments": 1 << 14,
     "bias_act": 1 << 23,
     "bias_act with moments": 1 << 14,
-    "batch_norm_leaky_relu": 1 << 20,
+    "batch_norm_act": 1 << 20,
     "winograd_conv2d": 1 << 15,
 }
 # Operations that use PyTorch's own operators for calls that their kernels do not support, and the backends that have kernels.
-PARTIALLY_SUPPORTED: dict[str, tuple[Backend, ...]] = {"batch_norm_leaky_relu": ("numba", "triton"), "winograd_conv2d": ("numba",)}
+PARTIALLY_SUPPORTED: dict[str, tuple[Backend, ...]] = {"winograd_conv2d": ("numba",)}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kernels load and store
 
 

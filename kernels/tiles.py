@@ -14,6 +14,7 @@ __all__ = [
     "Sizes",
     "activate",
     "activation_slope",
+    "channel_constant",
     "combine_partials",
     "decode_sizes",
     "launch",
@@ -189,6 +190,12 @@ def pointers(
     if divisor == 16:
         start = tl.multiple_of(start, 16)
     return start + (row_offsets[:, None] + channel_offsets[None, :])
+
+
+@triton.jit
+def channel_constant(values: tl.tensor, channels: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Load a per-channel constant, broadcast over rows."""
+    return tl.load(values + channels, mask=mask, other=0)[None, :]
 
 
 @triton.jit

@@ -85,7 +85,8 @@ COMPILED = [
     *_cases("concat", "dataset batch", "2x256x3x32x32 2x128x3x224x224", [HALF]),
     *_cases("moments", "", "128x256x56x56 256x512x4x4", [HALF], ["channels_last"]),
     *_cases("moments", "layers", "36x256x256x8x8", [HALF], ["channels_last"]),
-    *_cases("norm", "", "128x64x32x32", [HALF, FLOAT], ["channels_last"]),
+    *_cases("norm", " residual", "128x64x32x32 256x64x56x56", [HALF], ["channels_last"]),
+    *_cases("norm", "", "128x64x32x32", [FLOAT, torch.float16], ["channels_last"]),
     *_cases("bias_act", "relu residual moments", "128x256x28x28", [HALF], ["channels_last"]),
     *_cases("kl l1 js", "student", "256x1000 256x10", [FLOAT]),
     *_cases("kl l1 js", "both", f"512x10 {discrepancy.SEGMENTATION}", [FLOAT]),
@@ -107,7 +108,7 @@ IN_REHEARSAL = [
     *_cases("concat", "dataset batch", "2x2x3x4x4", [FLOAT]),
     *_cases("moments", "", "3x4x5x5", [FLOAT], LAYOUTS),
     *_cases("moments", "layers", "2x3x4x5x5", [FLOAT]),
-    *_cases("norm", "", "3x4x5x5", [FLOAT], ["channels_last"]),
+    *_cases("norm", " residual", "3x4x5x5", [FLOAT], ["channels_last"]),
     *_cases("bias_act", "relu residual moments", "3x4x5x5", [FLOAT], ["channels_last"]),
     *_cases("kl l1 js", "student", "2x3x4x5", [HALF]),
 ]

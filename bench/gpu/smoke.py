@@ -12,7 +12,7 @@ from torch import Tensor
 from dfkd_fast import Trainer
 from dfkd_fast.kernels import (
     Backend,
-    batch_norm_leaky_relu,
+    batch_norm_act,
     bias_act,
     channel_moments,
     channel_sums,
@@ -73,13 +73,14 @@ def _concat(normalize: Literal["none", "batch"], a: Tensor, b: Tensor) -> Tensor
     return [batch, *means, *variances]
 
 
-def _norm(x: Tensor, _: Tensor) -> Tensors:
+def _norm(x: Tensor, residual: Tensor | None) -> Tensors:
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, variance = (torch.full(x.shape[1:2], value, dtype=dtype, device=x.device) for value in (0.0, 1.0))
     channel = torch.arange(x.shape[1], dtype=dtype, device=x.device)
     # Keep the inputs of the ReLU away from 0, where rounding would decide the gradient.
-    weight, bias = 0.3 * channel.cos(), channel.remainder(2) * 4 - 2
-    y = batch_norm_leaky_relu(x, mean, variance, weight, bias, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2)
+    weight, bias = 0.3 * channel.cos(), channel.remainder(2) * 8 - 4
+    arguments = x, mean, variance, weight, bias, None if residual is None else residual.clamp(-1, 1)
+    y = batch_norm_act(*arguments, training=True, momentum=0.1, eps=1e-5, activation="leaky_relu", negative_slope=0.2)
     return [y, mean, variance]
 
 
@@ -104,7 +105,8 @@ OPERATIONS = {
     "js_discrepancy": Operation(lambda a, b: [js_discrepancy(a, b, **_SOFT)]),
     "concat_generated": Operation(partial(_concat, "none")),
     "concat_generated, batch norm": Operation(partial(_concat, "batch")),
-    "batch_norm_leaky_relu": Operation(_norm, differentiable=1),
+    "batch_norm_act": Operation(lambda x, _: _norm(x, None), differentiable=1),
+    "batch_norm_act, residual": Operation(_norm),
     "bias_act": Operation(lambda x, residual: [bias_act(x, _bias(x), residual, activation="relu6")]),
     "bias_act, moments": Operation(_bias_act_moments),
     "channel_moments": Operation(lambda a, _: channel_moments(a), differentiable=1),

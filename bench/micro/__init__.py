@@ -1,8 +1,8 @@
 """Micro-benchmarks of the kernels against eager PyTorch, torch.compile and other libraries.
 
-``workload.py`` defines cases; ``ema.py``, ``discrepancy.py``, ``concat.py``, ``moments.py``, ``bias_act.py`` and ``layers.py`` have the
-cases of each kernel, the eager implementations and other libraries; ``check.py`` compares results with a float64 reference, ``timing.py``
-measures times, ``runner.py`` combines them, ``rows.py`` writes and prints the results.
+``workload.py`` defines cases; ``ema.py``, ``discrepancy.py``, ``concat.py``, ``moments.py``, ``bias_act.py``, ``conv.py`` and ``norm.py``
+have the cases of each kernel, the eager implementations and other libraries; ``check.py`` compares results with a float64 reference,
+``timing.py`` measures times, ``runner.py`` combines them, ``rows.py`` writes and prints the results.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import torch
 
 from dfkd_fast.errors import DfkdError
 
-from . import bias_act, concat, discrepancy, ema, layers, moments
+from . import bias_act, concat, conv, discrepancy, ema, moments, norm
 from .workload import Mode, Workload
 
 __all__ = ["KERNELS", "PROVIDERS", "Case", "select"]
@@ -44,8 +44,8 @@ KERNELS = {
     "concat": _kernel(concat),
     "moments": _kernel(moments),
     "bias_act": _kernel(bias_act),
-    "conv": _kernel(layers),
-    "norm": _kernel(layers),
+    "conv": _kernel(conv),
+    "norm": _kernel(norm),
 }
 
 

@@ -15,9 +15,12 @@ from .. import simd
 from ..moments.cpu import finish_moments
 from ..simd import HALF, ONE, ZERO, TypedPointer
 
-__all__ = ["bias_act_backward", "bias_act_forward", "bias_act_moments_forward"]
+__all__ = [
+    *("ACTIVATIONS", "Grid", "bias_act_backward", "bias_act_forward", "bias_act_moments_forward", "memory_format", "prepared"),
+    *("read_constants", "read_gradient", "sum_pixels", "totals", "write", "write_activated"),
+]
 
-ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4, "leaky_relu": 5}
 THREE, SIX = np.float32(3), np.float32(6)
 ROW = 512
 
@@ -57,8 +60,8 @@ def bias_act_backward(
     scale: float,
     separate: bool,
 ) -> tuple[Tensor, Tensor]:
-    source, other, grid = _prepared(x, residual)
-    gradient = gradient.contiguous(memory_format=_memory_format(x))
+    source, other, grid = prepared(x, residual)
+    gradient = gradient.contiguous(memory_format=memory_format(x))
     grad_x = torch.empty_like(source)
     grad_residual = torch.empty_like(source) if separate else grad_x
     constants = [bias if constant is None else constant for constant in (grad_mean, grad_variance, center)]
@@ -70,7 +73,7 @@ def bias_act_backward(
 
 
 def _run_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str, moments: Tensor, center: Tensor, blocks: int) -> Tensor:
-    source, other, grid = _prepared(x, residual)
+    source, other, grid = prepared(x, residual)
     y = torch.empty_like(source)
     tensors = source, other, y, bias, moments, center
     with simd.threads:
@@ -78,20 +81,21 @@ def _run_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: s
     return simd.restride_like(y, x)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the memory format in which the kernels process a tensor."""
     return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
-def _prepared(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Grid]:
+def prepared(x: Tensor, residual: Tensor | None, rows_per_task: int = 16) -> tuple[Tensor, Tensor, Grid]:
     """Return x and residual (x if there is none) as dense tensors of the same strides, and their grid."""
-    memory_format, channels, pixels = _memory_format(x), x.shape[1], max(x.shape[2] * x.shape[3], 1)
-    if memory_format == torch.channels_last:
+    layout, channels, pixels = memory_format(x), x.shape[1], max(x.shape[2] * x.shape[3], 1)
+    if layout == torch.channels_last:
         row = -(-ROW // max(channels, 1)) * max(channels, 1)
-        grid = Grid(x.numel(), channels, 16 * row, 16 * row, row, channels)
+        grid = Grid(x.numel(), channels, rows_per_task * row, rows_per_task * row, row, channels)
     else:
-        grid = Grid(x.numel(), channels, -(-16 * ROW // pixels) * pixels, pixels, min(pixels, ROW), 1)
-    x = x.contiguous(memory_format=memory_format)
-    return x, x if residual is None else residual.contiguous(memory_format=memory_format), grid
+        grid = Grid(x.numel(), channels, -(-rows_per_task * ROW // pixels) * pixels, pixels, min(pixels, ROW), 1)
+    x = x.contiguous(memory_format=layout)
+    return x, x if residual is None else residual.contiguous(memory_format=layout), grid
 
 
 @simd.parallel
@@ -112,7 +116,7 @@ def _forward(
         b, row = np.empty(grid.row, np.float32), np.empty(grid.row, np.float32)
         total, square = np.empty(grid.row), np.empty(grid.row)
         for first in range(task * grid.task, min((task + 1) * grid.task, grid.size), grid.group):
-            _read_constants(bias, first, grid, b)
+            read_constants(bias, first, grid, b)
             total[:], square[:] = 0.0, 0.0
             end = min(first + grid.group, grid.size)
             for start in range(first, end, grid.row):
@@ -122,13 +126,13 @@ def _forward(
                     _accumulate(u, total, square)
                 if has_residual:
                     _read_sum(residual, start, u, u)
-                _write_activated(u, activation, y, start)
+                write_activated(u, activation, ZERO, y, start)
             if blocks:
                 index = first // grid.group * grid.channels_of_group
-                _sum_pixels(total, partial[0, index : index + grid.channels_of_group])
-                _sum_pixels(square, partial[1, index : index + grid.channels_of_group])
+                sum_pixels(total, partial[0, index : index + grid.channels_of_group])
+                sum_pixels(square, partial[1, index : index + grid.channels_of_group])
     if blocks:
-        finish_moments(moments, center, blocks, _total(partial, grid), grid.size // max(grid.channels, 1))
+        finish_moments(moments, center, blocks, totals(partial, grid), grid.size // max(grid.channels, 1))
 
 
 @simd.parallel
@@ -152,11 +156,11 @@ def _backward(
     for task in prange(-(-grid.size // grid.task)):
         constants, rows = np.empty((4, grid.row), np.float32), np.empty((3, grid.row), np.float32)
         for first in range(task * grid.task, min((task + 1) * grid.task, grid.size), grid.group):
-            _read_constants(bias, first, grid, constants[0])
+            read_constants(bias, first, grid, constants[0])
             if has_moments:
-                _read_constants(grad_mean, first, grid, constants[1])
-                _read_constants(grad_variance, first, grid, constants[2])
-                _read_constants(center, first, grid, constants[3])
+                read_constants(grad_mean, first, grid, constants[1])
+                read_constants(grad_variance, first, grid, constants[2])
+                read_constants(center, first, grid, constants[3])
             end = min(first + grid.group, grid.size)
             for start in range(first, end, grid.row):
                 count = min(grid.row, end - start)
@@ -164,23 +168,24 @@ def _backward(
                 _read_sum(x, start, constants[0], v)
                 if has_residual:
                     _read_sum(residual, start, v, u)
-                _read_gradient(gradient, start, u, activation, g)
+                read_gradient(gradient, start, u, activation, ZERO, g)
                 if separate:
-                    _write(g, grad_residual, start)
+                    write(g, grad_residual, start)
                 if has_moments:
                     _add_gradient_of_moments(g, v, constants, scale)
-                _write(g, grad_x, start)
+                write(g, grad_x, start)
 
 
 @simd.helper
-def _read_constants(values: TypedPointer, first: int, grid: Grid, row: Any) -> None:
+def read_constants(values: TypedPointer, first: int, grid: Grid, row: Any) -> None:
     """Read the per-channel constants of the group that begins at an element."""
     source = simd.pointer(values)
-    channel = first // grid.group * grid.channels_of_group % grid.channels
-    c = 0
-    for i in range(len(row)):
-        row[i] = source[channel + c]
-        c = c + 1 if c + 1 < grid.channels_of_group else 0
+    if grid.channels_of_group == 1:
+        row[:] = source[first // grid.group % grid.channels]
+    else:
+        for pixel in range(0, len(row), max(grid.channels, 1)):
+            for c in range(grid.channels):
+                row[pixel + c] = source[c]
 
 
 @simd.helper
@@ -191,10 +196,11 @@ def _read_sum(x: TypedPointer, start: int, other: Any, row: Any) -> None:
 
 
 @simd.helper
-def _write_activated(row: Any, activation: int, y: TypedPointer, start: int) -> None:
+def write_activated(row: Any, activation: int, slope: Any, y: TypedPointer, start: int) -> None:
+    """Write the activation of a row; ``slope`` is that of a leaky ReLU for negative inputs."""
     out = simd.pointer(y)
     if activation == 0:
-        _write(row, y, start)
+        write(row, y, start)
     elif activation == 1:
         for i in range(len(row)):
             out[start + i] = simd.narrow(ZERO if row[i] < ZERO else row[i], y)
@@ -204,6 +210,9 @@ def _write_activated(row: Any, activation: int, y: TypedPointer, start: int) -> 
     elif activation == 3:
         for i in range(len(row)):
             out[start + i] = simd.narrow(row[i] / (ONE + simd.exp(-row[i])), y)
+    elif activation == 5:
+        for i in range(len(row)):
+            out[start + i] = simd.narrow(row[i] if row[i] > ZERO else row[i] * slope, y)
     else:
         for i in range(len(row)):
             out[start + i] = simd.narrow(row[i] * _clamp_to_6(row[i] + THREE) / SIX, y)
@@ -215,7 +224,8 @@ def _clamp_to_6(x: Any) -> Any:
 
 
 @simd.helper
-def _write(row: Any, y: TypedPointer, start: int) -> None:
+def write(row: Any, y: TypedPointer, start: int) -> None:
+    """Write a row in the element type of y."""
     out = simd.pointer(y)
     for i in range(len(row)):
         out[start + i] = simd.narrow(row[i], y)
@@ -230,7 +240,7 @@ def _accumulate(row: Any, total: Any, square: Any) -> None:
 
 
 @simd.helper
-def _sum_pixels(row: Any, sums: Any) -> None:
+def sum_pixels(row: Any, sums: Any) -> None:
     """Sum the elements of each channel."""
     if len(sums) == 1:
         sums[0] = simd.total(row)
@@ -243,17 +253,17 @@ def _sum_pixels(row: Any, sums: Any) -> None:
 
 
 @simd.helper
-def _total(partial: Any, grid: Grid) -> Any:
+def totals(partial: Any, grid: Grid) -> Any:
     """Add the sums of all groups to sums (2, C)."""
-    totals = np.zeros((2, grid.channels))
+    sums = np.zeros((2, grid.channels))
     for i in range(partial.shape[1]):
-        totals[0, i % grid.channels] += partial[0, i]
-        totals[1, i % grid.channels] += partial[1, i]
-    return totals
+        sums[0, i % grid.channels] += partial[0, i]
+        sums[1, i % grid.channels] += partial[1, i]
+    return sums
 
 
 @simd.helper
-def _read_gradient(gradient: TypedPointer, start: int, row: Any, activation: int, product: Any) -> None:
+def read_gradient(gradient: TypedPointer, start: int, row: Any, activation: int, slope: Any, product: Any) -> None:
     """Multiply a gradient by the derivative of the activation, which at its kinks is that of PyTorch."""
     upstream = simd.pointer(gradient)
     if activation == 0:
@@ -269,6 +279,10 @@ def _read_gradient(gradient: TypedPointer, start: int, row: Any, activation: int
         for i in range(len(row)):
             s = simd.sigmoid(row[i])
             product[i] = simd.widen(upstream[start + i]) * (s * (ONE + row[i] * (ONE - s)))
+    elif activation == 5:
+        for i in range(len(row)):
+            g = simd.widen(upstream[start + i])
+            product[i] = g if row[i] > ZERO else g * slope
     else:
         for i in range(len(row)):
             g = simd.widen(upstream[start + i])

@@ -6,7 +6,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..moments.gpu import store_parts
-from ..tiles import decode_sizes, launch, launch_tiles, layout, layout_arguments, load, pointers, program_tile, store, tile_rows, tile_shape
+from ..tiles import (
+    channel_constant,
+    decode_sizes,
+    launch,
+    launch_tiles,
+    layout,
+    layout_arguments,
+    load,
+    pointers,
+    program_tile,
+    store,
+    tile_rows,
+    tile_shape,
+)
 
 
 def bias_act_forward(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -54,16 +67,13 @@ def bias_act_backward(
 
 
 @triton.jit
-def _constant(values: tl.tensor, channels: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Load a per-channel constant, broadcast over rows."""
-    return tl.load(values + channels, mask=mask, other=0)[None, :]
-
-
-@triton.jit
-def _activate(u: tl.tensor, activation: tl.constexpr) -> tl.tensor:
+def apply_nonlinearity(u: tl.tensor, activation: tl.constexpr, slope: float) -> tl.tensor:
+    """Return the activation of u; ``slope`` is that of a leaky ReLU for negative inputs."""
     y = u
     if activation == "relu":
         y = tl.where(u < 0, 0.0, u)
+    elif activation == "leaky_relu":
+        y = tl.where(u > 0, u, u * slope)
     elif activation == "relu6":
         y = _clamp_to_6(u)
     elif activation == "silu":
@@ -80,11 +90,13 @@ def _clamp_to_6(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _multiply_by_derivative(gradient: tl.tensor, u: tl.tensor, activation: tl.constexpr) -> tl.tensor:
+def multiply_by_derivative(gradient: tl.tensor, u: tl.tensor, activation: tl.constexpr, slope: float) -> tl.tensor:
     """Multiply a gradient by the derivative of the activation, which at its kinks is that of PyTorch."""
     product = gradient
     if activation == "relu":
         product = tl.where(u <= 0, 0.0, gradient)
+    elif activation == "leaky_relu":
+        product = tl.where(u > 0, gradient, gradient * slope)
     elif activation == "relu6":
         product = tl.where((u <= 0) | (u >= 6), 0.0, gradient)
     elif activation == "silu":
@@ -112,10 +124,10 @@ def _forward_kernel(
     block_channels: tl.constexpr,
 ) -> None:
     sizes, group, rows, channels, mask = program_tile(sizes, accesses, block_rows, block_channels)
-    u = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask) + _constant(bias, channels, channels < sizes[3])
+    u = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask) + channel_constant(bias, channels, channels < sizes[3])
     if has_residual:
         u += load(pointers(residual, group, rows, channels, sizes, residual_strides, accesses, 1), mask)
-    store(pointers(y, group, rows, channels, sizes, y_strides, accesses, 2), _activate(u, activation), mask)
+    store(pointers(y, group, rows, channels, sizes, y_strides, accesses, 2), apply_nonlinearity(u, activation, 0.0), mask)
 
 
 @triton.jit
@@ -147,7 +159,7 @@ def _moments_kernel(
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     channel_mask = channels < sizes[3]
     pivot = _pivot(x, bias, channels, channel_mask, strides[3] // -2)
-    b = _constant(bias, channels, channel_mask)
+    b = channel_constant(bias, channels, channel_mask)
     total = tl.zeros((block_rows, block_channels), tl.float32)
     square = total
     for index in range(tl.program_id(0), sizes[0] * sizes[1] * tl.cdiv(sizes[2], block_rows), tl.num_programs(0)):
@@ -159,7 +171,7 @@ def _moments_kernel(
         square += centered * centered
         if has_residual:
             u += load(pointers(residual, group, rows, channels, sizes, residual_strides, accesses, 1), mask)
-        store(pointers(y, group, rows, channels, sizes, y_strides, accesses, 2), _activate(u, activation), mask)
+        store(pointers(y, group, rows, channels, sizes, y_strides, accesses, 2), apply_nonlinearity(u, activation, 0.0), mask)
     store_parts(sums, center, pivot, total, square, channels, sizes)
 
 
@@ -190,16 +202,16 @@ def _backward_kernel(
 ) -> None:
     sizes, group, rows, channels, mask = program_tile(sizes, accesses, block_rows, block_channels)
     channel_mask = channels < sizes[3]
-    u = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask) + _constant(bias, channels, channel_mask)
+    u = load(pointers(x, group, rows, channels, sizes, strides, accesses, 0), mask) + channel_constant(bias, channels, channel_mask)
     correction = tl.zeros((block_rows, block_channels), tl.float32)
     if grad_mean is not None:
-        centered = u - _constant(center, channels, channel_mask)
-        offset, slope = _constant(grad_mean, channels, channel_mask), _constant(grad_variance, channels, channel_mask)
+        centered = u - channel_constant(center, channels, channel_mask)
+        offset, slope = channel_constant(grad_mean, channels, channel_mask), channel_constant(grad_variance, channels, channel_mask)
         correction = scale * offset + (2 * scale * slope) * centered
     if has_residual:
         u += load(pointers(residual, group, rows, channels, sizes, residual_strides, accesses, 1), mask)
     g = load(pointers(gradient, group, rows, channels, sizes, gradient_strides, accesses, 2), mask)
-    g = _multiply_by_derivative(g, u, activation)
+    g = multiply_by_derivative(g, u, activation, 0.0)
     if separate:
         store(pointers(grad_residual, group, rows, channels, sizes, grad_residual_strides, accesses, 4), g, mask)
     store(pointers(grad_x, group, rows, channels, sizes, grad_x_strides, accesses, 3), g + correction, mask)

@@ -128,14 +128,14 @@ def store_parts(
     mask = channels < sizes[3]
     count = (sizes[0] * sizes[1]).to(tl.float64) * sizes[2]
     target = sums + channels.to(tl.int64) * parts + 2 * program
-    _store_split(target, tl.sum(total.to(tl.float64), axis=0) / count, mask)
-    _store_split(target + sizes[3].to(tl.int64) * parts, tl.sum(square.to(tl.float64), axis=0) / count, mask)
+    store_split(target, tl.sum(total.to(tl.float64), axis=0) / count, mask)
+    store_split(target + sizes[3].to(tl.int64) * parts, tl.sum(square.to(tl.float64), axis=0) / count, mask)
     if program == 0:
         tl.store(center + channels, pivot, mask=mask)
 
 
 @triton.jit
-def _store_split(target: tl.tensor, values: tl.tensor, mask: tl.tensor) -> None:
+def store_split(target: tl.tensor, values: tl.tensor, mask: tl.tensor) -> None:
     """Store float64 numbers as sums of two float32 numbers."""
     high = values.to(tl.float32)
     low = tl.where(tl.abs(high) < float("inf"), values - high.to(tl.float64), 0)

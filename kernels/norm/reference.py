@@ -1,24 +1,29 @@
-"""Batch normalization in plain PyTorch."""
+"""Batch normalization and activations in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DIMENSIONS = (0, 2, 3)
+
 
 def batch_norm(
     x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """``F.batch_norm`` for parameters and running statistics of any floating-point dtype and strides, and for images of any strides.
 
-    On a CPU, PyTorch's kernels for channels-last images ignore the strides of parameters and statistics, and its gradients are wrong
-    for a single image whose batch stride is not C·H·W, such as ``image.permute(2, 0, 1)[None]``.
+    On a CPU, PyTorch's kernels for channels-last images ignore strides and negative bits of parameters and statistics, and its
+    gradients are wrong for a single image whose batch stride is not C·H·W, such as ``image.permute(2, 0, 1)[None]``.
+
+    With a process group, whose ranks must all call this, the statistics are those of the images of all ranks.
     """
     if not x.shape[1]:
         return x.clone()
@@ -28,7 +33,11 @@ def batch_norm(
     same = all(constant is None or constant.dtype == x.dtype for constant in (running_mean, running_var, weight, bias))
     dtype = x.dtype if same or x.dtype == torch.float64 else torch.float32
     weight, bias = (None if constant is None else constant.to(dtype).contiguous() for constant in (weight, bias))
-    if all(running.dtype == dtype and running.is_contiguous() for running in (running_mean, running_var)):
+    if group is not None:
+        return _batch_norm_of_all_ranks(x, running_mean, running_var, weight, bias, momentum, eps, group)
+    if running_mean is None or running_var is None:
+        return F.batch_norm(x, None, None, weight, bias, training, momentum, eps)
+    if all(running.dtype == dtype and _is_plain(running) for running in (running_mean, running_var)):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     mean, variance = (running.to(dtype, copy=True).contiguous() for running in (running_mean, running_var))
     y = F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
@@ -36,3 +45,53 @@ def batch_norm(
         running_mean.copy_(mean)
         running_var.copy_(variance)
     return y
+
+
+def _is_plain(running: Tensor) -> bool:
+    return running.is_contiguous() and (torch.compiler.is_compiling() or not running.is_neg())  # is_neg cannot be traced
+
+
+def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Apply an activation, in place where PyTorch can."""
+    match activation:
+        case "none":
+            return x
+        case "relu":
+            return F.relu(x, inplace=True)
+        case "leaky_relu":
+            return F.leaky_relu(x, negative_slope, inplace=True)
+        case "relu6":
+            return F.relu6(x, inplace=True)
+        case "silu":
+            return F.silu(x)
+        case _:
+            return F.hardswish(x)
+
+
+def _batch_norm_of_all_ranks(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    group: "torch.distributed.ProcessGroup",
+) -> Tensor:
+    from torch.distributed.nn.functional import all_reduce  # takes a moment to import and is rarely needed
+
+    wide = x.double()
+    count = wide.new_full((1,), wide[:, 0].numel())
+    sums = all_reduce(torch.cat([wide.sum(DIMENSIONS), wide.square().sum(DIMENSIONS), count]), group=group)
+    count = sums[-1].detach()
+    mean, square = sums[:-1].view(2, -1) / count
+    variance = square - mean.square()
+    with torch.no_grad():
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        for running, value in ((running_mean, mean), (running_var, unbiased)):
+            if running is not None:
+                running.copy_(running + momentum * (value.to(running.dtype) - running))
+    constants = [constant[:, None, None] for constant in (mean, (variance + eps).rsqrt())]
+    y = (wide - constants[0]) * constants[1]
+    y = y if weight is None else y * weight[:, None, None]
+    return (y if bias is None else y + bias[:, None, None]).to(x.dtype)

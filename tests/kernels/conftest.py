@@ -29,24 +29,10 @@ def fused(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _forced(request.param)
 
 
-@pytest.fixture(params=FUSED[:2])
-def norm_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend with kernels for batch_norm_leaky_relu: numba and triton."""
-    yield from _forced(request.param)
-
-
-@pytest.fixture(params=FUSED[1:2])
-def triton(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """The backend triton, forced."""
-    yield from _forced(request.param)
-
-
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A device that the backend of the test supports."""
-    name = next(
-        request.getfixturevalue(fixture) for fixture in ("backend", "fused", "norm_backend", "triton") if fixture in request.fixturenames
-    )
+    name = next(request.getfixturevalue(fixture) for fixture in ("backend", "fused", "triton") if fixture in request.fixturenames)
     return torch.device("cpu" if name in ON_CPU else "cuda")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfkd_fast.kernels import (
-    batch_norm_leaky_relu,
+    batch_norm_act,
     bias_act,
     channel_moments,
     combine_moments,
@@ -105,12 +105,14 @@ def bias_acts(dtype: torch.dtype) -> Results:
 
 
 def norms(dtype: torch.dtype) -> Results:
-    x = normal(9, 20, 17, 19, dtype=dtype, layout="channels_last").requires_grad_()
-    weight, bias, mean, variance = normal(20).requires_grad_(), normal(20).detach().requires_grad_(), torch.zeros(20), torch.ones(20)
-    y = batch_norm_leaky_relu(x, mean, variance, weight, bias, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2)
-    gradients = torch.autograd.grad(y, (x, weight, bias), normal(*y.shape, dtype=dtype, layout="channels_last"))
-    for index, tensor in enumerate((y, mean, variance, *gradients)):
-        yield f"norm {index}", tensor
+    for layout in LAYOUTS:
+        x, residual = (normal(9, 20, 17, 19, dtype=dtype, layout=layout).requires_grad_() for _ in range(2))
+        weight, bias, mean, variance = normal(20).requires_grad_(), normal(20).detach().requires_grad_(), torch.zeros(20), torch.ones(20)
+        arguments = x, mean, variance, weight, bias, residual
+        y = batch_norm_act(*arguments, training=True, momentum=0.1, eps=1e-5, activation="leaky_relu", negative_slope=0.2)
+        gradients = torch.autograd.grad(y, (x, residual, weight, bias), normal(*y.shape, dtype=dtype, layout=layout))
+        for index, tensor in enumerate((y, mean, variance, *gradients)):
+            yield f"norm {layout} {index}", tensor
 
 
 def tiles() -> Results:

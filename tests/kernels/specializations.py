@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -116,9 +115,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     InterpretedFunction.run = lambda kernel, *arguments, **options: recorder.launch(kernel, *arguments, **options)
     for operation in OPERATIONS:
         of_triton, of_numba = (import_module(f"dfkd_fast.kernels.{operation}.{module}") for module in ("gpu", "cpu"))
-        if operation == "norm":
-            for name in of_triton.__all__:
-                setattr(of_triton, name, _copied_from(getattr(of_numba, name), getattr(of_triton, name)))
         for name in vars(of_triton).keys() & import_module("dfkd_fast.kernels.operators").SCHEMAS.keys():
             setattr(of_triton, name, _computed_by(getattr(of_numba, name), getattr(of_triton, name)))
 
@@ -136,24 +132,6 @@ def _computed_by(compute: Callable[..., Any], launch: Callable[..., Any]) -> Cal
         return compute(*arguments)
 
     return call
-
-
-def _copied_from(compute: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions whose numba kernel supports channels-last tensors only."""
-
-    def call(*arguments: Any) -> Any:
-        results = launch(*arguments)
-        dense = [argument.contiguous(memory_format=torch.channels_last) if _is_image(argument) else argument for argument in arguments]
-        computed = compute(*dense)
-        for result, value in zip(*([each] if isinstance(each, torch.Tensor) else each for each in (results, computed)), strict=True):
-            result.copy_(value)
-        return results
-
-    return call
-
-
-def _is_image(argument: Any) -> bool:
-    return isinstance(argument, torch.Tensor) and argument.ndim == 4
 
 
 # ------------------------------------------------------------------------------------------------ the command

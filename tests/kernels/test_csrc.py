@@ -57,7 +57,7 @@ assert kernels.extension.load_error() is None, kernels.extension.load_error()
 print(json.dumps({name: str(getattr(torch.ops.dfkd_fast, name).cuda._schema) for name in SCHEMAS}))
 """
     registered = json.loads(python(code, folder))
-    assert len(registered) == 16
+    assert len(registered) == 22
     for name, schema in SCHEMAS.items():
         assert torch._C.parse_schema(registered[name]) == torch._C.parse_schema(f"dfkd_fast::{name}.cuda{schema}"), name
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dfkd_fast.doctor import Choice, choices
 from dfkd_fast.kernels import (
     BackendError,
-    batch_norm_leaky_relu,
+    batch_norm_act,
     bias_act,
     channel_moments,
     channel_sums,
@@ -139,9 +139,6 @@ def test_forced_backend_raises_for_an_unsupported_device() -> None:
 
 
 PARTIALLY_SUPPORTED_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "batch_norm_leaky_relu": lambda x: batch_norm_leaky_relu(
-        x, x.new_zeros(64), x.new_ones(64), None, None, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2
-    ),
     "winograd_conv2d": lambda x: winograd_conv2d(x, x.new_ones(64, 64, 3, 3)),
 }
 
@@ -151,9 +148,7 @@ def test_every_partially_supported_operation_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(
-    ("operation", "backend"), [("winograd_conv2d", "triton"), ("winograd_conv2d", "cuda"), ("batch_norm_leaky_relu", "cuda")]
-)
+@pytest.mark.parametrize(("operation", "backend"), [("winograd_conv2d", "triton"), ("winograd_conv2d", "cuda")])
 def test_forced_backend_without_a_kernel_for_the_operation_raises(
     operation: str, backend: dispatch.Backend, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,23 +167,11 @@ def test_forced_triton_supports_batch_norm_on_a_gpu_only(monkeypatch: pytest.Mon
     for device in ("cpu", "meta"):
         x = torch.ones(16, 64, 8, 8, device=device)
         with use_backend("triton"), pytest.raises(BackendError, match=f"triton is forced, but does not support {device} tensors"):
-            PARTIALLY_SUPPORTED_CALLS["batch_norm_leaky_relu"](x)
+            batch_norm_act(x, x.new_zeros(64), x.new_ones(64), None, None, training=True, momentum=0.1, eps=1e-5, activation="relu")
     with use_backend("triton"):
-        assert Choice("batch_norm_leaky_relu", "an error", "triton") in choices()
+        assert Choice("batch_norm_act", "an error", "triton") in choices()
     with use_backend("reference"):
-        assert Choice("batch_norm_leaky_relu", "reference", "reference") in choices()
-
-
-@needs_numba
-def test_doctor_reports_that_batch_norm_has_no_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "BACKENDS_BY_DEVICE", {"cpu": ["numba", "reference"], "cuda": ["cuda", "triton", "reference"]})
-    chosen = {choice.operation: choice for choice in choices()}
-    assert chosen["batch_norm_leaky_relu"].cpu.startswith("numba")
-    assert chosen["batch_norm_leaky_relu"].gpu.startswith("triton")
-    assert chosen["channel_moments"].gpu.startswith("cuda")
-    assert chosen["winograd_conv2d"].gpu.startswith("reference")
-    with use_backend("numba"):
-        assert Choice("batch_norm_leaky_relu", "numba", "reference") in choices()
+        assert Choice("batch_norm_act", "reference", "reference") in choices()
 
 
 @pytest.mark.parametrize(("backend", "cpu", "gpu"), [("numba", "numba", "an error"), ("triton", "an error", "triton"), ("reference",) * 3])

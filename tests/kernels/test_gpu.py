@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dfkd_fast.kernels import (
     Backend,
     FusedEMA,
-    batch_norm_leaky_relu,
+    batch_norm_act,
     channel_moments,
     channel_sums,
     combine_moments,
@@ -98,30 +98,34 @@ def test_a_replayed_graph_updates_running_statistics(gpu_backend: Backend) -> No
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_replayed_batch_norm_uses_the_current_inputs(triton: Backend, dtype: torch.dtype, layout: str) -> None:
-    x, upstream = (with_layout(torch.randn(4, 10, 9, 7, device="cuda", dtype=dtype), layout) for _ in range(2))
+def test_a_replayed_batch_norm_uses_the_current_inputs(gpu_backend: Backend, dtype: torch.dtype, layout: str) -> None:
+    x, residual, upstream = (with_layout(torch.randn(4, 10, 9, 7, device="cuda", dtype=dtype), layout) for _ in range(3))
     x.requires_grad_()
+    residual.requires_grad_()
     weight, bias = (torch.randn(10, device="cuda").requires_grad_() for _ in range(2))
     mean, variance = torch.zeros(10, device="cuda"), torch.ones(10, device="cuda")
+    batches = torch.zeros((), dtype=torch.int64, device="cuda")
 
     def step() -> tuple[Tensor, ...]:
-        y = batch_norm_leaky_relu(x, mean, variance, weight, bias, training=True, momentum=0.1, eps=1e-5, negative_slope=0.2)
+        keywords: Any = {"momentum": None, "eps": 1e-5, "activation": "relu", "num_batches_tracked": batches}
+        y = batch_norm_act(x, mean, variance, weight, bias, residual, training=True, **keywords)
         with torch.no_grad():
-            evaluated = batch_norm_leaky_relu(x, mean, variance, weight, bias, training=False, momentum=0.1, eps=1e-5, negative_slope=1)
-        return y, evaluated, *torch.autograd.grad(y, (x, weight, bias), upstream)
+            evaluated = batch_norm_act(x, mean, variance, weight, bias, training=False, **keywords)
+        return y, evaluated, *torch.autograd.grad(y, (x, residual, weight, bias), upstream)
 
     graph, results = captured(step)
     for _ in range(2):
         with torch.no_grad():
-            for tensor in (x, upstream, weight, bias, mean):
+            for tensor in (x, residual, upstream, weight, bias, mean):
                 tensor.copy_(torch.randn_like(tensor))
             variance.uniform_(0.5, 2)
-        before = mean.clone(), variance.clone()
+        before = mean.clone(), variance.clone(), batches.clone()
         graph.replay()
-        replayed = [result.detach().clone() for result in (*results, mean, variance)]
-        mean.copy_(before[0])
-        variance.copy_(before[1])
-        for actual, expected in zip(replayed, (*step(), mean, variance), strict=True):
+        statistics = mean, variance, batches
+        replayed = [result.detach().clone() for result in (*results, *statistics)]
+        for statistic, value in zip(statistics, before, strict=True):
+            statistic.copy_(value)
+        for actual, expected in zip(replayed, (*step(), *statistics), strict=True):
             assert torch.equal(actual, expected.detach())
 
 

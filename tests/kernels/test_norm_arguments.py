@@ -1,4 +1,4 @@
-"""``batch_norm_leaky_relu`` with unusual tensors and numbers: correct, or an error that names them."""
+"""``batch_norm_act`` with unusual tensors and numbers: correct, or an error that names them."""
 
 from fractions import Fraction
 from typing import Any
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dfkd_fast.kernels import Backend, batch_norm_leaky_relu, dispatch, norm, use_backend
+from dfkd_fast.kernels import Backend, batch_norm_act, dispatch, norm, use_backend
 
 CPU = torch.device("cpu")
 PARAMETERS = ["running_mean", "running_var", "weight", "bias"]
@@ -17,7 +17,7 @@ PARAMETERS = ["running_mean", "running_var", "weight", "bias"]
 
 @pytest.fixture(autouse=True)
 def small_tensors_use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_leaky_relu", 0)
+    monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_act", 0)
 
 
 def images(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
@@ -28,7 +28,7 @@ def images(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Te
 def arguments(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> dict[str, Any]:
     torch.manual_seed(1)
     tensors = {name: torch.rand(6).add(0.5).to(device, dtype) for name in PARAMETERS}
-    return {**tensors, "training": True, "momentum": 0.3, "eps": 1e-3, "negative_slope": 0.2}
+    return {**tensors, "training": True, "momentum": 0.3, "eps": 1e-3, "activation": "leaky_relu", "negative_slope": 0.2}
 
 
 def pytorch(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -39,10 +39,10 @@ def pytorch(x: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_parameters_of_another_dtype_use_pytorch(norm_backend: Backend, device: torch.device, dtype: torch.dtype, training: bool) -> None:
+def test_parameters_of_another_dtype_use_pytorch(fused: Backend, device: torch.device, dtype: torch.dtype, training: bool) -> None:
     ours, theirs = ({**arguments(dtype, device), "training": training} for _ in range(2))
     with torch.no_grad():
-        torch.testing.assert_close(batch_norm_leaky_relu(images(dtype, device), **ours), pytorch(images(dtype, device), theirs))
+        torch.testing.assert_close(batch_norm_act(images(dtype, device), **ours), pytorch(images(dtype, device), theirs))
     for name in PARAMETERS:
         torch.testing.assert_close(ours[name], theirs[name])
 
@@ -60,20 +60,28 @@ def test_invalid_tensors_are_named_and_nothing_is_changed(name: str, training: b
         kwargs = {**arguments(), "training": training, name: wrong}
         before = {other: kwargs[other].clone() for other in PARAMETERS}
         with torch.no_grad(), pytest.raises(ValueError, match=message):
-            batch_norm_leaky_relu(images(torch.bfloat16), **kwargs)
+            batch_norm_act(images(torch.bfloat16), **kwargs)
         assert all(torch.equal(kwargs[other], before[other]) for other in PARAMETERS if other != name)
-
-
-@pytest.mark.parametrize("name", ["running_mean", "running_var"])
-def test_running_statistics_are_required(name: str) -> None:
-    with pytest.raises(TypeError, match=f"^{name} must be a tensor, not NoneType$"):
-        batch_norm_leaky_relu(images(), **{**arguments(), name: None})
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"momentum": None}, "momentum must be a number from 0 to 1, not None"),
+        ({"momentum": None}, "momentum = None, the average over all batches, requires num_batches_tracked"),
+        ({"momentum": "0.1"}, "momentum must be a number from 0 to 1, not '0.1'"),
+        ({"activation": "tanh"}, "activation must be one of none, relu, leaky_relu, relu6, silu, hardswish, not 'tanh'"),
+        ({"activation": None}, "activation must be one of none, .*, not None"),
+        ({"running_mean": None}, "running_mean and running_var must be given together"),
+        ({"residual": torch.ones(4, 6, 3, 1)}, r"residual must be torch.float32 \(4, 6, 3, 5\), as x, not torch.float32 \(4, 6, 3, 1\)"),
+        ({"residual": torch.ones(4, 6, 3, 5).half()}, r"residual must be torch.float32 .*, as x, not torch.float16"),
+        ({"residual": torch.ones(4, 6, 3, 5, device="meta")}, "residual must be on the device of x, cpu, not on meta"),
+        ({"residual": torch.ones(4, 6, 3, 5).to_sparse()}, "residual must have the layout torch.strided, not torch.sparse_coo"),
+        ({"input_bias": torch.ones(5)}, r"input_bias must be \(6,\), not \(5,\)"),
+        (
+            {"num_batches_tracked": torch.zeros(2).long()},
+            r"num_batches_tracked must be torch.int64 with one element, not torch.int64 \(2,\)",
+        ),
+        ({"num_batches_tracked": torch.zeros(())}, r"num_batches_tracked must be torch.int64 with one element, not torch.float32 \(\)"),
         ({"eps": 0.0}, "eps must be greater than 0 in training and at least 0 in evaluation, not 0.0"),
         ({"eps": -1e-5, "training": False}, "eps must be greater than 0 .*, not -1e-05"),
         ({"negative_slope": -0.1}, "negative_slope must be a number of at least 0, not -0.1"),
@@ -90,16 +98,16 @@ def test_running_statistics_are_required(name: str) -> None:
 )
 def test_invalid_values_are_named_and_nothing_is_changed(changed: dict[str, Any], message: str) -> None:
     kwargs = {**arguments(), **changed}
-    before = {name: kwargs[name].clone() for name in PARAMETERS}
+    before = {name: kwargs[name].clone() for name in PARAMETERS if kwargs[name] is not None}
     with pytest.raises(ValueError, match=message):
-        batch_norm_leaky_relu(images(), **kwargs)
-    assert all(torch.equal(kwargs[name], before[name]) for name in PARAMETERS)
+        batch_norm_act(images(), **kwargs)
+    assert all(torch.equal(kwargs[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("wrong", ["no", 1, None], ids=repr)
 def test_training_must_be_a_bool(wrong: Any) -> None:
     with pytest.raises(TypeError, match=f"^training must be True or False, not {wrong!r}$"):
-        batch_norm_leaky_relu(images(), **{**arguments(), "training": wrong})
+        batch_norm_act(images(), **{**arguments(), "training": wrong})
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -119,7 +127,7 @@ def test_gradients_of_the_reference_are_right_where_those_of_pytorch_are_not(odd
     scale, bias = leaves[1] / (variance + kwargs["eps"]).sqrt(), exact["bias"]
     expected = F.leaky_relu((leaves[0] - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None], kwargs["negative_slope"])
     with use_backend("reference"):
-        y = batch_norm_leaky_relu(x, **kwargs)
+        y = batch_norm_act(x, **kwargs)
     upstream = torch.randn_like(expected)
     actual = y, *torch.autograd.grad(y, (x, kwargs["weight"]), upstream.float())
     for ours, right in zip(actual, (expected, *torch.autograd.grad(expected, leaves, upstream)), strict=True):
@@ -131,7 +139,7 @@ def test_float64_images_may_have_float32_parameters(training: bool) -> None:
     ours, theirs = {**arguments(), "training": training}, {**arguments(torch.float64), "training": training}
     theirs |= {name: ours[name].double() for name in PARAMETERS}
     x = images(torch.float64)
-    torch.testing.assert_close(batch_norm_leaky_relu(x, **ours), pytorch(x, theirs))
+    torch.testing.assert_close(batch_norm_act(x, **ours), pytorch(x, theirs))
     for name in PARAMETERS:
         torch.testing.assert_close(ours[name].double(), theirs[name], rtol=1e-6, atol=1e-6)
 
@@ -139,13 +147,13 @@ def test_float64_images_may_have_float32_parameters(training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_images_without_channels_are_returned(training: bool) -> None:
     kwargs = {**arguments(), "training": training} | {name: torch.zeros(0) for name in PARAMETERS}
-    assert batch_norm_leaky_relu(torch.zeros(2, 0, 4, 4), **kwargs).shape == (2, 0, 4, 4)
+    assert batch_norm_act(torch.zeros(2, 0, 4, 4), **kwargs).shape == (2, 0, 4, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
 def test_activations_must_be_floating_point(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"x must have a floating-point dtype, not {dtype}"):
-        batch_norm_leaky_relu(images().to(dtype), **arguments())
+        batch_norm_act(images().to(dtype), **arguments())
 
 
 def strided(tensor: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ def negated_twice(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_strided_tensors_and_negative_bits_are_supported(norm_backend: Backend, device: torch.device, training: bool) -> None:
+def test_strided_tensors_and_negative_bits_are_supported(fused: Backend, device: torch.device, training: bool) -> None:
     with torch.no_grad():
         for name in ("x", *PARAMETERS):
             for view in (strided, negated_twice):
@@ -167,37 +175,37 @@ def test_strided_tensors_and_negative_bits_are_supported(norm_backend: Backend, 
                     x = view(x)
                 else:
                     ours[name] = view(ours[name])
-                torch.testing.assert_close(batch_norm_leaky_relu(x, **ours), pytorch(images(device=device), theirs), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(batch_norm_act(x, **ours), pytorch(images(device=device), theirs), rtol=1e-4, atol=1e-4)
                 for other in PARAMETERS:
                     torch.testing.assert_close(ours[other], theirs[other], rtol=1e-5, atol=1e-5)
 
 
-def test_the_negative_bit_of_the_upstream_gradient_is_resolved(norm_backend: Backend, device: torch.device) -> None:
+def test_the_negative_bit_of_the_upstream_gradient_is_resolved(fused: Backend, device: torch.device) -> None:
     x = images(device=device).requires_grad_()
     upstream = torch.randn(x.shape).to(device).to(memory_format=torch.channels_last)
     gradients = [
-        torch.autograd.grad(batch_norm_leaky_relu(x, **arguments(device=device)), x, gradient)[0]
+        torch.autograd.grad(batch_norm_act(x, **arguments(device=device)), x, gradient)[0]
         for gradient in (torch._neg_view(-upstream), upstream)
     ]
     assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("wrt", ["x", "weight"])
-def test_double_backward_that_would_lack_a_term_raises(norm_backend: Backend, device: torch.device, wrt: str) -> None:
+def test_double_backward_that_would_lack_a_term_raises(fused: Backend, device: torch.device, wrt: str) -> None:
     x, kwargs = images(device=device).requires_grad_(), arguments(device=device)
     kwargs["weight"].requires_grad_()
-    assert norm._backend(x, True) == norm_backend
-    (gradient,) = torch.autograd.grad(batch_norm_leaky_relu(x, **kwargs).sum(), x, create_graph=True)
+    assert norm._backend(x, {name: kwargs[name] for name in PARAMETERS}, 1) == fused
+    (gradient,) = torch.autograd.grad(batch_norm_act(x, **kwargs).sum(), x, create_graph=True)
     source = x if wrt == "x" else kwargs["weight"]
-    with pytest.raises(RuntimeError, match=r'batch_norm_leaky_relu: .* no second derivative; call it under use_backend\("reference"\)'):
+    with pytest.raises(RuntimeError, match=r'batch_norm_act: .* no second derivative; call it under use_backend\("reference"\)'):
         torch.autograd.grad(gradient.square().sum() + source.sum(), source)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("graph", [True, False])
-def test_forward_mode_derivatives_use_pytorch(norm_backend: Backend, device: torch.device, training: bool, graph: bool) -> None:
+def test_forward_mode_derivatives_use_pytorch(fused: Backend, device: torch.device, training: bool, graph: bool) -> None:
     tangents = []
-    for function in (lambda x, kwargs: batch_norm_leaky_relu(x, **kwargs), pytorch):
+    for function in (lambda x, kwargs: batch_norm_act(x, **kwargs), pytorch):
         with forward_ad.dual_level(), torch.set_grad_enabled(graph):
             dual = forward_ad.make_dual(images(device=device), images(device=device).flip(0))
             tangents.append(forward_ad.unpack_dual(function(dual, {**arguments(device=device), "training": training})).tangent)
@@ -206,14 +214,12 @@ def test_forward_mode_derivatives_use_pytorch(norm_backend: Backend, device: tor
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_torch_func_transforms_use_pytorch(norm_backend: Backend, device: torch.device, training: bool) -> None:
+def test_torch_func_transforms_use_pytorch(fused: Backend, device: torch.device, training: bool) -> None:
     kwargs = {**arguments(device=device), "training": training}
 
     def ours(x: Tensor) -> Tensor:
         return (
-            batch_norm_leaky_relu(
-                x, **{**kwargs, "running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)}
-            )
+            batch_norm_act(x, **{**kwargs, "running_mean": torch.zeros(6, device=device), "running_var": torch.ones(6, device=device)})
             .square()
             .sum()
         )

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from dfkd_fast.kernels import (
     Backend,
+    batch_norm_act,
     bias_act,
     channel_moments,
     channel_sums,
@@ -71,6 +72,20 @@ def arguments(name: str, layout: str, device: torch.device) -> tuple[Any, ...]:
             return first, constants[0], second, "hardswish", 3
         case "bias_act_backward":
             return dense, first, constants[0], second, "silu", *constants[1:], 0.25, True
+        case "batch_norm_constants":
+            return *constants, torch.rand(5, device=device), 1e-3
+        case "batch_norm_statistics":
+            running = torch.randn(5, device=device), torch.rand(5, device=device), torch.tensor(3, device=device)
+            count = torch.tensor([70.0], dtype=torch.float64, device=device)
+            return torch.randn(2, 5, 6, device=device), *constants, *running, count, 0.1, 1e-3, 48
+        case "batch_norm_act_forward":
+            return first, torch.stack(constants), second, "leaky_relu", 0.2
+        case "batch_norm_act_sums":
+            return dense, first, torch.stack(constants), second, "relu", 0.0, 3
+        case "batch_norm_gradients":
+            return table[:, :, None].expand(2, 5, 4).contiguous(), torch.stack(constants), torch.ones(1, device=device).double(), 48, True
+        case "batch_norm_act_backward":
+            return dense, first, torch.stack(constants), torch.rand(5, 5, device=device), second, "relu6", 0.0, True
     raise ValueError(name)
 
 
@@ -107,6 +122,18 @@ def lean_arguments(name: str, layout: str, device: torch.device) -> tuple[Any, .
             return full[0][:1], full[1], None, "relu", 1
         case "bias_act_backward":
             return full[0][:1], full[1][:1], full[2], None, "relu6", None, None, None, 0.0, False
+        case "batch_norm_constants":
+            return *full[:2], None, None, None, 1e-3
+        case "batch_norm_statistics":
+            return full[0], full[1], *[None] * 7, None, 1e-3, 48
+        case "batch_norm_act_forward":
+            return full[0][:1], full[1], None, "silu", 0.0
+        case "batch_norm_act_sums":
+            return full[0][:1], full[1][:1], full[2], None, "hardswish", 0.0, 1
+        case "batch_norm_gradients":
+            return full[0], full[1], None, 48, False
+        case "batch_norm_act_backward":
+            return full[0][:1], full[1][:1], full[2], None, None, "none", 0.0, False
     return (full[0][:1], *full[1:])
 
 
@@ -168,6 +195,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bias_act and moments": lambda s, t: torch.stack(
         [result.square().sum() for result in bias_act_moments(s, torch.ones(5).to(s), t, "relu")]
     ).sum(),
+    "batch_norm_act": lambda s, t: (
+        batch_norm_act(s, *torch.ones(4, 5).to(s), t, training=True, momentum=0.1, eps=1e-3, activation="relu").square().sum()
+    ),
     "concat": lambda s, t: (
         concat_generated([s, t], activation="tanh", normalize="dataset", mean=torch.zeros(5).to(s), std=torch.full((5,), 0.5).to(s))
         .square()

@@ -50,7 +50,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "partial_moments": {"x": X},
     "combine_moments": {"layers": [kernels.partial_moments(X)], "scale": torch.ones(2, 1, 3), "shift": torch.ones(2, 1, 3)},
     "bias_act": {"x": X, "bias": CHANNEL, "residual": X, "activation": "relu"},
-    "batch_norm_leaky_relu": {"x": X, **BATCH_NORM, "training": True, "momentum": 0.1, "eps": 1e-5, "negative_slope": 0.2},
+    "batch_norm_act": {
+        **{"x": X, **BATCH_NORM, "residual": X, "num_batches_tracked": torch.zeros((), dtype=torch.int64), "input_bias": CHANNEL},
+        **{"training": True, "momentum": 0.1, "eps": 1e-5, "activation": "relu"},
+    },
     "concat_generated": {"raws": [X], "activation": "tanh", "normalize": "dataset", "mean": CHANNEL, "std": CHANNEL, "out": X.clone()},
     "conv2d_relu": {"x": X, "weight": FILTERS, "bias": CHANNEL, "residual": X, "padding": (1, 1)},
     "winograd_conv2d": {"x": X, "weight": FILTERS, "bias": CHANNEL},
@@ -93,7 +96,7 @@ def test_what_is_not_a_list_of_tensors_is_named(name: str, argument: str) -> Non
     [
         *((name, "agreement") for name in ("l1_discrepancy", "kl_discrepancy", "js_discrepancy")),
         *((name, "scale_by_temperature_squared") for name in ("kl_discrepancy", "js_discrepancy")),
-        *(("bias_act", "moments"), ("winograd_conv2d", "cache_weight"), ("batch_norm_leaky_relu", "training")),
+        *(("bias_act", "moments"), ("winograd_conv2d", "cache_weight"), ("batch_norm_act", "training")),
     ],
 )
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def half(*shape: int, memory_format: torch.memory_format = torch.contiguous_form
 
 CONSTANTS, VECTOR, HIDDEN = torch.ones(2, 3), empty(64), half(64, 64, 32, 32, memory_format=CL)
 PLANES = empty(64, 64, 32, 32)
+CONSTANTS_OF_NORM, BATCHES = empty(4, 64), torch.zeros((), dtype=torch.int64)
 # A call, and the minimum numbers of 16-byte loads and stores of its first kernel.
 CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     "l1 of pixels": (lambda: discrepancy.l1_forward(half(8, 11, 64, 64), half(8, 11, 64, 64), 1.0, True, False), 4, 1),
@@ -99,15 +100,33 @@ CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
         6,
         4,
     ),
-    "norm": (lambda: norm.forward(empty(64, 64, 32, 32), VECTOR, VECTOR, 0.2), 4, 4),
-    "norm, channels-last": (lambda: norm.forward(half(64, 64, 32, 32, memory_format=CL), VECTOR, VECTOR, 0.2), 2, 2),
-    "constants of the norm": (lambda: norm.constants(VECTOR, VECTOR, VECTOR, VECTOR, 1e-5), 0, 0),
-    "sums of the norm's gradient": (
-        lambda: norm.backward_constants(HIDDEN, HIDDEN, VECTOR, VECTOR, VECTOR, VECTOR, 0.2),
+    "norm": (lambda: norm.batch_norm_act_forward(empty(64, 64, 32, 32), CONSTANTS_OF_NORM, None, "leaky_relu", 0.2), 4, 4),
+    "norm, residual and activation": (
+        lambda: norm.batch_norm_act_forward(HIDDEN, CONSTANTS_OF_NORM, HIDDEN, "relu", 0.0),
         4,
+        2,
+    ),
+    "constants of the norm": (lambda: norm.batch_norm_constants(*[VECTOR] * 5, 1e-5), 0, 0),
+    "statistics of the norm": (
+        lambda: norm.batch_norm_statistics(empty(2, 64, 1024), *[VECTOR] * 6, BATCHES, None, 0.1, 1e-5, 1 << 20),
+        0,
         0,
     ),
-    "gradient of the norm": (lambda: norm.backward(HIDDEN, HIDDEN, VECTOR, VECTOR, VECTOR, VECTOR, 0.2), 4, 2),
+    "sums of the norm's gradient": (
+        lambda: norm.batch_norm_act_sums(HIDDEN, HIDDEN, CONSTANTS_OF_NORM, HIDDEN, "relu", 0.0, 1024),
+        6,
+        0,
+    ),
+    "constants of the norm's gradient": (
+        lambda: norm.batch_norm_gradients(empty(2, 64, 1024), CONSTANTS_OF_NORM, None, 1 << 20, True),
+        0,
+        0,
+    ),
+    "gradient of the norm": (
+        lambda: norm.batch_norm_act_backward(HIDDEN, HIDDEN, CONSTANTS_OF_NORM, empty(5, 64), HIDDEN, "relu", 0.0, True),
+        6,
+        4,
+    ),
     "concat": (lambda: concat.concat_forward([half(64, 3, 64, 64)], "tanh", CONSTANTS, CONSTANTS, torch.bfloat16, True), 2, 0),
     "concat, contiguous": (lambda: concat.concat_forward([empty(64, 3, 64, 64)], "tanh", None, None, torch.float32, False), 4, 4),
     "gradient of concat": (

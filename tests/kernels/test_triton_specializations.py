@@ -63,11 +63,15 @@ def bias_act_of(batch: int, channels: int, size: int) -> None:
 
 
 def norm_of(batch: int, channels: int, size: int) -> None:
-    x, constant = images(batch, channels, size), torch.ones(channels)
-    norm.constants(constant, constant, constant, constant, 1e-5)
-    norm.forward(x, constant, constant, 0.2)
-    norm.backward_constants(x, x, constant, constant, constant, constant, 0.2)
-    norm.backward(x, x, constant, constant, constant, constant, 0.2)
+    x, constant, constants = images(batch, channels, size), torch.ones(channels), torch.ones(5, channels)
+    batches = torch.zeros((), dtype=torch.int64)
+    norm.batch_norm_constants(constant, constant, constant, constant, constant, 1e-5)
+    parts = torch.ones(2, channels, size)
+    norm.batch_norm_statistics(parts, *[constant] * 6, batches, None, 0.1, 1e-5, batch * size**2)
+    norm.batch_norm_act_forward(x, constants[:4], x, "relu", 0.0)
+    norm.batch_norm_act_sums(x, x, constants[:4], x, "relu", 0.0, size)
+    norm.batch_norm_gradients(parts, constants[:4], None, batch * size**2, True)
+    norm.batch_norm_act_backward(x, x, constants[:4], constants, x, "relu", 0.0, True)
 
 
 def average(tensors: int, first: int) -> None:
@@ -83,7 +87,7 @@ CALLS: list[tuple[Callable[..., None], Sequence[tuple[int, ...]], int]] = [
     (batch_of, [(1, 1, 17), (2, 3, 28), (2, 16, 32), (3, 5, 224)], 1),
     (moments_of, [(1, 64, 8), (6, 128, 4), (2, 512, 1), (16, 256, 14)], 3),
     (bias_act_of, [(2, 64, 8), (6, 128, 4), (128, 256, 7), (16, 256, 14)], 3),
-    (norm_of, [(2, 64, 8), (6, 128, 4), (128, 256, 7), (16, 256, 14)], 5),
+    (norm_of, [(2, 64, 8), (6, 128, 4), (128, 256, 7), (16, 256, 14)], 6),
     (average, [(2, 0), (7, 0), (32, 0), (70, 0), (5, 1)], 1),
 ]
 

@@ -1,0 +1,77 @@
+"""``batch_norm_act`` with a process group: the statistics and gradients of two ranks are those of all their images together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
+
+from dfkd_fast.kernels import batch_norm_act, use_backend
+from dfkd_fast.kernels.dispatch import unavailable_reason
+
+EPS, MOMENTUM = 1e-3, 0.3
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="PyTorch was built without torch.distributed")
+
+
+def images(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, residual, upstream = (torch.randn(7, 5, 4, 6).to(dtype).to(memory_format=torch.channels_last) for _ in range(3))
+    return x * 2 + 30, residual, upstream
+
+
+def parameters(dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {name: torch.rand(5, dtype=dtype) + 0.5 for name in ("running_mean", "running_var", "weight", "bias")}
+
+
+def results(rows: slice, dtype: torch.dtype, group: Any) -> list[Tensor]:
+    x, residual, upstream = (tensor[rows].clone(memory_format=torch.channels_last) for tensor in images(dtype))
+    tensors = parameters(dtype)
+    leaves = x.requires_grad_(), residual.requires_grad_(), tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
+    keywords: Any = {"training": True, "momentum": MOMENTUM, "eps": EPS, "activation": "leaky_relu", "group": group}
+    y = batch_norm_act(x, *tensors.values(), residual, **keywords)
+    gradients = torch.autograd.grad(y, leaves, upstream)
+    return [each.detach() for each in (y, *gradients, tensors["running_mean"], tensors["running_var"])]
+
+
+def run_rank(rank: int, folder: str, backend: Any, dtype: torch.dtype, rows: list[slice]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        with use_backend(backend):
+            torch.save(results(rows[rank], dtype, distributed.group.WORLD), Path(folder) / f"{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rows", [[slice(0, 2), slice(2, 7)], [slice(0, 0), slice(0, 7)]], ids=["2 and 5 images", "none and 7"])
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32), ("reference", torch.float64), ("numba", torch.float32)], ids=str)
+def test_ranks_normalize_by_the_statistics_of_all_images(backend: str, dtype: torch.dtype, rows: list[slice], tmp_path: Path) -> None:
+    if backend == "numba" and (reason := unavailable_reason("numba")):
+        pytest.skip(reason)
+    spawn(run_rank, (str(tmp_path), backend, dtype, rows), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    x, residual, upstream = (tensor.double() for tensor in images(dtype))
+    tensors = {name: tensor.double() for name, tensor in parameters(dtype).items()}
+    leaves = x.requires_grad_(), residual.requires_grad_(), tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
+    normalized = F.batch_norm(x, *tensors.values(), training=True, momentum=MOMENTUM, eps=EPS)
+    y = F.leaky_relu(normalized + residual, 0.01)
+    expected = [y, *torch.autograd.grad(y, leaves, upstream), tensors["running_mean"], tensors["running_var"]]
+    for index in range(3):  # output, and the gradients of x and of the residual, of the images of each rank
+        together = torch.cat([rank[index] for rank in ranks])
+        torch.testing.assert_close(together.double(), expected[index], rtol=1e-4, atol=1e-4)
+    for index in (3, 4):  # the gradients of weight and bias are those of the rank
+        torch.testing.assert_close((ranks[0][index] + ranks[1][index]).double(), expected[index], rtol=1e-4, atol=1e-4)
+    for rank in ranks:
+        torch.testing.assert_close([rank[5].double(), rank[6].double()], expected[5:], rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_does_not_communicate() -> None:
+    tensors = parameters(torch.float32)
+    keywords: Any = {"training": False, "momentum": MOMENTUM, "eps": EPS, "activation": "none", "group": object()}
+    x = images(torch.float32)[0]
+    torch.testing.assert_close(batch_norm_act(x, *tensors.values(), **keywords), F.batch_norm(x, *tensors.values(), eps=EPS))
