@@ -16,19 +16,17 @@ from dfkd_fast.methods import Objective, build_replay_source
 from dfkd_fast.models import sample, state_dict_sha256
 from dfkd_fast.out_of_memory import is_out_of_memory
 from dfkd_fast.surgery import (
-    BatchNormLeakyReLU2d,
     Call,
     FeatureVectors,
     FoldingError,
     Observer,
     check_copy,
     deep_copy,
-    eval_mode,
     extract_logits,
     fold_and_verify,
     frozen_copy,
     fuse_conv_acts,
-    fuse_leaky_relus,
+    fuse_norm_acts,
     get_logits,
     has_running_statistics,
     keep_spectral_norms_in_float32,
@@ -44,6 +42,7 @@ from .clock import Clock
 from .compatibility import check_initialized, check_networks, check_objective, check_smallest_batches
 from .device import reuse_freed_memory
 from .drift import Drift
+from .equality import difference_in_training
 from .losses import LossLog
 from .method import Engine, Method
 from .optim import build_optimizer, build_schedule
@@ -154,38 +153,25 @@ def sync_batch_norm(network: nn.Module, context: Context) -> nn.Module:
 
 
 def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
-    """Replaces pairs of batch norm and (leaky) ReLU by a fused kernel.
+    """Fuses batch norms with the residual and the activation that follow them, if the network computes the same up to rounding.
 
-    In generators on a GPU also batch norms without activation. Student and trained teacher on a CPU only, unless the student is
-    differentiated twice or the logits change, as where a network uses a batch norm's output besides its ReLU.
+    On a GPU also all other batch norms, and the biases of the convolutions before them. A student that is differentiated twice, or
+    whose feature maps are compared, is not fused.
     """
-    if not context.engine.fuse_norm_act:
+    is_student = context.role != "generator"
+    # Fused forward passes do not call all blocks of the student, whose outputs hooks would observe.
+    if not context.engine.fuse_norm_act or (is_student and (context.second_order or context.compares_features)):
         return network
-    if context.role == "generator":
-        return fuse_leaky_relus(network, every_norm=context.on_gpu)
-    if context.on_gpu or context.second_order:
+    fused = sharing_copy(network)
+    if not fuse_norm_acts(fused, every_norm=context.on_gpu, skip_biases=context.on_gpu):
         return network
-    fused = fuse_leaky_relus(sharing_copy(network))
-    if not any(isinstance(layer, BatchNormLeakyReLU2d) for layer in fused.modules()):  # there is nothing to compare
-        return network
-    if _have_equal_logits(network, fused, context.evaluated):
+    shape = context.images[:SAMPLES].shape if is_student else (SAMPLES, int(network.latent_dim))  # type: ignore[arg-type]
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(context.device)
+    problem = difference_in_training(network, fused, inputs)
+    if problem is None:
         return fused
-    context.notes.append(f"engine.fuse_norm_act: the {context.role}'s batch norms and ReLUs are not fused, because its logits would change")
+    context.notes.append(f"engine.fuse_norm_act: the {context.role}'s batch norms are not fused with what follows them: {problem}")
     return network
-
-
-@torch.no_grad()
-def _have_equal_logits(network: nn.Module, other: nn.Module, like: Tensor) -> bool:
-    """Whether two networks have equal logits in evaluation mode, up to rounding, for random images of a batch's shape."""
-    logits = []
-    with torch.random.fork_rng(devices=[]):
-        for each in (network, other):
-            torch.manual_seed(0)
-            images = torch.randn_like(like)
-            with eval_mode(each):
-                logits.append(get_logits(each(images)))
-    expected, actual = logits
-    return torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def cast_weights(network: nn.Module, context: Context) -> nn.Module:

@@ -26,15 +26,14 @@ class UpsampleConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight  # read once: with spectral norm, every access runs a power iteration
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padded = F.pad(weight, (1, 1, 1, 1))
         row_sums = padded[:, :, :-1] + padded[:, :, 1:]
         kernel = (row_sums[..., :-1] + row_sums[..., 1:]).flip(2, 3).transpose(0, 1)
         if weight.is_contiguous(memory_format=torch.channels_last):
             # The output takes the kernel's memory format; a contiguous kernel would make all following layers run in NCHW.
             kernel = kernel.contiguous(memory_format=torch.channels_last)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        return F.conv_transpose2d(input, kernel, bias, stride=2, padding=1)
 
 
 class CheckpointedStage(nn.Sequential):

@@ -2,7 +2,7 @@
 
 ``sharing`` makes the copies; ``fold``, ``fuse_conv_act``, ``fuse_norm_act``, ``cpu_conv`` and ``precision`` change how they compute;
 ``quantize`` and ``calibrate`` round to few bits; ``observe`` and ``feature_vectors`` record the inputs and outputs of layers; ``modes`` and
-``outputs`` switch modes and extract logits.
+``outputs`` switch modes and extract logits. ``graphs`` and ``tracing`` are what the traced forward passes of several have in common.
 """
 
 from .calibrate import calibrate, check_copy
@@ -10,7 +10,7 @@ from .cpu_conv import CpuConv2d, use_cpu_convolutions
 from .feature_vectors import Call, FeatureVectors, matched_layers, shared_layers
 from .fold import FoldingError, fold, fold_and_verify, has_running_statistics
 from .fuse_conv_act import ConvAct2d, fuse_conv_acts
-from .fuse_norm_act import BatchNormLeakyReLU2d, fuse_leaky_relus
+from .fuse_norm_act import BatchNormAct2d, ConvBeforeNorm, fuse_norm_acts
 from .modes import deep_copy, dry_run, eval_mode, freeze, keep_running_statistics, weights_frozen
 from .observe import Observation, Observer
 from .outputs import extract_logits, get_logits, logits_only
@@ -21,9 +21,10 @@ from .sharing import frozen_copy, sharing_copy
 
 __all__ = [
     "FLOAT",
-    "BatchNormLeakyReLU2d",
+    "BatchNormAct2d",
     "Call",
     "ConvAct2d",
+    "ConvBeforeNorm",
     "CpuConv2d",
     "FakeQuantized",
     "FeatureVectors",
@@ -45,7 +46,7 @@ __all__ = [
     "freeze",
     "frozen_copy",
     "fuse_conv_acts",
-    "fuse_leaky_relus",
+    "fuse_norm_acts",
     "get_logits",
     "has_running_statistics",
     "in_float32",

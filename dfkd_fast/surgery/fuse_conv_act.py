@@ -1,6 +1,5 @@
 """Fusion of a frozen network's convolutions with the residual and the activation that follow them."""
 
-import operator
 from collections import Counter
 from typing import Any
 
@@ -12,21 +11,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from dfkd_fast.kernels import PartialMoments, bias_act, conv2d_relu
 
 from .fold import trace
-from .fuse_norm_act import has_hooks
+from .graphs import activation_of, erase_identities, has_hooks, is_in_place, terms
 from .modes import deep_copy, freeze
 
 __all__ = ["ConvAct2d", "fuse_conv_acts"]
-
-ACTIVATIONS: dict[Any, str] = {
-    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
-    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
-    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
-}
-"""Names of activations for ``bias_act``, by class of module, function, and name of method."""
-ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
-OPERATORS_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "imod", "ifloordiv", "imatmul")
-ADDITIONS = {operator.add, torch.add, "add", *ADDITIONS_IN_PLACE}
 
 
 class ConvAct2d(nn.Conv2d):
@@ -76,10 +64,7 @@ def fuse_conv_acts(network: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
     """
     traced = trace(deep_copy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}))
     layers = dict(traced.named_modules())
-    for node in traced.graph.nodes:
-        if node.op == "call_module" and type(layers[node.target]) is nn.Identity:  # timm's blocks are full of them
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            traced.graph.erase_node(node)
+    erase_identities(traced.graph, layers)
     traced.recompile()
     with torch.no_grad():
         ShapeProp(traced).propagate(images)
@@ -88,7 +73,7 @@ def fuse_conv_acts(network: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
     uses = Counter(node.target for node in nodes if node.op == "call_module")
     uses.update(str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr")
     order = {node: index for index, node in enumerate(nodes)}
-    changes = [order[node] for node in nodes if _is_in_place(node, layers)]
+    changes = [order[node] for node in nodes if is_in_place(node, layers)]
     fused = 0
     for node in nodes:
         if _is_convolution(node, layers) and uses[node.target] == 1 and len(node.users) == 1:
@@ -107,25 +92,17 @@ def _is_convolution(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
     return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and not has_hooks(layer)
 
 
-def _is_in_place(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
-    """Whether a node may change a tensor that other nodes read."""
-    if node.op == "call_module":
-        return bool(getattr(layers[str(node.target)], "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    assigns = name.endswith("_") or name in OPERATORS_IN_PLACE or bool(node.kwargs.get("inplace"))
-    return node.op in ("call_function", "call_method") and assigns
-
-
 def _fuse(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module], uses: Counter[Any], *, with_residual: bool) -> bool:
     """Fuses the convolution of a node with what consumes its output; returns whether there was something to fuse."""
     layer: Any = layers[str(node.target)]
     last, residual = node, _residual(node) if with_residual else None
     if residual is not None:
         (last,) = node.users
-    activation = None
+    activation: str | None = None
     if len(last.users) == 1:
-        activation = _activation(consumer := next(iter(last.users)), layers)
-        last = last if activation is None else consumer
+        found = activation_of(consumer := next(iter(last.users)), layers)
+        if found is not None and found.name not in ("none", "leaky_relu"):  # bias_act has no leaky ReLU
+            activation, last = found.name, consumer
     if last is node:
         return False
     consumed = [last, *last.all_input_nodes]
@@ -149,27 +126,12 @@ def _fuse(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module], uses: Co
 def _residual(node: fx.Node) -> fx.Node | None:
     """Returns the other term if the only consumer of a node's output adds a tensor of the same shape."""
     (consumer,) = node.users
-    if consumer.op not in ("call_function", "call_method") or consumer.target not in ADDITIONS or consumer.kwargs:
+    if (pair := terms(node, consumer)) is None:
         return None
-    terms = consumer.args
-    if len(terms) != 2 or not all(isinstance(term, fx.Node) for term in terms) or terms[0] is terms[1]:
-        return None
-    if consumer.target in ADDITIONS_IN_PLACE and terms[0] is not node:  # changes a tensor that other nodes may read
-        return None
-    first, second = (term.meta.get("tensor_meta") for term in terms if isinstance(term, fx.Node))
+    first, second = (term.meta.get("tensor_meta") for term in pair)
     if first is None or second is None or first.shape != second.shape:
         return None
-    return next(term for term in terms if isinstance(term, fx.Node) and term is not node)
-
-
-def _activation(node: fx.Node, layers: dict[str, nn.Module]) -> str | None:
-    """Returns the name of the activation that a node computes; None if it is not one of :data:`ACTIVATIONS`."""
-    if len(node.all_input_nodes) != 1 or node.op not in ("call_module", "call_function", "call_method"):
-        return None
-    if node.op == "call_module":
-        layer = layers[str(node.target)]
-        return None if has_hooks(layer) else ACTIVATIONS.get(type(layer))
-    return ACTIVATIONS.get(node.target)
+    return pair[1] if pair[0] is node else pair[0]
 
 
 def _without_bias(term: Any, layer: Any) -> Tensor | float:

@@ -1,5 +1,6 @@
 """The passes over the networks: each has a key in [engine], and none changes the networks of the user."""
 
+import random
 import re
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from dfkd_fast.engine.state import TrainState
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import conv2d_relu
 from dfkd_fast.kernels.conv import relu
-from dfkd_fast.surgery import BatchNormLeakyReLU2d, ConvAct2d, CpuConv2d
+from dfkd_fast.surgery import BatchNormAct2d, ConvAct2d, ConvBeforeNorm, CpuConv2d, fuse_norm_act
 from tests.small import small_method, small_networks
 
 PLAIN = Engine(precision="fp32", channels_last=False, cpu_convolutions=False, fuse_norm_act=False, fold_teacher=False, malloc_reuse=False)
@@ -33,6 +34,10 @@ def kinds(network: nn.Module) -> set[type[nn.Module]]:
     return {type(layer) for layer in network.modules()}
 
 
+def has_fused_norms(network: nn.Module) -> bool:
+    return any(isinstance(layer, BatchNormAct2d) for layer in network.modules())
+
+
 def effects(trainer: Trainer) -> set[str]:
     """Names of the passes that modified the optimized networks."""
     networks = optimized_networks(trainer)
@@ -40,7 +45,7 @@ def effects(trainer: Trainer) -> set[str]:
     traces = {
         "channels_last": all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights),
         "cpu_convolutions": all(CpuConv2d in kinds(network) for network in networks.values()),
-        "fuse_norm_act": BatchNormLeakyReLU2d in kinds(networks["generator"]),
+        "fuse_norm_act": has_fused_norms(networks["generator"]),
         "fold_teacher": any(hasattr(layer, "folded_norm") for layer in networks["teacher"].modules()),
         "precision": any(parameter.dtype == torch.bfloat16 for parameter in networks["teacher"].parameters()),
     }
@@ -94,8 +99,8 @@ def test_passes_before_the_first_step_are_few_and_of_few_images() -> None:
     assert BATCHES == {
         # Logits and gradient; the form of the output; before folding, compared with the folded copy.
         "teacher": [4, 4, 2, 2],
-        # Logits, gradients of weights and of images; before and after the fusion; the form of the output in both modes.
-        "student": [4, 4, 4, 2, 2, 2, 4],
+        # Logits, gradients of weights and of images; in both modes before and after the fusion; the form of the output in both modes.
+        "student": [4, 4, 4, 2, 4, 2, 4, 2, 4],
     }
 
 
@@ -104,8 +109,8 @@ def test_a_students_batch_norms_are_fused_unless_it_is_differentiated_twice(upda
     networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
     method = replace(small_method(), update=Update(kind=update), replay=Replay(kind="ema_generator"))
     state = prepare(*networks, method, seed=0, device=torch.device("cpu"))
-    assert (BatchNormLeakyReLU2d in kinds(state.student)) == (update != "second-order")
-    assert BatchNormLeakyReLU2d not in kinds(state.teacher)
+    assert (has_fused_norms(state.student)) == (update != "second-order")
+    assert not has_fused_norms(state.teacher)
 
 
 def state_for_a_gpu(teacher: nn.Module, *, compares: bool = False, **engine: Any) -> TrainState:
@@ -180,21 +185,76 @@ def test_a_teacher_that_cannot_be_fused_runs_as_before_with_one_note(failure: st
     assert len(notes) == 1 and expected[failure] in notes[0]
 
 
-def test_a_student_that_uses_a_batch_norm_without_its_relu_is_not_fused() -> None:
-    class Tapped(nn.Module):
+@pytest.mark.parametrize("of", ["output", "gradient", "statistics"])
+@pytest.mark.parametrize("role", ["student", "generator"])
+def test_a_network_that_fused_batch_norms_change_runs_as_before_with_one_note(role: str, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = fuse_norm_act.batch_norm_act
+
+    def broken(x: torch.Tensor, mean: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        y = correct(x, mean, *arguments, **keywords)
+        if of == "statistics" and keywords["training"]:
+            mean.data.mul_(1.01)  # not seen by autograd
+        elif of == "gradient":
+            return y.detach() + 1.01 * (y - y.detach())
+        return y if of == "statistics" else y * 1.01
+
+    monkeypatch.setattr(fuse_norm_act, "batch_norm_act", broken)
+    prepared = trainer(Engine())
+    assert not has_fused_norms(optimized_networks(prepared)[role])
+    expected = {"output": "its outputs in evaluation would change", "gradient": "its gradients would", "statistics": "its buffers would"}
+    (note,) = [note for note in prepared.notes if f"engine.fuse_norm_act: the {role}'s" in note]
+    assert expected[of] in note
+
+
+def test_a_student_with_other_results_in_every_call_is_fused_if_it_is_equal_in_evaluation_mode() -> None:
+    class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-            self.head = nn.Linear(8, 10)
+            self.network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, 10))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            normalized = self.block[1](self.block[0](x))
-            return self.head(torch.cat([normalized, self.block[2](normalized)], 1).mean((2, 3)))
+            return self.network(x + random.random() if self.training else x)
 
     teacher, _, generator = small_networks()
-    prepared = Trainer(teacher, Tapped(), generator, small_method())
-    assert BatchNormLeakyReLU2d not in kinds(prepared.state.student)
-    assert any("engine.fuse_norm_act: the student" in note for note in prepared.notes)
+    prepared = Trainer(teacher, Noisy(), generator, small_method())
+    assert has_fused_norms(prepared.state.student) and not prepared.notes
+
+
+def test_a_student_that_runs_in_float32_only_is_fused() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = small_networks(student="wrn10_1")[1]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x.float())
+
+    teacher, _, generator = small_networks()
+    prepared = Trainer(teacher, Single(), generator, small_method())
+    assert has_fused_norms(prepared.state.student) and not prepared.notes
+
+
+def test_a_student_whose_feature_maps_are_compared_is_not_fused() -> None:
+    teacher = small_networks(teacher="wrn10_1", channels=3)[0]
+    assert not has_fused_norms(state_for_a_gpu(teacher, compares=True).student)
+    assert has_fused_norms(state_for_a_gpu(teacher).student)
+
+
+def test_on_a_gpu_student_and_generator_use_the_kernel_for_all_batch_norms_and_the_biases_before_them() -> None:
+    state = state_for_a_gpu(small_networks(teacher="wrn10_1", channels=3)[0])
+    assert not any(type(layer) is nn.BatchNorm2d for network in (state.student, state.generator) for layer in network.modules())
+    assert sum(isinstance(layer, ConvBeforeNorm) for layer in state.generator.modules()) == 2
+    on_cpu = trainer(Engine()).state.generator
+    assert any(type(layer) is nn.BatchNorm2d for layer in on_cpu.modules())
+    assert not any(isinstance(layer, ConvBeforeNorm) for layer in on_cpu.modules())
+
+
+def test_preparation_leaves_buffers_and_gradients_of_the_users_networks() -> None:
+    networks = small_networks(teacher="wrn10_1", student="wrn10_1", channels=3)
+    before = [buffer.clone() for network in networks for buffer in network.buffers()]
+    Trainer(*networks, Method(engine=Engine(precision="bf16")))
+    assert all(map(torch.equal, before, [buffer for network in networks for buffer in network.buffers()]))
+    assert all(parameter.grad is None for network in networks for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("role", ["student", "generator"])
