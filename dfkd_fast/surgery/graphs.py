@@ -1,7 +1,6 @@
 """What the fusions of layers have in common: how they recognize the nodes of a traced forward pass."""
 
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,11 +10,20 @@ from torch import fx, nn
 
 from dfkd_fast.kernels import NormActivation
 
-__all__ = ["Activation", "activation_of", "activation_of_layer", "erase_identities", "has_hooks", "is_in_place", "terms"]
+__all__ = [
+    "OPERATORS_IN_PLACE",
+    "Activation",
+    "activation_of",
+    "activation_of_layer",
+    "erase_identities",
+    "has_hooks",
+    "is_in_place",
+    "terms",
+]
 
 OPERATORS_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "imod", "ifloordiv", "imatmul")
-ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
-ADDITIONS = {operator.add, torch.add, "add", *ADDITIONS_IN_PLACE}
+"""Names of the operators of assignments such as ``x += y``."""
+ADDITIONS = ("add", "iadd", "add_")
 ACTIVATIONS: dict[Any, NormActivation] = {
     **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((nn.LeakyReLU, F.leaky_relu, F.leaky_relu_), "leaky_relu"),
@@ -59,14 +67,13 @@ def erase_identities(graph: fx.Graph, layers: Mapping[str, nn.Module]) -> None:
 
 def terms(node: fx.Node, consumer: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Returns the two terms if a consumer of a node adds another node to it; None if it does something else."""
-    if consumer.op not in ("call_function", "call_method") or consumer.target not in ADDITIONS or consumer.kwargs:
-        return None
-    if len(consumer.args) != 2:
+    name = consumer.target if consumer.op == "call_method" else getattr(consumer.target, "__name__", "")
+    if consumer.op not in ("call_function", "call_method") or name not in ADDITIONS or len(consumer.args) != 2 or consumer.kwargs:
         return None
     first, second = consumer.args
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
         return None
-    if consumer.target in ADDITIONS_IN_PLACE and first is not node:  # changes a tensor that other nodes may read
+    if name != "add" and first is not node:  # changes a tensor that other nodes may read
         return None
     return first, second
 

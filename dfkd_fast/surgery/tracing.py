@@ -1,6 +1,7 @@
 """Traces of the forward passes of a network's modules by torch.fx, which run the user's code on copies of the modules."""
 
 import inspect
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from dfkd_fast.errors import USER_CODE_ERRORS
+from dfkd_fast.errors import USER_CODE_ERRORS, DfkdError
 from dfkd_fast.out_of_memory import is_out_of_memory
 
+from .graphs import OPERATORS_IN_PLACE
 from .modes import deep_copy
 
 __all__ = ["callers", "generated_forward", "has_plain_signature", "trace_forward"]
@@ -37,9 +39,13 @@ def trace_forward(module: nn.Module, inlined: Collection[nn.Module]) -> fx.Graph
     Returns:
         The graph; None if it would compute something else than the module: the forward pass fails with the proxies of torch.fx,
         depends on the training mode or on whether gradients are enabled, creates tensors that do not depend on its arguments, changes
-        attributes, or runs operations in contexts such as ``torch.no_grad()``, ``torch.autocast`` and checkpoints.
+        attributes, runs operations in contexts such as ``torch.no_grad()``, ``torch.autocast`` and checkpoints, or
+        an attribute cannot be copied.
     """
-    trial = deep_copy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    try:
+        trial = deep_copy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    except DfkdError:  # an attribute, such as a process group, cannot be copied
+        return None
     originals = dict(zip(trial.modules(), module.modules(), strict=True))
     graphs = []
     for training in (True, False):
@@ -72,6 +78,22 @@ def generated_forward(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     return type(fx.GraphModule(module, graph)).forward
 
 
+def _recorded(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    """Returns the method of a proxy for an operator in place, such as ``+=``.
+
+    torch.fx itself records ``x += y`` as ``x + y``; its code for ``operator.iadd`` would also change a number that is read again.
+    """
+
+    def assign(target: Any, value: Any) -> Any:
+        return getattr(operator, name)(target, value)
+
+    assign.__name__ = name
+    return lambda self, value: self.tracer.create_proxy("call_function", assign, (self, value), {})
+
+
+_Proxy = type("_Proxy", (fx.Proxy,), {f"__{name}__": _recorded(name) for name in OPERATORS_IN_PLACE})
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # otherwise an operation on buffers alone would run in the trace only
 
@@ -91,6 +113,9 @@ class _Tracer(fx.Tracer):
         result = super().call_module(m, forward, args, kwargs)
         self.callers.pop()
         return result
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _contexts() != self.contexts:

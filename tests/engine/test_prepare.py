@@ -13,7 +13,7 @@ from dfkd_fast import Engine, Method, Objective, Replay, Trainer, Update
 from dfkd_fast.engine.prepare import PASSES, prepare
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.errors import DfkdError
-from dfkd_fast.kernels import conv2d_relu
+from dfkd_fast.kernels import batch_norm_act, conv2d_relu
 from dfkd_fast.kernels.conv import relu
 from dfkd_fast.surgery import BatchNormAct2d, ConvAct2d, ConvBeforeNorm, CpuConv2d, fuse_norm_act
 from tests.small import small_method, small_networks
@@ -188,7 +188,7 @@ def test_a_teacher_that_cannot_be_fused_runs_as_before_with_one_note(failure: st
 @pytest.mark.parametrize("of", ["output", "gradient", "statistics"])
 @pytest.mark.parametrize("role", ["student", "generator"])
 def test_a_network_that_fused_batch_norms_change_runs_as_before_with_one_note(role: str, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    correct = fuse_norm_act.batch_norm_act
+    correct = batch_norm_act
 
     def broken(x: torch.Tensor, mean: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
         y = correct(x, mean, *arguments, **keywords)
