@@ -276,7 +276,13 @@ def test_biases_that_something_else_uses_are_not_skipped() -> None:
         assert_equal_results(network, expected, images(4))
 
 
-@pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"momentum": 0.0}])
+OPTIONS: list[dict[str, Any]] = [
+    *({"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"momentum": 0.0}),
+    {"momentum": None, "track_running_stats": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_batch_norms_of_every_kind_are_fused(options: dict[str, Any]) -> None:
     network = randomized(nn.Sequential(nn.BatchNorm2d(3, **options), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, **options)))
     expected = copy.deepcopy(network)
@@ -529,6 +535,25 @@ def test_assignments_in_place_change_the_same_tensors_and_no_numbers() -> None:
             y += x
             y *= count
             return alias + y
+
+    network = randomized(Network())
+    expected = copy.deepcopy(network)
+    assert fuse_norm_acts(network) == 1
+    assert_equal_results(network, expected, images(4))
+
+
+def test_buffers_that_a_forward_pass_changes_change_in_each_call_only() -> None:
+    class Network(nn.Module):
+        steps: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.register_buffer("steps", torch.zeros(()).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps.add_(1)
+            return F.relu(self.norm(x))
 
     network = randomized(Network())
     expected = copy.deepcopy(network)
