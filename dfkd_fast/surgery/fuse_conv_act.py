@@ -95,9 +95,11 @@ def _is_convolution(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
 def _fuse(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module], uses: Counter[Any], *, with_residual: bool) -> bool:
     """Fuses the convolution of a node with what consumes its output; returns whether there was something to fuse."""
     layer: Any = layers[str(node.target)]
-    last, residual = node, _residual(node) if with_residual else None
+    last = addition = node
+    residual = _residual(node) if with_residual else None
     if residual is not None:
-        (last,) = node.users
+        (addition,) = node.users
+        last = addition
     activation: str | None = None
     if len(last.users) == 1:
         found = activation_of(consumer := next(iter(last.users)), layers)
@@ -111,7 +113,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module], uses: Co
         if _is_convolution(residual, layers) and uses[residual.target] == 1 and len(residual.users) == 1:
             bias = bias + _without_bias(layers[str(residual.target)], layer)
         node.args = (*node.args, residual)
-        last.prepend(node)
+        addition.prepend(node)  # not later: the residual may change after it was added
     layer.__class__ = ConvAct2d
     layer.activation, layer.moments = activation or "none", None
     layer.bias = nn.Parameter(bias, requires_grad=False)

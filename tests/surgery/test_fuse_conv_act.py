@@ -195,6 +195,24 @@ def test_an_identity_that_is_called_by_keyword_is_removed() -> None:
     torch.testing.assert_close(fused(images(8)), network(images(8)))
 
 
+def test_a_residual_that_changes_after_the_sum_is_read_before() -> None:
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            residual = x * 1
+            y = self.conv(x) + residual
+            residual.neg_()
+            return F.relu(y) + residual
+
+    network = freeze(Changed())
+    fused, count = fuse_conv_acts(network, images(8))
+    assert count == 1
+    torch.testing.assert_close(fused(images(8)), network(images(8)))
+
+
 def test_float32_weights_work_under_autocast() -> None:
     network = trained(NETWORKS["ReLU6 and sums without activation"][0])
     fused, _ = fuse_conv_acts(network, images())

@@ -561,6 +561,25 @@ def test_buffers_that_a_forward_pass_changes_change_in_each_call_only() -> None:
     assert_equal_results(network, expected, images(4))
 
 
+def test_a_residual_that_changes_after_the_sum_is_read_before(calls: Calls) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            residual = x * 1
+            y = self.norm(x) + residual
+            residual.neg_()
+            return F.relu(y) + residual
+
+    network = randomized(Network())
+    expected = copy.deepcopy(network)
+    assert fuse_norm_acts(network) == 1
+    assert_equal_results(network, expected, images(4))
+    assert calls == 2 * [("relu", True, False)]
+
+
 def test_a_batch_norm_and_the_activation_of_another_module_are_fused_in_the_module_that_calls_both(calls: Calls) -> None:
     inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     network = randomized(nn.Sequential(inner, nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))))
