@@ -84,9 +84,7 @@ def _ours(x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tenso
     return batch_norm_act(x, mean, variance, gain, offset, residual, training=True, momentum=0.1, eps=1e-5, activation="relu")
 
 
-def _apex(
-    channels: int, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tensor, residual: Tensor | None = None
-) -> Tensor:
+def _apex(channels: int, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tensor, residual: Tensor | None = None) -> Tensor:
     layer = _apex_layer(channels)
     for name, tensor in (("weight", gain), ("bias", offset), ("running_mean", mean), ("running_var", variance)):
         layer._parameters.pop(name, None)

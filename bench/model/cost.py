@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count
 
-from dfkd_fast.surgery import BatchNormLeakyReLU2d
+from dfkd_fast.surgery import BatchNormAct2d
 
 __all__ = ["KINDS", "TENSOR_CORE_KINDS", "Call", "Kernel", "kernels"]
 
@@ -72,7 +72,10 @@ KIND_OF = {
     name: kind
     for kind, names in {
         "matrix product": ("mm", "addmm", "bmm", "baddbmm"),
-        "batch norm": ("native_batch_norm", "native_batch_norm_backward"),
+        "batch norm": (
+            *("native_batch_norm", "native_batch_norm_backward", "batch_norm_constants", "batch_norm_statistics", "batch_norm_act_forward"),
+            *("batch_norm_act_sums", "batch_norm_gradients", "batch_norm_act_backward"),
+        ),
         "activation": (
             *("relu", "relu_", "threshold_backward", "leaky_relu", "leaky_relu_", "leaky_relu_backward", "elu", "elu_", "prelu"),
             *("hardtanh", "hardtanh_", "hardtanh_backward", "silu", "silu_", "silu_backward", "gelu", "gelu_backward"),
@@ -103,6 +106,8 @@ MAX_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # tensors per launch, by the
 
 
 def _kind(call: Call) -> str:
+    if call.name == "partial_moments" and call.module is not None and issubclass(call.module, BatchNormAct2d):
+        return "batch norm"
     if call.name in KIND_OF:
         return KIND_OF[call.name]
     if call.name in ("add", "add_") and call.module is not None:
@@ -161,25 +166,15 @@ def _batch_norm(call: Call) -> list[Kernel]:
     images, training = _bytes(call.arguments[0]), call.arguments[5]
     if not training:
         return [Kernel("batch norm", 0, 2 * images)]
-    if call.module is BatchNormLeakyReLU2d:  # moments and their sum, three running statistics, constants, output
-        return [Kernel("batch norm", 0, images), *[_SMALL] * 5, Kernel("batch norm", 0, 2 * images)]
     # Statistics, their running averages, output.
-    return [Kernel("batch norm", 0, images), _SMALL, Kernel("batch norm", 0, 2 * images)]
+    return [Kernel("batch norm", 0, images), Kernel("batch norm", 0, 0), Kernel("batch norm", 0, 2 * images)]
 
 
 def _batch_norm_backward(call: Call) -> list[Kernel]:
     images, training = _bytes(call.arguments[1]), call.arguments[7]
     if not training:
         return [Kernel("batch norm", 0, 2 * images)]
-    sums = [_SMALL] if call.module is BatchNormLeakyReLU2d else []
-    return [Kernel("batch norm", 0, 2 * images), *sums, Kernel("batch norm", 0, 3 * images)]
-
-
-_SMALL = Kernel("batch norm", 0, 0)  # on one value per channel
-
-
-def _leaky_relu(call: Call) -> list[Kernel]:
-    return [] if call.module is BatchNormLeakyReLU2d else _one_kernel(call)  # computed by the kernels of the batch norm
+    return [Kernel("batch norm", 0, 2 * images), Kernel("batch norm", 0, 3 * images)]
 
 
 def _multi_tensor(call: Call) -> list[Kernel]:
@@ -211,7 +206,6 @@ RULES: dict[str, Callable[[Call], list[Kernel]]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _matrix_product),
     "native_batch_norm": _batch_norm,
     "native_batch_norm_backward": _batch_norm_backward,
-    **dict.fromkeys(("leaky_relu", "leaky_relu_", "leaky_relu_backward"), _leaky_relu),
     **dict.fromkeys(("_foreach_add_", "_foreach_mul_", "_foreach_copy_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"), _multi_tensor),
     **dict.fromkeys(("l1_forward", "kl_forward", "js_forward"), _discrepancy),
     "ema_update_": _average,

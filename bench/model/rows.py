@@ -40,6 +40,10 @@ class Row:
     gflop: float
     mbyte: float
     ms: float
+    peak_gb: float
+    """Peak memory of the tensors that a step of the phase allocates, in 10⁹ bytes; the same in all rows of the phase."""
+    resident_gb: float
+    """Memory of weights, averages, optimizer states and static buffers."""
     provenance: Provenance = field(kw_only=True, metadata={"columns": LOOPS})
 
 
@@ -73,6 +77,8 @@ def predict(phases: Sequence[Phase], rates: Rates, case: Mapping[str, object], p
                     gflop=round(sum(kernel.flops for kernel in launched) / 1e9, 6),
                     mbyte=round(sum(kernel.bytes for kernel in launched) / 1e6, 6),
                     ms=round(1e3 * sum(_seconds(kernel, rates) for kernel in launched), 6),
+                    peak_gb=round(phase.peak_bytes / 1e9, 6),
+                    resident_gb=round(phase.resident_bytes / 1e9, 6),
                     provenance=provenance,
                 )
             )
@@ -102,6 +108,8 @@ class Total:
     ms: float
     tensor_core_ms: float
     """Time of the convolutions and matrix products."""
+    memory_gb: float
+    """Resident memory, and the largest peak of a step."""
 
     @property
     def rest_ms(self) -> float:
@@ -118,19 +126,20 @@ def total(rows: Iterable[Row], *, per_step: bool = False) -> Total:
         gbyte=sum(scale * row.mbyte / 1e3 for row, scale in scaled),
         ms=sum(scale * row.ms for row, scale in scaled),
         tensor_core_ms=sum(scale * row.ms for row, scale in scaled if row.kind in TENSOR_CORE_KINDS),
+        memory_gb=max((row.peak_gb + row.resident_gb for row, _ in scaled), default=0.0),
     )
 
 
 def total_table(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
     """Return header and cells of a table with a line for one step of each kind, and one for the iteration."""
-    header = ("", "steps", "kernels", "GFLOP", "GB", "ms", "convolutions", "rest", "rest ÷ convolutions")
+    header = ("", "steps", "kernels", "GFLOP", "GB", "ms", "convolutions", "rest", "rest ÷ convolutions", "memory, GB")
     lines = [(phase, str(of[0].steps), total(of, per_step=True)) for (phase,), of in _by(rows, "phase").items()]
     return header, [_total_line(*line) for line in (*lines, ("iteration", "", total(rows)))]
 
 
 def _total_line(name: str, steps: str, sums: Total) -> Cells:
     numbers = (f"{sums.kernels:.0f}", f"{sums.gflop:.1f}", f"{sums.gbyte:.3f}", f"{sums.ms:.3f}", f"{sums.tensor_core_ms:.3f}")
-    return name, steps, *numbers, f"{sums.rest_ms:.3f}", f"{100 * sums.rest_ms / sums.tensor_core_ms:.0f} %"
+    return name, steps, *numbers, f"{sums.rest_ms:.3f}", f"{100 * sums.rest_ms / sums.tensor_core_ms:.0f} %", f"{sums.memory_gb:.2f}"
 
 
 def kind_table(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:

@@ -1,6 +1,7 @@
 """The kernels of an iteration, recorded by running the steps on fake tensors: no arithmetic is done and no GPU is needed."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dfkd_fast import Recipe
 from dfkd_fast.engine.prepare import prepare
@@ -54,6 +56,10 @@ class Phase:
     name: str
     steps: int
     launches: list[Launch]
+    peak_bytes: int
+    """Peak memory of the tensors that a step allocates, in bytes; without what libraries allocate, such as workspaces of cuDNN."""
+    resident_bytes: int
+    """Memory of weights, averages, optimizer states and static buffers, in bytes."""
 
 
 def trace(recipe: Recipe) -> list[Phase]:
@@ -84,8 +90,18 @@ def trace(recipe: Recipe) -> list[Phase]:
             for call in calls:
                 with recorder:
                     call()
-            phases.append(Phase(name, len(calls), recorder.launches))
+            phases.append(Phase(name, len(calls), recorder.launches, recorder.memory.peak, _resident_bytes(state)))
     return phases
+
+
+def _resident_bytes(state: TrainState) -> int:
+    networks = [state.teacher, state.student, *state.generators.values(), *state.saved_networks.values(), state.observer.network]
+    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    tensors += [state.images, state.logits, state.latents, state.labels]
+    for optimizer in (state.student_optimizer, state.generator_optimizer):
+        tensors += [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
 
 
 @contextmanager
@@ -136,6 +152,28 @@ def _networks(state: TrainState) -> dict[str, nn.Module]:
     return found
 
 
+class _Memory:
+    """Memory of the tensors that are allocated by recorded operations and not yet freed."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._live: dict[int, int] = {}
+
+    def record(self, arguments: object, result: object) -> None:
+        """Add the storages of a result that are not those of the arguments."""
+        known = {storage._cdata for storage in _storages(arguments)}
+        for storage in _storages(result):
+            key = storage._cdata
+            if key not in known and key not in self._live:
+                self._live[key] = storage.nbytes()
+                weakref.finalize(storage, self._live.pop, key, None)
+        self.peak = max(self.peak, sum(self._live.values()))
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 class _Recorder(TorchDispatchMode):
     """Records the kernels of all operations.
 
@@ -146,12 +184,14 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, current: list[Layer]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.launches: list[Launch] = []
+        self.memory = _Memory()
         self._current = current
         self._layers: dict[int, Layer] = {}
         self._last = Layer()
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = operator(*arguments, **(keywords or {}))
+        self.memory.record((arguments, keywords), result)
         layer, backward = self._layer()
         call = Call(operator, arguments, keywords or {}, result, layer.module)
         self.launches += [Launch(layer, backward, call.name, kernel) for kernel in kernels(call)]

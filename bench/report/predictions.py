@@ -16,7 +16,19 @@ Row = Mapping[str, str]
 def prediction_table(results: Results) -> str:
     """One row for each kind of step of each case, with the time of a whole iteration and, if there is one, the measured one."""
     titles = (
-        *("recipe", "settings", "batch", "device", "step", "kernels", "convolutions (ms)", "rest (ms)", "rest ÷ convolutions", "step (ms)"),
+        *(
+            "recipe",
+            "settings",
+            "batch",
+            "device",
+            "step",
+            "kernels",
+            "convolutions (ms)",
+            "rest (ms)",
+            "rest ÷ convolutions",
+            "step (ms)",
+            "memory (GB)",
+        ),
         *("iteration (ms)", "measured kernels of an iteration"),
     )
     measured = [row for row in results.rows("end-to-end", "gpu") if is_engine(row["contender"]) and row["kernel_seconds"]]
@@ -34,6 +46,7 @@ def prediction_table(results: Results) -> str:
                 (
                     *(*of_case, f"{phase} × {steps}", f"{sum(int(row['kernels']) for row in rows) / steps:.0f}"),
                     *(f"{convolutions:.3f}", f"{ms - convolutions:.3f}", f"{100 * (ms - convolutions) / convolutions:.0f} %", f"{ms:.3f}"),
+                    f"{float(rows[0]['peak_gb']) + float(rows[0]['resident_gb']):.2f}",
                     *of_iteration,
                 )
             )

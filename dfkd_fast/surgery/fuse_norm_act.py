@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from dfkd_fast.kernels import NormActivation, batch_norm_act
+from dfkd_fast.kernels import batch_norm_act
+from dfkd_fast.kernels.norm import NormActivation
 from dfkd_fast.kernels.norm.reference import activate
 
 from .graphs import Activation, activation_of, activation_of_layer, erase_identities, has_hooks, is_in_place, terms

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from dfkd_fast.kernels import NormActivation
+from dfkd_fast.kernels.norm import NormActivation
 
 __all__ = [
     "OPERATORS_IN_PLACE",

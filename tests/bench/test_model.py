@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,14 +19,14 @@ from bench.model import load
 from bench.model.cost import Call, Kernel, kernels
 from bench.model.rates import Rates
 from bench.model.rows import over_layers, predict, total
-from bench.model.trace import Launch, Layer, Phase, trace
+from bench.model.trace import Launch, Layer, Phase, _Recorder, trace
 from bench.provenance import measured_on
 from dfkd_fast import DfkdError, load_recipe
 from dfkd_fast.engine.prepare import prepare
 from dfkd_fast.engine.state import TrainState
 from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.kernels import dispatch, ema_update_, l1_discrepancy, use_backend
-from dfkd_fast.surgery import BatchNormLeakyReLU2d, CpuConv2d
+from dfkd_fast.surgery import BatchNormAct2d, CpuConv2d
 from tests.command_line import CommandResult
 
 FLOAT, HALF = 4, 2
@@ -98,6 +99,24 @@ def test_a_batch_norm_reads_its_input_twice_in_training_and_once_in_evaluation()
     assert [bytes for kind, bytes in traffic(training) if kind == "batch norm" and bytes] == [size, 2 * size]
     assert [bytes for kind, bytes in traffic(backward) if kind == "batch norm"] == [2 * size, 3 * size]
     assert traffic(evaluation) == [("batch norm", 2 * size)]
+
+
+@pytest.mark.skipif(dispatch.unavailable_reason("numba") is not None, reason="numba is not installed")
+def test_a_fused_batch_norm_adds_and_activates_in_its_two_passes() -> None:
+    x, residual = (torch.rand(8, 16, 32, 32).bfloat16().requires_grad_() for _ in range(2))
+    norm = nn.BatchNorm2d(16)
+    norm.__class__ = type("BatchNorm2d", (BatchNormAct2d, nn.BatchNorm2d), {})
+    size, of_channels = HALF * x.numel(), HALF * x.numel() // 100
+    with use_backend("numba"), Recorder(type(norm)) as forward:
+        y = norm(x, residual, activation="relu")
+    with Recorder(type(norm)) as backward:
+        y.backward(torch.ones_like(y))
+    # Statistics and their sum, result; sums and their sum, gradients of input and residual.
+    for recorder, tensors in ((forward, [1, 0, 3]), (backward, [3, 0, 5])):
+        launched = [kernel for kernel in recorder.kernels if kernel.kind == "batch norm"]
+        assert [round(kernel.bytes / size) for kernel in launched] == tensors
+        assert all(kernel.bytes - count * size < of_channels for kernel, count in zip(launched, tensors, strict=True))
+        assert not any(kernel.kind in ("activation", "addition", "moments") for kernel in recorder.kernels)
 
 
 def test_views_and_allocations_launch_nothing_and_an_expanded_dimension_is_read_once() -> None:
@@ -180,12 +199,33 @@ def test_kernels_belong_to_the_layer_that_launched_them_also_in_the_backward_pas
     assert not convolutions(student, "teacher", backward=True) and not convolutions(student, "generator", backward=True)
 
 
+def test_memory_is_that_of_the_storages_that_are_alive_at_the_same_time() -> None:
+    with FakeTensorMode(), _Recorder([Layer()]) as recorder:
+        x = torch.empty(1000)  # 4 kB
+        y = x * 2
+        del x  # its storage may be used again
+        z = y.view(10, 100)[0] + 1  # a view has no storage of its own
+        y.add_(1)
+        assert recorder.memory.peak == 8000
+        z = torch.cat([y, y])
+        assert recorder.memory.peak == 4000 + 8000 + 400
+        del y, z
+        torch.empty(100)
+    assert recorder.memory.peak == 12_400
+
+
+def test_memory_grows_with_the_batch_size_and_weights_do_not() -> None:
+    small, large = (trace(load_recipe("digits", CHANGES | {"loop.batch_size": size}))[0] for size in (32, 64))
+    assert small.resident_bytes < large.resident_bytes < 1.1 * small.resident_bytes  # static buffers of images
+    assert 1.2 * small.peak_bytes < large.peak_bytes <= 2 * small.peak_bytes
+
+
 def test_the_networks_are_optimized_for_a_gpu() -> None:
     recipe = load_recipe("digits", {"loop.batch_size": 8})
     state = prepare(*networks(recipe), recipe, seed=0, device=torch.device("cpu"), optimize_for="cuda")
     layers = [layer for network in (state.teacher, state.student, state.generator) for layer in network.modules()]
     assert not any(isinstance(layer, CpuConv2d) for layer in layers)
-    assert any(isinstance(layer, BatchNormLeakyReLU2d) for layer in state.generator.modules())
+    assert any(isinstance(layer, BatchNormAct2d) for layer in state.generator.modules())
     assert all(optimizer.param_groups[0]["fused"] for optimizer in (state.student_optimizer, state.generator_optimizer))
     assert all(isinstance(optimizer.param_groups[0]["lr"], Tensor) for optimizer in (state.student_optimizer, state.generator_optimizer))
 
@@ -201,7 +241,9 @@ def test_a_kernel_takes_the_longest_of_its_flops_its_bytes_and_the_shortest_kern
     launches = [Launch(Layer("student", "a"), False, "", kernel) for kernel in costs]
     launches.append(Launch(Layer("student", "b"), False, "", costs[2]))
     case = {"recipe": "r", "settings": "", "batch_size": 1, "precision": "bf16"}
-    rows = predict([Phase("student step", 2, launches)], rates, case, measured_on("toy", ""))
+    rows = predict(
+        [Phase("student step", 2, launches, peak_bytes=3_000_000_000, resident_bytes=500_000_000)], rates, case, measured_on("toy", "")
+    )
     assert [(row.layer, row.kind, row.kernels, row.ms) for row in rows] == [
         ("a", "convolution", 1, 5_000),
         ("a", "activation", 2, 4_000),
@@ -209,7 +251,7 @@ def test_a_kernel_takes_the_longest_of_its_flops_its_bytes_and_the_shortest_kern
     ]
     assert [(row.kind, row.kernels, row.ms) for row in over_layers(rows)] == [("convolution", 1, 5_000), ("activation", 3, 5_000)]
     sums = total(rows, per_step=True)
-    assert (sums.kernels, sums.ms, sums.tensor_core_ms, sums.rest_ms) == (2, 5_000, 2_500, 2_500)
+    assert (sums.kernels, sums.ms, sums.tensor_core_ms, sums.rest_ms, sums.memory_gb) == (2, 5_000, 2_500, 2_500, 3.5)
 
 
 def test_the_command_writes_a_table_and_a_plot_and_replaces_the_rows_of_the_same_case(

@@ -49,7 +49,9 @@ def run_rank(rank: int, folder: str, backend: Any, dtype: torch.dtype, rows: lis
 
 
 @pytest.mark.parametrize("rows", [[slice(0, 2), slice(2, 7)], [slice(0, 0), slice(0, 7)]], ids=["2 and 5 images", "none and 7"])
-@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32), ("reference", torch.float64), ("numba", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", torch.float32), ("reference", torch.float64), ("numba", torch.float32)], ids=str
+)
 def test_ranks_normalize_by_the_statistics_of_all_images(backend: str, dtype: torch.dtype, rows: list[slice], tmp_path: Path) -> None:
     if backend == "numba" and (reason := unavailable_reason("numba")):
         pytest.skip(reason)
