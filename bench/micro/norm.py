@@ -91,7 +91,7 @@ def _apex(channels: int, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, 
         layer._buffers.pop(name, None)
         setattr(layer, name, tensor)
     images = [tensor.permute(0, 2, 3, 1) for tensor in (x, residual) if tensor is not None]
-    return layer(*images).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+    return layer(*images).permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=8)

@@ -157,7 +157,7 @@ class _Statistics:
         self.momentum, self.eps, self.training, self.group = momentum, eps, training, group
 
     def constants(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, input_bias: Tensor | None, backend: Backend
+        self, x: Tensor, backend: Backend, weight: Tensor | None, bias: Tensor | None, input_bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return mean, inverse standard deviation, scale and shift (4, C), and the elements per channel of all ranks, None without ranks.
 
@@ -199,8 +199,8 @@ class _Fused(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         # Kernels read memory directly and ignore the negative bit.
-        parameters = [None if tensor is None else tensor.resolve_neg().contiguous() for tensor in (weight, bias, input_bias)]
-        constants, count = statistics.constants(x, *parameters, backend)
+        parameters = (None if tensor is None else tensor.resolve_neg().contiguous() for tensor in (weight, bias, input_bias))
+        constants, count = statistics.constants(x, backend, *parameters)
         y: Tensor = operators.operator("batch_norm_act_forward", backend, x)(x, constants, residual, activation, slope)
         ctx.from_output = residual is not None and activation != "none"
         # The parameters are not read in the backward pass, but double backward with respect to them raises an error.

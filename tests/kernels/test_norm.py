@@ -43,8 +43,8 @@ def case(
 def call(
     x: Tensor, parameters: Parameters, residual: Tensor | None = None, *, activation: NormActivation = "leaky_relu", **changed: Any
 ) -> Tensor:
-    kwargs: Any = {"training": True, "momentum": MOMENTUM, "eps": EPS, "negative_slope": SLOPE} | changed
-    return batch_norm_act(x, residual=residual, activation=activation, **parameters, **kwargs)
+    kwargs: Any = {**parameters, "training": True, "momentum": MOMENTUM, "eps": EPS, "negative_slope": SLOPE} | changed
+    return batch_norm_act(x, residual=residual, activation=activation, **kwargs)
 
 
 def activated(u: Tensor, activation: str, slope: float = SLOPE) -> Tensor:
@@ -255,15 +255,19 @@ def test_an_activation_changes_what_is_normalized_only(fused: Backend, device: t
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6"])
 def test_with_a_residual_nothing_is_stored_but_input_and_result(fused: Backend, device: torch.device, activation: NormActivation) -> None:
     x, _, parameters = case((4, 6, 5, 3), device=device)
-    residual, stored = like(x), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: stored.append(tensor) or tensor, lambda tensor: tensor):
-        y = call(x, parameters, residual, activation=activation)
-    large = {tensor.data_ptr() for tensor in stored if tensor.numel() == x.numel()}
-    assert large == {x.data_ptr(), y.data_ptr()}
-    stored.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: stored.append(tensor) or tensor, lambda tensor: tensor):
+    stored: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() == x.numel():
+            stored.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call(x, parameters, like(x), activation=activation)
+        assert stored == {x.data_ptr(), y.data_ptr()}
+        stored.clear()
         call(x, parameters, activation=activation)
-    assert {tensor.data_ptr() for tensor in stored if tensor.numel() == x.numel()} == {x.data_ptr()}
+        assert stored == {x.data_ptr()}
 
 
 def test_results_are_accurate_for_a_large_mean(fused: Backend, device: torch.device) -> None:
@@ -377,5 +381,5 @@ def test_the_earlier_name_works_with_a_warning() -> None:
     x, _, parameters = case((2, 6, 3, 3))
     expected = call(x, {name: tensor.detach().clone() for name, tensor in parameters.items()})
     with pytest.warns(FutureWarning, match="batch_norm_leaky_relu is now batch_norm_act with activation='leaky_relu'"):
-        y = batch_norm_leaky_relu(x, **parameters, training=True, momentum=MOMENTUM, eps=EPS, negative_slope=SLOPE)  # type: ignore[arg-type]
+        y = batch_norm_leaky_relu(x, **parameters, training=True, momentum=MOMENTUM, eps=EPS, negative_slope=SLOPE)
     assert torch.equal(y, expected)

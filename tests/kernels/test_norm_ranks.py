@@ -32,8 +32,8 @@ def results(rows: slice, dtype: torch.dtype, group: Any) -> list[Tensor]:
     x, residual, upstream = (tensor[rows].clone(memory_format=torch.channels_last) for tensor in images(dtype))
     tensors = parameters(dtype)
     leaves = x.requires_grad_(), residual.requires_grad_(), tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
-    keywords: Any = {"training": True, "momentum": MOMENTUM, "eps": EPS, "activation": "leaky_relu", "group": group}
-    y = batch_norm_act(x, *tensors.values(), residual, **keywords)
+    keywords: Any = {**tensors, "training": True, "momentum": MOMENTUM, "eps": EPS, "activation": "leaky_relu", "group": group}
+    y = batch_norm_act(x, residual=residual, **keywords)
     gradients = torch.autograd.grad(y, leaves, upstream)
     return [each.detach() for each in (y, *gradients, tensors["running_mean"], tensors["running_var"])]
 
@@ -60,7 +60,8 @@ def test_ranks_normalize_by_the_statistics_of_all_images(backend: str, dtype: to
     x, residual, upstream = (tensor.double() for tensor in images(dtype))
     tensors = {name: tensor.double() for name, tensor in parameters(dtype).items()}
     leaves = x.requires_grad_(), residual.requires_grad_(), tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
-    normalized = F.batch_norm(x, *tensors.values(), training=True, momentum=MOMENTUM, eps=EPS)
+    constants: Any = tensors
+    normalized = F.batch_norm(x, **constants, training=True, momentum=MOMENTUM, eps=EPS)
     y = F.leaky_relu(normalized + residual, 0.01)
     expected = [y, *torch.autograd.grad(y, leaves, upstream), tensors["running_mean"], tensors["running_var"]]
     for index in range(3):  # output, and the gradients of x and of the residual, of the images of each rank
@@ -73,7 +74,7 @@ def test_ranks_normalize_by_the_statistics_of_all_images(backend: str, dtype: to
 
 
 def test_evaluation_does_not_communicate() -> None:
-    tensors = parameters(torch.float32)
+    tensors: Any = parameters(torch.float32)
     keywords: Any = {"training": False, "momentum": MOMENTUM, "eps": EPS, "activation": "none", "group": object()}
     x = images(torch.float32)[0]
-    torch.testing.assert_close(batch_norm_act(x, *tensors.values(), **keywords), F.batch_norm(x, *tensors.values(), eps=EPS))
+    torch.testing.assert_close(batch_norm_act(x, **tensors, **keywords), F.batch_norm(x, **tensors, eps=EPS))

@@ -196,7 +196,11 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         [result.square().sum() for result in bias_act_moments(s, torch.ones(5).to(s), t, "relu")]
     ).sum(),
     "batch_norm_act": lambda s, t: (
-        batch_norm_act(s, *torch.ones(4, 5).to(s), t, training=True, momentum=0.1, eps=1e-3, activation="relu").square().sum()
+        batch_norm_act(
+            s, torch.zeros(5).to(s), torch.ones(5).to(s), None, None, t, training=True, momentum=0.1, eps=1e-3, activation="relu"
+        )
+        .square()
+        .sum()
     ),
     "concat": lambda s, t: (
         concat_generated([s, t], activation="tanh", normalize="dataset", mean=torch.zeros(5).to(s), std=torch.full((5,), 0.5).to(s))

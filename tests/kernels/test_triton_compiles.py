@@ -106,9 +106,11 @@ CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
         4,
         2,
     ),
-    "constants of the norm": (lambda: norm.batch_norm_constants(*[VECTOR] * 5, 1e-5), 0, 0),
+    "constants of the norm": (lambda: norm.batch_norm_constants(VECTOR, VECTOR, VECTOR, VECTOR, VECTOR, 1e-5), 0, 0),
     "statistics of the norm": (
-        lambda: norm.batch_norm_statistics(empty(2, 64, 1024), *[VECTOR] * 6, BATCHES, None, 0.1, 1e-5, 1 << 20),
+        lambda: norm.batch_norm_statistics(
+            empty(2, 64, 1024), VECTOR, VECTOR, VECTOR, VECTOR, VECTOR, VECTOR, BATCHES, None, 0.1, 1e-5, 1 << 20
+        ),
         0,
         0,
     ),

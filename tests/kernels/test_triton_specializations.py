@@ -63,11 +63,11 @@ def bias_act_of(batch: int, channels: int, size: int) -> None:
 
 
 def norm_of(batch: int, channels: int, size: int) -> None:
-    x, constant, constants = images(batch, channels, size), torch.ones(channels), torch.ones(5, channels)
+    x, one, constants = images(batch, channels, size), torch.ones(channels), torch.ones(5, channels)
     batches = torch.zeros((), dtype=torch.int64)
-    norm.batch_norm_constants(constant, constant, constant, constant, constant, 1e-5)
+    norm.batch_norm_constants(one, one, one, one, one, 1e-5)
     parts = torch.ones(2, channels, size)
-    norm.batch_norm_statistics(parts, *[constant] * 6, batches, None, 0.1, 1e-5, batch * size**2)
+    norm.batch_norm_statistics(parts, one, one, one, one, one, one, batches, None, 0.1, 1e-5, batch * size**2)
     norm.batch_norm_act_forward(x, constants[:4], x, "relu", 0.0)
     norm.batch_norm_act_sums(x, x, constants[:4], x, "relu", 0.0, size)
     norm.batch_norm_gradients(parts, constants[:4], None, batch * size**2, True)
