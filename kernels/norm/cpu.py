@@ -293,8 +293,8 @@ def _backward(
             end = min(first + grid.group, grid.size)
             for start in range(first, end, grid.row):
                 count = min(grid.row, end - start)
-                if activation in PIECEWISE and not separate:
-                    _write_gradient_piecewise(gradient, x, output, start, rows, from_output, slope, grad_x, count)
+                if activation in PIECEWISE and (from_output or not separate):
+                    _write_gradients_piecewise(gradient, x, output, start, rows, from_output, slope, grad_x, grad_residual, separate, count)
                 else:
                     u, g = u_row[:count], g_row[:count]
                     _read_before_activation(x, output, start, rows, from_output, u)
@@ -395,7 +395,7 @@ def _accumulate_piecewise(
 
 
 @simd.helper
-def _write_gradient_piecewise(
+def _write_gradients_piecewise(
     gradient: TypedPointer,
     x: TypedPointer,
     output: TypedPointer,
@@ -404,10 +404,19 @@ def _write_gradient_piecewise(
     from_output: bool,
     slope: Any,
     grad_x: TypedPointer,
+    grad_residual: TypedPointer,
+    separate: bool,
     count: int,
 ) -> None:
-    upstream, source, outputs, out = simd.pointer(gradient), simd.pointer(x), simd.pointer(output), simd.pointer(grad_x)
-    if from_output:
+    upstream, source, outputs = simd.pointer(gradient), simd.pointer(x), simd.pointer(output)
+    out, other = simd.pointer(grad_x), simd.pointer(grad_residual)
+    if separate and from_output:
+        for i in range(count):
+            centered = simd.widen(source[start + i]) - rows[MEAN, i]
+            g = _piecewise(simd.widen(upstream[start + i]), simd.widen(outputs[start + i]), slope)
+            other[start + i] = simd.narrow(g, grad_residual)
+            out[start + i] = simd.narrow(g * rows[SCALE, i] + (centered * rows[COEFFICIENTS, i] + rows[COEFFICIENTS + 1, i]), grad_x)
+    elif from_output:
         for i in range(count):
             centered = simd.widen(source[start + i]) - rows[MEAN, i]
             g = _piecewise(simd.widen(upstream[start + i]), simd.widen(outputs[start + i]), slope)
