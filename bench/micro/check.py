@@ -1,5 +1,7 @@
 """Correctness check against a float64 reference. Providers with wrong results are not timed."""
 
+from collections.abc import Mapping
+
 import torch
 
 from .workload import Results
@@ -31,6 +33,7 @@ def mismatch(
     eager_errors: dict[str, float],
     omitted: tuple[str, ...],
     known_errors: dict[str, float] | None = None,
+    rounded: Mapping[str, torch.dtype] | None = None,
 ) -> str | None:
     """Describe the first wrong result, or return None if all are correct.
 
@@ -40,12 +43,14 @@ def mismatch(
         eager_errors: errors of eager PyTorch in the dtype of the case; twice as much plus a tolerance is allowed.
         omitted: name suffixes of results that the provider does not compute.
         known_errors: the ``errors`` of ``actual``, if already computed.
+        rounded: dtypes to which a provider may round what these results are computed from, by name of the result.
     """
     missing = [name for name in expected if name not in actual and not name.endswith(omitted)]
     if missing:
         return f"no {missing[0]}"
     for name, off_by in (errors(actual, expected) if known_errors is None else known_errors).items():
-        allowed = TIMES_EAGER * eager_errors[name] + SLACK.get(actual[name].dtype, 0.0)
+        dtype = (rounded or {}).get(name, actual[name].dtype)
+        allowed = TIMES_EAGER * eager_errors[name] + SLACK.get(dtype, 0.0)
         if not off_by <= allowed:  # also for NaN
             return f"{name} is off by {off_by:.1e}, allowed {allowed:.1e}"
     return None

@@ -56,6 +56,7 @@ def _workload(kernel: str, size: str, shape: tuple[int, ...], dtype: torch.dtype
         oracle=_eager,
         differentiable=("activation", "gain", "offset", *(["residual"] if residual else [])),
         mutated=("mean", "variance"),
+        rounded=("gradient of gain", "gradient of offset"),  # those of torch.compile are off by 2e-3 in bfloat16
         peers=peers if dtype == torch.float16 else (),  # the only dtype that it supports
     )
 

@@ -96,7 +96,8 @@ class Run:
             return Checked(f"failed: {type(error).__name__}: {first_line(error)}")
         errors = check.errors(actual, expected)
         largest = max(errors.values(), default=0.0)
-        wrong = check.mismatch(actual, expected, eager_errors, provider.omitted, errors)
+        rounded = dict.fromkeys(workload.rounded, workload.dtype)
+        wrong = check.mismatch(actual, expected, eager_errors, provider.omitted, errors, rounded)
         if wrong is not None:
             return Checked(f"wrong: {wrong}", largest)
         return Checked(f"ok, without {' and '.join(provider.omitted)}" if provider.omitted else "ok", largest, trial)

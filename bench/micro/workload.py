@@ -91,6 +91,8 @@ class Workload(ABC):
     modes: tuple[Mode, ...]
     quick: bool
     """Whether it is part of the default selection, without ``--all``."""
+    rounded: tuple[str, ...] = ()
+    """Results in float32 that may be computed from values that were rounded to ``dtype``."""
 
     @abstractmethod
     def floor_bytes(self, mode: Mode) -> int:

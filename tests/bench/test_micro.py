@@ -160,6 +160,12 @@ def test_mismatch_names_the_result(actual: dict[str, Tensor], named: str | None)
     assert message is None if named is None else message is not None and message.startswith(named)
 
 
+def test_a_result_from_rounded_values_may_be_off_by_their_rounding() -> None:
+    actual, expected = {"y": torch.full((3,), 1 + 1e-3)}, {"y": torch.ones(3, dtype=torch.float64)}
+    assert check.mismatch(actual, expected, {"y": 1e-7}, (), rounded={"y": torch.bfloat16}) is None
+    assert check.mismatch(actual, expected, {"y": 1e-7}, (), rounded={"y": torch.float16}) == "y is off by 1.0e-03, allowed 4.9e-04"
+
+
 def test_rows_of_the_same_case_are_replaced_and_others_kept(run: Run) -> None:
     for size in ("4x5", "4x6", "4x5"):
         result = run("micro", "--kernel", "l1", "--size", size, "--mode", "forward", "--provider", "eager")
