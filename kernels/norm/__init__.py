@@ -203,8 +203,8 @@ class _Fused(torch.autograd.Function):
         constants, count = statistics.constants(x, backend, *parameters)
         y: Tensor = operators.operator("batch_norm_act_forward", backend, x)(x, constants, residual, activation, slope)
         ctx.from_output = residual is not None and activation != "none"
-        # The parameters are not read in the backward pass, but double backward with respect to them raises an error.
-        ctx.save_for_backward(x, constants, y if ctx.from_output else None, count, weight, bias)
+        # Weight and bias are not read in the backward pass, but double backward with respect to what it depends on raises an error.
+        ctx.save_for_backward(x, constants, y if ctx.from_output else None, count, weight, None if activation in FROM_OUTPUT else bias)
         ctx.training, ctx.group, ctx.activation, ctx.slope, ctx.backend = statistics.training, statistics.group, activation, slope, backend
         return y
 

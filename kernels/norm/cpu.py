@@ -30,6 +30,7 @@ __all__ = [
 ROWS_PER_TASK = 64  # smaller tasks would spend a third of their time on constants
 MEAN, SCALE, SHIFT, COEFFICIENTS = 0, 2, 3, 4  # rows of constants; SLOPE is that of the first coefficient in the table of gradients
 SLOPE = 3
+LOWEST = np.finfo(np.float32).min
 PIECEWISE = tuple(ACTIVATIONS[name] for name in ("none", "relu", "leaky_relu"))
 """Activations with one slope above 0 and another below it, which are computed in one loop."""
 
@@ -357,15 +358,16 @@ def _write_piecewise(
     x: TypedPointer, residual: TypedPointer, start: int, rows: Any, has_residual: bool, slope: Any, y: TypedPointer, count: int
 ) -> None:
     source, other, out = simd.pointer(x), simd.pointer(residual), simd.pointer(y)
+    lowest = LOWEST if slope == ZERO else np.float32(-np.inf)  # −∞ · 0 would be NaN
     if has_residual:
         for i in range(count):
             u = (simd.widen(source[start + i]) - rows[MEAN, i]) * rows[SCALE, i] + rows[SHIFT, i]
             u += simd.widen(other[start + i])
-            out[start + i] = simd.narrow(_piecewise(u, u, slope), y)
+            out[start + i] = simd.narrow(_piecewise(lowest if u < lowest else u, u, slope), y)
     else:
         for i in range(count):
             u = (simd.widen(source[start + i]) - rows[MEAN, i]) * rows[SCALE, i] + rows[SHIFT, i]
-            out[start + i] = simd.narrow(_piecewise(u, u, slope), y)
+            out[start + i] = simd.narrow(_piecewise(lowest if u < lowest else u, u, slope), y)
 
 
 @simd.helper

@@ -313,6 +313,17 @@ def test_nonfinite_values_propagate_within_a_channel(fused: Backend, device: tor
     assert all(tensor[others].isfinite().all() for tensor in gradients[1:])
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu", "relu6", "hardswish"])
+def test_infinite_values_in_evaluation_are_those_of_pytorch(fused: Backend, device: torch.device, activation: NormActivation) -> None:
+    x, _, parameters = case((2, 6, 3, 3), device=device)
+    with torch.no_grad():
+        x[0, :, 0, 0], x[1, :, 2, 1] = float("inf"), float("-inf")
+        expected, _ = oracle(x.detach().double(), parameters, activation=activation, training=False)
+        for residual in (None, torch.zeros_like(x)):
+            y = call(x, parameters, residual, activation=activation, training=False)
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_evaluation_does_not_change_running_statistics(fused: Backend, device: torch.device) -> None:
     x, _, parameters = case((2, 6, 3, 3), device=device)
     before = {name: tensor.clone() for name, tensor in parameters.items()}
