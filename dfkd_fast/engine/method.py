@@ -68,7 +68,7 @@ class Engine:
     cpu_convolutions: Flag = True
     """On a CPU, select the fastest algorithm for each channels-last convolution."""
     fuse_norm_act: Flag = True
-    """Fuse batch norm and leaky ReLU of the generators into one kernel; on a CPU, also batch norm and ReLU of the student."""
+    """Compute the batch norms of student and generators together with the residual and the activation that follow them."""
     fold_teacher: Flag = True
     """Fold the teacher's batch norms into its convolutions."""
     fuse_teacher: Flag = True
