@@ -9,9 +9,12 @@ from torch import nn
 
 from bench.baselines import plain
 from dfkd_fast import Method, Objective, Replay, Trainer
+from dfkd_fast.engine.prepare import prepare
+from dfkd_fast.engine.steps import generator_step, student_step
 from dfkd_fast.engine.streams import random_stream
 from dfkd_fast.kernels import Backend, use_backend
 from dfkd_fast.methods import EmaGeneratorSettings
+from dfkd_fast.surgery import BatchNormAct2d
 from tests.small import Networks, small_method, small_networks
 
 ITERATIONS = 24
@@ -143,3 +146,19 @@ def test_first_iterations_with_fused_kernels_follow_the_plain_loop() -> None:
     flat = [[*iteration.student, iteration.generator] for iteration in expected[: len(losses)]]
     assert losses[0] == pytest.approx(flat[0], rel=1e-4)
     assert losses != flat, "the kernels did not run"
+
+
+def test_steps_with_the_optimizations_of_a_gpu_follow_those_without() -> None:
+    pytest.importorskip("numba", reason="numba is not installed")
+    method = small_method(replay=Replay(kind="ema_generator", ema_generator=EmaGeneratorSettings(decay=0.9)), batch_size=16)
+    networks = small_networks(teacher="resnet34", student="resnet18", channels=3)
+    losses = []
+    for fused in (False, True):
+        engine = replace(method.engine, fuse_norm_act=fused, fuse_teacher=fused, channels_last=True)
+        copies = copy.deepcopy(networks)
+        state = prepare(*copies, replace(method, engine=engine), seed=0, device=torch.device("cpu"), optimize_for="cuda")
+        assert fused == any(isinstance(layer, BatchNormAct2d) for layer in state.student.modules()) and not state.notes
+        with use_backend("numba"):
+            losses.append([student_step(state)["student"].item(), generator_step(state)["adversarial"].item()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0] != losses[1], "nothing was fused"
