@@ -81,9 +81,9 @@ def require_number(name: str, value: object, lowest: float, highest: float) -> N
     """Check a number and its range.
 
     Raises:
-        ValueError: ``value`` is not a number from ``lowest`` to ``highest``.
+        ValueError: ``value`` is not a finite number from ``lowest`` to ``highest``.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+    if not _is_finite(value) or not lowest <= value <= highest:  # type: ignore[operator]
         allowed = f"from {lowest:g} to {highest:g}" if highest < math.inf else f"of at least {lowest:g}"
         raise ValueError(f"{name} must be a number {allowed}, not {shown(value)}")
 
@@ -92,10 +92,18 @@ def require_eps(eps: float, training: bool) -> None:
     """Check the value that a batch normalization adds to the variance.
 
     Raises:
-        ValueError: ``eps`` is not a number, negative, or 0 in training.
+        ValueError: ``eps`` is not a finite number, negative, or 0 in training.
     """
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not (eps > 0 or (eps == 0 and not training)):
+    if not _is_finite(eps) or not (eps > 0 or (eps == 0 and not training)):
         raise ValueError(f"eps must be greater than 0 in training and at least 0 in evaluation, not {shown(eps)}")
+
+
+def _is_finite(value: object) -> bool:
+    """Return whether a value is a number that a float can represent."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # such as 10**400
+        return False
 
 
 def shown(value: object) -> str:

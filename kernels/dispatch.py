@@ -175,17 +175,19 @@ def has_kernel(operation: str, backend: Backend) -> bool:
 
 
 def check_forced(operation: str, device: torch.device) -> None:
-    """Check the forced backend for an operation of ``PARTIALLY_SUPPORTED``, which does not call ``choose``.
+    """Check the forced backend for an operation that does not call ``choose``.
 
     Raises:
-        BackendError: the forced backend has no kernel for the operation, or is a GPU backend and the tensors are not on a GPU.
+        BackendError: the forced backend has no kernel for the operation, or does not support the device; of the operations of
+            ``PARTIALLY_SUPPORTED`` only if it is a GPU backend.
     """
     name = forced()
     if name is None:
         return
     if not has_kernel(operation, name):
         raise BackendError(f"the backend {name} is forced, but has no kernel for {operation}")
-    if name in ("triton", "cuda") and name not in backends(device):
+    strict = name in ("triton", "cuda") or (name != "reference" and operation not in PARTIALLY_SUPPORTED)
+    if strict and name not in backends(device):
         raise BackendError(f"the backend {name} is forced, but does not support {device.type} tensors")
 
 

@@ -86,13 +86,10 @@ def _ours(x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tenso
 
 
 def _apex(channels: int, x: Tensor, gain: Tensor, offset: Tensor, mean: Tensor, variance: Tensor, residual: Tensor | None = None) -> Tensor:
-    layer = _apex_layer(channels)
-    for name, tensor in (("weight", gain), ("bias", offset), ("running_mean", mean), ("running_var", variance)):
-        layer._parameters.pop(name, None)
-        layer._buffers.pop(name, None)
-        setattr(layer, name, tensor)
-    images = [tensor.permute(0, 2, 3, 1) for tensor in (x, residual) if tensor is not None]
-    return layer(*images).permute(0, 3, 1, 2)
+    tensors = {"weight": gain, "bias": offset, "running_mean": mean, "running_var": variance}
+    images = tuple(tensor.permute(0, 2, 3, 1) for tensor in (x, residual) if tensor is not None)
+    y: Tensor = torch.func.functional_call(_apex_layer(channels), tensors, images)
+    return y.permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,6 @@
 """The kernels of an iteration, recorded by running the steps on fake tensors: no arithmetic is done and no GPU is needed."""
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dfkd_fast import Recipe
 from dfkd_fast.engine.prepare import prepare
@@ -100,7 +100,7 @@ def _resident_bytes(state: TrainState) -> int:
     tensors += [state.images, state.logits, state.latents, state.labels]
     for optimizer in (state.student_optimizer, state.generator_optimizer):
         tensors += [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    storages = WeakIdKeyDictionary({storage: storage.nbytes() for storage in _storages(tensors)})
     return sum(storages.values())
 
 
@@ -157,16 +157,14 @@ class _Memory:
 
     def __init__(self) -> None:
         self.peak = 0
-        self._live: dict[int, int] = {}
+        self._live = WeakIdKeyDictionary()
 
     def record(self, arguments: object, result: object) -> None:
         """Add the storages of a result that are not those of the arguments."""
-        known = {storage._cdata for storage in _storages(arguments)}
+        known = WeakIdKeyDictionary(dict.fromkeys(_storages(arguments)))
         for storage in _storages(result):
-            key = storage._cdata
-            if key not in known and key not in self._live:
-                self._live[key] = storage.nbytes()
-                weakref.finalize(storage, self._live.pop, key, None)
+            if storage not in known:
+                self._live[storage] = storage.nbytes()
         self.peak = max(self.peak, sum(self._live.values()))
 
 

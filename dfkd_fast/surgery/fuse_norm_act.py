@@ -24,7 +24,8 @@ class BatchNormAct2d(_BatchNorm):
     """Mixin of batch norms that :func:`fuse_norm_acts` fuses; parameters, buffers and hooks are those of the batch norm.
 
     ``forward(x, residual, input_bias, activation, negative_slope)`` returns ``activation(batch_norm(x + input_bias) + residual)``
-    computed by :func:`~dfkd_fast.kernels.batch_norm_act`. Only rewritten forward passes pass more than ``x``; called as before, the
+    computed by :func:`~dfkd_fast.kernels.batch_norm_act`. ``activation`` is a name or a layer; a layer that has got hooks is called.
+    Only rewritten forward passes pass more than ``x``; called as before, the
     layer computes what it did before.
     """
 
@@ -36,11 +37,17 @@ class BatchNormAct2d(_BatchNorm):
         input: Tensor,
         residual: Tensor | float | None = None,
         input_bias: Tensor | None = None,
-        activation: NormActivation | None = None,
+        activation: NormActivation | nn.Module | None = None,
         negative_slope: float = 0.01,
     ) -> Tensor:
         if isinstance(self, nn.SyncBatchNorm) and input.ndim != 4:  # converted from a batch norm of other images, never fused
             return super().forward(input)
+        if isinstance(activation, nn.Module):
+            found = None if has_hooks(activation) else activation_of_layer(activation)
+            if found is None:  # the layer has changed since the fusion
+                normalized = self._fused(input, None, input_bias, "none", 0.0)
+                return activation(normalized if residual is None else normalized + residual)
+            activation, negative_slope = found
         name, slope = self.activation if activation is None else (activation, negative_slope)
         if residual is None or (isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (input.shape, input.dtype)):
             return self._fused(input, residual, input_bias, name, slope)
@@ -90,7 +97,9 @@ def fuse_norm_acts(network: nn.Module, *, every_norm: bool = False, skip_biases:
     traced, compiled modules, and layers with hooks are left alone. The modules, their names, parameters and buffers do not change.
 
     A batch norm is fused with an addition or an activation that is the only consumer of its output. As in any trace, what the
-    rewritten forward passes do besides computing their result, such as logging, is lost.
+    rewritten forward passes do besides computing their result, such as logging, is lost, and numbers that they read from attributes
+    or global variables are those of the trace. Networks with such forward passes cannot be pickled, only copied and saved by their
+    state dict.
 
     Args:
         network: the network; only the classes of its modules change.
@@ -265,7 +274,11 @@ def _apply(pattern: _Pattern, graph: fx.Graph, layers: dict[str, nn.Module]) -> 
     if activation is not None:
         found = activation_of(activation, layers)
         assert found is not None
-        arguments |= {"activation": found.name} | ({"negative_slope": found.negative_slope} if found.name == "leaky_relu" else {})
+        if activation.op == "call_module":
+            with graph.inserting_before(node):
+                arguments["activation"] = graph.get_attr(str(activation.target))  # at every call, since it may change
+        else:
+            arguments |= {"activation": found.name} | ({"negative_slope": found.negative_slope} if found.name == "leaky_relu" else {})
         last = activation
     node.args, node.kwargs = (node.all_input_nodes[0],), {name: value for name, value in arguments.items() if value is not None}
     last.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)

@@ -91,6 +91,8 @@ def activation_of(node: fx.Node, layers: Mapping[str, nn.Module]) -> Activation 
 
 def activation_of_layer(layer: nn.Module) -> Activation | None:
     """Returns the activation that a layer computes; "none" for ``Identity``, None if it is not one of :data:`ACTIVATIONS`."""
+    if "forward" in vars(layer):
+        return None
     return Activation("none") if type(layer) is nn.Identity else _activation(type(layer), getattr(layer, "negative_slope", 0.01))
 
 

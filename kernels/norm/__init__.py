@@ -45,11 +45,11 @@ def batch_norm_act(
     for it. Statistics are computed in float32.
 
     The kernels support float32, bfloat16 and float16 activations with float32 parameters and statistics. Everything else runs on
-    PyTorch's own functions: other dtypes, one value per channel, small tensors on a CPU, ``torch.func`` transforms, forward-mode
+    PyTorch's own functions: other dtypes, small tensors on a CPU, ``torch.func`` transforms, forward-mode
     derivatives and compiled code.
 
     Args:
-        x: activations (N, C, H, W) of a floating-point dtype and any strides; fastest if dense and channels-last.
+        x: activations (N, C, H, W), float64, float32, bfloat16 or float16, of any strides; fastest if dense and channels-last.
         running_mean: running mean (C,), float32 or of the dtype of ``x``; updated in place in training mode. None, like
             ``running_var``, to normalize by the batch statistics only.
         running_var: running variance (C,), likewise; updated with the unbiased variance of the batch.
@@ -74,7 +74,7 @@ def batch_norm_act(
 
     Raises:
         ValueError: invalid shapes, dtypes, layouts or devices, an unknown activation, or a number outside its range.
-        TypeError: an argument is not a tensor, or ``training`` is not a bool.
+        TypeError: an argument is not a tensor, ``training`` is not a bool, or ``group`` is not a process group.
         RuntimeError: double backward through a fused kernel.
         BackendError: a forced backend does not support the device.
 
@@ -90,6 +90,9 @@ def batch_norm_act(
     _check(x, parameters, residual, training, num_batches_tracked)
     _check_numbers(momentum, eps, activation, negative_slope, training, num_batches_tracked)
     dispatch.check_forced("batch_norm_act", x.device)
+    ranks = _num_ranks(group, training)
+    if training and ranks == 1 and x.shape[1] and _elements(x) == 1:
+        raise ValueError(f"x must have more than 1 value per channel in training mode, not the shape {tuple(x.shape)}")
     if residual is not None and activation not in FROM_OUTPUT:
         normalized = batch_norm_act(
             *(x, running_mean, running_var, weight, bias),
@@ -102,24 +105,20 @@ def batch_norm_act(
             group=group,
         )
         return reference.activate(normalized + residual, activation, negative_slope)
-    ranks = 1 if group is None or not training else torch.distributed.get_world_size(group)
     backend = _backend(x, parameters, ranks)
     if backend == "reference":
         if training and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
-        if training and momentum is None:
-            momentum = 1 / float(num_batches_tracked)  # type: ignore[arg-type]
-        normalized = reference.batch_norm(
-            x if input_bias is None else x + input_bias.to(x.dtype)[:, None, None],
-            *(running_mean, running_var, weight, bias, training, 0.0 if momentum is None else momentum, eps),
-            group=group if ranks > 1 else None,
-        )
-        return reference.activate(normalized if residual is None else normalized + residual, activation, negative_slope)
+        if momentum is None:
+            momentum = 1 / float(num_batches_tracked) if training and num_batches_tracked is not None else 0.0
+        arguments = x, running_mean, running_var, weight, bias, training, momentum, eps, input_bias
+        normalized = reference.batch_norm(*arguments, group if ranks > 1 else None)
+        y = reference.activate(normalized if residual is None else normalized + residual, activation, negative_slope)
+        return _with_strides_of(y, x)
     # Kernels read memory directly and ignore the negative bit.
     x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()
     statistics = _Statistics(running_mean, running_var, num_batches_tracked, momentum, eps, training, group if ranks > 1 else None)
-    arguments = x, weight, bias, residual, input_bias
-    return _Fused.apply(*arguments, statistics, activation, _slope(activation, negative_slope), backend)
+    return _Fused.apply(x, weight, bias, residual, input_bias, statistics, activation, _slope(activation, negative_slope), backend)
 
 
 def batch_norm_leaky_relu(
@@ -235,6 +234,25 @@ class _Fused(torch.autograd.Function):
         return grad_x if of_x else None, *of_parameters[:2], grad_residual, of_parameters[2], None, None, None, None
 
 
+def _with_strides_of(y: Tensor, x: Tensor) -> Tensor:
+    """Return y with the strides of ``torch.empty_like(x)``, which those of PyTorch's functions are for usual layouts only."""
+    if torch.compiler.is_compiling() or dispatch.transforming():
+        return y
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return y
+    expected = torch.empty_like(x)
+    return y if y.stride() == expected.stride() else expected.copy_(y)
+
+
+def _num_ranks(group: "torch.distributed.ProcessGroup | None", training: bool) -> int:
+    """Return the number of processes whose images are normalized together."""
+    if group is None:
+        return 1
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup of which this process is a member, not {shown(group)}")
+    return torch.distributed.get_world_size(group) if training else 1
+
+
 def _elements(x: Tensor) -> int:
     return len(x) * x.shape[2] * x.shape[3]
 
@@ -266,7 +284,6 @@ def _backend(x: Tensor, parameters: dict[str, Tensor | None], ranks: int) -> Bac
         return "reference"
     if not all(tensor.is_contiguous() and not tensor.is_neg() for tensor in running):
         return "reference"
-    # PyTorch raises an error for one value per channel in training mode.
     if not x.shape[1] or (ranks == 1 and _elements(x) <= 1):
         return "reference"
     name = dispatch.forced()
@@ -284,24 +301,25 @@ def _check(
     require_bools(training=training)
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W), not {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must have a floating-point dtype, not {x.dtype}")
+    if x.dtype not in (torch.float64, *dispatch.KERNEL_DTYPES):
+        raise ValueError(f"x must be float64, float32, bfloat16 or float16, not {x.dtype}")
     shape, device, dtype = x.shape[1:2], x.device, x.dtype
     if residual is not None:
         require_tensors(residual=residual)
         if (residual.shape, residual.dtype) != (x.shape, dtype):
             raise ValueError(f"residual must be {dtype} {tuple(x.shape)}, as x, not {residual.dtype} {tuple(residual.shape)}")
-    for name, tensor in (("x", x), ("residual", residual)):
-        if tensor is not None and tensor.layout != torch.strided:
-            raise ValueError(f"{name} must have the layout torch.strided, not {tensor.layout}")
     if (parameters["running_mean"] is None) != (parameters["running_var"] is None):
         raise ValueError("running_mean and running_var must be given together")
     if parameters["running_mean"] is None and not training:
         raise ValueError("running_mean and running_var are required unless training is True")
+    for name, tensor in {"x": x, "residual": residual, **parameters}.items():
+        if tensor is not None:
+            require_tensors(**{name: tensor})
+            if tensor.layout != torch.strided:
+                raise ValueError(f"{name} must have the layout torch.strided, not {tensor.layout}")
     for name, tensor in parameters.items():
         if tensor is None:
             continue
-        require_tensors(**{name: tensor})
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(tensor.shape)}")
         if tensor.dtype not in (torch.float32, dtype):

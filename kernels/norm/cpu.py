@@ -283,8 +283,6 @@ def _backward(
     of_all = _rows_of_all(constants, grid)
     if training:
         _read_table(coefficients, SLOPE, 0, grid, of_all[COEFFICIENTS:])
-    else:
-        of_all[COEFFICIENTS:] = ZERO
     for task in prange(-(-grid.size // grid.task)):
         rows, u_row, g_row = _private(of_all, grid), np.empty(grid.row, np.float32), np.empty(grid.row, np.float32)
         for first in range(task * grid.task, min((task + 1) * grid.task, grid.size), grid.group):
@@ -294,7 +292,7 @@ def _backward(
             end = min(first + grid.group, grid.size)
             for start in range(first, end, grid.row):
                 count = min(grid.row, end - start)
-                if activation in PIECEWISE and (from_output or not separate):
+                if training and activation in PIECEWISE and (from_output or not separate):
                     _write_gradients_piecewise(gradient, x, output, start, rows, from_output, slope, grad_x, grad_residual, separate, count)
                 else:
                     u, g = u_row[:count], g_row[:count]
@@ -302,7 +300,10 @@ def _backward(
                     read_gradient(gradient, start, u, activation, slope, g)
                     if separate:
                         write(g, grad_residual, start)
-                    _write_gradient(g, x, start, rows, grad_x)
+                    if training:
+                        _write_gradient(g, x, start, rows, grad_x)
+                    else:
+                        _write_scaled(g, start, rows, grad_x)
 
 
 @simd.helper
@@ -455,3 +456,10 @@ def _write_gradient(gradient: Any, x: TypedPointer, start: int, rows: Any, grad_
     for i in range(len(gradient)):
         centered = simd.widen(source[start + i]) - rows[MEAN, i]
         out[start + i] = simd.narrow(gradient[i] * rows[SCALE, i] + (centered * rows[COEFFICIENTS, i] + rows[COEFFICIENTS + 1, i]), grad_x)
+
+
+@simd.helper
+def _write_scaled(gradient: Any, start: int, rows: Any, grad_x: TypedPointer) -> None:
+    out = simd.pointer(grad_x)
+    for i in range(len(gradient)):
+        out[start + i] = simd.narrow(gradient[i] * rows[SCALE, i], grad_x)

@@ -16,9 +16,12 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    input_bias: Tensor | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """``F.batch_norm`` for parameters and running statistics of any floating-point dtype and strides, and for images of any strides.
+    """``F.batch_norm(x + input_bias)`` for parameters and statistics of any floating-point dtype and strides, and images of any strides.
+
+    In training mode only the running mean depends on ``input_bias``, whose gradient is 0.
 
     On a CPU, PyTorch's kernels for channels-last images ignore strides and negative bits of parameters and statistics, and its
     gradients are wrong for a single image whose batch stride is not C·H·W, such as ``image.permute(2, 0, 1)[None]``.
@@ -33,18 +36,36 @@ def batch_norm(
     same = all(constant is None or constant.dtype == x.dtype for constant in (running_mean, running_var, weight, bias))
     dtype = x.dtype if same or x.dtype == torch.float64 else torch.float32
     weight, bias = (None if constant is None else constant.to(dtype).contiguous() for constant in (weight, bias))
+    if input_bias is not None:
+        shift = _shift(input_bias.to(dtype), running_var, weight, training, eps)
+        bias = shift if bias is None else bias + shift
+    mean, variance = running_mean, running_var
+    in_place = not training or input_bias is None  # autograd saves the statistics, which then must not change again
     if group is not None:
-        return _batch_norm_of_all_ranks(x, running_mean, running_var, weight, bias, momentum, eps, group)
-    if running_mean is None or running_var is None:
-        return F.batch_norm(x, None, None, weight, bias, training, momentum, eps)
-    if all(running.dtype == dtype and _is_plain(running) for running in (running_mean, running_var)):
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    mean, variance = (running.to(dtype, copy=True).contiguous() for running in (running_mean, running_var))
-    y = F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
-    if training:
-        running_mean.copy_(mean)
-        running_var.copy_(variance)
+        y = _batch_norm_of_all_ranks(x, mean, variance, weight, bias, momentum, eps, group)
+    elif (
+        mean is None
+        or variance is None
+        or (in_place and all(running.dtype == dtype and _is_plain(running) for running in (mean, variance)))
+    ):
+        y = F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+    else:
+        new_mean, new_variance = (running.to(dtype, copy=True).contiguous() for running in (mean, variance))
+        y = F.batch_norm(x, new_mean, new_variance, weight, bias, training, momentum, eps)
+        if training:
+            mean.copy_(new_mean)
+            variance.copy_(new_variance)
+    if training and input_bias is not None and mean is not None:
+        mean.add_(input_bias.detach().to(mean.dtype), alpha=momentum)
     return y
+
+
+def _shift(input_bias: Tensor, running_var: Tensor | None, weight: Tensor | None, training: bool, eps: float) -> Tensor:
+    """Return what an input bias adds to the result: 0 in training mode."""
+    if training or running_var is None:
+        return torch.where(torch.ones_like(input_bias, dtype=torch.bool), 0, input_bias)  # with the gradient 0
+    scaled = input_bias * (running_var.to(input_bias.dtype) + eps).rsqrt()
+    return scaled if weight is None else scaled * weight
 
 
 def _is_plain(running: Tensor) -> bool:

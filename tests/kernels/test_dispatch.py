@@ -168,6 +168,10 @@ def test_forced_triton_supports_batch_norm_on_a_gpu_only(monkeypatch: pytest.Mon
         x = torch.ones(16, 64, 8, 8, device=device)
         with use_backend("triton"), pytest.raises(BackendError, match=f"triton is forced, but does not support {device} tensors"):
             batch_norm_act(x, x.new_zeros(64), x.new_ones(64), None, None, training=True, momentum=0.1, eps=1e-5, activation="relu")
+    if unavailable_reason("numba") is None:
+        meta = torch.ones(2, 64, 8, 8, device="meta")
+        with use_backend("numba"), pytest.raises(BackendError, match="numba is forced, but does not support meta tensors"):
+            batch_norm_act(meta, None, None, None, None, training=True, momentum=0.1, eps=1e-5, activation="relu")
     with use_backend("triton"):
         assert Choice("batch_norm_act", "an error", "triton") in choices()
     with use_backend("reference"):

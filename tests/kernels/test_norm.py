@@ -322,6 +322,8 @@ def test_infinite_values_in_evaluation_are_those_of_pytorch(fused: Backend, devi
         for residual in (None, torch.zeros_like(x)):
             y = call(x, parameters, residual, activation=activation, training=False)
             torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    y = call(x, parameters, activation=activation, training=False)
+    assert torch.autograd.grad(y, x, torch.ones_like(y))[0].isfinite().all()
 
 
 def test_evaluation_does_not_change_running_statistics(fused: Backend, device: torch.device) -> None:

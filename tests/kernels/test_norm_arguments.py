@@ -85,6 +85,12 @@ def test_invalid_tensors_are_named_and_nothing_is_changed(name: str, training: b
         ({"eps": 0.0}, "eps must be greater than 0 in training and at least 0 in evaluation, not 0.0"),
         ({"eps": -1e-5, "training": False}, "eps must be greater than 0 .*, not -1e-05"),
         ({"negative_slope": -0.1}, "negative_slope must be a number of at least 0, not -0.1"),
+        ({"eps": 10**400}, "eps must be greater than 0 .*, not an object of the type int"),
+        ({"eps": float("inf")}, "eps must be greater than 0 .*, not inf"),
+        ({"negative_slope": float("inf")}, "negative_slope must be a number of at least 0, not inf"),
+        ({"negative_slope": 10**400}, "negative_slope must be a number of at least 0, not an object of the type int"),
+        ({"weight": torch.ones(6).to_sparse()}, "weight must have the layout torch.strided, not torch.sparse_coo"),
+        ({"running_mean": torch.ones(6).to_sparse()}, "running_mean must have the layout torch.strided, not torch.sparse_coo"),
         ({"momentum": float("nan")}, "momentum must be a number from 0 to 1, not nan"),
         ({"momentum": 7}, "momentum must be a number from 0 to 1, not 7"),
         ({"eps": float("nan")}, "eps must be greater than 0 .*, not nan"),
@@ -98,10 +104,50 @@ def test_invalid_tensors_are_named_and_nothing_is_changed(name: str, training: b
 )
 def test_invalid_values_are_named_and_nothing_is_changed(changed: dict[str, Any], message: str) -> None:
     kwargs = {**arguments(), **changed}
-    before = {name: kwargs[name].clone() for name in PARAMETERS if kwargs[name] is not None}
+    dense = [name for name in PARAMETERS if kwargs[name] is not None and kwargs[name].layout == torch.strided]
+    before = {name: kwargs[name].clone() for name in dense}
     with pytest.raises(ValueError, match=message):
         batch_norm_act(images(), **kwargs)
     assert all(torch.equal(kwargs[name], value) for name, value in before.items())
+
+
+def test_one_value_per_channel_is_refused_before_anything_changes(backend: Backend, device: torch.device) -> None:
+    batches, kwargs = torch.zeros((), dtype=torch.int64, device=device), arguments(device=device)
+    with pytest.raises(ValueError, match=r"^x must have more than 1 value per channel in training mode, not the shape \(1, 6, 1, 1\)$"):
+        batch_norm_act(torch.ones(1, 6, 1, 1, device=device), num_batches_tracked=batches, **kwargs)
+    assert batches.item() == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_input_bias_of_the_reference_changes_no_result_in_training(dtype: torch.dtype, training: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, 5, 4).mul(0.01).to(dtype).requires_grad_()
+    bias = torch.full((6,), 3.0, requires_grad=True)
+    tensors = [arguments() for _ in range(2)]
+    keywords: Any = {"training": training, "input_bias": bias}
+    with use_backend("reference"):
+        y = batch_norm_act(x, **tensors[0] | keywords)
+        expected = batch_norm_act(x, **tensors[1] | {"training": training})
+    of_x, of_bias = torch.autograd.grad(y, (x, bias), torch.ones_like(y))
+    if training:
+        assert torch.equal(y, expected)
+        assert torch.equal(of_x, torch.autograd.grad(expected, x, torch.ones_like(y))[0])
+        assert torch.equal(of_bias, torch.zeros(6))
+        torch.testing.assert_close(tensors[0]["running_mean"], tensors[1]["running_mean"] + 0.3 * 3)
+    else:
+        exact: Any = {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments().items()}
+        wide, wide_bias = x.detach().double().requires_grad_(), bias.detach().double().requires_grad_()
+        right = pytorch(wide + wide_bias[:, None, None], exact | {"training": False})
+        torch.testing.assert_close(y.double(), right, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        of_exact = torch.autograd.grad(right, wide_bias, torch.ones_like(right))[0]
+        torch.testing.assert_close(of_bias.double(), of_exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+
+
+def test_results_have_the_strides_of_empty_like(backend: Backend, device: torch.device) -> None:
+    x = images(device=device).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2).transpose(0, 1).contiguous().transpose(0, 1)
+    y = batch_norm_act(x, **arguments(device=device))
+    assert y.stride() == torch.empty_like(x).stride()
 
 
 @pytest.mark.parametrize("wrong", ["no", 1, None], ids=repr)
@@ -150,9 +196,9 @@ def test_images_without_channels_are_returned(training: bool) -> None:
     assert batch_norm_act(torch.zeros(2, 0, 4, 4), **kwargs).shape == (2, 0, 4, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e5m2], ids=str)
 def test_activations_must_be_floating_point(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=f"x must have a floating-point dtype, not {dtype}"):
+    with pytest.raises(ValueError, match=f"x must be float64, float32, bfloat16 or float16, not {dtype}"):
         batch_norm_act(images().to(dtype), **arguments())
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
+from torch._C._distributed_c10d import HashStore
 from torch.multiprocessing.spawn import spawn
 
 from dfkd_fast.kernels import batch_norm_act, use_backend
@@ -44,6 +45,7 @@ def run_rank(rank: int, folder: str, backend: Any, dtype: torch.dtype, rows: lis
     try:
         with use_backend(backend):
             torch.save(results(rows[rank], dtype, distributed.group.WORLD), Path(folder) / f"{rank}.pt")
+        distributed.barrier()  # a process that exits would close the connections of the other
     finally:
         distributed.destroy_process_group()
 
@@ -73,8 +75,25 @@ def test_ranks_normalize_by_the_statistics_of_all_images(backend: str, dtype: to
         torch.testing.assert_close([rank[5].double(), rank[6].double()], expected[5:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [1, "default", object()], ids=type)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_not_a_process_group_is_named_and_nothing_is_changed(group: Any, training: bool) -> None:
+    tensors: Any = parameters(torch.float32)
+    before = tensors["running_mean"].clone()
+    keywords: Any = {"training": training, "momentum": MOMENTUM, "eps": EPS, "activation": "none", "group": group}
+    with pytest.raises(TypeError, match=r"^group must be a torch.distributed.ProcessGroup of which this process is a member, not "):
+        batch_norm_act(images(torch.float32)[0], **tensors, **keywords)
+    assert torch.equal(tensors["running_mean"], before)
+
+
 def test_evaluation_does_not_communicate() -> None:
     tensors: Any = parameters(torch.float32)
-    keywords: Any = {"training": False, "momentum": MOMENTUM, "eps": EPS, "activation": "none", "group": object()}
+    keywords: Any = {
+        "training": False,
+        "momentum": MOMENTUM,
+        "eps": EPS,
+        "activation": "none",
+        "group": distributed.ProcessGroup(HashStore(), 0, 2),
+    }
     x = images(torch.float32)[0]
     torch.testing.assert_close(batch_norm_act(x, **tensors, **keywords), F.batch_norm(x, **tensors, eps=EPS))

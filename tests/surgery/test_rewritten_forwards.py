@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dfkd_fast.surgery import BatchNormAct2d, fuse_norm_acts
+from dfkd_fast.surgery import BatchNormAct2d, fuse_norm_acts, sharing_copy
 from tests.surgery.training_steps import Calls, assert_equal_results, images, randomized, results
 
 
@@ -180,6 +180,31 @@ def test_hooks_of_blocks_that_are_registered_later_run() -> None:
         block.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
     network(images().float())
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("change", ["hook", "slope", "forward"])
+def test_changes_of_an_activation_after_the_fusion_take_effect(change: str) -> None:
+    network = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.1))).double()
+    expected, fused = copy.deepcopy(network), sharing_copy(network)
+    assert fuse_norm_acts(fused, skip_biases=True) == 1
+    for each in (expected, network if change == "hook" else fused):
+        activation: Any = each[2]  # type: ignore[index]
+        if change == "hook":  # of the user's network, whose hooks are those of the copy too
+            activation.register_forward_hook(lambda _, __, output: output * 1.5)
+        elif change == "slope":
+            activation.negative_slope = 0.7
+        else:
+            activation.forward = torch.sigmoid
+    x = images()
+    torch.testing.assert_close(fused(x), expected(x))
+
+
+def test_an_activation_whose_forward_is_replaced_is_not_fused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    network[2].forward = torch.sigmoid
+    expected = copy.deepcopy(network)
+    assert fuse_norm_acts(network) == 0
+    torch.testing.assert_close(network(images()), expected(images()))
 
 
 def test_assignments_in_place_change_the_same_tensors_and_no_numbers() -> None:
