@@ -4,7 +4,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -178,13 +178,13 @@ def test_every_layout_is_supported(fused: Backend, device: torch.device, dtype: 
     check(x, gradient, parameters, like(x), activation="relu")
 
 
-@PROPERTY
+@settings(PROPERTY, max_examples=min(PROPERTY.max_examples, 30))  # Triton's interpreter takes two seconds for each
 @given(data=st.data(), dtype=st.sampled_from(KERNEL_DTYPES), activation=st.sampled_from(["none", "relu", "leaky_relu", "relu6"]))
 def test_activations_gradients_and_residuals_may_have_any_strides(
     fused: Backend, device: torch.device, data: st.DataObject, dtype: torch.dtype, activation: NormActivation
 ) -> None:
     channels = data.draw(st.one_of(st.integers(1, 20), st.integers(60, 140)))
-    shape = (data.draw(st.integers(2, 6)), channels, data.draw(st.integers(1, 12)), data.draw(st.integers(2, 12)))
+    shape = (data.draw(st.integers(2, 4)), channels, data.draw(st.integers(1, 7)), data.draw(st.integers(2, 9)))
     x, gradient, parameters = case(shape, dtype, device=device)
     x, residual = (data.draw(layouts(4))(values.detach()).requires_grad_() for values in (x, like(x)))
     check(x, data.draw(layouts(4))(gradient), parameters, data.draw(st.sampled_from([residual, None])), activation=activation)

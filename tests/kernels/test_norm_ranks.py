@@ -39,26 +39,38 @@ def results(rows: slice, dtype: torch.dtype, group: Any) -> list[Tensor]:
     return [each.detach() for each in (y, *gradients, tensors["running_mean"], tensors["running_var"])]
 
 
-def run_rank(rank: int, folder: str, backend: Any, dtype: torch.dtype, rows: list[slice]) -> None:
+SHARES = {"2 and 5 images": (slice(0, 2), slice(2, 7)), "none and 7": (slice(0, 0), slice(0, 7))}
+BACKENDS = [
+    ("reference", torch.float32),
+    ("reference", torch.float64),
+    *([] if unavailable_reason("numba") else [("numba", torch.float32)]),
+]
+CASES = {f"{backend}, {dtype}, {name}": (backend, dtype, rows) for backend, dtype in BACKENDS for name, rows in SHARES.items()}
+
+
+def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        with use_backend(backend):
-            torch.save(results(rows[rank], dtype, distributed.group.WORLD), Path(folder) / f"{rank}.pt")
-        distributed.barrier()  # a process that exits would close the connections of the other
-    finally:
-        distributed.destroy_process_group()
+    found = {}
+    for name, (backend, dtype, rows) in CASES.items():
+        with use_backend(backend):  # type: ignore[arg-type]
+            found[name] = results(rows[rank], dtype, distributed.group.WORLD)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    distributed.barrier()  # a process that exits would close the connections of the other
+    distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("rows", [[slice(0, 2), slice(2, 7)], [slice(0, 0), slice(0, 7)]], ids=["2 and 5 images", "none and 7"])
-@pytest.mark.parametrize(
-    ("backend", "dtype"), [("reference", torch.float32), ("reference", torch.float64), ("numba", torch.float32)], ids=str
-)
-def test_ranks_normalize_by_the_statistics_of_all_images(backend: str, dtype: torch.dtype, rows: list[slice], tmp_path: Path) -> None:
-    if backend == "numba" and (reason := unavailable_reason("numba")):
-        pytest.skip(reason)
-    spawn(run_rank, (str(tmp_path), backend, dtype, rows), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+    """The results of all cases in both processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(run_rank, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_normalize_by_the_statistics_of_all_images(name: str, ranks: list[dict[str, list[Tensor]]]) -> None:
+    dtype = CASES[name][1]
     x, residual, upstream = (tensor.double() for tensor in images(dtype))
     tensors = {name: tensor.double() for name, tensor in parameters(dtype).items()}
     leaves = x.requires_grad_(), residual.requires_grad_(), tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
@@ -66,12 +78,13 @@ def test_ranks_normalize_by_the_statistics_of_all_images(backend: str, dtype: to
     normalized = F.batch_norm(x, **constants, training=True, momentum=MOMENTUM, eps=EPS)
     y = F.leaky_relu(normalized + residual, 0.01)
     expected = [y, *torch.autograd.grad(y, leaves, upstream), tensors["running_mean"], tensors["running_var"]]
+    first, second = (rank[name] for rank in ranks)
     for index in range(3):  # output, and the gradients of x and of the residual, of the images of each rank
-        together = torch.cat([rank[index] for rank in ranks])
+        together = torch.cat([first[index], second[index]])
         torch.testing.assert_close(together.double(), expected[index], rtol=1e-4, atol=1e-4)
     for index in (3, 4):  # the gradients of weight and bias are those of the rank
-        torch.testing.assert_close((ranks[0][index] + ranks[1][index]).double(), expected[index], rtol=1e-4, atol=1e-4)
-    for rank in ranks:
+        torch.testing.assert_close((first[index] + second[index]).double(), expected[index], rtol=1e-4, atol=1e-4)
+    for rank in (first, second):
         torch.testing.assert_close([rank[5].double(), rank[6].double()], expected[5:], rtol=1e-5, atol=1e-5)
 
 
