@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -121,19 +122,18 @@ def _gpu_kernels() -> Iterator[None]:
 def _named_layers(state: TrainState) -> Iterator[list[Layer]]:
     """Context manager that yields a stack whose last element is the layer that is being called."""
     stack = [Layer()]
+    layers = {
+        module: Layer(role, name, type(module)) for role, network in _networks(state).items() for name, module in network.named_modules()
+    }
 
-    def enter(layer: Layer, *_: Any) -> None:
-        stack.append(layer)
+    def enter(module: nn.Module, *_: Any) -> None:
+        stack.append(layers.get(module, stack[-1]))
 
     def leave(*_: Any) -> None:
         stack.pop()
 
-    with ExitStack() as hooks:
-        for role, network in _networks(state).items():
-            for name, module in network.named_modules():
-                layer = Layer(role, name, type(module))
-                hooks.enter_context(_removed(module.register_forward_pre_hook(partial(enter, layer))))
-                hooks.enter_context(_removed(module.register_forward_hook(leave, always_call=True)))
+    # Hooks of all modules: fused batch norms call an activation that has hooks of its own, which runs a kernel more.
+    with _removed(register_module_forward_pre_hook(enter)), _removed(register_module_forward_hook(leave, always_call=True)):
         yield stack
 
 

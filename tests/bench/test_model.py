@@ -230,6 +230,14 @@ def test_the_networks_are_optimized_for_a_gpu() -> None:
     assert all(isinstance(optimizer.param_groups[0]["lr"], Tensor) for optimizer in (state.student_optimizer, state.generator_optimizer))
 
 
+def test_the_activations_of_a_student_are_computed_with_its_batch_norms() -> None:
+    of_kinds: dict[str, set[str]] = {}
+    for fused in (True, False):
+        step, _ = trace(load_recipe("cifar10-dfad", CHANGES | {"engine.fuse_norm_act": fused, "loop.student_steps": 1}))
+        of_kinds[str(fused)] = {launch.kernel.kind for launch in step.launches if launch.layer.network == "student"}
+    assert of_kinds["False"] - of_kinds["True"] == {"activation"}
+
+
 @pytest.mark.parametrize("name", ["digits-retain", "digits-bank", "digits-vae"])
 def test_steps_of_every_method_can_be_recorded(name: str) -> None:
     assert all(phase.launches for phase in trace(load_recipe(name, CHANGES | {"loop.student_steps": 1})))
