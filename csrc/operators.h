@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> bias_act_backward(
     double scale,
     bool separate);
 
-// norm.cu
+// norm_statistics.cu
 Tensor batch_norm_constants(
     const Tensor& running_mean,
     const Tensor& running_var,
@@ -103,6 +103,10 @@ Tensor batch_norm_statistics(
     double eps,
     int64_t elements);
 
+Tensor batch_norm_gradients(
+    const Tensor& sums, const Tensor& constants, const std::optional<Tensor>& count, int64_t elements, bool training);
+
+// norm.cu
 Tensor batch_norm_act_forward(
     const Tensor& x, const Tensor& constants, const std::optional<Tensor>& residual, const std::string& activation, double slope);
 
@@ -114,9 +118,6 @@ Tensor batch_norm_act_sums(
     const std::string& activation,
     double slope,
     int64_t blocks);
-
-Tensor batch_norm_gradients(
-    const Tensor& sums, const Tensor& constants, const std::optional<Tensor>& count, int64_t elements, bool training);
 
 std::tuple<Tensor, Tensor> batch_norm_act_backward(
     const Tensor& gradient,

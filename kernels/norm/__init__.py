@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -139,21 +140,17 @@ def batch_norm_leaky_relu(
     return batch_norm_act(*arguments, training=training, momentum=momentum, eps=eps, activation="leaky_relu", negative_slope=negative_slope)
 
 
+@dataclass(frozen=True)
 class _Statistics:
     """Running statistics and how they change; not differentiable."""
 
-    def __init__(
-        self,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | None,
-        eps: float,
-        training: bool,
-        group: "torch.distributed.ProcessGroup | None",
-    ) -> None:
-        self.running_mean, self.running_var, self.num_batches_tracked = running_mean, running_var, num_batches_tracked
-        self.momentum, self.eps, self.training, self.group = momentum, eps, training, group
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    eps: float
+    training: bool
+    group: "torch.distributed.ProcessGroup | None"
 
     def constants(
         self, x: Tensor, backend: Backend, weight: Tensor | None, bias: Tensor | None, input_bias: Tensor | None
