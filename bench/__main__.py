@@ -213,7 +213,9 @@ def run_end_to_end(
     data_root: Annotated[Path | None, typer.Option(help="Ignored: the networks are untrained.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch and numba; PyTorch's default if not set.")] = None,
     turns: Annotated[int, typer.Option(min=1, help="Timed iterations of each contender, interleaved on a CPU.")] = 7,
-    compiled_engine: Annotated[bool, typer.Option("--compiled-engine", help="Also time the engine under torch.compile.")] = False,
+    compiled_engine: Annotated[
+        bool, typer.Option("--compiled-engine", help="Also time the engine with each network under torch.compile, and with all.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write this JSON file, with one section per contender.")] = None,
     out: Annotated[
         Path | None,

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import extension
 from .dispatch import Backend, interpreting
 
-__all__ = ["SCHEMAS", "define", "operator"]
+__all__ = ["SCHEMAS", "define", "differentiable", "operator"]
 
 LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 SCHEMAS: dict[str, str] = {}
@@ -63,6 +63,27 @@ def operator(name: str, backend: Backend, first: Tensor) -> Callable[..., Any]:
     if backend == "numba" and type(first) is Tensor and not torch.compiler.is_compiling() and not _dispatch_modes():
         return _NUMBA[name]
     return getattr(getattr(torch.ops.dfkd_fast, name), backend)
+
+
+def differentiable(name: str, schema: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return a callable that applies an autograd function, in compiled code through an operator ``torch.ops.dfkd_fast.name``.
+
+    Dynamo makes the gradients that an autograd function receives contiguous, which copies those of channels-last images. It does not
+    trace into the operator, and AOTAutograd traces the function with gradients of any strides.
+
+    Args:
+        name: name of the operator, registered for this purpose only.
+        schema: arguments and results of the function.
+        function: autograd function whose ``forward`` calls operators that do not write in place.
+    """
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, lambda *arguments: function.apply(*arguments), "CompositeImplicitAutograd")
+    traced = getattr(torch.ops.dfkd_fast, name).default
+
+    def apply(*arguments: Any) -> Any:
+        return traced(*arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+
+    return apply
 
 
 def _import_on_first_call(module: str, name: str) -> Callable[..., Any]:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from typing_extensions import override
 
 from dfkd_fast import DfkdError, Recipe, Trainer
-from dfkd_fast.choices import PrecisionName
+from dfkd_fast.choices import PrecisionName, Region
 from dfkd_fast.engine.clock import Clock
 from dfkd_fast.engine.device import reuse_freed_memory
 from dfkd_fast.engine.optim import build_optimizer
@@ -99,7 +99,7 @@ class Timestamps:
 
 
 class _TimestampingClock(Clock):
-    """A trainer's clock that also records a timestamp at the end of every phase."""
+    """A trainer's clock that also records a timestamp at the end of the student's and of the generator's steps."""
 
     def __init__(self, device: torch.device, timestamps: Timestamps) -> None:
         super().__init__(device)
@@ -110,7 +110,8 @@ class _TimestampingClock(Clock):
     def phase(self, name: str, *, memory: bool = True) -> Iterator[None]:
         with super().phase(name, memory=memory):
             yield
-        self._timestamps.record()
+        if name != "compilation":
+            self._timestamps.record()
 
 
 def check(recipe: Recipe) -> None:
@@ -147,7 +148,8 @@ def contenders(
         recipe: recipe to run, with untrained networks.
         device: device to run on.
         precision: precision of the engine and of the compiled plain loop.
-        compiled_engine: also return the engine under torch.compile, as ``+ torch.compile``.
+        compiled_engine: also return the engine with each of its regions compiled, as ``engine, compiled teacher``, and with all, as
+            ``+ torch.compile``.
         malloc_reuse: if False, the contenders with malloc reuse run without it. Peak memory is measured like this on a CPU.
         graphs: whether CUDA graphs are the last feature; by default on a GPU only. On a CPU they have no effect.
     """
@@ -179,12 +181,14 @@ def contenders(
     if graphs or (graphs is None and not on_cpu):
         features.append(("+ CUDA graphs", {"engine.capture": True}))
     features[-1] = (f"engine ({features[-1][0]})", features[-1][1])
-    if compiled_engine:
-        features.append(("+ torch.compile", {"engine.compile": True}))
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"engine.compile": False}
     for name, enabled in features:
         changes = changes | enabled
         builders[name] = partial(_engine, recipe, device, changes)
+    if compiled_engine:
+        for region in get_args(Region):
+            builders[f"engine, compiled {region}"] = partial(_engine, recipe, device, changes | {"engine.compile": (region,)})
+        builders["+ torch.compile"] = partial(_engine, recipe, device, changes | {"engine.compile": True})
     return builders
 
 

@@ -1,5 +1,6 @@
 """Measures time, memory and kernels of the contenders, each in its own process."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Start(NamedTuple):
     tf32: str
     captured: bool
     notes: str
+    warm_up_seconds: float
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,13 @@ def begin(build: Callable[[], Contender], device: torch.device) -> Start:
     """
     contender = build()
     _contender[:] = [contender]
+    start = time.perf_counter()
     contender.run(WARM_UP)
+    seconds = time.perf_counter() - start
     notes = "; ".join(contender.notes)
     if not contender.capture_succeeded():
         raise DfkdError(notes or "the steps were not captured, for an unknown reason")
-    return Start(contender.autocast, _tf32(device, contender.autocast), contender.captured, notes)
+    return Start(contender.autocast, _tf32(device, contender.autocast), contender.captured, notes, seconds)
 
 
 def times(iterations: int) -> Times:

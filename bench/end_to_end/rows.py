@@ -81,6 +81,8 @@ class Row:
     """Whether the steps are replayed as CUDA graphs."""
     notes: str = ""
     """Settings that the engine could not apply as requested."""
+    warm_up_seconds: float | None = None
+    """Time of the first two iterations, in which networks are compiled and steps are captured."""
     kernels_per_iteration: float | None = None
     """Kernels and memory copies that run on the device; None if not profiled."""
     kernels_per_step: float | None = None

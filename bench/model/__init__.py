@@ -52,7 +52,8 @@ def load(name: str, settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]
     if recipe.engine.precision not in ("auto", "bf16"):
         raise DfkdError(f"engine.precision = {recipe.engine.precision!r}: must be 'auto' or 'bf16', whose rates the model has")
     if recipe.engine.compile:
-        raise DfkdError("engine.compile = true: the model does not know which kernels torch.compile makes")
+        value = _text(recipe.engine.compile)
+        raise DfkdError(f"engine.compile = {value}: the model does not know which kernels torch.compile makes")
     changed = {path: value for path, value in sorted(settings.items()) if original.get(path) != value}
     columns = {
         "recipe": name if name in shipped_recipes() else str(Path(name).resolve()),

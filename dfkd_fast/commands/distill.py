@@ -235,6 +235,7 @@ def _summarize(run: Run, trainer: Trainer, teacher_accuracy: float | None, teach
         "seconds": {
             "total": run.seconds,
             "teacher": teacher_seconds,
+            **({"compilation": phases["compilation"]} if "compilation" in phases else {}),
             "generator": phases.get("generator", 0.0),
             **({"calibration": phases["calibration"]} if "calibration" in phases else {}),
             "student": phases.get("student", 0.0),

@@ -52,8 +52,7 @@ def rehearse(run: Run, teacher: nn.Module, student: nn.Module, generator: nn.Mod
 def _take_each_step(recipe: Recipe, state: TrainState) -> None:
     """Take and undo every kind of step, and run what happens between epochs."""
     LOGGER.debug("trying every kind of step once")
-    if not recipe.engine.compile:  # compiling takes minutes, and compiled steps need less memory
-        Steps(state).warm_up()
+    Steps(state).warm_up()  # not compiled
     with memory_for("the grid of samples", sizes_of(recipe, "report.samples", "data.image_size")):
         sample(state.generator, recipe.report.samples, state.device)
     with memory_for("the drift measurement", sizes_of(recipe, "loop.drift_samples", "data.image_size")):

@@ -180,9 +180,13 @@ def _measure(
 
     with preserved(state):
         clock = Clock(state.device)
-        with clock.phase("start"), default_modes(state.device):
-            steps.warm_up()
-        start = clock.read()["start"] if steps.capturing or state.method.engine.compile else 0.0
+        with default_modes(state.device):
+            with clock.phase("compilation"):
+                compiled = steps.compile()
+            with clock.phase("warm-up"):
+                steps.warm_up()
+        seconds = clock.read()
+        start = (seconds["compilation"] if compiled else 0.0) + (seconds["warm-up"] if steps.capturing else 0.0)
         if quantized_layers(state.student):
             start += typical_seconds(lambda: calibrate_student(state, teacher), state.device, 0.0)
         # Before the steps: an untrained teacher may make them diverge, and networks with values that are not finite are not evaluated.

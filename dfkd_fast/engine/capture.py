@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from dfkd_fast import distributed
+from dfkd_fast.choices import Region
 from dfkd_fast.errors import first_line
+from dfkd_fast.log import LOGGER
 from dfkd_fast.out_of_memory import is_out_of_memory
 
-from .compilation import Compiled, networks_to_compile
+from .clock import Clock
+from .compilation import Compiled, networks_of
 from .device import cudnn_benchmark
 from .state import TrainState, preserved
 from .steps import generator_step, student_step
@@ -51,13 +54,16 @@ class Steps:
     are therefore valid only until the next step.
 
     Args:
-        state: State of the training. ``engine.capture`` and ``engine.compile`` of its method enable capture and compilation; a line
-            is appended to its notes if either is not possible.
+        state: State of the training. ``engine.capture`` of its method enables the capture; a line is appended to its notes if it is not
+            possible.
     """
 
     def __init__(self, state: TrainState) -> None:
         self.state = state
-        self.compiled = Compiled(networks_to_compile(state))
+        self.compiled = Compiled()
+        """Networks that are compiled: none before :meth:`compile`."""
+        self.uncompiled = list(state.method.engine.compiled_regions)
+        """Regions of ``engine.compile`` that :meth:`compile` has not compiled yet."""
         self.capturing = state.method.engine.capture and state.images.device.type == "cuda"
         self._captured: dict[tuple[str | bool, ...], CapturedStep] = {}
         self._pool: Any = None
@@ -102,6 +108,54 @@ class Steps:
         """
         with self.compiled:
             return self._run(("generator", adversarial), lambda: generator_step(self.state, adversarial=adversarial))
+
+    def compile(self) -> dict[Region, float]:
+        """Compiles the networks of ``engine.compile`` for every kind of step; does nothing the second time.
+
+        The steps are run, and the state is restored. A region that cannot be compiled, or not as one graph for each shape and mode, is
+        not compiled, and a line is appended to the notes of the state.
+
+        Returns:
+            Seconds that were spent to compile each region, without those of the steps.
+        """
+        seconds: dict[Region, float] = {}
+        while self.uncompiled:
+            region = self.uncompiled.pop(0)
+            if region == "student" and self.state.method.update.is_retain_acquire:
+                kind = self.state.method.update.kind
+                self.state.notes.append(f"the student is not compiled: update.kind {kind!r} differentiates it twice")
+                continue
+            networks = list(networks_of(region, self.state))
+            self.compiled.add(networks)
+            try:
+                seconds[region] = self._compile_added()
+            except Exception as error:  # the compiler's, and the user's code, which then raises it again in the first step
+                if is_out_of_memory(error):
+                    raise
+                self.compiled.remove(networks)
+                cause = getattr(error, "inner_exception", error)  # of what Dynamo raises for an error in the compiler
+                self.state.notes.append(f"engine.compile: the {region} is not compiled: {first_line(cause)}")
+                LOGGER.info(self.state.notes[-1])
+            else:
+                LOGGER.info("compiled the %s in %.1f s", region, seconds[region])
+        return seconds
+
+    def _compile_added(self) -> float:
+        """Compiles the networks that were added last; returns the seconds that it took."""
+        clock, capturing = Clock(self.state.device), self.capturing
+        self.capturing = False
+        try:
+            with clock.phase("first"):
+                self.compiled.stance = "default"
+                self.warm_up()
+            with clock.phase("second"):
+                self.compiled.stance = "fail_on_recompile"
+                self.warm_up()
+        finally:
+            # A network that is called with other shapes later is then not compiled for them.
+            self.capturing, self.compiled.stance = capturing, "eager_on_recompile"
+        seconds = clock.read()
+        return seconds["first"] - seconds["second"]
 
     def warm_up(self) -> None:
         """Runs every kind of step of the training and restores the state. Afterwards, no step allocates more GPU memory.

@@ -1,38 +1,59 @@
 """Compilation of the networks with torch.compile, limited to the steps."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from dfkd_fast.choices import Region
 from dfkd_fast.models import Generator
 
 from .state import TrainState
 
-__all__ = ["Compiled", "networks_to_compile"]
+__all__ = ["Compiled", "networks_of"]
+
+Stance = Literal["default", "fail_on_recompile", "eager_on_recompile"]
 
 
 class Compiled:
     """Context manager in which calls of some networks are compiled. Outside, as in evaluation, they are called as before.
 
-    The modules are not replaced: parameters, hooks, state dicts, copies and pickles are unaffected.
+    The modules are not replaced: parameters, hooks, state dicts, copies and pickles are unaffected. Each network is compiled as one
+    graph: the call raises an error if there would be a graph break.
 
     Args:
         networks: Networks to compile, for every shape and mode that they are called with, up to Dynamo's ``recompile_limit``.
     """
 
     def __init__(self, networks: Iterable[nn.Module] = ()) -> None:
+        self._calls: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]] = []
+        self._exits = ExitStack()
+        self.stance: Stance = "default"
+        """Stance of :func:`torch.compiler.set_stance` in the context, which decides what a call does that needs a recompilation."""
+        self.add(networks)
+
+    def add(self, networks: Iterable[nn.Module]) -> None:
+        """Compiles further networks from now on. Only outside of the context."""
         # The third entry is restored on exit: the user may have compiled a network with Module.compile.
-        self._calls = [(network, _compiled_call(network), network._compiled_call_impl) for network in dict.fromkeys(networks)]
+        self._calls += [(network, _compiled_call(network), network._compiled_call_impl) for network in dict.fromkeys(networks)]
+
+    def remove(self, networks: Iterable[nn.Module]) -> None:
+        """Does not compile these networks any more. Only outside of the context."""
+        removed = {id(network) for network in networks}
+        self._calls = [call for call in self._calls if id(call[0]) not in removed]
 
     def __enter__(self) -> None:
+        if self._calls:
+            self._exits.enter_context(torch.compiler.set_stance(self.stance))
         for network, compiled_call, _ in self._calls:
             network._compiled_call_impl = compiled_call
 
     def __exit__(self, *error: object) -> None:
         for network, _, original_call in self._calls:
             network._compiled_call_impl = original_call
+        self._exits.close()
 
 
 def _compiled_call(network: nn.Module) -> Callable[..., Any]:
@@ -44,22 +65,22 @@ def _compiled_call(network: nn.Module) -> Callable[..., Any]:
     # Dynamo limits recompilations per code object, which closures share: a copy gives each network its own limit.
     call.__code__ = call.__code__.replace()
     # Batches have a few fixed sizes, for which dynamic shapes would only make kernels slower.
-    return torch.compile(call, dynamic=False)
+    return torch.compile(call, dynamic=False, fullgraph=True)
 
 
-def networks_to_compile(state: TrainState) -> Iterator[nn.Module]:
-    """Yields the networks to compile in the steps; none if ``engine.compile`` is False."""
-    if not state.method.engine.compile:
-        return
-    features = state.features
-    yield from (state.teacher, state.observer.network)
-    if features is not None:
-        yield from (features.teacher.network, features.student.network)
-    if state.method.update.is_retain_acquire:
-        state.notes.append(f"the student is not compiled: update.kind {state.method.update.kind!r} differentiates it twice")
-    else:
-        yield state.student
-    for generator in (state.generator, None if state.replay_source is None else state.replay_source.generator):
-        if generator is not None:
-            # The steps call the body of generators of dfkd_fast.models and replace their head by a fused kernel.
-            yield generator.body if isinstance(generator, Generator) else generator
+def networks_of(region: Region, state: TrainState) -> Iterator[nn.Module]:
+    """Yields the networks of a region of ``engine.compile``."""
+    match region:
+        case "teacher":
+            yield from (state.teacher, state.observer.network)
+            if state.features is not None:
+                yield state.features.teacher.network
+        case "student":
+            yield state.student
+            if state.features is not None:
+                yield state.features.student.network
+        case "generator":
+            for generator in (state.generator, None if state.replay_source is None else state.replay_source.generator):
+                if generator is not None:
+                    # The steps call the body of generators of dfkd_fast.models and replace their head by a fused kernel.
+                    yield generator.body if isinstance(generator, Generator) else generator

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
+from pydantic import BeforeValidator
 
-from dfkd_fast.choices import PrecisionSetting
+from dfkd_fast.choices import PrecisionSetting, Region
+from dfkd_fast.errors import short_repr
 from dfkd_fast.methods import POLICIES, Objective, Replay, Update
 from dfkd_fast.renamed import FORMER_WEIGHTS_REPLACED, current_weights
 from dfkd_fast.settings import Count, Duration, Flag, Fraction, PositiveInt, settings
@@ -17,6 +19,19 @@ from .precision import resolve_precision
 __all__ = ["Engine", "Loop", "Method", "differences", "method_to_dict", "resolved"]
 
 AnyMethod = TypeVar("AnyMethod", bound="Method")
+REGIONS: tuple[Region, ...] = get_args(Region)
+
+
+def _check_regions(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list | tuple) or not all(region in REGIONS for region in value):
+        raise ValueError(f"{short_repr(value)} must be true, false or a list of 'teacher', 'student' and 'generator'")
+    return tuple(region for region in REGIONS if region in value)
+
+
+Regions = Annotated[bool | tuple[Region, ...], BeforeValidator(_check_regions)]
+"""Names of regions; True for all and False for none."""
 
 
 @settings
@@ -80,13 +95,19 @@ class Engine:
     """Number of micro-batches that a batch is split into for the student and the generator, to reduce memory. Their gradients sum to
     the gradient of the whole batch, except for batch norms in training and terms that are not means over samples (``bn_moments``,
     ``entropy``, ``log_l1``)."""
-    compile: Flag = False
-    """Compile teacher, student and generators with :func:`torch.compile` in the steps. Evaluation is not compiled."""
+    compile: Regions = False
+    """Networks to compile with :func:`torch.compile` in the steps: true for all, or a list of ``"teacher"``, ``"student"`` and
+    ``"generator"``. Evaluation is not compiled."""
     capture: Flag = True
     """On a GPU, capture the steps as CUDA graphs and replay them."""
     malloc_reuse: Flag = True
     """On a CPU, make malloc keep freed memory instead of returning it to the operating system, which clears every page of a large
     block at each allocation."""
+
+    @property
+    def compiled_regions(self) -> tuple[Region, ...]:
+        """Names of the networks to compile."""
+        return (REGIONS if self.compile else ()) if isinstance(self.compile, bool) else self.compile
 
 
 @settings

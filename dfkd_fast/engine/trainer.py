@@ -202,7 +202,14 @@ class Trainer:
         finally:
             self.steps.reset()
 
+    def _compile(self) -> None:
+        """Compiles the networks of ``engine.compile``, before the first step of this process."""
+        if self.steps.uncompiled and not self.finished:
+            with self.state.clock.phase("compilation"), default_modes(self.device):
+                self.steps.compile()
+
     def _pretrain(self) -> None:
+        self._compile()
         state, steps = self.state, self.method.loop.generator_pretraining
         terms: dict[str, Tensor] = {}
         while state.pretrained < steps and not distributed.any_rank(self._stopping):

@@ -42,6 +42,7 @@ STATISTICS = (
 """Fields of ``evaluation.Retention``, their names and units."""
 PHASES = {
     "teacher": "Teacher training",
+    "compilation": "Compilation of the networks",
     "generator": "Generator, pretraining and steps",
     "calibration": "Calibration of the quantized student",
     "student": "Student steps",

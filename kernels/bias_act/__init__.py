@@ -73,7 +73,7 @@ def bias_act(
         # Kernels read memory directly and ignore the negative bit.
         x, bias = x.resolve_neg(), bias.detach().float().resolve_neg().contiguous()
         residual = None if residual is None else residual.resolve_neg()
-        result = (_WithMoments if moments else _Fused).apply(x, bias, residual, activation, backend)
+        result = (_with_moments if moments else _fused)(x, bias, residual, activation, backend)
     return (result[0], PartialMoments(*result[1:])) if moments else result
 
 
@@ -117,6 +117,11 @@ class _WithMoments(torch.autograd.Function):
         if gradient is None:
             return moments_gradient(x, *sums, center - bias, scale, ctx.backend), None, None, None, None
         return _gradients(ctx, gradient, x, bias, residual, (*sums, center, scale))
+
+
+ARGUMENTS = "(Tensor x, Tensor bias, Tensor? residual, str activation, str backend)"
+_fused = operators.differentiable("bias_act_autograd", f"{ARGUMENTS} -> Tensor", _Fused)
+_with_moments = operators.differentiable("bias_act_moments_autograd", f"{ARGUMENTS} -> (Tensor, Tensor, Tensor)", _WithMoments)
 
 
 def _gradients(

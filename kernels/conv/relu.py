@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from .. import dispatch
+from .. import dispatch, operators
 from ..checks import differentiable_once, require_tensors, shown
-from ..operators import LIBRARY
 from .matmul import Pair, is_pair, output_size
 
 __all__ = ["cases_without_kernel", "conv2d_relu"]
@@ -67,7 +66,7 @@ def conv2d_relu(
         with torch.autocast(x.device.type, enabled=False):
             y = F.conv2d(x, weight, bias, *geometry)
         return F.relu(y if residual is None else y + residual)
-    return _ConvRelu.apply(x, weight, bias, residual, *geometry)
+    return _conv_relu(x, weight, bias, residual, *geometry)
 
 
 class _ConvRelu(torch.autograd.Function):
@@ -86,6 +85,13 @@ class _ConvRelu(torch.autograd.Function):
         gradient = torch.ops.aten.threshold_backward(gradient, y, 0)
         grad_x = conv2d_input(ctx.shape, _strided_like(weight, y), gradient, *ctx.geometry) if of_x else None
         return grad_x, None, None, gradient if of_residual else None, *4 * [None]
+
+
+_conv_relu = operators.differentiable(
+    "conv2d_relu_autograd",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    _ConvRelu,
+)
 
 
 def _strided_like(weight: Tensor, y: Tensor) -> Tensor:
@@ -165,11 +171,11 @@ def _check(
             raise ValueError(f"{name} must have dtype and device of x, {x.dtype} on {x.device}, not {tensor.dtype} on {tensor.device}")
 
 
-LIBRARY.define(
+operators.LIBRARY.define(
     "conv2d_relu(Tensor x, Tensor weight, Tensor bias, Tensor? residual, "
     "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-LIBRARY.impl("conv2d_relu", _separately, "CPU")
-LIBRARY.impl("conv2d_relu", _on_gpu, "CUDA")
-torch.library.register_fake("dfkd_fast::conv2d_relu", _fake, lib=LIBRARY)
+operators.LIBRARY.impl("conv2d_relu", _separately, "CPU")
+operators.LIBRARY.impl("conv2d_relu", _on_gpu, "CUDA")
+torch.library.register_fake("dfkd_fast::conv2d_relu", _fake, lib=operators.LIBRARY)

@@ -47,7 +47,7 @@ def batch_norm_act(
 
     The kernels support float32, bfloat16 and float16 activations with float32 parameters and statistics. Everything else runs on
     PyTorch's own functions: other dtypes, small tensors on a CPU, ``torch.func`` transforms, forward-mode
-    derivatives and compiled code.
+    derivatives and, in compiled code, a ``group`` of several ranks. :func:`torch.compile` does not fuse the kernels with other operations.
 
     Args:
         x: activations (N, C, H, W), float64, float32, bfloat16 or float16, of any strides; fastest if dense and channels-last.
@@ -119,7 +119,14 @@ def batch_norm_act(
     # Kernels read memory directly and ignore the negative bit.
     x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()
     statistics = _Statistics(running_mean, running_var, num_batches_tracked, momentum, eps, training, group if ranks > 1 else None)
-    return _Fused.apply(x, weight, bias, residual, input_bias, statistics, activation, _slope(activation, negative_slope), backend)
+    with torch.no_grad():
+        # Not in the differentiable function: torch.compile does not support functions that write in place.
+        plain = (None if tensor is None else tensor.resolve_neg().contiguous() for tensor in (weight, bias, input_bias))
+        constants, count = statistics.constants(x, backend, *plain)
+    how = activation, _slope(activation, negative_slope), backend
+    if statistics.group is not None:
+        return _Normalized.apply(x, weight, bias, residual, input_bias, constants, count, training, *how, statistics.group)
+    return _normalized(x, weight, bias, residual, input_bias, constants, count, training, *how)
 
 
 def batch_norm_leaky_relu(
@@ -175,12 +182,12 @@ class _Statistics:
         running = self.running_mean, self.running_var, self.num_batches_tracked
         statistics = operators.operator("batch_norm_statistics", backend, x)
         constants = statistics(parts, center, *parameters, *running, count, self.momentum, self.eps, _elements(x))
-        written = [tensor for tensor in running if tensor is not None and not tensor.is_inference()]
-        torch.autograd.graph.increment_version(written)
+        if not torch.compiler.is_compiling():  # compiled code does it
+            torch.autograd.graph.increment_version([tensor for tensor in running if tensor is not None and not tensor.is_inference()])
         return constants, count
 
 
-class _Fused(torch.autograd.Function):
+class _Normalized(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -189,19 +196,19 @@ class _Fused(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         input_bias: Tensor | None,
-        statistics: _Statistics,
+        constants: Tensor,
+        count: Tensor | None,
+        training: bool,
         activation: NormActivation,
         slope: float,
         backend: Backend,
+        group: "torch.distributed.ProcessGroup | None" = None,
     ) -> Tensor:
-        # Kernels read memory directly and ignore the negative bit.
-        parameters = (None if tensor is None else tensor.resolve_neg().contiguous() for tensor in (weight, bias, input_bias))
-        constants, count = statistics.constants(x, backend, *parameters)
         y: Tensor = operators.operator("batch_norm_act_forward", backend, x)(x, constants, residual, activation, slope)
         ctx.from_output = residual is not None and activation != "none"
         # Weight and bias are not read in the backward pass, but double backward with respect to what it depends on raises an error.
         ctx.save_for_backward(x, constants, y if ctx.from_output else None, count, weight, None if activation in FROM_OUTPUT else bias)
-        ctx.training, ctx.group, ctx.activation, ctx.slope, ctx.backend = statistics.training, statistics.group, activation, slope, backend
+        ctx.training, ctx.group, ctx.activation, ctx.slope, ctx.backend = training, group, activation, slope, backend
         return y
 
     @staticmethod
@@ -228,7 +235,15 @@ class _Fused(torch.autograd.Function):
             grad_x, grad_residual = backward(gradient, x, constants, coefficients if ctx.training else None, *activation, separate)
         of_parameters = [sums[row] if needed else None for row, needed in enumerate((of_weight, of_bias, of_input_bias))]  # type: ignore[index]
         grad_residual = None if not of_residual else gradient if linear else grad_residual
-        return grad_x if of_x else None, *of_parameters[:2], grad_residual, of_parameters[2], None, None, None, None
+        return (grad_x if of_x else None, *of_parameters[:2], grad_residual, of_parameters[2], *[None] * 7)
+
+
+_normalized = operators.differentiable(
+    "batch_norm_act_autograd",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? input_bias, Tensor constants, Tensor? count, bool training, "
+    "str activation, float slope, str backend) -> Tensor",
+    _Normalized,
+)
 
 
 def _with_strides_of(y: Tensor, x: Tensor) -> Tensor:
@@ -272,16 +287,17 @@ def _all_reduced(sums: Tensor, elements: int, group: "torch.distributed.ProcessG
 
 
 def _backend(x: Tensor, parameters: dict[str, Tensor | None], ranks: int) -> Backend:
-    """Return the backend for this call; in compiled code the reference, which the compiler fuses better."""
-    if torch.compiler.is_compiling() or dispatch.transforming() or x.dtype not in dispatch.KERNEL_DTYPES:
+    """Return the backend for this call."""
+    if dispatch.transforming() or x.dtype not in dispatch.KERNEL_DTYPES:
         return "reference"
     running = [tensor for name, tensor in parameters.items() if name.startswith("running") and tensor is not None]
     # Kernels support float32 parameters only, and write running statistics in place.
     if not all(tensor is None or tensor.dtype == torch.float32 for tensor in parameters.values()):
         return "reference"
-    if not all(tensor.is_contiguous() and not tensor.is_neg() for tensor in running):
+    compiling = torch.compiler.is_compiling()  # then PyTorch's dispatcher resolves the negative bit
+    if not all(tensor.is_contiguous() and (compiling or not tensor.is_neg()) for tensor in running):
         return "reference"
-    if not x.shape[1] or (ranks == 1 and _elements(x) <= 1):
+    if not x.shape[1] or (ranks == 1 and _elements(x) <= 1) or (ranks > 1 and compiling):
         return "reference"
     name = dispatch.forced()
     if name is None:  # all ranks must use the same backend, whatever the size of their batches

@@ -177,7 +177,9 @@ def test_the_memory_of_an_iteration_is_at_least_that_of_its_student_steps() -> N
 
 def test_a_contender_is_timed_in_its_own_process() -> None:
     starts, times = measuring._interleaved({"plain": partial(contenders.build, tiny(), CPU, "fp32", "plain")}, CPU, turns=2)
-    assert starts == {"plain": measuring.Start("fp32", "", False, "")}
+    seconds = starts["plain"].warm_up_seconds
+    assert starts == {"plain": measuring.Start("fp32", "", False, "", seconds)}
+    assert seconds > 0
     assert len(times["plain"]) == 2
     assert all(0 < student < whole for student, whole in times["plain"])
     assert not measuring._contender
@@ -266,7 +268,7 @@ def test_on_a_gpu_contenders_run_alone_and_a_failure_does_not_affect_the_others(
         if started[-1] == "plain compiled":
             raise WorkerError("RuntimeError: out of memory")
         memory = rows.Memory(5.0, None, 6.0, 7.0)
-        return measuring.Start("bf16", "convolutions", False, ""), [(1.0, 8.0 / len(started))] * turns, memory
+        return measuring.Start("bf16", "convolutions", False, "", 9.0), [(1.0, 8.0 / len(started))] * turns, memory
 
     monkeypatch.setattr(measuring, "_alone", measure)
     failures: list[str] = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from dfkd_fast import Method, Objective, Optimizer, Trainer
+from dfkd_fast import Method, Objective, Optimizer, Trainer, Update
 from dfkd_fast.engine.compilation import Compiled
 from dfkd_fast.models import GeneratorA, GeneratorB, GeneratorSettings, build_generator, build_model
 from dfkd_fast.surgery import fold, freeze
@@ -207,10 +207,12 @@ def test_every_call_of_a_step_is_compiled_that_of_the_averaged_generator_too(
     make_trainer: MakeTrainer, compiler: Compiler, build: Callable[[], nn.Module]
 ) -> None:
     trainer = make_trainer(method({"kind": "ema_generator"}, generator_pretraining=0), networks=networks(build()))
-    trainer._student_steps()
-    assert compiler.runs == 4, "generator, averaged generator, teacher, student"
-    trainer._generator_steps()
-    assert compiler.runs == 4 + 3, "generator, student, teacher"
+    trainer.steps.compile()
+    before = compiler.runs
+    trainer.steps.student(0)
+    assert compiler.runs - before == 4, "generator, averaged generator, teacher, student"
+    trainer.steps.generator()
+    assert compiler.runs - before == 4 + 3, "generator, student, teacher"
 
 
 @pytest.mark.parametrize("spectral_norm", [False, True])
@@ -231,3 +233,134 @@ def test_compiled_activation_checkpointing_gives_the_same_gradients_and_updates_
         torch.testing.assert_close(ours, theirs)
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def in_order(layers: nn.Sequential, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+class Counting(nn.Sequential):
+    """Its forward pass reads a number that changes with every call."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return in_order(self, x) * min(self.calls, 1)
+
+
+class Branching(nn.Sequential):
+    """Its forward pass depends on the values of a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_order(self, x if x.isfinite().all() else torch.zeros_like(x))
+
+
+def trainers(make_trainer: MakeTrainer, *compiled: Any, student: type[nn.Sequential] = nn.Sequential) -> list[Trainer]:
+    """A trainer of the same networks for each value of ``engine.compile``."""
+    made = []
+    for value in compiled:
+        torch.manual_seed(1)
+        teacher, plain, generator = networks(GeneratorA(10, 3, 16, width=4))
+        chosen = method({"kind": "ema_generator"}, compile=value)
+        made.append(make_trainer(chosen, networks=(teacher, student(*plain.children()), generator)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("value", "regions"),
+    [
+        (False, ()),
+        ([], ()),
+        (["teacher"], ("teacher",)),
+        (["generator", "student"], ("student", "generator")),
+        (True, ("teacher", "student", "generator")),
+    ],
+)
+def test_the_networks_of_the_chosen_regions_are_compiled(
+    make_trainer: MakeTrainer, compiler: Compiler, value: Any, regions: tuple[str, ...]
+) -> None:
+    (trainer,) = trainers(make_trainer, value)
+    assert trainer.method.engine.compiled_regions == regions
+    seconds = trainer.steps.compile()
+    assert tuple(seconds) == regions
+    assert trainer.steps.compile() == {}
+    graphs, before = len(compiler.graphs), compiler.runs
+    trainer.steps.student(0)
+    trainer.steps.generator()
+    calls = {"teacher": 2, "student": 2, "generator": 3}  # the averaged generator, too
+    assert compiler.runs - before == sum(calls[region] for region in regions)
+    assert len(compiler.graphs) == graphs
+
+
+@pytest.mark.usefixtures("compiler")  # which runs the same operators
+def test_compiling_before_the_first_step_leaves_the_training_as_it_is(make_trainer: MakeTrainer) -> None:
+    eager, compiled = trainers(make_trainer, False, True)
+    for trainer in (eager, compiled):
+        trainer.fit()
+    for name, network in compiled.state.saved_networks.items():
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(tensor, eager.state.saved_networks[name].state_dict()[key]), key
+    assert compiled.history[0].losses == eager.history[0].losses
+    assert "compilation" not in eager.state.clock.read()
+    assert compiled.state.clock.read()["compilation"] > 0
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("student", "reason"), [(Branching, "Data-dependent branching"), (Counting, "Detected recompile")])
+def test_a_region_that_is_not_one_graph_is_noted_and_not_compiled(
+    make_trainer: MakeTrainer, student: type[nn.Sequential], reason: str
+) -> None:
+    eager, compiled = trainers(make_trainer, False, True, student=student)
+    for trainer in (eager, compiled):
+        trainer.fit()
+    assert [note.partition(reason)[:2] for note in compiled.notes] == [("engine.compile: the student is not compiled: ", reason)]
+    assert not eager.notes
+    for ours, theirs in zip(compiled.student.parameters(), eager.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_compiler_that_fails_is_noted_and_the_training_goes_on(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    (trainer,) = trainers(make_trainer, True)
+    trainer.fit()
+    assert trainer.finished
+    assert [note.split(":")[:2] for note in trainer.notes] == [
+        ["engine.compile", f" the {region} is not compiled"] for region in ("teacher", "student", "generator")
+    ]
+    assert all("no C++ compiler" in note for note in trainer.notes)
+
+
+def test_running_out_of_memory_while_compiling_is_an_error(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (trainer,) = trainers(make_trainer, True)
+    monkeypatch.setattr(type(trainer.steps), "warm_up", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fit()
+
+
+def test_a_second_order_student_is_noted_and_not_compiled(make_trainer: MakeTrainer, compiler: Compiler) -> None:
+    chosen = method({"kind": "ema_generator"}, compile=["student"])
+    chosen = Method(**{**vars(chosen), "update": Update(kind="first-order")})
+    trainer = make_trainer(chosen, networks=networks(GeneratorA(10, 3, 16, width=4)))
+    assert trainer.steps.compile() == {}
+    assert trainer.notes == ["the student is not compiled: update.kind 'first-order' differentiates it twice"]
+    assert not compiler.graphs
+
+
+def test_shapes_that_were_not_compiled_run_as_they_are(compiler: Compiler) -> None:
+    network, x = lenet5()
+    compiled = Compiled([network])
+    with compiled:
+        network(x)
+    compiled.stance = "eager_on_recompile"
+    with compiled:
+        assert network(x[:2]).shape == (2, 10)
+    assert len(compiler.graphs) == 1

@@ -1,4 +1,5 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -352,8 +353,32 @@ def test_statistics_created_in_inference_mode_are_updated(fused: Backend, device
         assert not torch.equal(parameters["running_mean"], before)
 
 
+@pytest.mark.parametrize("momentum", [MOMENTUM, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_code_calls_the_kernels_and_updates_statistics_once(
+    fused: Backend, device: torch.device, training: bool, momentum: float | None
+) -> None:
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        x, gradient, parameters = case((2, 6, 3, 3), device=device)
+        count = torch.tensor(3, device=device)
+        function: Callable[..., Tensor] = partial(call, training=training, momentum=momentum, num_batches_tracked=count, activation="relu")
+        if compiled:
+            function = torch.compile(function, fullgraph=True, backend="aot_eager")
+            with torch.profiler.profile() as profiler:
+                y = function(x, parameters, x)
+            assert f"dfkd_fast::batch_norm_{'statistics' if training else 'constants'}" in {event.key for event in profiler.key_averages()}
+        else:
+            y = function(x, parameters, x)
+        leaves = [x, *(parameters[name] for name in PARAMETERS)]
+        results.append([y, *torch.autograd.grad(y, leaves, gradient), count, *(parameters[name] for name in STATISTICS)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_unsupported_calls_use_pytorch(fused: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm._Fused, "apply", None)
+    monkeypatch.setattr(norm, "_normalized", None)
     x, _, parameters = case((2, 6, 3, 3), device=device)
     other = x.detach().double()
     statistics = {name: tensor.double() for name, tensor in parameters.items()}

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -18,6 +21,7 @@ from dfkd_fast.kernels import (
     channel_sums,
     combine_moments,
     concat_generated,
+    conv2d_relu,
     ema_update_,
     js_discrepancy,
     kl_discrepancy,
@@ -223,6 +227,39 @@ def compiled_as_eager(function: Callable[[Tensor, Tensor], Tensor], compiler: st
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_compile_with_fullgraph_including_gradients(backend: Backend, device: torch.device, name: str) -> None:
     compiled_as_eager(FUNCTIONS[name], "aot_eager", device)
+
+
+def of_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Layers whose gradients have the size of images, each between convolutions."""
+    y = F.conv2d(conv2d_relu(x, weight, bias, padding=(1, 1)), weight, padding=1)
+    y, moments = bias_act(y, bias, y, activation="silu", moments=True)
+    y = F.conv2d(bias_act(F.conv2d(y, weight, padding=1), bias, y, activation="relu"), weight, padding=1)
+    mean, variance = torch.zeros_like(bias), torch.ones_like(bias)
+    y = batch_norm_act(y, mean, variance, None, None, y, training=True, momentum=0.1, eps=1e-3, activation="relu")
+    return F.conv2d(y, weight, padding=1).square().sum() + combine_moments([moments]).square().sum()
+
+
+def test_compiled_gradients_of_channels_last_images_are_not_copied(fused: Backend, device: torch.device) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    x, weight = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for shape in ((2, 5, 4, 6), (5, 5, 3, 3)))
+    x.requires_grad_()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(of_layers, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    arguments = x, weight, torch.randn(5, device=device)
+    gradients = [torch.autograd.grad(function(*arguments), x)[0] for function in (compiled, of_layers)]
+    torch.testing.assert_close(*gradients)
+    _, backward = graphs
+    names = [
+        str(node.target) for node in backward.graph.nodes if "val" in node.meta and getattr(node.meta["val"], "shape", None) == x.shape
+    ]
+    assert any("batch_norm_act" in str(node.target) for node in backward.graph.nodes)
+    assert not [name for name in names if "clone" in name or "copy" in name]
 
 
 @pytest.mark.parametrize("inputs", [1, 2, 3])
