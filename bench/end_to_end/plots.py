@@ -129,7 +129,7 @@ def _position(row: Row) -> int:
     name = row["contender"]
     if name in PEERS:
         return PEERS.index(name)
-    return len(PEERS) + (name == "+ torch.compile") * 2 + is_engine(name)
+    return len(PEERS) + (name == "+ torch.compile" or name.startswith("engine, compiled")) * 2 + is_engine(name)
 
 
 def _color(row: Row) -> str:

@@ -88,6 +88,7 @@ class _EndToEnd(_Origin):
     speedup_over_plain_compiled_malloc_reuse: Positive | None = None
     peak_memory_mib: float | None = None
     reserved_mib: float | None = None
+    warm_up_seconds: Positive | None = None
     kernels_per_iteration: Share | None = None
     kernel_seconds: Share | None = None
     autocast: str = ""

@@ -145,7 +145,7 @@ def end_to_end_table(rows: Iterable[dict[str, str]]) -> str:
     """One row for each contender."""
     titles = (
         *("recipe", "batch", "precision", "contender", "s/iteration", *(f"× {peer}" for peer in SPEEDUPS)),
-        *("peak memory (MiB)", "student steps (MiB)", "device"),
+        *("peak memory (MiB)", "student steps (MiB)", "first two (s)", "device"),
     )
     cells = [
         (
@@ -153,7 +153,9 @@ def end_to_end_table(rows: Iterable[dict[str, str]]) -> str:
             f"{float(row['seconds_per_iteration']):.3f}",
             *(f"{float(row[column]):.2f}" if row.get(column) else "" for column in SPEEDUPS.values()),
             row["peak_memory_mib"].partition(".")[0],
-            *(row["imitation_memory_mib"].partition(".")[0], row["device"]),
+            row["imitation_memory_mib"].partition(".")[0],
+            f"{float(row['warm_up_seconds']):.1f}" if row.get("warm_up_seconds") else "",
+            row["device"],
         )
         for row in rows
     ]

@@ -20,7 +20,7 @@ from dfkd_fast.out_of_memory import is_out_of_memory
 
 from .clock import Clock
 from .compilation import Compiled, networks_of
-from .device import cudnn_benchmark
+from .device import benchmark_convolutions
 from .state import TrainState, preserved
 from .steps import generator_step, student_step
 
@@ -191,7 +191,7 @@ class Steps:
         device = self.state.images.device
         if self.capturing and kind not in self._captured:
             try:
-                with torch.cuda.device(device), cudnn_benchmark(device):
+                with torch.cuda.device(device), benchmark_convolutions(device):
                     self._captured[kind] = self._capture(step)
             except RuntimeError as error:  # a user's network may contain operations that cannot be captured
                 chain = list(_chain(error))
@@ -200,7 +200,7 @@ class Steps:
                         raise link from None
                 self._disable(f"the {kind[0]} step: {first_line(chain[-1])}{_user_line(chain[-1])}")
         if not self.capturing:
-            with cudnn_benchmark(device):
+            with benchmark_convolutions(device):
                 return step()
         graph, losses = self._captured[kind]
         graph.replay()

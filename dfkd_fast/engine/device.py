@@ -10,8 +10,9 @@ import torch
 
 from dfkd_fast.errors import DfkdError
 from dfkd_fast.kernels import dispatch
+from dfkd_fast.surgery.conv_selection import measuring
 
-__all__ = ["cudnn_benchmark", "device_name", "pick_device", "reuse_freed_memory"]
+__all__ = ["benchmark_convolutions", "device_name", "pick_device", "reuse_freed_memory"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -56,14 +57,19 @@ def reuse_freed_memory() -> None:
 
 
 @contextmanager
-def cudnn_benchmark(device: torch.device) -> Iterator[None]:
-    """Context manager that enables ``torch.backends.cudnn.benchmark``, for steps, whose shapes do not change.
+def benchmark_convolutions(device: torch.device) -> Iterator[None]:
+    """Context manager in which the algorithm of each convolution is selected by a measurement, for steps, whose shapes do not change.
 
-    It does nothing if deterministic algorithms are requested: the fastest algorithm may differ between runs.
+    On a GPU it enables ``torch.backends.cudnn.benchmark``, on a CPU the measurements for :class:`~dfkd_fast.surgery.CpuConv2d`. It does
+    nothing if deterministic algorithms are requested: the fastest algorithm may differ between runs.
     """
     cudnn = torch.backends.cudnn
-    if device.type != "cuda" or cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() or (device.type == "cuda" and cudnn.deterministic):
         yield
+        return
+    if device.type != "cuda":
+        with measuring():
+            yield
         return
     previous, cudnn.benchmark = cudnn.benchmark, True
     try:

@@ -155,15 +155,15 @@ def sync_batch_norm(network: nn.Module, context: Context) -> nn.Module:
 def fuse_norm_act(network: nn.Module, context: Context) -> nn.Module:
     """Fuses batch norms with the residual and the activation that follow them, if the network computes the same up to rounding.
 
-    On a GPU also all other batch norms, and the biases of the convolutions before them. A student that is differentiated twice, or
-    whose feature maps are compared, is not fused.
+    Biases of convolutions before fused batch norms are not computed. On a GPU all other batch norms use the kernel, too. A student that
+    is differentiated twice, or whose feature maps are compared, is not fused.
     """
     is_student = context.role != "generator"
     # Fused forward passes do not call all blocks of the student, whose outputs hooks would observe.
     if not context.engine.fuse_norm_act or (is_student and (context.second_order or context.compares_features)):
         return network
     fused = sharing_copy(network)
-    if not fuse_norm_acts(fused, every_norm=context.on_gpu, skip_biases=context.on_gpu):
+    if not fuse_norm_acts(fused, every_norm=context.on_gpu, skip_biases=True):
         return network
     shape = context.images[:SAMPLES].shape if is_student else (SAMPLES, int(network.latent_dim))  # type: ignore[arg-type]
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(context.device)

@@ -16,7 +16,7 @@ from dfkd_fast.labels import IGNORE_INDEX
 from dfkd_fast.surgery import get_logits
 
 from .clock import Clock
-from .device import cudnn_benchmark
+from .device import benchmark_convolutions
 from .epoch import Epoch
 from .method import Engine
 from .optim import Optimizer, build_optimizer, build_schedule, restore_learning_rates
@@ -129,7 +129,7 @@ class TeacherTrainer:
     def __iter__(self) -> Iterator[Epoch]:
         while not self.finished:
             backup = copy.deepcopy(self.state_dict())
-            with self.clock.phase("teacher"), cudnn_benchmark(self.device), default_modes(self.device):
+            with self.clock.phase("teacher"), benchmark_convolutions(self.device), default_modes(self.device):
                 loss = self._run_epoch()
             if loss is None:
                 self.load_state_dict(backup)

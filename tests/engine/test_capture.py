@@ -255,7 +255,7 @@ def test_cudnn_benchmark_is_enabled_in_warm_up_capture_and_eager_steps(
 
     trainer = captured(make_trainer(short()), lambda: inside.append(bool(settling)))
     trainer.steps.capturing = capture
-    monkeypatch.setattr(captures, "cudnn_benchmark", benchmark)
+    monkeypatch.setattr(captures, "benchmark_convolutions", benchmark)
     trainer.steps.student(0)
     assert inside == [True] * (4 if capture else 1)
 

@@ -7,7 +7,7 @@ import torch
 from dfkd_fast import Engine, Loop, Method, Trainer
 from dfkd_fast.engine import prepare as preparing
 from dfkd_fast.engine.clock import Clock, peak_memory_bytes
-from dfkd_fast.engine.device import cudnn_benchmark
+from dfkd_fast.engine.device import benchmark_convolutions
 from tests.small import small_method, small_networks
 
 ASK = "import torch; from dfkd_fast.engine.clock import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
@@ -69,7 +69,7 @@ def test_cudnn_benchmark_is_enabled_on_a_gpu_unless_deterministic_algorithms_are
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", requested == "cudnn.deterministic")
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: requested == "deterministic algorithms")
     before = torch.backends.cudnn.benchmark
-    with pytest.raises(RuntimeError, match="a step"), cudnn_benchmark(torch.device(name)):
+    with pytest.raises(RuntimeError, match="a step"), benchmark_convolutions(torch.device(name)):
         assert torch.backends.cudnn.benchmark is (name == "cuda" and requested == "nothing")
         raise RuntimeError("a step")
     assert torch.backends.cudnn.benchmark is before

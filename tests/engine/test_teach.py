@@ -233,7 +233,7 @@ def test_cudnn_benchmark_is_enabled_while_a_teacher_trains(monkeypatch: pytest.M
         yield
         inside.remove(device)
 
-    monkeypatch.setattr(teach, "cudnn_benchmark", benchmark)
+    monkeypatch.setattr(teach, "benchmark_convolutions", benchmark)
     trainer = make(epochs=1)
     trainer.prepared.register_forward_pre_hook(lambda *_: recorded.append(inside[:]))
     list(trainer)

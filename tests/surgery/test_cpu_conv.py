@@ -1,15 +1,17 @@
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.kernels import winograd_conv2d
 from dfkd_fast.kernels.conv import col2im_conv2d, im2col_conv2d
 from dfkd_fast.surgery import CpuConv2d, cpu_conv, fold, freeze, use_cpu_convolutions, weights_frozen
+from dfkd_fast.surgery.conv_selection import Convolution
 
-HAS_FAST_FLOAT32_MATMUL = cpu_conv.has_fast_float32_matmul
+Choose = Callable[[str], list[Convolution]]
+
 FEW_PIXELS: list[dict[str, Any]] = [
     {"kernel_size": 3, "padding": 1},
     {"kernel_size": 3, "padding": 1, "stride": 2},
@@ -25,15 +27,28 @@ FEW_CHANNELS: list[dict[str, Any]] = [
     {"kernel_size": (2, 4), "padding": (0, 3)},
     {"kernel_size": (1, 3), "padding": (0, 1), "bias": False},
 ]
-CASES = [{"out_channels": 40, **case} for case in FEW_PIXELS] + [
-    {"in_channels": 27, "out_channels": channels, **case} for channels in (1, 3) for case in FEW_CHANNELS
+CASES = [("im2col", {"out_channels": 40, **case}) for case in FEW_PIXELS] + [
+    ("col2im", {"in_channels": 27, "out_channels": channels, **case}) for channels in (1, 3) for case in FEW_CHANNELS
 ]
+FEW: list[tuple[str, dict[str, int]]] = [("im2col", {}), ("col2im", {"in_channels": 27, "out_channels": 3})]
+"""Algorithms, and channels of a layer that they suit."""
 
 
-@pytest.fixture(autouse=True)
-def fast_float32_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same selection on every CPU."""
-    monkeypatch.setattr(cpu_conv, "has_fast_float32_matmul", lambda: True)
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Convolution]]:
+    """Makes an algorithm the fastest of every convolution; returns the list of convolutions for which it is requested."""
+
+    def choose(algorithm: str) -> list[Convolution]:
+        requested: list[Convolution] = []
+
+        def fastest(convolution: Convolution) -> str:
+            requested.append(convolution)
+            return algorithm
+
+        monkeypatch.setattr(cpu_conv, "fastest_algorithm", fastest)
+        return requested
+
+    return choose
 
 
 def layer_and_images(case: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[nn.Conv2d, Tensor]:
@@ -50,9 +65,11 @@ def forbid_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", fail)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("algorithm", "case"), CASES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_values_and_gradients_equal_pytorchs(case: dict[str, Any], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients_equal_pytorchs(
+    algorithm: str, case: dict[str, Any], layout: str, choose: Choose, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, images = layer_and_images(case)
     if layout != "channels_last":
         images = images.detach().contiguous() if layout == "contiguous" else images.detach().repeat(1, 1, 1, 2)[..., ::2]
@@ -61,6 +78,7 @@ def test_values_and_gradients_equal_pytorchs(case: dict[str, Any], layout: str, 
     weights = torch.randn_like(expected)
     inputs = [images, *layer.parameters()]
     gradients = torch.autograd.grad((weights * expected).sum(), inputs)
+    choose(algorithm)
     use_cpu_convolutions(layer)
     forbid_convolutions(monkeypatch)
     output = layer(images)
@@ -96,53 +114,41 @@ def test_col2im_convolution_passes_gradcheck_and_gradgradcheck(case: dict[str, A
     assert torch.autograd.gradgradcheck(product, (images, layer.weight))
 
 
-@pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}], ids=["few pixels", "few channels"])
-def test_the_gradient_of_channels_last_weights_has_their_strides(channels: dict[str, int]) -> None:
+@pytest.mark.parametrize(("algorithm", "channels"), FEW)
+def test_the_gradient_of_channels_last_weights_has_their_strides(algorithm: str, channels: dict[str, int], choose: Choose) -> None:
+    choose(algorithm)
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
     use_cpu_convolutions(layer)(images).sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 
-def test_many_output_pixels_use_pytorchs_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = use_cpu_convolutions(nn.Conv2d(3, 8, 3, padding=1).to(memory_format=torch.channels_last))
-    forbid_convolutions(monkeypatch)
-    layer(torch.randn(1, 3, 4, 4))
-    with pytest.raises(AssertionError, match="a convolution ran"):
-        layer(torch.randn(2, 3, 4, 4))
-
-
-def test_few_channels_in_bfloat16_use_pytorchs_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, images = layer_and_images({"kernel_size": 3, "padding": 1, "in_channels": 27, "out_channels": 3}, torch.float32)
-    use_cpu_convolutions(layer)
-    forbid_convolutions(monkeypatch)
-    layer(images)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="a convolution ran"):
-        layer(images)
-
-
 @pytest.mark.parametrize("lowered", [False, True], ids=["float32 weights", "bfloat16 weights"])
-def test_autocast_computes_in_its_dtype(lowered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_computes_in_its_dtype(lowered: bool, choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1}, torch.float32)
     if lowered:
         layer.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(images)
+        requested = choose("im2col")
         use_cpu_convolutions(layer)
         forbid_convolutions(monkeypatch)
         output = layer(images)
+    assert [convolution.dtype for convolution in requested] == [torch.bfloat16]
     assert output.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
     output.sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == layer.weight.dtype
 
 
-@pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}], ids=["few pixels", "few channels"])
-def test_no_gradient_is_computed_for_frozen_weights(channels: dict[str, int]) -> None:
+@pytest.mark.parametrize(("algorithm", "channels"), FEW)
+def test_no_gradient_is_computed_for_frozen_weights(algorithm: str, channels: dict[str, int], choose: Choose) -> None:
+    requested = choose(algorithm)
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels)
     use_cpu_convolutions(layer)
     with weights_frozen(layer):
         output = layer(images)
+    assert [(each.of_x, each.of_weight) for each in requested] == [(True, False)]
     assert layer.weight.requires_grad
     assert output.grad_fn is not None
     output.sum().backward()
@@ -180,60 +186,21 @@ def test_an_empty_batch_is_supported() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_3x3_kernels_use_winograd_convolutions(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_winograd_convolutions_of_frozen_layers_cache_their_weights(frozen: bool, choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(not frozen)
-    images = torch.randn(8 if frozen else 16, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    images = torch.randn(8, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
     expected = layer(images)
+    requested = choose("winograd")
     use_cpu_convolutions(layer)
     forbid_convolutions(monkeypatch)
-    calls: list[bool] = []
-
-    def record(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], *, cache_weight: bool) -> Tensor:
-        calls.append(cache_weight)
-        return winograd_conv2d(x, weight, bias, padding, cache_weight=cache_weight)
-
-    monkeypatch.setattr(cpu_conv, "winograd_conv2d", record)
-    output = layer(images)
-    assert calls == [frozen]
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_cpu_with_slow_float32_products_uses_pytorchs_convolutions_in_float32_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_conv, "has_fast_float32_matmul", lambda: False)
-    monkeypatch.setattr(cpu_conv, "winograd_conv2d", None)
-    calls: list[torch.dtype] = []
-
-    def record(x: Tensor, weight: Tensor, *geometry: tuple[int, ...]) -> Tensor:
-        calls.append(x.dtype)
-        return im2col_conv2d(x, weight, *geometry)
-
-    monkeypatch.setattr(cpu_conv, "im2col_conv2d", record)
-    plain = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
-    layer = use_cpu_convolutions(copy.deepcopy(plain))
-    for side in (8, 2):  # many output pixels, and few
-        images = torch.randn(16, 64, side, side).to(memory_format=torch.channels_last)
-        torch.testing.assert_close(layer(images), plain(images))
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(images)
-    assert calls == [torch.bfloat16]
-
-
-@pytest.mark.parametrize(("name", "fast"), [("znver5", False), ("sapphirerapids", True), ("generic", True)])
-def test_float32_products_are_slow_on_amd_cpus(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: name)
-    assert HAS_FAST_FLOAT32_MATMUL.__wrapped__() is fast
-
-
-@pytest.mark.parametrize("change", [{"stride": 2}, {"dilation": 2}, {"kernel_size": 5}], ids=str)
-def test_other_kernels_do_not_use_winograd_convolutions(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = use_cpu_convolutions(nn.Conv2d(64, 64, **{"kernel_size": 3} | change).to(memory_format=torch.channels_last))
-    monkeypatch.setattr(cpu_conv, "winograd_conv2d", None)
-    assert layer(torch.randn(16, 64, 12, 12).to(memory_format=torch.channels_last)).shape[1] == 64
+    torch.testing.assert_close(layer(images), expected, rtol=1e-4, atol=1e-4)
+    assert [convolution.cached_weight for convolution in requested] == [frozen]
 
 
 @pytest.mark.parametrize("channels", [{}, {"in_channels": 27, "out_channels": 3}, {"in_channels": 64, "out_channels": 64}], ids=str)
-def test_compilation_gives_one_graph_with_pytorchs_convolution(channels: dict[str, int]) -> None:
+def test_compilation_gives_one_graph_with_pytorchs_convolution(channels: dict[str, int], choose: Choose) -> None:
+    choose("im2col")
     layer, images = layer_and_images({"kernel_size": 3, "padding": 1} | channels, torch.float32)
     expected = layer(images)
     compiled = torch.compile(use_cpu_convolutions(layer), fullgraph=True, backend="eager")
