@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch._inductor.config
 
 from dfkd_fast import Recipe, load_recipe
+from dfkd_fast.choices import Region
 from dfkd_fast.engine.precision import resolve_precision
 
 from .. import table
@@ -41,8 +42,10 @@ COMPILED = "plain compiled"
 ENGINE = "engine (+ CUDA graphs)"
 EAGER_ENGINE = ("+ bf16 autocast", "+ fp16 autocast")
 """The rung before CUDA graphs, which depends on the GPU's precision."""
+COMPILED_ENGINE = (*(f"engine, compiled {region}" for region in get_args(Region)), "+ torch.compile")
 COMPILE_SHARE = 0.4  # maximum fraction of the remaining time
 MARGIN = 1.0  # seconds before the stage's deadline at which a contender is stopped, so that the failure is still recorded
+OPTIONS: dict[str, Any] = {"graphs": True, "compiled_engine": True}
 TITLES = {"plain": "plain", **dict.fromkeys(EAGER_ENGINE, "eager engine"), ENGINE: "engine with CUDA graphs", COMPILED: COMPILED}
 """The contenders in a recipe's summary line, and their titles there."""
 
@@ -80,6 +83,7 @@ PLAN = Plan(
         Priority(("plain", ENGINE, COMPILED), limit=75, needs=10),
         Priority(EAGER_ENGINE, limit=45, needs=10),
         Priority((), limit=45, needs=10),
+        Priority(COMPILED_ENGINE, limit=90, needs=30),
     ),
     seconds=2.0,
     minimum=5,
@@ -189,10 +193,10 @@ def _cases(plan: Plan, device: torch.device) -> list[list[Case]]:
     for recipe in recipes:
         check(recipe)
     named = {name for priority in plan.priorities for name in priority.contenders}
-    existing = {recipe.name: list(contenders(recipe, device, precision, graphs=True)) for recipe in recipes}
+    existing = {recipe.name: list(contenders(recipe, device, precision, **OPTIONS)) for recipe in recipes}
     return [
         [
-            Case(recipe, name, partial(build, recipe, device, precision, name, graphs=True), priority)
+            Case(recipe, name, partial(build, recipe, device, precision, name, **OPTIONS), priority)
             for recipe in recipes
             for name in priority.contenders or [name for name in existing[recipe.name] if name not in named]
             if name in existing[recipe.name]

@@ -78,7 +78,8 @@ class Convolution(NamedTuple):
         small_padding = self.padding[0] < rows and self.padding[1] < columns
         if channels <= MAX_FEW_CHANNELS and self.dtype.itemsize >= 4 and single_steps and small_padding and rows * columns > 1:
             found.append("col2im")
-        supported = self.dtype == torch.float32 and dispatch.unavailable_reason("numba") is None
+        has_kernels = dispatch.unavailable_reason("numba") is None and dispatch.forced() in (None, "numba")
+        supported = self.dtype == torch.float32 and has_kernels
         if (rows, columns) == (3, 3) and single_steps and min(self.weight[:2]) >= MIN_WINOGRAD_CHANNELS and supported:
             found.append("winograd")
         return found
@@ -141,7 +142,7 @@ def _find(convolution: Convolution) -> str:
     path = _file(torch.get_num_threads())
     with _locked(path):  # another process would disturb the measurement, and must choose the same
         seconds = _read(path).get(str(convolution), {})
-        if seconds.keys() != {"pytorch", *candidates}:
+        if not seconds.keys() >= {"pytorch", *candidates}:
             seconds = _measure(convolution, ["pytorch", *candidates])
             LOGGER.debug("measured %s: %s", convolution, ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items()))
             if path is not None:
@@ -192,7 +193,7 @@ def _file(threads: int) -> Path | None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfkd_fast" / "convolutions"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
-            return folder / f"{_cpu()}, {threads} threads, torch {torch.__version__}.json"
+            return folder / f"{_cpu()}-{threads}-threads-torch-{torch.__version__}.json"
     return None
 
 

@@ -42,7 +42,7 @@ class CpuConv2d(nn.Conv2d):
         # Under torch.compile, the compiler selects the algorithm and the graph must not break.
         if torch.compiler.is_compiling() or isinstance(self.padding, str) or not _is_channels_last_on_cpu(input, weight):
             return None
-        if type(input) is not Tensor or dispatch.transforming() or dispatch.forced() not in (None, "numba"):
+        if type(input) is not Tensor or dispatch.transforming():
             return None
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype

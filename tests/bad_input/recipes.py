@@ -106,6 +106,14 @@ CASES: list[Case] = [
     sets("a rate of averages of one", "generator_optimizer.betas=[0.9,1.0]", error="generator_optimizer.betas.1 = 1.0: must be a list"),
     sets("one rate of averages of two", "generator_optimizer.betas=[0.9]", error="generator_optimizer.betas"),
     sets("a temperature of zero", "objective.temperature=0", error="objective.temperature = 0: must be a number ≥ 0.0001"),
+    # networks to compile
+    sets(
+        "a network to compile that does not exist",
+        'engine.compile=["teachers"]',
+        error="engine.compile: ['teachers'] must be true, false or",
+    ),
+    sets("a name instead of a list of networks", "engine.compile=student", error="a list of 'teacher', 'student' and 'generator'"),
+    sets("a number instead of a list of networks", "engine.compile=1", error="engine.compile: 1 must be true, false or a list of"),
     # durations
     sets("a number for a duration", "loop.budget=40", error="loop.budget: 40 must be a duration from 1s to 8760h, such as 90s, 40min"),
     sets("a duration in other words", 'loop.budget="40 minutes"', error="loop.budget: '40 minutes' must be a duration"),

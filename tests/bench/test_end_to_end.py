@@ -83,6 +83,9 @@ def test_on_a_gpu_no_contender_has_malloc_reuse_and_cuda_graphs_come_last() -> N
         "+ fused teacher",
         "+ bf16 autocast",
         "engine (+ CUDA graphs)",
+        "engine, compiled teacher",
+        "engine, compiled student",
+        "engine, compiled generator",
         "+ torch.compile",
     ]
 
@@ -113,6 +116,9 @@ def test_each_rung_enables_the_feature_in_its_name_and_nothing_else(monkeypatch:
         "+ folded teacher": {"engine.fold_teacher": True},
         "+ bf16 autocast": {"engine.precision": "bf16"},
         "engine (+ CUDA graphs)": {"engine.capture": True},
+        "engine, compiled teacher": {"engine.compile": ("teacher",)},
+        "engine, compiled student": {"engine.compile": ("student",)},
+        "engine, compiled generator": {"engine.compile": ("generator",)},
         "+ torch.compile": {"engine.compile": True},
     }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dfkd_fast import Trainer
+from dfkd_fast.kernels import use_backend
 from dfkd_fast.surgery import conv_selection
 from dfkd_fast.surgery.conv_selection import Convolution, fastest_algorithm, measuring
 from tests.small import small_method, small_networks
@@ -69,6 +70,13 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_algorithms_are_measured_where_they_can_be_faster(changes: dict[str, Any], algorithms: list[str]) -> None:
     assert convolution(**changes).algorithms == algorithms
+
+
+def test_winograds_kernels_are_not_measured_while_another_backend_is_forced() -> None:
+    each = convolution(x=(16, 64, 64, 64), stride=(1, 1), dtype=torch.float32)
+    with use_backend("reference"):
+        assert each.algorithms == []
+    assert each.algorithms == ["winograd"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
