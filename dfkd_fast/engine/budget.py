@@ -182,11 +182,11 @@ def _measure(
         clock = Clock(state.device)
         with default_modes(state.device):
             with clock.phase("compilation"):
-                compiled = steps.compile()
+                steps.compile()
             with clock.phase("warm-up"):
                 steps.warm_up()
         seconds = clock.read()
-        start = (seconds["compilation"] if compiled else 0.0) + (seconds["warm-up"] if steps.capturing else 0.0)
+        start = seconds["compilation"] + (seconds["warm-up"] if steps.capturing else 0.0)
         if quantized_layers(state.student):
             start += typical_seconds(lambda: calibrate_student(state, teacher), state.device, 0.0)
         # Before the steps: an untrained teacher may make them diverge, and networks with values that are not finite are not evaluated.

@@ -112,8 +112,8 @@ class Steps:
     def compile(self) -> dict[Region, float]:
         """Compiles the networks of ``engine.compile`` for every kind of step; does nothing the second time.
 
-        The steps are run, and the state is restored. A region that cannot be compiled, or not as one graph for each shape and mode, is
-        not compiled, and a line is appended to the notes of the state.
+        The steps are run, and the state is restored. A region that cannot be compiled, that is not one graph, or that is compiled anew at
+        every call, is not compiled, and a line is appended to the notes of the state.
 
         Returns:
             Seconds that were spent to compile each region, without those of the steps.
@@ -145,17 +145,14 @@ class Steps:
         clock, capturing = Clock(self.state.device), self.capturing
         self.capturing = False
         try:
-            with clock.phase("first"):
-                self.compiled.stance = "default"
+            with clock.phase("first"), torch._dynamo.error_on_graph_break(True):
                 self.warm_up()
-            with clock.phase("second"):
-                self.compiled.stance = "fail_on_recompile"
+            with clock.phase("second"), torch.compiler.set_stance("fail_on_recompile"):
                 self.warm_up()
         finally:
-            # A network that is called with other shapes later is then not compiled for them.
-            self.capturing, self.compiled.stance = capturing, "eager_on_recompile"
+            self.capturing = capturing
         seconds = clock.read()
-        return seconds["first"] - seconds["second"]
+        return max(seconds["first"] - seconds["second"], 0.0)
 
     def warm_up(self) -> None:
         """Runs every kind of step of the training and restores the state. Afterwards, no step allocates more GPU memory.

@@ -1,8 +1,7 @@
 """Compilation of the networks with torch.compile, limited to the steps."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +13,11 @@ from .state import TrainState
 
 __all__ = ["Compiled", "networks_of"]
 
-Stance = Literal["default", "fail_on_recompile", "eager_on_recompile"]
-
 
 class Compiled:
     """Context manager in which calls of some networks are compiled. Outside, as in evaluation, they are called as before.
 
-    The modules are not replaced: parameters, hooks, state dicts, copies and pickles are unaffected. Each network is compiled as one
-    graph: the call raises an error if there would be a graph break.
+    The modules are not replaced: parameters, hooks, state dicts, copies and pickles are unaffected.
 
     Args:
         networks: Networks to compile, for every shape and mode that they are called with, up to Dynamo's ``recompile_limit``.
@@ -29,9 +25,6 @@ class Compiled:
 
     def __init__(self, networks: Iterable[nn.Module] = ()) -> None:
         self._calls: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any] | None]] = []
-        self._exits = ExitStack()
-        self.stance: Stance = "default"
-        """Stance of :func:`torch.compiler.set_stance` in the context, which decides what a call does that needs a recompilation."""
         self.add(networks)
 
     def add(self, networks: Iterable[nn.Module]) -> None:
@@ -45,15 +38,12 @@ class Compiled:
         self._calls = [call for call in self._calls if id(call[0]) not in removed]
 
     def __enter__(self) -> None:
-        if self._calls:
-            self._exits.enter_context(torch.compiler.set_stance(self.stance))
         for network, compiled_call, _ in self._calls:
             network._compiled_call_impl = compiled_call
 
     def __exit__(self, *error: object) -> None:
         for network, _, original_call in self._calls:
             network._compiled_call_impl = original_call
-        self._exits.close()
 
 
 def _compiled_call(network: nn.Module) -> Callable[..., Any]:
@@ -65,7 +55,7 @@ def _compiled_call(network: nn.Module) -> Callable[..., Any]:
     # Dynamo limits recompilations per code object, which closures share: a copy gives each network its own limit.
     call.__code__ = call.__code__.replace()
     # Batches have a few fixed sizes, for which dynamic shapes would only make kernels slower.
-    return torch.compile(call, dynamic=False, fullgraph=True)
+    return torch.compile(call, dynamic=False)
 
 
 def networks_of(region: Region, state: TrainState) -> Iterator[nn.Module]:

@@ -251,10 +251,12 @@ def test_the_plan_puts_the_engine_and_its_peers_of_every_recipe_before_single_fe
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(end_to_end, "resolve_precision", lambda setting, device: precision)
-    first, eager, features = end_to_end._cases(PLAN, torch.device("cuda"))
+    first, eager, features, compiled = end_to_end._cases(PLAN, torch.device("cuda"))
     recipes = ["mnist-dfad", "cifar10-dfad", "cifar10-mad", "imagenet-mad, unconditional"]
     assert [one.name for one in first] == [f"{recipe} / {name}" for recipe in recipes for name in ("plain", ENGINE, "plain compiled")]
     assert [one.name for one in eager] == [f"{recipe} / + {precision} autocast" for recipe in recipes]
+    regions = [*(f"engine, compiled {region}" for region in ("teacher", "student", "generator")), "+ torch.compile"]
+    assert [one.name for one in compiled] == [f"{recipe} / {name}" for recipe in recipes for name in regions]
     names = [
         "+ no redundant gradients",
         "+ channels-last",

@@ -13,8 +13,9 @@ from torch._dynamo.utils import counters
 
 from dfkd_fast import Method, Objective, Optimizer, Trainer, Update
 from dfkd_fast.engine.compilation import Compiled
+from dfkd_fast.kernels import dispatch
 from dfkd_fast.models import GeneratorA, GeneratorB, GeneratorSettings, build_generator, build_model
-from dfkd_fast.surgery import fold, freeze
+from dfkd_fast.surgery import fold, freeze, fuse_norm_acts
 from tests.small import Networks, loop_and_engine
 
 MakeTrainer = Callable[..., Trainer]
@@ -215,15 +216,20 @@ def test_every_call_of_a_step_is_compiled_that_of_the_averaged_generator_too(
     assert compiler.runs - before == 4 + 3, "generator, student, teacher"
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("spectral_norm", [False, True])
 def test_compiled_activation_checkpointing_gives_the_same_gradients_and_updates_buffers_once(
-    monkeypatch: pytest.MonkeyPatch, spectral_norm: bool
+    monkeypatch: pytest.MonkeyPatch, spectral_norm: bool, fused: bool
 ) -> None:
     # AOT autograd, as in every real compiler: its backward pass recomputes the activations.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setitem(dispatch.MIN_NUMEL, "batch_norm_act", 0)
     torch.manual_seed(0)
     settings = GeneratorSettings(model="D", width=2, latent_dim=10, checkpointing=True, spectral_norm=spectral_norm)
-    body, z = build_generator(settings, 3, 32).body.double(), torch.randn(3, 10, dtype=torch.float64)
+    dtype = torch.float32 if fused else torch.float64  # kernels have no float64
+    body, z = build_generator(settings, 3, 32).body.to(dtype), torch.randn(3, 10, dtype=dtype)
+    if fused:
+        assert fuse_norm_acts(body, every_norm=True)
     plain = copy.deepcopy(body)
     for network, context in ((plain, Compiled()), (body, Compiled([body]))):
         with context:
@@ -258,13 +264,13 @@ class Branching(nn.Sequential):
         return in_order(self, x if x.isfinite().all() else torch.zeros_like(x))
 
 
-def trainers(make_trainer: MakeTrainer, *compiled: Any, student: type[nn.Sequential] = nn.Sequential) -> list[Trainer]:
+def trainers(make_trainer: MakeTrainer, *compiled: Any, student: type[nn.Sequential] = nn.Sequential, **changes: Any) -> list[Trainer]:
     """A trainer of the same networks for each value of ``engine.compile``."""
     made = []
     for value in compiled:
         torch.manual_seed(1)
         teacher, plain, generator = networks(GeneratorA(10, 3, 16, width=4))
-        chosen = method({"kind": "ema_generator"}, compile=value)
+        chosen = method({"kind": "ema_generator"}, compile=value, **changes)
         made.append(make_trainer(chosen, networks=(teacher, student(*plain.children()), generator)))
     return made
 
@@ -355,12 +361,25 @@ def test_a_second_order_student_is_noted_and_not_compiled(make_trainer: MakeTrai
     assert not compiler.graphs
 
 
-def test_shapes_that_were_not_compiled_run_as_they_are(compiler: Compiler) -> None:
-    network, x = lenet5()
-    compiled = Compiled([network])
-    with compiled:
-        network(x)
-    compiled.stance = "eager_on_recompile"
-    with compiled:
-        assert network(x[:2]).shape == (2, 10)
-    assert len(compiler.graphs) == 1
+class Growing(nn.Sequential):
+    """Its forward pass reads a number that changes once in an epoch."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_order(self, x) * self.factor
+
+
+def test_a_network_that_changes_now_and_then_is_compiled_again_and_runs_uncompiled_beyond_the_limit(
+    make_trainer: MakeTrainer, compiler: Compiler
+) -> None:
+    eager, compiled = trainers(make_trainer, False, ["student"], student=Growing, fuse_norm_act=False)
+    with torch._dynamo.config.patch(recompile_limit=5, fail_on_recompile_limit_hit=False):
+        assert compiled.steps.compile()
+        for factor in range(2, 10):
+            losses = []
+            for trainer in (eager, compiled):
+                setattr(trainer.state.student, "factor", float(factor))  # noqa: B010  # an attribute of the class above
+                losses.append(trainer.steps.student(0)["student"].item())
+            assert losses[0] == losses[1]
+    assert 2 < len(compiler.graphs) <= 5
