@@ -93,6 +93,8 @@ def test_trajectory_equals_the_plain_loop(
             student_steps=5,
             fold_teacher=fold_teacher,
         )
+        # A fused batch norm also skips the bias before it, whose gradient the plain loop computes: zero up to rounding.
+        method = replace(method, engine=replace(method.engine, fuse_norm_act=not exact))
         # Powers of two, whose products are exact.
         method = replace(method, objective=Objective(student_weight=2.0), replay=replace(replay, share=0.25))
         trainer, (_, student, generator), expected, losses = run_both(networks, method, ema_decay=ema_decay)
