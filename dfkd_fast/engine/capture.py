@@ -19,7 +19,7 @@ from dfkd_fast.log import LOGGER
 from dfkd_fast.out_of_memory import is_out_of_memory
 
 from .clock import Clock
-from .compilation import Compiled, networks_of
+from .compilation import Compiled, networks_of, reason
 from .device import benchmark_convolutions
 from .state import TrainState, preserved
 from .steps import generator_step, student_step
@@ -112,8 +112,9 @@ class Steps:
     def compile(self) -> dict[Region, float]:
         """Compiles the networks of ``engine.compile`` for every kind of step; does nothing the second time.
 
-        The steps are run, and the state is restored. A region that cannot be compiled, that is not one graph, or that is compiled anew at
-        every call, is not compiled, and a line is appended to the notes of the state.
+        The steps are run, and the state is restored, except for what the networks keep in Python attributes. A region that cannot be
+        compiled, that is not one graph, or that is compiled anew at every call, is not compiled, and a line is appended to the notes of
+        the state.
 
         Returns:
             Seconds that were spent to compile each region, without those of the steps.
@@ -133,8 +134,7 @@ class Steps:
                 if is_out_of_memory(error):
                     raise
                 self.compiled.remove(networks)
-                cause = getattr(error, "inner_exception", error)  # of what Dynamo raises for an error in the compiler
-                self.state.notes.append(f"engine.compile: the {region} is not compiled: {first_line(cause)}")
+                self.state.notes.append(f"engine.compile: the {region} is not compiled: {reason(error)}")
                 LOGGER.info(self.state.notes[-1])
             else:
                 LOGGER.info("compiled the %s in %.1f s", region, seconds[region])

@@ -7,17 +7,19 @@ import torch
 from torch import nn
 
 from dfkd_fast.choices import Region
+from dfkd_fast.errors import first_line
 from dfkd_fast.models import Generator
 
 from .state import TrainState
 
-__all__ = ["Compiled", "networks_of"]
+__all__ = ["Compiled", "networks_of", "reason"]
 
 
 class Compiled:
     """Context manager in which calls of some networks are compiled. Outside, as in evaluation, they are called as before.
 
-    The modules are not replaced: parameters, hooks, state dicts, copies and pickles are unaffected.
+    The modules are not replaced: parameters, state dicts, copies and pickles are unaffected. Hooks of submodules
+    that are registered after the compilation are not called.
 
     Args:
         networks: Networks to compile, for every shape and mode that they are called with, up to Dynamo's ``recompile_limit``.
@@ -74,3 +76,13 @@ def networks_of(region: Region, state: TrainState) -> Iterator[nn.Module]:
                 if generator is not None:
                     # The steps call the body of generators of dfkd_fast.models and replace their head by a fused kernel.
                     yield generator.body if isinstance(generator, Generator) else generator
+
+
+def reason(error: Exception) -> str:
+    """Returns one line that says why a network could not be compiled."""
+    cause = getattr(error, "inner_exception", error)  # of what Dynamo raises for an error in the compiler
+    if not str(cause).startswith("Detected recompile"):
+        return first_line(cause)
+    guards = [line.strip().removeprefix("- ") for line in str(cause).splitlines() if line.strip().startswith("- ")]
+    condition = guards[0].partition("(HINT")[0] if guards else ""
+    return " ".join(f"its forward pass reads what changes from call to call: {condition}".split())

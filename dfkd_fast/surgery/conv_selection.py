@@ -108,7 +108,7 @@ _measuring = False
 
 @contextmanager
 def measuring() -> Iterator[None]:
-    """Context manager in which :func:`fastest_algorithm` measures what was not measured before."""
+    """Context manager in which :func:`fastest_algorithm` selects algorithms, and measures what was not measured before."""
     global _measuring
     previous, _measuring = _measuring, True
     try:
@@ -118,17 +118,17 @@ def measuring() -> Iterator[None]:
 
 
 def fastest_algorithm(convolution: Convolution) -> str:
-    """Return the name of the fastest algorithm for a convolution on this CPU, "pytorch" if that is not known.
+    """Return the name of the fastest algorithm for a convolution on this CPU; outside of :func:`measuring` always "pytorch".
 
-    Within :func:`measuring`, a convolution that was never measured on this machine with this number of threads is measured now, forward
-    and backward, and the result is kept in the user's cache folder. Other algorithms are chosen only if they are clearly faster.
+    A convolution that was never measured on this machine with this number of threads is measured now, forward and backward, and the
+    result is kept in the user's cache folder. Other algorithms are chosen only if they are clearly faster.
     """
+    if not _measuring:
+        return "pytorch"
     key = torch.get_num_threads(), convolution
-    if (known := _chosen.get(key)) is None:
-        if not _measuring:
-            return "pytorch"
-        known = _chosen[key] = _find(convolution)
-    return known
+    if key not in _chosen:
+        _chosen[key] = _find(convolution)
+    return _chosen[key]
 
 
 _chosen: dict[tuple[int, Convolution], str] = {}
@@ -209,13 +209,13 @@ def _read(path: Path | None) -> dict[str, dict[str, float]]:
     """Return the measurements of a file in seconds, by convolution and algorithm; damaged ones are left out, and so measured again."""
     try:
         content = json.loads(path.read_text()) if path is not None else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {str(key): value for key, value in content.items() if _is_measurement(value)} if isinstance(content, dict) else {}
 
 
 def _is_measurement(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(seconds) is float and seconds > 0 for seconds in value.values())
+    return isinstance(value, dict) and all(type(seconds) is float and 0 < seconds < math.inf for seconds in value.values())
 
 
 @contextmanager

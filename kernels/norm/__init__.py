@@ -299,6 +299,8 @@ def _backend(x: Tensor, parameters: dict[str, Tensor | None], ranks: int) -> Bac
         return "reference"
     if not x.shape[1] or (ranks == 1 and _elements(x) <= 1) or (ranks > 1 and compiling):
         return "reference"
+    if compiling and not running:  # Inductor fails for an operator whose arguments that it may change are all None
+        return "reference"
     name = dispatch.forced()
     if name is None:  # all ranks must use the same backend, whatever the size of their batches
         small = ranks == 1 and x.device.type == "cpu" and x.numel() < dispatch.MIN_NUMEL["batch_norm_act"]

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_args
@@ -375,6 +376,16 @@ def test_compiled_code_calls_the_kernels_and_updates_statistics_once(
         results.append([y, *torch.autograd.grad(y, leaves, gradient), count, *(parameters[name] for name in STATISTICS)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_compiles_batch_norms_with_and_without_running_statistics() -> None:
+    x, _, parameters = case((2, 6, 3, 3))
+    with use_backend("numba"):
+        for statistics in ({}, dict.fromkeys(STATISTICS)):
+            torch.compiler.reset()
+            function = partial(call, x, {**parameters, **statistics}, activation="relu")
+            torch.testing.assert_close(torch.compile(function, fullgraph=True)(), function(), rtol=1e-5, atol=1e-5)
 
 
 def test_unsupported_calls_use_pytorch(fused: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
