@@ -139,6 +139,7 @@ def test_a_measurement_is_kept_for_later_processes(file: Path, measured: list[Co
         '{"KEY": {"pytorch": 1.0, "im2col": Infinity}}',
         "[" * 200_000,
     ],
+    ids=lambda content: content[:40],
 )
 def test_a_damaged_file_is_measured_again(content: str, file: Path, measured: list[Convolution]) -> None:
     file.write_text(content.replace("KEY", str(convolution())))
