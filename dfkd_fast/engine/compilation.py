@@ -18,8 +18,8 @@ __all__ = ["Compiled", "networks_of", "reason"]
 class Compiled:
     """Context manager in which calls of some networks are compiled. Outside, as in evaluation, they are called as before.
 
-    The modules are not replaced: parameters, state dicts, copies and pickles are unaffected. Hooks of submodules
-    that are registered after the compilation are not called.
+    The modules are not replaced: parameters, state dicts, copies and pickles are unaffected. Hooks of submodules that are registered
+    after the compilation are not called.
 
     Args:
         networks: Networks to compile, for every shape and mode that they are called with, up to Dynamo's ``recompile_limit``.
